@@ -1,0 +1,211 @@
+"""The engine on Ray: actors that each hold a replica, on this machine or on a cluster. The only module that knows ray.
+
+An actor that is lost is replaced by a new one, and its tasks go back to the driver: Ray neither restarts actors nor
+runs calls again, because the driver knows better what is left to do. What a lost actor may still write is harmless
+(`pipeline.commit`).
+"""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
+from pipeline.encode import Vae
+from pipeline.errors import JobError, UsageError
+
+FAILED_STARTS = 3  # in a row, and the job ends
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to the cluster at `address` or RAY_ADDRESS; without either, a local Ray for as long as this lasts.
+
+    A local Ray gets an empty working directory, because it would else put the user's own directory first on its
+    workers' path, where a `vae.py` or a folder `jobs/` would be taken for ours.
+    """
+    if address or os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as empty:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            object_store_memory=1 << 30,
+            runtime_env={"working_dir": empty, "env_vars": {"PYTHONPATH": _import_root()}},
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _import_root() -> str:
+    """Where our packages lie: a checkout must be on the workers' path, site-packages is already."""
+    root = str(Path(__file__).resolve().parents[1])
+    before = os.environ.get("PYTHONPATH", "")
+    if Path(root).name in ("site-packages", "dist-packages"):
+        return before
+    return root + (os.pathsep + before if before else "")
+
+
+def _resources() -> dict[str, float]:
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def gpus() -> float:
+    """How many GPUs the cluster has."""
+    return _resources().get("GPU", 0.0)
+
+
+def cpus() -> float:
+    """How many CPUs the cluster has."""
+    return _resources().get("CPU", 0.0)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Actor:
+    """A process with one worker. Several of its calls run at once, in threads."""
+
+    def __init__(self, job: Job, vae: Vae) -> None:
+        self.worker: Worker = job.build(vae, threading.Event())
+
+    def ready(self) -> None:
+        """Returns once the replica is loaded."""
+
+    def pictures(self) -> int:
+        return self.worker.pictures
+
+    def run(self, task: Any) -> Done:
+        try:
+            return Done(task, self.worker.run(task), None)
+        except Exception as error:  # whatever it was, the driver decides what becomes of the task
+            return Done(task, None, error_line(error))
+
+
+@dataclass(slots=True, eq=False)
+class Remote:
+    """What the driver knows of an actor: the calls under way, and how far it has come."""
+
+    actor: Any
+    starting: Any
+    tasks: dict[Any, Any] = field(default_factory=dict)
+    asked: Any = None
+    pictures: int = 0
+
+
+class RayEngine:
+    """`workers` actors, each with two tasks under way."""
+
+    def __init__(self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int) -> None:
+        self.inputs = (ray.put(job), ray.put(vae))
+        self.resources = {"num_cpus": cpus, "num_gpus": gpus}
+        self.replicas = [self._start() for _ in range(workers)]
+        self.ended: list[Done] = []
+        self.lost_pictures = 0
+        self.failed_starts = 0
+
+    def _start(self) -> Remote:
+        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote(*self.inputs)  # type: ignore[attr-defined]
+        return Remote(actor, actor.ready.remote())
+
+    @property
+    def slots(self) -> int:
+        return IN_FLIGHT * sum(replica.starting is None for replica in self.replicas)
+
+    @property
+    def pictures(self) -> int:
+        return self.lost_pictures + sum(replica.pictures for replica in self.replicas)
+
+    @property
+    def waiting_for(self) -> str:
+        starting = sum(replica.starting is not None for replica in self.replicas)
+        if self.slots or not starting:
+            return ""
+        wanted = ", ".join(f"{count:g} {name[4:].upper()}" for name, count in self.resources.items() if count)
+        return f"{starting} worker{'s' if starting > 1 else ''} to start ({wanted} each)"
+
+    def submit(self, task: Any) -> None:
+        """Give the task to the replica with the fewest."""
+        running = [replica for replica in self.replicas if replica.starting is None]
+        replica = min(running, key=lambda replica: len(replica.tasks))
+        replica.tasks[replica.actor.run.remote(task)] = task
+
+    def wait(self, seconds: float) -> list[Done]:
+        """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
+        refs = [ref for replica in self.replicas for ref in (*replica.tasks, replica.starting) if ref is not None]
+        if not refs:
+            time.sleep(seconds)
+            return []
+        ready, _ = ray.wait(refs, num_returns=1, timeout=seconds)
+        if ready:  # whatever else is ready by now comes along
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for replica in list(self.replicas):
+            self._look_after(replica, ready)
+        done, self.ended = self.ended, []
+        return done
+
+    def _look_after(self, replica: Remote, ready: list[Any]) -> None:
+        """Take in what a replica has finished; replace it where it is lost."""
+        try:
+            if replica.starting in ready:
+                ray.get(replica.starting)
+                replica.starting = None
+                self.failed_starts = 0
+            for ref in [ref for ref in replica.tasks if ref in ready]:
+                self.ended.append(ray.get(ref))
+                del replica.tasks[ref]
+            if replica.starting is None:
+                self._ask(replica)
+        except RayError as error:
+            self._replace(replica, error)
+
+    def _ask(self, replica: Remote) -> None:
+        """Keep one question for the count of pictures under way."""
+        if replica.asked is not None:
+            answered, _ = ray.wait([replica.asked], timeout=0)
+            if not answered:
+                return
+            replica.pictures = ray.get(replica.asked)
+        replica.asked = replica.actor.pictures.remote()
+
+    def _replace(self, replica: Remote, error: RayError) -> None:
+        if replica.starting is not None:
+            self.failed_starts += 1
+            if self.failed_starts >= FAILED_STARTS:
+                raise JobError(f"workers cannot start: {_cause(error)}")
+        self.ended += [Done(task, None, f"its worker was lost ({_cause(error)})") for task in replica.tasks.values()]
+        self.lost_pictures += replica.pictures
+        ray.kill(replica.actor)
+        self.replicas[self.replicas.index(replica)] = self._start()
+
+    def close(self) -> None:
+        """End all actors at once: what they have not published is not there, what they have is whole."""
+        for replica in self.replicas:
+            ray.kill(replica.actor)
+
+
+def _cause(error: RayError) -> str:
+    """Ray's account of a loss, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

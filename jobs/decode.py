@@ -1,0 +1,142 @@
+"""`latentmill decode`: previews from a cache, beside the originals where these can be read."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.drive import Failure, Signals, drive
+from jobs.entry import print_json, run_as_script
+from jobs.options import DecodeOptions, parse, storage_options
+from jobs.place import place
+from jobs.progress import Meter, say
+from pipeline import commit, identity, plan, stats, storage
+from pipeline.cache import Cache
+from pipeline.encode import Vae, load_vae
+from pipeline.errors import CacheError, SourceError, Stopped, UsageError, VaeError
+from pipeline.records import Unit
+from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
+from pipeline.storage import Folder
+
+REPORT = "report.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; the exit code."""
+    options, _ = parse(DecodeOptions, "decode", argv)
+    if options.limit < 0:
+        raise UsageError("--limit must not be negative")
+    cache = Cache.open(options.cache, storage_options(options.storage_option))
+    vae = matching_vae(options.vae or cache.content["vae"]["reference"], cache)
+    tasks = choose(files(cache, units(options, cache)), options.limit)
+    if not tasks:
+        raise CacheError(f"the cache {options.cache} has no rows yet")
+    return render(options, cache, vae, tasks)
+
+
+def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask]) -> int:
+    """Draw the sheets on the replicas, then write the report and say what was drawn."""
+    out, signals = Folder(storage.absolute(options.to), cache.folder.options), Signals()
+    done: list[RenderReport] = []
+    meter = Meter("decoded", sum(len(task.rows) for task in tasks))
+
+    def on_done(sheet: RenderReport) -> None:
+        done.append(sheet)
+        meter.task_done(len(sheet.pictures), len(sheet.pictures), 0)
+
+    with place(options) as where:
+        job = RenderJob(
+            cache=cache.folder,
+            out=out,
+            source_options=cache.folder.options,
+            transform=identity.transform_of(cache.content["identity"]["preprocessing"]),
+            compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
+            with_source=True,
+        )
+        engine = where.start(job, vae, len(tasks), signals.stop)
+        try:
+            with signals.caught(), meter.shown():
+                failures = drive(
+                    tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for)
+                )
+        except Stopped:
+            say("stopped; the same command draws all of it again")
+            return signals.exit_code
+    report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), failures)
+    out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    tell(options, out, report)
+    return 1 if failures else 0
+
+
+def matching_vae(ref: str, cache: Cache) -> Vae:
+    """The VAE that `ref` names. Raises VaeError where its weights are not those that made the cache."""
+    vae = load_vae(ref)
+    if vae.sha256 != cache.content["identity"]["weights"]:
+        raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
+    return vae
+
+
+def units(options: DecodeOptions, cache: Cache) -> dict[str, Unit]:
+    """The cache's units by name, their inputs where `--source` says they are now."""
+    planned = plan.read(cache.folder)
+    if options.source:
+        shards = storage.list_shards(options.source, cache.folder.options, but=cache.folder.url)
+        roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
+        urls = roots | {shard.path: shard.url for shard in shards}
+        planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]
+        if not any(unit.path in urls for unit in planned):
+            raise SourceError(f"none of the cache's inputs is at {' '.join(options.source)}")
+    return {unit.name: unit for unit in planned}
+
+
+def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
+    """The files with rows: name, rows, unit."""
+    found = []
+    for part in stats.parts(cache.folder, cache.content["identity_sha256"]):
+        if part.unit not in units:
+            raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
+        if part.file.startswith(commit.DATA + "/"):
+            found.append((part.file, part.rows, units[part.unit]))
+    return found
+
+
+def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Sequence[Failure]) -> dict[str, Any]:
+    """The content of report.json."""
+    pictures: list[Rendered] = [picture for sheet in sheets for picture in sheet.pictures]
+    measured = [picture.psnr for picture in pictures if picture.psnr is not None]
+    return {
+        "cache": options.cache,
+        "pictures": [dataclasses.asdict(picture) for picture in pictures],
+        "sheets": [sheet.sheet for sheet in sheets],
+        "psnr": spread(measured),
+        "notes": sorted({note for sheet in sheets for note in sheet.notes}),
+        "failed": [dataclasses.asdict(failure) for failure in failures],
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, least and greatest; None of nothing."""
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
+
+
+def tell(options: DecodeOptions, out: Folder, report: dict[str, Any]) -> None:
+    """The summary: where the sheets are, and how faithful the pictures."""
+    if options.json:
+        print_json(report)
+        return
+    print(f"decoded {len(report['pictures'])} pictures")
+    for name in report["sheets"][:10]:
+        print(f"  sheet      {out.at(name)}")
+    if len(report["sheets"]) > 10:
+        print(f"             and {len(report['sheets']) - 10} more")
+    if report["psnr"]:
+        print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
+    print(f"  report     {out.at(REPORT)}", flush=True)
+    for note in report["notes"]:
+        say(f"note: {note}")
+    for failure in report["failed"]:
+        say(f"failed: {failure['name']}: {failure['error']}")
+
+
+if __name__ == "__main__":
+    run_as_script(main)

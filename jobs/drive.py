@@ -1,0 +1,160 @@
+"""The driver's loop, the same with Ray and without: which task runs next, what is tried again, when to give up."""
+
+import random
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+from pipeline.encode import Vae
+from pipeline.errors import LatentmillError, Stopped
+
+TRIES = 3
+IN_FLIGHT = 2  # tasks a replica: while one encodes, the other reads, opens and writes
+
+
+class Task(Protocol):
+    """A unit, or a sheet: something with a name that a worker can do again without harm."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Worker(Protocol):
+    """A replica with all that it needs. `run` may be called from several threads."""
+
+    def run(self, task: Any) -> Any: ...
+
+    @property
+    def pictures(self) -> int:
+        """Pictures that went through the model so far: for the progress bar."""
+        ...
+
+
+class Job(Protocol):
+    """A light description that travels to a worker's process and becomes the worker there."""
+
+    def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A task that came to its end. error: why it failed, in one line; None where it did not."""
+
+    task: Any
+    report: Any
+    error: str | None
+
+
+class Engine(Protocol):
+    """Where tasks run. `slots` tasks may be under way at once, now."""
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def pictures(self) -> int: ...
+
+    @property
+    def waiting_for(self) -> str:
+        """What the engine waits for before it can run anything, in a few words; empty where it can."""
+        ...
+
+    def submit(self, task: Any) -> None: ...
+
+    def wait(self, seconds: float) -> list[Done]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A task that was given up, and its last error."""
+
+    name: str
+    error: str
+
+
+class Signals:
+    """Whether a signal has asked us to stop, and which."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.stop = threading.Event()
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it."""
+        return 128 + self.number
+
+    def check(self) -> None:
+        """Raise Stopped once a signal has come."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number == signal.SIGINT == number:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.number = number
+        self.stop.set()
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM inside this block. To be entered after `ray.init`, which sets handlers itself."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def drive(
+    tasks: Sequence[Task],
+    engine: Engine,
+    signals: Signals,
+    on_done: Callable[[Any], None],
+    on_tick: Callable[[], None],
+) -> list[Failure]:
+    """Run all tasks, in shuffled order so that two drivers seldom meet; a failed one goes to the end of the queue.
+
+    on_done gets the report of each task that succeeded; on_tick is called about once a second.
+    Returns the tasks that failed three times. Raises Stopped when a signal asked for it.
+    """
+    queue = deque(random.sample(list(tasks), len(tasks)))
+    tries: Counter[str] = Counter()
+    failures: list[Failure] = []
+    under_way = 0
+    while queue or under_way:
+        signals.check()
+        while queue and under_way < engine.slots:
+            engine.submit(queue.popleft())
+            under_way += 1
+        for done in engine.wait(1.0):
+            under_way -= 1
+            if done.error is None:
+                on_done(done.report)
+                continue
+            tries[done.task.name] += 1
+            if tries[done.task.name] < TRIES:
+                queue.append(done.task)
+            else:
+                failures.append(Failure(done.task.name, done.error))
+        on_tick()
+    return failures
+
+
+def error_line(error: BaseException) -> str:
+    """Why a task failed, in one line; what is not an error of ours names the line of code."""
+    if isinstance(error, Stopped):
+        return "it was stopped"
+    if isinstance(error, LatentmillError):
+        return str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({where[0].filename}:{where[0].lineno})" if where else ""
+    return f"{type(error).__name__}: {error}".splitlines()[0] + place

@@ -1,0 +1,303 @@
+"""`latentmill encode`: pictures in, a cache of latents out. The same command again does only what is missing."""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.drive import Failure, Signals, drive
+from jobs.entry import print_json, run_as_script
+from jobs.options import EncodeOptions, as_record, parse, storage_options
+from jobs.place import Place, place
+from jobs.progress import Meter, say
+from pipeline import commit, identity, plan, report, stats, storage, write_parquet
+from pipeline.encode import Vae, load_vae
+from pipeline.errors import JobError, SourceError, Stopped, UsageError
+from pipeline.flow import EncodeJob
+from pipeline.identity import Identity
+from pipeline.records import Seconds, Shard, Unit, UnitReport
+from pipeline.runs import Run, versions
+from pipeline.storage import Folder
+from pipeline.transform import Transform
+from vae.scaling import scaling_of
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What the run has done so far."""
+
+    seconds: Seconds = field(default_factory=Seconds)
+    counts: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+    wall: float = 0.0
+
+    def add(self, done: UnitReport) -> None:
+        self.seconds = self.seconds + done.seconds
+        self.rejects.update(done.rejects)
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "bytes")
+        self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
+
+    @property
+    def bounded_by(self) -> str:
+        """The stage in which most of the threads' time went."""
+        spent = dataclasses.asdict(self.seconds)
+        return max(spent, key=lambda stage: spent[stage]) if any(spent.values()) else "nothing"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; the exit code."""
+    options, given = parse(EncodeOptions, "encode", argv)
+    cache = Folder(storage.absolute(options.to), storage_options(options.storage_option))
+    standing = identity.read(cache)
+    if standing is not None:
+        options = adopt(options, given, standing["identity"])
+    vae = load_vae(options.vae)
+    check(options, vae)
+    shards = storage.list_shards(options.source, cache.options, but=cache.url)
+    if not plan.units_of(shards):
+        raise SourceError(f"there are no tar shards and no pictures in {' '.join(options.source)}")
+    with place(options) as where:
+        content = identity.settle(cache, describe(options, vae, where, standing))
+        return encode(options, cache, content, vae, shards, where)
+
+
+def encode(
+    options: EncodeOptions, cache: Folder, content: Mapping[str, Any], vae: Vae, shards: list[Shard], where: Place
+) -> int:
+    """Do what is missing in a cache, and say what became of it."""
+    units, noticed = plan.extend(cache, shards)
+    finished = commit.finished(cache)
+    pending = [unit for unit in units if unit.name not in finished]
+    for line in noticed:
+        say(f"note: {line}")
+    run, signals, totals = Run(cache, "encode", as_record(options)), Signals(), Totals()
+    run.write(units=len(units), pending=len(pending))
+    failures: list[Failure] = []
+    try:
+        if pending:
+            failures = encode_units(options, cache, content, vae, pending, where, run, signals, totals)
+    except Stopped:
+        run.end("stopped", signals.exit_code, **facts(totals))
+        say(f"stopped; the cache is whole, the same command goes on: latentmill encode ... --to {cache.url}")
+        return signals.exit_code
+    except BaseException:
+        run.end("failed", 1, **facts(totals))
+        raise
+    if not failures:
+        check_commits(cache, units)
+    written = finish(cache, content, vae)
+    code = exit_code(failures, written, options.max_reject_rate)
+    run.end("failed" if failures else "done", code, **facts(totals))
+    tell(options, cache, totals, written, failures, units=len(units), already=len(units) - len(pending))
+    return code
+
+
+def encode_units(
+    options: EncodeOptions,
+    cache: Folder,
+    content: Mapping[str, Any],
+    vae: Vae,
+    pending: list[Unit],
+    where: Place,
+    run: Run,
+    signals: Signals,
+    totals: Totals,
+) -> list[Failure]:
+    """Run the pending units on the replicas. Returns those that failed for good."""
+    compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size)
+    note_differences(content["compute"], dataclasses.asdict(compute))
+    job = EncodeJob(
+        cache=cache,
+        source_options=cache.options,
+        identity=content["identity_sha256"],
+        transform=identity.transform_of(content["identity"]["preprocessing"]),
+        dtype=content["identity"]["dtype"],
+        rows_per_part=content["identity"]["rows_per_part"],
+        compute=compute,
+        open_threads=options.cpus_per_worker,
+        run=run.name,
+        versions=versions(),
+    )
+    engine = where.start(job, vae, len(pending), signals.stop)
+    sizes = {unit.name: unit.bytes for unit in pending}
+    meter = Meter("encoded", sum(sizes.values()))
+    started = alive = time.perf_counter()
+
+    def on_done(done: UnitReport) -> None:
+        totals.add(done)
+        meter.task_done(sizes[done.unit], done.rows, sum(done.rejects.values()))
+
+    def on_tick() -> None:
+        nonlocal alive
+        meter.tick(engine.pictures, engine.waiting_for)
+        if time.perf_counter() - alive > 30:
+            alive = time.perf_counter()
+            run.write(**facts(totals))
+
+    with signals.caught(), meter.shown():
+        try:
+            return drive(pending, engine, signals, on_done, on_tick)
+        finally:
+            totals.wall = time.perf_counter() - started
+
+
+def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
+    """Raise JobError where a unit that is done is not in the cache: the workers do not see the same storage as we."""
+    missing = {unit.name for unit in units} - commit.finished(cache)
+    if missing:
+        raise JobError(
+            f"{len(missing)} units were done, but are not in {cache.url}: the workers run on machines that see another "
+            f"disk there; use a shared disk, or an object store"
+        )
+
+
+def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
+    """The options, those that the user left open taken from the identity of the cache that is there."""
+    settings = standing["preprocessing"]
+    kept = {
+        "resolution": settings["resolution"],
+        "min_size": settings["min_size"],
+        "interpolation": settings["interpolation"],
+        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
+    }
+    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
+    return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
+
+
+def check(options: EncodeOptions, vae: Vae) -> None:
+    """Raise UsageError for values that cannot work."""
+    if options.resolution < 1 or options.resolution % vae.config.downscale:
+        near = max(1, round(options.resolution / vae.config.downscale)) * vae.config.downscale
+        raise UsageError(
+            f"--resolution {options.resolution} is not a multiple of the VAE's factor {vae.config.downscale}; "
+            f"the nearest is {near}"
+        )
+    if options.to.startswith("memory://") and options.workers != "0":
+        raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
+    for name in ("slice_size", "batch_size", "rows_per_part", "min_size"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+
+
+def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if where.device != "cuda" else "bf16"
+    transform = Transform(resolution=options.resolution, min_size=options.min_size, interpolation=options.interpolation)
+    wanted = Identity(
+        weights=vae.sha256,
+        config=identity.raw_config(vae.config),
+        preprocessing=identity.preprocessing(transform),
+        store=options.store,
+        dtype=options.dtype,
+        precision=precision,
+        tile_above=None,
+        rows_per_part=options.rows_per_part
+        or identity.default_rows_per_part(vae.config, options.resolution, options.dtype),
+        seed=options.seed,
+        container="parquet",
+        columns=None,
+    )
+    if standing is not None:
+        return {**standing, "identity": wanted.to_dict()}
+    config = vae.config.to_dict()
+    constants = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    compute = where.compute(precision, options.slice_size, options.batch_size)
+    return {
+        "format": identity.FORMAT,
+        "identity": wanted.to_dict(),
+        "identity_sha256": wanted.sha256,
+        "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
+        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
+        "schema": write_parquet.schema_as_json(),
+    }
+
+
+def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Say where this run computes otherwise than the one that made the cache."""
+    for name, value in standing.items():
+        if ours[name] != value:
+            say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+
+
+def finish(cache: Folder, content: Mapping[str, Any], vae: Vae) -> dict[str, Any]:
+    """Statistics and card, from all that stands in the cache."""
+    written = stats.write(cache, content["identity_sha256"])
+    scaling = scaling_of(vae.config)
+    report.write_card(
+        cache,
+        content,
+        written,
+        parts=len(cache.names(commit.DATA)),
+        downscale=vae.config.downscale,
+        scaling=(scaling.shift, scaling.scale),
+        version=versions()["latentmill"],
+    )
+    return written
+
+
+def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
+    """0 done, 1 work left undone, 3 more rejected than `--max-reject-rate`."""
+    if failures:
+        return 1
+    rejected = sum(written["rejected"].values())
+    samples = written["count"] + written["filtered"] + rejected
+    return 3 if samples and rejected / samples > max_reject_rate else 0
+
+
+def facts(totals: Totals) -> dict[str, Any]:
+    """What a run's record keeps of its work."""
+    rate = totals.counts["rows"] / totals.wall if totals.wall else None
+    return {
+        "counts": dict(totals.counts),
+        "rejects": dict(totals.rejects),
+        "seconds": dataclasses.asdict(totals.seconds),
+        "images_per_second": rate,
+    }
+
+
+def tell(
+    options: EncodeOptions,
+    cache: Folder,
+    totals: Totals,
+    written: Mapping[str, Any],
+    failures: Sequence[Failure],
+    units: int,
+    already: int,
+) -> None:
+    """The summary: what was done, what the cache holds now, and what is left undone."""
+    counts, rate = totals.counts, totals.counts["rows"] / totals.wall if totals.wall else 0.0
+    if options.json:
+        print_json(
+            {
+                "cache": cache.url,
+                "run": {**facts(totals), "wall_seconds": totals.wall, "bounded_by": totals.bounded_by},
+                "units": units,
+                "failed": [dataclasses.asdict(failure) for failure in failures],
+                "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
+            }
+        )
+        return
+    before = f" ({already} of {units} units were done before)" if already else ""
+    lines = [f"encoded {counts['rows']:,} pictures in {totals.wall:.1f} s, {rate:.1f} a second{before}"]
+    lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
+    lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
+    lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    if counts["rows"]:
+        spent = dataclasses.asdict(totals.seconds)
+        shares = ", ".join(f"{stage} {seconds / sum(spent.values()):.0%}" for stage, seconds in spent.items())
+        lines.append(f"  bounded by {totals.bounded_by} ({shares})")
+    lines.append(f"  digest     {written['digest']}")
+    print("\n".join(lines), flush=True)
+    for failure in failures:
+        say(f"failed: unit {failure.name}: {failure.error}")
+    if failures:
+        say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")
+
+
+if __name__ == "__main__":
+    run_as_script(main)

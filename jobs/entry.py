@@ -1,0 +1,34 @@
+"""The edge between a job and the shell: errors become one line and an exit code."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pipeline.errors import LatentmillError
+
+
+def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a job; the exit code. Errors of ours become one line on standard error, anything else is a bug of ours."""
+    try:
+        return main(argv)
+    except LatentmillError as error:
+        print(f"latentmill: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("latentmill: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run_as_script(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """`python -m jobs.VERB`, for `ray job submit`."""
+    sys.exit(guarded(main, sys.argv[1:]))
+
+
+def print_json(value: Any) -> None:
+    """The one JSON object of `--json`."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), flush=True)

@@ -1,0 +1,251 @@
+"""The options of each job: one frozen dataclass a job, from which flags, YAML, `--help` and the run record are made."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from pipeline import __version__
+from pipeline.errors import UsageError
+from pipeline.transform import Interpolation
+
+
+def option(default: Any, help: str, metavar: str | None = None, positional: bool = False) -> Any:
+    """A field with what `--help` says of it. MISSING as default: the option must be given."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})
+
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every job that runs a model takes."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = option("auto", "what replicas run on; auto: GPUs if there are any")
+    workers: str = option(
+        "auto", "replicas; auto: one a GPU, or one a CPU; 0: in this process, without Ray", "N|auto|0"
+    )
+    gpus_per_worker: float = option(1.0, "GPUs that Ray sets aside for a replica, where replicas run on GPUs", "N")
+    cpus_per_worker: int = option(1, "CPUs of a replica: threads that open pictures, and threads of a CPU model", "N")
+    address: str = option("", "the Ray cluster to use; unset: RAY_ADDRESS, else a local Ray", "HOST:PORT")
+    storage_option: tuple[str, ...] = option(
+        (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
+    )
+    json: bool = option(False, "print one JSON object on standard output, and nothing else")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(Common):
+    """Encode pictures into a cache of latents. The same command again does only what is missing."""
+
+    source: tuple[str, ...] = option(
+        REQUIRED, "tar shards, or folders of pictures: files, directories, globs, brace ranges", "SOURCE", True
+    )
+    to: str = option(REQUIRED, "where the cache is, or is to be", "CACHE")
+    vae: str = option(REQUIRED, "a directory as diffusers saves it (or one with a vae/ in it), or 'demo'", "REF")
+    resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
+    min_size: int = option(0, "leave out pictures whose shorter side has fewer pixels", "PX")
+    interpolation: Interpolation = option("bicubic", "how pictures are resized; always antialiased")
+    store: Literal["mode"] = option("mode", "what is stored of the posterior")
+    dtype: Literal["float16", "float32"] = option("float16", "what latents are stored as")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "what is computed in; auto: fp32 on CPUs, bf16 on GPUs"
+    )
+    batch_size: int = option(0, "pictures handed to the device at once; 0: one slice", "N")
+    slice_size: int = option(0, "pictures the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
+    rows_per_part: int = option(0, "pictures in an output file; 0: up to 4096 and about 256 MiB", "N")
+    max_reject_rate: float = option(0.05, "end with exit code 3 where a larger share of the samples is rejected", "R")
+    seed: int = option(0, "of every random draw", "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Common):
+    """Render previews from a cache: pictures and contact sheets, beside the originals where these can be read."""
+
+    cache: str = option(REQUIRED, "the cache", "CACHE", True)
+    to: str = option(REQUIRED, "where the previews go", "OUT")
+    limit: int = option(48, "how many pictures, spread evenly over the cache; 0: all", "N")
+    vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
+    source: tuple[str, ...] = option((), "where the originals are now; unset: where they were", "SOURCE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsOptions:
+    """Print the statistics of a cache, beside the constants of its VAE."""
+
+    cache: str = option(REQUIRED, "the cache", "CACHE", True)
+    storage_option: tuple[str, ...] = option(
+        (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
+    )
+    json: bool = option(False, "print one JSON object on standard output, and nothing else")
+
+
+Options = TypeVar("Options", bound=Common | StatsOptions)
+
+
+def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options, set[str]]:
+    """The options of a job from its arguments and `--config`, and the names of those that the user gave.
+
+    A flag beats the file. Raises UsageError; SystemExit(0) after `--help`.
+    """
+    parser = make_parser(kind, verb)
+    arguments = vars(parser.parse_args(argv))
+    config = arguments.pop("config", None)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    values = {**(read_config(kind, config) if config else {}), **given}
+    for item in dataclasses.fields(kind):
+        if item.default is REQUIRED and item.name not in values:
+            raise UsageError(f"{flag(item)} is missing; see latentmill {verb} --help")
+    return kind(**values), set(values)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an error of ours."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        words = message.split(": ", 1)[-1].split()
+        if message.startswith("unrecognized arguments"):
+            known = [text for action in self._actions for text in action.option_strings]
+            raise UsageError(f"unknown option {words[0]}{nearest(words[0].split('=')[0], known)}")
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def make_parser(kind: type[Any], verb: str) -> Parser:
+    """A parser whose flags are the fields of a dataclass; what is not given is not in its result."""
+    parser = Parser(
+        prog=f"latentmill {verb}",
+        description=kind.__doc__,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=112),
+    )
+    for item in sorted(dataclasses.fields(kind), key=lambda item: item.default is not REQUIRED):
+        arguments: dict[str, Any] = {"help": help_of(item), "metavar": item.metadata["metavar"]}
+        hint = typing.get_type_hints(kind)[item.name]
+        if hint is bool:
+            arguments = {"help": help_of(item), "action": "store_true"}
+        elif item.metadata["positional"]:
+            arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
+        elif hint == tuple[str, ...]:
+            arguments["action"] = "append"
+        if typing.get_origin(hint) is Literal:
+            arguments["metavar"] = "|".join(typing.get_args(hint))
+        if hint is not bool:
+            arguments["type"] = converter(item.name, hint)
+        parser.add_argument(item.name if item.metadata["positional"] else flag(item), **arguments)
+    parser.add_argument("--config", metavar="YAML", help="a file with any of these options; a flag beats it")
+    return parser
+
+
+def flag(item: "dataclasses.Field[Any]") -> str:
+    """How a field is called on the command line."""
+    if item.metadata["positional"]:
+        return str(item.metadata["metavar"])
+    return "--" + item.name.replace("_", "-")
+
+
+def help_of(item: "dataclasses.Field[Any]") -> str:
+    text = str(item.metadata["help"]).replace("%", "%%")
+    shown = item.default not in (REQUIRED, "", (), False, 0)
+    return f"{text} (default: {item.default})" if shown else text
+
+
+def converter(name: str, hint: Any) -> Any:
+    """A function from the text of a flag to a field's value, whose ValueError argparse turns into its message."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+
+        def choose(text: str) -> str:
+            if text not in choices:
+                near = nearest(text, choices)
+                raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(choices)}{near}")
+            return text
+
+        return choose
+    plain = str if hint == tuple[str, ...] else hint
+
+    def convert(text: str) -> Any:
+        try:
+            return plain(text)
+        except ValueError:
+            kind = "a whole number" if plain is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
+
+    return convert
+
+
+def read_config(kind: type[Any], path: str) -> dict[str, Any]:
+    """The options in a YAML file. Raises UsageError for an unknown key, with the nearest known one."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else "it is not YAML"
+        raise UsageError(f"cannot read --config {path}: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"--config {path} must hold `option: value` lines")
+    hints = typing.get_type_hints(kind)
+    known = [item.name for item in dataclasses.fields(kind)]
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config {path} has the unknown key '{key}'{nearest(name, known)}")
+        values[name] = config_value(name, hints[name], value, path)
+    return values
+
+
+def config_value(name: str, hint: Any, value: Any, path: str) -> Any:
+    """A value of a YAML file as a field's."""
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} in --config {path} must be true or false, not {value!r}")
+        return value
+    if hint == tuple[str, ...]:
+        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+    try:
+        return converter(name, hint)(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{name} in --config {path}: {error}") from None
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for a word that is not known."""
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def storage_options(given: Sequence[str]) -> dict[str, str]:
+    """`KEY=VALUE` pairs as a dict, `env:NAME` taken from the environment."""
+    options: dict[str, str] = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--storage-option must be KEY=VALUE, not '{pair}'")
+        if value.startswith("env:"):
+            name = value.removeprefix("env:")
+            if name not in os.environ:
+                raise UsageError(f"--storage-option {key}: there is no environment variable {name}")
+            value = os.environ[name]
+        options[key] = value
+    return options
+
+
+def as_record(options: Any) -> dict[str, Any]:
+    """Options as a run's record keeps them: values of storage options only where they name an environment variable."""
+    fields = dataclasses.asdict(options)
+    fields["storage_option"] = [
+        pair if pair.partition("=")[2].startswith("env:") else pair.partition("=")[0] + "=(not kept)"
+        for pair in fields.get("storage_option", ())
+    ]
+    return fields
+
+
+VERSION = f"latentmill {__version__}"

@@ -1,0 +1,66 @@
+"""`latentmill stats`: the statistics of a cache, beside the constants of the VAE that made it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.entry import print_json, run_as_script
+from jobs.options import StatsOptions, parse, storage_options
+from pipeline import stats
+from pipeline.cache import Cache
+from pipeline.errors import CacheError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; the exit code."""
+    options, _ = parse(StatsOptions, "stats", argv)
+    cache = Cache.open(options.cache, storage_options(options.storage_option))
+    content = stats.read(cache.folder)
+    if content is None:
+        raise CacheError(f"{options.cache} has no {stats.NAME} yet: run the encode job to its end first")
+    vae = cache.content["vae"]
+    if options.json:
+        print_json({**content, "vae": {name: value for name, value in vae.items() if name != "config"}})
+    else:
+        print("\n".join(table(content, vae)), flush=True)
+    return 0
+
+
+def table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """The lines of the table. content: stats.json; vae: what cache.json says of the model."""
+    lines = [f"{content['count']:,} latents, raw, made by {vae['reference']}"]
+    if content["count"]:
+        lines += ["", *channels(content, vae), "", *constants(content["suggested"], vae)]
+        lines += ["", "bucket       latents"]
+        lines += [f"{name:<12} {bucket['count']:,}" for name, bucket in content["buckets"].items()]
+    rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
+    lines += ["", f"rejected     {rejected}"]
+    lines += [f"filtered     {content['filtered']:,}", f"enlarged     {content['enlarged']:,}"]
+    lines += [f"digest       {content['digest']}"]
+    return lines
+
+
+def channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """A line a channel: measured here, and what the model's configuration says."""
+    means, stds = vae["latents_mean"], vae["latents_std"]
+    head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
+    lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]
+    for channel in range(len(content["mean"])):
+        measured = (content[name][channel] for name in ("mean", "std", "min", "max"))
+        line = f"{channel:>7} " + " ".join(f"{value:>10.4f}" for value in measured)
+        if means and stds:
+            line += f"   {means[channel]:>10.4f} {stds[channel]:>10.4f}"
+        lines.append(line)
+    return lines
+
+
+def constants(suggested: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """Scaling and shift over all channels: what these latents would need, and what the model says."""
+    lines = [f"{'':<16} {'suggested':>10} {'model':>10}"]
+    for name in ("scaling_factor", "shift_factor"):
+        ours, theirs = (f"{v:.5f}" if v is not None else "-" for v in (suggested[name], vae[name]))
+        lines.append(f"{name:<16} {ours:>10} {theirs:>10}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_as_script(main)

@@ -1,0 +1,6 @@
+"""The data's way: storage -> shards -> samples -> pixels -> latents -> part files -> statistics; and back.
+
+Read `flow` first. Knows vae, nothing of Ray.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,67 @@
+"""Reading a cache: its latents as tensors, raw or as a diffusion model sees them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline import commit, identity, stats
+from pipeline.errors import CacheError, IdentityError
+from pipeline.storage import Folder, absolute
+from vae import AutoencoderKLConfig
+from vae.scaling import Scaling, scaling_of
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def to_tensor(row: Mapping[str, Any]) -> Tensor:
+    """The raw latent of a row of a cache (a dict with `latent`, `shape`, `dtype`): [C, h, w]."""
+    return torch.frombuffer(bytearray(row["latent"]), dtype=_DTYPES[row["dtype"]]).reshape(row["shape"])
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache that has been opened. `content` is its cache.json."""
+
+    folder: Folder
+    content: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, url: str, options: Mapping[str, str] | None = None, digest: str | None = None) -> "Cache":
+        """Open a cache. digest: what its stats.json must say; pin it in a training configuration.
+
+        Raises CacheError where there is no cache, IdentityError where it has another digest.
+        """
+        folder = Folder(absolute(url), options or {})
+        content = identity.read(folder)
+        if content is None:
+            raise CacheError(f"there is no latentmill cache at {url}: it has no {identity.NAME}")
+        if digest is not None:
+            standing = (stats.read(folder) or {}).get("digest")
+            if standing != digest:
+                raise IdentityError(f"the cache {url} has the digest {standing}, not {digest}")
+        return cls(folder, content)
+
+    @property
+    def config(self) -> AutoencoderKLConfig:
+        """The configuration of the VAE that made the latents."""
+        return AutoencoderKLConfig.from_dict(self.content["vae"]["config"])
+
+    @property
+    def scaling(self) -> Scaling:
+        """The rule between the raw latents stored here and model latents."""
+        return scaling_of(self.config)
+
+    def files(self) -> list[str]:
+        """The names of the files with rows, sorted: the cache is their concatenation."""
+        return [f"{commit.DATA}/{name}" for name in self.folder.names(commit.DATA)]
+
+    def rows(self, file: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of one file as dicts, in order; a row group is held at a time."""
+        with self.folder.open(file) as stream:
+            parquet = pq.ParquetFile(stream)
+            for group in range(parquet.num_row_groups):
+                yield from parquet.read_row_group(group, columns=list(columns) if columns else None).to_pylist()

@@ -1,0 +1,78 @@
+"""The write step: a part's file, published once, and what is written of a unit when all its parts stand.
+
+Whatever a create answers, what stands under the name is the truth, and its record, read from it, is the one that
+counts. Nothing here removes or overwrites anything.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from pipeline import write_parquet
+from pipeline.errors import CacheError, StorageError
+from pipeline.records import Record, Row, Standing, Unit, canonical_json
+from pipeline.storage import Folder
+
+DATA, EMPTY, COMMITS, REJECTS = "data", "_empty", "_commits", "_rejects"
+
+
+def publish(cache: Folder, record: Record, rows: Sequence[Row]) -> Standing:
+    """Write a part's file, unless somebody was first: then theirs is the one that counts."""
+    if rows:
+        name, data = f"{DATA}/{record.stem}{write_parquet.SUFFIX}", write_parquet.parquet_part(rows, record)
+    else:
+        name, data = f"{EMPTY}/{record.stem}.json", record.to_json()
+    if cache.create(name, data):
+        return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
+    standing = inspect(cache, name, record.identity)
+    if standing is None:
+        raise StorageError(f"{cache.at(name)} was there when it was to be written, and has gone since")
+    return standing
+
+
+def find(cache: Folder, unit: Unit, number: int, identity: str) -> Standing | None:
+    """The part of this number as it stands in the cache; None where it is still to be made."""
+    stem = f"{unit.name}-{number:05d}"
+    for name in (f"{DATA}/{stem}{write_parquet.SUFFIX}", f"{EMPTY}/{stem}.json"):
+        standing = inspect(cache, name, identity)
+        if standing is not None:
+            return standing
+    return None
+
+
+def inspect(cache: Folder, name: str, identity: str) -> Standing | None:
+    """A part as it stands under a name; None where nothing does. Raises CacheError for a part of another cache."""
+    data = cache.read_if_there(name)
+    if data is None:
+        return None
+    record = _parse(data, cache.at(name))
+    if record.identity != identity:
+        raise CacheError(f"{cache.at(name)} belongs to a cache with another identity; move it away")
+    return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _parse(data: bytes, name: str) -> Record:
+    if not name.endswith(".json"):
+        return write_parquet.read_record(data, name)
+    try:
+        return Record.from_json(data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{name} cannot be read as the record of a part") from error
+
+
+def finish(cache: Folder, unit: Unit, standing: Sequence[Standing], facts: Mapping[str, object]) -> None:
+    """Write what the unit's parts say together: its rejects by name, then that it is done.
+
+    facts: what does not follow from the parts (seconds, compute, versions, run).
+    """
+    rejects = [{"shard": unit.path, **asdict(reject)} for part in standing for reject in part.record.rejects]
+    if rejects:
+        lines = b"".join(canonical_json(reject) + b"\n" for reject in rejects)
+        cache.create(f"{REJECTS}/{unit.name}.jsonl", lines)
+    content = {"unit": unit.name, "parts": [part.to_dict() for part in standing], **facts}
+    cache.create(f"{COMMITS}/{unit.name}.json", canonical_json(content))
+
+
+def finished(cache: Folder) -> set[str]:
+    """The names of the units that are done."""
+    return {name.removesuffix(".json") for name in cache.names(COMMITS)}

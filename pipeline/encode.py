@@ -1,0 +1,125 @@
+"""Pixels to latents: a replica of the model on a device, and the slices it runs on.
+
+A slice always has the one static shape of its bucket; the last one is padded. So a latent depends neither on its
+neighbours nor on its place (bit for bit on a CPU), and a compiled or benchmarked kernel is chosen once a bucket.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import Rejected, VaeError
+from pipeline.records import Picture
+from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
+from vae.load import weights_sha256
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """How a replica runs. threads: intra-op threads on a CPU. batch_size: a multiple of slice_size."""
+
+    device: str
+    precision: str
+    slice_size: int
+    batch_size: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vae:
+    """A trained model as it travels to actors: float32 weights in numpy, which Ray shares between processes.
+
+    sha256: what the weights are (`vae.load.weights_sha256`). ref: what the user called it, without credentials.
+    """
+
+    ref: str
+    config: AutoencoderKLConfig
+    weights: Mapping[str, np.ndarray]
+    sha256: str
+
+
+def load_vae(ref: str) -> Vae:
+    """Load and hash the model that `ref` names: a directory as diffusers saves it, or `demo`.
+
+    Raises VaeError where there is none.
+    """
+    try:
+        model = AutoencoderKL.from_pretrained(ref, torch_dtype=torch.float32)
+    except (LoadError, OSError) as error:
+        raise VaeError(str(error)) from error
+    tensors = model.state_dict()
+    return Vae(
+        ref=ref,
+        config=model.config,
+        weights={name: tensor.numpy() for name, tensor in tensors.items()},
+        sha256=weights_sha256(tensors),
+    )
+
+
+def build_model(vae: Vae, compute: Compute) -> AutoencoderKL:
+    """A replica's model on its device, in its precision."""
+    if compute.device == "cpu":
+        torch.set_num_threads(compute.threads)
+    with torch.device("meta"):
+        model = AutoencoderKL.from_config(vae.config)
+    model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
+    model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
+class Replica:
+    """One model on one device. Threads may share it: the model runs for one of them at a time."""
+
+    def __init__(self, vae: Vae, compute: Compute, dtype: str) -> None:
+        self.compute = compute
+        self.dtype = DTYPES[dtype]
+        self.lock = threading.Lock()
+        self.pictures = 0
+        self.model = build_model(vae, compute)
+        self._vae = vae
+        self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
+
+    def encode(self, batch: Sequence[Picture]) -> list[Tensor | Rejected]:
+        """Latents of a batch of one bucket, as they are stored: [C, H/f, W/f] each, raw, on the CPU.
+
+        A latent that is not finite is made again in float32; one that still is not is a Rejected instead.
+        """
+        with self.lock:
+            latents = self._run(self.model, [picture.pixels for picture in batch])
+            self.pictures += len(batch)
+            return [
+                latent if bool(latent.isfinite().all()) else self._again(picture)
+                for picture, latent in zip(batch, latents, strict=True)
+            ]
+
+    def _run(self, model: AutoencoderKL, pictures: Sequence[Tensor]) -> Tensor:
+        size = self.compute.slice_size
+        outputs = []
+        with torch.inference_mode():
+            for start in range(0, len(pictures), size):
+                some = pictures[start : start + size]
+                pixels = torch.stack([*some, *[some[-1]] * (size - len(some))]).to(model.device, non_blocking=True)
+                latents = model.encode(to_model(pixels, model.dtype)).latent_dist.mode()
+                outputs.append(latents[: len(some)].to(self.dtype))
+            return torch.cat(outputs).cpu()
+
+    def _again(self, picture: Picture) -> Tensor | Rejected:
+        if self.model.dtype != torch.float32:
+            self._exact = self._exact or build_model(self._vae, replace(self.compute, precision="fp32"))
+            latent = self._run(self._exact, [picture.pixels])[0]
+            if bool(latent.isfinite().all()):
+                return latent
+        return Rejected("encode", "not_finite")
+
+
+def to_model(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, 3, H, W] -> [-1, 1], 0 and 255 exactly -1 and 1; mapped in float32, then rounded to `dtype`."""
+    values = pixels.to(torch.float32).div_(127.5).sub_(1.0)
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)

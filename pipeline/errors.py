@@ -1,0 +1,86 @@
+"""Every error a user can meet, and one that never leaves the pipeline.
+
+LatentmillError            one line for the user: what happened, where, what to do
+|-- UsageError             the command cannot work as it was given; exit code 2
+|   |-- SourceError        no such source, an empty one, or one that changed
+|   |-- VaeError           no AutoencoderKL where one was asked for
+|   `-- IdentityError      the cache was made with other settings
+|-- CacheError             a folder that is not a cache, or a broken one; exit code 1
+|-- StorageError           a file that could not be listed, read or written; exit code 1
+|-- ShardError             a shard that cannot be read to its end; its unit fails
+`-- JobError               work was left undone; exit code 1
+Stopped                    a signal asked us to stop; exit code 130 or 143
+Rejected                   this one sample cannot be encoded; becomes a row of _rejects/
+"""
+
+from typing import Literal
+
+Stage = Literal["read", "open", "transform", "encode"]
+
+# Why a sample was rejected: a closed set, with the sentence that stands beside it. `{}` are numbers from the bytes.
+REASONS: dict[str, str] = {
+    "no_picture": "the sample has no picture",
+    "duplicate_key": "another picture of the shard has this key",
+    "bad_text": "the {} is not UTF-8 text",
+    "empty": "the picture has no bytes",
+    "too_many_bytes": "the picture has {} bytes, the limit is {}",
+    "too_many_pixels": "the picture is {} x {} pixels, the limit is {} in all and {} a side",
+    "not_a_picture": "the bytes are of no picture format that is read",
+    "corrupt": "the picture is damaged or cut off",
+    "unsupported_mode": "the picture's pixels are of a kind that has no rule",
+    "not_finite": "the latent is not finite, in float32 either",
+}
+
+
+class LatentmillError(Exception):
+    """The root. `str(error)` is one line that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(LatentmillError):
+    """The command cannot work as it was given."""
+
+    exit_code = 2
+
+
+class SourceError(UsageError):
+    """A source is missing, empty, ambiguous, or no longer what was planned."""
+
+
+class VaeError(UsageError):
+    """There is no AutoencoderKL where one was asked for."""
+
+
+class IdentityError(UsageError):
+    """The cache was made with other settings than this job's."""
+
+
+class CacheError(LatentmillError):
+    """A folder is not a latentmill cache, or its files contradict each other."""
+
+
+class StorageError(LatentmillError):
+    """The storage refused: no such file, no right, no room, no answer."""
+
+
+class ShardError(LatentmillError):
+    """A shard cannot be read to its end."""
+
+
+class JobError(LatentmillError):
+    """The job ended with work undone."""
+
+
+class Stopped(Exception):
+    """A signal asked the job to stop; nothing is half done."""
+
+
+class Rejected(Exception):
+    """One sample cannot be encoded, for a reason that lies in its bytes alone."""
+
+    def __init__(self, stage: Stage, reason: str, *numbers: object) -> None:
+        super().__init__(reason)
+        self.stage = stage
+        self.reason = reason
+        self.detail = REASONS[reason].format(*numbers)

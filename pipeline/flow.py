@@ -1,0 +1,293 @@
+"""The whole way of one unit: samples in, part files and their records out.
+
+    read -> open -> transform -> batches -> encode -> write
+
+A part file is its own commit: it is made in memory and published by one conditional create, so that a unit can be
+cut short anywhere and taken up by anybody; what stands is never made again.
+"""
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from pipeline import commit, pixels, storage, tally
+from pipeline.batches import batches
+from pipeline.encode import Compute, Replica, Vae
+from pipeline.errors import Rejected, ShardError, Stopped
+from pipeline.identity import FORMAT
+from pipeline.overlap import Peekable, in_order
+from pipeline.read_folder import read_folder
+from pipeline.read_tar import read_tar
+from pipeline.records import (
+    Filtered,
+    Picture,
+    Record,
+    Reject,
+    Row,
+    Sample,
+    Seconds,
+    Standing,
+    Unit,
+    UnitReport,
+)
+from pipeline.storage import Folder
+from pipeline.transform import Transform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeJob:
+    """What a worker must know, and little enough to be sent to it. `build` makes the tools on arrival.
+
+    identity: sha256 of the cache's identity. open_threads: threads that open pictures, shared by the units in flight.
+    run: name of this run. versions: of the libraries that decide bytes.
+    """
+
+    cache: Folder
+    source_options: Mapping[str, str]
+    identity: str
+    transform: Transform
+    dtype: str
+    rows_per_part: int
+    compute: Compute
+    open_threads: int
+    run: str
+    versions: Mapping[str, str]
+
+    def build(self, vae: Vae, stop: threading.Event) -> "Encoder":
+        """The worker, its replica loaded."""
+        pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
+        return Encoder(Tools(job=self, replica=Replica(vae, self.compute, self.dtype), pool=pool, stop=stop))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """What a unit needs on its way; the units in flight share them."""
+
+    job: EncodeJob
+    replica: Replica
+    pool: ThreadPoolExecutor
+    stop: threading.Event
+
+
+class Encoder:
+    """A worker that does units. Threads may call `run` together."""
+
+    def __init__(self, tools: Tools) -> None:
+        self.tools = tools
+
+    def run(self, unit: Unit) -> UnitReport:
+        return process(unit, self.tools)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures encoded so far."""
+        return self.tools.replica.pictures
+
+
+@dataclass(slots=True)
+class Filled:
+    """What became of the samples of one part."""
+
+    rows: list[Row] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    filtered: int = 0
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows) + len(self.rejects) + self.filtered
+
+
+class Clock:
+    """Seconds of one thread in each stage of a unit's way."""
+
+    def __init__(self) -> None:
+        self.spent: Counter[str] = Counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] += time.perf_counter() - start  # type: ignore[assignment]
+
+    @property
+    def seconds(self) -> Seconds:
+        return Seconds(**{name: round(spent, 3) for name, spent in self.spent.items()})
+
+
+def process(unit: Unit, tools: Tools) -> UnitReport:
+    """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
+    job, clock = tools.job, Clock()
+    samples = Peekable(watched(read(unit, job.source_options), tools.stop, clock))
+    standing: list[Standing] = []
+    adopted = 0
+    for number in itertools.count():
+        chunk = itertools.islice(samples, job.rows_per_part)
+        part = commit.find(job.cache, unit, number, job.identity)
+        if part is None:
+            filled = fill(chunk, tools, clock)
+            record = make_record(unit, number, filled, samples.is_done, tools)
+            with clock.stage("write"):
+                part = commit.publish(job.cache, record, filled.rows)
+        else:
+            adopted += 1
+            if not part.record.last:
+                drain(chunk)
+        standing.append(part)
+        if part.record.last:
+            break
+    commit.finish(job.cache, unit, standing, run_facts(job, clock.seconds))
+    return summed(unit, standing, adopted, clock.seconds)
+
+
+def read(unit: Unit, options: Mapping[str, str]) -> Iterator[Sample | Reject]:
+    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for."""
+    if unit.kind == "tar":
+        with storage.open_stream(unit.url, options, unit.bytes) as stream:
+            yield from read_tar(stream, unit.url)
+    elif unit.kind == "folder":
+        yield from read_folder(
+            unit.paths,
+            lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, pixels.MAX_BYTES),
+        )
+    else:
+        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
+
+
+def watched(samples: Iterator[Sample | Reject], stop: threading.Event, clock: Clock) -> Iterator[Sample | Reject]:
+    """The same samples, each timed; Stopped is raised between two of them once the job is to stop."""
+    while True:
+        if stop.is_set():
+            raise Stopped
+        with clock.stage("read"):
+            sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample
+
+
+def drain(samples: Iterable[Sample | Reject]) -> None:
+    """Read past samples that stand in the cache already."""
+    for _ in samples:
+        pass
+
+
+def fill(samples: Iterable[Sample | Reject], tools: Tools, clock: Clock) -> Filled:
+    """Open, transform and encode the samples of one part; its rows by bucket, then position."""
+    filled = Filled()
+    job = tools.job
+    opened = in_order(
+        tools.pool,
+        lambda sample: open_sample(sample, job.transform),
+        samples,
+        window=job.compute.batch_size + 2 * job.open_threads,
+    )
+    for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
+        with clock.stage("encode"):
+            latents = tools.replica.encode(batch)
+        for picture, latent in zip(batch, latents, strict=True):
+            if isinstance(latent, Rejected):
+                filled.rejects.append(Reject.of(picture.position, picture.key, latent))
+            else:
+                filled.rows.append(Row(picture, latent))
+    filled.rows.sort(key=lambda row: (row.picture.bucket, row.picture.position))
+    filled.rejects.sort(key=lambda reject: reject.position)
+    return filled
+
+
+def pictures(
+    opened: Iterable[tuple[Picture | Reject | Filtered, float]], filled: Filled, clock: Clock
+) -> Iterator[Picture]:
+    """The pictures that are to be encoded; what is not is put aside in `filled`."""
+    for item, seconds in opened:
+        clock.spent["open"] += seconds  # type: ignore[assignment]
+        if isinstance(item, Picture):
+            yield item
+        elif isinstance(item, Reject):
+            filled.rejects.append(item)
+        else:
+            filled.filtered += 1
+
+
+def open_sample(sample: Sample | Reject, transform: Transform) -> tuple[Picture | Reject | Filtered, float]:
+    """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
+    start = time.perf_counter()
+    return _open(sample, transform), time.perf_counter() - start
+
+
+def _open(sample: Sample | Reject, transform: Transform) -> Picture | Reject | Filtered:
+    if isinstance(sample, Reject):
+        return sample
+    try:
+        rgb = pixels.open_pixels(sample.image)
+    except Rejected as why:
+        return Reject.of(sample.position, sample.key, why)
+    height, width = rgb.shape[:2]
+    fit = transform.fit(height, width)
+    if fit is None:
+        return Filtered(sample.position)
+    return Picture(
+        position=sample.position,
+        key=sample.key,
+        columns=sample.columns,
+        pixels=transform.apply(rgb, fit),
+        original_height=height,
+        original_width=width,
+        crop_top=fit.top,
+        crop_left=fit.left,
+        enlarged=fit.enlarged,
+    )
+
+
+def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tools) -> Record:
+    """What the part will say of itself."""
+    return Record(
+        format=FORMAT,
+        identity=tools.job.identity,
+        unit=unit.name,
+        part=number,
+        last=last,
+        source=unit.path,
+        source_bytes=unit.bytes,
+        range=unit.range,
+        first=number * tools.job.rows_per_part,
+        samples=filled.samples,
+        rows=len(filled.rows),
+        filtered=filled.filtered,
+        enlarged=sum(row.picture.enlarged for row in filled.rows),
+        rejects=tuple(filled.rejects),
+        tally=tally.tally_rows(filled.rows),
+    )
+
+
+def run_facts(job: EncodeJob, seconds: Seconds) -> dict[str, object]:
+    """What `_commits` keeps of a unit that does not follow from its parts."""
+    return {
+        "seconds": asdict(seconds),
+        "compute": asdict(job.compute),
+        "versions": dict(job.versions),
+        "run": job.run,
+    }
+
+
+def summed(unit: Unit, standing: list[Standing], adopted: int, seconds: Seconds) -> UnitReport:
+    """What the driver is told of a finished unit."""
+    records = [part.record for part in standing]
+    return UnitReport(
+        unit=unit.name,
+        samples=sum(record.samples for record in records),
+        rows=sum(record.rows for record in records),
+        filtered=sum(record.filtered for record in records),
+        enlarged=sum(record.enlarged for record in records),
+        rejects=Counter(reject.reason for record in records for reject in record.rejects),
+        parts=len(standing),
+        adopted=adopted,
+        bytes=sum(part.bytes for part in standing),
+        seconds=seconds,
+    )

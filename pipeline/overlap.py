@@ -1,0 +1,47 @@
+"""The one place where steps run at the same time: a bounded look-ahead on a pool of threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def in_order(pool: Executor, function: Callable[[In], Out], items: Iterable[In], window: int) -> Iterator[Out]:
+    """`map(function, items)` with up to `window` calls under way: the same results, in the same order.
+
+    Items are taken in the caller's thread, one whenever a result is handed out, so memory is bounded by `window`.
+    """
+    running: deque[Future[Out]] = deque()
+    try:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) >= window:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+class Peekable(Iterator[In]):
+    """An iterator that can be asked whether anything is left."""
+
+    def __init__(self, items: Iterable[In]) -> None:
+        self._items = iter(items)
+        self._next: list[In] = []
+
+    def __next__(self) -> In:
+        return self._next.pop() if self._next else next(self._items)
+
+    @property
+    def is_done(self) -> bool:
+        if not self._next:
+            try:
+                self._next.append(next(self._items))
+            except StopIteration:
+                return True
+        return False

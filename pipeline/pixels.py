@@ -1,0 +1,83 @@
+"""Bytes to pixels ("open"), by one rule for every kind of picture.
+
+    orientation   the EXIF orientation is applied; original sizes are counted after it
+    animation     the first frame
+    alpha         composited over white, in a palette too
+    16-bit grey   divided by 257, rounded; 16-bit RGB keeps its high byte, as Pillow reads it
+    CMYK          Pillow's conversion, without a colour profile
+    profiles      embedded ICC profiles are ignored, as training code does
+    else          RGB by Pillow's conversion (grey, palette, YCbCr, LAB, HSV)
+
+Size and number of pixels are checked before anything is decompressed.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.errors import Rejected
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 65_535
+
+# Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a picture may be at most; more is a reject."""
+
+    bytes: int = MAX_BYTES
+    pixels: int = MAX_PIXELS
+    side: int = MAX_SIDE
+
+
+def open_pixels(data: bytes, limits: Limits = Limits()) -> np.ndarray:
+    """An encoded picture as RGB uint8 [H, W, 3].
+
+    Raises Rejected (stage "open") for what cannot be opened: it depends on the bytes alone.
+    """
+    if not data:
+        raise Rejected("open", "empty")
+    if len(data) > limits.bytes:
+        raise Rejected("open", "too_many_bytes", len(data), limits.bytes)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise Rejected("open", "not_a_picture") from None
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's parsers raise whatever damaged bytes lead them to
+        raise Rejected("open", "corrupt") from None
+    width, height = image.size
+    if width * height > limits.pixels or max(width, height) > limits.side:
+        raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except (MemoryError, Rejected):
+        raise
+    except Exception:
+        raise Rejected("open", "corrupt") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise Rejected("open", "unsupported_mode")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,168 @@
+"""From shards to units, and the plan of a cache: `_plan/NNNNN.parquet`, append-only.
+
+A run lists the sources, subtracts what is planned and creates a further file if anything is left; of two runs that
+do so at once one wins, and the other reads again.
+"""
+
+import hashlib
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import SourceError
+from pipeline.records import PICTURE_EXTENSIONS, Shard, Unit, canonical_json
+from pipeline.storage import Folder
+
+PICTURES_PER_UNIT = 256
+FOLDER = "_plan"
+SCHEMA = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("kind", pa.string()),
+        ("url", pa.string()),
+        ("path", pa.string()),
+        ("range", pa.list_(pa.int32())),
+        ("paths", pa.list_(pa.string())),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+    ]
+)
+
+
+def extension(path: str) -> str:
+    return PurePosixPath(path).suffix.lower().removeprefix(".")
+
+
+def unit_name(stem: str, identity: object) -> str:
+    """A file-name-safe stem, a dash, and 16 hex digits of the sha256 of what the unit reads (canonical JSON)."""
+    safe = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_")[:64] or "unit"
+    return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
+
+
+def units_of(shards: Sequence[Shard]) -> list[Unit]:
+    """The units of these shards, tars first, each kind in the order of the paths; other files are passed over."""
+    tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
+    pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
+    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
+    return tars + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+
+
+def tar_unit(shard: Shard) -> Unit:
+    return Unit(
+        name=unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
+        kind="tar",
+        url=shard.url,
+        path=shard.path,
+        bytes=shard.bytes,
+        etag=shard.etag,
+    )
+
+
+def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
+    """Up to 256 pictures each, in order; pictures that differ in their extension only stay together."""
+    group: list[Shard] = []
+    for _, twins in itertools.groupby(pictures, key=lambda shard: _stem(shard.path)):
+        same = list(twins)
+        if group and len(group) + len(same) > PICTURES_PER_UNIT:
+            yield group
+            group = []
+        group += same
+    if group:
+        yield group
+
+
+def folder_unit(pictures: list[Shard]) -> Unit:
+    root, paths = pictures[0].root, tuple(shard.path for shard in pictures)
+    folder = paths[0].split("/", 1)[0]
+    return Unit(
+        name=unit_name(folder, list(paths)),
+        kind="folder",
+        url=root,
+        path=folder,
+        paths=paths,
+        bytes=sum(shard.bytes for shard in pictures),
+    )
+
+
+def _stem(path: str) -> str:
+    return path[: len(path) - len(PurePosixPath(path).suffix)]
+
+
+def read(cache: Folder) -> list[Unit]:
+    """All planned units, in the order in which they were planned."""
+    units: list[Unit] = []
+    for name in cache.names(FOLDER):
+        for row in pq.read_table(io.BytesIO(cache.read(f"{FOLDER}/{name}"))).to_pylist():
+            units.append(
+                Unit(
+                    name=row["unit"],
+                    kind=row["kind"],
+                    url=row["url"],
+                    path=row["path"],
+                    range=tuple(row["range"]) if row["range"] else None,
+                    paths=tuple(row["paths"] or ()),
+                    bytes=row["bytes"],
+                    etag=row["etag"],
+                )
+            )
+    return units
+
+
+def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
+    """Create the plan's file of this number; False where another run was first."""
+    rows = [
+        {
+            "unit": unit.name,
+            "kind": unit.kind,
+            "url": unit.url,
+            "path": unit.path,
+            "range": unit.range,
+            "paths": list(unit.paths),
+            "bytes": unit.bytes,
+            "etag": unit.etag,
+        }
+        for unit in units
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
+
+
+def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str]]:
+    """Plan what is not planned yet. Returns all units, and what was noticed: a line each.
+
+    Raises SourceError where there is nothing to plan at all.
+    """
+    while True:
+        planned = read(cache)
+        new, noticed = unplanned(shards, planned)
+        if not new:
+            if not planned:
+                raise SourceError("the source is empty: there are no tar shards and no pictures in it")
+            return planned, noticed
+        if write(cache, len(cache.names(FOLDER)), new):
+            return planned + new, noticed
+
+
+def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+    """The units that are to be added for these shards, and a line for every shard that has changed since."""
+    tars = {unit.path: unit for unit in planned if unit.kind == "tar"}
+    pictures = {path for unit in planned for path in unit.paths}
+    stems = {_stem(path) for path in pictures}
+    new: list[Shard] = []
+    noticed: list[str] = []
+    for shard in shards:
+        if before := tars.get(shard.path):
+            if (before.bytes, before.etag) != (shard.bytes, shard.etag):
+                noticed.append(f"{shard.url} has changed since it was planned; the cache keeps what it was")
+        elif shard.path not in pictures:
+            if extension(shard.path) in PICTURE_EXTENSIONS and _stem(shard.path) in stems:
+                noticed.append(f"{shard.url} is left out: the cache has another picture of its name; rename it")
+            else:
+                new.append(shard)
+    return units_of(new), noticed

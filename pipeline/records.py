@@ -1,0 +1,211 @@
+"""The things that flow through the pipeline, as plain data. The words are those of docs/cache-format.md."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from pipeline.errors import Rejected
+
+PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8, keys sorted, no spaces, floats as their shortest repr, no NaN: equal values, equal bytes."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """An input file as it was listed.
+
+    url: where it is, without credentials. root: URL of the source's last directory without a wildcard.
+    path: its path from the root's own name on, the same on every disk, mount and bucket.
+    etag: what the store says of its content's version; empty where it says nothing.
+    """
+
+    url: str
+    root: str
+    path: str
+    bytes: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What one task does: a whole tar, or up to 256 pictures of a folder (then `paths` lists them, `url` is the root).
+
+    name: unique, safe in a file name, and the same wherever the input lies.
+    """
+
+    name: str
+    kind: str
+    url: str
+    path: str
+    range: tuple[int, int] | None = None
+    paths: tuple[str, ...] = ()
+    bytes: int = 0
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A key with the bytes of a picture and its columns, at a position of the unit's reading order."""
+
+    position: int
+    key: str
+    image: bytes
+    columns: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A sample that is not in the cache, and why."""
+
+    position: int
+    key: str
+    stage: str
+    reason: str
+    detail: str
+
+    @classmethod
+    def of(cls, position: int, key: str, why: Rejected) -> "Reject":
+        return cls(position, key, why.stage, why.reason, why.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A sample that the settings leave out (`--min-size`)."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A sample opened and brought to size: pixels is RGB uint8 [3, H, W], with what was done to get there."""
+
+    position: int
+    key: str
+    columns: Mapping[str, str | None]
+    pixels: torch.Tensor
+    original_height: int
+    original_width: int
+    crop_top: int
+    crop_left: int
+    enlarged: bool
+    flipped: bool = False
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Height and width of the encoded picture."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU."""
+
+    picture: Picture
+    latent: torch.Tensor
+
+
+@dataclass(slots=True)
+class BucketTally:
+    """Running statistics of the latents of one bucket, a list entry a channel, in float64."""
+
+    samples: int
+    values: int
+    mean: list[float]
+    m2: list[float]
+    min: list[float]
+    max: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a part says of itself, inside its own file. Nothing in it depends on the run."""
+
+    format: int
+    identity: str
+    unit: str
+    part: int
+    last: bool
+    source: str
+    source_bytes: int
+    range: tuple[int, int] | None
+    first: int
+    samples: int
+    rows: int
+    filtered: int
+    enlarged: int
+    rejects: tuple[Reject, ...]
+    tally: Mapping[str, BucketTally]
+
+    @property
+    def stem(self) -> str:
+        """The file name of the part, without its folder and extension."""
+        return f"{self.unit}-{self.part:05d}"
+
+    def to_json(self) -> bytes:
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Record":
+        """Raises ValueError, KeyError or TypeError for what is not a record."""
+        fields = json.loads(text)
+        fields["range"] = tuple(fields["range"]) if fields["range"] else None
+        fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
+        fields["tally"] = {bucket: BucketTally(**tally) for bucket, tally in fields["tally"].items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A part that stands in the cache: its record, and its file's name, size and sha256."""
+
+    record: Record
+    file: str
+    bytes: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `_commits` holds it: rejects as counts by reason."""
+        fields = asdict(self.record)
+        reasons = [reject.reason for reject in self.record.rejects]
+        fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of a unit went: seconds of one thread in each stage."""
+
+    read: float = 0.0
+    open: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+
+    def plus(self, **more: float) -> "Seconds":
+        return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return self.plus(**asdict(other))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitReport:
+    """What a finished unit tells the driver: counts, never pixels. `adopted` parts stood there already."""
+
+    unit: str
+    samples: int = 0
+    rows: int = 0
+    filtered: int = 0
+    enlarged: int = 0
+    rejects: Mapping[str, int] = field(default_factory=dict)
+    parts: int = 0
+    adopted: int = 0
+    bytes: int = 0
+    seconds: Seconds = field(default_factory=Seconds)

@@ -1,0 +1,198 @@
+"""The way back: latents out of a cache, pictures to look at.
+
+rows -> decode -> pictures and contact sheets, beside the originals (read, open, transform) where these are there
+"""
+
+import hashlib
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import flow, sheet
+from pipeline.cache import to_tensor
+from pipeline.encode import Compute, Vae, build_model
+from pipeline.errors import LatentmillError, Stopped
+from pipeline.records import Picture, Sample, Unit
+from pipeline.storage import Folder
+from pipeline.transform import Transform
+from vae import AutoencoderKL
+
+PICTURES_PER_SHEET = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A row of the cache that is to be rendered: its file, its index in that file, and the unit it came from."""
+
+    file: str
+    index: int
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class RenderTask:
+    """One contact sheet's worth of rows."""
+
+    number: int
+    rows: tuple[Wanted, ...]
+
+    @property
+    def name(self) -> str:
+        return f"sheet {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What was drawn of one row. psnr: dB against the original in 8-bit pixels; None where there was none to see."""
+
+    shard: str
+    key: str
+    file: str
+    psnr: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenderReport:
+    """What a finished sheet tells the driver. notes: why originals are missing."""
+
+    sheet: str
+    pictures: tuple[Rendered, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderJob:
+    """What a worker must know to render; `build` makes the replica on arrival."""
+
+    cache: Folder
+    out: Folder
+    source_options: Mapping[str, str]
+    transform: Transform
+    compute: Compute
+    with_source: bool
+
+    def build(self, vae: Vae, stop: threading.Event) -> "Renderer":
+        """The worker, its replica loaded."""
+        return Renderer(self, build_model(vae, self.compute), stop)
+
+
+class Renderer:
+    """A worker that draws sheets. Threads may call `run` together; the model runs for one of them at a time."""
+
+    def __init__(self, job: RenderJob, model: AutoencoderKL, stop: threading.Event) -> None:
+        self.job = job
+        self.model = model
+        self.stop = stop
+        self.lock = threading.Lock()
+        self.pictures = 0
+
+    def run(self, task: RenderTask) -> RenderReport:
+        return render(task, self)
+
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray:
+        """A row's latent to RGB uint8 [H, W, 3]."""
+        if self.stop.is_set():
+            raise Stopped
+        latent = to_tensor(row)[None].to(self.model.device, self.model.dtype)
+        with self.lock, torch.inference_mode():
+            sample = self.model.decode(latent).sample[0]
+            self.pictures += 1
+        return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def choose(files: Sequence[tuple[str, int, Unit]], limit: int) -> list[RenderTask]:
+    """Up to `limit` rows (0: all), spread evenly over the cache, as tasks. files: name, rows and unit of each."""
+    total = sum(rows for _, rows, _ in files)
+    count = min(limit, total) if limit else total
+    picked = {position * total // count for position in range(count)} if count else set()
+    wanted: list[Wanted] = []
+    start = 0
+    for file, rows, unit in files:
+        wanted += [Wanted(file, index, unit) for index in range(rows) if start + index in picked]
+        start += rows
+    sheets = range(0, len(wanted), PICTURES_PER_SHEET)
+    return [RenderTask(n, tuple(wanted[i : i + PICTURES_PER_SHEET])) for n, i in enumerate(sheets)]
+
+
+def render(task: RenderTask, worker: Renderer) -> RenderReport:
+    """Draw one sheet and its single pictures."""
+    job = worker.job
+    rows = list(zip(task.rows, read_rows(job.cache, task.rows), strict=True))
+    originals, notes = find_originals(rows, job) if job.with_source else ({}, [])
+    cells, pictures = [], []
+    for wanted, row in rows:
+        decoded = worker.decode(row)
+        original = originals.get((wanted.unit.name, row["key"]))
+        name = f"pictures/{wanted.unit.name}/{file_name(row['key'])}.png"
+        job.out.replace(name, sheet.png(decoded))
+        fidelity = None if original is None else psnr(original, decoded)
+        pictures.append(Rendered(row["shard"], row["key"], name, fidelity))
+        cells.append(
+            sheet.Cell(
+                pictures=(decoded,) if original is None else (original, decoded),
+                title=f"{row['key']}" + ("" if fidelity is None else f"   {fidelity:.1f} dB"),
+                remark=f"{row['shard']}   {row['original_width']} x {row['original_height']}",
+            )
+        )
+    name = f"sheets/{task.number:05d}.png"
+    side = "left the original, right decoded from the cache" if originals else "decoded from the cache"
+    job.out.replace(name, sheet.contact_sheet(cells, f"{len(cells)} pictures: {side}"))
+    return RenderReport(name, tuple(pictures), tuple(notes))
+
+
+def read_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, Any]]:
+    """The wanted rows, in their order; only row groups that hold one are read."""
+    by_file: dict[str, list[int]] = {}
+    for row in wanted:
+        by_file.setdefault(row.file, []).append(row.index)
+    for file, indexes in by_file.items():
+        with cache.open(file) as stream:
+            parquet, start = pq.ParquetFile(stream), 0
+            for group in range(parquet.num_row_groups):
+                count = parquet.metadata.row_group(group).num_rows
+                here = [index - start for index in indexes if start <= index < start + count]
+                if here:
+                    yield from parquet.read_row_group(group).take(here).to_pylist()
+                start += count
+
+
+def find_originals(
+    rows: Sequence[tuple[Wanted, Mapping[str, Any]]], job: RenderJob
+) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """The pictures that were encoded, by unit and key, as RGB uint8 [H, W, 3]; and why some cannot be seen."""
+    units = {wanted.unit.name: wanted.unit for wanted, _ in rows}
+    found: dict[tuple[str, str], np.ndarray] = {}
+    notes: list[str] = []
+    for name, unit in units.items():
+        missing = {row["key"] for wanted, row in rows if wanted.unit.name == name}
+        try:
+            for sample in flow.read(unit, job.source_options):
+                if sample.key in missing and isinstance(sample, Sample):
+                    picture, _ = flow.open_sample(sample, job.transform)
+                    if isinstance(picture, Picture):
+                        found[name, sample.key] = picture.pixels.permute(1, 2, 0).numpy()
+                    missing.discard(sample.key)
+                if not missing:
+                    break
+        except LatentmillError as error:
+            notes.append(f"without originals: {error}")
+    return found, notes
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures in dB; 100 where they are equal."""
+    error = float(((a.astype(np.float64) - b) ** 2).mean())
+    return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
+
+
+def file_name(key: str) -> str:
+    """A key as a file name on any disk: percent-encoded, and cut with its sha256 where it would be too long."""
+    name = quote(key, safe="")
+    return name if len(name) <= 150 else f"{name[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -1,0 +1,72 @@
+"""README.md of a cache: the data-set card, with what a reader must know and what `datasets` needs to find data/."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.storage import Folder
+
+NAME = "README.md"
+
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: data/*
+  version: 0.0.{parts}
+---
+# Latents of {rows:,} pictures
+
+Made by latentmill {version}. Each row has the latent of one picture, *raw*, as the VAE's encoder puts it out.
+
+| | |
+|---|---|
+| VAE | `{vae}`, weights sha256 `{weights}` |
+| latents | {channels} channels, 1/{downscale} of the picture's height and width, {dtype}, {store} of the posterior |
+| pictures | {pictures} |
+| rows | {rows:,} in {parts:,} files; {rejected:,} rejected, {filtered:,} filtered, {enlarged:,} enlarged |
+| digest | `{digest}` |
+
+What a diffusion model sees is `(latent - shift) * scale`, with
+
+    shift = {shift}
+    scale = {scale}
+
+`export LC_ALL=C; sha256sum _empty/* data/* 2>/dev/null | sha256sum` prints the digest. Rejected samples are in
+`_rejects/`, with the reason of each; statistics in `stats.json`.
+"""
+
+
+def write_card(
+    cache: Folder,
+    content: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    parts: int,
+    downscale: int,
+    scaling: tuple[tuple[float, ...], tuple[float, ...]],
+    version: str,
+) -> None:
+    """Write the card. content: cache.json; stats: stats.json; parts: files in data/; scaling: shift and scale."""
+    identity = content["identity"]
+    settings = identity["preprocessing"]
+    shift, scale = (", ".join(f"{value:g}" for value in values) for values in scaling)
+    cache.replace(
+        NAME,
+        _CARD.format(
+            rows=stats["count"],
+            parts=parts,
+            version=version,
+            vae=content["vae"]["reference"],
+            weights=identity["weights"],
+            channels=content["vae"]["config"]["latent_channels"],
+            downscale=downscale,
+            dtype=identity["dtype"],
+            store=identity["store"],
+            pictures=f"resized to {settings['resolution']} px ({settings['interpolation']}), cut from the middle",
+            rejected=sum(stats["rejected"].values()),
+            filtered=stats["filtered"],
+            enlarged=stats["enlarged"],
+            digest=stats["digest"],
+            shift=shift,
+            scale=scale,
+        ).encode(),
+    )

@@ -1,0 +1,59 @@
+"""`_runs/`: one file a run, from its start to its end, so that anybody can see from the cache what has become of it.
+
+A cluster's job service flattens exit codes and forgets; this does not.
+"""
+
+import datetime
+import json
+import platform
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from pipeline import __version__
+from pipeline.storage import Folder
+
+
+def now() -> str:
+    """The time, as ISO 8601 in UTC to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a cache's bytes."""
+    return {
+        "latentmill": __version__,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "pyarrow": version("pyarrow"),
+        "pillow": version("pillow"),
+    }
+
+
+class Run:
+    """The record of one run. options: without secrets."""
+
+    def __init__(self, cache: Folder, verb: str, options: Mapping[str, Any]) -> None:
+        self.cache = cache
+        started = now()
+        self.name = f"{started.replace(':', '').replace('-', '')[:15]}Z-{uuid.uuid4().hex[:8]}"
+        self.content: dict[str, Any] = {
+            "verb": verb,
+            "options": dict(options),
+            "started": started,
+            "alive": started,
+            "ended": None,
+            "outcome": "running",
+            "exit_code": None,
+            "versions": versions(),
+        }
+
+    def write(self, **facts: Any) -> None:
+        """Write the record as it stands, with these facts and the time as its last sign of life."""
+        self.content.update(facts, alive=now())
+        self.cache.replace(f"_runs/{self.name}.json", json.dumps(self.content, indent=1).encode())
+
+    def end(self, outcome: str, exit_code: int, **facts: Any) -> None:
+        """Write how the run ended: done, failed or stopped."""
+        self.write(ended=now(), outcome=outcome, exit_code=exit_code, **facts)

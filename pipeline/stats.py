@@ -1,0 +1,112 @@
+"""stats.json: what the whole cache holds, from its parts' records alone, and the digest that pins it.
+
+Rebuilt from all records every time, never from one run's sums: so it is the same however the work was interrupted.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import commit, tally
+from pipeline.errors import CacheError
+from pipeline.records import BucketTally
+from pipeline.storage import Folder
+
+NAME = "stats.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a cache knows of one of its files: from the unit's commit, or from the file itself."""
+
+    file: str
+    sha256: str
+    unit: str
+    source: str
+    rows: int
+    filtered: int
+    enlarged: int
+    rejects: Mapping[str, int]
+    tally: Mapping[str, BucketTally]
+
+
+def parts(cache: Folder, identity: str) -> list[Part]:
+    """All files of a cache, `_empty/` before `data/`, each sorted by name.
+
+    Raises CacheError for a file that a commit names and that is not there.
+    """
+    files = [f"{folder}/{name}" for folder in (commit.EMPTY, commit.DATA) for name in cache.names(folder)]
+    with ThreadPoolExecutor(16) as pool:
+        commits = pool.map(lambda name: cache.read(f"{commit.COMMITS}/{name}"), cache.names(commit.COMMITS))
+        committed = {part["file"]: part for content in commits for part in json.loads(content)["parts"]}
+    for file in sorted(committed.keys() - set(files)):
+        raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged")
+    return [_part(committed.get(file) or _uncommitted(cache, file, identity)) for file in files]
+
+
+def _uncommitted(cache: Folder, file: str, identity: str) -> dict[str, Any]:
+    standing = commit.inspect(cache, file, identity)
+    if standing is None:
+        raise CacheError(f"{cache.at(file)} was listed and has gone")
+    return standing.to_dict()
+
+
+def _part(fields: Mapping[str, Any]) -> Part:
+    return Part(
+        tally={name: BucketTally(**t) for name, t in fields["tally"].items()},
+        **{name: fields[name] for name in Part.__dataclass_fields__ if name != "tally"},
+    )
+
+
+def digest(all_parts: Iterable[Part]) -> str:
+    """The sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache."""
+    return hashlib.sha256("".join(f"{part.sha256}  {part.file}\n" for part in all_parts).encode()).hexdigest()
+
+
+def summary(all_parts: Sequence[Part]) -> dict[str, Any]:
+    """The content of stats.json."""
+    in_order = sorted(all_parts, key=lambda part: part.file.rpartition("/")[2])
+    buckets = tally.by_bucket(part.tally for part in in_order)
+    total = tally.merge(buckets.values())
+    return {
+        "count": sum(part.rows for part in all_parts),
+        **(_channels(total) if total else {}),
+        "buckets": {name: {"count": t.samples, **_channels(t)} for name, t in buckets.items()},
+        "rejected": dict(sorted(sum((Counter(part.rejects) for part in all_parts), Counter[str]()).items())),
+        "filtered": sum(part.filtered for part in all_parts),
+        "enlarged": sum(part.enlarged for part in all_parts),
+        "suggested": _suggested(total) if total else None,
+        "digest": digest(all_parts),
+    }
+
+
+def _channels(t: BucketTally) -> dict[str, list[float]]:
+    return {"mean": t.mean, "std": tally.std(t), "min": t.min, "max": t.max}
+
+
+def _suggested(t: BucketTally) -> dict[str, Any]:
+    """What would bring these latents to zero mean and unit variance: as one number each, and a channel."""
+    mean, std = tally.over_channels(t)
+    return {
+        "scaling_factor": 1 / std if std > 0 else None,
+        "shift_factor": mean,
+        "latents_mean": t.mean,
+        "latents_std": tally.std(t),
+    }
+
+
+def write(cache: Folder, identity: str) -> dict[str, Any]:
+    """Make stats.json again from what stands in the cache, and return its content."""
+    content = summary(parts(cache, identity))
+    cache.replace(NAME, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    return content
+
+
+def read(cache: Folder) -> dict[str, Any] | None:
+    """The content of stats.json; None where no run has come to its end yet."""
+    data = cache.read_if_there(NAME)
+    return None if data is None else json.loads(data)

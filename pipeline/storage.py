@@ -1,0 +1,288 @@
+"""All bytes come and go through here: the only module that knows fsspec.
+
+A `Folder` is where a cache or previews are written, by names relative to it. `create` is the one way to publish
+something that must never change, `replace` the one for what is rewritten. There is no open-for-write: an fsspec file
+that is closed by an exception publishes half of its content.
+
+What can be promised of `create`: on local disks and in memory, of any number of writers one wins and no reader
+sees a part of a file. On S3 it is one conditional PUT.
+"""
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.errors import SourceError, StorageError
+from pipeline.records import Shard
+
+ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
+WILDCARDS = frozenset("*?[{")
+
+_memory_lock = threading.Lock()  # memory:// checks and creates in two steps
+
+
+@contextmanager
+def naming(url: str, doing: str) -> Iterator[None]:
+    """Turn the storage's errors into ours, which name the URL."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {doing} {url}: no such file or directory") from error
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"cannot {doing} {url}: {os.strerror(error.errno or 13).lower()}") from error
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else type(error).__name__
+        raise StorageError(f"cannot {doing} {url}: {reason}") from error
+
+
+def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The filesystem that a URL or a path names, and the path on it."""
+    try:
+        return cast(tuple[Any, str], fsspec.url_to_fs(url, **options))
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"cannot reach {url}: {error}") from error
+
+
+def absolute(url: str) -> str:
+    """A URL as it is; a local path made absolute, because workers have another working directory."""
+    if "://" in url and not url.startswith("file://"):
+        return url
+    return os.path.abspath(connect(url, {})[1])
+
+
+def full_url(fs: Any, path: str) -> str:
+    """A path on a filesystem as a URL that any machine understands; local paths stay paths."""
+    return path if isinstance(fs, LocalFileSystem) else cast(str, fs.unstrip_protocol(path))
+
+
+@contextmanager
+def open_stream(url: str, options: Mapping[str, Any], size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to read from start to end, a block at a time. size: how many bytes it is to have.
+
+    Raises SourceError where it has another size than that: it has changed since it was planned.
+    """
+    with naming(url, "read"):
+        fs, path = connect(url, options)
+        if size is not None and fs.size(path) != size:
+            raise SourceError(f"{url} has changed since it was planned: it has not {size} bytes any more")
+        with fs.open(path, "rb", block_size=8 << 20) as stream:
+            yield stream
+
+
+def read_file(url: str, options: Mapping[str, Any], limit: int) -> bytes:
+    """At most `limit` + 1 bytes of a file: one too many tells that there are more."""
+    with open_stream(url, options) as stream:
+        return stream.read(limit + 1)
+
+
+def read_file_if_there(url: str, options: Mapping[str, Any], limit: int) -> bytes | None:
+    """The same; None where there is no such file."""
+    try:
+        return read_file(url, options, limit)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def list_shards(sources: tuple[str, ...], options: Mapping[str, Any], but: str) -> list[Shard]:
+    """The files that the sources name, sorted by path; those below the URL `but` (the cache) are left out.
+
+    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range.
+    Raises SourceError for a source that names nothing, and for two files with one path.
+    """
+    fs, inside = connect(but, options)
+    cache = full_url(fs, inside).rstrip("/") + "/"
+    found: dict[str, Shard] = {}
+    for source in sources:
+        for shard in _expand(source, options):
+            twin = found.setdefault(shard.path, shard)
+            if twin.url != shard.url:
+                raise SourceError(
+                    f"two inputs have the path {shard.path}: {twin.url} and {shard.url}; rename one of their folders"
+                )
+    shards = [found[path] for path in sorted(found)]
+    return [shard for shard in shards if not shard.url.startswith(cache)]
+
+
+def _expand(source: str, options: Mapping[str, Any]) -> Iterator[Shard]:
+    fs, path = connect(source, options)
+    with naming(source, "list"):
+        if fs.exists(path):
+            root, patterns = (path if fs.isdir(path) else _parent(path)), [path]
+        else:
+            root, patterns = _fixed_directory(path), _alternatives(path)
+        files: dict[str, Mapping[str, Any]] = {}
+        for pattern in patterns:
+            matches = _files(fs, pattern)
+            if not matches:
+                raise SourceError(f"there is no source at {source}: nothing is called {full_url(fs, pattern)}")
+            files.update(matches)
+    root = root.rstrip("/")
+    name = PurePosixPath(root).name
+    for file in sorted(files):
+        below = file[len(root) + 1 :]
+        if not any(step.startswith(".") for step in below.split("/")):
+            yield Shard(
+                url=full_url(fs, file),
+                root=full_url(fs, root),
+                path=f"{name}/{below}",
+                bytes=int(files[file].get("size") or 0),
+                etag=str(files[file].get("ETag") or files[file].get("etag") or "").strip('"'),
+            )
+
+
+def _files(fs: Any, pattern: str) -> dict[str, Mapping[str, Any]]:
+    if fs.isdir(pattern):
+        return cast(dict[str, Mapping[str, Any]], fs.find(pattern, detail=True))
+    if fs.exists(pattern):
+        return {pattern: fs.info(pattern)}
+    found: dict[str, Mapping[str, Any]] = {}
+    for path, info in fs.glob(pattern, detail=True).items():
+        found.update(fs.find(path, detail=True) if info["type"] == "directory" else {path: info})
+    return found
+
+
+def _alternatives(path: str) -> list[str]:
+    try:
+        return list(braceexpand(path))
+    except ValueError:  # unbalanced braces: a name with a brace in it
+        return [path]
+
+
+def _fixed_directory(path: str) -> str:
+    """The last directory of a pattern before its first wildcard."""
+    steps = path.split("/")
+    first = next((i for i, step in enumerate(steps) if WILDCARDS & set(step)), len(steps) - 1)
+    return "/".join(steps[:first])
+
+
+def _parent(path: str) -> str:
+    return path.rsplit("/", 1)[0] if "/" in path else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory on any storage that is written to. Light: it can be sent to another process."""
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def _on(self, name: str) -> tuple[Any, str]:
+        fs, root = connect(self.url, self.options)
+        return fs, f"{root.rstrip('/')}/{name}" if name else root
+
+    def at(self, name: str) -> str:
+        """The full URL or path of a name."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    def names(self, below: str = "") -> list[str]:
+        """The files directly in the sub-folder `below`, sorted; none where it does not exist."""
+        fs, path = self._on(below)
+        with naming(self.at(below), "list"):
+            try:
+                entries = fs.ls(path, detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+        return sorted(PurePosixPath(e["name"]).name for e in entries if e["type"] == "file")
+
+    def is_empty(self) -> bool:
+        """Whether nothing at all is there."""
+        fs, path = self._on("")
+        with naming(self.url, "list"):
+            try:
+                return not fs.ls(path, detail=False, refresh=True)
+            except FileNotFoundError:
+                return True
+
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises StorageError, also where there is none."""
+        fs, path = self._on(name)
+        with naming(self.at(name), "read"):
+            return cast(bytes, fs.cat_file(path))
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """All of a file; None where there is none."""
+        fs, path = self._on(name)
+        with naming(self.at(name), "read"):
+            try:
+                return cast(bytes, fs.cat_file(path))
+            except FileNotFoundError:
+                return None
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """A file to read here and there (a Parquet footer, say)."""
+        fs, path = self._on(name)
+        with naming(self.at(name), "read"), fs.open(path, "rb") as stream:
+            yield stream
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish a file whole, unless the name is taken: then False, and what stands there is untouched."""
+        fs, path = self._on(name)
+        with naming(self.at(name), "write"):
+            if isinstance(fs, LocalFileSystem):
+                return self._link(path, data)
+            try:
+                if isinstance(fs, MemoryFileSystem):
+                    with _memory_lock:
+                        fs.pipe_file(path, data, mode="create")
+                else:
+                    fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST)
+            except FileExistsError:
+                return False
+            return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file whole, over what may stand there."""
+        fs, path = self._on(name)
+        with naming(self.at(name), "write"):
+            if isinstance(fs, LocalFileSystem):
+                os.makedirs(_parent(path), exist_ok=True)
+                os.replace(_spool(_parent(path), data), path)
+            else:
+                fs.pipe_file(path, data)
+
+    def _link(self, path: str, data: bytes) -> bool:
+        """Local create. `os.link` refuses a name that is taken; `os.rename` would overwrite it."""
+        os.makedirs(_parent(path), exist_ok=True)
+        _, folder = self._on("_tmp")
+        os.makedirs(folder, exist_ok=True)
+        spooled = _spool(folder, data)
+        try:
+            os.link(spooled, path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(spooled)
+        directory = os.open(_parent(path), os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return True
+
+
+def _spool(folder: str, data: bytes) -> str:
+    """Write a hidden local file under a name of its own in `folder`, safe on the disk when this returns."""
+    path = f"{folder}/.{uuid.uuid4().hex}"
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if os.path.exists(path):
+            os.unlink(path)
+        raise
+    return path

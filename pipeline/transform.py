@@ -1,0 +1,86 @@
+"""Pixels to the size they are encoded at: resize, then crop.
+
+The short side is resized to `resolution`, the long side to `round(long * resolution / short)`; then the middle is
+cut out, `(excess) // 2` from the top and from the left. Resizing is always antialiased and equals Pillow's of the
+same name within 1/255 a channel. Bicubic and bilinear reductions run in torch, which is three to five times faster;
+Lanczos, enlargements (torch differs by 2) and pictures more than twice as tall as wide (Pillow 13 then resizes the
+rows last, and clamping between the passes makes that another picture) run in Pillow.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+
+# Part of a cache's identity: goes up when the same settings give other pixels.
+VERSION = 1
+
+_PILLOW = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a picture is brought to size: resized to height x width, then out_height x out_width cut from (top, left)."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    out_height: int
+    out_width: int
+    enlarged: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transform:
+    """resolution: height and width of what comes out, in pixels. min_size: a shorter side than this is filtered."""
+
+    resolution: int
+    min_size: int = 0
+    interpolation: Interpolation = "bicubic"
+
+    def fit(self, height: int, width: int) -> Fit | None:
+        """What to do with a picture of this size; None where it is to be left out."""
+        short, long = min(height, width), max(height, width)
+        if short < self.min_size:
+            return None
+        resized = round(long * self.resolution / short)
+        tall, wide = (self.resolution, resized) if height <= width else (resized, self.resolution)
+        return Fit(
+            height=tall,
+            width=wide,
+            top=(tall - self.resolution) // 2,
+            left=(wide - self.resolution) // 2,
+            out_height=self.resolution,
+            out_width=self.resolution,
+            enlarged=short < self.resolution,
+        )
+
+    def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
+        """RGB uint8 [H, W, 3] -> uint8 [3, out_height, out_width]."""
+        resized = resize(pixels, fit.height, fit.width, self.interpolation)
+        cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
+        return cut.permute(2, 0, 1).contiguous()
+
+
+def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> Tensor:
+    """RGB uint8 [H, W, 3] -> uint8 [height, width, 3], antialiased."""
+    tall, wide = pixels.shape[:2]
+    if (tall, wide) == (height, width):
+        return torch.from_numpy(pixels.copy())
+    if interpolation == "lanczos" or height > tall or width > wide or tall > 2 * wide:
+        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation])
+        return torch.from_numpy(np.asarray(image).copy())
+    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
+    resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
+    return resized[0].permute(1, 2, 0)

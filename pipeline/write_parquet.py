@@ -1,0 +1,105 @@
+"""Rows to the bytes of one Parquet part, its record inside the footer as the file metadata `latentmill`.
+
+Equal rows and records give equal bytes: what could vary (compression, row groups, statistics) is fixed here.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import CacheError
+from pipeline.records import Record, Row
+
+SUFFIX = ".parquet"
+RECORD_KEY = b"latentmill"
+ROW_GROUP_BYTES = 32 << 20
+COMPRESSION = "zstd"
+
+_OURS = [
+    ("key", pa.string()),
+    ("shard", pa.string()),
+    ("latent", pa.binary()),
+    ("shape", pa.list_(pa.int32())),
+    ("dtype", pa.string()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("original_height", pa.int32()),
+    ("original_width", pa.int32()),
+    ("crop_top", pa.int32()),
+    ("crop_left", pa.int32()),
+    ("flipped", pa.bool_()),
+]
+SCHEMA = pa.schema([*_OURS, ("txt", pa.string()), ("json", pa.string())])
+
+# Latents do not compress, repeat or sort; everything else does.
+_LATENT = "latent"
+_OTHERS = [name if name != "shape" else "shape.list.element" for name in SCHEMA.names if name != _LATENT]
+
+
+def schema_as_json() -> list[dict[str, str]]:
+    """The columns as cache.json names them."""
+    return [{"name": field.name, "type": str(field.type)} for field in SCHEMA]
+
+
+def parquet_part(rows: Sequence[Row], record: Record) -> bytes:
+    """The file of a part. rows: at least one, by bucket and then position."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink,
+        SCHEMA,
+        compression=dict.fromkeys(_OTHERS, COMPRESSION) | {_LATENT: "none"},
+        use_dictionary=_OTHERS,
+        write_statistics=_OTHERS,
+        write_page_checksum=True,
+    ) as writer:
+        for group in _row_groups(rows):
+            writer.write_table(_table(group, record), row_group_size=len(group))
+        writer.add_key_value_metadata({RECORD_KEY.decode(): record.to_json().decode()})
+    return sink.getvalue()
+
+
+def read_record(data: bytes, name: str) -> Record:
+    """The record inside a part's bytes. Raises CacheError, which names the file, where there is none."""
+    try:
+        metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
+        return Record.from_json(metadata[RECORD_KEY])
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
+
+
+def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    size = 0
+    for row in rows:
+        if group and (row.picture.bucket != group[0].picture.bucket or size + row.latent.nbytes > ROW_GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += row.latent.nbytes
+    yield group
+
+
+def _table(rows: Sequence[Row], record: Record) -> pa.Table:
+    return pa.Table.from_pylist([_columns(row, record.source) for row in rows], schema=SCHEMA)
+
+
+def _columns(row: Row, shard: str) -> dict[str, Any]:
+    picture = row.picture
+    return {
+        "key": picture.key,
+        "shard": shard,
+        "latent": row.latent.contiguous().numpy().tobytes(),
+        "shape": list(row.latent.shape),
+        "dtype": str(row.latent.dtype).removeprefix("torch."),
+        "height": picture.bucket[0],
+        "width": picture.bucket[1],
+        "original_height": picture.original_height,
+        "original_width": picture.original_width,
+        "crop_top": picture.crop_top,
+        "crop_left": picture.crop_left,
+        "flipped": picture.flipped,
+        **picture.columns,
+    }

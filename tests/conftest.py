@@ -1,0 +1,107 @@
+"""What all tests share: a micro model, makers of pictures and shards, and the command line as a function."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs import cli
+from jobs.entry import guarded
+from vae import AutoencoderKL
+
+MICRO = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny AutoencoderKL of random weights: f8, 4 channels."""
+    folder = tmp_path_factory.mktemp("micro") / "vae"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(**MICRO).save_pretrained(folder)
+    return folder
+
+
+def smooth(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
+    """A picture that no other seed gives, RGB uint8 [height, width, 3]: soft colours, so that JPEG keeps them."""
+    draw = np.random.default_rng(seed)
+    small = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+    """A picture as a file's bytes."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    """A tar with these members, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def img2dataset_members(first: int, count: int, **size: int) -> dict[str, bytes]:
+    """The members of a shard as img2dataset writes it: a picture, its caption and its metadata, a sample each."""
+    members: dict[str, bytes] = {}
+    for index in range(first, first + count):
+        members[f"{index:09d}.jpg"] = encoded(smooth(index, **size), quality=90)
+        members[f"{index:09d}.txt"] = f"picture {index}".encode()
+        members[f"{index:09d}.json"] = json.dumps({"key": f"{index:09d}"}).encode()
+    return members
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `shards` with three tars of 5, 7 and 6 samples."""
+    folder = tmp_path_factory.mktemp("source") / "shards"
+    first = 0
+    for number, count in enumerate((5, 7, 6)):
+        write_tar(folder / f"{number:05d}.tar", img2dataset_members(first, count))
+        first += count
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `photos` with five pictures in two sub-folders, two of them with captions."""
+    folder = tmp_path_factory.mktemp("source") / "photos"
+    for index, name in enumerate(("a/1", "a/2", "b/1", "b/2", "b/3")):
+        path = folder / f"{name}.{'png' if index % 2 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(smooth(100 + index), "PNG" if index % 2 else "JPEG"))
+    (folder / "a/1.txt").write_text("one", encoding="utf-8")
+    (folder / "b/3.json").write_text('{"n": 3}', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line, in this process: exit code, standard output, standard error."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = guarded(cli.main, [str(argument) for argument in argv])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

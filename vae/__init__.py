@@ -1,0 +1,15 @@
+"""The autoencoder of latent diffusion. Knows torch and local files; nothing of shards, storage or Ray."""
+
+from vae.config import AutoencoderKLConfig
+from vae.load import LoadError
+from vae.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+from vae.posterior import DiagonalGaussianDistribution
+
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLConfig",
+    "AutoencoderKLOutput",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "LoadError",
+]

@@ -1,0 +1,208 @@
+"""AutoencoderKL, the autoencoder of latent diffusion: read this first.
+
+    pixels [B, 3, H, W] in [-1, 1]
+      -> Encoder -> quant_conv -> moments [B, 2C, H/f, W/f] -> posterior -> latents [B, C, H/f, W/f]
+      -> post_quant_conv -> Decoder -> pixels [B, 3, H, W]
+
+The latents that come out and go in are *raw*: what a diffusion model sees is made from them by `vae.scaling`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from vae import load
+from vae.blocks import DownBlock, MidBlock, UpBlock, activation, group_norm
+from vae.config import AutoencoderKLConfig
+from vae.posterior import DiagonalGaussianDistribution
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] -> moments before quant_conv [B, 2C, H/f, W/f]."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels, groups, act_fn = config.block_out_channels, config.norm_num_groups, config.act_fn
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                config.layers_per_block,
+                groups,
+                act_fn,
+                last=level == len(channels) - 1,
+            )
+            for level in range(len(channels))
+        )
+        self.mid_block = MidBlock(channels[-1], groups, act_fn, config.mid_block_add_attention)
+        self.conv_norm_out = group_norm(channels[-1], groups)
+        self.conv_act = activation(act_fn)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Latents after post_quant_conv [B, C, H/f, W/f] -> pixels [B, 3, H, W]."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels, groups, act_fn = config.block_out_channels[::-1], config.norm_num_groups, config.act_fn
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups, act_fn, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                channels[max(level - 1, 0)],
+                channels[level],
+                config.layers_per_block + 1,
+                groups,
+                act_fn,
+                last=level == len(channels) - 1,
+            )
+            for level in range(len(channels))
+        )
+        self.conv_norm_out = group_norm(channels[-1], groups)
+        self.conv_act = activation(act_fn)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+
+
+@dataclass
+class AutoencoderKLOutput:
+    """What `encode` returns."""
+
+    latent_dist: DiagonalGaussianDistribution
+
+
+@dataclass
+class DecoderOutput:
+    """What `decode` returns: pixels [B, 3, H, W], about [-1, 1] (not clamped)."""
+
+    sample: Tensor
+    commit_loss: Tensor | None = None
+
+
+class AutoencoderKL(nn.Module):
+    """The KL-regularised autoencoder. The keyword arguments are the fields of `AutoencoderKLConfig`."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.config = AutoencoderKLConfig(**fields)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+        both, latent = 2 * self.config.latent_channels, self.config.latent_channels
+        self.quant_conv = nn.Conv2d(both, both, 1) if self.config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
+        self.slice_size: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    @overload
+    def encode(self, x: Tensor, return_dict: Literal[True] = True) -> AutoencoderKLOutput: ...
+    @overload
+    def encode(self, x: Tensor, return_dict: bool) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Pixels [B, 3, H, W] in [-1, 1] -> the posterior over raw latents [B, C, H/f, W/f]."""
+        posterior = DiagonalGaussianDistribution(self._in_slices(self._encode, x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: Literal[True] = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput: ...
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: bool, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]: ...
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Raw latents [B, C, H/f, W/f] -> pixels [B, 3, H, W]. `generator` is of the reference's interface, unused."""
+        sample = self._in_slices(self._decode, z)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """There and back: pixels [B, 3, H, W] -> their reconstruction, from the mode or from a draw."""
+        posterior = DiagonalGaussianDistribution(self._in_slices(self._encode, sample))
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def enable_slicing(self, slice_size: int = 1) -> None:
+        """Encode and decode `slice_size` pictures at a time: less memory, the same numbers."""
+        if slice_size < 1:
+            raise ValueError(f"slice_size must be at least 1, not {slice_size}")
+        self.slice_size = slice_size
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a whole batch at once again."""
+        self.slice_size = None
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> moments [B, 2C, H/f, W/f]: mean, then log-variance (not clamped)."""
+        return self._encode(x)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        h: Tensor = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        x: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return x
+
+    def _in_slices(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.slice_size is None or x.shape[0] <= self.slice_size:
+            return run(x)
+        return torch.cat([run(part) for part in torch.split(x, self.slice_size)])
+
+    @classmethod
+    def from_config(cls, config: AutoencoderKLConfig) -> "AutoencoderKL":
+        """A model with random weights."""
+        return cls(**config)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, subfolder: str = "", torch_dtype: torch.dtype | None = None
+    ) -> "AutoencoderKL":
+        """A trained model, ready to run: from a directory as diffusers saves it (or one with such a `vae/` in it).
+
+        torch_dtype: what to convert the weights to; as they are in the file unless given.
+        Raises `vae.load.LoadError` where there is no AutoencoderKL.
+        """
+        folder = load.find(path if not subfolder else Path(path) / subfolder)
+        with torch.device("meta"):
+            model = cls(**load.read_config(folder))
+        tensors = load.read_tensors(folder)
+        load.check(tensors, model.state_dict(), folder)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(torch_dtype).eval().requires_grad_(False)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and one safetensors file into the directory `path`, as diffusers does."""
+        load.write(Path(path), self.config, self.state_dict())
