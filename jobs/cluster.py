@@ -142,7 +142,7 @@ class RayEngine:
         starting = sum(replica.starting is not None for replica in self.replicas)
         if self.slots or not starting:
             return ""
-        wanted = ", ".join(f"{count:g} {name[4:].upper()}" for name, count in self.resources.items() if count)
+        wanted = ", ".join(f"{count:g} {name[4:-1].upper()}" for name, count in self.resources.items() if count)
         return f"{starting} worker{'s' if starting > 1 else ''} to start ({wanted} each)"
 
     def submit(self, task: Any) -> None:

@@ -160,7 +160,7 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
         "resolution": settings["resolution"],
         "min_size": settings["min_size"],
         "interpolation": settings["interpolation"],
-        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
+        **{name: standing[name] for name in ("dtype", "precision", "rows_per_part")},
     }
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
@@ -191,13 +191,13 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         weights=vae.sha256,
         config=identity.raw_config(vae.config),
         preprocessing=identity.preprocessing(transform),
-        store=options.store,
+        store="mode",
         dtype=options.dtype,
         precision=precision,
         tile_above=None,
         rows_per_part=options.rows_per_part
         or identity.default_rows_per_part(vae.config, options.resolution, options.dtype),
-        seed=options.seed,
+        seed=0,
         container="parquet",
         columns=None,
     )

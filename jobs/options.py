@@ -54,7 +54,6 @@ class EncodeOptions(Common):
     resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
     min_size: int = option(0, "leave out pictures whose shorter side has fewer pixels", "PX")
     interpolation: Interpolation = option("bicubic", "how pictures are resized; always antialiased")
-    store: Literal["mode"] = option("mode", "what is stored of the posterior")
     dtype: Literal["float16", "float32"] = option("float16", "what latents are stored as")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "what is computed in; auto: fp32 on CPUs, bf16 on GPUs"
@@ -63,7 +62,6 @@ class EncodeOptions(Common):
     slice_size: int = option(0, "pictures the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
     rows_per_part: int = option(0, "pictures in an output file; 0: up to 4096 and about 256 MiB", "N")
     max_reject_rate: float = option(0.05, "end with exit code 3 where a larger share of the samples is rejected", "R")
-    seed: int = option(0, "of every random draw", "N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options,
     A flag beats the file. Raises UsageError; SystemExit(0) after `--help`.
     """
     parser = make_parser(kind, verb)
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(parser.parse_intermixed_args(argv))
     config = arguments.pop("config", None)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     values = {**(read_config(kind, config) if config else {}), **given}
@@ -120,29 +118,41 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(kind: type[Any], verb: str) -> Parser:
     """A parser whose flags are the fields of a dataclass; what is not given is not in its result."""
+    required = [item for item in dataclasses.fields(kind) if item.default is REQUIRED]
+    shown = [
+        text if text[0] != "-" else f"{text} {item.metadata['metavar']}" for item in required for text in [flag(item)]
+    ]
     parser = Parser(
         prog=f"latentmill {verb}",
+        usage=f"latentmill {verb} {' '.join(shown)} [OPTION ...]",
         description=kind.__doc__,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=112),
     )
-    for item in sorted(dataclasses.fields(kind), key=lambda item: item.default is not REQUIRED):
-        arguments: dict[str, Any] = {"help": help_of(item), "metavar": item.metadata["metavar"]}
-        hint = typing.get_type_hints(kind)[item.name]
-        if hint is bool:
-            arguments = {"help": help_of(item), "action": "store_true"}
-        elif item.metadata["positional"]:
-            arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
-        elif hint == tuple[str, ...]:
-            arguments["action"] = "append"
-        if typing.get_origin(hint) is Literal:
-            arguments["metavar"] = "|".join(typing.get_args(hint))
-        if hint is not bool:
-            arguments["type"] = converter(item.name, hint)
-        parser.add_argument(item.name if item.metadata["positional"] else flag(item), **arguments)
-    parser.add_argument("--config", metavar="YAML", help="a file with any of these options; a flag beats it")
+    shared = {item.name for item in dataclasses.fields(Common)} if issubclass(kind, Common) else set()
+    what, where = parser.add_argument_group("what to do"), parser.add_argument_group("where and how to run")
+    for item in sorted(dataclasses.fields(kind), key=lambda item: item not in required):
+        group = where if item.name in shared else what
+        add_argument(group, item, typing.get_type_hints(kind)[item.name])
+    what.add_argument("--config", metavar="YAML", help="a file with any of these options; a flag beats it")
     return parser
+
+
+def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
+    """Add the flag of one field, of the type `hint`."""
+    arguments: dict[str, Any] = {"help": help_of(item)}
+    if hint is bool:
+        arguments["action"] = "store_true"
+    else:
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        arguments["metavar"] = "|".join(choices) or item.metadata["metavar"]
+        arguments["type"] = converter(item.name, hint)
+    if item.metadata["positional"]:
+        arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
+    elif hint == tuple[str, ...]:
+        arguments["action"] = "append"
+    group.add_argument(item.name if item.metadata["positional"] else flag(item), **arguments)
 
 
 def flag(item: "dataclasses.Field[Any]") -> str:

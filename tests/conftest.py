@@ -39,7 +39,7 @@ def smooth(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
     """A picture that no other seed gives, RGB uint8 [height, width, 3]: soft colours, so that JPEG keeps them."""
     draw = np.random.default_rng(seed)
     small = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:

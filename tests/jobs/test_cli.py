@@ -1,0 +1,42 @@
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import pytest
+
+from jobs.cli import VERBS
+from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, flag
+
+Command = Callable[..., tuple[int, str, str]]
+OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "stats": StatsOptions}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"jobs.{verb}").main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for field in dataclasses.fields(OPTIONS[verb]):
+        assert flag(field) in text
+    assert max(len(line) for line in text.splitlines()) <= 112
+
+
+def test_help_lists_the_verbs(latentmill: Command) -> None:
+    code, out, _ = latentmill("--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+def test_no_verb_is_wrong_usage(latentmill: Command) -> None:
+    assert latentmill()[0] == 2
+
+
+def test_version(latentmill: Command) -> None:
+    assert latentmill("--version") == (0, "latentmill 0.1.0\n", "")
+
+
+def test_an_unknown_verb_gets_the_nearest(latentmill: Command) -> None:
+    code, out, err = latentmill("encoed", "x")
+    assert (code, out) == (2, "")
+    assert err == "latentmill: there is no verb 'encoed'; did you mean encode?; see latentmill --help\n"

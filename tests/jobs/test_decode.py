@@ -1,0 +1,98 @@
+"""Previews and statistics, through the command line, without Ray."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cache(latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path) -> Path:
+    """A cache of the photos at 64 px, made with the micro model."""
+    folder = tmp_path / "c"
+    latentmill("encode", photos, "--to", folder, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    return folder
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_every_picture_is_drawn_beside_its_original(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+    code, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
+    report = json.loads((tmp_path / "p/report.json").read_text())
+    assert (code, err) == (0, "")
+    assert "decoded 5 pictures" in out
+    assert [picture["key"] for picture in report["pictures"]] == ["a/1", "a/2", "b/1", "b/2", "b/3"]
+    assert all(0 < picture["psnr"] < 30 for picture in report["pictures"])
+    assert report["psnr"]["min"] <= report["psnr"]["mean"] <= report["psnr"]["max"]
+    for picture in report["pictures"]:
+        assert size_of(tmp_path / "p" / picture["file"]) == (64, 64)
+    assert report["sheets"] == ["sheets/00000.png"]
+    assert size_of(tmp_path / "p/sheets/00000.png")[0] > 3 * 2 * 256
+
+
+def test_the_limit_is_spread_over_the_cache(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+    latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--limit", 2)
+    report = json.loads((tmp_path / "p/report.json").read_text())
+    assert [picture["key"] for picture in report["pictures"]] == ["a/1", "b/1"]
+
+
+def test_without_the_source_the_pictures_stand_alone(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, photos: Path
+) -> None:
+    gone, cache = tmp_path / "photos", tmp_path / "c"
+    gone.mkdir()
+    (gone / "x.jpg").write_bytes((photos / "a/1.jpg").read_bytes())
+    latentmill("encode", gone, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    (tmp_path / "elsewhere").mkdir()
+    gone.rename(tmp_path / "elsewhere/photos")
+
+    code, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json")
+    assert code == 0
+    assert json.loads(out)["psnr"] is None
+
+    found = ("--source", tmp_path / "elsewhere/photos")
+    _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
+    assert json.loads(out)["psnr"] is not None
+
+
+def test_previews_may_stand_in_the_cache(latentmill: Command, cache: Path) -> None:
+    assert latentmill("decode", cache, "--to", cache / "previews", "--workers", 0)[0] == 0
+    assert size_of(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
+
+
+def test_another_model_is_refused(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+    code, _, err = latentmill("decode", cache, "--to", tmp_path / "p", "--vae", "demo", "--workers", 0)
+    assert code == 2
+    assert "demo is not the VAE that made the cache" in err
+
+
+@pytest.mark.parametrize("verb", ["decode", "stats"])
+def test_what_is_no_cache_is_refused(latentmill: Command, photos: Path, tmp_path: Path, verb: str) -> None:
+    to = ("--to", tmp_path / "p") if verb == "decode" else ()
+    code, _, err = latentmill(verb, photos, *to)
+    assert code == 1
+    assert "is not a latentmill cache" in err
+    code, _, err = latentmill(verb, tmp_path / "nothing", *to)
+    assert (code, "there is no latentmill cache at" in err) == (1, True)
+
+
+def test_statistics_as_a_table_and_as_json(latentmill: Command, cache: Path) -> None:
+    content = json.loads((cache / "stats.json").read_text())
+    code, out, _ = latentmill("stats", cache)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("5 latents, raw, made by ")
+    assert lines[2].split() == ["channel", "mean", "std", "min", "max"]
+    assert [float(value) for value in lines[3].split()[1:]] == pytest.approx(
+        [content[name][0] for name in ("mean", "std", "min", "max")], abs=1e-4
+    )
+    assert "0.18215" in out
+    assert content["digest"] in out
+    assert json.loads(latentmill("stats", cache, "--json")[1])["mean"] == content["mean"]

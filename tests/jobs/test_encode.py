@@ -1,0 +1,276 @@
+"""The main job without Ray, through the command line."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cache import Cache, to_tensor
+from tests.conftest import MICRO, encoded, img2dataset_members, smooth, write_tar
+from vae import AutoencoderKL
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path) -> Command:
+    """`latentmill encode` at 64 px with the micro model, in this process."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        return latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+
+    return run
+
+
+def all_rows(cache: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((cache / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+def digest_of(cache: Path) -> str:
+    return str(json.loads((cache / "stats.json").read_text())["digest"])
+
+
+def test_every_sample_of_the_shards_is_a_row(encode: Command, shards: Path, tmp_path: Path) -> None:
+    code, out, _ = encode(shards, "--to", tmp_path / "c")
+    rows = all_rows(tmp_path / "c")
+    assert code == 0
+    assert "encoded 18 pictures" in out
+    assert [row["key"] for row in rows] == [f"{index:09d}" for index in range(18)]
+    assert rows[5]["txt"] == "picture 5"
+    assert json.loads(rows[5]["json"]) == {"key": "000000005"}
+    assert {row["shard"] for row in rows} == {f"shards/{n:05d}.tar" for n in range(3)}
+
+
+def test_a_row_is_what_the_model_says_of_the_picture(encode: Command, tmp_path: Path, micro_vae: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(smooth(7, 64, 64)).save(tmp_path / "photos/x.png")
+    encode(tmp_path / "photos", "--to", tmp_path / "c", "--dtype", "float32")
+    (row,) = all_rows(tmp_path / "c")
+    pixels = torch.from_numpy(smooth(7, 64, 64)).permute(2, 0, 1)[None] / 127.5 - 1
+    expected = AutoencoderKL.from_pretrained(micro_vae).encode(pixels).latent_dist.mode()[0]
+    assert torch.allclose(to_tensor(row), expected, atol=1e-5)
+    assert (row["height"], row["width"], row["shape"], row["dtype"]) == (64, 64, [4, 8, 8], "float32")
+
+
+def test_photographs_carry_their_sidecars_and_sizes(encode: Command, photos: Path, tmp_path: Path) -> None:
+    encode(photos, "--to", tmp_path / "c")
+    rows = {row["key"]: row for row in all_rows(tmp_path / "c")}
+    assert list(rows) == ["a/1", "a/2", "b/1", "b/2", "b/3"]
+    assert (rows["a/1"]["txt"], rows["a/2"]["txt"], rows["b/3"]["json"]) == ("one", None, '{"n": 3}')
+    assert rows["a/1"]["shard"] == "photos"
+    assert (rows["a/1"]["original_height"], rows["a/1"]["original_width"]) == (96, 128)
+    assert (rows["a/1"]["crop_top"], rows["a/1"]["crop_left"]) == (0, 10)
+
+
+def test_the_same_command_again_does_nothing(encode: Command, shards: Path, tmp_path: Path) -> None:
+    encode(shards, "--to", tmp_path / "c")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/data").iterdir()}
+    digest = digest_of(tmp_path / "c")
+    code, out, _ = encode(shards, "--to", tmp_path / "c")
+    assert code == 0
+    assert "encoded 0 pictures" in out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c/data").iterdir()} == before
+    assert digest_of(tmp_path / "c") == digest
+
+
+def test_only_what_is_missing_is_done(encode: Command, shards: Path, tmp_path: Path) -> None:
+    encode(shards, "--to", tmp_path / "calm", "--rows-per-part", 3)
+    encode(shards, "--to", tmp_path / "c", "--rows-per-part", 3)
+    digest = digest_of(tmp_path / "c")
+    lost = sorted((tmp_path / "c/data").iterdir())[1]
+    lost.unlink()
+    (tmp_path / "c/_commits" / f"{lost.name[:-14]}.json").unlink()
+    code, out, _ = encode(shards, "--to", tmp_path / "c", "--json")
+    done = json.loads(out)
+    assert code == 0
+    assert (done["run"]["counts"]["parts"], done["run"]["counts"]["adopted"]) == (2, 1)
+    assert digest_of(tmp_path / "c") == digest == digest_of(tmp_path / "calm")
+
+
+def test_the_source_may_lie_anywhere(encode: Command, tmp_path: Path) -> None:
+    for disk in ("one", "two"):
+        write_tar(tmp_path / disk / "shards/0.tar", img2dataset_members(0, 3))
+    encode(tmp_path / "one/shards", "--to", tmp_path / "a")
+    encode(str(tmp_path / "two/shards") + "/{0..0}.tar", "--to", tmp_path / "b")
+    assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_the_batch_size_changes_nothing(encode: Command, shards: Path, tmp_path: Path, batch: int) -> None:
+    encode(shards, "--to", tmp_path / "a", "--slice-size", 2)
+    encode(shards, "--to", tmp_path / "b", "--slice-size", 2, "--batch-size", batch)
+    assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b")
+
+
+def test_bad_pictures_are_named_and_stop_nothing(encode: Command, tmp_path: Path) -> None:
+    members = img2dataset_members(0, 2)
+    members["2.jpg"] = b"not a picture"
+    members["3.jpg"] = encoded(smooth(3))[:200]
+    members["4.txt"] = b"a caption alone"
+    write_tar(tmp_path / "s/0.tar", members)
+    code, out, _ = encode(tmp_path / "s", "--to", tmp_path / "c")
+    (rejects,) = (tmp_path / "c/_rejects").iterdir()
+    found = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert code == 3
+    assert "rejected   3: 1 corrupt, 1 no_picture, 1 not_a_picture" in out
+    assert [(r["shard"], r["position"], r["key"], r["stage"], r["reason"]) for r in found] == [
+        ("s/0.tar", 2, "2", "open", "not_a_picture"),
+        ("s/0.tar", 3, "3", "open", "corrupt"),
+        ("s/0.tar", 4, "4", "read", "no_picture"),
+    ]
+    assert encode(tmp_path / "s", "--to", tmp_path / "c", "--max-reject-rate", 0.6)[0] == 0
+
+
+def test_small_pictures_are_filtered_and_enlarged_ones_counted(encode: Command, tmp_path: Path) -> None:
+    for name, side in (("tiny", 20), ("small", 40), ("large", 90)):
+        path = tmp_path / "p" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(smooth(side, side, side), "PNG"))
+    _, out, _ = encode(tmp_path / "p", "--to", tmp_path / "c", "--min-size", 30)
+    assert [row["key"] for row in all_rows(tmp_path / "c")] == ["large", "small"]
+    assert "filtered   1    enlarged 1" in out
+
+
+def test_json_is_all_that_standard_output_carries(encode: Command, photos: Path, tmp_path: Path) -> None:
+    code, out, _ = encode(photos, "--to", tmp_path / "c", "--json")
+    assert code == 0
+    assert json.loads(out)["stats"] == {
+        "count": 5,
+        "rejected": {},
+        "filtered": 0,
+        "enlarged": 0,
+        "digest": digest_of(tmp_path / "c"),
+    }
+
+
+def test_a_run_leaves_its_record(encode: Command, photos: Path, tmp_path: Path) -> None:
+    encode(photos, "--to", tmp_path / "c")
+    (path,) = (tmp_path / "c/_runs").iterdir()
+    run = json.loads(path.read_text())
+    assert (run["verb"], run["outcome"], run["exit_code"]) == ("encode", "done", 0)
+    assert run["counts"]["rows"] == 5
+
+
+def test_the_cache_is_readable_with_the_scaling_in_its_own_words(encode: Command, photos: Path, tmp_path: Path) -> None:
+    encode(photos, "--to", tmp_path / "c")
+    cache = Cache.open(str(tmp_path / "c"), digest=digest_of(tmp_path / "c"))
+    (file,) = cache.files()
+    raw = to_tensor(next(cache.rows(file)))
+    assert torch.equal(cache.scaling.to_model(raw), raw * torch.tensor(0.18215, dtype=torch.float16))
+
+
+def test_options_left_open_are_taken_from_the_cache(
+    encode: Command, latentmill: Command, micro_vae: Path, photos: Path, tmp_path: Path
+) -> None:
+    encode(photos, "--to", tmp_path / "c", "--dtype", "float32")
+    code, out, _ = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", micro_vae, "--workers", 0)
+    assert code == 0, out
+
+
+class TestRefusals:
+    """One line, which says what to do; nothing is written where nothing was."""
+
+    def refused(self, result: tuple[int, str, str], code: int, pattern: str) -> None:
+        assert result[:2] == (code, "")
+        assert len(result[2].splitlines()) == 1
+        assert re.search(pattern, result[2]), result[2]
+
+    def test_no_such_source(self, encode: Command, tmp_path: Path) -> None:
+        self.refused(encode(tmp_path / "no", "--to", tmp_path / "c"), 2, "there is no source at .*/no")
+        assert not (tmp_path / "c").exists()
+
+    def test_an_empty_source(self, encode: Command, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        self.refused(encode(tmp_path / "empty", "--to", tmp_path / "c"), 2, "there is no source at .*empty|no tar")
+        assert not (tmp_path / "c").exists()
+
+    def test_a_source_without_pictures(self, encode: Command, tmp_path: Path) -> None:
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts/a.txt").write_text("a")
+        self.refused(encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards and no pictures in .*texts")
+
+    def test_no_vae(self, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+        result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "no", "--workers", 0)
+        self.refused(result, 2, "there is no VAE at .*/no")
+
+    def test_another_kind_of_vae(self, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/config.json").write_text('{"_class_name": "AutoencoderDC"}')
+        result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "other", "--workers", 0)
+        self.refused(result, 2, "configuration of a AutoencoderDC, not of an AutoencoderKL")
+
+    def test_another_identity(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+        encode(photos, "--to", tmp_path / "c")
+        self.refused(
+            encode(photos, "--to", tmp_path / "c", "--interpolation", "lanczos"),
+            2,
+            "was made with preprocessing.interpolation=bicubic, this job has preprocessing.interpolation=lanczos",
+        )
+
+    def test_other_weights(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+        encode(photos, "--to", tmp_path / "c")
+        AutoencoderKL(**MICRO).save_pretrained(tmp_path / "v")
+        result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "v", "--workers", 0)
+        self.refused(result, 2, "was made with weights=")
+
+    def test_a_folder_that_is_not_a_cache(self, encode: Command, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c/thesis.tex").write_text("years of work")
+        self.refused(encode(photos, "--to", tmp_path / "c"), 1, "is not a latentmill cache: it is not empty")
+
+    def test_no_right_to_write(self, encode: Command, photos: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        self.refused(encode(photos, "--to", tmp_path / "file/c"), 1, "cannot .* .*file/c.*: not a directory")
+
+    def test_a_resolution_that_the_model_cannot_have(
+        self, latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
+    ) -> None:
+        result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 100)
+        self.refused(result, 2, "--resolution 100 is not a multiple of the VAE's factor 8; the nearest is 96")
+
+    def test_memory_and_ray(self, latentmill: Command, photos: Path, micro_vae: Path) -> None:
+        result = latentmill("encode", photos, "--to", "memory://c", "--vae", micro_vae, "--resolution", 64)
+        self.refused(result, 2, "works with --workers 0 only")
+
+    def test_a_damaged_shard_fails_the_job_and_the_rest_is_done(self, encode: Command, tmp_path: Path) -> None:
+        write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2))
+        write_tar(tmp_path / "s/1.tar", img2dataset_members(2, 2))
+        whole = (tmp_path / "s/1.tar").read_bytes()
+        (tmp_path / "s/1.tar").write_bytes(whole[:5000])
+        code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+        assert code == 1
+        assert len(all_rows(tmp_path / "c")) == 2
+        assert re.search(r"failed: unit 1-\w+: .*1.tar is cut off at byte 5000", err)
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_resumable_cache(
+    encode: Command, micro_vae: Path, tmp_path: Path, sign: int, code: int
+) -> None:
+    for number in range(4):
+        write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(100 * number, 60))
+    argv = [tmp_path / "s", "--vae", micro_vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 10]
+    command = [sys.executable, "-m", "jobs.encode", *map(str, argv), "--to", str(tmp_path / "c")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and len(list(tmp_path.glob("c/data/*"))) < 2:
+        time.sleep(0.01)
+    job.send_signal(sign)
+    out, err = job.communicate(timeout=60)
+    (run,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_runs").iterdir())
+    assert (job.returncode, out) == (code, "")
+    assert "the same command goes on" in err
+    assert (run["outcome"], run["exit_code"]) == ("stopped", code)
+    assert len(list(tmp_path.glob("c/data/*"))) < 24
+    assert encode(tmp_path / "s", "--to", tmp_path / "c", "--rows-per-part", 10)[0] == 0
+    encode(tmp_path / "s", "--to", tmp_path / "calm", "--rows-per-part", 10)
+    assert digest_of(tmp_path / "c") == digest_of(tmp_path / "calm")

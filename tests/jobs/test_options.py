@@ -1,0 +1,89 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jobs.options import DecodeOptions, EncodeOptions, as_record, parse, storage_options
+from pipeline.errors import UsageError
+
+NEEDED = ["in/", "--to", "out", "--vae", "demo"]
+
+
+def test_defaults_are_the_dataclass() -> None:
+    options, given = parse(EncodeOptions, "encode", NEEDED)
+    assert options == EncodeOptions(source=("in/",), to="out", vae="demo")
+    assert given == {"source", "to", "vae"}
+
+
+def test_flags_have_the_types_of_the_fields() -> None:
+    options, _ = parse(
+        EncodeOptions, "encode", [*NEEDED, "more/", "--resolution", "256", "--max-reject-rate", "0.5", "--json"]
+    )
+    assert (options.source, options.resolution, options.max_reject_rate, options.json) == (
+        ("in/", "more/"),
+        256,
+        0.5,
+        True,
+    )
+
+
+def test_a_repeatable_flag_collects() -> None:
+    options, _ = parse(DecodeOptions, "decode", ["c", "--to", "o", "--source", "a", "--source", "b"])
+    assert options.source == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "SOURCE is missing"),
+        (["in/", "--to", "out"], "--vae is missing"),
+        ([*NEEDED, "--resolutoin", "256"], "unknown option --resolutoin; did you mean --resolution?"),
+        ([*NEEDED, "--resolution", "big"], "'big' is not a whole number"),
+        ([*NEEDED, "--interpolation", "bicubik"], "did you mean bicubic?"),
+        ([*NEEDED, "--config", "nowhere.yaml"], "cannot read --config nowhere.yaml: no such file"),
+    ],
+)
+def test_a_mistake_is_named(argv: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        parse(EncodeOptions, "encode", argv)
+
+
+def test_every_option_can_stand_in_a_file_and_a_flag_beats_it(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("source: [a, b]\nto: out\nvae: demo\nresolution: 128\nmin-size: 64\njson: true\n")
+    options, given = parse(EncodeOptions, "encode", ["--config", str(config), "--resolution", "256"])
+    assert options == EncodeOptions(source=("a", "b"), to="out", vae="demo", resolution=256, min_size=64, json=True)
+    assert "min_size" in given
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resolutoin: 3", "unknown key 'resolutoin'; did you mean resolution?"),
+        ("resolution: big", "resolution in --config .*: 'big' is not a whole number"),
+        ("json: 1", "json in --config .* must be true or false"),
+        ("[1, 2]", "must hold"),
+        ("a: [", "it is not YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(text)
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        parse(EncodeOptions, "encode", [*NEEDED, "--config", str(config)])
+
+
+def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "hush")
+    assert storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
+    with pytest.raises(UsageError, match="no environment variable NOT_THERE"):
+        storage_options(["secret=env:NOT_THERE"])
+    with pytest.raises(UsageError, match="must be KEY=VALUE"):
+        storage_options(["secret"])
+
+
+def test_the_record_of_a_run_keeps_no_secret() -> None:
+    options = EncodeOptions(source=("in",), to="out", vae="demo", storage_option=("key=hush", "secret=env:NAME"))
+    record = as_record(options)
+    assert record["storage_option"] == ["key=(not kept)", "secret=env:NAME"]
+    assert set(record) == {field.name for field in dataclasses.fields(EncodeOptions)}

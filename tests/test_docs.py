@@ -1,0 +1,89 @@
+"""The documentation is executed: what it shows is what happens."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.cli import VERBS
+from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, flag, make_parser
+from pipeline.write_parquet import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LINE = ROOT / "docs/command-line.md"
+OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "stats": StatsOptions}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def command_line_page() -> str:
+    """docs/command-line.md, as the options make it."""
+    parts = ["# The command line\n\nMade from the options by `python -m tests.test_docs`; a test keeps it true.\n"]
+    for verb, text in VERBS.items():
+        parts.append(f"## latentmill {verb}\n\n{text[0].upper()}{text[1:]}.\n")
+        parts.append(f"```text\n{make_parser(OPTIONS[verb], verb).format_help()}```\n")
+    return "\n".join(parts)
+
+
+def test_the_command_line_page_is_what_help_says() -> None:
+    assert COMMAND_LINE.read_text(encoding="utf-8") == command_line_page()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with demo-output/latents in it, made as `make demo` does, but without Ray."""
+    folder = tmp_path_factory.mktemp("readme")
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "latentmill encode" in line)
+    argv = line.split("latentmill ")[1].replace("$(DEMO)", "demo-output").split()
+    argv[1] = str(ROOT / argv[1])
+    command = [sys.executable, "-m", "jobs.encode", *argv[1:], "--workers", "0"]
+    subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=100)
+    return folder
+
+
+def test_the_readmes_python_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    names: dict[str, object] = {}
+    for block in blocks(README, "python"):
+        exec(block, names)
+    latents, last = names["latents"], names["latent"]
+    assert isinstance(latents, np.ndarray)
+    assert latents.shape == (6, 16, 32, 32)
+    assert abs(latents.mean()) < 0.3
+    assert 0.7 < latents.std() < 1.3
+    np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
+
+
+def test_the_readmes_commands_exist(latentmill: Callable[..., tuple[int, str, str]]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for line in "".join(blocks(README, "sh")).splitlines():
+        words = line.split("#")[0].split()
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
+        else:
+            assert words[0] == ".venv/bin/latentmill"
+            flags = {flag(field) for field in OPTIONS[words[1]].__dataclass_fields__.values()}
+            assert {word for word in words if word.startswith("--")} <= flags, line
+
+
+def test_every_link_of_the_documentation_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_format_page_names_every_column() -> None:
+    page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
+    for field in SCHEMA:
+        assert f"`{field.name}`" in page, field.name
+
+
+if __name__ == "__main__":
+    COMMAND_LINE.write_text(command_line_page(), encoding="utf-8")

@@ -1,0 +1,118 @@
+"""The rules of the rooms: who may import whom, and how large things may grow."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("vae", "pipeline", "jobs")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+STEPS = {"read_tar", "read_folder", "pixels", "transform", "batches", "encode", "write_parquet"}
+MAX_FUNCTION = 60
+MAX_FILE = 450
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, anywhere in it: ours by their full name."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: imports are absolute"
+            inner = [f"{node.module}.{name.name}" for name in node.names]
+            yield from (name if name in MODULES else node.module for name in inner)
+
+
+def importers(package: str) -> set[str]:
+    """Our modules that import a package or anything in it."""
+    return {
+        module
+        for module, path in MODULES.items()
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+
+
+def test_the_rooms_are_found() -> None:
+    assert {"vae.model", "pipeline.flow", "jobs.cluster"} <= set(MODULES)
+    assert {f"pipeline.{step}" for step in STEPS} <= set(MODULES)
+
+
+def test_imports_run_from_jobs_to_pipeline_to_vae() -> None:
+    assert {module.split(".")[0] for module in importers("jobs")} <= {"jobs"}
+    assert {module.split(".")[0] for module in importers("pipeline")} <= {"jobs", "pipeline"}
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("ray", {"jobs.cluster"}),
+        ("fsspec", {"pipeline.storage"}),
+        ("s3fs", set()),
+        ("diffusers", set()),
+        ("argparse", {"jobs.options", "vae.train"}),
+    ],
+)
+def test_a_library_has_one_room(package: str, allowed: set[str]) -> None:
+    assert importers(package) == allowed
+
+
+def test_only_some_of_the_pipeline_know_the_model() -> None:
+    knowing = {module for module in importers("vae") if module.startswith("pipeline.")}
+    assert knowing <= {f"pipeline.{name}" for name in ("encode", "render", "cache", "identity")}
+
+
+def test_steps_do_not_import_each_other() -> None:
+    steps = {f"pipeline.{step}" for step in STEPS}
+    for step in steps:
+        assert not steps & set(imports(MODULES[step])), step
+
+
+def test_there_is_no_import_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above, module))
+        if module not in done:
+            for name in set(imports(MODULES[module])) & set(MODULES):
+                visit(name, (*above, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_only_jobs_print() -> None:
+    for module, path in MODULES.items():
+        calls = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call))
+        prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+        assert not prints or module.startswith("jobs.") or module == "vae.train", module
+
+
+def test_no_file_is_called_like_a_module_of_python() -> None:
+    # with `python jobs/x.py` its folder is first on the path, and would hide the standard library's
+    names = {path.stem for path in FILES} - {"__init__"}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_every_module_says_what_it_is() -> None:
+    for module, path in MODULES.items():
+        assert ast.get_docstring(tree(path)), module
