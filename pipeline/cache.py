@@ -64,4 +64,5 @@ class Cache:
         with self.folder.open(file) as stream:
             parquet = pq.ParquetFile(stream)
             for group in range(parquet.num_row_groups):
-                yield from parquet.read_row_group(group, columns=list(columns) if columns else None).to_pylist()
+                table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
+                yield from table.to_pylist()

@@ -97,7 +97,9 @@ def read(cache: Folder) -> list[Unit]:
     """All planned units, in the order in which they were planned."""
     units: list[Unit] = []
     for name in cache.names(FOLDER):
-        for row in pq.read_table(io.BytesIO(cache.read(f"{FOLDER}/{name}"))).to_pylist():
+        data = pa.BufferReader(cache.read(f"{FOLDER}/{name}"))
+        # without threads: pyarrow 26's pool, just started, aborts a process that ends at once (2 of 25 with torch)
+        for row in pq.ParquetFile(data).read(use_threads=False).to_pylist():
             units.append(
                 Unit(
                     name=row["unit"],

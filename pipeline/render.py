@@ -159,7 +159,7 @@ def read_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, Any
                 count = parquet.metadata.row_group(group).num_rows
                 here = [index - start for index in indexes if start <= index < start + count]
                 if here:
-                    yield from parquet.read_row_group(group).take(here).to_pylist()
+                    yield from parquet.read_row_group(group, use_threads=False).take(here).to_pylist()
                 start += count
 
 
