@@ -56,16 +56,14 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
         engine = where.start(job, vae, len(tasks), signals.stop)
         try:
             with signals.caught(), meter.shown():
-                failures = drive(
-                    tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for)
-                )
+                driven = drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
         except Stopped:
             say("stopped; the same command draws all of it again")
             return signals.exit_code
-    report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), failures)
+    report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), driven.failures)
     out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     tell(options, out, report)
-    return 1 if failures else 0
+    return 1 if driven.failures else 0
 
 
 def matching_vae(ref: str, cache: Cache) -> Vae:

@@ -3,11 +3,12 @@
 import random
 import signal
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
@@ -80,6 +81,14 @@ class Failure:
     error: str
 
 
+@dataclass(slots=True)
+class Driven:
+    """How a drive went. seconds: from the moment the first replica was ready to the end of the last task."""
+
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+
 class Signals:
     """Whether a signal has asked us to stop, and which."""
 
@@ -120,18 +129,19 @@ def drive(
     signals: Signals,
     on_done: Callable[[Any], None],
     on_tick: Callable[[], None],
-) -> list[Failure]:
+) -> Driven:
     """Run all tasks, in shuffled order so that two drivers seldom meet; a failed one goes to the end of the queue.
 
     on_done gets the report of each task that succeeded; on_tick is called about once a second.
-    Returns the tasks that failed three times. Raises Stopped when a signal asked for it.
+    Returns the tasks that failed three times, and the time it took. Raises Stopped when a signal asked for it.
     """
     queue = deque(random.sample(list(tasks), len(tasks)))
     tries: Counter[str] = Counter()
-    failures: list[Failure] = []
-    under_way = 0
+    driven = Driven()
+    under_way, ready = 0, 0.0
     while queue or under_way:
         signals.check()
+        ready = ready or (time.perf_counter() if engine.slots else 0.0)
         while queue and under_way < engine.slots:
             engine.submit(queue.popleft())
             under_way += 1
@@ -144,9 +154,10 @@ def drive(
             if tries[done.task.name] < TRIES:
                 queue.append(done.task)
             else:
-                failures.append(Failure(done.task.name, done.error))
+                driven.failures.append(Failure(done.task.name, done.error))
         on_tick()
-    return failures
+        driven.seconds = time.perf_counter() - ready if ready else 0.0
+    return driven
 
 
 def error_line(error: BaseException) -> str:

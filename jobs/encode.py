@@ -31,13 +31,19 @@ class Totals:
     seconds: Seconds = field(default_factory=Seconds)
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
-    wall: float = 0.0
+    wall: float = 0.0  # seconds from the start of the replicas to the end of the last unit
+    working: float = 0.0  # the same from the moment the first replica was ready
 
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
         names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
+
+    @property
+    def rate(self) -> float:
+        """Pictures encoded a second, once replicas were ready."""
+        return self.counts["rows"] / (self.working or self.wall or 1.0)
 
     @property
     def bounded_by(self) -> str:
@@ -138,7 +144,9 @@ def encode_units(
 
     with signals.caught(), meter.shown():
         try:
-            return drive(pending, engine, signals, on_done, on_tick)
+            driven = drive(pending, engine, signals, on_done, on_tick)
+            totals.working = driven.seconds
+            return driven.failures
         finally:
             totals.wall = time.perf_counter() - started
 
@@ -250,12 +258,11 @@ def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_rejec
 
 def facts(totals: Totals) -> dict[str, Any]:
     """What a run's record keeps of its work."""
-    rate = totals.counts["rows"] / totals.wall if totals.wall else None
     return {
         "counts": dict(totals.counts),
         "rejects": dict(totals.rejects),
         "seconds": dataclasses.asdict(totals.seconds),
-        "images_per_second": rate,
+        "images_per_second": totals.rate,
     }
 
 
@@ -269,12 +276,17 @@ def tell(
     already: int,
 ) -> None:
     """The summary: what was done, what the cache holds now, and what is left undone."""
-    counts, rate = totals.counts, totals.counts["rows"] / totals.wall if totals.wall else 0.0
+    counts = totals.counts
     if options.json:
         print_json(
             {
                 "cache": cache.url,
-                "run": {**facts(totals), "wall_seconds": totals.wall, "bounded_by": totals.bounded_by},
+                "run": {
+                    **facts(totals),
+                    "wall_seconds": totals.wall,
+                    "working_seconds": totals.working,
+                    "bounded_by": totals.bounded_by,
+                },
                 "units": units,
                 "failed": [dataclasses.asdict(failure) for failure in failures],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
@@ -282,7 +294,7 @@ def tell(
         )
         return
     before = f" ({already} of {units} units were done before)" if already else ""
-    lines = [f"encoded {counts['rows']:,} pictures in {totals.wall:.1f} s, {rate:.1f} a second{before}"]
+    lines = [f"encoded {counts['rows']:,} pictures in {totals.wall:.1f} s, {totals.rate:.1f} a second{before}"]
     lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
