@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from pipeline.encode import Vae
@@ -177,6 +177,8 @@ class RayEngine:
                 del replica.tasks[ref]
             if replica.starting is None:
                 self._ask(replica)
+        except RayTaskError as error:  # the actor lives: this is a mistake of ours, and would come again
+            raise JobError(f"a worker failed: {_cause(error)}") from error
         except RayError as error:
             self._replace(replica, error)
 
