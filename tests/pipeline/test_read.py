@@ -1,0 +1,151 @@
+"""The two readers: tar shards and folders."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import webdataset
+
+from pipeline import read_tar
+from pipeline.errors import ShardError
+from pipeline.read_folder import folder_key, read_folder
+from pipeline.records import Reject, Sample
+from tests.conftest import img2dataset_members, write_tar
+
+
+def read(data: bytes) -> list[Sample | Reject]:
+    return list(read_tar.read_tar(io.BytesIO(data), "s.tar"))
+
+
+def tar(members: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=form) as archive:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def outcome(item: Sample | Reject) -> tuple[int, str, object]:
+    return item.position, item.key, item.image if isinstance(item, Sample) else item.reason
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", img2dataset_members(0, 5))
+    expected = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    with open(path, "rb") as stream:
+        samples = list(read_tar.read_tar(stream, "s.tar"))
+    for sample, other in zip(samples, expected, strict=True):
+        assert isinstance(sample, Sample)
+        assert (sample.key, sample.image) == (other["__key__"], other["jpg"])
+        assert sample.columns == {"txt": other["txt"].decode(), "json": other["json"].decode()}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_dialect_of_tar_is_read(form: int) -> None:
+    names = ["a.jpg", "folder/b.jpg", "x" * 90 + "/" + "y" * 90 + ".jpg"]
+    if form != tarfile.USTAR_FORMAT:
+        names += ["ü/" + "z" * 300 + ".png", "deep/" * 60 + "c.webp"]
+    items = read(tar({name: name.encode() for name in names}, form))
+    assert [outcome(item) for item in items] == [
+        (n, name.rsplit(".", 1)[0], name.encode()) for n, name in enumerate(names)
+    ]
+
+
+def test_the_key_ends_at_the_first_dot_of_the_base_name() -> None:
+    items = read(tar({"v1.0/a.b.jpg": b"", "v1.0/a.JPG": b"1", "v1.0/a.txt": b"t"}))
+    assert [outcome(item) for item in items] == [(0, "v1.0/a", b"1")]
+
+
+def test_twins_and_captions_alone_are_rejects() -> None:
+    members = {"a.jpg": b"1", "a.png": b"2", "b.txt": b"", "c.jpg": b"3", "a.jpeg": b"4", "d.jpg": b"5"}
+    assert [outcome(item) for item in read(tar(members))] == [
+        (0, "a", b"1"),
+        (1, "a", "duplicate_key"),
+        (2, "b", "no_picture"),
+        (3, "c", b"3"),
+        (4, "a", "duplicate_key"),
+        (5, "d", b"5"),
+    ]
+
+
+def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
+    (item,) = read(tar({"a.jpg": b"1", "a.txt": b"\xff"}))
+    assert isinstance(item, Reject)
+    assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text")
+
+
+def test_only_regular_files_count() -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            header = tarfile.TarInfo("a.jpg")
+            header.type, header.linkname = kind, "/etc/passwd"
+            archive.addfile(header)
+    assert read(sink.getvalue()) == []
+
+
+def test_an_empty_tar_has_no_samples() -> None:
+    assert read(tar({})) == []
+
+
+def test_a_tar_that_is_cut_anywhere_is_never_taken_for_a_whole_one() -> None:
+    whole = tar({"a.jpg": b"x" * 700, "b.jpg": b"y" * 512, "c.txt": b"z"})
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for length in [*range(0, end + 1024, 512), 1, 511, 513, 1300, end + 1, end + 1023]:
+        if length < end + 1024:
+            with pytest.raises(ShardError, match=r"s\.tar is (cut off|damaged)"):
+                read(whole[:length])
+    assert len(read(whole[: end + 1024])) == 3
+
+
+@pytest.mark.parametrize("place", [0, 100, 148, 156, 600 + 512])
+def test_a_damaged_header_is_named(place: int) -> None:
+    whole = bytearray(tar({"a.jpg": b"x" * 100, "b.jpg": b"y"}))
+    whole[place] ^= 0x15
+    if place >= 1024 or place < 512:
+        with pytest.raises(ShardError, match="the header at byte"):
+            read(bytes(whole))
+
+
+def test_a_member_that_is_too_large_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_tar, "MAX_MEMBER", 1000)
+    with pytest.raises(ShardError, match="a member of 1001 bytes at byte 0"):
+        read(tar({"a.jpg": b"x" * 1001}))
+
+
+def test_a_stream_may_give_less_than_was_asked_for() -> None:
+    class Trickle(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            return super().read(min(count or 0, 100))
+
+    stream: BinaryIO = Trickle(tar({"a.jpg": b"x" * 5000}))
+    (item,) = read_tar.read_tar(stream, "s.tar")
+    assert outcome(item) == (0, "a", b"x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [("p/a.jpg", "a"), ("p/b/a.v1.jpg", "b/a%2Ev1"), ("p/100%.png", "100%25"), ("p/x.y/a.gif", "x%2Ey/a")],
+)
+def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
+    assert folder_key(path) == key
+
+
+def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
+    files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
+    paths = ("p/a.jpg", "p/a.png", "p/b.v2.png", "p/c.jpg", "p/gone.jpg")
+    items = list(read_folder(paths, files.get))
+    assert [outcome(item) for item in items] == [
+        (0, "a", b"1"),
+        (1, "a", "duplicate_key"),
+        (2, "b%2Ev2", b"2"),
+        (3, "c", "bad_text"),
+        (4, "gone", "no_picture"),
+    ]
+    columns = [item.columns for item in items if isinstance(item, Sample)]
+    assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]

@@ -1,0 +1,129 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import MICRO
+from vae import AutoencoderKL, DiagonalGaussianDistribution
+from vae.scaling import Scaling, scaling_of
+from vae.train import HELD_OUT, TRAINED_ON, negative_elbo, photograph, psnr
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(**MICRO).eval().requires_grad_(False)
+
+
+def noise(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_shapes(model: AutoencoderKL) -> None:
+    posterior = model.encode(noise(2)).latent_dist
+    assert posterior.parameters.shape == (2, 8, 8, 8)
+    assert posterior.mode().shape == (2, 4, 8, 8)
+    assert model.decode(posterior.mode()).sample.shape == (2, 3, 64, 64)
+    assert model.decode(posterior.mode()).commit_loss is None
+    assert isinstance(model(noise(1), sample_posterior=True, return_dict=False), tuple)
+
+
+def test_a_latent_depends_neither_on_its_neighbours_nor_on_its_place(model: AutoencoderKL) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one, others = noise(1), noise(3, seed=1)
+        first = model.encode(torch.cat([one, others])).latent_dist.mode()[0]
+        last = model.encode(torch.cat([others.flip(0), one])).latent_dist.mode()[3]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(first, last)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_slicing_changes_no_number(model: AutoencoderKL, size: int) -> None:
+    whole = model.encode(noise(5)).latent_dist.mode()
+    model.enable_slicing(size)
+    sliced = model.encode(noise(5)).latent_dist.mode()
+    model.disable_slicing()
+    torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=0)
+
+
+def test_a_slice_has_at_least_one_picture(model: AutoencoderKL) -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        model.enable_slicing(0)
+
+
+def test_the_posterior_clamps_its_log_variance() -> None:
+    moments = torch.cat([torch.zeros(1, 1, 1, 2), torch.tensor([[[[-99.0, 99.0]]]])], dim=1)
+    assert DiagonalGaussianDistribution(moments).logvar.flatten().tolist() == [-30, 20]
+
+
+def test_a_deterministic_posterior_has_no_variance() -> None:
+    posterior = DiagonalGaussianDistribution(torch.ones(1, 2, 1, 1), deterministic=True)
+    assert torch.equal(posterior.sample(), posterior.mode())
+    assert posterior.kl().item() == posterior.nll(torch.zeros(1, 1, 1, 1)).item() == 0
+
+
+def test_the_divergence_of_the_standard_normal_is_zero() -> None:
+    assert DiagonalGaussianDistribution(torch.zeros(3, 8, 2, 2)).kl().tolist() == [0, 0, 0]
+
+
+def test_the_negative_elbo_is_its_two_terms(model: AutoencoderKL) -> None:
+    x = noise(2)
+    loss, distortion, rate = negative_elbo(model, x, torch.Generator().manual_seed(5))
+    posterior = model.encode(x).latent_dist
+    back = model.decode(posterior.sample(torch.Generator().manual_seed(5))).sample
+    assert distortion.item() == pytest.approx(((back - x) ** 2).mean().item() / (2 * 0.02**2), rel=1e-5)
+    assert rate.item() == pytest.approx(posterior.kl().sum().item() / x.numel(), rel=1e-5)
+    assert loss.item() == pytest.approx(distortion.item() + rate.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("constants", "shift", "scale"),
+    [
+        ({}, (0.0,), (0.18215,)),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, (0.1159,), (0.3611,)),
+        (
+            {"scaling_factor": 0.5, "latents_mean": (1, 2, 3, 4), "latents_std": (1, 2, 4, 8)},
+            (1, 2, 3, 4),
+            (0.5, 0.25, 0.125, 0.0625),
+        ),
+    ],
+)
+def test_the_rule_follows_from_the_constants(
+    constants: dict[str, object], shift: tuple[float, ...], scale: tuple[float, ...]
+) -> None:
+    rule = scaling_of(AutoencoderKL(**MICRO, **constants).config)
+    assert rule == Scaling(shift, scale)
+    raw = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([(raw[c] - shift[c % len(shift)]) * scale[c % len(scale)] for c in range(4)])
+    torch.testing.assert_close(rule.to_model(raw), expected)
+    torch.testing.assert_close(rule.to_raw(rule.to_model(raw)), raw)
+
+
+@pytest.fixture(scope="module")
+def demo() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained("demo")
+
+
+def test_the_demo_model_is_small_and_shaped_like_sd3s(demo: AutoencoderKL) -> None:
+    files = (Path(__file__).parents[2] / "vae/demo").glob("*.safetensors")
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+    assert (demo.config.latent_channels, demo.config.downscale) == (16, 8)
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_the_demo_model_brings_back_photographs_that_it_was_not_trained_on(demo: AutoencoderKL, name: str) -> None:
+    assert name not in TRAINED_ON
+    assert psnr(demo, photograph(name), 256) > 28
+
+
+def test_the_demo_models_constants_are_those_of_its_latents(demo: AutoencoderKL) -> None:
+    x = photograph("skimage/retina.jpg")[None, :, :512, :512]
+    latents = scaling_of(demo.config).to_model(demo.encode(x).latent_dist.mode())
+    assert abs(latents.mean().item()) < 1
+    assert 0.3 < latents.std().item() < 2
+    assert demo.config.latents_std is not None
+    assert all(math.isfinite(std) and std > 0.1 for std in demo.config.latents_std)
