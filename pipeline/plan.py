@@ -95,8 +95,13 @@ def _stem(path: str) -> str:
 
 def read(cache: Folder) -> list[Unit]:
     """All planned units, in the order in which they were planned."""
+    return read_files(cache, cache.names(FOLDER))
+
+
+def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
+    """The units in these files of the plan."""
     units: list[Unit] = []
-    for name in cache.names(FOLDER):
+    for name in names:
         data = pa.BufferReader(cache.read(f"{FOLDER}/{name}"))
         # without threads: pyarrow 26's pool, just started, aborts a process that ends at once (2 of 25 with torch)
         for row in pq.ParquetFile(data).read(use_threads=False).to_pylist():
@@ -141,13 +146,14 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
     Raises SourceError where there is nothing to plan at all.
     """
     while True:
-        planned = read(cache)
+        names = cache.names(FOLDER)
+        planned = read_files(cache, names)
         new, noticed = unplanned(shards, planned)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: there are no tar shards and no pictures in it")
             return planned, noticed
-        if write(cache, len(cache.names(FOLDER)), new):
+        if write(cache, len(names), new):
             return planned + new, noticed
 
 

@@ -1,0 +1,99 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline import plan
+from pipeline.errors import SourceError
+from pipeline.records import Shard, Unit
+from pipeline.storage import Folder, list_shards
+
+
+def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:
+    return Shard(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
+
+
+def test_a_tars_unit_has_the_same_name_wherever_it_lies() -> None:
+    here, there = (plan.tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
+    assert here.name == there.name
+    assert here.name.startswith("00_0-")
+    assert len(here.name) == len("00_0-") + 16
+    assert here.name != plan.tar_unit(shard("other/00 0?.tar")).name
+
+
+def test_a_folders_units_have_up_to_256_pictures() -> None:
+    units = plan.units_of([shard(f"data/{n:04}.jpg") for n in range(600)])
+    assert [len(unit.paths) for unit in units] == [256, 256, 88]
+    assert {unit.kind for unit in units} == {"folder"}
+    assert len({unit.name for unit in units}) == 3
+
+
+def test_pictures_of_one_name_stay_together() -> None:
+    names = [f"data/{n:04}.jpg" for n in range(255)] + ["data/0255.jpg", "data/0255.png"]
+    units = plan.units_of([shard(name) for name in names])
+    assert [len(unit.paths) for unit in units] == [255, 2]
+
+
+def test_other_files_are_passed_over() -> None:
+    assert plan.units_of([shard("data/a.txt"), shard("data/a.parquet"), shard("data/a_stats.json")]) == []
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    units = plan.units_of([shard("data/0.tar", size=7), shard("data/1.jpg", size=3)])
+    assert plan.write(cache, 0, units)
+    assert plan.read(cache) == units
+    assert not plan.write(cache, 0, [])
+
+
+def test_a_plan_only_grows(tmp_path: Path) -> None:
+    cache, source = Folder(str(tmp_path / "c")), tmp_path / "data"
+    source.mkdir()
+    (source / "0.tar").write_bytes(b"x")
+
+    def extend() -> tuple[list[Unit], list[str]]:
+        return plan.extend(cache, list_shards((str(source),), {}, cache.url))
+
+    first, _ = extend()
+    assert extend() == (first, [])
+    (source / "1.tar").write_bytes(b"y")
+    (source / "0.tar").write_bytes(b"changed")
+    units, noticed = extend()
+    assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
+    assert units[0] == first[0]
+    assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
+    assert len(noticed) == 1
+    assert "0.tar has changed since it was planned" in noticed[0]
+
+
+def test_of_two_planners_the_second_reads_what_the_first_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, shards = Folder(str(tmp_path)), [shard("data/0.tar")]
+    original = plan.read_files
+    calls = []
+
+    def read_then_lose(folder: Folder, names: Sequence[str]) -> list[Unit]:
+        units = original(folder, names)
+        if not calls:
+            plan.write(cache, 0, plan.units_of(shards))  # another run is quicker
+        calls.append(units)
+        return units
+
+    monkeypatch.setattr(plan, "read_files", read_then_lose)
+    units, _ = plan.extend(cache, shards)
+    assert [unit.path for unit in units] == ["data/0.tar"]
+    assert cache.names("_plan") == ["00000.parquet"]
+
+
+def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    plan.extend(cache, [shard("data/a.jpg")])
+    units, noticed = plan.extend(cache, [shard("data/a.jpg"), shard("data/a.png")])
+    assert len(units) == 1
+    assert "another picture of its name" in noticed[0]
+
+
+def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="the source is empty"):
+        plan.extend(Folder(str(tmp_path)), [])
