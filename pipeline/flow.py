@@ -126,19 +126,17 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     job, clock = tools.job, Clock()
     samples = Peekable(watched(read(unit, job.source_options), tools.stop, clock))
     standing: list[Standing] = []
-    adopted = 0
+    adopted = behind = 0
     for number in itertools.count():
-        chunk = itertools.islice(samples, job.rows_per_part)
         part = commit.find(job.cache, unit, number, job.identity)
         if part is None:
-            filled = fill(chunk, tools, clock)
+            drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
+            filled, behind = fill(itertools.islice(samples, job.rows_per_part), tools, clock), 0
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows)
         else:
-            adopted += 1
-            if not part.record.last:
-                drain(chunk)
+            adopted, behind = adopted + 1, behind + 1
         standing.append(part)
         if part.record.last:
             break
@@ -173,7 +171,7 @@ def watched(samples: Iterator[Sample | Reject], stop: threading.Event, clock: Cl
 
 
 def drain(samples: Iterable[Sample | Reject]) -> None:
-    """Read past samples that stand in the cache already."""
+    """Read past samples."""
     for _ in samples:
         pass
 

@@ -1,0 +1,75 @@
+"""The driver's loop with an engine that is a few lines long."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from jobs.drive import Done, Signals, drive, error_line
+from pipeline.errors import ShardError, Stopped
+
+
+@dataclass
+class Task:
+    name: str
+
+
+@dataclass
+class Scripted:
+    """An engine that fails each task as often as it is told to."""
+
+    failures: dict[str, int]
+    slots: int = 2
+    pictures: int = 0
+    waiting_for: str = ""
+    running: list[Task] = field(default_factory=list)
+    started: Counter[str] = field(default_factory=Counter)
+    most: int = 0
+
+    def submit(self, task: Task) -> None:
+        self.started[task.name] += 1
+        self.running.append(task)
+        self.most = max(self.most, len(self.running))
+
+    def wait(self, seconds: float) -> list[Done]:
+        task = self.running.pop(0)
+        failed = self.started[task.name] <= self.failures.get(task.name, 0)
+        return [Done(task, None if failed else task.name, "it broke" if failed else None)]
+
+    def close(self) -> None:
+        self.running.clear()
+
+
+def run(engine: Scripted, count: int) -> tuple[list[str], list[str]]:
+    done: list[str] = []
+    driven = drive([Task(str(n)) for n in range(count)], engine, Signals(), done.append, lambda: None)
+    return sorted(done), [failure.name for failure in driven.failures]
+
+
+def test_every_task_is_done_once_and_never_more_at_once_than_there_are_slots() -> None:
+    engine = Scripted({})
+    assert run(engine, 9) == ([str(n) for n in range(9)], [])
+    assert set(engine.started.values()) == {1}
+    assert engine.most == 2
+
+
+def test_a_task_that_fails_is_tried_three_times() -> None:
+    engine = Scripted({"1": 2, "2": 99})
+    assert run(engine, 4) == (["0", "1", "3"], ["2"])
+    assert engine.started == {"0": 1, "1": 3, "2": 3, "3": 1}
+
+
+def test_a_signal_stops_the_loop() -> None:
+    signals = Signals()
+    signals.stop.set()
+    with pytest.raises(Stopped):
+        drive([Task("a")], Scripted({}), signals, lambda report: None, lambda: None)
+
+
+def test_an_error_is_one_line() -> None:
+    assert error_line(ShardError("the shard is cut off")) == "the shard is cut off"
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        assert error_line(error).startswith("ValueError: two (")
+        assert "test_drive.py" in error_line(error)

@@ -1,0 +1,327 @@
+"""A unit's whole way: what stands in the cache afterwards, whatever happened on the way."""
+
+import hashlib
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline import commit, plan, stats, write_parquet
+from pipeline.cache import to_tensor
+from pipeline.encode import Compute, Replica, Vae, load_vae
+from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped
+from pipeline.flow import EncodeJob, Encoder
+from pipeline.records import Picture, Record, Unit
+from pipeline.storage import Folder, list_shards
+from pipeline.transform import Transform
+from tests.conftest import img2dataset_members, write_tar
+
+CPU = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def vae(micro_vae: Path) -> Vae:
+    return load_vae(str(micro_vae))
+
+
+@pytest.fixture
+def worker(vae: Vae) -> Callable[..., Encoder]:
+    """Makes a worker for a cache; keyword arguments change its job."""
+
+    def make(cache: Path | str, **settings: Any) -> Encoder:
+        job = {
+            "cache": Folder(str(cache)),
+            "source_options": {},
+            "identity": "the identity",
+            "transform": Transform(resolution=64),
+            "dtype": "float16",
+            "rows_per_part": 4,
+            "compute": CPU,
+            "open_threads": 1,
+            "run": "a run",
+            "versions": {},
+        }
+        return EncodeJob(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
+
+    return make
+
+
+def unit_of(source: Path) -> Unit:
+    (unit,) = plan.units_of(list_shards((str(source),), {}, "nowhere"))
+    return unit
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Unit:
+    """A tar of ten samples, of which the second is no picture."""
+    members = img2dataset_members(0, 10, height=64, width=64)
+    members["000000001.jpg"] = b"no picture"
+    return unit_of(write_tar(tmp_path / "s/0.tar", members))
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """What no run may change: the files of data/, _empty/ and _rejects/."""
+    return {
+        f"{folder}/{path.name}": path.read_bytes()
+        for folder in ("data", "_empty", "_rejects")
+        for path in cache.glob(f"{folder}/*")
+    }
+
+
+def records(cache: Path) -> list[Record]:
+    return [write_parquet.read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
+
+
+def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    report = worker(tmp_path / "c").run(unit)
+    parts = records(tmp_path / "c")
+    assert [(r.part, r.first, r.samples, r.rows, r.last) for r in parts] == [
+        (0, 0, 4, 3, False),
+        (1, 4, 4, 4, False),
+        (2, 8, 2, 2, True),
+    ]
+    assert [(r.position, r.key, r.reason) for r in parts[0].rejects] == [(1, "000000001", "not_a_picture")]
+    assert (report.samples, report.rows, dict(report.rejects), report.parts) == (10, 9, {"not_a_picture": 1}, 3)
+    assert report.rows == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "c/data").iterdir())
+
+
+def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "c").run(unit)
+    content = json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())
+    for part in content["parts"]:
+        data = (tmp_path / "c" / part["file"]).read_bytes()
+        assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert content["parts"][0]["rejects"] == {"not_a_picture": 1}
+    assert (content["run"], set(content["seconds"])) == ("a run", {"read", "open", "encode", "write"})
+
+
+def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "c").run(unit)
+    worker("memory://flow/c").run(unit)
+    folder = Folder("memory://flow/c")
+    assert {f"data/{name}": folder.read(f"data/{name}") for name in folder.names("data")} == {
+        name: data for name, data in contents(tmp_path / "c").items() if name.startswith("data/")
+    }
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 8])
+def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    worker(tmp_path / "calm").run(unit)
+    encoded: list[str] = []
+    original = Replica.encode
+
+    def encode(self: Replica, batch: Sequence[Picture]) -> list[torch.Tensor | Rejected]:
+        if len(encoded) == after:
+            raise MemoryError
+        encoded.extend(picture.key for picture in batch)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "encode", encode)
+        with pytest.raises(MemoryError):
+            worker(tmp_path / "c").run(unit)
+    standing = contents(tmp_path / "c")
+    report = worker(tmp_path / "c").run(unit)
+    assert contents(tmp_path / "c") == contents(tmp_path / "calm")
+    assert standing.items() <= contents(tmp_path / "c").items()
+    assert report.adopted == len([name for name in standing if name.startswith("data/")])
+
+
+def test_parts_that_stand_are_not_encoded_again(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker(tmp_path / "c").run(unit)
+    monkeypatch.setattr(Replica, "encode", None)
+    Path(unit.url).unlink()
+    assert worker(tmp_path / "c").run(unit).adopted == 3
+
+
+def test_two_workers_on_one_unit_leave_one_cache(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "calm").run(unit)
+    twins = [threading.Thread(target=worker(tmp_path / "c").run, args=(unit,)) for _ in range(2)]
+    for twin in twins:
+        twin.start()
+    for twin in twins:
+        twin.join()
+    assert contents(tmp_path / "c") == contents(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_the_batch_changes_no_byte(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, batch: int) -> None:
+    worker(tmp_path / "a").run(unit)
+    compute = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=batch, threads=1)
+    worker(tmp_path / "b", compute=compute, open_threads=3).run(unit)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"), [(4, [(4, True)]), (8, [(4, False), (4, True)]), (5, [(4, False), (1, True)])]
+)
+def test_the_last_part_says_so(
+    worker: Callable[..., Encoder], tmp_path: Path, count: int, parts: list[tuple[int, bool]]
+) -> None:
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, count)))
+    worker(tmp_path / "c").run(unit)
+    assert [(record.samples, record.last) for record in records(tmp_path / "c")] == parts
+
+
+def test_a_part_without_rows_stands_outside_data(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    members = {f"{n}.jpg": b"no picture" for n in range(4)} | img2dataset_members(4, 1)
+    worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
+    (empty,) = (tmp_path / "c/_empty").iterdir()
+    assert Record.from_json(empty.read_bytes()).samples == 4
+    assert [record.part for record in records(tmp_path / "c")] == [1]
+
+
+def test_a_shard_without_samples_has_one_record(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    report = worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", {})))
+    (empty,) = (tmp_path / "c/_empty").iterdir()
+    record = Record.from_json(empty.read_bytes())
+    assert (record.samples, record.rows, record.last, record.tally) == (0, 0, True, {})
+    assert report.parts == 1
+
+
+def test_a_damaged_shard_fails_and_is_not_committed(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    path = Path(unit.url)
+    path.write_bytes(path.read_bytes()[:9000])
+    cut = unit_of(path)
+    with pytest.raises(ShardError, match="is cut off at byte 9000"):
+        worker(tmp_path / "c").run(cut)
+    assert not (tmp_path / "c/_commits").exists()
+
+
+def test_a_shard_that_changed_since_it_was_planned_fails(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    write_tar(Path(unit.url), img2dataset_members(0, 1))
+    with pytest.raises(SourceError, match="has changed since it was planned"):
+        worker(tmp_path / "c").run(unit)
+
+
+def test_a_part_of_another_cache_is_refused(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "c", identity="another").run(unit)
+    (tmp_path / f"c/_commits/{unit.name}.json").unlink()
+    with pytest.raises(CacheError, match="belongs to a cache with another identity"):
+        worker(tmp_path / "c").run(unit)
+    (tmp_path / f"c/data/{unit.name}-00000.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(CacheError, match="is not a part of a latentmill cache"):
+        worker(tmp_path / "c").run(unit)
+
+
+def test_a_job_that_is_to_stop_stops_between_samples(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    stopped = worker(tmp_path / "c")
+    stopped.tools.stop.set()
+    with pytest.raises(Stopped):
+        stopped.run(unit)
+    assert contents(tmp_path / "c") == {}
+
+
+def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "c").run(unit)
+    file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
+    assert file.schema_arrow.equals(write_parquet.SCHEMA)
+    group = file.metadata.row_group(0)
+    columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    assert columns["latent"].compression == "UNCOMPRESSED"
+    assert not any("DICTIONARY" in encoding for encoding in columns["latent"].encodings)
+    assert columns["key"].compression == "ZSTD"
+    row = file.read().to_pylist()[0]
+    assert to_tensor(row).shape == (4, 8, 8)
+    assert len(row["latent"]) == 4 * 8 * 8 * 2
+
+
+def test_row_groups_hold_one_bucket_and_are_capped(
+    monkeypatch: pytest.MonkeyPatch, worker: Any, unit: Unit, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(write_parquet, "ROW_GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
+    worker(tmp_path / "c", rows_per_part=100).run(unit)
+    (path,) = (tmp_path / "c/data").iterdir()
+    metadata = pq.read_metadata(path)
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [3, 3, 3]
+
+
+class TestOverflow:
+    """No NaN is ever written."""
+
+    def replica(self, vae: Vae, precision: str, gain: float) -> Replica:
+        """A replica whose latents are `gain` times as large as the model's; within, activations overflow float16."""
+        weights = dict(vae.weights)
+        weights["quant_conv.weight"] = weights["quant_conv.weight"] * np.float32(gain)
+        louder = Vae(ref="", config=vae.config, weights=weights, sha256="")
+        compute = Compute(device="cpu", precision=precision, slice_size=1, batch_size=1, threads=1)
+        return Replica(louder, compute, "float32" if precision == "fp16" else "float16")
+
+    def picture(self) -> Picture:
+        pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return Picture(
+            position=0,
+            key="k",
+            columns={},
+            pixels=pixels,
+            original_height=64,
+            original_width=64,
+            crop_top=0,
+            crop_left=0,
+            enlarged=False,
+        )
+
+    def test_a_latent_that_its_dtype_cannot_hold_is_rejected(self, vae: Vae) -> None:
+        (latent,) = self.replica(vae, "fp32", 1e7).encode([self.picture()])
+        assert isinstance(latent, Rejected)
+        assert (latent.stage, latent.reason) == ("encode", "not_finite")
+
+    def test_what_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
+        half, exact = self.replica(vae, "fp16", 1e7), self.replica(vae, "fp32", 1e7)
+        exact.dtype = torch.float32
+        (latent,), (expected,) = half.encode([self.picture()]), exact.encode([self.picture()])
+        assert isinstance(latent, torch.Tensor)
+        assert isinstance(expected, torch.Tensor)
+        assert torch.equal(latent, expected)
+
+
+def test_statistics_are_numpys_and_the_digest_is_the_shells(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    members = {f"{n}.jpg": b"no picture" for n in range(4)}
+    empty = unit_of(write_tar(tmp_path / "e/1.tar", members))
+    encoder, cache = worker(tmp_path / "c"), tmp_path / "c"
+    encoder.run(unit)
+    encoder.run(empty)
+    written = stats.write(Folder(str(cache)), "the identity")
+    latents = [
+        to_tensor(row).double() for path in sorted(cache.glob("data/*")) for row in pq.read_table(path).to_pylist()
+    ]
+    values = torch.stack(latents).numpy()
+    np.testing.assert_allclose(written["mean"], values.mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(written["std"], values.std(axis=(0, 2, 3)), rtol=1e-12)
+    assert written["suggested"]["scaling_factor"] == pytest.approx(1 / values.std(), rel=1e-12)
+    assert (written["count"], written["rejected"]) == (9, {"not_a_picture": 5})
+    command = "export LC_ALL=C; sha256sum _empty/* data/* | sha256sum"
+    printed = subprocess.run(command, shell=True, cwd=cache, capture_output=True, text=True, check=True).stdout
+    assert written["digest"] == printed.split()[0]
+
+    (cache / f"_commits/{unit.name}.json").unlink()
+    assert stats.write(Folder(str(cache)), "the identity") == written
+    next(cache.glob("_empty/*")).unlink()
+    with pytest.raises(CacheError, match="is gone, but was committed"):
+        stats.write(Folder(str(cache)), "the identity")
+
+
+def test_of_two_commits_the_first_counts(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    worker(tmp_path / "c", run="first").run(unit)
+    worker(tmp_path / "c", run="second").run(unit)
+    assert json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())["run"] == "first"
+    assert commit.finished(Folder(str(tmp_path / "c"))) == {unit.name}
