@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.errors import Rejected, VaeError
 from pipeline.records import Picture
 from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
+from vae.fast import keep_freed_memory
 from vae.load import weights_sha256
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,6 +68,7 @@ def build_model(vae: Vae, compute: Compute) -> AutoencoderKL:
     """A replica's model on its device, in its precision."""
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
+        keep_freed_memory()
     with torch.device("meta"):
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)

@@ -1,0 +1,33 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import resource, sys, torch
+from tests.conftest import MICRO
+from vae import AutoencoderKL
+from vae.fast import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+model, x = AutoencoderKL(**MICRO).eval(), torch.zeros(1, 3, 256, 256)
+with torch.inference_mode():
+    for _ in range(3):
+        model.encode(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        model.encode(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_a_picture_costs_no_page_faults() -> None:
+    root = Path(__file__).parents[2]
+    faults = [
+        int(subprocess.run([sys.executable, "-c", SCRIPT, mode], cwd=root, capture_output=True, check=True).stdout)
+        for mode in ("keep", "not")
+    ]
+    assert faults[0] < 300 < faults[1]
