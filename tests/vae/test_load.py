@@ -1,4 +1,8 @@
+import hashlib
 import json
+import re
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,3 +118,156 @@ def test_training_makes_a_model_that_loads(tmp_path: Path, capsys: pytest.Captur
     first, last = (float(line.split("distortion ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
     assert last < first
     assert AutoencoderKL.from_pretrained(tmp_path / "trained").config.latents_mean is not None
+
+
+def rewrite(folder: Path, **changed: torch.Tensor | None) -> None:
+    """Save the weights again, each tensor named (dots as __) replaced, or left out where there is None."""
+    tensors = {**load_file(folder / WEIGHTS), **{name.replace("__", "."): value for name, value in changed.items()}}
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / WEIGHTS)
+
+
+def index(folder: Path, text: str) -> None:
+    """Put an index in place of the weights."""
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(text)
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
+
+
+MISFIT = "the weights at {folder} do not fit its config.json: "
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (
+        lambda folder: (folder / CONFIG).unlink(),
+        "there is no VAE at {folder}: neither it nor its vae/ has a config.json",
+    ),
+    "a config that is a list": (
+        lambda folder: (folder / CONFIG).write_text("[1]"),
+        "{folder}/config.json: it is not a JSON object",
+    ),
+    "a config that is cut": (
+        lambda folder: (folder / CONFIG).write_text('{"latent_channels": '),
+        "{folder}/config.json: Expecting value: line 1 column 21 (char 20)",
+    ),
+    "an unknown key": (
+        lambda folder: edit(folder, latent_chanels=4),
+        "{folder}/config.json: an AutoencoderKL has no parameter 'latent_chanels' "
+        "(the nearest known one is 'latent_channels')",
+    ),
+    "no weights": (
+        lambda folder: (folder / WEIGHTS).unlink(),
+        "there are no weights at {folder}: no diffusion_pytorch_model.safetensors",
+    ),
+    "weights that are cut": (
+        cut,
+        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors",
+    ),
+    "weights that are empty": (
+        lambda folder: (folder / WEIGHTS).write_bytes(b""),
+        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors",
+    ),
+    "an index whose file is missing": (
+        lambda folder: index(folder, '{"weight_map": {"a": "gone.safetensors"}}'),
+        "{folder}/gone.safetensors cannot be read as safetensors",
+    ),
+    "a tensor missing": (
+        lambda folder: rewrite(folder, encoder__conv_in__bias=None),
+        MISFIT + "1 tensors missing, 0 too many (it lacks encoder.conv_in.bias)",
+    ),
+    "a tensor too many": (
+        lambda folder: rewrite(folder, extra=torch.ones(1)),
+        MISFIT + "0 tensors missing, 1 too many (it has extra, which the configuration does not)",
+    ),
+    "a wrong shape": (
+        lambda folder: rewrite(folder, encoder__conv_in__bias=torch.ones(2, 4)),
+        MISFIT + "encoder.conv_in.bias has the shape [2, 4], not [8]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refusal_says_exactly_what_is_there_instead(folder: Path, what: str) -> None:
+    damage, message = REFUSALS[what]
+    damage(folder)
+    with pytest.raises(LoadError) as refused:
+        AutoencoderKL.from_pretrained(folder)
+    assert str(refused.value) == message.format(folder=folder)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
+    index(folder, text)
+    with pytest.raises(LoadError, match=re.escape(INDEX)):
+        AutoencoderKL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("fields", [{"act_fn": "nope"}, {"norm_num_groups": 0}, {"latent_channels": "4"}])
+def test_a_config_that_no_model_can_have_is_refused(folder: Path, fields: dict[str, object]) -> None:
+    edit(folder, **fields)
+    with pytest.raises(LoadError, match=re.escape(CONFIG)):
+        AutoencoderKL.from_pretrained(folder)
+
+
+def test_weights_of_whole_numbers_are_refused(folder: Path) -> None:
+    rewrite(folder, encoder__conv_in__bias=torch.ones(8, dtype=torch.int32))
+    with pytest.raises(LoadError):
+        AutoencoderKL.from_pretrained(folder)
+
+
+def test_the_models_own_directory_wins_over_the_one_around_it(folder: Path) -> None:
+    (folder.parent / CONFIG).write_text('{"_class_name": "Pipeline"}')
+    assert AutoencoderKL.from_pretrained(folder.parent).config.latent_channels == 4
+
+
+def test_a_subfolder_of_any_name_can_be_given(folder: Path) -> None:
+    folder.rename(folder.with_name("first_stage"))
+    assert AutoencoderKL.from_pretrained(folder.parent, "first_stage").config.latent_channels == 4
+    with pytest.raises(LoadError, match="no VAE at"):
+        AutoencoderKL.from_pretrained(folder.parent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stay_in_the_dtype_of_the_file_unless_one_is_given(folder: Path, dtype: torch.dtype) -> None:
+    AutoencoderKL.from_pretrained(folder, torch_dtype=dtype).save_pretrained(folder)
+    assert AutoencoderKL.from_pretrained(folder).dtype == dtype
+    assert AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).dtype == torch.float32
+
+
+def test_what_is_saved_is_one_config_and_one_file_of_weights(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS])
+    fields = json.loads((folder / CONFIG).read_text())
+    assert fields.pop("_class_name") == "AutoencoderKL"
+    assert set(fields) == set(AutoencoderKLConfig())
+
+
+def test_saving_over_a_model_replaces_it(folder: Path) -> None:
+    torch.manual_seed(2)
+    other = AutoencoderKL(**{**MICRO, "latent_channels": 3})
+    other.save_pretrained(folder)
+    loaded = AutoencoderKL.from_pretrained(folder)
+    assert loaded.config == other.config
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(other.state_dict())
+
+
+def test_the_hash_is_of_names_shapes_and_little_endian_floats_in_the_order_of_names() -> None:
+    tensors = {"b": torch.tensor([[1.0, -2.0]]), "a": torch.tensor(0.5)}
+    spelled = b"a\0\0" + struct.pack("<f", 0.5) + b"b\x001,2\0" + struct.pack("<2f", 1, -2)
+    assert weights_sha256(tensors) == hashlib.sha256(spelled).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_hash_outlives_conversions_that_are_exact(folder: Path, dtype: torch.dtype) -> None:
+    half = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype)
+    before = weights_sha256(half.state_dict())
+    assert before != weights_sha256(AutoencoderKL.from_pretrained(folder).state_dict())
+    assert before == weights_sha256(half.to(torch.float32).state_dict()) == weights_sha256(half.double().state_dict())
+
+
+def test_the_hash_sees_a_name_and_a_single_value(folder: Path) -> None:
+    weights = AutoencoderKL.from_pretrained(folder).state_dict()
+    renamed = {name.replace("conv_in.bias", "conv_out.bias2"): value for name, value in weights.items()}
+    flipped = weights["encoder.conv_in.weight"].clone()
+    flipped[0, 0, 0, 0].neg_()
+    changed = {**weights, "encoder.conv_in.weight": flipped}
+    assert len({weights_sha256(each) for each in (weights, renamed, changed)}) == 3

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,129 @@ def test_the_demo_models_constants_are_those_of_its_latents(demo: AutoencoderKL)
     assert 0.3 < latents.std().item() < 2
     assert demo.config.latents_std is not None
     assert all(math.isfinite(std) and std > 0.1 for std in demo.config.latents_std)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def wide(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, 40, 72, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module", params=["with attention", "without attention"])
+def sd_like(request: pytest.FixtureRequest) -> AutoencoderKL:
+    """Levels of different width, 32 groups as in the public models."""
+    torch.manual_seed(2)
+    widths = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 32, "latent_channels": 16}
+    attention = request.param == "with attention"
+    model = AutoencoderKL(**{**MICRO, **widths, "mid_block_add_attention": attention})
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_bit_of_a_latent_depends_on_the_rest_of_its_slice(sd_like: AutoencoderKL) -> None:
+    one, others = wide(1), wide(3, seed=1)
+    alone = sd_like.encode(torch.cat([one, torch.zeros_like(others)])).latent_dist.parameters[0]
+    for place in range(4):
+        x = torch.cat([others[:place], one, others[place:]])
+        assert torch.equal(sd_like.encode(x).latent_dist.parameters[place], alone)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_bit_of_a_picture_depends_on_the_rest_of_its_slice(sd_like: AutoencoderKL) -> None:
+    z = torch.randn(4, 16, 5, 9, generator=torch.Generator().manual_seed(0))
+    pixels, turned = sd_like.decode(z).sample, sd_like.decode(z.roll(1, 0)).sample
+    assert torch.equal(pixels, turned.roll(-1, 0))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_neighbour_that_is_not_a_number_spoils_no_other_latent(sd_like: AutoencoderKL) -> None:
+    x = wide(3)
+    healthy = sd_like.encode(x).latent_dist.parameters
+    x[1] = math.nan
+    spoilt = sd_like.encode(x).latent_dist.parameters
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, 2]], healthy[[0, 2]])
+
+
+@pytest.mark.parametrize(("size", "slices"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
+def test_no_slice_is_larger_than_asked_for(model: AutoencoderKL, size: int, slices: list[int]) -> None:
+    seen: list[int] = []
+    hooks = [part.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))) for part in model.children()]
+    model.enable_slicing(size)
+    latents = model.encode(noise(5)).latent_dist.mode()
+    assert seen == [*slices, *slices] or seen == [each for each in slices for _ in range(2)]
+    seen.clear()
+    model.decode(latents)
+    model.disable_slicing()
+    for hook in hooks:
+        hook.remove()
+    assert seen == [each for each in slices for _ in range(2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_slicing_changes_no_number_of_decode_and_forward(model: AutoencoderKL, size: int) -> None:
+    x, z = noise(3), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded, there_and_back = model.decode(z).sample, model(x).sample
+    model.enable_slicing(size)
+    sliced, sliced_both = model.decode(z).sample, model(x).sample
+    model.disable_slicing()
+    torch.testing.assert_close(sliced, decoded, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sliced_both, there_and_back, atol=1e-5, rtol=0)
+
+
+def test_without_return_dict_the_same_comes_in_a_tuple_of_one(model: AutoencoderKL) -> None:
+    x = noise(2)
+    (posterior,) = model.encode(x, return_dict=False)
+    (pixels,) = model.decode(posterior.mode(), return_dict=False)
+    (both,) = model(x, return_dict=False)
+    assert torch.equal(posterior.parameters, model.encode(x).latent_dist.parameters)
+    assert torch.equal(pixels, model.decode(posterior.mode()).sample)
+    assert torch.equal(both, pixels)
+
+
+def test_forward_decodes_the_mode_or_a_draw(model: AutoencoderKL) -> None:
+    x = noise(1)
+    posterior = model.encode(x).latent_dist
+    drawn = posterior.sample(torch.Generator().manual_seed(6))
+    assert torch.equal(model(x).sample, model.decode(posterior.mode()).sample)
+    sampled = model(x, sample_posterior=True, generator=torch.Generator().manual_seed(6)).sample
+    assert torch.equal(sampled, model.decode(drawn).sample)
+    assert not torch.equal(sampled, model(x).sample)
+
+
+def test_moments_are_the_posteriors_parameters(model: AutoencoderKL) -> None:
+    assert torch.equal(model.moments(noise(2)), model.encode(noise(2)).latent_dist.parameters)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_latents_are_smaller_by_the_configs_downscale(levels: int) -> None:
+    cut = {name: value[:levels] for name, value in MICRO.items() if isinstance(value, tuple)}
+    model = AutoencoderKL(**{**MICRO, **cut})
+    latents = model.encode(torch.zeros(1, 3, 16, 24)).latent_dist.mode()
+    assert latents.shape == (1, 4, 16 // model.config.downscale, 24 // model.config.downscale)
+    assert model.decode(latents).sample.shape == (1, 3, 16, 24)
+
+
+def test_channels_other_than_three(model: AutoencoderKL) -> None:
+    grey = AutoencoderKL(**MICRO, in_channels=1, out_channels=2)
+    assert grey(torch.zeros(1, 1, 16, 16)).sample.shape == (1, 2, 16, 16)
+
+
+def test_a_model_of_a_config_has_that_config(model: AutoencoderKL) -> None:
+    again = AutoencoderKL.from_config(model.config)
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_device_are_those_of_the_weights(model: AutoencoderKL, dtype: torch.dtype) -> None:
+    other = AutoencoderKL.from_config(model.config).to(dtype)
+    assert (other.dtype, other.device) == (dtype, torch.device("cpu"))
+    assert other(noise(1).to(dtype)).sample.dtype == dtype
+    assert AutoencoderKL.from_config(model.config).to("meta").device == torch.device("meta")

@@ -1,0 +1,88 @@
+"""The two halves of the encode job, each alone on both cores: the encoder, and opening."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.make_shards import read_pictures
+from pipeline.encode import Compute, Replica, load_vae
+from pipeline.pixels import open_pixels
+from pipeline.records import Picture
+from pipeline.transform import Transform
+
+CORES, SIDE = 2, 256
+SECONDS, SAMPLE, PATIENCE = 8.0, 64, 120
+
+barrier: Any = None  # of the processes of `on_both_cores`, so that they run at the same time
+
+
+def on_both_cores(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
+    """Images/s of processes of one thread, one a core, added up."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(CORES, context, share, (context.Barrier(CORES),)) as pool:
+        return sum(pool.map(alone, [make] * CORES, [folder] * CORES))
+
+
+def share(ours: Any) -> None:
+    """Set up a process of `on_both_cores`."""
+    global barrier
+    barrier = ours
+
+
+def alone(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
+    """Images/s of one process. make: what makes the step that is timed, which does one image."""
+    torch.set_num_threads(1)
+    step, count = make(folder), 0
+    for _ in range(SAMPLE // 4):
+        step()
+    barrier.wait(PATIENCE)
+    start = time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        step()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def encoder(folder: Path) -> Callable[[], object]:
+    """A step that encodes a picture which is open already, as the job does on CPUs."""
+    compute = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+    replica = Replica(load_vae(str(folder / "vae")), compute, "float16")
+    transform = Transform(resolution=SIDE)
+    pixels = [opened(data, transform) for data in read_pictures(folder / "shards", SAMPLE)]
+    endless = cycle([as_picture(p) for p in pixels])
+    return lambda: replica.encode([next(endless)])
+
+
+def opener(folder: Path) -> Callable[[], object]:
+    """A step that opens a JPEG which is in memory and brings it to size."""
+    transform, endless = Transform(resolution=SIDE), cycle(read_pictures(folder / "shards", SAMPLE))
+    return lambda: opened(next(endless), transform)
+
+
+def as_picture(pixels: torch.Tensor) -> Picture:
+    """What the encoder takes; it looks at the pixels only."""
+    return Picture(
+        position=0,
+        key="",
+        columns={},
+        pixels=pixels,
+        original_height=0,
+        original_width=0,
+        crop_top=0,
+        crop_left=0,
+        enlarged=False,
+    )
+
+
+def opened(data: bytes, transform: Transform) -> torch.Tensor:
+    """A JPEG's pixels at the size they are encoded at."""
+    pixels = open_pixels(data)
+    fit = transform.fit(*pixels.shape[:2])
+    assert fit is not None
+    return transform.apply(pixels, fit)
