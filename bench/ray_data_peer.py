@@ -15,10 +15,10 @@ from PIL import Image
 
 SIDE = 256
 # The best of what was measured on two cores with 512 pictures (seconds, whole process): actors x CPUs each, batch
-#   2 x 0.5   batch 4: 35   8: 31   16: 36   32: 50 and more; 2 x 0.25 and another number of blocks: no better
+#   2 x 0.5   batch 4: 35   8: 31   16: 35   32: 45; 2 x 0.25 and another number of blocks: no better
 #   1 x 1     batch 16: 44
 #   2 x 1     never ends: actors take all CPUs, none is left to read with (ray-project/ray issue 44687)
-# Letting uint8 travel instead of float32 changed nothing that could be measured (35 against 36 at batch 16).
+# Letting uint8 travel instead of float32 changed nothing that could be measured (35 both at batch 16).
 ACTORS, CPUS_EACH, BATCH = 2, 0.5, 8
 
 

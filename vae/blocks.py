@@ -19,13 +19,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation that `act_fn` names; ValueError for one the reference does not have either."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"act_fn '{name}' is not one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -40,7 +33,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.act = activation(act_fn)
+        self.act = ACTIVATIONS[act_fn]
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv1(self.act(self.norm1(x)))

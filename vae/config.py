@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vae.blocks import ACTIVATIONS
+
 # Written into config.json by diffusers for its own use; they say nothing about the model.
 HARMLESS_KEYS = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
 
-# Fields that change neither the network nor what it puts out, only what others do with it.
+_COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+_NUMBERS = ("scaling_factor", "shift_factor")
 _TUPLES = ("down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std")
 
 
@@ -54,6 +57,18 @@ class AutoencoderKLConfig(Mapping[str, Any]):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if not self.block_out_channels or any(type(c) is not int or c < 1 for c in self.block_out_channels):
+            raise ValueError(f"block_out_channels must be whole numbers of at least 1, not {self.block_out_channels}")
+        if self.act_fn not in ACTIVATIONS:
+            raise ValueError(f"act_fn '{self.act_fn}' is not one of {', '.join(ACTIVATIONS)}")
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
@@ -68,6 +83,8 @@ class AutoencoderKLConfig(Mapping[str, Any]):
             value = getattr(self, name)
             if value is not None and len(value) != self.latent_channels:
                 raise ValueError(f"{name} has {len(value)} values, latent_channels is {self.latent_channels}")
+        if self.latents_std is not None and not all(std > 0 for std in self.latents_std):
+            raise ValueError("latents_std must be positive: latents are divided by it")
 
     @property
     def downscale(self) -> int:

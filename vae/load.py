@@ -19,6 +19,7 @@ from vae.config import AutoencoderKLConfig
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 DEMO = Path(__file__).parent / "demo"  # the small model that ships with the project
 
 
@@ -58,20 +59,35 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         names = [WEIGHTS]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = read_index(index)
     else:
         raise LoadError(f"there are no weights at {folder}: no {WEIGHTS}")
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
-            tensors.update(load_file(folder / name))
+            tensors.update({_new_name(key): tensor for key, tensor in load_file(folder / name).items()})
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{folder / name} cannot be read as safetensors") from error
     return tensors
 
 
+def _new_name(key: str) -> str:
+    """A parameter's name as diffusers has had it since 0.17: SD 1's files still have the attention's older ones."""
+    before, _, last = key.rpartition(".")
+    step, _, old = before.rpartition(".")
+    return f"{step}.{_RENAMED[old]}.{last}" if old in _RENAMED else key
+
+
+def read_index(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{index} cannot be read as an index of safetensors files") from error
+
+
 def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Path) -> None:
-    """Raise LoadError unless `tensors` has every name of `wanted`, no other, and the same shapes."""
+    """Raise LoadError unless `tensors` has every name of `wanted`, no other, the same shapes, and real numbers."""
     missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or foreign:
         first = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which the configuration does not"
@@ -80,6 +96,8 @@ def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Pa
             f"{len(foreign)} too many (it {first})"
         )
     for name, tensor in wanted.items():
+        if not tensors[name].is_floating_point():
+            raise LoadError(f"the weights at {where} are not of a model: {name} holds whole numbers")
         if tensors[name].shape != tensor.shape:
             raise LoadError(
                 f"the weights at {where} do not fit its {CONFIG}: {name} has the shape "

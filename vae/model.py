@@ -14,9 +14,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vae import load
-from vae.blocks import DownBlock, MidBlock, UpBlock, activation, group_norm
+from vae.blocks import DownBlock, MidBlock, UpBlock, group_norm
 from vae.config import AutoencoderKLConfig
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = MidBlock(channels[-1], groups, act_fn, config.mid_block_add_attention)
         self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_act = activation(act_fn)
+        self.conv_act = F.silu  # in the reference too, whatever act_fn is
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
             for level in range(len(channels))
         )
         self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_act = activation(act_fn)
+        self.conv_act = F.silu  # in the reference too, whatever act_fn is
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

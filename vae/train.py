@@ -157,7 +157,7 @@ def train(to: Path, steps: int, seed: int) -> None:
     draw, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     levels = [reduced(photograph(name), scale) for name in TRAINED_ON for scale in SCALES]
     small, large = ([p for p in levels if min(p.shape[1:]) >= size] for size in (64, 128))
-    stages = {0: batches(small, 64, 16, draw), steps * 3 // 4: batches(large, 128, 4, draw)}
+    stages = {0: batches(small, 64, 16, draw), steps * 3 // 4 + 1: batches(large, 128, 4, draw)}
 
     model = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)

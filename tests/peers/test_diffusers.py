@@ -1,13 +1,16 @@
 """Parity with diffusers' AutoencoderKL: the same numbers from the same weights, in float32."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from vae import AutoencoderKL
+from vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussianDistribution
+from vae.load import WEIGHTS, weights_sha256
 
 FOUR = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -16,9 +19,9 @@ FOUR = {
 }
 # Small models with the structure of the public ones.
 SHAPES: dict[str, dict[str, Any]] = {
-    "sd": {"block_out_channels": (16, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4},
+    "sd": {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2, "latent_channels": 4},
     "sdxl": {
-        "block_out_channels": (16, 32, 64, 64),
+        "block_out_channels": (8, 16, 32, 32),
         "layers_per_block": 2,
         "latent_channels": 4,
         "scaling_factor": 0.13025,
@@ -26,7 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "force_upcast": True,
     },
     "sd3": {
-        "block_out_channels": (16, 32, 64, 64),
+        "block_out_channels": (8, 16, 32, 32),
         "layers_per_block": 2,
         "latent_channels": 16,
         "scaling_factor": 1.5305,
@@ -35,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False,
     },
     "flux": {
-        "block_out_channels": (24, 24, 48, 48),
+        "block_out_channels": (16, 16, 24, 24),
         "layers_per_block": 2,
         "latent_channels": 16,
         "scaling_factor": 0.3611,
@@ -44,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False,
     },
     "cogview": {
-        "block_out_channels": (16, 64, 64, 64),
+        "block_out_channels": (8, 32, 32, 32),
         "layers_per_block": 3,
         "latent_channels": 16,
         "mid_block_add_attention": False,
@@ -54,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(scope="module", params=SHAPES)
 def pair(request: pytest.FixtureRequest) -> tuple[AutoencoderKL, Any]:
     """Our model and diffusers', with the same random weights."""
     fields = {**FOUR, **SHAPES[request.param]}
@@ -113,6 +116,8 @@ def test_slicing_gives_the_references_numbers(pair: tuple[AutoencoderKL, Any]) -
     torch.testing.assert_close(
         ours.decode(z, return_dict=False)[0], theirs.decode(z, return_dict=False)[0], atol=1e-4, rtol=0
     )
+    ours.disable_slicing()
+    theirs.disable_slicing()
 
 
 def test_directories_are_exchanged(pair: tuple[AutoencoderKL, Any], tmp_path: Path) -> None:
@@ -122,7 +127,136 @@ def test_directories_are_exchanged(pair: tuple[AutoencoderKL, Any], tmp_path: Pa
     loaded = AutoencoderKL.from_pretrained(tmp_path / "theirs")
     returned = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours", local_files_only=True)
     assert loaded.config == ours.config
+    loaded_weights, returned_weights = loaded.state_dict(), returned.state_dict()
     for name, tensor in theirs.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
-        assert torch.equal(returned.state_dict()[name], tensor)
+        assert torch.equal(loaded_weights[name], tensor)
+        assert torch.equal(returned_weights[name], tensor)
     assert returned.config.scaling_factor == ours.config.scaling_factor
+
+
+SMALL = {**FOUR, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 4}
+
+
+def twins(**fields: Any) -> tuple[AutoencoderKL, Any]:
+    """Our model and diffusers', small and with the same random weights, but for these fields."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(**{**SMALL, **fields}).eval()
+    ours = AutoencoderKL(**{**SMALL, **fields}).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def test_parameters_and_their_defaults_are_the_references() -> None:
+    signature = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
+    assert {**AutoencoderKLConfig()} == {name: value.default for name, value in signature.items() if name != "self"}
+
+
+@pytest.mark.parametrize("method", ["encode", "decode", "forward"])
+def test_arguments_have_the_references_names_order_and_defaults(method: str) -> None:
+    ours, theirs = (
+        [(name, value.default) for name, value in inspect.signature(getattr(kind, method)).parameters.items()]
+        for kind in (AutoencoderKL, diffusers.AutoencoderKL)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"act_fn": name} for name in ("swish", "mish", "gelu", "relu")),
+        {"down_block_types": FOUR["down_block_types"][:1], "up_block_types": FOUR["up_block_types"][:1]}
+        | {"block_out_channels": (16,)},
+        {"in_channels": 4, "out_channels": 1},
+        {"use_quant_conv": False},
+        {"use_post_quant_conv": False},
+        {"norm_num_groups": 1},
+        {"mid_block_add_attention": False},
+    ],
+    ids=lambda fields: ",".join(f"{name}={value}" for name, value in list(fields.items())[-2:]),
+)
+@torch.inference_mode()
+def test_every_field_that_changes_numbers_changes_them_as_in_the_reference(fields: dict[str, Any]) -> None:
+    ours, theirs = twins(**fields)
+    x = torch.rand(1, ours.config.in_channels, 64, 40, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
+    torch.testing.assert_close(posterior.parameters, expected.parameters, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        ours.decode(posterior.mode()).sample, theirs.decode(posterior.mode()).sample, atol=1e-4, rtol=0
+    )
+
+
+@torch.inference_mode()
+def test_forward_from_a_draw_is_equal() -> None:
+    ours, theirs = twins()
+    x = pictures(64, 80)
+    mine, its = (
+        model(x, sample_posterior=True, return_dict=False, generator=torch.Generator().manual_seed(2))[0]
+        for model in (ours, theirs)
+    )
+    torch.testing.assert_close(mine, its, atol=1e-4, rtol=0)
+    assert (mine - ours(x).sample).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_moments_give_the_same_posterior_bit_for_bit(dtype: torch.dtype, deterministic: bool) -> None:
+    moments, others = (
+        (torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(seed)) * 20).to(dtype) for seed in (0, 1)
+    )
+    ours, ours_other = (DiagonalGaussianDistribution(each, deterministic) for each in (moments, others))
+    theirs, theirs_other = (
+        diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(each, deterministic)
+        for each in (moments, others)
+    )
+    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
+    sample = others[:, :4]
+    for value, right in [
+        *((getattr(ours, field), getattr(theirs, field)) for field in ("parameters", "mean", "logvar", "std", "var")),
+        (ours.sample(seeded[0]), theirs.sample(seeded[1])),
+        (ours.mode(), theirs.mode()),
+        (ours.kl(), theirs.kl()),
+        (ours.kl(ours_other), theirs.kl(theirs_other)),
+        (ours.nll(sample), theirs.nll(sample)),
+        (ours.nll(sample, dims=(1, 2)), theirs.nll(sample, dims=(1, 2))),
+    ]:
+        torch.testing.assert_close(value, right, atol=0, rtol=0, equal_nan=True)  # float16 overflows in both
+
+
+def test_a_directory_that_diffusers_saved_in_several_files_loads(tmp_path: Path) -> None:
+    ours, theirs = twins()
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(ours.state_dict())
+
+
+def test_a_pipelines_vae_in_half_precision_loads(tmp_path: Path) -> None:
+    _, theirs = twins()
+    theirs.half().save_pretrained(tmp_path / "vae")
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float16
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(theirs.state_dict())
+
+
+def test_diffusers_takes_over_every_field_that_we_save(tmp_path: Path) -> None:
+    constants = {"latents_mean": (0.5,) * 4, "latents_std": (2.0,) * 4, "shift_factor": 0.25, "scaling_factor": 0.5}
+    ours, _ = twins(**constants, force_upcast=False, sample_size=256)
+    ours.save_pretrained(tmp_path)
+    returned = diffusers.AutoencoderKL.from_pretrained(tmp_path, local_files_only=True)
+    assert {name: returned.config[name] for name in ours.config} == ours.config.to_dict()
+
+
+def test_a_directory_from_before_attention_was_renamed_loads(tmp_path: Path) -> None:
+    """Early diffusers called to_q query, and so on; public models still have these names, and diffusers loads them."""
+    ours, theirs = twins()
+    theirs.save_pretrained(tmp_path)
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    tensors = {}
+    for name, tensor in load_file(tmp_path / WEIGHTS).items():
+        for new, former in old.items():
+            name = name.replace(new, former)
+        tensors[name] = tensor
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    diffusers.AutoencoderKL.from_pretrained(tmp_path, local_files_only=True)
+    loaded = AutoencoderKL.from_pretrained(tmp_path)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(ours.state_dict())

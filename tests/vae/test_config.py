@@ -68,6 +68,9 @@ def test_what_diffusers_writes_for_its_own_use_is_passed_over(key: str) -> None:
         ({"up_block_types": ["B"], "down_block_types": ["A"]}, "an AutoencoderKL has no block of type A, B"),
         ({"block_out_channels": [48]}, "48 channels cannot be split into norm_num_groups=32"),
         ({"latents_std": [1, 2]}, "latents_std has 2 values, latent_channels is 4"),
+        ({"act_fn": "tanh"}, "act_fn 'tanh' is not one of silu, swish, mish, gelu, relu"),
+        ({"latent_channels": True}, "latent_channels must be a whole number of at least 1, not True"),
+        ({"shift_factor": "0"}, "shift_factor must be a number, not '0'"),
     ],
 )
 def test_a_refusal_says_what_is_wrong(fields: dict[str, object], message: str) -> None:
@@ -85,6 +88,8 @@ def test_a_refusal_says_what_is_wrong(fields: dict[str, object], message: str) -
         {"latent_channels": "4"},
         {"layers_per_block": 1.5},
         {"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 0]},
+        {"scaling_factor": None},
+        {"scaling_factor": 0},
     ],
     ids=lambda fields: ",".join(f"{key}={value}" for key, value in fields.items()),
 )

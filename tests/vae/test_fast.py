@@ -24,10 +24,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_a_picture_costs_no_page_faults() -> None:
+def test_a_picture_costs_far_fewer_page_faults() -> None:
     root = Path(__file__).parents[2]
     faults = [
         int(subprocess.run([sys.executable, "-c", SCRIPT, mode], cwd=root, capture_output=True, check=True).stdout)
         for mode in ("keep", "not")
     ]
-    assert faults[0] < 300 < faults[1]
+    assert 5 * faults[0] < faults[1]

@@ -37,7 +37,7 @@ def loss_of(model: AutoencoderKL, x: Tensor) -> float:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training on one small photograph, of the micro model."""
     monkeypatch.setattr(train, "CONFIG", TINY)
-    monkeypatch.setattr(train, "TRAINED_ON", ("skimage/brick.png",))
+    monkeypatch.setattr(train, "TRAINED_ON", ("skimage/coins.png",))
     monkeypatch.setattr(train, "HELD_OUT", ("skimage/coffee.png",))
     monkeypatch.setattr(train, "SCALES", (0.5,))
 
@@ -160,7 +160,7 @@ def test_a_few_steps_lower_the_loss_and_save_a_model_that_loads(
     with torch.random.fork_rng():
         train.train(tmp_path, steps=6, seed=0)
     trained = AutoencoderKL.from_pretrained(tmp_path)
-    x = next(train.batches([train.photograph("skimage/brick.png")], 64, 8, np.random.default_rng(9)))
+    x = next(train.batches([train.photograph("skimage/coins.png")], 64, 8, np.random.default_rng(9)))
     assert loss_of(trained, x) < 0.8 * loss_of(untrained(), x)
     assert trained.config.latents_mean is not None
     assert capsys.readouterr().out.startswith("coffee ")
@@ -176,9 +176,7 @@ def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
     assert weights_sha256(first.state_dict()) != weights_sha256(untrained().state_dict())
 
 
-def test_larger_crops_come_in_the_last_quarter(
-    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_larger_crops_come_in_the_last_quarter(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     genuine = train.negative_elbo
 
