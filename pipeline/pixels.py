@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import Rejected
 
@@ -27,6 +27,20 @@ MAX_SIDE = 65_535
 
 # Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
 Image.MAX_IMAGE_PIXELS = None
+# What Pillow warns of (damaged metadata, mostly) says neither which picture nor what to do. For the process, because
+# `warnings.catch_warnings` is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +73,23 @@ def open_pixels(data: bytes, limits: Limits = Limits()) -> np.ndarray:
     if width * height > limits.pixels or max(width, height) > limits.side:
         raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+        image.load()
+        return np.asarray(_rgb(_upright(image)))
     except (MemoryError, Rejected):
         raise
     except Exception:
         raise Rejected("open", "corrupt") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation asks. Damaged metadata does not spoil a whole picture: it counts as none."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

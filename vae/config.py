@@ -63,8 +63,11 @@ class AutoencoderKLConfig(Mapping[str, Any]):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            absent = value is None and name != "scaling_factor"
+            if not absent and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name} must be a number, not {value!r}")
+        if not self.scaling_factor:
+            raise ValueError("scaling_factor must not be 0: latents are divided by it")
         if not self.block_out_channels or any(type(c) is not int or c < 1 for c in self.block_out_channels):
             raise ValueError(f"block_out_channels must be whole numbers of at least 1, not {self.block_out_channels}")
         if self.act_fn not in ACTIVATIONS:
