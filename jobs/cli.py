@@ -1,10 +1,9 @@
 """`latentmill VERB ...`: picks the job. Each is also `python -m jobs.VERB`."""
 
 import importlib
-import sys
 from collections.abc import Sequence
 
-from jobs.entry import guarded
+from jobs.entry import run_as_script
 from jobs.options import VERSION, nearest
 from pipeline.errors import UsageError
 
@@ -46,4 +45,4 @@ def main(argv: Sequence[str]) -> int:
 
 def command() -> None:
     """The entry point of the `latentmill` command."""
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_as_script(main)

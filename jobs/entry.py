@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from pipeline.errors import LatentmillError
@@ -25,8 +26,19 @@ def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def run_as_script(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """`python -m jobs.VERB`, for `ray job submit`."""
-    sys.exit(guarded(main, sys.argv[1:]))
+    """`python -m jobs.VERB`, for `ray job submit`; and what the `latentmill` command does.
+
+    Everything is closed and written by now, so the process ends at once: to take torch and Ray down module by module
+    is 0.7 s.
+    """
+    try:
+        code = guarded(main, sys.argv[1:])
+    except SystemExit as asked:  # --help
+        code = int(asked.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
 
 
 def print_json(value: Any) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.errors import UsageError
-from pipeline.transform import Interpolation
+from pipeline.records import Interpolation
 
 
 def option(default: Any, help: str, metavar: str | None = None, positional: bool = False) -> Any:

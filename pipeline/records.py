@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Rejected
 
+if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
+    from torch import Tensor
+
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
 
@@ -90,7 +92,7 @@ class Picture:
     position: int
     key: str
     columns: Mapping[str, str | None]
-    pixels: torch.Tensor
+    pixels: "Tensor"
     original_height: int
     original_width: int
     crop_top: int
@@ -109,7 +111,7 @@ class Row:
     """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU."""
 
     picture: Picture
-    latent: torch.Tensor
+    latent: "Tensor"
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ clamping between the passes makes another picture.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+from pipeline.records import Interpolation
 
 # Part of a cache's identity: goes up when the same settings give other pixels.
 VERSION = 1
