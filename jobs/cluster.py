@@ -7,11 +7,12 @@ runs calls again, because the driver knows better what is left to do. What a los
 
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,31 @@ FAILED_STARTS = 3  # in a row, and the job ends
 def connected(address: str) -> Iterator[None]:
     """A connection to the cluster at `address` or RAY_ADDRESS; without either, a local Ray for as long as this lasts.
 
-    Ray puts the driver's directory first on its workers' path, where a user's `vae.py` or folder `jobs/` would be taken
-    for ours; so a local Ray is started from an empty one. (A runtime_env with an empty working_dir does the same, but
-    2.5 s later: the workers that Ray starts ahead cannot be used then.)
+    Meanwhile standard output is standard error: Ray prints there when a worker dies, and ours is for results.
     """
-    if address or os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}") from error
+    standing = address or os.environ.get("RAY_ADDRESS")
+    with redirect_stdout(sys.stderr), _existing(address) if standing else _local():
         try:
             yield
         finally:
             ray.shutdown()
-        return
+
+
+@contextmanager
+def _existing(address: str) -> Iterator[None]:
+    try:
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}") from error
+    yield
+
+
+@contextmanager
+def _local() -> Iterator[None]:
+    """A local Ray, started from an empty directory: Ray puts the driver's first on its workers' path, where a user's
+    `vae.py` or folder `jobs/` would be taken for ours. (A runtime_env with an empty working_dir does the same, but
+    2.5 s later: the workers that Ray starts ahead cannot be used then.)
+    """
     logging.getLogger("ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="latentmill-") as empty:
         with chdir(empty), _our_packages_on_path():
@@ -55,10 +67,7 @@ def connected(address: str) -> Iterator[None]:
                 configure_logging=False,
                 object_store_memory=1 << 30,
             )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        yield
 
 
 @contextmanager

@@ -52,6 +52,18 @@ class Totals:
         return max(spent, key=lambda stage: spent[stage]) if any(spent.values()) else "nothing"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a run. written: stats.json, None where it was not written. units: of the cache, in all."""
+
+    code: int
+    totals: Totals
+    written: Mapping[str, Any] | None = None
+    failures: Sequence[Failure] = ()
+    units: int = 0
+    already: int = 0
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, given = parse(EncodeOptions, "encode", argv)
@@ -66,13 +78,16 @@ def main(argv: Sequence[str]) -> int:
         raise SourceError(f"there are no tar shards and no pictures in {' '.join(options.source)}")
     with place(options) as where:
         content = identity.settle(cache, describe(options, vae, where, standing))
-        return encode(options, cache, content, vae, shards, where)
+        outcome = encode(options, cache, content, vae, shards, where)
+    if outcome.written is not None:
+        tell(options, cache, outcome, outcome.written)
+    return outcome.code
 
 
 def encode(
     options: EncodeOptions, cache: Folder, content: Mapping[str, Any], vae: Vae, shards: list[Shard], where: Place
-) -> int:
-    """Do what is missing in a cache, and say what became of it."""
+) -> Outcome:
+    """Do what is missing in a cache."""
     units, noticed = plan.extend(cache, shards)
     finished = commit.finished(cache)
     pending = [unit for unit in units if unit.name not in finished]
@@ -87,7 +102,7 @@ def encode(
     except Stopped:
         run.end("stopped", signals.exit_code, **facts(totals))
         say(f"stopped; the cache is whole, the same command goes on: latentmill encode ... --to {cache.url}")
-        return signals.exit_code
+        return Outcome(code=signals.exit_code, totals=totals)
     except BaseException:
         run.end("failed", 1, **facts(totals))
         raise
@@ -96,8 +111,14 @@ def encode(
     written = finish(cache, content, vae)
     code = exit_code(failures, written, options.max_reject_rate)
     run.end("failed" if failures else "done", code, **facts(totals))
-    tell(options, cache, totals, written, failures, units=len(units), already=len(units) - len(pending))
-    return code
+    return Outcome(
+        code=code,
+        totals=totals,
+        written=written,
+        failures=failures,
+        units=len(units),
+        already=len(units) - len(pending),
+    )
 
 
 def encode_units(
@@ -266,16 +287,9 @@ def facts(totals: Totals) -> dict[str, Any]:
     }
 
 
-def tell(
-    options: EncodeOptions,
-    cache: Folder,
-    totals: Totals,
-    written: Mapping[str, Any],
-    failures: Sequence[Failure],
-    units: int,
-    already: int,
-) -> None:
+def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mapping[str, Any]) -> None:
     """The summary: what was done, what the cache holds now, and what is left undone."""
+    totals, failures, units = outcome.totals, outcome.failures, outcome.units
     counts = totals.counts
     if options.json:
         print_json(
@@ -293,7 +307,7 @@ def tell(
             }
         )
         return
-    before = f" ({already} of {units} units were done before)" if already else ""
+    before = f" ({outcome.already} of {units} units were done before)" if outcome.already else ""
     lines = [f"encoded {counts['rows']:,} pictures in {totals.wall:.1f} s, {totals.rate:.1f} a second{before}"]
     lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
