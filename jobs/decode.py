@@ -49,7 +49,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             cache=cache.folder,
             out=out,
             source_options=cache.folder.options,
-            transform=identity.transform_of(cache.content["identity"]["preprocessing"]),
+            transform=identity.transform_of(cache.content["identity"]),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
         )

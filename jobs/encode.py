@@ -89,6 +89,7 @@ def encode(
 ) -> Outcome:
     """Do what is missing in a cache."""
     units, noticed = plan.extend(cache, shards)
+    units = units[: options.max_shards or None]
     finished = commit.finished(cache)
     pending = [unit for unit in units if unit.name not in finished]
     for line in noticed:
@@ -139,8 +140,10 @@ def encode_units(
         cache=cache,
         source_options=cache.options,
         identity=content["identity_sha256"],
-        transform=identity.transform_of(content["identity"]["preprocessing"]),
+        transform=identity.transform_of(content["identity"]),
         dtype=content["identity"]["dtype"],
+        store=content["identity"]["store"],
+        seed=content["identity"]["seed"],
         rows_per_part=content["identity"]["rows_per_part"],
         compute=compute,
         open_threads=options.cpus_per_worker,
@@ -186,10 +189,8 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
     """The options, those that the user left open taken from the identity of the cache that is there."""
     settings = standing["preprocessing"]
     kept = {
-        "resolution": settings["resolution"],
-        "min_size": settings["min_size"],
-        "interpolation": settings["interpolation"],
-        **{name: standing[name] for name in ("dtype", "precision", "rows_per_part")},
+        **{name: settings[name] for name in ("resolution", "min_size", "interpolation", "crop", "flip")},
+        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
     }
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
@@ -205,7 +206,7 @@ def check(options: EncodeOptions, vae: Vae) -> None:
         )
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
-    for name in ("slice_size", "batch_size", "rows_per_part", "min_size"):
+    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
@@ -215,18 +216,25 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
     precision = options.precision
     if precision == "auto":
         precision = "fp32" if where.device != "cuda" else "bf16"
-    transform = Transform(resolution=options.resolution, min_size=options.min_size, interpolation=options.interpolation)
+    transform = Transform(
+        resolution=options.resolution,
+        min_size=options.min_size,
+        interpolation=options.interpolation,
+        crop=options.crop,
+        flip=options.flip,
+        seed=options.seed,
+    )
     wanted = Identity(
         weights=vae.sha256,
         config=identity.raw_config(vae.config),
         preprocessing=identity.preprocessing(transform),
-        store="mode",
+        store=options.store,
         dtype=options.dtype,
         precision=precision,
         tile_above=None,
         rows_per_part=options.rows_per_part
-        or identity.default_rows_per_part(vae.config, options.resolution, options.dtype),
-        seed=0,
+        or identity.default_rows_per_part(vae.config, options.resolution, options.dtype, options.store),
+        seed=options.seed,
         container="parquet",
         columns=None,
     )

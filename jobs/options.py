@@ -14,7 +14,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.errors import UsageError
-from pipeline.records import Interpolation
+from pipeline.records import Crop, Flip, Interpolation, Store
 
 
 def option(default: Any, help: str, metavar: str | None = None, positional: bool = False) -> Any:
@@ -54,7 +54,16 @@ class EncodeOptions(Common):
     resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
     min_size: int = option(0, "leave out pictures whose shorter side has fewer pixels", "PX")
     interpolation: Interpolation = option("bicubic", "how pictures are resized; always antialiased")
-    dtype: Literal["float16", "float32"] = option("float16", "what latents are stored as")
+    crop: Crop = option("center", "where the square is cut out; random: drawn by --seed, shard and key")
+    flip: Flip = option("none", "random: mirror half of the pictures, drawn by --seed, shard and key")
+    store: Store = option(
+        "mode", "what is kept of the posterior: its mode, a sample drawn by --seed, shard and key, or its moments"
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "what latents are stored as")
+    seed: int = option(0, "of the draws", "N")
+    max_shards: int = option(
+        0, "only the first N shards: a trial, which the same command without it goes on from; 0: all", "N"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "what is computed in; auto: fp32 on CPUs, bf16 on GPUs"
     )

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.draws import seed_of
 from pipeline.errors import Rejected, VaeError
-from pipeline.records import Picture
+from pipeline.records import Picture, Store
 from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
 from vae.fast import keep_freed_memory
 from vae.load import weights_sha256
+from vae.posterior import DiagonalGaussianDistribution
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,45 +79,62 @@ def build_model(vae: Vae, compute: Compute) -> AutoencoderKL:
 
 
 class Replica:
-    """One model on one device. Threads may share it: the model runs for one of them at a time."""
+    """One model on one device. Threads may share it: the model runs for one of them at a time.
 
-    def __init__(self, vae: Vae, compute: Compute, dtype: str) -> None:
+    store: what is kept of the posterior: its `mode`, a `sample` drawn by `seed`, shard and key, or its `moments`.
+    """
+
+    def __init__(self, vae: Vae, compute: Compute, dtype: str, store: Store = "mode", seed: int = 0) -> None:
         self.compute = compute
         self.dtype = DTYPES[dtype]
+        self.store = store
+        self.seed = seed
         self.lock = threading.Lock()
         self.pictures = 0
         self.model = build_model(vae, compute)
         self._vae = vae
         self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
 
-    def encode(self, batch: Sequence[Picture]) -> list[Tensor | Rejected]:
-        """Latents of a batch of one bucket, as they are stored: [C, H/f, W/f] each, raw, on the CPU.
+    def encode(self, batch: Sequence[Picture], shard: str = "") -> list[Tensor | Rejected]:
+        """Latents of a batch of one bucket, as they are stored: [C, H/f, W/f] each, raw, on the CPU; [2C, ...] moments.
 
         A latent that is not finite is made again in float32; one that still is not is a Rejected instead.
         """
         with self.lock:
-            latents = self._run(self.model, [picture.pixels for picture in batch])
+            latents = self._run(self.model, batch, shard)
             self.pictures += len(batch)
             return [
-                latent if bool(latent.isfinite().all()) else self._again(picture)
+                latent if bool(latent.isfinite().all()) else self._again(picture, shard)
                 for picture, latent in zip(batch, latents, strict=True)
             ]
 
-    def _run(self, model: AutoencoderKL, pictures: Sequence[Tensor]) -> Tensor:
+    def _run(self, model: AutoencoderKL, pictures: Sequence[Picture], shard: str) -> Tensor:
         size = self.compute.slice_size
         outputs = []
         with torch.inference_mode():
             for start in range(0, len(pictures), size):
                 some = pictures[start : start + size]
-                pixels = torch.stack([*some, *[some[-1]] * (size - len(some))]).to(model.device, non_blocking=True)
-                latents = model.encode(to_model(pixels, model.dtype)).latent_dist.mode()
+                padded = [*some, *[some[-1]] * (size - len(some))]
+                pixels = torch.stack([picture.pixels for picture in padded]).to(model.device, non_blocking=True)
+                posterior = model.encode(to_model(pixels, model.dtype)).latent_dist
+                latents = self._stored(posterior, [seed_of(self.seed, "sample", shard, p.key) for p in padded])
                 outputs.append(latents[: len(some)].to(self.dtype))
             return torch.cat(outputs).cpu()
 
-    def _again(self, picture: Picture) -> Tensor | Rejected:
+    def _stored(self, posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
+        """What is kept of the posteriors of a slice; noise is drawn on the CPU, so that it is the same everywhere."""
+        if self.store == "mode":
+            return posterior.mode()
+        if self.store == "moments":
+            return torch.cat([posterior.mean, posterior.logvar], dim=1)
+        shape = posterior.mean.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
+
+    def _again(self, picture: Picture, shard: str) -> Tensor | Rejected:
         if self.model.dtype != torch.float32:
             self._exact = self._exact or build_model(self._vae, replace(self.compute, precision="fp32"))
-            latent = self._run(self._exact, [picture.pixels])[0]
+            latent = self._run(self._exact, [picture], shard)[0]
             if bool(latent.isfinite().all()):
                 return latent
         return Rejected("encode", "not_finite")

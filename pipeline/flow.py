@@ -32,6 +32,7 @@ from pipeline.records import (
     Sample,
     Seconds,
     Standing,
+    Store,
     Unit,
     UnitReport,
 )
@@ -52,6 +53,8 @@ class EncodeJob:
     identity: str
     transform: Transform
     dtype: str
+    store: Store
+    seed: int
     rows_per_part: int
     compute: Compute
     open_threads: int
@@ -61,7 +64,8 @@ class EncodeJob:
     def build(self, vae: Vae, stop: threading.Event) -> "Encoder":
         """The worker, its replica loaded."""
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        return Encoder(Tools(job=self, replica=Replica(vae, self.compute, self.dtype), pool=pool, stop=stop))
+        replica = Replica(vae, self.compute, self.dtype, self.store, self.seed)
+        return Encoder(Tools(job=self, replica=replica, pool=pool, stop=stop))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +135,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         part = commit.find(job.cache, unit, number, job.identity)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
-            filled, behind = fill(itertools.islice(samples, job.rows_per_part), tools, clock), 0
+            filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows)
@@ -176,19 +180,19 @@ def drain(samples: Iterable[Sample | Reject]) -> None:
         pass
 
 
-def fill(samples: Iterable[Sample | Reject], tools: Tools, clock: Clock) -> Filled:
+def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Clock) -> Filled:
     """Open, transform and encode the samples of one part; its rows by bucket, then position."""
     filled = Filled()
     job = tools.job
     opened = in_order(
         tools.pool,
-        lambda sample: open_sample(sample, job.transform),
+        lambda sample: open_sample(unit, sample, job.transform),
         samples,
         window=job.compute.batch_size + 2 * job.open_threads,
     )
     for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
         with clock.stage("encode"):
-            latents = tools.replica.encode(batch)
+            latents = tools.replica.encode(batch, unit.path)
         for picture, latent in zip(batch, latents, strict=True):
             if isinstance(latent, Rejected):
                 filled.rejects.append(Reject.of(picture.position, picture.key, latent))
@@ -213,13 +217,13 @@ def pictures(
             filled.filtered += 1
 
 
-def open_sample(sample: Sample | Reject, transform: Transform) -> tuple[Picture | Reject | Filtered, float]:
+def open_sample(unit: Unit, sample: Sample | Reject, transform: Transform) -> tuple[Picture | Reject | Filtered, float]:
     """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
     start = time.perf_counter()
-    return _open(sample, transform), time.perf_counter() - start
+    return _open(unit, sample, transform), time.perf_counter() - start
 
 
-def _open(sample: Sample | Reject, transform: Transform) -> Picture | Reject | Filtered:
+def _open(unit: Unit, sample: Sample | Reject, transform: Transform) -> Picture | Reject | Filtered:
     if isinstance(sample, Reject):
         return sample
     try:
@@ -227,7 +231,7 @@ def _open(sample: Sample | Reject, transform: Transform) -> Picture | Reject | F
     except Rejected as why:
         return Reject.of(sample.position, sample.key, why)
     height, width = rgb.shape[:2]
-    fit = transform.fit(height, width)
+    fit = transform.fit(height, width, unit.path, sample.key)
     if fit is None:
         return Filtered(sample.position)
     return Picture(
@@ -240,6 +244,7 @@ def _open(sample: Sample | Reject, transform: Transform) -> Picture | Reject | F
         crop_top=fit.top,
         crop_left=fit.left,
         enlarged=fit.enlarged,
+        flipped=fit.flipped,
     )
 
 
@@ -260,7 +265,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
         rejects=tuple(filled.rejects),
-        tally=tally.tally_rows(filled.rows),
+        tally=tally.tally_rows(filled.rows, tools.job.store),
     )
 
 

@@ -66,24 +66,33 @@ def preprocessing(settings: transform.Transform) -> dict[str, Any]:
         "multiple_of": None,
         "min_size": settings.min_size,
         "interpolation": settings.interpolation,
-        "crop": "center",
-        "flip": "none",
+        "crop": settings.crop,
+        "flip": settings.flip,
         "version": transform.VERSION,
     }
 
 
-def transform_of(preprocessing: Mapping[str, Any]) -> transform.Transform:
+def transform_of(identity: Mapping[str, Any]) -> transform.Transform:
     """The transform that a cache's identity describes."""
+    preprocessing = identity["preprocessing"]
     return transform.Transform(
         resolution=preprocessing["resolution"],
         min_size=preprocessing["min_size"],
         interpolation=preprocessing["interpolation"],
+        crop=preprocessing["crop"],
+        flip=preprocessing["flip"],
+        seed=identity["seed"],
     )
 
 
-def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str) -> int:
+def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
     """As many rows as fit 256 MiB, and at most 4,096."""
-    latent = config.latent_channels * (resolution // config.downscale) ** 2 * _VALUE_BYTES[dtype]
+    latent = (
+        (2 if store == "moments" else 1)
+        * config.latent_channels
+        * (resolution // config.downscale) ** 2
+        * _VALUE_BYTES[dtype]
+    )
     return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latent))
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
     from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+Crop = Literal["center", "random"]
+Flip = Literal["none", "random"]
+Store = Literal["mode", "sample", "moments"]
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
 
@@ -108,7 +111,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU."""
+    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...])."""
 
     picture: Picture
     latent: "Tensor"
@@ -116,7 +119,10 @@ class Row:
 
 @dataclass(slots=True)
 class BucketTally:
-    """Running statistics of the latents of one bucket, a list entry a channel, in float64."""
+    """Running statistics of the latents of one bucket, a list entry a channel, in float64.
+
+    Where moments are stored: of the means; `variance` is the mean of the variances then, and None else.
+    """
 
     samples: int
     values: int
@@ -124,6 +130,11 @@ class BucketTally:
     m2: list[float]
     min: list[float]
     max: list[float]
+    variance: list[float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a record holds it: without `variance` where there is none."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +162,11 @@ class Record:
         """The file name of the part, without its folder and extension."""
         return f"{self.unit}-{self.part:05d}"
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
+
     def to_json(self) -> bytes:
-        return canonical_json(asdict(self))
+        return canonical_json(self.to_dict())
 
     @classmethod
     def from_json(cls, text: bytes) -> "Record":
@@ -175,7 +189,7 @@ class Standing:
 
     def to_dict(self) -> dict[str, Any]:
         """As `_commits` holds it: rejects as counts by reason."""
-        fields = asdict(self.record)
+        fields = self.record.to_dict()
         reasons = [reject.reason for reject in self.record.rejects]
         fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}

@@ -97,10 +97,11 @@ class Renderer:
         return render(task, self)
 
     def decode(self, row: Mapping[str, Any]) -> np.ndarray:
-        """A row's latent to RGB uint8 [H, W, 3]."""
+        """A row's latent (of moments: the mean) to RGB uint8 [H, W, 3]."""
         if self.stop.is_set():
             raise Stopped
-        latent = to_tensor(row)[None].to(self.model.device, self.model.dtype)
+        latent = to_tensor(row)[: self.model.config.latent_channels]
+        latent = latent[None].to(self.model.device, self.model.dtype)
         with self.lock, torch.inference_mode():
             sample = self.model.decode(latent).sample[0]
             self.pictures += 1
@@ -175,7 +176,7 @@ def find_originals(
         try:
             for sample in flow.read(unit, job.source_options):
                 if sample.key in missing and isinstance(sample, Sample):
-                    picture, _ = flow.open_sample(sample, job.transform)
+                    picture, _ = flow.open_sample(unit, sample, job.transform)
                     if isinstance(picture, Picture):
                         found[name, sample.key] = picture.pixels.permute(1, 2, 0).numpy()
                     missing.discard(sample.key)

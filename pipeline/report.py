@@ -36,6 +36,13 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 """
 
 
+def _pictures(settings: Mapping[str, Any]) -> str:
+    """What was done to the pictures, in a few words."""
+    cut = "cut from the middle" if settings["crop"] == "center" else "cut at a random place"
+    mirrored = ", half of them mirrored" if settings["flip"] == "random" else ""
+    return f"resized to {settings['resolution']} px ({settings['interpolation']}), {cut}{mirrored}"
+
+
 def write_card(
     cache: Folder,
     content: Mapping[str, Any],
@@ -61,7 +68,7 @@ def write_card(
             downscale=downscale,
             dtype=identity["dtype"],
             store=identity["store"],
-            pictures=f"resized to {settings['resolution']} px ({settings['interpolation']}), cut from the middle",
+            pictures=_pictures(settings),
             rejected=sum(stats["rejected"].values()),
             filtered=stats["filtered"],
             enlarged=stats["enlarged"],

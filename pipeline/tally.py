@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.records import BucketTally, Row
+from pipeline.records import BucketTally, Row, Store
 
 
 def bucket_name(height: int, width: int) -> str:
@@ -19,12 +19,13 @@ def bucket_name(height: int, width: int) -> str:
     return f"{height}x{width}"
 
 
-def tally_rows(rows: Sequence[Row]) -> dict[str, BucketTally]:
+def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTally]:
     """The statistics of a part's rows, by bucket. Rows of a bucket must stand in their final order."""
+    tally = tally_moments if store == "moments" else tally_latents
     buckets: dict[str, list[Tensor]] = {}
     for row in rows:
         buckets.setdefault(bucket_name(*row.picture.bucket), []).append(row.latent)
-    return {name: tally_latents(buckets[name]) for name in sorted(buckets)}
+    return {name: tally(buckets[name]) for name in sorted(buckets)}
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
@@ -38,6 +39,17 @@ def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
         tally.m2.append(float(((values - mean) ** 2).sum()))
         tally.min.append(float(values.min()))
         tally.max.append(float(values.max()))
+    return tally
+
+
+def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
+    """The statistics of equally large moments [2C, h, w]: of the means, and the mean of the variances."""
+    tally = tally_latents([moment.chunk(2)[0] for moment in moments])
+    logvars = [moment.chunk(2)[1] for moment in moments]
+    tally.variance = [
+        float(torch.stack([logvar[channel] for logvar in logvars]).double().exp().numpy().mean())
+        for channel in range(len(tally.mean))
+    ]
     return tally
 
 
@@ -60,7 +72,15 @@ def _merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
         m2=[x + y + delta * delta * a.values * share for x, y, delta in zip(a.m2, b.m2, deltas, strict=True)],
         min=[min(x, y) for x, y in zip(a.min, b.min, strict=True)],
         max=[max(x, y) for x, y in zip(a.max, b.max, strict=True)],
+        variance=_merge_means(a.variance, b.variance, share),
     )
+
+
+def _merge_means(a: list[float] | None, b: list[float] | None, share: float) -> list[float] | None:
+    """Means of both together, of which `share` is b's."""
+    if a is None or b is None:
+        return None
+    return [left + (right - left) * share for left, right in zip(a, b, strict=True)]
 
 
 def by_bucket(records: Iterable[Mapping[str, BucketTally]]) -> dict[str, BucketTally]:
@@ -74,12 +94,14 @@ def by_bucket(records: Iterable[Mapping[str, BucketTally]]) -> dict[str, BucketT
 
 
 def std(tally: BucketTally) -> list[float]:
-    """Standard deviation of the population, a channel."""
-    return [math.sqrt(m2 / tally.values) for m2 in tally.m2]
+    """Standard deviation of the population, a channel; of moments, of the latents that are drawn from them."""
+    inside = tally.variance or [0.0] * len(tally.m2)
+    return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, inside, strict=True)]
 
 
 def over_channels(tally: BucketTally) -> tuple[float, float]:
     """Mean and standard deviation of all values, whichever their channel (every channel has as many)."""
     mean = math.fsum(tally.mean) / len(tally.mean)
     spread = math.fsum((m - mean) ** 2 for m in tally.mean) * tally.values
-    return mean, math.sqrt((math.fsum(tally.m2) + spread) / (tally.values * len(tally.mean)))
+    inside = math.fsum(tally.variance or ()) * tally.values
+    return mean, math.sqrt((math.fsum(tally.m2) + spread + inside) / (tally.values * len(tally.mean)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pipeline.errors import CacheError
 from pipeline.records import Record, Row
@@ -91,7 +92,7 @@ def _columns(row: Row, shard: str) -> dict[str, Any]:
     return {
         "key": picture.key,
         "shard": shard,
-        "latent": row.latent.contiguous().numpy().tobytes(),
+        "latent": row.latent.contiguous().view(torch.uint8).numpy().tobytes(),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
         "height": picture.bucket[0],

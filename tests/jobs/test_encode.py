@@ -105,6 +105,33 @@ def test_the_source_may_lie_anywhere(encode: Command, tmp_path: Path) -> None:
     assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b")
 
 
+def test_a_trial_on_a_few_shards_is_a_beginning(encode: Command, shards: Path, tmp_path: Path) -> None:
+    encode(shards, "--to", tmp_path / "whole")
+    code, out, _ = encode(shards, "--to", tmp_path / "c", "--max-shards", 2)
+    assert (code, len(all_rows(tmp_path / "c"))) == (0, 12), out
+    code, out, _ = encode(shards, "--to", tmp_path / "c")
+    assert "2 of 3 units were done before" in out
+    assert digest_of(tmp_path / "c") == digest_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings", [("--store", "moments"), ("--store", "sample", "--seed", "5", "--crop", "random", "--flip", "random")]
+)
+def test_what_is_kept_of_the_posterior_is_part_of_the_identity(
+    encode: Command, latentmill: Command, micro_vae: Path, photos: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    code, _, _ = encode(photos, "--to", tmp_path / "c", *settings, "--dtype", "bfloat16")
+    assert code == 0
+    again, out, _ = encode(photos, "--to", tmp_path / "c")
+    assert again == 0, "settings that are left open are the cache's"
+    other, _, err = encode(photos, "--to", tmp_path / "c", "--store", "mode")
+    assert other == 2
+    assert f"store={settings[1]}" in err
+    code, out, err = latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--vae", micro_vae, "--workers", 0)
+    assert code == 0, err
+    assert "PSNR" in out, "originals are cropped and mirrored as the latents were"
+
+
 @pytest.mark.parametrize("batch", [2, 6])
 def test_the_batch_size_changes_nothing(encode: Command, shards: Path, tmp_path: Path, batch: int) -> None:
     encode(shards, "--to", tmp_path / "a", "--slice-size", 2)

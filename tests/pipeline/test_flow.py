@@ -1,5 +1,6 @@
 """A unit's whole way: what stands in the cache afterwards, whatever happened on the way."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -42,6 +43,8 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "identity": "the identity",
             "transform": Transform(resolution=64),
             "dtype": "float16",
+            "store": "mode",
+            "seed": 0,
             "rows_per_part": 4,
             "compute": CPU,
             "open_threads": 1,
@@ -73,6 +76,10 @@ def contents(cache: Path) -> dict[str, bytes]:
         for folder in ("data", "_empty", "_rejects")
         for path in cache.glob(f"{folder}/*")
     }
+
+
+def rows_of(cache: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(cache.glob("data/*")) for row in pq.read_table(path, use_threads=False).to_pylist()]
 
 
 def records(cache: Path) -> list[Record]:
@@ -113,6 +120,63 @@ def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Uni
     }
 
 
+@pytest.mark.parametrize(
+    "settings", [{"store": "sample"}, {"transform": Transform(resolution=64, crop="random", flip="random")}]
+)
+def test_draws_follow_from_the_sample_and_the_seed(
+    worker: Callable[..., Encoder], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Not from the batch, the parts, or what was done before; another seed gives others."""
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 6, height=64, width=150)))
+    worker(tmp_path / "a", **settings).run(unit)
+    worker(tmp_path / "b", **settings, rows_per_part=2, compute=dataclasses.replace(CPU, batch_size=3)).run(unit)
+    other = {"seed": 1}
+    if transform := settings.get("transform"):
+        other["transform"] = dataclasses.replace(transform, seed=1)
+    worker(tmp_path / "c", **(settings | other)).run(unit)
+    a, b, c = (rows_of(tmp_path / name) for name in "abc")
+    assert a == b
+    assert [row["key"] for row in a] == [row["key"] for row in c]
+    assert all(one["latent"] != another["latent"] for one, another in zip(a, c, strict=True))
+
+
+def test_moments_are_the_mean_and_the_log_variance(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    for store in ("mode", "moments"):
+        worker(tmp_path / store, store=store, dtype="float32").run(unit)
+    modes, moments = rows_of(tmp_path / "mode"), rows_of(tmp_path / "moments")
+    assert {tuple(row["shape"]) for row in moments} == {(8, 8, 8)}
+    means = [to_tensor(row)[:4] for row in moments]
+    assert all(torch.equal(mean, to_tensor(mode)) for mean, mode in zip(means, modes, strict=True))
+    one, two = (records(tmp_path / store)[0].tally["64x64"] for store in ("mode", "moments"))
+    assert (one.mean, one.m2, one.variance) == (two.mean, two.m2, None)
+    assert two.variance == pytest.approx(
+        [float(torch.stack([to_tensor(r)[4 + c].double().exp() for r in moments[:3]]).mean()) for c in range(4)]
+    )
+
+
+def test_samples_are_spread_as_the_posterior_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    for store in ("moments", "sample"):
+        worker(tmp_path / store, store=store, dtype="float32").run(unit)
+    pairs = zip(rows_of(tmp_path / "moments"), rows_of(tmp_path / "sample"), strict=True)
+    noise = torch.stack(
+        [
+            (to_tensor(sample) - to_tensor(moments)[:4]) / torch.exp(0.5 * to_tensor(moments)[4:])
+            for moments, sample in pairs
+        ]
+    )
+    assert abs(float(noise.mean())) < 0.05
+    assert abs(float(noise.std()) - 1) < 0.05
+    assert len(noise.flatten(1).unique(dim=0)) == 9
+
+
+def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        worker(tmp_path / dtype, dtype=dtype).run(unit)
+    for exact, short in zip(rows_of(tmp_path / "float32"), rows_of(tmp_path / "bfloat16"), strict=True):
+        assert (short["dtype"], len(short["latent"])) == ("bfloat16", len(exact["latent"]) // 2)
+        assert torch.equal(to_tensor(short), to_tensor(exact).bfloat16())
+
+
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 8])
 def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
     worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
@@ -121,11 +185,11 @@ def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
     encoded: list[str] = []
     original = Replica.encode
 
-    def encode(self: Replica, batch: Sequence[Picture]) -> list[torch.Tensor | Rejected]:
+    def encode(self: Replica, batch: Sequence[Picture], shard: str) -> list[torch.Tensor | Rejected]:
         if len(encoded) == after:
             raise MemoryError
         encoded.extend(picture.key for picture in batch)
-        return original(self, batch)
+        return original(self, batch, shard)
 
     with monkeypatch.context() as patch:
         patch.setattr(Replica, "encode", encode)

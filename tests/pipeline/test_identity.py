@@ -67,12 +67,19 @@ def test_scaling_is_no_part_of_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "dtype", "rows"), [(256, "float16", 4096), (2048, "float16", 512), (2048, "float32", 256)]
+    ("resolution", "dtype", "store", "rows"),
+    [
+        (256, "float16", "mode", 4096),
+        (2048, "float16", "mode", 512),
+        (2048, "bfloat16", "moments", 256),
+        (2048, "float32", "sample", 256),
+    ],
 )
-def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, rows: int) -> None:
-    assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype) == rows
+def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
+    assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
 
 
 def test_the_transform_is_found_again() -> None:
-    transform = Transform(resolution=96, min_size=5, interpolation="lanczos")
-    assert identity.transform_of(json.loads(json.dumps(identity.preprocessing(transform)))) == transform
+    transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
+    content = {"preprocessing": identity.preprocessing(transform), "seed": 7}
+    assert identity.transform_of(json.loads(json.dumps(content))) == transform

@@ -65,7 +65,7 @@ def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
             "weights": "w" * 64,
             "dtype": "float16",
             "store": "mode",
-            "preprocessing": {"resolution": 64, "interpolation": "bicubic"},
+            "preprocessing": {"resolution": 64, "interpolation": "bicubic", "crop": "center", "flip": "none"},
         },
         "vae": {"reference": "demo", "config": {"latent_channels": 4}},
     }

@@ -69,3 +69,17 @@ def test_looking_ahead_takes_nothing_away() -> None:
     assert not items.is_done
     assert list(items) == [1, 2]
     assert items.is_done
+
+
+def test_moments_have_the_spread_of_the_latents_that_are_drawn_from_them() -> None:
+    generator = torch.Generator().manual_seed(3)
+    moments = [torch.randn(4, 6, 6, generator=generator) for _ in range(40)]
+    merged = tally.merge([tally.tally_moments(moments[start : start + 9]) for start in range(0, 40, 9)])
+    assert merged is not None
+    means, logvars = torch.stack(moments).double().chunk(2, dim=1)
+    drawn = torch.cat(
+        [means + (0.5 * logvars).exp() * torch.randn(means.shape, generator=generator) for _ in range(99)]
+    )
+    np.testing.assert_allclose(tally.std(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
+    np.testing.assert_allclose(tally.over_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
+    assert merged.variance == pytest.approx(logvars.exp().mean(dim=(0, 2, 3)).tolist(), rel=1e-12)

@@ -58,3 +58,27 @@ def test_resizing_equals_pillows_within_one(name: str) -> None:
         ours = resize(pixels, *target, name).numpy().astype(int)  # type: ignore[arg-type]
         theirs = np.asarray(Image.fromarray(pixels).resize(target[::-1], FILTERS[name]))
         assert np.abs(ours - theirs).max() <= 1, (height, width, target)
+
+
+@pytest.mark.parametrize("size", [(64, 100), (100, 64)])
+def test_a_random_crop_lies_anywhere_and_is_the_samples_own(size: tuple[int, int]) -> None:
+    transform = Transform(resolution=64, crop="random", seed=3)
+    fits = [transform.fit(*size, "s.tar", str(key)) for key in range(2000)]
+    places = np.array([(fit.top, fit.left) for fit in fits if fit])
+    counts = np.bincount(places.max(axis=1), minlength=37)
+    assert len(counts) == 37, "from 0 to the excess"
+    assert counts.min() > 25
+    assert places.min() == 0
+    assert (places.min(axis=1) == 0).all(), "the short side has no excess"
+    assert transform.fit(*size, "s.tar", "7") == fits[7]
+    assert any(transform.fit(*size, "t.tar", str(key)) != fits[key] for key in range(9)), "the shard counts too"
+
+
+def test_a_random_flip_mirrors_half_of_the_pictures() -> None:
+    transform = Transform(resolution=64, flip="random")
+    fits = [transform.fit(64, 64, "s.tar", str(key)) for key in range(1000)]
+    assert 450 < sum(fit.flipped for fit in fits if fit) < 550
+    pixels = smooth(1, 64, 64)
+    mirrored, plain = (next(fit for fit in fits if fit and fit.flipped == flipped) for flipped in (True, False))
+    assert torch.equal(transform.apply(pixels, mirrored).flip(2), transform.apply(pixels, plain))
+    assert transform.apply(pixels, mirrored).is_contiguous()
