@@ -12,7 +12,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import commit, identity, plan, report, stats, storage, write_parquet
+from pipeline import buckets, commit, identity, plan, report, stats, storage, write_parquet
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.flow import EncodeJob
@@ -67,6 +67,8 @@ class Outcome:
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, given = parse(EncodeOptions, "encode", argv)
+    if {"resolution", "buckets"} <= given:
+        raise UsageError("--resolution is for squares and --buckets for many shapes: give one of them")
     cache = Folder(storage.absolute(options.to), storage_options(options.storage_option))
     standing = identity.read(cache)
     if standing is not None:
@@ -189,21 +191,30 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
     """The options, those that the user left open taken from the identity of the cache that is there."""
     settings = standing["preprocessing"]
     kept = {
-        **{name: settings[name] for name in ("resolution", "min_size", "interpolation", "crop", "flip")},
+        **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
         **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
     }
+    if not given & {"resolution", "buckets", "multiple_of"}:
+        if settings["buckets"]:
+            kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
+        else:
+            kept |= {"resolution": settings["resolution"]}
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
 
 
 def check(options: EncodeOptions, vae: Vae) -> None:
     """Raise UsageError for values that cannot work."""
-    if options.resolution < 1 or options.resolution % vae.config.downscale:
-        near = max(1, round(options.resolution / vae.config.downscale)) * vae.config.downscale
+    name = "multiple_of" if options.buckets else "resolution"
+    value = getattr(options, name)
+    if value < 1 or value % vae.config.downscale:
+        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
         raise UsageError(
-            f"--resolution {options.resolution} is not a multiple of the VAE's factor {vae.config.downscale}; "
+            f"--{name.replace('_', '-')} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
             f"the nearest is {near}"
         )
+    if options.buckets and options.buckets < 2 * options.multiple_of:
+        raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
     for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
@@ -216,8 +227,11 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
     precision = options.precision
     if precision == "auto":
         precision = "fp32" if where.device != "cuda" else "bf16"
+    side = options.buckets or options.resolution
     transform = Transform(
-        resolution=options.resolution,
+        resolution=side,
+        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
+        multiple_of=options.multiple_of if options.buckets else 0,
         min_size=options.min_size,
         interpolation=options.interpolation,
         crop=options.crop,
@@ -233,7 +247,7 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         precision=precision,
         tile_above=None,
         rows_per_part=options.rows_per_part
-        or identity.default_rows_per_part(vae.config, options.resolution, options.dtype, options.store),
+        or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,
         container="parquet",
         columns=None,

@@ -52,6 +52,10 @@ class EncodeOptions(Common):
     to: str = option(REQUIRED, "where the cache is, or is to be", "CACHE")
     vae: str = option(REQUIRED, "a directory as diffusers saves it (or one with a vae/ in it), or 'demo'", "REF")
     resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
+    buckets: int = option(
+        0, "instead: sizes of many shapes, each of about this area's side squared; 0: squares only", "PX"
+    )
+    multiple_of: int = option(64, "what the sides of buckets are multiples of", "PX")
     min_size: int = option(0, "leave out pictures whose shorter side has fewer pixels", "PX")
     interpolation: Interpolation = option("bicubic", "how pictures are resized; always antialiased")
     crop: Crop = option("center", "where the square is cut out; random: drawn by --seed, shard and key")

@@ -62,8 +62,8 @@ def preprocessing(settings: transform.Transform) -> dict[str, Any]:
     """What a transform does to pixels, as the identity names it."""
     return {
         "resolution": settings.resolution,
-        "buckets": None,
-        "multiple_of": None,
+        "buckets": [list(bucket) for bucket in settings.buckets] or None,
+        "multiple_of": settings.multiple_of or None,
         "min_size": settings.min_size,
         "interpolation": settings.interpolation,
         "crop": settings.crop,
@@ -77,6 +77,8 @@ def transform_of(identity: Mapping[str, Any]) -> transform.Transform:
     preprocessing = identity["preprocessing"]
     return transform.Transform(
         resolution=preprocessing["resolution"],
+        buckets=tuple((height, width) for height, width in preprocessing["buckets"] or ()),
+        multiple_of=preprocessing["multiple_of"] or 0,
         min_size=preprocessing["min_size"],
         interpolation=preprocessing["interpolation"],
         crop=preprocessing["crop"],

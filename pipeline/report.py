@@ -40,7 +40,11 @@ def _pictures(settings: Mapping[str, Any]) -> str:
     """What was done to the pictures, in a few words."""
     cut = "cut from the middle" if settings["crop"] == "center" else "cut at a random place"
     mirrored = ", half of them mirrored" if settings["flip"] == "random" else ""
-    return f"resized to {settings['resolution']} px ({settings['interpolation']}), {cut}{mirrored}"
+    buckets = settings["buckets"]
+    size = f"{settings['resolution']} px"
+    if buckets:
+        size = f"one of {len(buckets)} buckets of about {size} squared"
+    return f"resized to {size} ({settings['interpolation']}), {cut}{mirrored}"
 
 
 def write_card(

@@ -1,6 +1,7 @@
 """Pixels to the size they are encoded at: resize, then crop.
 
-The short side is resized to `resolution`, the long side to `round(long * resolution / short)`; then a square is cut
+A picture is resized until it just covers its target, the square of `resolution` or the bucket nearest to its shape: to
+a square, the short side to `resolution` and the long side to `round(long * resolution / short)`. Then the target is cut
 out: the middle, `(excess) // 2` from the top and from the left, or a place drawn evenly from all there are. Half of the
 pictures are mirrored where that is asked for. Resizing is always antialiased and equals Pillow's of the
 same name within 1/255 a channel. Reductions to half and less, where it costs most, run in torch, which is three to
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.buckets import Bucket, nearest
 from pipeline.draws import seed_of
 from pipeline.records import Crop, Flip, Interpolation
 
@@ -50,12 +52,16 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """resolution: height and width of what comes out, in pixels. min_size: a shorter side than this is filtered.
+    """resolution: height and width of what comes out, in pixels; of buckets the side of the square of their area.
 
+    buckets: the sizes that come out, multiples of `multiple_of`; without any, the square of `resolution` alone.
+    min_size: a picture with a shorter side than this is filtered.
     seed: of the draws that `crop` and `flip` ask for.
     """
 
     resolution: int
+    buckets: tuple[Bucket, ...] = ()
+    multiple_of: int = 0
     min_size: int = 0
     interpolation: Interpolation = "bicubic"
     crop: Crop = "center"
@@ -64,21 +70,24 @@ class Transform:
 
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
         """What to do with a picture of this size; None where it is to be left out. Draws follow from shard and key."""
-        short, long = min(height, width), max(height, width)
-        if short < self.min_size:
+        if min(height, width) < self.min_size:
             return None
-        resized = round(long * self.resolution / short)
-        tall, wide = (self.resolution, resized) if height <= width else (resized, self.resolution)
-        excess = (tall - self.resolution) + (wide - self.resolution)  # one of them is 0
+        square = (self.resolution, self.resolution)
+        out_height, out_width = nearest(self.buckets, height, width) if self.buckets else square
+        if out_height * width >= out_width * height:  # the height decides the scale
+            tall, wide = out_height, max(out_width, round(width * out_height / height))
+        else:
+            tall, wide = max(out_height, round(height * out_width / width)), out_width
+        excess = (tall - out_height) + (wide - out_width)  # one of them is 0
         cut = excess // 2 if self.crop == "center" else int(self._draw("crop", shard, key) * (excess + 1))
         return Fit(
             height=tall,
             width=wide,
-            top=cut if tall > self.resolution else 0,
-            left=cut if wide > self.resolution else 0,
-            out_height=self.resolution,
-            out_width=self.resolution,
-            enlarged=short < self.resolution,
+            top=cut if tall > out_height else 0,
+            left=cut if wide > out_width else 0,
+            out_height=out_height,
+            out_width=out_width,
+            enlarged=tall > height or wide > width,
             flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5,
         )
 

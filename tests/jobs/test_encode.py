@@ -132,6 +132,45 @@ def test_what_is_kept_of_the_posterior_is_part_of_the_identity(
     assert "PSNR" in out, "originals are cropped and mirrored as the latents were"
 
 
+def test_buckets_keep_the_shapes_of_pictures(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, size in enumerate([(96, 128), (128, 96), (90, 90), (96, 130)]):
+        Image.fromarray(smooth(number, *size)).save(tmp_path / f"photos/{number}.png")
+    job = ("encode", tmp_path / "photos", "--vae", micro_vae, "--workers", 0, "--to", tmp_path / "c")
+    code, _, err = latentmill(*job, "--buckets", 64, "--multiple-of", 8)
+    assert code == 0, err
+    rows = all_rows(tmp_path / "c")
+    assert [(row["key"], row["height"], row["width"]) for row in rows] == [
+        ("0", 56, 72),
+        ("3", 56, 72),
+        ("2", 64, 64),
+        ("1", 72, 56),
+    ], "by bucket, then position"
+    assert [row["shape"] for row in rows] == [[4, row["height"] // 8, row["width"] // 8] for row in rows]
+    stats = json.loads((tmp_path / "c/stats.json").read_text())
+    assert {name: bucket["count"] for name, bucket in stats["buckets"].items()} == {"56x72": 2, "64x64": 1, "72x56": 1}
+    assert latentmill(*job)[0] == 0, "the cache's buckets are taken where none are given"
+    code, _, err = latentmill(*job, "--resolution", 64)
+    assert (code, "preprocessing" in err) == (2, True)
+    code, _, err = latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--vae", micro_vae, "--workers", 0)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--buckets", 64, "--multiple-of", 12), "--multiple-of 12 is not a multiple of the VAE's factor 8"),
+        (("--buckets", 64, "--multiple-of", 40), "--buckets 64 is less than twice --multiple-of 40"),
+        (("--buckets", 64, "--resolution", 64), "give one of them"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(
+    latentmill: Command, micro_vae: Path, photos: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    code, _, err = latentmill("encode", photos, "--vae", micro_vae, "--workers", 0, "--to", tmp_path / "c", *flags)
+    assert (code, message in err) == (2, True), err
+
+
 @pytest.mark.parametrize("batch", [2, 6])
 def test_the_batch_size_changes_nothing(encode: Command, shards: Path, tmp_path: Path, batch: int) -> None:
     encode(shards, "--to", tmp_path / "a", "--slice-size", 2)

@@ -65,7 +65,13 @@ def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
             "weights": "w" * 64,
             "dtype": "float16",
             "store": "mode",
-            "preprocessing": {"resolution": 64, "interpolation": "bicubic", "crop": "center", "flip": "none"},
+            "preprocessing": {
+                "resolution": 64,
+                "interpolation": "bicubic",
+                "crop": "center",
+                "flip": "none",
+                "buckets": None,
+            },
         },
         "vae": {"reference": "demo", "config": {"latent_channels": 4}},
     }
