@@ -12,7 +12,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import buckets, commit, identity, plan, report, stats, storage, write_parquet
+from pipeline import buckets, commit, identity, plan, report, stats, storage, write_parquet, write_tar
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.flow import EncodeJob
@@ -145,6 +145,7 @@ def encode_units(
         transform=identity.transform_of(content["identity"]),
         dtype=content["identity"]["dtype"],
         store=content["identity"]["store"],
+        container=content["identity"]["container"],
         seed=content["identity"]["seed"],
         rows_per_part=content["identity"]["rows_per_part"],
         compute=compute,
@@ -194,6 +195,7 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
         **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
         **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
     }
+    kept["format"] = standing["container"]
     if not given & {"resolution", "buckets", "multiple_of"}:
         if settings["buckets"]:
             kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
@@ -215,6 +217,8 @@ def check(options: EncodeOptions, vae: Vae) -> None:
         )
     if options.buckets and options.buckets < 2 * options.multiple_of:
         raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
+    if options.format == "webdataset" and options.dtype == "bfloat16":
+        raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
     for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
@@ -249,7 +253,7 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         rows_per_part=options.rows_per_part
         or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,
-        container="parquet",
+        container=options.format,
         columns=None,
     )
     if standing is not None:
@@ -263,7 +267,7 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         "identity_sha256": wanted.sha256,
         "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
         "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
-        "schema": write_parquet.schema_as_json(),
+        "schema": (write_tar if options.format == "webdataset" else write_parquet).schema_as_json(),
     }
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.errors import UsageError
-from pipeline.records import Crop, Flip, Interpolation, Store
+from pipeline.records import Container, Crop, Flip, Interpolation, Store
 
 
 def option(default: Any, help: str, metavar: str | None = None, positional: bool = False) -> Any:
@@ -63,6 +63,7 @@ class EncodeOptions(Common):
     store: Store = option(
         "mode", "what is kept of the posterior: its mode, a sample drawn by --seed, shard and key, or its moments"
     )
+    format: Container = option("parquet", "what the cache's files are")
     dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "what latents are stored as")
     seed: int = option(0, "of the draws", "N")
     max_shards: int = option(

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline import commit, identity, stats
+from pipeline import commit, identity, stats, write_parquet, write_tar
 from pipeline.errors import CacheError, IdentityError
 from pipeline.storage import Folder, absolute
 from vae import AutoencoderKLConfig
@@ -60,9 +59,16 @@ class Cache:
         return [f"{commit.DATA}/{name}" for name in self.folder.names(commit.DATA)]
 
     def rows(self, file: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of one file as dicts, in order; a row group is held at a time."""
-        with self.folder.open(file) as stream:
-            parquet = pq.ParquetFile(stream)
-            for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
-                yield from table.to_pylist()
+        """The rows of one file as dicts, in order, the same for both containers. columns: of Parquet, to read less."""
+        yield from read_rows(self.folder, file, columns=columns)
+
+
+def read_rows(
+    folder: Folder, file: str, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes."""
+    with folder.open(file) as stream:
+        if file.endswith(write_tar.SUFFIX):
+            yield from write_tar.read_rows(stream, wanted)
+        else:
+            yield from write_parquet.read_rows(stream, wanted, columns)

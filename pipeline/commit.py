@@ -8,18 +8,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from pipeline import write_parquet
+from pipeline import write_parquet, write_tar
 from pipeline.errors import CacheError, StorageError
-from pipeline.records import Record, Row, Standing, Unit, canonical_json
+from pipeline.records import Container, Record, Row, Standing, Store, Unit, canonical_json
 from pipeline.storage import Folder
 
 DATA, EMPTY, COMMITS, REJECTS = "data", "_empty", "_commits", "_rejects"
 
+SUFFIXES: Mapping[Container, str] = {"parquet": write_parquet.SUFFIX, "webdataset": write_tar.SUFFIX}
 
-def publish(cache: Folder, record: Record, rows: Sequence[Row]) -> Standing:
+
+def publish(
+    cache: Folder, record: Record, rows: Sequence[Row], container: Container = "parquet", store: Store = "mode"
+) -> Standing:
     """Write a part's file, unless somebody was first: then theirs is the one that counts."""
     if rows:
-        name, data = f"{DATA}/{record.stem}{write_parquet.SUFFIX}", write_parquet.parquet_part(rows, record)
+        writer = write_tar if container == "webdataset" else write_parquet
+        name, data = f"{DATA}/{record.stem}{writer.SUFFIX}", writer.part(rows, record, store)
     else:
         name, data = f"{EMPTY}/{record.stem}.json", record.to_json()
     if cache.create(name, data):
@@ -30,10 +35,10 @@ def publish(cache: Folder, record: Record, rows: Sequence[Row]) -> Standing:
     return standing
 
 
-def find(cache: Folder, unit: Unit, number: int, identity: str) -> Standing | None:
+def find(cache: Folder, unit: Unit, number: int, identity: str, container: Container = "parquet") -> Standing | None:
     """The part of this number as it stands in the cache; None where it is still to be made."""
     stem = f"{unit.name}-{number:05d}"
-    for name in (f"{DATA}/{stem}{write_parquet.SUFFIX}", f"{EMPTY}/{stem}.json"):
+    for name in (f"{DATA}/{stem}{SUFFIXES[container]}", f"{EMPTY}/{stem}.json"):
         standing = inspect(cache, name, identity)
         if standing is not None:
             return standing
@@ -53,7 +58,8 @@ def inspect(cache: Folder, name: str, identity: str) -> Standing | None:
 
 def _parse(data: bytes, name: str) -> Record:
     if not name.endswith(".json"):
-        return write_parquet.read_record(data, name)
+        reader = write_tar.read_record if name.endswith(write_tar.SUFFIX) else write_parquet.read_record
+        return reader(data, name)
     try:
         return Record.from_json(data)
     except (ValueError, KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
 from pipeline.read_tar import read_tar
 from pipeline.records import (
+    Container,
     Filtered,
     Picture,
     Record,
@@ -55,6 +56,7 @@ class EncodeJob:
     dtype: str
     store: Store
     seed: int
+    container: Container
     rows_per_part: int
     compute: Compute
     open_threads: int
@@ -132,13 +134,13 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     standing: list[Standing] = []
     adopted = behind = 0
     for number in itertools.count():
-        part = commit.find(job.cache, unit, number, job.identity)
+        part = commit.find(job.cache, unit, number, job.identity, job.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
-                part = commit.publish(job.cache, record, filled.rows)
+                part = commit.publish(job.cache, record, filled.rows, job.container, job.store)
         else:
             adopted, behind = adopted + 1, behind + 1
         standing.append(part)

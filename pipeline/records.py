@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
+Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text

@@ -12,11 +12,10 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from pipeline import flow, sheet
-from pipeline.cache import to_tensor
+from pipeline.cache import read_rows, to_tensor
 from pipeline.encode import Compute, Vae, build_model
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.records import Picture, Sample, Unit
@@ -125,7 +124,7 @@ def choose(files: Sequence[tuple[str, int, Unit]], limit: int) -> list[RenderTas
 def render(task: RenderTask, worker: Renderer) -> RenderReport:
     """Draw one sheet and its single pictures."""
     job = worker.job
-    rows = list(zip(task.rows, read_rows(job.cache, task.rows), strict=True))
+    rows = list(zip(task.rows, wanted_rows(job.cache, task.rows), strict=True))
     originals, notes = find_originals(rows, job) if job.with_source else ({}, [])
     cells, pictures = [], []
     for wanted, row in rows:
@@ -148,20 +147,13 @@ def render(task: RenderTask, worker: Renderer) -> RenderReport:
     return RenderReport(name, tuple(pictures), tuple(notes))
 
 
-def read_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, Any]]:
-    """The wanted rows, in their order; only row groups that hold one are read."""
+def wanted_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, Any]]:
+    """The wanted rows, in their order."""
     by_file: dict[str, list[int]] = {}
     for row in wanted:
         by_file.setdefault(row.file, []).append(row.index)
     for file, indexes in by_file.items():
-        with cache.open(file) as stream:
-            parquet, start = pq.ParquetFile(stream), 0
-            for group in range(parquet.num_row_groups):
-                count = parquet.metadata.row_group(group).num_rows
-                here = [index - start for index in indexes if start <= index < start + count]
-                if here:
-                    yield from parquet.read_row_group(group, use_threads=False).take(here).to_pylist()
-                start += count
+        yield from read_rows(cache, file, indexes)
 
 
 def find_originals(

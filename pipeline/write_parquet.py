@@ -5,14 +5,14 @@ Equal rows and records give equal bytes: what could vary (compression, row group
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import CacheError
-from pipeline.records import Record, Row
+from pipeline.records import Record, Row, Store
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
@@ -45,8 +45,8 @@ def schema_as_json() -> list[dict[str, str]]:
     return [{"name": field.name, "type": str(field.type)} for field in SCHEMA]
 
 
-def parquet_part(rows: Sequence[Row], record: Record) -> bytes:
-    """The file of a part. rows: at least one, by bucket and then position."""
+def part(rows: Sequence[Row], record: Record, store: Store) -> bytes:
+    """The file of a part. rows: at least one, by bucket and then position. store: the columns are the same for all."""
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
@@ -69,6 +69,23 @@ def read_record(data: bytes, name: str) -> Record:
         return Record.from_json(metadata[RECORD_KEY])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
+
+
+def read_rows(
+    stream: BinaryIO, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a part as dicts, in order: all, or those at the `wanted` indexes. A row group is held at a time.
+
+    Without pyarrow's threads: a process that ends at once, while they and torch's are about, is aborted.
+    """
+    parquet, start = pq.ParquetFile(stream), 0
+    for group in range(parquet.num_row_groups):
+        count = parquet.metadata.row_group(group).num_rows
+        here = [index - start for index in wanted or () if start <= index < start + count]
+        if wanted is None or here:
+            table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
+            yield from (table if wanted is None else table.take(here)).to_pylist()
+        start += count
 
 
 def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("vae", "pipeline", "jobs")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-STEPS = {"read_tar", "read_folder", "pixels", "transform", "batches", "encode", "write_parquet"}
+STEPS = {"read_tar", "read_folder", "pixels", "transform", "batches", "encode", "write_parquet", "write_tar"}
 MAX_FUNCTION = 60
 MAX_FILE = 450
 

@@ -132,6 +132,27 @@ def test_what_is_kept_of_the_posterior_is_part_of_the_identity(
     assert "PSNR" in out, "originals are cropped and mirrored as the latents were"
 
 
+def test_a_webdataset_cache_holds_the_same_rows(
+    encode: Command, latentmill: Command, micro_vae: Path, shards: Path, tmp_path: Path
+) -> None:
+    encode(shards, "--to", tmp_path / "parquet")
+    code, _, err = encode(shards, "--to", tmp_path / "tar", "--format", "webdataset", "--max-shards", 1)
+    assert code == 0, err
+    code, out, err = encode(shards, "--to", tmp_path / "tar")
+    assert (code, "1 of 3 units were done before" in out) == (0, True), err
+    assert {path.suffix for path in (tmp_path / "tar/data").iterdir()} == {".tar"}
+    parquet, tar = Cache.open(str(tmp_path / "parquet")), Cache.open(str(tmp_path / "tar"))
+    rows = [[row for file in cache.files() for row in cache.rows(file)] for cache in (parquet, tar)]
+    assert rows[0] == rows[1]
+    one, two = (json.loads((tmp_path / name / "stats.json").read_text()) for name in ("parquet", "tar"))
+    assert one.pop("digest") != two.pop("digest")
+    assert one == two
+    code, out, err = latentmill("decode", tmp_path / "tar", "--to", tmp_path / "p", "--vae", micro_vae, "--workers", 0)
+    assert (code, "PSNR" in out) == (0, True), err
+    code, _, err = encode(shards, "--to", tmp_path / "x", "--format", "webdataset", "--dtype", "bfloat16")
+    assert (code, "know no bfloat16" in err) == (2, True)
+
+
 def test_buckets_keep_the_shapes_of_pictures(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number, size in enumerate([(96, 128), (128, 96), (90, 90), (96, 130)]):

@@ -45,6 +45,7 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "dtype": "float16",
             "store": "mode",
             "seed": 0,
+            "container": "parquet",
             "rows_per_part": 4,
             "compute": CPU,
             "open_threads": 1,

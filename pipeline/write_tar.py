@@ -1,0 +1,101 @@
+"""Rows to the bytes of one WebDataset shard, its record in front as the PAX global header `LATENTMILL.record`.
+
+A sample is `<key>.latent.npy` (or `<key>.moments.npy`), `<key>.latent.json` with what else is known of it, and the
+texts that came with the picture. Equal rows and records give equal bytes: members have no time and no owner.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.errors import CacheError
+from pipeline.records import Record, Row, Store, canonical_json
+
+SUFFIX = ".tar"
+RECORD_KEY = "LATENTMILL.record"
+INFO = ".latent.json"
+
+SCHEMA = [
+    {"name": "latent", "type": "npy"},
+    {"name": "latent.json", "type": "json"},
+    {"name": "txt", "type": "text"},
+    {"name": "json", "type": "text"},
+]
+
+
+def schema_as_json() -> list[dict[str, str]]:
+    """The members of a sample as cache.json names them."""
+    return SCHEMA
+
+
+def part(rows: Sequence[Row], record: Record, store: Store) -> bytes:
+    """The file of a part. rows: at least one, by bucket and then position; not bfloat16, which numpy does not know."""
+    sink = io.BytesIO()
+    headers = {RECORD_KEY: record.to_json().decode()}
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
+        for row in rows:
+            for name, data in _members(row, record.source, "moments" if store == "moments" else "latent"):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def _members(row: Row, shard: str, kind: str) -> Iterator[tuple[str, bytes]]:
+    picture, latent = row.picture, row.latent.contiguous().numpy()
+    array = io.BytesIO()
+    np.lib.format.write_array(array, latent, version=(1, 0), allow_pickle=False)
+    info = {
+        "key": picture.key,
+        "shard": shard,
+        "shape": list(latent.shape),
+        "dtype": str(latent.dtype),
+        "height": picture.bucket[0],
+        "width": picture.bucket[1],
+        "original_height": picture.original_height,
+        "original_width": picture.original_width,
+        "crop_top": picture.crop_top,
+        "crop_left": picture.crop_left,
+        "flipped": picture.flipped,
+    }
+    yield f"{picture.key}.{kind}.npy", array.getvalue()
+    yield picture.key + INFO, canonical_json(info)
+    for name, text in picture.columns.items():
+        if text is not None:
+            yield f"{picture.key}.{name}", text.encode()
+
+
+def read_record(data: bytes, name: str) -> Record:
+    """The record inside a part's bytes. Raises CacheError, which names the file, where there is none."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            return Record.from_json(tar.pax_headers[RECORD_KEY].encode())
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
+
+
+def read_rows(stream: BinaryIO, wanted: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a part as dicts, in order: all, or those at the `wanted` indexes; as a Parquet part has them."""
+    indexes = None if wanted is None else set(wanted)
+    row: dict[str, Any] = {}
+    index = -1
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            data = file.read() if file else b""
+            if member.name.endswith((".latent.npy", ".moments.npy")):
+                if row and (indexes is None or index in indexes):
+                    yield row
+                index += 1
+                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+                row = {"latent": array.tobytes(), "txt": None, "json": None}
+            elif member.name.endswith(INFO):
+                row |= json.loads(data)
+            else:
+                row[member.name.rpartition(".")[2]] = data.decode()
+    if row and (indexes is None or index in indexes):
+        yield row

@@ -1,0 +1,113 @@
+"""The WebDataset container: read by the webdataset library, by tarfile and by us."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from pipeline import write_parquet, write_tar
+from pipeline.errors import CacheError
+from pipeline.records import Picture, Record, Row
+
+
+def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: str | None) -> Row:
+    generator = torch.Generator().manual_seed(number)
+    picture = Picture(
+        position=number,
+        key=key,
+        columns={"txt": None, "json": None, **columns},
+        pixels=torch.zeros(3, 64, 72, dtype=torch.uint8),
+        original_height=100,
+        original_width=113,
+        crop_top=0,
+        crop_left=4,
+        enlarged=False,
+        flipped=number == 1,
+    )
+    return Row(picture, torch.randn(channels, 8, 9, generator=generator).to(dtype))
+
+
+ROWS = [row(0, "a/000", txt="a cat\n", json='{"b": "\u00e9"}'), row(1, "\u00fcber%2Ev1"), row(2, "k" * 300, txt="")]
+
+
+def record(rows: int = 3) -> Record:
+    return Record(
+        format=1,
+        identity="i" * 64,
+        unit="unit",
+        part=0,
+        last=True,
+        source="shards/\u00fc.tar",
+        source_bytes=5,
+        range=None,
+        first=0,
+        samples=rows,
+        rows=rows,
+        filtered=0,
+        enlarged=0,
+        rejects=(),
+        tally={},
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "part.tar"
+    path.write_bytes(write_tar.part(ROWS, record(), "mode"))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves the file open
+def test_webdataset_reads_every_sample(file: Path) -> None:
+    dataset = webdataset.WebDataset(str(file), shardshuffle=False, empty_check=False).decode()
+    samples = list(dataset)
+    assert [sample["__key__"] for sample in samples] == [row.picture.key for row in ROWS]
+    for sample, ours in zip(samples, ROWS, strict=True):
+        assert sample["latent.npy"].dtype == np.float16
+        assert np.array_equal(sample["latent.npy"], ours.latent.numpy())
+        assert sample["latent.json"]["shard"] == "shards/\u00fc.tar"
+    assert (samples[0]["txt"], samples[0]["json"]) == ("a cat\n", {"b": "\u00e9"})
+    assert [sample.get("txt") for sample in samples[1:]] == [None, ""]
+
+
+def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
+    parquet = io.BytesIO(write_parquet.part(ROWS, record(), "mode"))
+    for wanted in (None, [0, 2], [1], []):
+        parquet.seek(0)
+        with file.open("rb") as stream:
+            assert list(write_tar.read_rows(stream, wanted)) == list(write_parquet.read_rows(parquet, wanted))
+
+
+def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(file: Path) -> None:
+    with tarfile.open(file) as tar:
+        assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
+        assert tar.getnames()[:4] == ["a/000.latent.npy", "a/000.latent.json", "a/000.txt", "a/000.json"]
+    assert write_tar.part(ROWS, record(), "mode") == file.read_bytes()
+
+
+def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
+    data = file.read_bytes()
+    assert write_tar.read_record(data, "x") == record()
+    with tarfile.open(file) as tar:
+        assert json.loads(tar.pax_headers["LATENTMILL.record"])["source"] == "shards/\u00fc.tar"
+    empty = io.BytesIO()
+    tarfile.open(fileobj=empty, mode="w").close()
+    for foreign in (b"", b"nothing", empty.getvalue(), data[512:]):
+        with pytest.raises(CacheError, match=r"data/x\.tar is not a part"):
+            write_tar.read_record(foreign, "data/x.tar")
+
+
+@pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])
+def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
+    data = write_tar.part([row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), store)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames()[0] == member
+    (read,) = write_tar.read_rows(io.BytesIO(data))
+    assert (read["dtype"], read["shape"]) == ("float32", [8, 8, 9])
