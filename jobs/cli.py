@@ -10,6 +10,7 @@ from pipeline.errors import UsageError
 VERBS = {
     "encode": "encode pictures into a cache of latents; the same command again does only what is missing",
     "decode": "render previews from a cache: pictures and contact sheets, beside the originals",
+    "status": "say how far a cache is, from the cache alone, on any machine",
     "stats": "print the statistics of a cache, beside the constants of its VAE",
 }
 

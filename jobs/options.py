@@ -100,6 +100,11 @@ class StatsOptions:
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions(StatsOptions):
+    """Say how far a cache is: done, to do, rejected, pace and time left. Read from the cache alone, on any machine."""
+
+
 Options = TypeVar("Options", bound=Common | StatsOptions)
 
 

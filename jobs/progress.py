@@ -47,7 +47,7 @@ class Meter:
     def line(self) -> str:
         seconds = time.perf_counter() - self.started
         rate = self.pictures / seconds if seconds else 0.0
-        left = f", {_duration(seconds / self.share * (1 - self.share))} left" if 0 < self.share < 1 else ""
+        left = f", {duration(seconds / self.share * (1 - self.share))} left" if 0 < self.share < 1 else ""
         return f"{self.pictures:,} pictures {self.what}, {rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, pictures: int, waiting_for: str) -> None:
@@ -79,7 +79,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, flag, make_parser
+from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, StatusOptions, flag, make_parser
 from pipeline.write_parquet import SCHEMA
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINE = ROOT / "docs/command-line.md"
-OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "stats": StatsOptions}
+OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "status": StatusOptions, "stats": StatsOptions}
 
 
 def blocks(text: str, language: str) -> list[str]:

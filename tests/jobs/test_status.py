@@ -1,0 +1,76 @@
+"""Status: what a cache says of a job that runs, has run, or has died."""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.status import status
+from pipeline.storage import Folder
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+NOW = datetime.datetime(2026, 5, 1, 12, 0, tzinfo=datetime.UTC)
+
+
+@pytest.fixture
+def cache(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Path:
+    """A cache with two of three units done, each with five rows and one reject."""
+    for number in range(3):
+        members = img2dataset_members(10 * number, 6)
+        members[f"{10 * number + 2:09d}.jpg"] = b"no picture"
+        write_tar(tmp_path / f"shards/{number}.tar", members)
+    job = ("encode", tmp_path / "shards", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64)
+    assert latentmill(*job, "--workers", 0, "--max-shards", 2, "--max-reject-rate", 1)[0] == 0
+    return tmp_path / "c"
+
+
+def rewrite_run(cache: Path, **facts: Any) -> None:
+    (path,) = (cache / "_runs").iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def test_a_trial_is_planned_further(cache: Path, latentmill: Command) -> None:
+    code, out, _ = latentmill("status", cache)
+    assert code == 0
+    assert out.splitlines()[0] == f"{cache}: planned"
+    assert "units      2 of 3 done, 6" in out
+    assert "rows       10\n" in out
+    assert "rejected   2 not_a_picture\n" in out
+    content = json.loads(latentmill("status", cache, "--json")[1])
+    assert content["units"] == {"planned": 3, "done": 2}
+    assert (content["images_per_second"], content["seconds_left"]) == (None, None)
+
+
+def test_a_finished_cache_is_done(cache: Path, latentmill: Command, micro_vae: Path) -> None:
+    source = cache.parent / "shards"
+    latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1)
+    content = json.loads(latentmill("status", cache, "--json")[1])
+    assert (content["state"], content["rows"], content["rejected"]) == ("done", 15, {"not_a_picture": 3})
+    assert [run["outcome"] for run in content["runs"]] == ["done", "done"]
+
+
+def test_a_living_run_has_a_pace_and_a_time_left(cache: Path) -> None:
+    alive = (NOW - datetime.timedelta(seconds=40)).isoformat()
+    rewrite_run(cache, outcome="running", ended=None, alive=alive, images_per_second=2.0)
+    (next((cache / "_commits").iterdir())).unlink()
+    content = status(Folder(str(cache)), NOW)
+    assert (content["state"], content["images_per_second"]) == ("running", 2.0)
+    assert content["seconds_left"] == pytest.approx(6, abs=1), "two units of six samples, at two a second"
+    assert content["parts_of_units_under_way"] == 1
+
+
+@pytest.mark.parametrize(("outcome", "state"), [("running", "silent"), ("failed", "failed"), ("stopped", "stopped")])
+def test_a_run_that_is_no_more_is_named(cache: Path, latentmill: Command, outcome: str, state: str) -> None:
+    rewrite_run(cache, outcome=outcome, ended=None, alive="2026-05-01T11:50:00+00:00")
+    assert status(Folder(str(cache)), NOW)["state"] == state
+    out = latentmill("status", cache)[1]
+    assert ("no sign of life since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
+
+
+def test_what_is_no_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:
+    code, _, err = latentmill("status", tmp_path)
+    assert (code, "there is no latentmill cache" in err) == (1, True)
