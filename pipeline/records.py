@@ -109,6 +109,13 @@ class Picture:
         """Height and width of the encoded picture."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
+    @property
+    def geometry(self) -> dict[str, int | bool]:
+        """What a row says of how the picture came to its size."""
+        names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
+        height, width = self.bucket
+        return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -112,12 +112,6 @@ def _columns(row: Row, shard: str) -> dict[str, Any]:
         "latent": row.latent.contiguous().view(torch.uint8).numpy().tobytes(),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
-        "height": picture.bucket[0],
-        "width": picture.bucket[1],
-        "original_height": picture.original_height,
-        "original_width": picture.original_width,
-        "crop_top": picture.crop_top,
-        "crop_left": picture.crop_left,
-        "flipped": picture.flipped,
+        **picture.geometry,
         **picture.columns,
     }

@@ -54,13 +54,7 @@ def _members(row: Row, shard: str, kind: str) -> Iterator[tuple[str, bytes]]:
         "shard": shard,
         "shape": list(latent.shape),
         "dtype": str(latent.dtype),
-        "height": picture.bucket[0],
-        "width": picture.bucket[1],
-        "original_height": picture.original_height,
-        "original_width": picture.original_width,
-        "crop_top": picture.crop_top,
-        "crop_left": picture.crop_left,
-        "flipped": picture.flipped,
+        **picture.geometry,
     }
     yield f"{picture.key}.{kind}.npy", array.getvalue()
     yield picture.key + INFO, canonical_json(info)
