@@ -117,17 +117,18 @@ class Replica:
                 padded = [*some, *[some[-1]] * (size - len(some))]
                 pixels = torch.stack([picture.pixels for picture in padded]).to(model.device, non_blocking=True)
                 posterior = model.encode(to_model(pixels, model.dtype)).latent_dist
-                latents = self._stored(posterior, [seed_of(self.seed, "sample", shard, p.key) for p in padded])
+                latents = self._stored(posterior, padded, shard)
                 outputs.append(latents[: len(some)].to(self.dtype))
             return torch.cat(outputs).cpu()
 
-    def _stored(self, posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
+    def _stored(self, posterior: DiagonalGaussianDistribution, pictures: Sequence[Picture], shard: str) -> Tensor:
         """What is kept of the posteriors of a slice; noise is drawn on the CPU, so that it is the same everywhere."""
         if self.store == "mode":
             return posterior.mode()
         if self.store == "moments":
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         shape = posterior.mean.shape[1:]
+        seeds = [seed_of(self.seed, "sample", shard, picture.key) for picture in pictures]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
 

@@ -14,6 +14,8 @@ from typing import Any
 from pipeline import __version__
 from pipeline.storage import Folder
 
+FOLDER = "_runs"
+
 
 def now() -> str:
     """The time, as ISO 8601 in UTC to the second."""
@@ -52,7 +54,7 @@ class Run:
     def write(self, **facts: Any) -> None:
         """Write the record as it stands, with these facts and the time as its last sign of life."""
         self.content.update(facts, alive=now())
-        self.cache.replace(f"_runs/{self.name}.json", json.dumps(self.content, indent=1).encode())
+        self.cache.replace(f"{FOLDER}/{self.name}.json", json.dumps(self.content, indent=1).encode())
 
     def end(self, outcome: str, exit_code: int, **facts: Any) -> None:
         """Write how the run ended: done, failed or stopped."""

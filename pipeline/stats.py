@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +39,8 @@ def parts(cache: Folder, identity: str) -> list[Part]:
     Raises CacheError for a file that a commit names and that is not there.
     """
     files = [f"{folder}/{name}" for folder in (commit.EMPTY, commit.DATA) for name in cache.names(folder)]
-    with ThreadPoolExecutor(16) as pool:
-        commits = pool.map(lambda name: cache.read(f"{commit.COMMITS}/{name}"), cache.names(commit.COMMITS))
-        committed = {part["file"]: part for content in commits for part in json.loads(content)["parts"]}
+    commits = cache.read_all(commit.COMMITS)
+    committed = {part["file"]: part for content in commits for part in json.loads(content)["parts"]}
     for file in sorted(committed.keys() - set(files)):
         raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged")
     return [_part(committed.get(file) or _uncommitted(cache, file, identity)) for file in files]

@@ -4,13 +4,11 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline import commit, plan
+from pipeline import commit, plan, runs
 from pipeline.storage import Folder
 
-RUNS = "_runs"
 SILENT = 120  # seconds; a run gives a sign of life every 30
 
 
@@ -21,10 +19,10 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     (`failed`, `stopped`), or `planned`. images_per_second and seconds_left are of the living runs, null without any.
     """
     units = {unit.name: unit.bytes for unit in plan.read(cache)}
-    commits = [json.loads(data) for data in _read_all(cache, commit.COMMITS)]
+    commits = [json.loads(data) for data in cache.read_all(commit.COMMITS)]
     parts = [part for unit in commits for part in unit["parts"]]
-    runs = [run_of(json.loads(data), now) for data in _read_all(cache, RUNS)]
-    alive = [run for run in runs if run["outcome"] == "running"]
+    told = [run_of(json.loads(data), now) for data in cache.read_all(runs.FOLDER)]
+    alive = [run for run in told if run["outcome"] == "running"]
     samples = sum(part["samples"] for part in parts)
     done_bytes = sum(units.get(unit["unit"], 0) for unit in commits)
     rate = sum(run["images_per_second"] for run in alive) or None
@@ -33,7 +31,7 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         left = round((sum(units.values()) - done_bytes) * samples / done_bytes / rate)
     return {
         "cache": cache.url,
-        "state": _state(runs, undone=len(units.keys() - {unit["unit"] for unit in commits})),
+        "state": _state(told, undone=len(units.keys() - {unit["unit"] for unit in commits})),
         "units": {"planned": len(units), "done": len(commits)},
         "bytes": {"planned": sum(units.values()), "done": done_bytes},
         "parts_of_units_under_way": len(cache.names(commit.DATA)) + len(cache.names(commit.EMPTY)) - len(parts),
@@ -42,13 +40,8 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         "filtered": sum(part["filtered"] for part in parts),
         "images_per_second": rate,
         "seconds_left": left,
-        "runs": runs,
+        "runs": told,
     }
-
-
-def _read_all(cache: Folder, folder: str) -> list[bytes]:
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda name: cache.read(f"{folder}/{name}"), cache.names(folder)))
 
 
 def run_of(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:

@@ -75,21 +75,25 @@ def read_record(data: bytes, name: str) -> Record:
 def read_rows(stream: BinaryIO, wanted: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a part as dicts, in order: all, or those at the `wanted` indexes; as a Parquet part has them."""
     indexes = None if wanted is None else set(wanted)
+    for index, row in enumerate(_all_rows(stream)):
+        if indexes is None or index in indexes:
+            yield row
+
+
+def _all_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
-    index = -1
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             file = tar.extractfile(member)
             data = file.read() if file else b""
-            if member.name.endswith((".latent.npy", ".moments.npy")):
-                if row and (indexes is None or index in indexes):
+            if member.name.endswith((".latent.npy", ".moments.npy")):  # the first member of a sample
+                if row:
                     yield row
-                index += 1
                 array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
                 row = {"latent": array.tobytes(), "txt": None, "json": None}
             elif member.name.endswith(INFO):
                 row |= json.loads(data)
             else:
                 row[member.name.rpartition(".")[2]] = data.decode()
-    if row and (indexes is None or index in indexes):
+    if row:
         yield row
