@@ -50,6 +50,9 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             out=out,
             source_options=cache.folder.options,
             transform=identity.transform_of(cache.content["identity"]),
+            layout=cache.layout,
+            image_column=cache.content["identity"]["image_column"],
+            key_column=cache.content["identity"]["key_column"],
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
         )
@@ -68,7 +71,8 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
 
 def matching_vae(ref: str, cache: Cache) -> Vae:
     """The VAE that `ref` names. Raises VaeError where its weights are not those that made the cache."""
-    vae = load_vae(ref)
+    with storage.fetched_vae(ref, cache.folder.options) as local:
+        vae = load_vae(local, ref)
     if vae.sha256 != cache.content["identity"]["weights"]:
         raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
     return vae

@@ -9,14 +9,15 @@ from typing import Any
 
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
-from jobs.options import EncodeOptions, as_record, parse, storage_options
+from jobs.options import ALL, EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import buckets, commit, identity, plan, report, stats, storage, write_parquet, write_tar
+from pipeline import buckets, commit, identity, plan, report, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.flow import EncodeJob
 from pipeline.identity import Identity
+from pipeline.layout import Columns, Layout
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run, versions
 from pipeline.storage import Folder
@@ -73,13 +74,16 @@ def main(argv: Sequence[str]) -> int:
     standing = identity.read(cache)
     if standing is not None:
         options = adopt(options, given, standing["identity"])
-    vae = load_vae(options.vae)
+    with storage.fetched_vae(options.vae, cache.options) as local:
+        vae = load_vae(local, options.vae)
     check(options, vae)
     shards = storage.list_shards(options.source, cache.options, but=cache.url)
-    if not plan.units_of(shards):
-        raise SourceError(f"there are no tar shards and no pictures in {' '.join(options.source)}")
+    units = plan.units_of(shards)
+    if not units:
+        raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
+    columns = survey.columns_of(shards, units, cache.options, options.image_column or None, wanted_columns(options))
     with place(options) as where:
-        content = identity.settle(cache, describe(options, vae, where, standing))
+        content = identity.settle(cache, describe(options, vae, where, standing, columns))
         outcome = encode(options, cache, content, vae, shards, where)
     if outcome.written is not None:
         tell(options, cache, outcome, outcome.written)
@@ -144,8 +148,9 @@ def encode_units(
         identity=content["identity_sha256"],
         transform=identity.transform_of(content["identity"]),
         dtype=content["identity"]["dtype"],
-        store=content["identity"]["store"],
-        container=content["identity"]["container"],
+        layout=identity.layout_of(content),
+        image_column=content["identity"]["image_column"],
+        key_column=content["identity"]["key_column"],
         seed=content["identity"]["seed"],
         rows_per_part=content["identity"]["rows_per_part"],
         compute=compute,
@@ -154,7 +159,7 @@ def encode_units(
         versions=versions(),
     )
     engine = where.start(job, vae, len(pending), signals.stop)
-    sizes = {unit.name: unit.bytes for unit in pending}
+    sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
     started = alive = time.perf_counter()
 
@@ -196,6 +201,8 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
         **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
     }
     kept["format"] = standing["container"]
+    kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
+    kept |= {name: standing[name] or "" for name in ("image_column", "key_column")}
     if not given & {"resolution", "buckets", "multiple_of"}:
         if settings["buckets"]:
             kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
@@ -226,7 +233,16 @@ def check(options: EncodeOptions, vae: Vae) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
 
-def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None) -> dict[str, Any]:
+def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
+    """`--columns`; None for all."""
+    if options.columns == ALL:
+        return None
+    return tuple(name.strip() for name in options.columns.split(",") if name.strip())
+
+
+def describe(
+    options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None, columns: Columns
+) -> dict[str, Any]:
     """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
     precision = options.precision
     if precision == "auto":
@@ -254,9 +270,12 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,
         container=options.format,
-        columns=None,
+        columns=wanted_columns(options),
+        image_column=options.image_column or None,
+        key_column=options.key_column or None,
     )
     if standing is not None:
+        note_columns(identity.layout_of(standing).columns, columns)
         return {**standing, "identity": wanted.to_dict()}
     config = vae.config.to_dict()
     constants = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -267,8 +286,15 @@ def describe(options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[s
         "identity_sha256": wanted.sha256,
         "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
         "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
-        "schema": (write_tar if options.format == "webdataset" else write_parquet).schema_as_json(),
+        "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
+        "columns": columns.to_dict(),
     }
+
+
+def note_columns(standing: Columns, offered: Columns) -> None:
+    """Say what the sources have that the cache, begun before, has no place for."""
+    if new := [name for name in offered.schema.names if name not in standing.schema.names]:
+        say(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
 def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

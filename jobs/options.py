@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ def option(default: Any, help: str, metavar: str | None = None, positional: bool
 
 
 REQUIRED: Any = dataclasses.MISSING
+ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +49,13 @@ class EncodeOptions(Common):
     """Encode pictures into a cache of latents. The same command again does only what is missing."""
 
     source: tuple[str, ...] = option(
-        REQUIRED, "tar shards, or folders of pictures: files, directories, globs, brace ranges", "SOURCE", True
+        REQUIRED,
+        "tar shards, Parquet files with pictures, folders of pictures: files, directories, globs, brace ranges",
+        "SOURCE",
+        True,
     )
     to: str = option(REQUIRED, "where the cache is, or is to be", "CACHE")
-    vae: str = option(REQUIRED, "a directory as diffusers saves it (or one with a vae/ in it), or 'demo'", "REF")
+    vae: str = option(REQUIRED, "a directory or URL as diffusers saves it (or one with a vae/ in it), or 'demo'", "REF")
     resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
     buckets: int = option(
         0, "instead: sizes of many shapes, each of about this area's side squared; 0: squares only", "PX"
@@ -66,6 +71,11 @@ class EncodeOptions(Common):
     format: Container = option("parquet", "what the cache's files are")
     dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "what latents are stored as")
     seed: int = option(0, "of the draws", "N")
+    columns: str = option(
+        ALL, "what comes along of each sample: text members and Parquet columns; '': nothing", "NAME[,NAME...]"
+    )
+    image_column: str = option("", "where Parquet files have their pictures; unset: the column with bytes", "NAME")
+    key_column: str = option("", "where Parquet files have their keys; unset: the number of the row", "NAME")
     max_shards: int = option(
         0, "only the first N shards: a trial, which the same command without it goes on from; 0: all", "N"
     )
@@ -251,9 +261,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def storage_options(given: Sequence[str]) -> dict[str, str]:
-    """`KEY=VALUE` pairs as a dict, `env:NAME` taken from the environment."""
-    options: dict[str, str] = {}
+def storage_options(given: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as a dict, `env:NAME` taken from the environment; true, false and {...} as JSON has them."""
+    options: dict[str, Any] = {}
     for pair in given:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -262,8 +272,14 @@ def storage_options(given: Sequence[str]) -> dict[str, str]:
             name = value.removeprefix("env:")
             if name not in os.environ:
                 raise UsageError(f"--storage-option {key}: there is no environment variable {name}")
-            value = os.environ[name]
-        options[key] = value
+            options[key] = os.environ[name]
+        elif value in ("true", "false") or value.startswith("{"):
+            try:
+                options[key] = json.loads(value)
+            except ValueError as error:
+                raise UsageError(f"--storage-option {key}: {value} is not JSON") from error
+        else:
+            options[key] = value
     return options
 
 

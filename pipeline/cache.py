@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pipeline import commit, identity, stats, write_parquet, write_tar
 from pipeline.errors import CacheError, IdentityError
+from pipeline.layout import Layout
+from pipeline.records import TEXT_EXTENSIONS
 from pipeline.storage import Folder, absolute
 from vae import AutoencoderKLConfig
 from vae.scaling import Scaling, scaling_of
@@ -54,21 +56,30 @@ class Cache:
         """The rule between the raw latents stored here and model latents."""
         return scaling_of(self.config)
 
+    @property
+    def layout(self) -> Layout:
+        """What the files look like."""
+        return identity.layout_of(self.content)
+
     def files(self) -> list[str]:
         """The names of the files with rows, sorted: the cache is their concatenation."""
         return [f"{commit.DATA}/{name}" for name in self.folder.names(commit.DATA)]
 
     def rows(self, file: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of one file as dicts, in order, the same for both containers. columns: of Parquet, to read less."""
-        yield from read_rows(self.folder, file, columns=columns)
+        yield from read_rows(self.folder, file, columns=columns, texts=self.layout.columns.texts)
 
 
 def read_rows(
-    folder: Folder, file: str, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+    folder: Folder,
+    file: str,
+    wanted: Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+    texts: Sequence[str] = TEXT_EXTENSIONS,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes."""
     with folder.open(file) as stream:
         if file.endswith(write_tar.SUFFIX):
-            yield from write_tar.read_rows(stream, wanted)
+            yield from write_tar.read_rows(stream, wanted, texts)
         else:
             yield from write_parquet.read_rows(stream, wanted, columns)

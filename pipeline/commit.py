@@ -7,24 +7,29 @@ counts. Nothing here removes or overwrites anything.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any, cast
 
 from pipeline import write_parquet, write_tar
 from pipeline.errors import CacheError, StorageError
-from pipeline.records import Container, Record, Row, Standing, Store, Unit, canonical_json
+from pipeline.layout import Layout
+from pipeline.records import Container, Record, Row, Standing, Unit, canonical_json
 from pipeline.storage import Folder
 
 DATA, EMPTY, COMMITS, REJECTS = "data", "_empty", "_commits", "_rejects"
 
-SUFFIXES: Mapping[Container, str] = {"parquet": write_parquet.SUFFIX, "webdataset": write_tar.SUFFIX}
+WRITERS: Mapping[Container, Any] = {"parquet": write_parquet, "webdataset": write_tar}
 
 
-def publish(
-    cache: Folder, record: Record, rows: Sequence[Row], container: Container = "parquet", store: Store = "mode"
-) -> Standing:
+def schema_as_json(layout: Layout) -> list[dict[str, str]]:
+    """What cache.json says of a row's columns, or of a sample's members."""
+    return list(WRITERS[layout.container].schema_as_json(layout))
+
+
+def publish(cache: Folder, record: Record, rows: Sequence[Row], layout: Layout) -> Standing:
     """Write a part's file, unless somebody was first: then theirs is the one that counts."""
     if rows:
-        writer = write_tar if container == "webdataset" else write_parquet
-        name, data = f"{DATA}/{record.stem}{writer.SUFFIX}", writer.part(rows, record, store)
+        writer = WRITERS[layout.container]
+        name, data = f"{DATA}/{record.stem}{writer.SUFFIX}", writer.part(rows, record, layout)
     else:
         name, data = f"{EMPTY}/{record.stem}.json", record.to_json()
     if cache.create(name, data):
@@ -38,7 +43,7 @@ def publish(
 def find(cache: Folder, unit: Unit, number: int, identity: str, container: Container = "parquet") -> Standing | None:
     """The part of this number as it stands in the cache; None where it is still to be made."""
     stem = f"{unit.name}-{number:05d}"
-    for name in (f"{DATA}/{stem}{SUFFIXES[container]}", f"{EMPTY}/{stem}.json"):
+    for name in (f"{DATA}/{stem}{WRITERS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
         standing = inspect(cache, name, identity)
         if standing is not None:
             return standing
@@ -58,8 +63,8 @@ def inspect(cache: Folder, name: str, identity: str) -> Standing | None:
 
 def _parse(data: bytes, name: str) -> Record:
     if not name.endswith(".json"):
-        reader = write_tar.read_record if name.endswith(write_tar.SUFFIX) else write_parquet.read_record
-        return reader(data, name)
+        (writer,) = (writer for writer in WRITERS.values() if name.endswith(writer.SUFFIX))
+        return cast(Record, writer.read_record(data, name))
     try:
         return Record.from_json(data)
     except (ValueError, KeyError, TypeError) as error:

@@ -48,15 +48,16 @@ class Vae:
     sha256: str
 
 
-def load_vae(ref: str) -> Vae:
-    """Load and hash the model that `ref` names: a directory as diffusers saves it, or `demo`.
+def load_vae(path: str, ref: str | None = None) -> Vae:
+    """Load and hash the model at `path`: a directory as diffusers saves it, or `demo`. ref: what the user called it.
 
     Raises VaeError where there is none.
     """
+    ref = ref or path
     try:
-        model = AutoencoderKL.from_pretrained(ref, torch_dtype=torch.float32)
+        model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
     except (LoadError, OSError) as error:
-        raise VaeError(str(error)) from error
+        raise VaeError(str(error).replace(path, ref)) from error
     tensors = model.state_dict()
     return Vae(
         ref=ref,

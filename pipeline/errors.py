@@ -21,6 +21,8 @@ Stage = Literal["read", "open", "transform", "encode"]
 REASONS: dict[str, str] = {
     "no_picture": "the sample has no picture",
     "duplicate_key": "another picture of the shard has this key",
+    "no_key": "the key column has no value in this row",
+    "picture_elsewhere": "the row has the path of a picture, not its bytes",
     "bad_text": "the {} is not UTF-8 text",
     "empty": "the picture has no bytes",
     "too_many_bytes": "the picture has {} bytes, the limit is {}",

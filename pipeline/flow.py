@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 from pipeline import commit, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
+from pipeline.layout import Layout
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
+from pipeline.read_parquet import read_beside, read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.records import (
-    Container,
     Filtered,
     Picture,
     Record,
@@ -33,7 +35,6 @@ from pipeline.records import (
     Sample,
     Seconds,
     Standing,
-    Store,
     Unit,
     UnitReport,
 )
@@ -41,11 +42,25 @@ from pipeline.storage import Folder
 from pipeline.transform import Transform
 
 
+class Reading(Protocol):
+    """What of a job says how a unit is read."""
+
+    @property
+    def source_options(self) -> Mapping[str, str]: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def image_column(self) -> str | None: ...
+    @property
+    def key_column(self) -> str | None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeJob:
     """What a worker must know, and little enough to be sent to it. `build` makes the tools on arrival.
 
-    identity: sha256 of the cache's identity. open_threads: threads that open pictures, shared by the units in flight.
+    identity: sha256 of the cache's identity. image_column, key_column: of Parquet sources.
+    open_threads: threads that open pictures, shared by the units in flight.
     run: name of this run. versions: of the libraries that decide bytes.
     """
 
@@ -54,9 +69,10 @@ class EncodeJob:
     identity: str
     transform: Transform
     dtype: str
-    store: Store
     seed: int
-    container: Container
+    layout: Layout
+    image_column: str | None
+    key_column: str | None
     rows_per_part: int
     compute: Compute
     open_threads: int
@@ -66,7 +82,7 @@ class EncodeJob:
     def build(self, vae: Vae, stop: threading.Event) -> "Encoder":
         """The worker, its replica loaded."""
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        replica = Replica(vae, self.compute, self.dtype, self.store, self.seed)
+        replica = Replica(vae, self.compute, self.dtype, self.layout.store, self.seed)
         return Encoder(Tools(job=self, replica=replica, pool=pool, stop=stop))
 
 
@@ -130,17 +146,17 @@ class Clock:
 def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
-    samples = Peekable(watched(read(unit, job.source_options), tools.stop, clock))
+    samples = Peekable(watched(read(unit, job), tools.stop, clock))
     standing: list[Standing] = []
     adopted = behind = 0
     for number in itertools.count():
-        part = commit.find(job.cache, unit, number, job.identity, job.container)
+        part = commit.find(job.cache, unit, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
-                part = commit.publish(job.cache, record, filled.rows, job.container, job.store)
+                part = commit.publish(job.cache, record, filled.rows, job.layout)
         else:
             adopted, behind = adopted + 1, behind + 1
         standing.append(part)
@@ -150,18 +166,39 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     return summed(unit, standing, adopted, clock.seconds)
 
 
-def read(unit: Unit, options: Mapping[str, str]) -> Iterator[Sample | Reject]:
+def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
     """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for."""
+    options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
-        with storage.open_stream(unit.url, options, unit.bytes) as stream:
-            yield from read_tar(stream, unit.url)
+        beside = read_beside_tar(unit, job)
+        with storage.open_stream(unit.url, options, unit) as stream:
+            for sample in read_tar(stream, unit.url, columns.texts):
+                if isinstance(sample, Sample) and sample.key in beside:
+                    sample = replace(sample, columns={**beside[sample.key], **sample.columns})
+                yield sample
+    elif unit.kind == "parquet":
+        with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
+            part = unit.range or (0, 1)
+            yield from read_parquet(
+                stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema
+            )
     elif unit.kind == "folder":
         yield from read_folder(
             unit.paths,
             lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, pixels.MAX_BYTES),
+            columns.texts,
         )
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
+
+
+def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
+    """Columns by key from img2dataset's metadata beside a tar; none where there is none, or none are wanted."""
+    url, wanted = storage.beside(unit.url), job.layout.columns.from_parquet
+    if not wanted.names or not storage.exists(url, job.source_options):
+        return {}
+    with storage.open_stream(url, job.source_options, seeking=True) as stream:
+        return read_beside(stream, url, wanted)
 
 
 def watched(samples: Iterator[Sample | Reject], stop: threading.Event, clock: Clock) -> Iterator[Sample | Reject]:
@@ -267,7 +304,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
         rejects=tuple(filled.rejects),
-        tally=tally.tally_rows(filled.rows, tools.job.store),
+        tally=tally.tally_rows(filled.rows, tools.job.layout.store),
     )
 
 

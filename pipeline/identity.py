@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import transform
 from pipeline.errors import CacheError, IdentityError
+from pipeline.layout import Columns, Layout
 from pipeline.records import canonical_json
 from pipeline.storage import Folder
 from vae import AutoencoderKLConfig
@@ -44,6 +45,8 @@ class Identity:
     seed: int
     container: str
     columns: tuple[str, ...] | None
+    image_column: str | None
+    key_column: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
@@ -84,6 +87,14 @@ def transform_of(identity: Mapping[str, Any]) -> transform.Transform:
         crop=preprocessing["crop"],
         flip=preprocessing["flip"],
         seed=identity["seed"],
+    )
+
+
+def layout_of(content: Mapping[str, Any]) -> Layout:
+    """What the files of a cache look like, from its cache.json."""
+    identity = content["identity"]
+    return Layout(
+        container=identity["container"], store=identity["store"], columns=Columns.from_dict(content["columns"])
     )
 
 

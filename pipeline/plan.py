@@ -7,6 +7,7 @@ do so at once one wins, and the other reads again.
 import hashlib
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ from pipeline.records import PICTURE_EXTENSIONS, Shard, Unit, canonical_json
 from pipeline.storage import Folder
 
 PICTURES_PER_UNIT = 256
+RANGE_BYTES = 128 << 20  # of a Parquet file, about
 FOLDER = "_plan"
 SCHEMA = pa.schema(
     [
@@ -45,11 +47,17 @@ def unit_name(stem: str, identity: object) -> str:
 
 
 def units_of(shards: Sequence[Shard]) -> list[Unit]:
-    """The units of these shards, tars first, each kind in the order of the paths; other files are passed over."""
+    """The units of these shards: tars, Parquet files, pictures, each in the order of the paths; others are passed over.
+
+    A Parquet file beside a tar of its name is img2dataset's metadata, and no unit.
+    """
     tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
+    beside = {_stem(unit.path) for unit in tars}
+    parquets = [s for s in shards if extension(s.path) == "parquet" and _stem(s.path) not in beside]
+    ranges = [unit for shard in parquets for unit in parquet_units(shard)]
     pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
     by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
-    return tars + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+    return tars + ranges + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
 
 
 def tar_unit(shard: Shard) -> Unit:
@@ -61,6 +69,24 @@ def tar_unit(shard: Shard) -> Unit:
         bytes=shard.bytes,
         etag=shard.etag,
     )
+
+
+def parquet_units(shard: Shard) -> list[Unit]:
+    """A unit for each range k of n, n from the file's size alone."""
+    count = max(1, math.ceil(shard.bytes / RANGE_BYTES))
+    stem = PurePosixPath(shard.path).stem
+    return [
+        Unit(
+            name=unit_name(stem, [shard.path, [k, count]]),
+            kind="parquet",
+            url=shard.url,
+            path=shard.path,
+            range=(k, count),
+            bytes=shard.bytes,
+            etag=shard.etag,
+        )
+        for k in range(count)
+    ]
 
 
 def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
@@ -151,7 +177,7 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
         new, noticed = unplanned(shards, planned)
         if not new:
             if not planned:
-                raise SourceError("the source is empty: there are no tar shards and no pictures in it")
+                raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
             return planned, noticed
         if write(cache, len(names), new):
             return planned + new, noticed
@@ -159,18 +185,19 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
 
 def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
     """The units that are to be added for these shards, and a line for every shard that has changed since."""
-    tars = {unit.path: unit for unit in planned if unit.kind == "tar"}
+    files = {unit.path: unit for unit in planned if unit.kind != "folder"}
+    beside = {_stem(unit.path) for unit in planned if unit.kind == "tar"}
     pictures = {path for unit in planned for path in unit.paths}
     stems = {_stem(path) for path in pictures}
     new: list[Shard] = []
     noticed: list[str] = []
     for shard in shards:
-        if before := tars.get(shard.path):
+        if before := files.get(shard.path):
             if (before.bytes, before.etag) != (shard.bytes, shard.etag):
                 noticed.append(f"{shard.url} has changed since it was planned; the cache keeps what it was")
         elif shard.path not in pictures:
             if extension(shard.path) in PICTURE_EXTENSIONS and _stem(shard.path) in stems:
                 noticed.append(f"{shard.url} is left out: the cache has another picture of its name; rename it")
-            else:
+            elif extension(shard.path) != "parquet" or _stem(shard.path) not in beside:
                 new.append(shard)
     return units_of(new), noticed

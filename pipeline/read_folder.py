@@ -1,6 +1,6 @@
 """Pictures of a folder, one file each, with their caption and metadata in files beside them (`.txt`, `.json`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.errors import Rejected
@@ -14,10 +14,13 @@ def folder_key(path: str) -> str:
     return stem.replace("%", "%25").replace(".", "%2E")
 
 
-def read_folder(paths: tuple[str, ...], read: Callable[[str], bytes | None]) -> Iterator[Sample | Reject]:
+def read_folder(
+    paths: tuple[str, ...], read: Callable[[str], bytes | None], texts: Sequence[str] = TEXT_EXTENSIONS
+) -> Iterator[Sample | Reject]:
     """The pictures at `paths` (from the root's own name on), in that order.
 
     read: the content of a file, by its path below the root; None where there is no such file.
+    texts: extensions of the files beside a picture that come along as columns.
     Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_text`.
     """
     seen: set[str] = set()
@@ -31,7 +34,7 @@ def read_folder(paths: tuple[str, ...], read: Callable[[str], bytes | None]) -> 
             if image is None:
                 raise Rejected("read", "no_picture")
             stem = below[: len(below) - len(PurePosixPath(below).suffix)]
-            yield Sample(position, key, image, {name: _text(read(f"{stem}.{name}"), name) for name in TEXT_EXTENSIONS})
+            yield Sample(position, key, image, {name: _text(read(f"{stem}.{name}"), name) for name in texts})
         except Rejected as why:
             yield Reject.of(position, key, why)
 

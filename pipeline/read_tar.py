@@ -6,7 +6,7 @@ reader demands the end mark, two blocks of zeros (POSIX.1-2001, pax interchange 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -41,8 +41,8 @@ class Member:
 NO_PICTURE = Member("", b"")
 
 
-def read_tar(stream: BinaryIO, url: str) -> Iterator[Sample | Reject]:
-    """The samples of a tar, in their order.
+def read_tar(stream: BinaryIO, url: str, texts: Sequence[str] = TEXT_EXTENSIONS) -> Iterator[Sample | Reject]:
+    """The samples of a tar, in their order. texts: extensions of the members that come along as columns.
 
     Rejects (stage "read"): `no_picture`, `duplicate_key`, `bad_text`.
     Raises ShardError, which names the URL and the byte, where the tar is damaged or ends early.
@@ -58,7 +58,7 @@ def read_tar(stream: BinaryIO, url: str) -> Iterator[Sample | Reject]:
                 if key in seen:
                     raise Rejected("read", "duplicate_key")
                 seen.add(key)
-                yield Sample(position, key, picture.data, _texts(members))
+                yield Sample(position, key, picture.data, _texts(members, texts))
             except Rejected as why:
                 yield Reject.of(position, key, why)
             position += 1
@@ -75,13 +75,13 @@ def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
         yield group[0].key, group
 
 
-def _texts(members: list[Member]) -> dict[str, str | None]:
+def _texts(members: list[Member], names: Sequence[str]) -> dict[str, str]:
     found = {member.extension: member.data for member in reversed(members)}
-    texts: dict[str, str | None] = {}
-    for name in TEXT_EXTENSIONS:
-        data = found.get(name)
+    texts: dict[str, str] = {}
+    for name in names:
         try:
-            texts[name] = None if data is None else data.decode()
+            if name in found:
+                texts[name] = found[name].decode()
         except UnicodeDecodeError:
             raise Rejected("read", "bad_text", name) from None
     return texts

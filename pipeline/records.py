@@ -42,9 +42,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What one task does: a whole tar, or up to 256 pictures of a folder (then `paths` lists them, `url` is the root).
+    """What one task does: a whole tar, a range of a Parquet file, or up to 256 pictures of a folder.
 
-    name: unique, safe in a file name, and the same wherever the input lies.
+    name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
+    `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
     """
 
     name: str
@@ -56,6 +57,11 @@ class Unit:
     bytes: int = 0
     etag: str = ""
 
+    @property
+    def share(self) -> int:
+        """How many of the input's bytes are this unit's, about."""
+        return self.bytes // (self.range[1] if self.range else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -64,7 +70,7 @@ class Sample:
     position: int
     key: str
     image: bytes
-    columns: Mapping[str, str | None]
+    columns: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,7 @@ class Picture:
 
     position: int
     key: str
-    columns: Mapping[str, str | None]
+    columns: Mapping[str, Any]
     pixels: "Tensor"
     original_height: int
     original_width: int

@@ -18,6 +18,7 @@ from pipeline import flow, sheet
 from pipeline.cache import read_rows, to_tensor
 from pipeline.encode import Compute, Vae, build_model
 from pipeline.errors import LatentmillError, Stopped
+from pipeline.layout import Layout
 from pipeline.records import Picture, Sample, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
@@ -74,6 +75,9 @@ class RenderJob:
     out: Folder
     source_options: Mapping[str, str]
     transform: Transform
+    layout: Layout
+    image_column: str | None
+    key_column: str | None
     compute: Compute
     with_source: bool
 
@@ -166,7 +170,7 @@ def find_originals(
     for name, unit in units.items():
         missing = {row["key"] for wanted, row in rows if wanted.unit.name == name}
         try:
-            for sample in flow.read(unit, job.source_options):
+            for sample in flow.read(unit, job):
                 if sample.key in missing and isinstance(sample, Sample):
                     picture, _ = flow.open_sample(unit, sample, job.transform)
                     if isinstance(picture, Picture):

@@ -18,7 +18,7 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     state: `done`; `running`; `silent`, where a run that did not end gives no sign of life; else how the last run ended
     (`failed`, `stopped`), or `planned`. images_per_second and seconds_left are of the living runs, null without any.
     """
-    units = {unit.name: unit.bytes for unit in plan.read(cache)}
+    units = {unit.name: unit.share for unit in plan.read(cache)}
     commits = [json.loads(data) for data in cache.read_all(commit.COMMITS)]
     parts = [part for unit in commits for part in unit["parts"]]
     told = [run_of(json.loads(data), now) for data in cache.read_all(runs.FOLDER)]

@@ -5,11 +5,16 @@ something that must never change, `replace` the one for what is rewritten. There
 that is closed by an exception publishes half of its content.
 
 What can be promised of `create`: on local disks and in memory, of any number of writers one wins and no reader
-sees a part of a file. On S3 it is one conditional PUT.
+sees a part of a file. On object stores it is one conditional request, where the store honours it (`promises`).
+Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIES`); what fails then fails the unit.
 """
 
+import contextlib
 import os
+import re
+import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,35 +28,51 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import SourceError, StorageError
-from pipeline.records import Shard
+from pipeline.errors import LatentmillError, SourceError, StorageError, UsageError
+from pipeline.records import Shard, Unit
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
+READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
+RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
+CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 WILDCARDS = frozenset("*?[{")
+VAE_FILES = re.compile(r"(vae/)?(config\.json|[^/]*\.safetensors|[^/]*\.safetensors\.index\.json)")
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
 
 
 @contextmanager
 def naming(url: str, doing: str) -> Iterator[None]:
-    """Turn the storage's errors into ours, which name the URL."""
+    """Turn the storage's errors into ours, which name the URL. Its libraries have errors of many kinds."""
     try:
         yield
+    except LatentmillError:
+        raise
     except FileNotFoundError as error:
         raise StorageError(f"cannot {doing} {url}: no such file or directory") from error
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise StorageError(f"cannot {doing} {url}: {os.strerror(error.errno or 13).lower()}") from error
-    except OSError as error:
-        reason = os.strerror(error.errno).lower() if error.errno else type(error).__name__
-        raise StorageError(f"cannot {doing} {url}: {reason}") from error
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        known = os.strerror(number).lower() if number else type(error).__name__
+        said = (str(error).splitlines() or [""])[0][:200]
+        local = "://" not in url
+        raise StorageError(f"cannot {doing} {url}: {known}" + ("" if local or not said else f" ({said})")) from error
 
 
 def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """The filesystem that a URL or a path names, and the path on it."""
+    if re.match(r"[^/]*://[^/]*:[^/]*@", url):
+        raise UsageError("a URL must not hold a password: it would be written down; use --storage-option KEY=env:NAME")
+    protocol = url.partition("://")[0]
+    extra: dict[str, Any] = {}
+    if protocol in ("s3", "s3a") and "AWS_MAX_ATTEMPTS" not in os.environ:
+        extra["config_kwargs"] = {"retries": RETRIES}
     try:
-        return cast(tuple[Any, str], fsspec.url_to_fs(url, **options))
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"cannot reach {url}: {error}") from error
+        return cast(tuple[Any, str], fsspec.url_to_fs(url, use_listings_cache=False, **{**extra, **options}))
+    except Exception as error:  # libraries check their options here, each in its own way
+        said = (str(error).splitlines() or [""])[0]
+        raise StorageError(f"cannot reach {url}: {said or type(error).__name__}") from error
 
 
 def absolute(url: str) -> str:
@@ -66,18 +87,78 @@ def full_url(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else cast(str, fs.unstrip_protocol(path))
 
 
-@contextmanager
-def open_stream(url: str, options: Mapping[str, Any], size: int | None = None) -> Iterator[BinaryIO]:
-    """A file to read from start to end, a block at a time. size: how many bytes it is to have.
+class Stream:
+    """A file open for reading whose errors name its URL; the same in all else."""
 
-    Raises SourceError where it has another size than that: it has changed since it was planned.
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url = file, url
+
+    def read(self, size: int = -1) -> bytes:
+        with naming(self._url, "read"):
+            return cast(bytes, self._file.read(size))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def open_stream(
+    url: str, options: Mapping[str, Any], planned: Unit | None = None, seeking: bool = False
+) -> Iterator[BinaryIO]:
+    """A file to read from start to end, a block at a time; or here and there, as it is asked for (`seeking`).
+
+    Raises SourceError where it is not what was planned any more, by its size or its ETag.
     """
     with naming(url, "read"):
         fs, path = connect(url, options)
-        if size is not None and fs.size(path) != size:
-            raise SourceError(f"{url} has changed since it was planned: it has not {size} bytes any more")
-        with fs.open(path, "rb", block_size=8 << 20) as stream:
-            yield stream
+        if planned is not None:
+            info = fs.info(path)
+            if (info["size"], _etag(info)) != (planned.bytes, planned.etag or _etag(info)):
+                raise SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")
+        # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
+        how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
+        file = fs.open(path, "rb", **how)
+    with file:
+        yield cast(BinaryIO, Stream(file, url))
+
+
+def exists(url: str, options: Mapping[str, Any]) -> bool:
+    """Whether there is a file or a directory."""
+    with naming(url, "look for"):
+        fs, path = connect(url, options)
+        return bool(fs.exists(path))
+
+
+def beside(tar: str) -> str:
+    """Where img2dataset puts the metadata of a tar's samples."""
+    return tar[: -len(".tar")] + ".parquet"
+
+
+@contextmanager
+def fetched_vae(ref: str, options: Mapping[str, Any]) -> Iterator[str]:
+    """A local directory with the model that a URL names: its own, or a temporary one with config and weights."""
+    if "://" not in ref:
+        yield ref
+        return
+    with tempfile.TemporaryDirectory(prefix="latentmill-vae-") as local:
+        with naming(ref, "read"):
+            _fetch(ref, options, local)
+        yield local
+
+
+def _fetch(ref: str, options: Mapping[str, Any], local: str) -> None:
+    """Copy config and weights of the model at `ref` to a local directory."""
+    fs, root = connect(ref, options)
+    root = root.rstrip("/")
+    for path in fs.find(root):
+        below = path[len(root) + 1 :]
+        if VAE_FILES.fullmatch(below):
+            os.makedirs(_parent(f"{local}/{below}"), exist_ok=True)
+            fs.get_file(path, f"{local}/{below}")
+
+
+def _etag(info: Mapping[str, Any]) -> str:
+    return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int) -> bytes:
@@ -139,7 +220,7 @@ def _expand(source: str, options: Mapping[str, Any]) -> Iterator[Shard]:
                 root=full_url(fs, root),
                 path=f"{name}/{below}",
                 bytes=int(files[file].get("size") or 0),
-                etag=str(files[file].get("ETag") or files[file].get("etag") or "").strip('"'),
+                etag=_etag(files[file]),
             )
 
 
@@ -229,8 +310,7 @@ class Folder:
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """A file to read here and there (a Parquet footer, say)."""
-        fs, path = self._on(name)
-        with naming(self.at(name), "read"), fs.open(path, "rb") as stream:
+        with open_stream(self.at(name), self.options, seeking=True) as stream:
             yield stream
 
     def create(self, name: str, data: bytes) -> bool:
@@ -239,15 +319,26 @@ class Folder:
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
                 return self._link(path, data)
-            try:
-                if isinstance(fs, MemoryFileSystem):
-                    with _memory_lock:
-                        fs.pipe_file(path, data, mode="create")
-                else:
-                    fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST)
-            except FileExistsError:
+            if isinstance(fs, MemoryFileSystem):
+                with _memory_lock, contextlib.suppress(FileExistsError):
+                    fs.pipe_file(path, data, mode="create")
+                    return True
                 return False
+            return _put_once(fs, path, data)
+
+    def promises(self) -> bool:
+        """Whether this storage lets one writer win. A store that can is tried, with a file that is removed again."""
+        fs, _ = self._on("")
+        if isinstance(fs, LocalFileSystem | MemoryFileSystem):
             return True
+        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        if not protocols & CONDITIONAL:
+            return False
+        name = f"_tmp/probe-{uuid.uuid4().hex}"
+        first, second = self.create(name, b"probe"), self.create(name, b"probe")
+        with naming(self.at(name), "remove"):
+            fs.rm_file(self._on(name)[1])
+        return first and not second
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over what may stand there."""
@@ -277,6 +368,25 @@ class Folder:
         finally:
             os.close(directory)
         return True
+
+
+def _put_once(fs: Any, path: str, data: bytes) -> bool:
+    """One conditional request with the whole body; False where the name is taken. Stores refuse in different words."""
+    for attempt in range(6):
+        try:
+            fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            response = getattr(error.__cause__, "response", None) or {}
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == 412:
+                return False
+            if status != 409 or attempt == 5:  # another writer's request is under way: it may yet fail
+                raise
+            time.sleep(0.1 * 2**attempt)
+    return False
 
 
 def _spool(folder: str, data: bytes) -> str:

@@ -12,52 +12,41 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import CacheError
-from pipeline.records import Record, Row, Store
+from pipeline.layout import OURS, Layout
+from pipeline.records import Record, Row
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
 ROW_GROUP_BYTES = 32 << 20
 COMPRESSION = "zstd"
 
-_OURS = [
-    ("key", pa.string()),
-    ("shard", pa.string()),
-    ("latent", pa.binary()),
-    ("shape", pa.list_(pa.int32())),
-    ("dtype", pa.string()),
-    ("height", pa.int32()),
-    ("width", pa.int32()),
-    ("original_height", pa.int32()),
-    ("original_width", pa.int32()),
-    ("crop_top", pa.int32()),
-    ("crop_left", pa.int32()),
-    ("flipped", pa.bool_()),
-]
-SCHEMA = pa.schema([*_OURS, ("txt", pa.string()), ("json", pa.string())])
-
-# Latents do not compress, repeat or sort; everything else does.
-_LATENT = "latent"
-_OTHERS = [name if name != "shape" else "shape.list.element" for name in SCHEMA.names if name != _LATENT]
+_LATENT = "latent"  # latents do not compress, repeat or sort; everything else does
 
 
-def schema_as_json() -> list[dict[str, str]]:
+def schema_of(layout: Layout) -> pa.Schema:
+    """The columns of every part."""
+    return pa.schema([*OURS, *layout.columns.schema])
+
+
+def schema_as_json(layout: Layout) -> list[dict[str, str]]:
     """The columns as cache.json names them."""
-    return [{"name": field.name, "type": str(field.type)} for field in SCHEMA]
+    return [{"name": field.name, "type": str(field.type)} for field in schema_of(layout)]
 
 
-def part(rows: Sequence[Row], record: Record, store: Store) -> bytes:
-    """The file of a part. rows: at least one, by bucket and then position. store: the columns are the same for all."""
-    sink = io.BytesIO()
+def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
+    """The file of a part. rows: at least one, by bucket and then position."""
+    schema, sink = schema_of(layout), io.BytesIO()
+    others = [path for field in schema if field.name != _LATENT for path in _paths(field.name, field.type)]
     with pq.ParquetWriter(
         sink,
-        SCHEMA,
-        compression=dict.fromkeys(_OTHERS, COMPRESSION) | {_LATENT: "none"},
-        use_dictionary=_OTHERS,
-        write_statistics=_OTHERS,
+        schema,
+        compression=dict.fromkeys(others, COMPRESSION) | {_LATENT: "none"},
+        use_dictionary=others,
+        write_statistics=others,
         write_page_checksum=True,
     ) as writer:
         for group in _row_groups(rows):
-            writer.write_table(_table(group, record), row_group_size=len(group))
+            writer.write_table(_table(group, record, schema), row_group_size=len(group))
         writer.add_key_value_metadata({RECORD_KEY.decode(): record.to_json().decode()})
     return sink.getvalue()
 
@@ -100,8 +89,19 @@ def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _table(rows: Sequence[Row], record: Record) -> pa.Table:
-    return pa.Table.from_pylist([_columns(row, record.source) for row in rows], schema=SCHEMA)
+def _table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([_columns(row, record.source) for row in rows], schema=schema)
+
+
+def _paths(name: str, kind: pa.DataType) -> list[str]:
+    """A column's leaves as Parquet names them."""
+    if pa.types.is_struct(kind):
+        return [path for field in kind for path in _paths(f"{name}.{field.name}", field.type)]
+    if pa.types.is_map(kind):
+        return [f"{name}.key_value.key", *_paths(f"{name}.key_value.value", kind.item_type)]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _paths(f"{name}.list.element", kind.value_type)
+    return [name]
 
 
 def _columns(row: Row, shard: str) -> dict[str, Any]:

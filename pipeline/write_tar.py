@@ -6,46 +6,47 @@ texts that came with the picture. Equal rows and records give equal bytes: membe
 
 import io
 import json
+import math
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.errors import CacheError
-from pipeline.records import Record, Row, Store, canonical_json
+from pipeline.layout import Layout
+from pipeline.records import TEXT_EXTENSIONS, Record, Row, canonical_json
 
 SUFFIX = ".tar"
 RECORD_KEY = "LATENTMILL.record"
 INFO = ".latent.json"
 
-SCHEMA = [
-    {"name": "latent", "type": "npy"},
-    {"name": "latent.json", "type": "json"},
-    {"name": "txt", "type": "text"},
-    {"name": "json", "type": "text"},
-]
 
-
-def schema_as_json() -> list[dict[str, str]]:
+def schema_as_json(layout: Layout) -> list[dict[str, str]]:
     """The members of a sample as cache.json names them."""
-    return SCHEMA
+    texts = [{"name": name, "type": "text"} for name in layout.columns.texts]
+    return [{"name": f"{_array(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
 
 
-def part(rows: Sequence[Row], record: Record, store: Store) -> bytes:
+def _array(layout: Layout) -> str:
+    return "moments" if layout.store == "moments" else "latent"
+
+
+def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
     """The file of a part. rows: at least one, by bucket and then position; not bfloat16, which numpy does not know."""
     sink = io.BytesIO()
     headers = {RECORD_KEY: record.to_json().decode()}
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
-            for name, data in _members(row, record.source, "moments" if store == "moments" else "latent"):
+            for name, data in _members(row, record.source, layout):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return sink.getvalue()
 
 
-def _members(row: Row, shard: str, kind: str) -> Iterator[tuple[str, bytes]]:
+def _members(row: Row, shard: str, layout: Layout) -> Iterator[tuple[str, bytes]]:
     picture, latent = row.picture, row.latent.contiguous().numpy()
     array = io.BytesIO()
     np.lib.format.write_array(array, latent, version=(1, 0), allow_pickle=False)
@@ -56,11 +57,26 @@ def _members(row: Row, shard: str, kind: str) -> Iterator[tuple[str, bytes]]:
         "dtype": str(latent.dtype),
         **picture.geometry,
     }
-    yield f"{picture.key}.{kind}.npy", array.getvalue()
+    texts = layout.columns.texts
+    info |= {name: _plain(picture.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
+    yield f"{picture.key}.{_array(layout)}.npy", array.getvalue()
     yield picture.key + INFO, canonical_json(info)
-    for name, text in picture.columns.items():
-        if text is not None:
+    for name in texts:
+        if (text := picture.columns.get(name)) is not None:
             yield f"{picture.key}.{name}", text.encode()
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can say it: what is not finite as null, times and the like as their text."""
+    if isinstance(value, pa.Scalar):
+        value = value.as_py()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def read_record(data: bytes, name: str) -> Record:
@@ -72,15 +88,17 @@ def read_record(data: bytes, name: str) -> Record:
         raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
 
 
-def read_rows(stream: BinaryIO, wanted: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(
+    stream: BinaryIO, wanted: Sequence[int] | None = None, texts: Sequence[str] = TEXT_EXTENSIONS
+) -> Iterator[dict[str, Any]]:
     """The rows of a part as dicts, in order: all, or those at the `wanted` indexes; as a Parquet part has them."""
     indexes = None if wanted is None else set(wanted)
-    for index, row in enumerate(_all_rows(stream)):
+    for index, row in enumerate(_all_rows(stream, texts)):
         if indexes is None or index in indexes:
             yield row
 
 
-def _all_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
+def _all_rows(stream: BinaryIO, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
@@ -90,10 +108,10 @@ def _all_rows(stream: BinaryIO) -> Iterator[dict[str, Any]]:
                 if row:
                     yield row
                 array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-                row = {"latent": array.tobytes(), "txt": None, "json": None}
+                row = {"latent": array.tobytes()} | dict.fromkeys(texts)
             elif member.name.endswith(INFO):
                 row |= json.loads(data)
             else:
-                row[member.name.rpartition(".")[2]] = data.decode()
+                row[member.name[len(row["key"]) + 1 :]] = data.decode()
     if row:
         yield row

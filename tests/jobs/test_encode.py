@@ -284,7 +284,9 @@ class TestRefusals:
     def test_a_source_without_pictures(self, encode: Command, tmp_path: Path) -> None:
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts/a.txt").write_text("a")
-        self.refused(encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards and no pictures in .*texts")
+        self.refused(
+            encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards, Parquet files or pictures in .*texts"
+        )
 
     def test_no_vae(self, latentmill: Command, photos: Path, tmp_path: Path) -> None:
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "no", "--workers", 0)

@@ -19,6 +19,7 @@ from pipeline.cache import to_tensor
 from pipeline.encode import Compute, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped
 from pipeline.flow import EncodeJob, Encoder
+from pipeline.layout import Layout
 from pipeline.records import Picture, Record, Unit
 from pipeline.storage import Folder, list_shards
 from pipeline.transform import Transform
@@ -43,9 +44,10 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "identity": "the identity",
             "transform": Transform(resolution=64),
             "dtype": "float16",
-            "store": "mode",
             "seed": 0,
-            "container": "parquet",
+            "layout": Layout(),
+            "image_column": None,
+            "key_column": None,
             "rows_per_part": 4,
             "compute": CPU,
             "open_threads": 1,
@@ -122,7 +124,8 @@ def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Uni
 
 
 @pytest.mark.parametrize(
-    "settings", [{"store": "sample"}, {"transform": Transform(resolution=64, crop="random", flip="random")}]
+    "settings",
+    [{"layout": Layout(store="sample")}, {"transform": Transform(resolution=64, crop="random", flip="random")}],
 )
 def test_draws_follow_from_the_sample_and_the_seed(
     worker: Callable[..., Encoder], tmp_path: Path, settings: dict[str, Any]
@@ -143,7 +146,7 @@ def test_draws_follow_from_the_sample_and_the_seed(
 
 def test_moments_are_the_mean_and_the_log_variance(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
     for store in ("mode", "moments"):
-        worker(tmp_path / store, store=store, dtype="float32").run(unit)
+        worker(tmp_path / store, layout=Layout(store=store), dtype="float32").run(unit)
     modes, moments = rows_of(tmp_path / "mode"), rows_of(tmp_path / "moments")
     assert {tuple(row["shape"]) for row in moments} == {(8, 8, 8)}
     means = [to_tensor(row)[:4] for row in moments]
@@ -157,7 +160,7 @@ def test_moments_are_the_mean_and_the_log_variance(worker: Callable[..., Encoder
 
 def test_samples_are_spread_as_the_posterior_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
     for store in ("moments", "sample"):
-        worker(tmp_path / store, store=store, dtype="float32").run(unit)
+        worker(tmp_path / store, layout=Layout(store=store), dtype="float32").run(unit)
     pairs = zip(rows_of(tmp_path / "moments"), rows_of(tmp_path / "sample"), strict=True)
     noise = torch.stack(
         [
@@ -297,7 +300,7 @@ def test_a_job_that_is_to_stop_stops_between_samples(
 def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
-    assert file.schema_arrow.equals(write_parquet.SCHEMA)
+    assert file.schema_arrow.equals(write_parquet.schema_of(Layout()))
     group = file.metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     assert columns["latent"].compression == "UNCOMPRESSED"

@@ -25,6 +25,8 @@ ONE = Identity(
     seed=0,
     container="parquet",
     columns=None,
+    image_column=None,
+    key_column=None,
 )
 
 

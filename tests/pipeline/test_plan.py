@@ -35,7 +35,7 @@ def test_pictures_of_one_name_stay_together() -> None:
 
 
 def test_other_files_are_passed_over() -> None:
-    assert plan.units_of([shard("data/a.txt"), shard("data/a.parquet"), shard("data/a_stats.json")]) == []
+    assert plan.units_of([shard("data/a.txt"), shard("data/a_stats.json")]) == []
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -97,3 +97,29 @@ def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) ->
 def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="the source is empty"):
         plan.extend(Folder(str(tmp_path)), [])
+
+
+def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
+    units = plan.units_of([shard("data/a.parquet", size=3 * plan.RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
+    assert [(unit.path, unit.range) for unit in units] == [
+        *(("data/a.parquet", (k, 3)) for k in range(3)),
+        ("data/b.parquet", (0, 1)),
+    ]
+    assert len({unit.name for unit in units}) == 4
+    assert sum(unit.share for unit in units) == pytest.approx(3 * plan.RANGE_BYTES + 10, abs=4)
+
+
+def test_a_parquet_file_beside_a_tar_of_its_name_is_its_metadata(tmp_path: Path) -> None:
+    shards = [shard(f"data/0.{kind}") for kind in ("tar", "parquet")] + [shard("data/0_stats.json")]
+    assert [unit.kind for unit in plan.units_of(shards)] == ["tar"]
+    plan.extend(Folder(str(tmp_path)), shards[:1])
+    units, noticed = plan.extend(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
+    assert [unit.path for unit in units] == ["data/0.tar", "data/1.parquet"]
+    assert noticed == []
+
+
+def test_a_parquet_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    plan.extend(Folder(str(tmp_path)), [shard("data/a.parquet")])
+    units, (line,) = plan.extend(Folder(str(tmp_path)), [shard("data/a.parquet", size=2)])
+    assert len(units) == 1
+    assert "a.parquet has changed since it was planned" in line

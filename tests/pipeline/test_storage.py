@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError, StorageError
+from pipeline.records import Unit
 from pipeline.storage import Folder, absolute, connect, list_shards, open_stream, read_file_if_there
 
 
@@ -104,11 +105,18 @@ def test_what_is_not_there(root: str) -> None:
     assert read_file_if_there(f"{root}/none/x", {}, 10) is None
 
 
+def planned(size: int) -> Unit:
+    return Unit(name="u", kind="tar", url="", path="", bytes=size)
+
+
 def test_a_stream_of_another_size_is_an_error(root: str) -> None:
     put(root, "abc")
-    with open_stream(f"{root}/abc", {}, size=3) as stream:
+    with open_stream(f"{root}/abc", {}, planned(3)) as stream:
         assert stream.read() == b"abc"
-    with pytest.raises(SourceError, match="has changed since it was planned"), open_stream(f"{root}/abc", {}, size=4):
+    with (
+        pytest.raises(SourceError, match="has changed since it was planned"),
+        open_stream(f"{root}/abc", {}, planned(4)),
+    ):
         pass
 
 

@@ -14,6 +14,7 @@ import webdataset
 
 from pipeline import write_parquet, write_tar
 from pipeline.errors import CacheError
+from pipeline.layout import Layout
 from pipeline.records import Picture, Record, Row
 
 
@@ -60,7 +61,7 @@ def record(rows: int = 3) -> Record:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "part.tar"
-    path.write_bytes(write_tar.part(ROWS, record(), "mode"))
+    path.write_bytes(write_tar.part(ROWS, record(), Layout()))
     return path
 
 
@@ -78,7 +79,7 @@ def test_webdataset_reads_every_sample(file: Path) -> None:
 
 
 def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
-    parquet = io.BytesIO(write_parquet.part(ROWS, record(), "mode"))
+    parquet = io.BytesIO(write_parquet.part(ROWS, record(), Layout()))
     for wanted in (None, [0, 2], [1], []):
         parquet.seek(0)
         with file.open("rb") as stream:
@@ -89,7 +90,7 @@ def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(fil
     with tarfile.open(file) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
         assert tar.getnames()[:4] == ["a/000.latent.npy", "a/000.latent.json", "a/000.txt", "a/000.json"]
-    assert write_tar.part(ROWS, record(), "mode") == file.read_bytes()
+    assert write_tar.part(ROWS, record(), Layout()) == file.read_bytes()
 
 
 def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
@@ -106,7 +107,7 @@ def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
 
 @pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])
 def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
-    data = write_tar.part([row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), store)
+    data = write_tar.part([row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), Layout(store=store))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[0] == member
     (read,) = write_tar.read_rows(io.BytesIO(data))

@@ -1,0 +1,80 @@
+"""What the files of a cache look like: the container, what is stored of a posterior, and the columns of a row."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.records import TEXT_EXTENSIONS, Container, Store
+
+OURS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("latent", pa.binary()),
+        ("shape", pa.list_(pa.field("element", pa.int32()))),
+        ("dtype", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("crop_top", pa.int32()),
+        ("crop_left", pa.int32()),
+        ("flipped", pa.bool_()),
+    ]
+)
+_PREFIX = "source_"
+
+
+def passed_name(name: str) -> str:
+    """What a column of a source is called in a cache: `source_` before a name that is ours."""
+    return _PREFIX + name if name in OURS.names else name
+
+
+def source_name(name: str) -> str:
+    """What a passed-through column is called in its source."""
+    bare = name.removeprefix(_PREFIX)
+    return bare if bare in OURS.names else name
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The passed-through columns.
+
+    schema: their names in the cache, and their types; all may be null. texts: those that are text members of tars and
+    files beside pictures, by their extension; from Parquet files come any.
+    """
+
+    schema: pa.Schema
+    texts: tuple[str, ...] = TEXT_EXTENSIONS
+
+    @property
+    def from_parquet(self) -> pa.Schema:
+        """Those that no text member holds."""
+        return pa.schema([field for field in self.schema if field.name not in self.texts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As cache.json holds them: the schema as Arrow's own serialization, which knows every type."""
+        return {
+            "texts": list(self.texts),
+            "arrow_schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Columns":
+        data = base64.b64decode(fields["arrow_schema"])
+        return cls(pa.ipc.read_schema(pa.BufferReader(data)), tuple(fields["texts"]))
+
+
+TEXTS = Columns(pa.schema([(name, pa.string()) for name in TEXT_EXTENSIONS]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What a part's writer must know."""
+
+    container: Container = "parquet"
+    store: Store = "mode"
+    columns: Columns = TEXTS

@@ -1,0 +1,225 @@
+"""Pictures in a Parquet file: a column of bytes, or of Hugging Face's `{bytes, path}`; and columns beside them.
+
+Only the columns that are needed are read, a few pages at a time, whatever the size of a row group. A unit is a range of
+the file's bytes and has the row groups whose middle byte falls in it, so that units follow from the file's size alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import Rejected, ShardError
+from pipeline.layout import passed_name, source_name
+from pipeline.records import Reject, Sample
+
+ROWS_AT_ONCE = 16
+READ_AT_ONCE = 4 << 20  # bytes of one column
+MAX_FOOTER = 64 << 20
+KEY = "key"  # of img2dataset's metadata
+_PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "bytes")  # where several columns are binary
+
+
+@contextmanager
+def opened(stream: BinaryIO, url: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file. Raises ShardError, which names the URL, where it or what is read of it is damaged."""
+    try:
+        stream.seek(-8, 2)
+        end = stream.read(8)
+        if end[4:] != b"PAR1":
+            raise ShardError(f"{url} is not a Parquet file, or is cut off: it has no end mark")
+        if int.from_bytes(end[:4], "little") > MAX_FOOTER:
+            raise ShardError(f"{url} has a footer of more than {MAX_FOOTER >> 20} MiB: that is more than is read")
+        stream.seek(0)
+        yield pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ShardError(f"{url} cannot be read as Parquet: {reason}") from error
+
+
+def picture_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
+    """The column with the pictures: `wanted`, else the only one there can be.
+
+    Raises ShardError where there is none, or more than one and none is called like one.
+    """
+    there = [field.name for field in schema if holds_bytes(field.type)]
+    named = [name for name in _PICTURE_NAMES if name in there]
+    if wanted is not None:
+        if wanted not in there:
+            what = "holds no bytes" if wanted in schema.names else f"is not there: it has {', '.join(schema.names)}"
+            raise ShardError(f"{url}: the column {wanted} {what}; name another one with --image-column")
+        return wanted
+    if not there:
+        raise ShardError(f"{url} has no column with the bytes of pictures: it has {', '.join(schema.names)}")
+    if len(there) > 1 and not named:
+        raise ShardError(f"{url} has several columns with bytes, {', '.join(there)}; name one with --image-column")
+    return named[0] if named else there[0]
+
+
+def offered(stream: BinaryIO, url: str, image_column: str | None) -> pa.Schema:
+    """The columns that a file of pictures offers beside them, by their names in a cache."""
+    with opened(stream, url) as file:
+        pictures = picture_column(file.schema_arrow, image_column, url)
+        return _passable(file.schema_arrow, pictures)
+
+
+def offered_beside(stream: BinaryIO, url: str) -> pa.Schema:
+    """The columns that img2dataset's metadata offers, the file beside a tar. Raises ShardError for another file."""
+    with opened(stream, url) as file:
+        _check_metadata(file.schema_arrow, url)
+        return _passable(file.schema_arrow, None)
+
+
+def read_beside(stream: BinaryIO, url: str, wanted: pa.Schema) -> dict[str, dict[str, Any]]:
+    """The wanted columns of img2dataset's metadata, by key."""
+    with opened(stream, url) as file:
+        _check_metadata(file.schema_arrow, url)
+        rows: dict[str, dict[str, Any]] = {}
+        there = [source_name(name) for name in wanted.names if source_name(name) in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=sorted({KEY, *there}), use_threads=False):
+            values = _columns(batch, wanted, url)
+            for index, key in enumerate(batch.column(KEY).to_pylist()):
+                rows[str(key)] = {name: column[index] for name, column in values.items()}
+        return rows
+
+
+def read_parquet(
+    stream: BinaryIO,
+    url: str,
+    size: int,
+    part: tuple[int, int],
+    image_column: str | None,
+    key_column: str | None,
+    wanted: pa.Schema,
+) -> Iterator[Sample | Reject]:
+    """The samples of range k of n of a Parquet file, in the order of its rows.
+
+    size: of the file, in bytes. image_column: None for the only one there is.
+    key_column: None for the number of the row in the file.
+    wanted: the columns that come along, as the cache names and types them; those that are not there are left out.
+    Rejects (stage "read"): `no_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`.
+    Raises ShardError where the file is damaged, or a column has another type than the cache's.
+    """
+    with opened(stream, url) as file:
+        schema = file.schema_arrow
+        pictures = picture_column(schema, image_column, url)
+        if key_column is not None and key_column not in schema.names:
+            raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
+        groups = row_groups(file.metadata, part, size)
+        seen = _keys_before(file, groups, key_column)
+        names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
+        rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)
+        for position, (row, key, picture, columns) in enumerate(rows):
+            name = str(row) if key is None else _escaped(key)
+            try:
+                if key is None and key_column is not None:
+                    raise Rejected("read", "no_key")
+                if name in seen:
+                    raise Rejected("read", "duplicate_key")
+                seen.add(name)
+                yield Sample(position, name, _bytes(picture), columns)
+            except Rejected as why:
+                yield Reject.of(position, name, why)
+
+
+def row_groups(metadata: Any, part: tuple[int, int], size: int) -> list[int]:
+    """The row groups whose middle byte falls in range k of n of the file's bytes."""
+    k, n = part
+    found = []
+    for group in range(metadata.num_row_groups):
+        chunks = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
+        start = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
+        middle = start + sum(chunk.total_compressed_size for chunk in chunks) // 2
+        if k * size <= middle * n < (k + 1) * size:
+            found.append(group)
+    return found
+
+
+def _rows(
+    file: Any,
+    groups: list[int],
+    names: list[str],
+    pictures: str,
+    key_column: str | None,
+    wanted: pa.Schema,
+    url: str,
+) -> Iterator[tuple[int, Any, Any, Mapping[str, Any]]]:
+    """Number in the file, key, picture and columns of each row; a few rows are held at a time."""
+    for group in groups:
+        first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
+            values = _columns(batch, wanted, url)
+            keys = batch.column(key_column).to_pylist() if key_column else [None] * len(batch)
+            for index in range(len(batch)):
+                columns = {name: column[index] for name, column in values.items()}
+                yield first + count + index, keys[index], batch.column(pictures)[index].as_py(), columns
+            count += len(batch)
+        if count != file.metadata.row_group(group).num_rows:
+            raise ShardError(f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise")
+
+
+def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[str]:
+    """The keys of the rows in front of a range, so that each is unique in the whole file."""
+    if key_column is None or not groups or not groups[0]:
+        return set()
+    batches = file.iter_batches(row_groups=list(range(groups[0])), columns=[key_column], use_threads=False)
+    return {_escaped(key) for batch in batches for key in batch.column(0).to_pylist()}
+
+
+def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
+    """The wanted columns that a batch has, by their names in the cache, as values of the wanted types."""
+    values: dict[str, list[Any]] = {}
+    for field in wanted:
+        name = source_name(field.name)
+        if name not in batch.schema.names:
+            continue
+        try:
+            array = batch.column(name).cast(field.type)
+        except pa.ArrowException as error:
+            have = batch.schema.field(name).type
+            raise ShardError(f"{url}: the column {name} is {have}, in the cache it is {field.type}") from error
+        # times as Arrow's own values: Python's know no nanoseconds
+        values[field.name] = list(array) if pa.types.is_temporal(field.type) else array.to_pylist()
+    return values
+
+
+def _bytes(picture: Any) -> bytes:
+    """The bytes of a value of the picture column."""
+    if isinstance(picture, dict):
+        if picture["bytes"] is None and picture.get("path"):
+            raise Rejected("read", "picture_elsewhere")
+        picture = picture["bytes"]
+    if picture is None:
+        raise Rejected("read", "no_picture")
+    return bytes(picture)
+
+
+def _escaped(key: Any) -> str:
+    """A key that webdataset can split: `%` and `.` written %25 and %2E."""
+    return str(key).replace("%", "%25").replace(".", "%2E")
+
+
+def _passable(schema: pa.Schema, pictures: str | None) -> pa.Schema:
+    """What may be passed through: all but the pictures, dictionaries as their values."""
+    types = {field.name: field.type for field in schema if field.name != pictures}
+    plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
+    return pa.schema([(passed_name(name), kind) for name, kind in plain.items()])
+
+
+def holds_bytes(kind: Any) -> bool:
+    """Whether a type is one of pictures: binary, or a struct with a binary field `bytes`."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and holds_bytes(kind.field(index).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _check_metadata(schema: pa.Schema, url: str) -> None:
+    if any(holds_bytes(field.type) for field in schema):
+        raise ShardError(
+            f"{url} stands beside a tar of its name but has pictures of its own; rename it, or move it to a folder"
+        )
+    if KEY not in schema.names:
+        raise ShardError(f"{url} stands beside a tar of its name but has no column '{KEY}' that its rows are joined by")

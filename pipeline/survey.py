@@ -1,0 +1,116 @@
+"""A look at the sources before a cache is begun: which columns they offer to be passed through.
+
+A few files of each kind are looked at, spread evenly; what the others have is checked when they are read.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from itertools import islice
+
+import pyarrow as pa
+
+from pipeline import read_parquet, storage
+from pipeline.errors import ShardError, SourceError
+from pipeline.layout import Columns
+from pipeline.plan import extension
+from pipeline.read_tar import read_members
+from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
+
+FILES = 16
+MEMBERS = 64  # of the first tar
+
+
+def columns_of(
+    shards: Sequence[Shard],
+    units: Sequence[Unit],
+    options: Mapping[str, str],
+    image_column: str | None,
+    wanted: Sequence[str] | None,
+) -> Columns:
+    """The columns to pass through: those that are wanted, else all but the binary ones.
+
+    shards: as listed; units: what is made of them. Raises SourceError for a wanted one that is nowhere, for types that
+    do not go together, and for Parquet files without pictures.
+    """
+    parquets = {unit.url for unit in units if unit.kind == "parquet"}
+    tars = [unit.url for unit in units if unit.kind == "tar"]
+    try:
+        schema = _schema(sorted(parquets), tars, options, image_column)
+        texts = _texts(shards, tars, options, wanted)
+    except ShardError as error:
+        raise SourceError(str(error)) from error
+    if wanted is None:
+        texts = [name for name in texts if name in TEXT_EXTENSIONS]
+        chosen = [field.name for field in schema if not read_parquet.holds_bytes(field.type)]
+        wanted = [*texts, *(name for name in chosen if name not in texts)]
+    for name in wanted:
+        if name not in texts and name not in schema.names:
+            there = [*texts, *(name for name in schema.names if name not in texts)]
+            near = get_close_matches(name, there, 1)
+            raise SourceError(
+                f"--columns: there is no column {name} in the sources"
+                + (f"; did you mean {near[0]}?" if near else f"; they have {', '.join(there) or 'none'}")
+            )
+    types = {name: pa.string() for name in texts} | {field.name: field.type for field in schema}
+    _check_texts(types, texts, wanted)
+    members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
+    return Columns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
+
+
+def _schema(parquets: list[str], tars: list[str], options: Mapping[str, str], image_column: str | None) -> pa.Schema:
+    """The columns of Parquet files with pictures, and of img2dataset's beside tars, in one schema."""
+
+    def of_pictures(url: str) -> pa.Schema:
+        with storage.open_stream(url, options) as stream:
+            return read_parquet.offered(stream, url, image_column)
+
+    def beside(tar: str) -> pa.Schema:
+        url = storage.beside(tar)
+        if not storage.exists(url, options):
+            return pa.schema([])
+        with storage.open_stream(url, options) as stream:
+            return read_parquet.offered_beside(stream, url)
+
+    with ThreadPoolExecutor(FILES) as pool:
+        schemas = [*pool.map(of_pictures, _some(parquets)), *pool.map(beside, _some(tars))]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
+    except pa.ArrowException as error:
+        raise SourceError(f"the sources have columns of one name whose types do not go together: {error}") from error
+
+
+def _some(urls: list[str]) -> list[str]:
+    """Up to FILES of them, spread evenly."""
+    count = min(FILES, len(urls))
+    return [urls[number * len(urls) // count] for number in range(count)]
+
+
+def _texts(
+    shards: Sequence[Shard], tars: list[str], options: Mapping[str, str], wanted: Sequence[str] | None
+) -> list[str]:
+    """The text members that tars and folders offer: captions and metadata always, others where one is seen."""
+    seen: set[str] = set()
+    if tars and set(wanted or ()) - set(TEXT_EXTENSIONS):
+        with storage.open_stream(tars[0], options) as stream:
+            seen |= {member.extension for member in islice(read_members(stream, tars[0]), MEMBERS)}
+    pictures = any(extension(shard.path) in PICTURE_EXTENSIONS for shard in shards)
+    if pictures:
+        seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
+    if tars or pictures:
+        seen |= set(TEXT_EXTENSIONS)
+    others = sorted(seen - PICTURE_EXTENSIONS - set(TEXT_EXTENSIONS))
+    return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
+
+
+def is_text(kind: object) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise SourceError where a name is a text here and something else in a Parquet file."""
+    for name in wanted:
+        if name in texts and not is_text(types[name]):
+            raise SourceError(
+                f"{name} is text beside pictures and {types[name]} in a Parquet file; leave it out with --columns"
+            )

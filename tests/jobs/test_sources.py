@@ -1,0 +1,221 @@
+"""What people's data looks like: tars, Parquet files and folders, alone and together, and the columns beside them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cache import Cache
+from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path) -> Command:
+    """`latentmill encode` at 64 px with the micro model, in this process; it succeeds."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        result = latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+        assert result[0] == 0, result[2]
+        return result
+
+    return run
+
+
+def table_of(cache: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted((cache / "data").iterdir())])
+
+
+def by_key(cache: Path, column: str) -> dict[str, Any]:
+    table = table_of(cache)
+    return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
+
+
+def pictures(first: int, count: int) -> list[bytes]:
+    return [encoded(smooth(index), quality=90) for index in range(first, first + count)]
+
+
+def write_parquet(path: Path, images: Sequence[bytes], **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [{"bytes": data, "path": None} for data in images], **columns}), path)
+    return path
+
+
+def test_tar_parquet_and_folder_give_the_same_latents(encode: Command, tmp_path: Path) -> None:
+    keys = [f"{n:09d}" for n in range(4)]
+    write_tar(tmp_path / "tars/0.tar", img2dataset_members(0, 4))
+    write_parquet(tmp_path / "parquet/0.parquet", pictures(0, 4), id=keys)
+    (tmp_path / "folder").mkdir()
+    for key, data in zip(keys, pictures(0, 4), strict=True):
+        (tmp_path / f"folder/{key}.jpg").write_bytes(data)
+    for kind in ("tars", "parquet", "folder"):
+        more = ("--key-column", "id") if kind == "parquet" else ()
+        encode(tmp_path / kind, "--to", tmp_path / f"c-{kind}", *more)
+    latents = [by_key(tmp_path / f"c-{kind}", "latent") for kind in ("tars", "parquet", "folder")]
+    assert list(latents[0]) == keys
+    assert latents[0] == latents[1] == latents[2]
+
+
+def test_columns_of_a_parquet_file_keep_their_types(encode: Command, tmp_path: Path) -> None:
+    columns = {
+        "caption": ["a", None],
+        "width": pa.array([7, 8], pa.int16()),
+        "score": [0.5, float("nan")],
+        "tags": [["x", "y"], []],
+        "when": pa.array([1, None], pa.timestamp("ns", "UTC")),
+        "mask": [b"m", b"m"],
+    }
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), **columns)
+    encode(tmp_path / "p", "--to", tmp_path / "c")
+    table = table_of(tmp_path / "c")
+    assert table["source_width"].equals(pa.chunked_array([columns["width"]]))
+    assert table["when"].equals(pa.chunked_array([columns["when"]]))
+    assert table["tags"].to_pylist() == columns["tags"]
+    assert table["caption"].to_pylist() == ["a", None]
+    assert not {"mask", "image", "txt"} & set(table.column_names)
+    schema = json.loads((tmp_path / "c/cache.json").read_text())["schema"]
+    assert schema == [{"name": field.name, "type": str(field.type)} for field in table.schema]
+
+
+def test_columns_are_chosen_by_name(encode: Command, latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), caption=["a", "b"], score=[1, 2], mask=[b"m", b"n"])
+    encode(tmp_path / "p", "--to", tmp_path / "c", "--columns", "score,mask")
+    assert table_of(tmp_path / "c").column_names[-3:] == ["flipped", "score", "mask"]
+    encode(tmp_path / "p", "--to", tmp_path / "none", "--columns", "")
+    assert table_of(tmp_path / "none").column_names[-1] == "flipped"
+    argv = ("encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--workers", 0)
+    code, _, err = latentmill(*argv, "--columns", "captoin")
+    assert (code, "there is no column captoin in the sources; did you mean caption?" in err) == (2, True)
+    code, _, err = latentmill(*argv, "--columns", "caption")
+    assert (code, "columns=['score', 'mask'], this job has columns=['caption']" in err) == (2, True)
+
+
+def img2dataset(folder: Path, number: int, first: int, count: int) -> None:
+    """A shard as img2dataset leaves it: the tar, its metadata with one failed download more, its statistics."""
+    write_tar(folder / f"{number:05d}.tar", img2dataset_members(first, count))
+    keys = [f"{n:09d}" for n in range(first, first + count + 1)]
+    columns = {
+        "key": keys,
+        "url": [f"http://host/{key}" for key in keys],
+        "width": [64] * len(keys),
+        "similarity": [n / 10 for n in range(len(keys))],
+        "error_message": pa.nulls(len(keys)) if number else [*[None] * count, "404"],
+    }
+    pq.write_table(pa.table(columns), folder / f"{number:05d}.parquet")
+    (folder / f"{number:05d}_stats.json").write_text("{}")
+
+
+def test_metadata_of_img2dataset_is_joined_by_key(encode: Command, tmp_path: Path) -> None:
+    (tmp_path / "laion").mkdir()
+    for number in range(2):
+        img2dataset(tmp_path / "laion", number, 10 * number, 3)
+    _, out, _ = encode(tmp_path / "laion", "--to", tmp_path / "c")
+    assert "encoded 6 pictures" in out
+    assert "rejected   0" in out
+    table = table_of(tmp_path / "c")
+    assert table.schema.field("similarity").type == pa.float64()
+    assert by_key(tmp_path / "c", "url")["000000012"] == "http://host/000000012"
+    assert by_key(tmp_path / "c", "similarity")["000000012"] == 0.2
+    assert by_key(tmp_path / "c", "txt")["000000012"] == "picture 12"
+    assert table["source_width"].to_pylist() == [64] * 6
+    encode(str(tmp_path / "laion/{00000..00001}.tar"), "--to", tmp_path / "by-range")
+    assert table_of(tmp_path / "by-range").equals(table)
+
+
+def test_a_tar_without_metadata_beside_it_has_nulls(encode: Command, tmp_path: Path) -> None:
+    (tmp_path / "laion").mkdir()
+    img2dataset(tmp_path / "laion", 0, 0, 2)
+    img2dataset(tmp_path / "laion", 1, 10, 2)
+    (tmp_path / "laion/00001.parquet").unlink()
+    encode(tmp_path / "laion", "--to", tmp_path / "c")
+    assert list(by_key(tmp_path / "c", "similarity").values()) == [0.0, 0.1, None, None]
+
+
+def test_other_text_members_come_along_when_they_are_named(encode: Command, tmp_path: Path) -> None:
+    members = {
+        f"{n}.{kind}": data
+        for n, image in enumerate(pictures(0, 2))
+        for kind, data in (("jpg", image), ("cls", b"%d" % n), ("txt", b"t"))
+    }
+    write_tar(tmp_path / "wds/0.tar", members)
+    encode(tmp_path / "wds", "--to", tmp_path / "c", "--columns", "cls,txt")
+    assert by_key(tmp_path / "c", "cls") == {"0": "0", "1": "1"}
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(members["0.jpg"])
+    (tmp_path / "photos/a.caption").write_text("of a file beside it")
+    encode(tmp_path / "photos", "--to", tmp_path / "d", "--columns", "caption")
+    assert by_key(tmp_path / "d", "caption") == {"a": "of a file beside it"}
+
+
+def test_several_sources_in_one_job(encode: Command, photos: Path, shards: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "hf/train-0.parquet", pictures(300, 3), label=[1, 2, 3])
+    _, out, _ = encode(shards, photos, tmp_path / "hf", "--to", tmp_path / "c")
+    assert "encoded 26 pictures" in out
+    table = table_of(tmp_path / "c")
+    assert table.column_names[-3:] == ["txt", "json", "label"]
+    assert set(table["shard"].to_pylist()) == {f"shards/{n:05d}.tar" for n in range(3)} | {
+        "photos",
+        "hf/train-0.parquet",
+    }
+    assert [label for label in table["label"].to_pylist() if label] == [1, 2, 3]
+
+
+def test_shards_that_came_later_are_added_by_the_same_command(encode: Command, tmp_path: Path) -> None:
+    source, cache = tmp_path / "p", tmp_path / "c"
+    write_parquet(source / "0.parquet", pictures(0, 2), caption=["a", "b"])
+    encode(source, "--to", cache)
+    before = {path.name: path.read_bytes() for path in (cache / "data").iterdir()}
+    write_parquet(source / "1.parquet", pictures(2, 2), caption=["c", "d"], more=[1, 2])
+    _, out, err = encode(source, "--to", cache)
+    assert "encoded 2 pictures" in out
+    assert "left out, because the cache was begun without them: the columns more" in err
+    assert table_of(cache)["caption"].to_pylist() == ["a", "b", "c", "d"]
+    assert before.items() <= {path.name: path.read_bytes() for path in (cache / "data").iterdir()}.items()
+
+
+def test_a_shard_that_changed_is_reported_and_not_mixed_in(encode: Command, tmp_path: Path) -> None:
+    source, cache = tmp_path / "p", tmp_path / "c"
+    write_parquet(source / "0.parquet", pictures(0, 2), caption=["a", "b"])
+    encode(source, "--to", cache)
+    write_parquet(source / "0.parquet", pictures(5, 3), caption=["x", "y", "z"])
+    _, out, err = encode(source, "--to", cache)
+    assert "encoded 0 pictures" in out
+    assert "0.parquet has changed since it was planned" in err
+    assert table_of(cache)["caption"].to_pylist() == ["a", "b"]
+
+
+def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 1), label=["cat"])
+    write_parquet(tmp_path / "p/1.parquet", pictures(1, 1), label=[{"a": 1}])
+    code, _, err = latentmill("encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--workers", 0)
+    assert code == 2
+    assert "the sources have columns of one name whose types do not go together" in err
+
+
+def test_metadata_alone_is_no_source(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://host/1"], "caption": ["one"]}), tmp_path / "meta.parquet")
+    code, _, err = latentmill("encode", tmp_path / "meta.parquet", "--to", tmp_path / "c", "--vae", micro_vae)
+    assert code == 2
+    assert "meta.parquet has no column with the bytes of pictures: it has url, caption" in err
+
+
+def test_webdataset_parts_hold_the_columns_too(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), txt=["a", None], score=[0.5, float("nan")], n=[1, 2])
+    encode(tmp_path / "p", "--to", tmp_path / "c", "--format", "webdataset")
+    cache = Cache.open(str(tmp_path / "c"))
+    rows = [row for file in cache.files() for row in cache.rows(file)]
+    assert [(row["txt"], row["score"], row["n"]) for row in rows] == [("a", 0.5, 1), (None, None, 2)]
+    assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "out", "--workers", 0)[0] == 0
+
+
+def test_originals_in_parquet_files_are_found_again(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), name=["a", "b"])
+    encode(tmp_path / "p", "--to", tmp_path / "c", "--key-column", "name")
+    code, out, _ = latentmill("decode", tmp_path / "c", "--to", tmp_path / "out", "--workers", 0, "--json")
+    assert code == 0
+    assert [picture["key"] for picture in json.loads(out)["pictures"] if picture["psnr"]] == ["a", "b"]

@@ -1,0 +1,191 @@
+"""Pictures in Parquet files: which columns, which rows, which keys; and what is wrong with a file."""
+
+import datetime
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import ShardError
+from pipeline.read_parquet import offered, offered_beside, read_beside, read_parquet, row_groups
+from pipeline.records import Reject, Sample
+
+NOTHING = pa.schema([])
+
+
+def parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+def read(
+    data: bytes,
+    part: tuple[int, int] = (0, 1),
+    image: str | None = None,
+    key: str | None = None,
+    wanted: pa.Schema = NOTHING,
+) -> list[Sample | Reject]:
+    return list(read_parquet(io.BytesIO(data), "p.parquet", len(data), part, image, key, wanted))
+
+
+def outcome(item: Sample | Reject) -> tuple[int, str, object]:
+    return item.position, item.key, item.image if isinstance(item, Sample) else item.reason
+
+
+PLAIN = pa.table({"jpg": [b"0", b"1", b"2"], "caption": ["zero", None, "two"], "width": [1, 2, 3]})
+HF = pa.table({"image": [{"bytes": b"0", "path": "0.jpg"}, {"bytes": b"1", "path": None}], "label": [7, 8]})
+
+
+def test_a_column_of_bytes_is_read() -> None:
+    assert [outcome(item) for item in read(parquet(PLAIN))] == [(0, "0", b"0"), (1, "1", b"1"), (2, "2", b"2")]
+
+
+def test_the_image_feature_of_hugging_face_is_read() -> None:
+    assert [outcome(item) for item in read(parquet(HF))] == [(0, "0", b"0"), (1, "1", b"1")]
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary(1)])
+def test_other_kinds_of_bytes_are_read(kind: pa.DataType) -> None:
+    table = pa.table({"image": pa.array([b"0"], kind)})
+    if kind == pa.binary(1):
+        with pytest.raises(ShardError, match="has no column with the bytes of pictures: it has image"):
+            read(parquet(table))
+    else:
+        assert [outcome(item) for item in read(parquet(table))] == [(0, "0", b"0")]
+
+
+def test_keys_come_from_their_column() -> None:
+    table = pa.table({"jpg": [b"a", b"b", b"c", b"d"], "id": ["x.1", "50%", "x.1", None]})
+    assert [outcome(item) for item in read(parquet(table), key="id")] == [
+        (0, "x%2E1", b"a"),
+        (1, "50%25", b"b"),
+        (2, "x%2E1", "duplicate_key"),
+        (3, "3", "no_key"),
+    ]
+
+
+def test_rows_without_a_picture_are_rejected() -> None:
+    table = pa.table({"image": [{"bytes": b"0", "path": "0"}, {"bytes": None, "path": "1.jpg"}, None]})
+    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", "picture_elsewhere", "no_picture"]
+
+
+def test_ranges_share_the_rows_among_them() -> None:
+    table = pa.table({"jpg": [bytes([n]) * 1000 for n in range(40)], "id": [n // 2 for n in range(40)]})
+    data = parquet(table, row_group_size=4, compression="none", use_dictionary=False, write_statistics=False)
+    parts = [read(data, (k, 3)) for k in range(3)]
+    assert [item.key for part in parts for item in part] == [str(n) for n in range(40)]
+    assert [len(part) for part in parts] == [12, 16, 12]
+    assert all(item.position == n for part in parts for n, item in enumerate(part))
+
+
+def test_a_key_is_unique_in_the_whole_file() -> None:
+    table = pa.table({"jpg": [bytes([n]) * 1000 for n in range(40)], "id": [n % 20 for n in range(40)]})
+    items = [item for k in range(2) for item in read(parquet(table, row_group_size=4), (k, 2), key="id")]
+    assert [isinstance(item, Sample) for item in items] == [True] * 20 + [False] * 20
+
+
+def test_more_ranges_than_row_groups_leave_some_empty() -> None:
+    data = parquet(PLAIN)
+    assert [len(read(data, (k, 4))) for k in range(4)].count(0) == 3
+    groups = [row_groups(pq.read_metadata(io.BytesIO(data)), (k, 4), len(data)) for k in range(4)]
+    assert sorted(group for some in groups for group in some) == [0]
+
+
+def test_columns_come_along_with_their_types() -> None:
+    wanted = pa.schema([("caption", pa.large_string()), ("source_width", pa.int64()), ("nowhere", pa.string())])
+    columns = [item.columns for item in read(parquet(PLAIN), wanted=wanted) if isinstance(item, Sample)]
+    assert columns == [
+        {"caption": caption, "source_width": width} for caption, width in [("zero", 1), (None, 2), ("two", 3)]
+    ]
+
+
+def test_times_keep_their_nanoseconds() -> None:
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns"))
+    table = pa.table({"jpg": [b"0", b"1"], "time": times})
+    values = [item.columns["time"] for item in read(parquet(table), wanted=pa.schema([("time", pa.timestamp("ns"))]))]
+    assert pa.array(values, pa.timestamp("ns")).equals(times)
+
+
+def test_a_column_of_another_type_fails_the_unit() -> None:
+    with pytest.raises(ShardError, match="the column caption is string, in the cache it is int64"):
+        read(parquet(PLAIN), wanted=pa.schema([("caption", pa.int64())]))
+
+
+def test_what_a_file_offers() -> None:
+    table = pa.table(
+        {
+            "key": ["k"],
+            "image": [b""],
+            "day": [datetime.date(2026, 1, 1)],
+            "word": pa.array(["x"]).dictionary_encode(),
+            "tags": [["a", "b"]],
+        }
+    )
+    assert offered(io.BytesIO(parquet(table)), "p", None) == pa.schema(
+        [("source_key", pa.string()), ("day", pa.date32()), ("word", pa.string()), ("tags", pa.list_(pa.string()))]
+    )
+
+
+def test_one_of_several_picture_columns_must_be_named() -> None:
+    table = pa.table({"a": [b"0"], "b": [b"1"]})
+    with pytest.raises(ShardError, match="several columns with bytes, a, b; name one with --image-column"):
+        read(parquet(table))
+    assert [outcome(item)[2] for item in read(parquet(table), image="b")] == [b"1"]
+    assert [outcome(item)[2] for item in read(parquet(table.append_column("jpg", [[b"2"]])))] == [b"2"]
+
+
+@pytest.mark.parametrize(
+    ("image", "key", "message"),
+    [
+        ("pixels", None, "the column pixels is not there: it has jpg, caption, width"),
+        ("caption", None, "the column caption holds no bytes"),
+        (None, "id", "has no column id for keys: it has jpg, caption, width"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(image: str | None, key: str | None, message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        read(parquet(PLAIN), image=image, key=key)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 100, parquet(PLAIN)[:-10]])
+def test_a_damaged_file_is_named(data: bytes) -> None:
+    with pytest.raises(ShardError, match=r"p\.parquet"):
+        read(data)
+
+
+def test_a_flipped_bit_in_a_page_is_found() -> None:
+    data = bytearray(parquet(PLAIN, write_page_checksum=True, write_statistics=False, use_dictionary=False))
+    data[data.index(b"zero")] ^= 1
+    with pytest.raises(ShardError, match=r"p\.parquet cannot be read as Parquet"):
+        read(bytes(data), wanted=pa.schema([("caption", pa.string())]))
+
+
+def test_metadata_beside_a_tar_is_joined_by_key() -> None:
+    table = pa.table({"key": ["0", "1"], "url": ["u0", "u1"], "width": [10, 11], "extra": [0.5, None]})
+    wanted = pa.schema([("source_width", pa.int32()), ("extra", pa.float64()), ("nowhere", pa.string())])
+    assert read_beside(io.BytesIO(parquet(table)), "p", wanted) == {
+        "0": {"source_width": 10, "extra": 0.5},
+        "1": {"source_width": 11, "extra": None},
+    }
+    assert offered_beside(io.BytesIO(parquet(table)), "p").names == ["source_key", "url", "source_width", "extra"]
+
+
+def test_pictures_beside_a_tar_are_never_lost_silently() -> None:
+    with pytest.raises(ShardError, match="has pictures of its own; rename it"):
+        offered_beside(io.BytesIO(parquet(PLAIN)), "p")
+    with pytest.raises(ShardError, match="has no column 'key'"):
+        read_beside(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
+
+
+def test_a_row_group_is_not_held_whole() -> None:
+    table = pa.table({"jpg": [bytes([n]) * (1 << 20) for n in range(100)]})
+    data = parquet(table, use_dictionary=False, compression="none", write_batch_size=4, data_page_size=1 << 20)
+    del table
+    before, held = pa.total_allocated_bytes(), []
+    for _ in read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, NOTHING):
+        held.append(pa.total_allocated_bytes() - before)
+    assert len(held) == 100
+    assert max(held) < 50 << 20
