@@ -12,7 +12,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import ALL, EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import buckets, commit, identity, plan, report, stats, storage, survey
+from pipeline import buckets, commit, identity, plan, report, runs, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.flow import EncodeJob
@@ -100,8 +100,11 @@ def encode(
     pending = [unit for unit in units if unit.name not in finished]
     for line in noticed:
         say(f"note: {line}")
+    weak = not cache.promises()
+    if weak:
+        refuse_company(cache)
     run, signals, totals = Run(cache, "encode", as_record(options)), Signals(), Totals()
-    run.write(units=len(units), pending=len(pending))
+    run.write(units=len(units), pending=len(pending), conditional_creates=not weak)
     failures: list[Failure] = []
     try:
         if pending:
@@ -115,7 +118,7 @@ def encode(
         raise
     if not failures:
         check_commits(cache, units)
-    written = finish(cache, content, vae)
+    written = finish(cache, content, vae, weak)
     code = exit_code(failures, written, options.max_reject_rate)
     run.end("failed" if failures else "done", code, **facts(totals))
     return Outcome(
@@ -126,6 +129,16 @@ def encode(
         units=len(units),
         already=len(units) - len(pending),
     )
+
+
+def refuse_company(cache: Folder) -> None:
+    """On a store that lets several writers win, raise JobError where another run is at work on the cache."""
+    say(f"note: {cache.url} has no conditional creates: one job at a time, and parts are read again at the end")
+    if others := runs.alive(cache):
+        raise JobError(
+            f"a run that started {others[0]} is at work on {cache.url}, whose store keeps two jobs not apart; "
+            f"wait for its end, or {runs.SILENT} s after it died"
+        )
 
 
 def encode_units(
@@ -304,9 +317,9 @@ def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> No
             say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
 
 
-def finish(cache: Folder, content: Mapping[str, Any], vae: Vae) -> dict[str, Any]:
-    """Statistics and card, from all that stands in the cache."""
-    written = stats.write(cache, content["identity_sha256"])
+def finish(cache: Folder, content: Mapping[str, Any], vae: Vae, weak: bool) -> dict[str, Any]:
+    """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
+    written = stats.write(cache, content["identity_sha256"], again=weak)
     scaling = scaling_of(vae.config)
     report.write_card(
         cache,

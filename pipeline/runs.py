@@ -15,6 +15,7 @@ from pipeline import __version__
 from pipeline.storage import Folder
 
 FOLDER = "_runs"
+SILENT = 120  # seconds; a run gives a sign of life every 30
 
 
 def now() -> str:
@@ -31,6 +32,23 @@ def versions() -> dict[str, str]:
         "pyarrow": version("pyarrow"),
         "pillow": version("pillow"),
     }
+
+
+def silence(content: Mapping[str, Any], at: datetime.datetime) -> int:
+    """Seconds since the last sign of life of a run's record. at: an aware time."""
+    return max(0, round((at - datetime.datetime.fromisoformat(content["alive"])).total_seconds()))
+
+
+def is_alive(content: Mapping[str, Any], at: datetime.datetime) -> bool:
+    """Whether a run has not ended, and gave a sign of life lately."""
+    return content["outcome"] == "running" and silence(content, at) <= SILENT
+
+
+def alive(cache: Folder) -> list[str]:
+    """When the runs started that are at work on a cache now."""
+    at = datetime.datetime.now(datetime.UTC)
+    told = [json.loads(data) for data in cache.read_all(FOLDER)]
+    return [run["started"] for run in told if is_alive(run, at)]
 
 
 class Run:

@@ -33,9 +33,10 @@ class Part:
     tally: Mapping[str, BucketTally]
 
 
-def parts(cache: Folder, identity: str) -> list[Part]:
+def parts(cache: Folder, identity: str, again: bool = False) -> list[Part]:
     """All files of a cache, `_empty/` before `data/`, each sorted by name.
 
+    again: read each file, rather than believe what was committed of it (a store where a late writer may overwrite).
     Raises CacheError for a file that a commit names and that is not there.
     """
     files = [f"{folder}/{name}" for folder in (commit.EMPTY, commit.DATA) for name in cache.names(folder)]
@@ -43,7 +44,8 @@ def parts(cache: Folder, identity: str) -> list[Part]:
     committed = {part["file"]: part for content in commits for part in json.loads(content)["parts"]}
     for file in sorted(committed.keys() - set(files)):
         raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged")
-    return [_part(committed.get(file) or _uncommitted(cache, file, identity)) for file in files]
+    known = {} if again else committed
+    return [_part(known.get(file) or _uncommitted(cache, file, identity)) for file in files]
 
 
 def _uncommitted(cache: Folder, file: str, identity: str) -> dict[str, Any]:
@@ -97,9 +99,9 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
     }
 
 
-def write(cache: Folder, identity: str) -> dict[str, Any]:
-    """Make stats.json again from what stands in the cache, and return its content."""
-    content = summary(parts(cache, identity))
+def write(cache: Folder, identity: str, again: bool = False) -> dict[str, Any]:
+    """Make stats.json again from what stands in the cache, and return its content. again: as `parts` has it."""
+    content = summary(parts(cache, identity, again))
     cache.replace(NAME, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     return content
 

@@ -9,8 +9,6 @@ from typing import Any
 from pipeline import commit, plan, runs
 from pipeline.storage import Folder
 
-SILENT = 120  # seconds; a run gives a sign of life every 30
-
 
 def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     """What is done and what is left. now: an aware time, which signs of life are held against.
@@ -46,12 +44,11 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
 
 def run_of(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
     """A run as its record tells it; one that did not end and is silent has the outcome `silent`."""
-    silent = max(0, round((now - datetime.datetime.fromisoformat(content["alive"])).total_seconds()))
-    lost = content["outcome"] == "running" and silent > SILENT
+    lost = content["outcome"] == "running" and not runs.is_alive(content, now)
     return {
         **{name: content[name] for name in ("verb", "started", "alive", "ended", "exit_code")},
         "outcome": "silent" if lost else content["outcome"],
-        "silent_seconds": silent if content["ended"] is None else 0,
+        "silent_seconds": runs.silence(content, now) if content["ended"] is None else 0,
         "images_per_second": content.get("images_per_second", 0.0),
     }
 

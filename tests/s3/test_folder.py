@@ -1,0 +1,104 @@
+"""What a folder on S3 promises, over HTTP."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import SourceError, StorageError
+from pipeline.records import Unit
+from pipeline.storage import Folder, list_shards
+from tests.s3.proxy import Proxy
+
+
+def test_of_sixteen_writers_one_wins(bucket: str) -> None:
+    start = threading.Barrier(16)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return Folder(f"{bucket}/cache").create("data/x", b"%d" % number)
+
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(create, range(16)))
+    assert won.count(True) == 1
+    assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % won.index(True)
+
+
+def test_a_part_is_one_request_however_large(bucket: str, proxy: Proxy) -> None:
+    assert Folder(bucket).create("part", bytes(110 << 20))
+    assert [(request.method, request.bytes) for request in proxy.seen if request.bytes] == [("PUT", 110 << 20)]
+
+
+def test_what_is_there_is_seen_at_once(bucket: str) -> None:
+    folder = Folder(f"{bucket}/cache")
+    assert folder.is_empty()
+    assert folder.names("data") == []
+    assert folder.read_if_there("data/a") is None
+    assert folder.create("data/a", b"1")
+    assert folder.names("data") == ["a"]
+    assert not folder.is_empty()
+    folder.replace("data/a", b"2")
+    assert folder.read_all("data") == [b"2"]
+
+
+def test_a_store_with_conditional_creates_is_known_by_trying(bucket: str) -> None:
+    folder = Folder(f"{bucket}/cache")
+    assert folder.promises()
+    assert folder.is_empty()
+
+
+def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for root in (str(tmp_path), bucket):
+        Folder(f"{root}/shards").replace("0.tar", b"0")
+        Folder(f"{root}/shards").replace("1.tar", b"1")
+    for source in ("shards", "shards/*.tar", "shards/{0..1}.tar"):
+        here, there = (list_shards((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
+        assert [shard.path for shard in here] == [shard.path for shard in there] == ["shards/0.tar", "shards/1.tar"]
+        assert all(shard.etag and shard.url.startswith("s3://") for shard in there)
+
+
+def test_another_content_of_the_same_size_is_noticed(bucket: str) -> None:
+    Folder(bucket).replace("0.tar", b"old")
+    (shard,) = list_shards((bucket,), {}, "nowhere")
+    unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
+    Folder(bucket).replace("0.tar", b"new")
+    changed = pytest.raises(SourceError, match="has changed since it was planned")
+    with changed, storage.open_stream(shard.url, {}, unit):
+        pass
+
+
+@pytest.mark.parametrize("fault", [500, pytest.param(503, marks=pytest.mark.slow), "reset"])
+def test_a_burst_of_errors_is_waited_for(bucket: str, proxy: Proxy, fault: int | str) -> None:
+    folder = Folder(bucket)
+    proxy.rule = lambda request: fault if request.number < 2 else None
+    assert folder.create("a", b"1")
+    assert folder.read("a") == b"1"
+    assert folder.names() == ["a"]
+    folder.replace("a", b"2")
+    with storage.open_stream(folder.at("a"), {}) as stream:
+        assert stream.read() == b"2"
+
+
+def test_a_create_whose_answer_is_lost_is_found_standing(bucket: str, proxy: Proxy) -> None:
+    proxy.rule = lambda request: "lose" if request.method == "PUT" and request.number == 0 else None
+    assert not Folder(bucket).create("a", b"1")
+    assert Folder(bucket).read("a") == b"1"
+
+
+def test_errors_name_the_url_and_the_reason(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=rf"cannot read {bucket}/no: no such file or directory"):
+        Folder(bucket).read("no")
+    with pytest.raises(StorageError, match=r"cannot write s3://there-is-no-such-bucket/x: .*"):
+        Folder("s3://there-is-no-such-bucket").create("x", b"")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    gone = {"endpoint_url": "http://127.0.0.1:9"}
+    with pytest.raises(StorageError, match=r"cannot list s3://b: .*Could not connect to the endpoint URL"):
+        Folder("s3://b", gone).names()
+
+
+def test_a_password_in_a_url_is_refused() -> None:
+    with pytest.raises(storage.UsageError, match="must not hold a password"):
+        Folder("s3://key:secret@bucket/x").names()

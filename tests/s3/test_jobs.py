@@ -1,0 +1,167 @@
+"""Whole jobs through S3: the same digest as from disk, whatever the store does on the way."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tests.s3.conftest import KEY, SECRET, await_http, free_port, objects, upload
+from tests.s3.proxy import Proxy, Request
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path) -> Command:
+    def run(source: object, cache: object, *more: object) -> tuple[int, str, str]:
+        options = ("--vae", micro_vae, "--resolution", 64, "--rows-per-part", 4, "--workers", 0, *more)
+        return latentmill("encode", source, "--to", cache, *options)
+
+    return run
+
+
+@pytest.fixture
+def calm(encode: Command, shards: Path, tmp_path: Path) -> str:
+    """The digest of the job from disk to disk."""
+    assert encode(shards, tmp_path / "calm")[0] == 0
+    return str(json.loads((tmp_path / "calm/stats.json").read_text())["digest"])
+
+
+def digest(cache: str) -> str:
+    return str(json.loads(objects(cache)["stats.json"])["digest"])
+
+
+def test_sources_caches_vaes_and_previews_on_s3(
+    latentmill: Command, encode: Command, shards: Path, micro_vae: Path, bucket: str, calm: str
+) -> None:
+    source, vae = upload(shards, f"{bucket}/shards"), upload(micro_vae, f"{bucket}/models/vae")
+    code, out, err = encode(source, f"{bucket}/c", "--vae", vae)
+    assert (code, "18 rows" in out) == (0, True), err
+    assert digest(f"{bucket}/c") == calm
+    assert objects(f"{bucket}/c").keys() >= {"cache.json", "stats.json", "README.md"}
+    assert json.loads(objects(f"{bucket}/c")["cache.json"])["vae"]["reference"] == vae
+    code, out, _ = latentmill("status", f"{bucket}/c", "--json")
+    assert (code, json.loads(out)["state"]) == (0, "done")
+    code, out, _ = latentmill("decode", f"{bucket}/c", "--to", f"{bucket}/previews", "--workers", 0, "--json")
+    assert (code, json.loads(out)["psnr"] is not None) == (0, True)
+    assert "sheets/00000.png" in objects(f"{bucket}/previews")
+    assert encode(source, f"{bucket}/c", "--vae", vae)[1].startswith("encoded 0 pictures")
+
+
+def test_parquet_and_pictures_on_s3(encode: Command, photos: Path, bucket: str, tmp_path: Path) -> None:
+    encode(photos, tmp_path / "c")
+    code, _, err = encode(upload(photos, f"{bucket}/photos"), f"{bucket}/c")
+    assert code == 0, err
+    assert digest(f"{bucket}/c") == json.loads((tmp_path / "c/stats.json").read_text())["digest"]
+
+
+def is_part(request: Request) -> bool:
+    """Whether this is the first attempt to write a part."""
+    return request.number == 0 and request.method == "PUT" and "/data/" in request.path
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(lambda request: 500 if request.number == 0 else None, id="500", marks=pytest.mark.slow),
+        pytest.param(lambda request: "reset" if is_part(request) else None, id="reset"),
+        pytest.param(lambda request: "lose" if is_part(request) else None, id="lost answers"),
+    ],
+)
+def test_a_store_with_faults_changes_nothing(
+    encode: Command, shards: Path, bucket: str, proxy: Proxy, calm: str, rule: Callable[[Request], int | str | None]
+) -> None:
+    source = upload(shards, f"{bucket}/shards")
+    proxy.rule = rule
+    code, _, err = encode(source, f"{bucket}/c")
+    proxy.rule = lambda request: None
+    assert code == 0, err
+    assert digest(f"{bucket}/c") == calm
+
+
+@pytest.mark.slow
+def test_a_store_that_stays_away_ends_the_job_with_one_line(
+    encode: Command, shards: Path, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = upload(shards, f"{bucket}/shards")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    proxy.rule = lambda request: 500 if request.method == "PUT" and "/data/" in request.path else None
+    code, out, err = encode(source, f"{bucket}/c")
+    assert code == 1
+    assert "failed" in out + err
+    assert f"cannot write {bucket}/c/data/" in out + err
+    proxy.rule = lambda request: 403 if request.path.endswith("/cache.json") else None
+    code, _, err = encode(source, f"{bucket}/c")
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith(f"latentmill: cannot read {bucket}/c/cache.json: permission denied")
+
+
+def test_options_replace_the_environment_and_no_secret_is_kept(
+    encode: Command, shards: Path, endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = upload(shards, f"{bucket}/shards")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MY_SECRET", SECRET)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    options = {"endpoint_url": endpoint, "key": KEY, "secret": "env:MY_SECRET"}
+    flags = [text for name, value in options.items() for text in ("--storage-option", f"{name}={value}")]
+    code, out, err = encode(source, f"{bucket}/c", *flags)
+    assert code == 0, err
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    found = objects(f"{bucket}/c")
+    assert len(found) > 10
+    assert not [name for name, data in found.items() if SECRET.encode() in data]
+    assert SECRET not in out + err
+
+
+@pytest.fixture
+def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on a server that ignores conditions: rclone's."""
+    (tmp_path / "rclone/bucket").mkdir(parents=True)
+    port = free_port()
+    argv = [
+        "rclone",
+        "serve",
+        "s3",
+        tmp_path / "rclone",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{KEY},{SECRET}",
+    ]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        await_http(f"http://127.0.0.1:{port}/", server)
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }.items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield "s3://bucket"
+        server.terminate()
+
+
+def test_a_store_without_conditions_works_for_one_job_at_a_time(
+    encode: Command, shards: Path, unconditional: str, calm: str
+) -> None:
+    code, _, err = encode(shards, f"{unconditional}/c")
+    assert code == 0, err
+    assert "has no conditional creates: one job at a time" in err
+    assert digest(f"{unconditional}/c") == calm
+    fs = fsspec.filesystem("s3")
+    (run,) = fs.ls("bucket/c/_runs", detail=False)
+    record = json.loads(fs.cat_file(run))
+    assert record["conditional_creates"] is False
+    fs.pipe_file(run, json.dumps({**record, "outcome": "running"}).encode())
+    code, _, err = encode(shards, f"{unconditional}/c")
+    assert code == 1
+    assert f"a run that started {record['started']} is at work on" in err
