@@ -24,7 +24,9 @@ from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
 
-FAILED_STARTS = 3  # in a row, and the job ends
+FAILED_STARTS = 3  # in a row, by their own fault, and the job ends
+LOST_STARTS = 20  # the same, with their nodes
+OURS = ("vae", "pipeline", "jobs")
 
 
 @contextmanager
@@ -44,10 +46,24 @@ def connected(address: str) -> Iterator[None]:
 @contextmanager
 def _existing(address: str) -> Iterator[None]:
     try:
-        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=address or None,
+            runtime_env=_our_code(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}") from error
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
+        raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}{hint}") from error
     yield
+
+
+def _our_code() -> dict[str, Any]:
+    """What sends our packages along, so that workers run the driver's; a submitted job's working directory has them."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    root = Path(__file__).resolve().parents[1]
+    return {"py_modules": [str(root / name) for name in OURS]}
 
 
 @contextmanager
@@ -89,6 +105,15 @@ def _our_packages_on_path() -> Iterator[None]:
 
 def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _available() -> dict[str, float]:
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def can_grow(address: str) -> bool:
+    """Whether more nodes may join: not a Ray of our own."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
 
 
 def gpus() -> float:
@@ -133,9 +158,14 @@ class Remote:
 
 
 class RayEngine:
-    """`workers` actors, each with two tasks under way."""
+    """`workers` actors, each with two tasks under way.
 
-    def __init__(self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int) -> None:
+    grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
+    would be used, and nodes that join are.
+    """
+
+    def __init__(self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int, grows: bool = False) -> None:
+        self.grows = grows
         self.inputs = (ray.put(job), ray.put(vae))
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.replicas = [self._start() for _ in range(workers)]
@@ -160,8 +190,11 @@ class RayEngine:
         starting = sum(replica.starting is not None for replica in self.replicas)
         if self.slots or not starting:
             return ""
-        wanted = ", ".join(f"{count:g} {name[4:-1].upper()}" for name, count in self.resources.items() if count)
-        return f"{starting} worker{'s' if starting > 1 else ''} to start ({wanted} each)"
+        wanted = [(name[4:-1].upper(), count) for name, count in self.resources.items() if count]
+        free, there = _available(), _resources()
+        has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}s" for name, _ in wanted)
+        each = " and ".join(f"{count:g} {name}" for name, count in wanted)
+        return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
 
     def submit(self, task: Any) -> None:
         """Give the task to the replica with the fewest."""
@@ -169,8 +202,10 @@ class RayEngine:
         replica = min(running, key=lambda replica: len(replica.tasks))
         replica.tasks[replica.actor.run.remote(task)] = task
 
-    def wait(self, seconds: float) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
         """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
+        if self.grows:
+            self._follow_demand(waiting)
         refs = [ref for replica in self.replicas for ref in (*replica.tasks, replica.starting) if ref is not None]
         if not refs:
             time.sleep(seconds)
@@ -182,6 +217,16 @@ class RayEngine:
             self._look_after(replica, ready)
         done, self.ended = self.ended, []
         return done
+
+    def _follow_demand(self, waiting: int) -> None:
+        """Have one replica starting while tasks wait, and none when they do not."""
+        starting = [replica for replica in self.replicas if replica.starting is not None]
+        if waiting and not starting:
+            self.replicas.append(self._start())
+        elif not waiting and len(starting) < len(self.replicas):
+            for replica in starting:
+                ray.kill(replica.actor)
+                self.replicas.remove(replica)
 
     def _look_after(self, replica: Remote, ready: list[Any]) -> None:
         """Take in what a replica has finished; replace it where it is lost."""
@@ -212,9 +257,11 @@ class RayEngine:
     def _replace(self, replica: Remote, error: RayError) -> None:
         if replica.starting is not None:
             self.failed_starts += 1
-            if self.failed_starts >= FAILED_STARTS:
+            own_fault = "creation task" in str(error)
+            if self.failed_starts >= (FAILED_STARTS if own_fault else LOST_STARTS):
                 raise JobError(f"workers cannot start: {_cause(error)}")
-        self.ended += [Done(task, None, f"its worker was lost ({_cause(error)})") for task in replica.tasks.values()]
+        reason = f"its worker was lost ({_cause(error)})"
+        self.ended += [Done(task, None, reason, lost=True) for task in replica.tasks.values()]
         self.lost_pictures += replica.pictures
         ray.kill(replica.actor)
         self.replicas[self.replicas.index(replica)] = self._start()

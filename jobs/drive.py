@@ -16,6 +16,7 @@ from pipeline.encode import Vae
 from pipeline.errors import LatentmillError, Stopped
 
 TRIES = 3
+LOSSES = 10  # of the worker under a task: nodes are preempted again and again, but a task may also kill them
 IN_FLIGHT = 2  # tasks a replica: while one encodes, the other reads, opens and writes
 
 
@@ -45,11 +46,12 @@ class Job(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A task that came to its end. error: why it failed, in one line; None where it did not."""
+    """A task that came to its end. error: why it failed, in one line; None where it did not. lost: with its worker."""
 
     task: Any
     report: Any
     error: str | None
+    lost: bool = False
 
 
 class Engine(Protocol):
@@ -68,7 +70,9 @@ class Engine(Protocol):
 
     def submit(self, task: Any) -> None: ...
 
-    def wait(self, seconds: float) -> list[Done]: ...
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
+        """Tasks that ended, after at most `seconds`. waiting: how many tasks have no slot yet."""
+        ...
 
     def close(self) -> None: ...
 
@@ -133,10 +137,11 @@ def drive(
     """Run all tasks, in shuffled order so that two drivers seldom meet; a failed one goes to the end of the queue.
 
     on_done gets the report of each task that succeeded; on_tick is called about once a second.
-    Returns the tasks that failed three times, and the time it took. Raises Stopped when a signal asked for it.
+    Returns the tasks that failed three times, or lost ten workers, and the time it took.
+    Raises Stopped when a signal asked for it.
     """
     queue = deque(random.sample(list(tasks), len(tasks)))
-    tries: Counter[str] = Counter()
+    tries, losses = Counter[str](), Counter[str]()
     driven = Driven()
     under_way, ready = 0, 0.0
     while queue or under_way:
@@ -145,13 +150,13 @@ def drive(
         while queue and under_way < engine.slots:
             engine.submit(queue.popleft())
             under_way += 1
-        for done in engine.wait(1.0):
+        for done in engine.wait(1.0, len(queue)):
             under_way -= 1
             if done.error is None:
                 on_done(done.report)
                 continue
-            tries[done.task.name] += 1
-            if tries[done.task.name] < TRIES:
+            (losses if done.lost else tries)[done.task.name] += 1
+            if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
                 queue.append(done.task)
             else:
                 driven.failures.append(Failure(done.task.name, done.error))

@@ -30,7 +30,7 @@ class InlineEngine:
     def submit(self, task: Any) -> None:
         self.running[self.pool.submit(self.worker.run, task)] = task
 
-    def wait(self, seconds: float) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
         return [self._done(future, self.running.pop(future)) for future in ready]
 

@@ -62,7 +62,8 @@ class Place:
         room = int((cluster.gpus() if on_gpu else cluster.cpus()) / per_worker)
         workers = self.workers or max(1, min(room, tasks))
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
-        return self._closing(cluster.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker))
+        grows = self.workers is None and cluster.can_grow(self.options.address)
+        return self._closing(cluster.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker, grows))
 
     def _closing(self, engine: Engine) -> Engine:
         self._stack.callback(engine.close)
@@ -83,8 +84,8 @@ class Place:
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")
-        if device == "cuda" and not cluster.gpus():
-            raise UsageError("--device cuda: the Ray cluster has no GPUs")
+        if device == "cuda" and not cluster.gpus() and not cluster.can_grow(self.options.address):
+            raise UsageError("--device cuda: this machine has no GPUs")
         return device if device != "auto" else ("cuda" if cluster.gpus() else "cpu")
 
 

@@ -15,6 +15,8 @@ from jobs import cli
 from jobs.entry import guarded
 from vae import AutoencoderKL
 
+pytest_plugins = ["tests.servers"]
+
 MICRO = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,

@@ -19,6 +19,7 @@ class Scripted:
     """An engine that fails each task as often as it is told to."""
 
     failures: dict[str, int]
+    lost: bool = False
     slots: int = 2
     pictures: int = 0
     waiting_for: str = ""
@@ -31,10 +32,10 @@ class Scripted:
         self.running.append(task)
         self.most = max(self.most, len(self.running))
 
-    def wait(self, seconds: float) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
         task = self.running.pop(0)
         failed = self.started[task.name] <= self.failures.get(task.name, 0)
-        return [Done(task, None if failed else task.name, "it broke" if failed else None)]
+        return [Done(task, None if failed else task.name, "it broke" if failed else None, lost=failed and self.lost)]
 
     def close(self) -> None:
         self.running.clear()
@@ -57,6 +58,12 @@ def test_a_task_that_fails_is_tried_three_times() -> None:
     engine = Scripted({"1": 2, "2": 99})
     assert run(engine, 4) == (["0", "1", "3"], ["2"])
     assert engine.started == {"0": 1, "1": 3, "2": 3, "3": 1}
+
+
+def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> None:
+    engine = Scripted({"1": 9, "2": 99}, lost=True)
+    assert run(engine, 4) == (["0", "1", "3"], ["2"])
+    assert engine.started == {"0": 1, "1": 10, "2": 10, "3": 1}
 
 
 def test_a_signal_stops_the_loop() -> None:

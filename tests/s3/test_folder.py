@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.errors import SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.storage import Folder, list_shards
-from tests.s3.proxy import Proxy
+from tests.proxy import Proxy
 
 
 def test_of_sixteen_writers_one_wins(bucket: str) -> None:

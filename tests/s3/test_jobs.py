@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.s3.conftest import KEY, SECRET, await_http, free_port, objects, upload
-from tests.s3.proxy import Proxy, Request
+from tests.proxy import Proxy, Request
+from tests.servers import KEY, SECRET, await_http, free_port, objects, upload
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.s3.proxy import Proxy
+from tests.proxy import Proxy
 
 KEY, SECRET = "testing", "testing123"
 
@@ -90,7 +90,17 @@ def upload(folder: Path, url: str) -> str:
     return url
 
 
+def names(url: str) -> list[str]:
+    """The names of all that stands below a URL, relative to it."""
+    fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
+    return [path[len(root) + 1 :] for path in fs.find(root, withdirs=False)]
+
+
+def read(url: str) -> bytes:
+    fs, path = fsspec.url_to_fs(url)
+    return bytes(fs.cat_file(path))
+
+
 def objects(url: str) -> dict[str, bytes]:
     """All that stands below a URL, by names relative to it."""
-    fs, root = fsspec.url_to_fs(url)
-    return {path[len(root) + 1 :]: fs.cat_file(path) for path in fs.find(root, withdirs=False)}
+    return {name: read(f"{url}/{name}") for name in names(url)}

@@ -1,0 +1,165 @@
+"""A Ray cluster of two nodes, of one CPU each: jobs that connect to it, and jobs that are submitted to it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.conftest import img2dataset_members, write_tar
+from tests.servers import free_port, names, read, upload
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+pytestmark = [
+    pytest.mark.slow,
+    # of Ray's own: it leaves the pipes of the processes it starts to the garbage collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture
+def dashboard() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def cluster(dashboard: int, account: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head and a further node; both have the S3 account in their environment."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard, "object_store_memory": 200 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+    nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+    yield nodes
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve tars of 60 samples."""
+    folder = tmp_path_factory.mktemp("nodes") / "shards"
+    for number in range(12):
+        write_tar(folder / f"{number:05d}.tar", img2dataset_members(60 * number, 60))
+    return folder
+
+
+@pytest.fixture
+def calm(latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path) -> str:
+    """The digest of a run without Ray that nothing disturbed."""
+    code, _, err = latentmill("encode", source, "--to", tmp_path / "calm", *options(micro_vae), "--workers", 0)
+    assert code == 0, err
+    return str(json.loads((tmp_path / "calm/stats.json").read_text())["digest"])
+
+
+def options(vae: object) -> list[str]:
+    return ["--vae", str(vae), "--resolution", "64", "--rows-per-part", "10"]
+
+
+def submission(dashboard: int, *argv: object) -> list[str]:
+    """The README's line."""
+    line = f"{RAY} job submit --address http://127.0.0.1:{dashboard} --working-dir . -- python -m jobs.encode"
+    return [*shlex.split(line), *map(str, argv)]
+
+
+def start(argv: list[str], folder: Path = ROOT) -> subprocess.Popen[str]:
+    return subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def parts(cache: str) -> list[str]:
+    return [name for name in names(cache) if name.startswith("data/")]
+
+
+def last_run(cache: str) -> dict[str, object]:
+    newest = max(name for name in names(cache) if name.startswith("_runs/"))
+    return dict(json.loads(read(f"{cache}/{newest}")))
+
+
+def test_a_submitted_job_outlives_one_of_its_two_nodes(
+    cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
+) -> None:
+    vae, shards = upload(micro_vae, f"{bucket}/vae"), upload(source, f"{bucket}/shards")
+    job = start(submission(dashboard, shards, "--to", f"{bucket}/c", *options(vae)))
+    wait_for(lambda: len(parts(f"{bucket}/c")) > 15, job)
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    assert len(parts(f"{bucket}/c")) < 72, "the node was to be killed half way"
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, out
+    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert last_run(f"{bucket}/c")["outcome"] == "done"
+
+
+def test_a_stopped_job_leaves_a_cache_that_the_same_submission_goes_on_from(
+    cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
+) -> None:
+    vae, shards = upload(micro_vae, f"{bucket}/vae"), upload(source, f"{bucket}/shards")
+    line = submission(dashboard, shards, "--to", f"{bucket}/c", *options(vae))
+    line[line.index("--") : line.index("--")] = ["--submission-id", "nightly"]
+    job = start(line)
+    wait_for(lambda: len(parts(f"{bucket}/c")) > 10, job)
+    address = ["--address", f"http://127.0.0.1:{dashboard}"]
+    subprocess.run([RAY, "job", "stop", *address, "nightly"], check=True, capture_output=True)
+    job.communicate(timeout=60)
+    run = last_run(f"{bucket}/c")
+    assert (run["outcome"], run["exit_code"]) == ("stopped", 143)
+    line[line.index("nightly")] = "nightly-again"
+    again = start(line)
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+
+
+def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
+    cluster: Cluster, source: Path, calm: str, micro_vae: Path, tmp_path: Path
+) -> None:
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from jobs.encode import *; run_as_script(main)"
+    argv = [str(source), "--to", str(tmp_path / "c"), *options(micro_vae), "--address", cluster.address]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *argv],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        wait_for(lambda: list(tmp_path.glob("c/data/*")), job)
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        out, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, out
+    assert json.loads((tmp_path / "c/stats.json").read_text())["digest"] == calm
+
+
+def test_a_cluster_without_room_says_what_it_waits_for(
+    cluster: Cluster, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    argv = [str(source), "--to", str(tmp_path / "c"), *options(micro_vae), "--address", cluster.address]
+    job = start([sys.executable, "-m", "jobs.encode", *argv, "--device", "cuda"])
+    assert job.stdout is not None
+    line = next(line for line in job.stdout if "waiting for" in line)
+    job.terminate()
+    job.communicate(timeout=60)
+    assert "1 worker to start (1 CPU and 1 GPU each; free in the cluster: 2 of 2 CPUs, 0 of 0 GPUs)" in line
+    assert job.returncode == 143
