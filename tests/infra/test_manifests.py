@@ -1,0 +1,279 @@
+"""What stands in infra/ against the schemas of Kubernetes and KubeRay, our own command line and our own pins.
+
+No cluster is needed: what cannot be seen from the files, docs/kubernetes.md names as not tested.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from jobs.options import Common, DecodeOptions, EncodeOptions, StatusOptions, parse
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+NIGHTLY = INFRA / "kubernetes/nightly.sh"
+KUBERNETES = "1.37.0"  # the newest schema that kubernetes-validate brings
+OPTIONS: dict[str, Any] = {"encode": EncodeOptions, "decode": DecodeOptions, "status": StatusOptions}
+
+# The fields of KubeRay 1.7 that we know (rayjob_types.go, raycluster_types.go); the API server drops all others.
+RAY_JOB = {
+    "entrypoint", "backoffLimit", "submitterConfig", "activeDeadlineSeconds", "preRunningDeadlineSeconds",
+    "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec", "submissionMode", "submitterPodTemplate",
+    "runtimeEnvYAML", "jobId", "metadata", "clusterSelector", "managedBy", "deletionStrategy", "suspend",
+    "entrypointNumCpus", "entrypointNumGpus", "entrypointResources",
+}  # fmt: skip
+RAY_CLUSTER = {
+    "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
+    "headServiceAnnotations", "gcsFaultToleranceOptions", "managedBy", "suspend", "upgradeStrategy",
+}  # fmt: skip
+HEAD_GROUP = {"rayStartParams", "template", "serviceType", "headService", "enableIngress", "resources", "labels"}
+WORKER_GROUP = {
+    "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "rayStartParams", "template",
+    "scaleStrategy", "numOfHosts", "suspend", "resources", "labels",
+}  # fmt: skip
+AUTOSCALER = {
+    "version", "idleTimeoutSeconds", "upscalingMode", "securityContext", "resources", "image", "imagePullPolicy", "env",
+    "envFrom", "volumeMounts",
+}  # fmt: skip
+
+
+def load(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((INFRA / name).read_text(encoding="utf-8")))
+
+
+RAYJOBS = {name: load(f"kubernetes/{name}.yaml")[0] for name in ("encode", "decode")}
+COMPOSE = load("compose.yaml")[0]
+rayjobs = pytest.mark.parametrize("spec", [job["spec"] for job in RAYJOBS.values()], ids=list(RAYJOBS))
+
+
+def pods(spec: Any) -> list[Any]:
+    """The pod templates of a RayJob: the head's and those of the workers."""
+    cluster = spec["rayClusterSpec"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def commands() -> Iterator[str]:
+    """Every command of ours that a file in infra/, or the page about it, runs or tells to run."""
+    yield from (job["spec"]["entrypoint"] for job in RAYJOBS.values())
+    files = [*INFRA.rglob("*.yaml"), INFRA / "Containerfile", ROOT / "docs/kubernetes.md"]
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.search(r"\blatentmill (encode|decode|status) (s3:/)?/.*", line):
+                yield match[0]
+
+
+def parsed(command: str) -> Any:
+    program, verb, *arguments = shlex.split(command, comments=True)
+    assert program == "latentmill"
+    return parse(OPTIONS[verb], verb, arguments)[0]
+
+
+def mebibytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Mi": 1, "Gi": 1024}[unit]
+
+
+@pytest.mark.parametrize("path", sorted(INFRA.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_is_yaml(path: Path) -> None:
+    assert all(isinstance(part, dict) for part in load(str(path.relative_to(INFRA))))
+
+
+@pytest.mark.parametrize("part", load("kubernetes/nightly.yaml"), ids=lambda part: str(part["kind"]))
+def test_the_schedule_is_valid(part: Any) -> None:
+    kubernetes_validate.validate(part, KUBERNETES, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_what_kustomize_makes_of_the_schedule_is_valid_and_holds_the_job() -> None:
+    command = ["kubectl", "kustomize", str(INFRA / "kubernetes")]
+    made = list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    for part in made:
+        kubernetes_validate.validate(part, KUBERNETES, strict=True)
+        assert part["metadata"]["namespace"] == "latentmill"
+    by_kind = {part["kind"]: part for part in made}
+    assert yaml.safe_load(by_kind["ConfigMap"]["data"]["encode.yaml"]) == RAYJOBS["encode"]
+    volumes = by_kind["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["volumes"]
+    assert volumes[0]["configMap"]["name"] == by_kind["ConfigMap"]["metadata"]["name"]
+
+
+@rayjobs
+def test_a_rayjob_has_only_fields_that_kuberay_knows(spec: Any) -> None:
+    cluster = spec["rayClusterSpec"]
+    assert set(spec) <= RAY_JOB
+    assert set(cluster) <= RAY_CLUSTER
+    assert set(cluster["headGroupSpec"]) <= HEAD_GROUP
+    assert set(cluster.get("autoscalerOptions", {})) <= AUTOSCALER
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) <= WORKER_GROUP
+    for params in (group["rayStartParams"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])):
+        assert all(isinstance(value, str) for value in params.values())  # numbers are refused there
+
+
+@rayjobs
+def test_the_pods_of_a_rayjob_are_valid(spec: Any) -> None:
+    for pod in pods(spec):
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **pod}
+        kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+
+
+@rayjobs
+def test_no_pod_runs_as_root_or_gains_rights(spec: Any) -> None:
+    schedule = load("kubernetes/nightly.yaml")[0]["spec"]["jobTemplate"]["spec"]["template"]
+    for pod in (*pods(spec), schedule):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@rayjobs
+def test_the_store_is_named_by_a_secret_on_every_pod(spec: Any) -> None:
+    for pod in pods(spec):
+        for container in pod["spec"]["containers"]:
+            assert container["envFrom"] == [{"secretRef": {"name": "latentmill-s3"}}]
+
+
+def test_no_secret_stands_in_a_file() -> None:
+    for path in (path for path in [*INFRA.rglob("*"), ROOT / "docs/kubernetes.md"] if path.is_file()):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bA(KI|SI)A[A-Z0-9]{12}|kind: Secret|BEGIN [A-Z ]*PRIVATE KEY", text), path
+        given = re.findall(r"\b(AWS_ACCESS_KEY_ID|AWS_SECRET_ACCESS_KEY)\b *[:=] *(\S+)", text)
+        assert {value for _, value in given} <= {"demo", "..."}, path
+
+
+@pytest.mark.parametrize("command", sorted(set(commands()) - {""}))
+def test_every_command_is_one_that_we_understand(command: str) -> None:
+    assert isinstance(parsed(command), Common | StatusOptions)
+
+
+def test_the_commands_are_found() -> None:
+    assert {shlex.split(command)[1] for command in commands()} == {"encode", "decode", "status"}
+
+
+@rayjobs
+def test_a_worker_fits_into_a_pod_and_all_of_them_into_the_cluster(spec: Any) -> None:
+    options, (group,) = parsed(spec["entrypoint"]), spec["rayClusterSpec"]["workerGroupSpecs"]
+    has = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert options.device == "cuda"
+    assert options.cpus_per_worker <= int(has["cpu"])
+    assert options.gpus_per_worker <= int(has["nvidia.com/gpu"])
+    assert options.workers == "auto"  # follows the autoscaler
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@rayjobs
+def test_gpus_can_come_later_and_the_head_has_no_replica(spec: Any) -> None:
+    few = any(group["minReplicas"] == 0 for group in spec["rayClusterSpec"]["workerGroupSpecs"])
+    assert spec["rayClusterSpec"].get("enableInTreeAutoscaling", False) or not few
+    assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@rayjobs
+def test_the_object_store_fits_into_its_memory(spec: Any) -> None:
+    cluster = spec["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (shm,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        assert shm["medium"] == "Memory"
+        assert int(group["rayStartParams"]["object-store-memory"]) < mebibytes(shm["sizeLimit"]) << 20
+        assert mebibytes(shm["sizeLimit"]) < mebibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+
+
+@rayjobs
+def test_ray_has_one_version_everywhere(spec: Any) -> None:
+    (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    (base,) = re.findall(r"^FROM rayproject/ray:([\d.]+)-", (INFRA / "Containerfile").read_text("utf-8"), re.MULTILINE)
+    assert (base, spec["rayClusterSpec"]["rayVersion"]) == (pinned, pinned)
+    assert len({container["image"] for pod in pods(spec) for container in pod["spec"]["containers"]}) == 1
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    lines = (INFRA / "Containerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[2:-1]]
+    let_in = (INFRA / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {"vae", "pipeline", "jobs", "pyproject.toml", "constraints.txt"} <= set(copied)
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert f"!{name}" in let_in, name
+
+
+def test_every_install_in_the_image_is_pinned() -> None:
+    text = (INFRA / "Containerfile").read_text(encoding="utf-8")
+    installs = re.findall(r"pip install.*", text)
+    assert installs and all("--constraint constraints.txt" in line for line in installs)
+    assert "[dev]" not in text and "index-url" not in text
+    assert re.search(r"^USER [1-9]\d*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted(INFRA.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_image_has_a_version(path: Path) -> None:
+    for image in re.findall(r"^ *image: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        assert re.search(r":(?!latest$)[\w.-]+$", image), image
+
+
+def test_the_local_store_answers_on_this_machine_only() -> None:
+    services = COMPOSE["services"]
+    assert services["store"]["ports"] == ["127.0.0.1:8333:8333"]
+    assert all("ports" not in service for name, service in services.items() if name != "store")
+    assert services["encode"]["environment"] == services["store"]["environment"]  # one key for both ends
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or (INFRA / source).is_dir(), source
+
+
+def test_the_schedule_may_touch_its_own_job_only() -> None:
+    name = RAYJOBS["encode"]["metadata"]["name"]
+    (role,) = [part for part in load("kubernetes/nightly.yaml") if part["kind"] == "Role"]
+    for rule in role["rules"]:
+        assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] == [name]
+    assert f"rayjob=rayjob/{name}\n" in NIGHTLY.read_text(encoding="utf-8")
+
+
+FAKE_KUBECTL = """#!/bin/sh
+# `get` says the next line of the file `states` (FAIL: it fails); all else is written to the file `asked`
+if [ "$1" != get ]; then echo "$1" >> asked; exit; fi
+state=$(head -n 1 states); sed -i 1d states
+[ "$state" != FAIL ] || exit 1
+echo "$state"
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "asked", "code"),
+    [
+        (["", "is  ", "is Running RUNNING", "is Complete SUCCEEDED"], ["create"], 0),
+        (["is Complete SUCCEEDED", "is Running RUNNING", "is Complete SUCCEEDED"], ["delete", "create"], 0),
+        (["is Failed FAILED", "is Complete SUCCEEDED"], ["delete", "create"], 0),
+        (["is Running RUNNING", "is Complete SUCCEEDED"], [], 0),  # one that was under way is waited for
+        (["", "FAIL", "is Retrying FAILED", "is Complete SUCCEEDED"], ["create"], 0),
+        (["", "is Failed FAILED", "AppFailed: why"], ["create"], 1),
+        (["", "is Complete STOPPED", ": why"], ["create"], 1),
+        (["", "is ValidationFailed ", ": why"], ["create"], 1),
+        (["", "is Running RUNNING", ""], ["create"], 1),  # somebody deleted it
+        (["FAIL"], [], 1),
+    ],
+)
+def test_the_night_ends_as_its_job_does(tmp_path: Path, states: list[str], asked: list[str], code: int) -> None:
+    for name, text in {"kubectl": FAKE_KUBECTL, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+    (tmp_path / "asked").touch()
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", str(NIGHTLY), "encode.yaml"], cwd=tmp_path, env={"PATH": path}, capture_output=True, timeout=30
+    )
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "asked").read_text().split() == asked
+    assert (tmp_path / "states").read_text() == ""  # it looked as often as it should, and no more
