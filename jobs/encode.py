@@ -81,6 +81,9 @@ def main(argv: Sequence[str]) -> int:
     units = plan.units_of(shards)
     if not units:
         raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
+    if others := plan.passed_over(shards):
+        counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
+        say(f"note: passed over files that are neither shards nor pictures: {counts}")
     columns = survey.columns_of(shards, units, cache.options, options.image_column or None, wanted_columns(options))
     with place(options) as where:
         content = identity.settle(cache, describe(options, vae, where, standing, columns))

@@ -9,6 +9,7 @@ import io
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SourceError
-from pipeline.records import PICTURE_EXTENSIONS, Shard, Unit, canonical_json
+from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, canonical_json
 from pipeline.storage import Folder
 
 PICTURES_PER_UNIT = 256
@@ -58,6 +59,12 @@ def units_of(shards: Sequence[Shard]) -> list[Unit]:
     pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
     by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
     return tars + ranges + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+
+
+def passed_over(shards: Sequence[Shard]) -> Counter[str]:
+    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar."""
+    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS}
+    return Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
 
 
 def tar_unit(shard: Shard) -> Unit:

@@ -189,6 +189,14 @@ def test_a_shard_that_changed_is_reported_and_not_mixed_in(encode: Command, tmp_
     assert table_of(cache)["caption"].to_pylist() == ["a", "b"]
 
 
+def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None:
+    write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 1))
+    for name in ("1.tar.gz", "a.tiff", "b.tiff", "0_stats.json"):
+        (tmp_path / "s" / name).write_bytes(b"")
+    _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+    assert "note: passed over files that are neither shards nor pictures: 1 .gz, 2 .tiff" in err
+
+
 def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "p/0.parquet", pictures(0, 1), label=["cat"])
     write_parquet(tmp_path / "p/1.parquet", pictures(1, 1), label=[{"a": 1}])

@@ -1,0 +1,138 @@
+"""Caches read by other people's libraries, with no code of ours: both formats, and after an append."""
+
+import io
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+KEYS = [f"{n:09d}" for n in range(12)]
+
+# of the libraries' own: streams that are left to the garbage collector, forks beside threads
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of four samples and one without any picture, so that there is an empty part."""
+    folder = tmp_path_factory.mktemp("readers") / "shards"
+    for number in range(3):
+        write_tar(folder / f"{number}.tar", img2dataset_members(4 * number, 4))
+    write_tar(folder / "none.tar", {"x.txt": b"no picture"})
+    return folder
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Callable[..., Path]:
+    def run(source: object, *more: object) -> Path:
+        options = ("--vae", micro_vae, "--resolution", 64, "--rows-per-part", 3, "--workers", 0, "--max-reject-rate", 1)
+        code, _, err = latentmill("encode", source, "--to", tmp_path / "cache", *options, *more)
+        assert code == 0, err
+        return tmp_path / "cache"
+
+    return run
+
+
+@pytest.fixture
+def latents(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+    """What must be read, by key: from a part's bytes, by the format's own words."""
+    options = ("--vae", micro_vae, "--resolution", 64, "--workers", 0, "--max-reject-rate", 1)
+    assert latentmill("encode", source, "--to", tmp_path / "expected", *options)[0] == 0
+    rows = [row for path in sorted((tmp_path / "expected/data").iterdir()) for row in pq.read_table(path).to_pylist()]
+    return {row["key"]: array(row) for row in rows}
+
+
+def array(row: Any) -> np.ndarray:
+    assert row["dtype"] == "float16"
+    return np.frombuffer(row["latent"], np.float16).reshape(list(row["shape"]))
+
+
+def check(rows: list[Any], latents: dict[str, np.ndarray]) -> None:
+    assert [row["key"] for row in rows] == KEYS
+    assert all(np.array_equal(array(row), latents[row["key"]]) for row in rows)
+    assert all(row["txt"] == f"picture {int(row['key'])}" for row in rows)
+
+
+def test_pyarrow(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+    check(pyarrow.dataset.dataset(encode(source) / "data").to_table().to_pylist(), latents)
+
+
+def test_pandas(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+    import pandas
+
+    check(pandas.read_parquet(encode(source) / "data").to_dict("records"), latents)
+
+
+def test_polars(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+    import polars
+
+    check(polars.read_parquet(encode(source) / "data/*.parquet").to_dicts(), latents)
+
+
+def test_duckdb(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        rows = connection.sql(f"select * from '{encode(source)}/data/*.parquet' order by key").to_arrow_table()
+    check(rows.to_pylist(), latents)
+
+
+def load(cache: Path, tmp_path: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(str(cache), split="train", cache_dir=str(tmp_path / "hub"))
+
+
+def test_datasets(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path) -> None:
+    check(list(load(encode(source), tmp_path)), latents)
+
+
+def test_datasets_sees_what_was_appended(encode: Callable[..., Path], tmp_path: Path) -> None:
+    write_tar(tmp_path / "growing/0.tar", img2dataset_members(0, 4))
+    assert len(load(encode(tmp_path / "growing"), tmp_path)) == 4
+    write_tar(tmp_path / "growing/1.tar", img2dataset_members(4, 4))
+    assert load(encode(tmp_path / "growing"), tmp_path)["key"][:] == KEYS[:8]
+
+
+def test_datasets_reads_tars(
+    encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    rows = list(load(encode(source, "--format", "webdataset"), tmp_path))
+    assert [row["__key__"] for row in rows] == KEYS
+    assert all(np.array_equal(np.array(row["latent.npy"], np.float16), latents[row["__key__"]]) for row in rows)
+    assert [row["latent.json"]["height"] for row in rows] == [64] * 12
+
+
+@pytest.mark.parametrize("store", ["mode", "moments"])
+def test_webdataset(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], store: str) -> None:
+    import webdataset
+
+    cache = encode(source, "--format", "webdataset", "--store", store)
+    tars = sorted(map(str, (cache / "data").glob("*.tar")))
+    rows = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+    name = "moments.npy" if store == "moments" else "latent.npy"
+    assert [row["__key__"] for row in rows] == KEYS
+    assert all(np.array_equal(row[name][:4], latents[row["__key__"]]) for row in rows)
+    assert [row["txt"] for row in rows] == [f"picture {n}" for n in range(12)]
+    assert all(row["latent.json"]["shape"] == list(row[name].shape) for row in rows)
+
+
+def test_a_tar_is_one_for_every_tool(encode: Callable[..., Path], source: Path) -> None:
+    cache = encode(source, "--format", "webdataset")
+    for path in sorted((cache / "data").iterdir()):
+        listing = subprocess.run(["tar", "-tf", path], check=True, capture_output=True, text=True).stdout.split()
+        assert [name for name in listing if name.endswith(".latent.npy")]
+    name = next(name for name in listing if name.endswith(".npy"))
+    data = subprocess.run(["tar", "-xOf", path, name], check=True, capture_output=True).stdout
+    assert np.load(io.BytesIO(data)).shape == (4, 8, 8)
