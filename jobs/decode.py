@@ -10,7 +10,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import DecodeOptions, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
-from pipeline import commit, identity, plan, stats, storage
+from pipeline import commit, identity, listing, plan, stats, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import CacheError, SourceError, Stopped, UsageError, VaeError
@@ -82,7 +82,7 @@ def units(options: DecodeOptions, cache: Cache) -> dict[str, Unit]:
     """The cache's units by name, their inputs where `--source` says they are now."""
     planned = plan.read(cache.folder)
     if options.source:
-        shards = storage.list_shards(options.source, cache.folder.options, but=cache.folder.url)
+        shards = listing.list_shards(options.source, cache.folder.options, but=cache.folder.url)
         roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
         urls = roots | {shard.path: shard.url for shard in shards}
         planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]

@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs import settings
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
-from jobs.options import ALL, EncodeOptions, as_record, parse, storage_options
+from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import buckets, commit, identity, plan, report, runs, stats, storage, survey
+from pipeline import commit, identity, listing, plan, report, runs, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.flow import EncodeJob
-from pipeline.identity import Identity
-from pipeline.layout import Columns, Layout
+from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run, versions
 from pipeline.storage import Folder
-from pipeline.transform import Transform
 from vae.scaling import scaling_of
 
 
@@ -73,24 +72,30 @@ def main(argv: Sequence[str]) -> int:
     cache = Folder(storage.absolute(options.to), storage_options(options.storage_option))
     standing = identity.read(cache)
     if standing is not None:
-        options = adopt(options, given, standing["identity"])
+        options = settings.adopt(options, given, standing["identity"])
     with storage.fetched_vae(options.vae, cache.options) as local:
         vae = load_vae(local, options.vae)
-    check(options, vae)
-    shards = storage.list_shards(options.source, cache.options, but=cache.url)
+    settings.check(options, vae)
+    shards, columns = look_at_sources(options, cache)
+    with place(options) as where:
+        content = identity.settle(cache, settings.describe(options, vae, where, standing, columns))
+        outcome = encode(options, cache, content, vae, shards, where)
+    if outcome.written is not None:
+        tell(options, cache, outcome, outcome.written)
+    return outcome.code
+
+
+def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard], Columns]:
+    """The files of the sources, and the columns that come along."""
+    shards = listing.list_shards(options.source, cache.options, but=cache.url)
     units = plan.units_of(shards)
     if not units:
         raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
     if others := plan.passed_over(shards):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
-    columns = survey.columns_of(shards, units, cache.options, options.image_column or None, wanted_columns(options))
-    with place(options) as where:
-        content = identity.settle(cache, describe(options, vae, where, standing, columns))
-        outcome = encode(options, cache, content, vae, shards, where)
-    if outcome.written is not None:
-        tell(options, cache, outcome, outcome.written)
-    return outcome.code
+    wanted = settings.wanted_columns(options)
+    return shards, survey.columns_of(shards, units, cache.options, options.image_column or None, wanted)
 
 
 def encode(
@@ -157,7 +162,7 @@ def encode_units(
 ) -> list[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size)
-    note_differences(content["compute"], dataclasses.asdict(compute))
+    settings.note_differences(content["compute"], dataclasses.asdict(compute))
     job = EncodeJob(
         cache=cache,
         source_options=cache.options,
@@ -207,117 +212,6 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
             f"{len(missing)} units were done, but are not in {cache.url}: the workers run on machines that see another "
             f"disk there; use a shared disk, or an object store"
         )
-
-
-def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
-    """The options, those that the user left open taken from the identity of the cache that is there."""
-    settings = standing["preprocessing"]
-    kept = {
-        **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
-        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
-    }
-    kept["format"] = standing["container"]
-    kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
-    kept |= {name: standing[name] or "" for name in ("image_column", "key_column")}
-    if not given & {"resolution", "buckets", "multiple_of"}:
-        if settings["buckets"]:
-            kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
-        else:
-            kept |= {"resolution": settings["resolution"]}
-    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
-    return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
-
-
-def check(options: EncodeOptions, vae: Vae) -> None:
-    """Raise UsageError for values that cannot work."""
-    name = "multiple_of" if options.buckets else "resolution"
-    value = getattr(options, name)
-    if value < 1 or value % vae.config.downscale:
-        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
-        raise UsageError(
-            f"--{name.replace('_', '-')} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
-            f"the nearest is {near}"
-        )
-    if options.buckets and options.buckets < 2 * options.multiple_of:
-        raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
-    if options.format == "webdataset" and options.dtype == "bfloat16":
-        raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
-    if options.to.startswith("memory://") and options.workers != "0":
-        raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
-    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
-        if getattr(options, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative")
-
-
-def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
-    """`--columns`; None for all."""
-    if options.columns == ALL:
-        return None
-    return tuple(name.strip() for name in options.columns.split(",") if name.strip())
-
-
-def describe(
-    options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None, columns: Columns
-) -> dict[str, Any]:
-    """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
-    precision = options.precision
-    if precision == "auto":
-        precision = "fp32" if where.device != "cuda" else "bf16"
-    side = options.buckets or options.resolution
-    transform = Transform(
-        resolution=side,
-        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
-        multiple_of=options.multiple_of if options.buckets else 0,
-        min_size=options.min_size,
-        interpolation=options.interpolation,
-        crop=options.crop,
-        flip=options.flip,
-        seed=options.seed,
-    )
-    wanted = Identity(
-        weights=vae.sha256,
-        config=identity.raw_config(vae.config),
-        preprocessing=identity.preprocessing(transform),
-        store=options.store,
-        dtype=options.dtype,
-        precision=precision,
-        tile_above=None,
-        rows_per_part=options.rows_per_part
-        or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
-        seed=options.seed,
-        container=options.format,
-        columns=wanted_columns(options),
-        image_column=options.image_column or None,
-        key_column=options.key_column or None,
-    )
-    if standing is not None:
-        note_columns(identity.layout_of(standing).columns, columns)
-        return {**standing, "identity": wanted.to_dict()}
-    config = vae.config.to_dict()
-    constants = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    compute = where.compute(precision, options.slice_size, options.batch_size)
-    return {
-        "format": identity.FORMAT,
-        "identity": wanted.to_dict(),
-        "identity_sha256": wanted.sha256,
-        "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
-        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
-        "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
-        "columns": columns.to_dict(),
-    }
-
-
-def note_columns(standing: Columns, offered: Columns) -> None:
-    """Say what the sources have that the cache, begun before, has no place for."""
-    if new := [name for name in offered.schema.names if name not in standing.schema.names]:
-        say(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
-
-
-def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Say where this run computes otherwise than the one that made the cache."""
-    for name, value in standing.items():
-        if ours[name] != value:
-            say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
 
 
 def finish(cache: Folder, content: Mapping[str, Any], vae: Vae, weak: bool) -> dict[str, Any]:

@@ -24,18 +24,16 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import LatentmillError, SourceError, StorageError, UsageError
-from pipeline.records import Shard, Unit
+from pipeline.records import Unit
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
-WILDCARDS = frozenset("*?[{")
 VAE_FILES = re.compile(r"(vae/)?(config\.json|[^/]*\.safetensors|[^/]*\.safetensors\.index\.json)")
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
@@ -113,7 +111,7 @@ def open_stream(
         fs, path = connect(url, options)
         if planned is not None:
             info = fs.info(path)
-            if (info["size"], _etag(info)) != (planned.bytes, planned.etag or _etag(info)):
+            if (info["size"], etag_of(info)) != (planned.bytes, planned.etag or etag_of(info)):
                 raise SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
         how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
@@ -153,11 +151,11 @@ def _fetch(ref: str, options: Mapping[str, Any], local: str) -> None:
     for path in fs.find(root):
         below = path[len(root) + 1 :]
         if VAE_FILES.fullmatch(below):
-            os.makedirs(_parent(f"{local}/{below}"), exist_ok=True)
+            os.makedirs(parent(f"{local}/{below}"), exist_ok=True)
             fs.get_file(path, f"{local}/{below}")
 
 
-def _etag(info: Mapping[str, Any]) -> str:
+def etag_of(info: Mapping[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
@@ -177,79 +175,7 @@ def read_file_if_there(url: str, options: Mapping[str, Any], limit: int) -> byte
         raise
 
 
-def list_shards(sources: tuple[str, ...], options: Mapping[str, Any], but: str) -> list[Shard]:
-    """The files that the sources name, sorted by path; those below the URL `but` (the cache) are left out.
-
-    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range.
-    Raises SourceError for a source that names nothing, and for two files with one path.
-    """
-    fs, inside = connect(but, options)
-    cache = full_url(fs, inside).rstrip("/") + "/"
-    found: dict[str, Shard] = {}
-    for source in sources:
-        for shard in _expand(source, options):
-            twin = found.setdefault(shard.path, shard)
-            if twin.url != shard.url:
-                raise SourceError(
-                    f"two inputs have the path {shard.path}: {twin.url} and {shard.url}; rename one of their folders"
-                )
-    shards = [found[path] for path in sorted(found)]
-    return [shard for shard in shards if not shard.url.startswith(cache)]
-
-
-def _expand(source: str, options: Mapping[str, Any]) -> Iterator[Shard]:
-    fs, path = connect(source, options)
-    with naming(source, "list"):
-        if fs.exists(path):
-            root, patterns = (path if fs.isdir(path) else _parent(path)), [path]
-        else:
-            root, patterns = _fixed_directory(path), _alternatives(path)
-        files: dict[str, Mapping[str, Any]] = {}
-        for pattern in patterns:
-            matches = _files(fs, pattern)
-            if not matches:
-                raise SourceError(f"there is no source at {source}: nothing is called {full_url(fs, pattern)}")
-            files.update(matches)
-    root = root.rstrip("/")
-    name = PurePosixPath(root).name
-    for file in sorted(files):
-        below = file[len(root) + 1 :]
-        if not any(step.startswith(".") for step in below.split("/")):
-            yield Shard(
-                url=full_url(fs, file),
-                root=full_url(fs, root),
-                path=f"{name}/{below}",
-                bytes=int(files[file].get("size") or 0),
-                etag=_etag(files[file]),
-            )
-
-
-def _files(fs: Any, pattern: str) -> dict[str, Mapping[str, Any]]:
-    if fs.isdir(pattern):
-        return cast(dict[str, Mapping[str, Any]], fs.find(pattern, detail=True))
-    if fs.exists(pattern):
-        return {pattern: fs.info(pattern)}
-    found: dict[str, Mapping[str, Any]] = {}
-    for path, info in fs.glob(pattern, detail=True).items():
-        found.update(fs.find(path, detail=True) if info["type"] == "directory" else {path: info})
-    return found
-
-
-def _alternatives(path: str) -> list[str]:
-    try:
-        return list(braceexpand(path))
-    except ValueError:  # unbalanced braces: a name with a brace in it
-        return [path]
-
-
-def _fixed_directory(path: str) -> str:
-    """The last directory of a pattern before its first wildcard."""
-    steps = path.split("/")
-    first = next((i for i, step in enumerate(steps) if WILDCARDS & set(step)), len(steps) - 1)
-    return "/".join(steps[:first])
-
-
-def _parent(path: str) -> str:
+def parent(path: str) -> str:
     return path.rsplit("/", 1)[0] if "/" in path else ""
 
 
@@ -345,14 +271,14 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
-                os.makedirs(_parent(path), exist_ok=True)
-                os.replace(_spool(_parent(path), data), path)
+                os.makedirs(parent(path), exist_ok=True)
+                os.replace(_spool(parent(path), data), path)
             else:
                 fs.pipe_file(path, data)
 
     def _link(self, path: str, data: bytes) -> bool:
         """Local create. `os.link` refuses a name that is taken; `os.rename` would overwrite it."""
-        os.makedirs(_parent(path), exist_ok=True)
+        os.makedirs(parent(path), exist_ok=True)
         _, folder = self._on("_tmp")
         os.makedirs(folder, exist_ok=True)
         spooled = _spool(folder, data)
@@ -362,7 +288,7 @@ class Folder:
             return False
         finally:
             os.unlink(spooled)
-        directory = os.open(_parent(path), os.O_RDONLY)
+        directory = os.open(parent(path), os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

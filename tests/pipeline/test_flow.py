@@ -20,8 +20,9 @@ from pipeline.encode import Compute, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped
 from pipeline.flow import EncodeJob, Encoder
 from pipeline.layout import Layout
+from pipeline.listing import list_shards
 from pipeline.records import Picture, Record, Unit
-from pipeline.storage import Folder, list_shards
+from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import img2dataset_members, write_tar
 

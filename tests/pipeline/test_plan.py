@@ -5,8 +5,9 @@ import pytest
 
 from pipeline import plan
 from pipeline.errors import SourceError
+from pipeline.listing import list_shards
 from pipeline.records import Shard, Unit
-from pipeline.storage import Folder, list_shards
+from pipeline.storage import Folder
 
 
 def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:

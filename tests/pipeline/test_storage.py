@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError, StorageError
+from pipeline.listing import list_shards
 from pipeline.records import Unit
-from pipeline.storage import Folder, absolute, connect, list_shards, open_stream, read_file_if_there
+from pipeline.storage import Folder, absolute, connect, open_stream, read_file_if_there
 
 
 @pytest.fixture(params=["disk", "memory"])

@@ -8,8 +8,9 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import SourceError, StorageError
+from pipeline.listing import list_shards
 from pipeline.records import Unit
-from pipeline.storage import Folder, list_shards
+from pipeline.storage import Folder
 from tests.proxy import Proxy
 
 

@@ -1,0 +1,126 @@
+"""What cache the options ask for: completed from the one that stands there, checked, and said as its cache.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.options import ALL, EncodeOptions
+from jobs.place import Place
+from jobs.progress import say
+from pipeline import buckets, commit, identity
+from pipeline.encode import Vae
+from pipeline.errors import UsageError
+from pipeline.identity import Identity
+from pipeline.layout import Columns, Layout
+from pipeline.transform import Transform
+
+
+def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
+    """The options, those that the user left open taken from the identity of the cache that is there."""
+    settings = standing["preprocessing"]
+    kept = {
+        **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
+        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
+    }
+    kept["format"] = standing["container"]
+    kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
+    kept |= {name: standing[name] or "" for name in ("image_column", "key_column")}
+    if not given & {"resolution", "buckets", "multiple_of"}:
+        if settings["buckets"]:
+            kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
+        else:
+            kept |= {"resolution": settings["resolution"]}
+    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
+    return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
+
+
+def check(options: EncodeOptions, vae: Vae) -> None:
+    """Raise UsageError for values that cannot work."""
+    name = "multiple_of" if options.buckets else "resolution"
+    value = getattr(options, name)
+    if value < 1 or value % vae.config.downscale:
+        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
+        raise UsageError(
+            f"--{name.replace('_', '-')} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
+            f"the nearest is {near}"
+        )
+    if options.buckets and options.buckets < 2 * options.multiple_of:
+        raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
+    if options.format == "webdataset" and options.dtype == "bfloat16":
+        raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
+    if options.to.startswith("memory://") and options.workers != "0":
+        raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
+    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+
+
+def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
+    """`--columns`; None for all."""
+    if options.columns == ALL:
+        return None
+    return tuple(name.strip() for name in options.columns.split(",") if name.strip())
+
+
+def describe(
+    options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None, columns: Columns
+) -> dict[str, Any]:
+    """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if where.device != "cuda" else "bf16"
+    side = options.buckets or options.resolution
+    transform = Transform(
+        resolution=side,
+        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
+        multiple_of=options.multiple_of if options.buckets else 0,
+        min_size=options.min_size,
+        interpolation=options.interpolation,
+        crop=options.crop,
+        flip=options.flip,
+        seed=options.seed,
+    )
+    wanted = Identity(
+        weights=vae.sha256,
+        config=identity.raw_config(vae.config),
+        preprocessing=identity.preprocessing(transform),
+        store=options.store,
+        dtype=options.dtype,
+        precision=precision,
+        tile_above=None,
+        rows_per_part=options.rows_per_part
+        or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
+        seed=options.seed,
+        container=options.format,
+        columns=wanted_columns(options),
+        image_column=options.image_column or None,
+        key_column=options.key_column or None,
+    )
+    if standing is not None:
+        note_columns(identity.layout_of(standing).columns, columns)
+        return {**standing, "identity": wanted.to_dict()}
+    config = vae.config.to_dict()
+    constants = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    compute = where.compute(precision, options.slice_size, options.batch_size)
+    return {
+        "format": identity.FORMAT,
+        "identity": wanted.to_dict(),
+        "identity_sha256": wanted.sha256,
+        "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
+        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
+        "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
+        "columns": columns.to_dict(),
+    }
+
+
+def note_columns(standing: Columns, offered: Columns) -> None:
+    """Say what the sources have that the cache, begun before, has no place for."""
+    if new := [name for name in offered.schema.names if name not in standing.schema.names]:
+        say(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
+
+
+def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Say where this run computes otherwise than the one that made the cache."""
+    for name, value in standing.items():
+        if ours[name] != value:
+            say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
