@@ -33,6 +33,7 @@ def dashboard() -> int:
 @pytest.fixture
 def cluster(dashboard: int, account: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head and a further node; both have the S3 account in their environment."""
+    monkeypatch.setenv("PATH", f"{RAY.parent}{os.pathsep}{os.environ['PATH']}")  # a submitted job's `python`
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
