@@ -129,7 +129,7 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     (tmp_path / "rclone/bucket").mkdir(parents=True)
     port = free_port()
     argv = [
-        "rclone",
+        str(Path(sys.executable).with_name("rclone")),
         "serve",
         "s3",
         tmp_path / "rclone",
