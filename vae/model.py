@@ -7,7 +7,7 @@
 The latents that come out and go in are *raw*: what a diffusion model sees is made from them by `vae.scaling`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae import load
-from vae.blocks import DownBlock, MidBlock, UpBlock, group_norm
+from vae.attention import SDPA, Processor
+from vae.blocks import Attention, DownBlock, MidBlock, UpBlock, group_norm
 from vae.config import AutoencoderKLConfig
 from vae.posterior import DiagonalGaussianDistribution
+from vae.tiling import Tiles, run_in_tiles
 
 
 class Encoder(nn.Module):
@@ -110,6 +112,10 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(both, both, 1) if self.config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
         self.slice_size: int | None = None
+        self.use_tiling = False
+        self.tile_sample_min_size = self.config.sample_size  # pixels; larger pictures are tiled
+        self.tile_latent_min_size = self.config.sample_size // self.config.downscale
+        self.tile_overlap_factor = 0.25
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,15 +171,90 @@ class AutoencoderKL(nn.Module):
         """Encode and decode a whole batch at once again."""
         self.slice_size = None
 
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Run pictures larger than `tile_sample_min_size` in overlapping tiles (`vae.tiling`): memory for a few tiles.
+
+        What comes out differs from the whole picture's, because a tile does not see its neighbours.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        """Run every picture whole again."""
+        self.use_tiling = False
+
+    @overload
+    def tiled_encode(self, x: Tensor, return_dict: Literal[True] = True) -> AutoencoderKLOutput: ...
+    @overload
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """`encode` in tiles, whatever the picture's size."""
+        tiles = Tiles.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
+        posterior = DiagonalGaussianDistribution(run_in_tiles(self._encode_whole, x, tiles))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @overload
+    def tiled_decode(self, z: Tensor, return_dict: Literal[True] = True) -> DecoderOutput: ...
+    @overload
+    def tiled_decode(self, z: Tensor, return_dict: bool) -> DecoderOutput | tuple[Tensor]: ...
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """`decode` in tiles, whatever the latent's size."""
+        tiles = Tiles.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
+        sample = run_in_tiles(self._decode_whole, z, tiles)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def _attentions(self) -> dict[str, Attention]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, Attention)}
+
+    @property
+    def attn_processors(self) -> dict[str, Processor]:
+        """How each attention is computed, by its module's name and `.processor`."""
+        return {f"{name}.processor": attention.processor for name, attention in self._attentions.items()}
+
+    def set_attn_processor(self, processor: Processor | Mapping[str, Processor]) -> None:
+        """Compute every attention by `processor` (`vae.attention`), or each by the one that stands under its name."""
+        if isinstance(processor, Mapping) and processor.keys() != self.attn_processors.keys():
+            raise ValueError(f"processors are wanted for {', '.join(self.attn_processors) or 'nothing'}")
+        for name, attention in self._attentions.items():
+            attention.processor = processor[f"{name}.processor"] if isinstance(processor, Mapping) else processor
+
+    def set_default_attn_processor(self) -> None:
+        """Compute every attention by torch's own."""
+        self.set_attn_processor(SDPA())
+
+    def fuse_qkv_projections(self) -> None:
+        """Project to queries, keys and values by one matrix product: the same numbers. For inference."""
+        for attention in self._attentions.values():
+            attention.fuse()
+
+    def unfuse_qkv_projections(self) -> None:
+        """Project by three matrix products again."""
+        for attention in self._attentions.values():
+            attention.unfuse()
+
     def moments(self, x: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> moments [B, 2C, H/f, W/f]: mean, then log-variance (not clamped)."""
         return self._encode(x)
 
     def _encode(self, x: Tensor) -> Tensor:
+        if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
+            return self.tiled_encode(x).latent_dist.parameters
+        return self._encode_whole(x)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
+            return self.tiled_decode(z).sample
+        return self._decode_whole(z)
+
+    def _encode_whole(self, x: Tensor) -> Tensor:
         h: Tensor = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode_whole(self, z: Tensor) -> Tensor:
         x: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         return x
 

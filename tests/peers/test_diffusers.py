@@ -260,3 +260,47 @@ def test_a_directory_from_before_attention_was_renamed_loads(tmp_path: Path) -> 
     diffusers.AutoencoderKL.from_pretrained(tmp_path, local_files_only=True)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert weights_sha256(loaded.state_dict()) == weights_sha256(ours.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "overlap"), [(64, 64, 0.25), (136, 72, 0.25), (136, 200, 0.5), (70, 93, 0.25)]
+)
+def test_tiling_gives_the_references_numbers(
+    pair: tuple[AutoencoderKL, Any], height: int, width: int, overlap: float
+) -> None:
+    x = pictures(height, width)
+    for model in pair:
+        model.enable_tiling()
+        model.tile_sample_min_size, model.tile_latent_min_size, model.tile_overlap_factor = 64, 8, overlap
+    ours, theirs = pair
+    try:
+        with torch.no_grad():
+            moments, expected = (model.encode(x).latent_dist.parameters for model in pair)
+            assert torch.allclose(moments, expected, atol=1e-4)
+            z = theirs.encode(x).latent_dist.mode()
+            assert torch.allclose(ours.decode(z).sample, theirs.decode(z).sample, atol=1e-4)
+    finally:
+        for model in pair:
+            model.disable_tiling()
+
+
+@pytest.mark.parametrize("sample_size", [32, 256, 1000])
+def test_tiles_have_the_references_sizes(sample_size: int) -> None:
+    fields = {**FOUR, **SHAPES["sd"], "sample_size": sample_size}
+    ours, theirs = AutoencoderKL(**fields), diffusers.AutoencoderKL(**fields)
+    for name in ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_fused_projections_are_the_references(pair: tuple[AutoencoderKL, Any]) -> None:
+    ours, theirs = pair
+    assert list(ours.attn_processors) == list(theirs.attn_processors)
+    ours.fuse_qkv_projections()
+    try:
+        with torch.no_grad():
+            x = pictures(64, 64)
+            assert torch.allclose(
+                ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters, atol=1e-4
+            )
+    finally:
+        ours.unfuse_qkv_projections()
