@@ -53,6 +53,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             layout=cache.layout,
             image_column=cache.content["identity"]["image_column"],
             key_column=cache.content["identity"]["key_column"],
+            tile_above=cache.content["identity"]["tile_above"],
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
         )

@@ -174,6 +174,7 @@ def encode_units(
         key_column=content["identity"]["key_column"],
         seed=content["identity"]["seed"],
         rows_per_part=content["identity"]["rows_per_part"],
+        tile_above=content["identity"]["tile_above"],
         compute=compute,
         open_threads=options.cpus_per_worker,
         run=run.name,

@@ -84,6 +84,9 @@ class EncodeOptions(Common):
     )
     batch_size: int = option(0, "pictures handed to the device at once; 0: one slice", "N")
     slice_size: int = option(0, "pictures the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
+    tile_above: int = option(
+        0, "encode pictures with a longer side in tiles of this many pixels: less memory, other numbers; 0: never", "PX"
+    )
     rows_per_part: int = option(0, "pictures in an output file; 0: up to 4096 and about 256 MiB", "N")
     max_reject_rate: float = option(0.05, "end with exit code 3 where a larger share of the samples is rejected", "R")
 

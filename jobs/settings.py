@@ -21,6 +21,7 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
     kept = {
         **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
         **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
+        "tile_above": standing["tile_above"] or 0,
     }
     kept["format"] = standing["container"]
     kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
@@ -46,11 +47,13 @@ def check(options: EncodeOptions, vae: Vae) -> None:
         )
     if options.buckets and options.buckets < 2 * options.multiple_of:
         raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
+    if options.tile_above % (4 * vae.config.downscale):
+        raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
         raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
-    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards"):
+    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
@@ -87,7 +90,7 @@ def describe(
         store=options.store,
         dtype=options.dtype,
         precision=precision,
-        tile_above=None,
+        tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
         or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,

@@ -67,8 +67,8 @@ def load_vae(path: str, ref: str | None = None) -> Vae:
     )
 
 
-def build_model(vae: Vae, compute: Compute) -> AutoencoderKL:
-    """A replica's model on its device, in its precision."""
+def build_model(vae: Vae, compute: Compute, tile_above: int | None = None) -> AutoencoderKL:
+    """A replica's model on its device, in its precision. tile_above: larger pictures are tiled, by this side."""
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
         keep_freed_memory()
@@ -76,6 +76,9 @@ def build_model(vae: Vae, compute: Compute) -> AutoencoderKL:
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if tile_above:
+        model.enable_tiling()
+        model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale
     return model.eval().requires_grad_(False)
 
 
@@ -83,16 +86,26 @@ class Replica:
     """One model on one device. Threads may share it: the model runs for one of them at a time.
 
     store: what is kept of the posterior: its `mode`, a `sample` drawn by `seed`, shard and key, or its `moments`.
+    tile_above: pictures with a side of more pixels are encoded in tiles of that size.
     """
 
-    def __init__(self, vae: Vae, compute: Compute, dtype: str, store: Store = "mode", seed: int = 0) -> None:
+    def __init__(
+        self,
+        vae: Vae,
+        compute: Compute,
+        dtype: str,
+        store: Store = "mode",
+        seed: int = 0,
+        tile_above: int | None = None,
+    ) -> None:
         self.compute = compute
         self.dtype = DTYPES[dtype]
         self.store = store
         self.seed = seed
         self.lock = threading.Lock()
         self.pictures = 0
-        self.model = build_model(vae, compute)
+        self.tile_above = tile_above
+        self.model = build_model(vae, compute, tile_above)
         self._vae = vae
         self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
 
@@ -135,7 +148,9 @@ class Replica:
 
     def _again(self, picture: Picture, shard: str) -> Tensor | Rejected:
         if self.model.dtype != torch.float32:
-            self._exact = self._exact or build_model(self._vae, replace(self.compute, precision="fp32"))
+            self._exact = self._exact or build_model(
+                self._vae, replace(self.compute, precision="fp32"), self.tile_above
+            )
             latent = self._run(self._exact, [picture], shard)[0]
             if bool(latent.isfinite().all()):
                 return latent

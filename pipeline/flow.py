@@ -74,6 +74,7 @@ class EncodeJob:
     image_column: str | None
     key_column: str | None
     rows_per_part: int
+    tile_above: int | None
     compute: Compute
     open_threads: int
     run: str
@@ -82,7 +83,7 @@ class EncodeJob:
     def build(self, vae: Vae, stop: threading.Event) -> "Encoder":
         """The worker, its replica loaded."""
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        replica = Replica(vae, self.compute, self.dtype, self.layout.store, self.seed)
+        replica = Replica(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         return Encoder(Tools(job=self, replica=replica, pool=pool, stop=stop))
 
 

@@ -78,12 +78,13 @@ class RenderJob:
     layout: Layout
     image_column: str | None
     key_column: str | None
+    tile_above: int | None
     compute: Compute
     with_source: bool
 
     def build(self, vae: Vae, stop: threading.Event) -> "Renderer":
         """The worker, its replica loaded."""
-        return Renderer(self, build_model(vae, self.compute), stop)
+        return Renderer(self, build_model(vae, self.compute, self.tile_above), stop)
 
 
 class Renderer:

@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 
 from pipeline.cache import Cache, to_tensor
+from pipeline.encode import to_model
+from pipeline.pixels import open_pixels
+from pipeline.transform import Transform
 from tests.conftest import MICRO, encoded, img2dataset_members, smooth, write_tar
 from vae import AutoencoderKL
 
@@ -363,3 +366,36 @@ def test_a_signal_leaves_a_resumable_cache(
     assert encode(tmp_path / "s", "--to", tmp_path / "c", "--rows-per-part", 10)[0] == 0
     encode(tmp_path / "s", "--to", tmp_path / "calm", "--rows-per-part", 10)
     assert digest_of(tmp_path / "c") == digest_of(tmp_path / "calm")
+
+
+def test_large_pictures_are_tiled_where_it_was_asked_for(
+    latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    def encode(name: str, *more: object) -> tuple[int, str]:
+        options = ("--vae", micro_vae, "--resolution", 128, "--workers", 0, "--dtype", "float32", *more)
+        code, _, err = latentmill("encode", photos, "--to", tmp_path / name, *options)
+        return code, err
+
+    assert encode("whole")[0] == 0
+    assert encode("tiled", "--tile-above", 64)[0] == 0
+    whole, tiled = (to_tensor(all_rows(tmp_path / name)[0]) for name in ("whole", "tiled"))
+    model = AutoencoderKL.from_pretrained(micro_vae)
+    model.tile_sample_min_size, model.tile_latent_min_size = 64, 8
+    rgb = transformed(photos / "a/1.jpg", 128)
+    assert torch.allclose(tiled, model.tiled_encode(rgb).latent_dist.mode()[0], atol=1e-5)
+    assert not torch.allclose(tiled, whole, atol=1e-3)
+    assert encode("tiled")[0] == 0, "an option that is not given is the cache's"
+    code, err = encode("tiled", "--tile-above", 96)
+    assert (code, "was made with tile_above=64, this job has tile_above=96" in err) == (2, True)
+    code, err = encode("other", "--tile-above", 50)
+    assert (code, "--tile-above 50 is not a multiple of 32" in err) == (2, True)
+    assert latentmill("decode", tmp_path / "tiled", "--to", tmp_path / "out", "--workers", 0)[0] == 0
+
+
+def transformed(path: Path, resolution: int) -> torch.Tensor:
+    """A picture as the model gets it: [1, 3, H, W] in [-1, 1]."""
+    transform = Transform(resolution=resolution)
+    rgb = open_pixels(path.read_bytes())
+    fit = transform.fit(*rgb.shape[:2], "photos", "a/1")
+    assert fit is not None
+    return to_model(transform.apply(rgb, fit)[None], torch.float32)

@@ -50,6 +50,7 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "image_column": None,
             "key_column": None,
             "rows_per_part": 4,
+            "tile_above": None,
             "compute": CPU,
             "open_threads": 1,
             "run": "a run",
