@@ -125,7 +125,8 @@ def read(cache: Folder) -> dict[str, Any] | None:
             raise CacheError(f"{cache.url} has cache format {content['format']}; this version knows {FORMAT}")
         if hashlib.sha256(canonical_json(content["identity"])).hexdigest() != content["identity_sha256"]:
             raise CacheError(f"{cache.at(NAME)} was changed by hand: its identity does not have its own sha256")
-    except (ValueError, KeyError, TypeError) as error:
+        layout_of(content)
+    except (ValueError, KeyError, TypeError, OSError) as error:  # Arrow's errors are of these kinds
         raise CacheError(f"{cache.url} is not a latentmill cache: its {NAME} cannot be understood") from error
     return content  # type: ignore[no-any-return]
 

@@ -29,14 +29,19 @@ _PREFIX = "source_"
 
 
 def passed_name(name: str) -> str:
-    """What a column of a source is called in a cache: `source_` before a name that is ours."""
-    return _PREFIX + name if name in OURS.names else name
+    """What a column of a source is called in a cache: `source_` before a name that is ours, or is ours so prefixed."""
+    return _PREFIX + name if _bare(name) in OURS.names else name
 
 
 def source_name(name: str) -> str:
     """What a passed-through column is called in its source."""
-    bare = name.removeprefix(_PREFIX)
-    return bare if bare in OURS.names else name
+    return name.removeprefix(_PREFIX) if _bare(name) in OURS.names else name
+
+
+def _bare(name: str) -> str:
+    while name.startswith(_PREFIX):
+        name = name.removeprefix(_PREFIX)
+    return name
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Only the columns that are needed are read, a few pages at a time, whatever the s
 the file's bytes and has the row groups whose middle byte falls in it, so that units follow from the file's size alone.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -33,7 +34,11 @@ def opened(stream: BinaryIO, url: str) -> Iterator[pq.ParquetFile]:
         if int.from_bytes(end[:4], "little") > MAX_FOOTER:
             raise ShardError(f"{url} has a footer of more than {MAX_FOOTER >> 20} MiB: that is more than is read")
         stream.seek(0)
-        yield pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
+        for name, count in Counter(file.schema_arrow.names).items():
+            if count > 1:
+                raise ShardError(f"{url} has {count} columns called {name}")
+        yield file
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ShardError(f"{url} cannot be read as Parquet: {reason}") from error

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline import read_parquet, storage
 from pipeline.errors import ShardError, SourceError
-from pipeline.layout import Columns
+from pipeline.layout import OURS, Columns
 from pipeline.plan import extension
 from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
@@ -99,7 +99,8 @@ def _texts(
         seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
     if tars or pictures:
         seen |= set(TEXT_EXTENSIONS)
-    others = sorted(seen - PICTURE_EXTENSIONS - set(TEXT_EXTENSIONS))
+    taken = {*OURS.names, "latent.npy", "latent.json", "moments.npy"}  # what we call things ourselves
+    others = sorted(seen - PICTURE_EXTENSIONS - set(TEXT_EXTENSIONS) - taken)
     return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
 
 

@@ -8,6 +8,7 @@ import pytest
 from pipeline import identity
 from pipeline.errors import CacheError, IdentityError
 from pipeline.identity import Identity
+from pipeline.layout import TEXTS
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import MICRO
@@ -31,7 +32,7 @@ ONE = Identity(
 
 
 def content(of: Identity) -> dict[str, Any]:
-    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256}
+    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256, "columns": TEXTS.to_dict()}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])

@@ -189,3 +189,27 @@ def test_a_row_group_is_not_held_whole() -> None:
         held.append(pa.total_allocated_bytes() - before)
     assert len(held) == 100
     assert max(held) < 50 << 20
+
+
+def test_names_that_are_ours_are_told_apart_from_those_that_look_so() -> None:
+    table = pa.table({"jpg": [b""], "width": [1], "source_width": [2], "source_source_width": [3], "source_x": [4]})
+    data = parquet(table)
+    wanted = offered(io.BytesIO(data), "p", None)
+    assert wanted.names == ["source_width", "source_source_width", "source_source_source_width", "source_x"]
+    (sample,) = read(data, wanted=wanted)
+    assert isinstance(sample, Sample)
+    assert list(sample.columns.values()) == [1, 2, 3, 4]
+
+
+def test_dots_in_names_are_no_paths() -> None:
+    table = pa.table({"jpg": [b"0"], "a.b": [1], "a": [{"b": 2, "c": 3}], "the.key": ["k"]})
+    wanted = pa.schema([("a.b", pa.int64()), ("a", table.schema.field("a").type)])
+    (sample,) = read(parquet(table), key="the.key", wanted=wanted)
+    assert isinstance(sample, Sample)
+    assert (sample.key, sample.columns) == ("k", {"a.b": 1, "a": {"b": 2, "c": 3}})
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    table = pa.Table.from_arrays([pa.array([b"0"]), pa.array([1]), pa.array([2])], names=["jpg", "n", "n"])
+    with pytest.raises(ShardError, match=r"p\.parquet has 2 columns called n"):
+        read(parquet(table))
