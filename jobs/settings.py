@@ -69,9 +69,7 @@ def describe(
     options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None, columns: Columns
 ) -> dict[str, Any]:
     """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
-    precision = options.precision
-    if precision == "auto":
-        precision = "fp32" if where.device != "cuda" else "bf16"
+    precision = resolved_precision(options, vae, where)
     side = options.buckets or options.resolution
     transform = Transform(
         resolution=side,
@@ -114,6 +112,18 @@ def describe(
         "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
         "columns": columns.to_dict(),
     }
+
+
+def resolved_precision(options: EncodeOptions, vae: Vae, where: Place) -> str:
+    """What is computed in. A VAE whose configuration says force_upcast overflows in fp16, and is run in fp32."""
+    if options.precision == "auto":
+        return "fp32" if where.device != "cuda" else "bf16"
+    if options.precision == "fp16" and vae.config.force_upcast:
+        say(
+            "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
+        )
+        return "fp32"
+    return options.precision
 
 
 def note_columns(standing: Columns, offered: Columns) -> None:

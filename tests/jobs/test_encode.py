@@ -399,3 +399,15 @@ def transformed(path: Path, resolution: int) -> torch.Tensor:
     fit = transform.fit(*rgb.shape[:2], "photos", "a/1")
     assert fit is not None
     return to_model(transform.apply(rgb, fit)[None], torch.float32)
+
+
+@pytest.mark.parametrize(("upcast", "precision"), [(True, "fp32"), (False, "fp16")])
+def test_a_vae_that_overflows_in_fp16_is_not_run_in_it(
+    latentmill: Command, photos: Path, tmp_path: Path, upcast: bool, precision: str
+) -> None:
+    AutoencoderKL(**MICRO, force_upcast=upcast).save_pretrained(tmp_path / "vae")
+    argv = (photos, "--to", tmp_path / "c", "--vae", tmp_path / "vae", "--resolution", 64, "--workers", 0)
+    for _ in range(2):
+        code, _, err = latentmill("encode", *argv, "--precision", "fp16")
+        assert (code, "it is run in fp32" in err) == (0, upcast), err
+    assert json.loads((tmp_path / "c/cache.json").read_text())["identity"]["precision"] == precision
