@@ -16,7 +16,7 @@ from pipeline.draws import seed_of
 from pipeline.errors import Rejected, VaeError
 from pipeline.records import Picture, Store
 from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
-from vae.fast import keep_freed_memory
+from vae.fast import keep_freed_memory, quicken
 from vae.load import weights_sha256
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -76,6 +76,8 @@ def build_model(vae: Vae, compute: Compute, tile_above: int | None = None) -> Au
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if (compute.device, compute.precision) == ("cpu", "fp32"):
+        quicken(model)
     if tile_above:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale

@@ -3,6 +3,10 @@
 import ctypes
 import sys
 
+from torch import nn
+
+from vae.winograd import WinogradConv2d
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE = (1 << 30, 32 << 20)  # the C library caps the second on some machines
 
@@ -23,3 +27,14 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(any(mallopt(what, size) for size in _LARGE) for what in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+
+
+def quicken(model: nn.Module) -> None:
+    """Make a float32 model on a CPU faster, in place and for inference only: wide 3x3 convolutions by Winograd's way.
+
+    The numbers stay within 1e-5, the weights cannot be saved or trained any more.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if WinogradConv2d.suits(child):
+                setattr(module, name, WinogradConv2d(child))  # type: ignore[arg-type]
