@@ -1,126 +1,195 @@
-"""Weights on local disk: a directory with config.json and safetensors, as diffusers saves it.
+"""A model's files: a directory as diffusers saves it, here or on the hub, or a single file.
 
-Only tensors are ever read: no pickle on this path. A hub id or a URL is fetched by others first.
+A directory has config.json and `diffusion_pytorch_model.safetensors`: perhaps in several files with an index, perhaps
+in half precision beside (`.fp16.`), and in old ones as a pickle (`.bin`).
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from vae import hub, single_file, tensors
 from vae.config import AutoencoderKLConfig
+from vae.errors import LoadError
+from vae.names import renamed
+from vae.presets import PRESETS
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 DEMO = Path(__file__).parent / "demo"  # the small model that ships with the project
 
-
-class LoadError(ValueError):
-    """There is no AutoencoderKL where one was asked for; the message says what is there instead."""
-
-
-def find(path: str | Path) -> Path:
-    """The directory that holds the model's config.json: `path` itself or its `vae/`; `demo` is the shipped model."""
-    if str(path) == "demo":
-        return DEMO
-    given = Path(path)
-    if not given.exists():
-        raise LoadError(f"there is no VAE at {given}: no such directory")
-    if not given.is_dir():
-        raise LoadError(f"{given} is a file; a VAE is a directory with {CONFIG} and safetensors")
-    for folder in (given / "vae", given):
-        if (folder / CONFIG).is_file():
-            return folder
-    raise LoadError(f"there is no VAE at {given}: neither it nor its vae/ has a {CONFIG}")
+Fetch = Callable[[str], Path | None]
+"""A file of a model's directory by its name in it: where it lies on this disk, None where there is none."""
 
 
-def read_config(folder: Path) -> AutoencoderKLConfig:
-    """The configuration in `folder`."""
+def directory(
+    ref: str | Path, subfolder: str = "", variant: str = "", revision: str | None = None
+) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a directory, or of the `vae/` in it, or of a repository on the hub."""
+    fetch = _source(str(ref), revision)
+    folders = [f"{subfolder}/"] if subfolder else ["vae/", ""]
+    found = _first(fetch, [folder + CONFIG for folder in folders])
+    if found is None:
+        where = f"its {subfolder}/ has no" if subfolder else "neither it nor its vae/ has a"
+        raise LoadError(f"there is no VAE at {ref}: {where} {CONFIG}")
+    name, path = found
+    folder = name.removesuffix(CONFIG)
+    return read_config(path), _read_weights(lambda file: fetch(folder + file), variant, path.parent)
+
+
+def file(ref: str | Path, config: "Settings" = None) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a single file: on this disk, or on the hub by its URL there (`vae.single_file`)."""
+    there = hub.parse(str(ref))
+    if there is None and "://" in str(ref):
+        raise LoadError(f"{ref} is neither a file here nor one on the hub; fetch it first")
+    path = Path(ref) if there is None else hub.fetch(there[0], there[2], there[1])
+    if path is None or not path.is_file():
+        raise LoadError(f"there is no file {ref}")
+    if not is_single_file(path):
+        raise LoadError(f"{path} is not a file of tensors: these end with {', '.join(sorted(tensors.SUFFIXES))}")
+    return single_file.read(path, configuration(config), there[0] if there else "")
+
+
+def is_single_file(ref: str | Path) -> bool:
+    """Whether `ref` is named as a file of tensors is."""
+    return Path(str(ref)).suffix in tensors.SUFFIXES
+
+
+Settings = AutoencoderKLConfig | Mapping[str, Any] | str | Path | None
+"""A configuration, or its fields, or the name of a preset (`vae.presets`), or a directory that has it."""
+
+
+def configuration(given: Settings) -> AutoencoderKLConfig | None:
+    """What `given` means; None of None."""
+    if given is None or isinstance(given, AutoencoderKLConfig):
+        return given
+    if isinstance(given, Mapping):
+        return AutoencoderKLConfig.from_dict(given)
+    if str(given) in PRESETS:
+        return PRESETS[str(given)].config
     try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = _first(_source(str(given), None), [f"vae/{CONFIG}", CONFIG])
+    except LoadError as error:
+        raise LoadError(f"{given} is no configuration: no preset ({', '.join(PRESETS)}), and {error}") from error
+    if found is None:
+        raise LoadError(f"{given} is no configuration: there is no {CONFIG}")
+    return read_config(found[1])
+
+
+def _source(ref: str, revision: str | None) -> Fetch:
+    """Where a directory's files come from: `demo`, a directory on this disk, or a repository."""
+    local = DEMO if ref == "demo" else Path(ref)
+    if local.is_dir():
+        return lambda name: local / name if (local / name).is_file() else None
+    if local.exists():
+        raise LoadError(f"{ref} is a file; a VAE is a directory with {CONFIG} and safetensors")
+    if not hub.is_id(ref):
+        raise LoadError(f"there is no VAE at {ref}: no such directory")
+    return lambda name: hub.fetch(ref, name, revision)
+
+
+def _first(fetch: Fetch, names: Iterable[str]) -> tuple[str, Path] | None:
+    """The first of `names` that there is, and where it lies; None where there is none."""
+    unknown: hub.NotCachedError | None = None
+    for name in names:
+        try:
+            path = fetch(name)
+        except hub.NotCachedError as error:
+            unknown = unknown or error
+        else:
+            if path is not None:
+                return name, path
+    if unknown is not None:
+        raise unknown
+    return None
+
+
+def read_config(path: Path) -> AutoencoderKLConfig:
+    """The configuration in a config.json."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError("it is not a JSON object")
         return AutoencoderKLConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
-        raise LoadError(f"{folder / CONFIG}: {error}") from error
+        raise LoadError(f"{path}: {error}") from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, or of those that an index names."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    elif index.is_file():
-        names = read_index(index)
-    else:
-        raise LoadError(f"there are no weights at {folder}: no {WEIGHTS}")
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            tensors.update({_new_name(key): tensor for key, tensor in load_file(folder / name).items()})
-        except (SafetensorError, OSError) as error:
-            raise LoadError(f"{folder / name} cannot be read as safetensors") from error
-    return tensors
-
-
-def _new_name(key: str) -> str:
-    """A parameter's name as diffusers has had it since 0.17: SD 1's files still have the attention's older ones."""
-    before, _, last = key.rpartition(".")
-    step, _, old = before.rpartition(".")
-    return f"{step}.{_RENAMED[old]}.{last}" if old in _RENAMED else key
+def _read_weights(fetch: Fetch, variant: str, where: Path) -> dict[str, Tensor]:
+    """All tensors, of one file or of those that an index names; half precision only where there is no other."""
+    names = []
+    for kind in [f"{variant}"] if variant else ["", "fp16"]:
+        dot = f".{kind}" if kind else ""
+        for suffix in ("safetensors", "bin"):
+            names += [f"{STEM}{dot}.{suffix}", f"{STEM}.{suffix}.index{dot}.json"]
+    found = _first(fetch, names)
+    if found is None:
+        raise LoadError(f"there are no weights at {where}: no {names[0]}")
+    name, path = found
+    loaded: dict[str, Tensor] = {}
+    for part in read_index(path) if name.endswith(".json") else [name]:
+        part_path = fetch(part)
+        if part_path is None:
+            raise LoadError(f"there is no {part} at {where}, which {name} names")
+        with tensors.opened(part_path) as content:
+            loaded |= {key: content.get_tensor(key) for key in list(content.keys())}
+    return renamed(loaded)
 
 
 def read_index(index: Path) -> list[str]:
-    """The files that an index names."""
+    """The files that an index names, all beside it."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any("/" in name for name in names):
+            raise ValueError("it names files elsewhere")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{index} cannot be read as an index of safetensors files") from error
+        raise LoadError(f"{index} cannot be read as an index of files of tensors") from error
+    return names
 
 
-def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Path) -> None:
-    """Raise LoadError unless `tensors` has every name of `wanted`, no other, the same shapes, and real numbers."""
-    missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+def check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise LoadError unless `weights` has every name of `wanted`, no other, the same shapes, and real numbers."""
+    missing, foreign = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or foreign:
         first = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which the configuration does not"
         raise LoadError(
-            f"the weights at {where} do not fit its {CONFIG}: {len(missing)} tensors missing, "
+            f"the weights at {where} do not fit the configuration: {len(missing)} tensors missing, "
             f"{len(foreign)} too many (it {first})"
         )
     for name, tensor in wanted.items():
-        if not tensors[name].is_floating_point():
+        if not weights[name].is_floating_point():
             raise LoadError(f"the weights at {where} are not of a model: {name} holds whole numbers")
-        if tensors[name].shape != tensor.shape:
+        if weights[name].shape != tensor.shape:
             raise LoadError(
-                f"the weights at {where} do not fit its {CONFIG}: {name} has the shape "
-                f"{list(tensors[name].shape)}, not {list(tensor.shape)}"
+                f"the weights at {where} do not fit the configuration: {name} has the shape "
+                f"{list(weights[name].shape)}, not {list(tensor.shape)}"
             )
 
 
-def write(folder: Path, config: AutoencoderKLConfig, tensors: Mapping[str, Tensor]) -> None:
+def write(folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor]) -> None:
     """Write config.json and one safetensors file, which diffusers reads too."""
     folder.mkdir(parents=True, exist_ok=True)
     fields: dict[str, Any] = {"_class_name": "AutoencoderKL", **config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({name: t.contiguous() for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """What a model's weights are, whichever file they came from: a sha256 in hex.
 
     Over the parameter names in sorted order: name, NUL, shape ("64,3,3,3"), NUL, values as little-endian float32.
     """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = tensors[name].detach().to("cpu", torch.float32).contiguous()
+    for name in sorted(weights):
+        values = weights[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name}\0{','.join(map(str, values.shape))}\0".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()

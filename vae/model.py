@@ -264,25 +264,54 @@ class AutoencoderKL(nn.Module):
         return torch.cat([run(part) for part in torch.split(x, self.slice_size)])
 
     @classmethod
-    def from_config(cls, config: AutoencoderKLConfig) -> "AutoencoderKL":
-        """A model with random weights."""
-        return cls(**config)
+    def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderKL":
+        """A model with random weights. config: an AutoencoderKLConfig, or the content of a config.json."""
+        return cls(**AutoencoderKLConfig.from_dict(config))
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, subfolder: str = "", torch_dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        subfolder: str = "",
+        torch_dtype: torch.dtype | None = None,
+        variant: str = "",
+        revision: str | None = None,
     ) -> "AutoencoderKL":
-        """A trained model, ready to run: from a directory as diffusers saves it (or one with such a `vae/` in it).
+        """A trained model, ready to run: a directory as diffusers saves it, one with such a `vae/` in it, or a hub id.
 
         torch_dtype: what to convert the weights to; as they are in the file unless given.
-        Raises `vae.load.LoadError` where there is no AutoencoderKL.
+        variant: `fp16` for the weights in half precision where there are both. revision: of a hub id.
+        Raises `vae.LoadError` where there is no AutoencoderKL.
         """
-        folder = load.find(path if not subfolder else Path(path) / subfolder)
+        return cls._with(*load.directory(path, subfolder, variant, revision), path, torch_dtype)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, config: load.Settings = None, torch_dtype: torch.dtype | None = None
+    ) -> "AutoencoderKL":
+        """A trained model from one file: latent-diffusion's layout, FLUX's, or inside a full checkpoint.
+
+        path: a `.safetensors`, `.ckpt`, `.pt` or `.bin` here, or the URL of one on the hub (`.../blob/main/...`).
+        config: a preset's name (`vae.presets`), a directory with config.json, or the fields. What the tensors' shapes
+            tell need not be given; how latents are scaled no tensor tells: where the file is not known by what is
+            around the VAE or where it came from, this warns (`vae.AssumedConfigWarning`) and says what it assumed.
+        Raises `vae.LoadError` where there is no AutoencoderKL.
+        """
+        return cls._with(*load.file(path, config), path, torch_dtype)
+
+    @classmethod
+    def _with(
+        cls,
+        config: AutoencoderKLConfig,
+        weights: dict[str, Tensor],
+        where: str | Path,
+        torch_dtype: torch.dtype | None,
+    ) -> "AutoencoderKL":
+        """A model with these weights, for inference."""
         with torch.device("meta"):
-            model = cls(**load.read_config(folder))
-        tensors = load.read_tensors(folder)
-        load.check(tensors, model.state_dict(), folder)
-        model.load_state_dict(tensors, assign=True)
+            model = cls(**config)
+        load.check(weights, model.state_dict(), where)
+        model.load_state_dict(weights, assign=True)
         return model.to(torch_dtype).eval().requires_grad_(False)
 
     def save_pretrained(self, path: str | Path) -> None:

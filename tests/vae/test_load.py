@@ -136,7 +136,7 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
 
 
-MISFIT = "the weights at {folder} do not fit its config.json: "
+MISFIT = "the weights at {folder} do not fit the configuration: "
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (
         lambda folder: (folder / CONFIG).unlink(),
@@ -169,7 +169,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an index whose file is missing": (
         lambda folder: index(folder, '{"weight_map": {"a": "gone.safetensors"}}'),
-        "{folder}/gone.safetensors cannot be read as safetensors",
+        "there is no gone.safetensors at {folder}, which diffusion_pytorch_model.safetensors.index.json names",
     ),
     "a tensor missing": (
         lambda folder: rewrite(folder, encoder__conv_in__bias=None),

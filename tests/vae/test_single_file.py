@@ -1,0 +1,236 @@
+"""One set of weights in every layout that people have; and files that are none of them."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.checkpoints import AROUND, ldm
+from tests.conftest import MICRO
+from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
+from vae.load import configuration, weights_sha256
+from vae.names import renamed
+
+SMALL = AutoencoderKLConfig(
+    **{**MICRO, "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoencoderKL:
+    torch.manual_seed(3)
+    return AutoencoderKL.from_config(SMALL).eval().requires_grad_(False)
+
+
+def older(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names of attention, before 0.17."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    return {_replaced(name, names): tensor for name, tensor in weights.items()}
+
+
+def _replaced(name: str, names: Mapping[str, str]) -> str:
+    for new, old in names.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+def zero() -> Tensor:
+    """A tensor that is beside the point."""
+    return torch.zeros(2)
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "diffusers": lambda weights: dict(weights),
+    "diffusers before 0.17": older,
+    "latent-diffusion": ldm,
+    "latent-diffusion, with its discriminator": lambda weights: {
+        **ldm(weights),
+        "loss.discriminator.main.0.weight": zero(),
+        "model_ema.decay": zero(),
+    },
+    "a full checkpoint of SD": lambda weights: {**ldm(weights, "first_stage_model."), AROUND["sd"]: zero()},
+    "a full checkpoint of FLUX": lambda weights: {**ldm(weights, "vae."), AROUND["flux"]: zero()},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix"), [*((layout, ".safetensors") for layout in LAYOUTS), ("a full checkpoint of SD", ".ckpt")]
+)
+def test_the_weights_are_the_same_in_every_layout(
+    model: AutoencoderKL, layout: str, suffix: str, tmp_path: Path
+) -> None:
+    tensors = LAYOUTS[layout](model.state_dict())
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors, "global_step": 840000}, path)
+    else:
+        save_file(tensors, path)
+    loaded = AutoencoderKL.from_single_file(path, config=SMALL)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
+    assert not loaded.training
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(loaded.encode(pixels).latent_dist.mode(), model.encode(pixels).latent_dist.mode())
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_shapes_tell_how_a_model_is_built(name: str, tmp_path: Path) -> None:
+    """Of every public one: what is read off its tensors is what its configuration says."""
+    config = presets.PRESETS[name].config
+    with torch.device("meta"):
+        weights = AutoencoderKL.from_config(config).state_dict()
+    fields = single_file.shaped(renamed(ldm(weights)), tmp_path)
+    assert fields == {field: config[field] for field in single_file.SHAPED}
+
+
+def recognised(fields: Mapping[str, Any], around: list[str], repository: str = "") -> AutoencoderKLConfig:
+    return single_file.recognised({name: fields[name] for name in single_file.SHAPED}, around, repository, Path("x"))
+
+
+@pytest.mark.parametrize("family", AROUND)
+def test_a_full_checkpoint_is_known_by_what_is_around_its_vae(family: str) -> None:
+    expected = presets.PRESETS[family].config
+    around = [AROUND[family], AROUND["sdxl"]] if family == "playground-v2.5" else [AROUND[family]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert recognised(expected, around) == expected
+
+
+def test_a_file_is_known_by_the_repository_that_it_came_from() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd = recognised(presets.PRESETS["sd"].config, [], "stabilityai/sd-vae-ft-mse-original")
+        sdxl = recognised(presets.PRESETS["sd"].config, [], "stabilityai/sdxl-vae")
+    assert (sd.scaling_factor, sdxl.scaling_factor) == (0.18215, 0.13025)
+
+
+def test_constants_are_never_assumed_in_silence(model: AutoencoderKL, tmp_path: Path) -> None:
+    with pytest.warns(AssumedConfigWarning, match=r"fit sd \(scaling_factor 0.18215\), playground.*, sdxl .* assumed"):
+        assert recognised(presets.PRESETS["sd"].config, []) == presets.PRESETS["sd"].config
+    with pytest.warns(AssumedConfigWarning, match=r"fit sd3 .*0.0609\), flux \(scaling_factor 0.3611, shift_factor"):
+        recognised(presets.PRESETS["flux"].config, [])
+    wide = AutoencoderKL.from_config({**SMALL, "block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32})
+    save_file(ldm(wide.state_dict()), tmp_path / "own.safetensors")
+    with pytest.warns(AssumedConfigWarning, match="fit no preset; assumed is the default of the class"):
+        loaded = AutoencoderKL.from_single_file(tmp_path / "own.safetensors")
+    assert loaded.config.block_out_channels == (32, 32, 64, 64)
+    assert loaded.config.scaling_factor == 0.18215
+
+
+def test_a_configuration_can_be_named_in_four_ways(micro_vae: Path) -> None:
+    flux = configuration("flux")
+    assert flux is not None
+    assert (flux.scaling_factor, flux.shift_factor, flux.latent_channels) == (0.3611, 0.1159, 16)
+    assert configuration(flux) is flux
+    assert configuration({"latent_channels": 8}) == AutoencoderKLConfig(latent_channels=8)
+    assert configuration(micro_vae) == AutoencoderKL.from_pretrained(micro_vae).config
+    with pytest.raises(LoadError, match=r"fluxx is no configuration: no preset \(sd, .*\), and there is no VAE at"):
+        configuration("fluxx")
+    with pytest.raises(LoadError, match="no preset 'fluxx'; there are sd, "):
+        presets.preset("fluxx")
+
+
+class Hostile:
+    """What a pickle can do: run a command where it is read."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    torch.save({"state_dict": {"a": zero()}, "callbacks": Hostile(witness)}, tmp_path / "hostile.ckpt")
+    with pytest.raises(LoadError, match="holds more than tensors, which could run code when read"):
+        AutoencoderKL.from_single_file(tmp_path / "hostile.ckpt")
+    assert not witness.exists()
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no.safetensors": (lambda path: None, "there is no file"),
+    "text.txt": (lambda path: path.write_text("hello"), "is not a file of tensors: these end with .bin, .ckpt"),
+    "text.safetensors": (lambda path: path.write_text("hello, this is text"), "cannot be read as safetensors"),
+    "text.ckpt": (lambda path: path.write_text("hello"), "cannot be read as a file of tensors"),
+    "list.ckpt": (lambda path: torch.save([zero()], path), "it does not hold tensors by name"),
+    "numbers.pt": (lambda path: torch.save({"a": 1}, path), "it holds no tensors"),
+    "lora.safetensors": (lambda path: save_file({"lora_unet.a": zero()}, path), "there is no AutoencoderKL in"),
+    "flux2.safetensors": (
+        lambda path: save_file(
+            {"encoder.conv_in.weight": zero(), "decoder.conv_in.weight": zero(), "bn.x": zero()}, path
+        ),
+        "is not the file of an AutoencoderKL: it has bn.x",
+    ),
+    "half.safetensors": (
+        lambda path: save_file(
+            {"encoder.conv_in.weight": zero()[:, None].clone(), "decoder.conv_in.weight": zero()}, path
+        ),
+        "is not the file of an AutoencoderKL: it lacks decoder.conv_out.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_not_a_vae_is_said(name: str, tmp_path: Path) -> None:
+    make, message = FILES[name]
+    make(tmp_path / name)
+    with pytest.raises(LoadError, match=message):
+        AutoencoderKL.from_single_file(tmp_path / name)
+
+
+def test_a_configuration_that_does_not_fit_is_said(model: AutoencoderKL, tmp_path: Path) -> None:
+    save_file(ldm(model.state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match="do not fit the configuration"):
+        AutoencoderKL.from_single_file(tmp_path / "model.safetensors", config="flux")
+    with pytest.raises(LoadError, match="needs its configuration: 8 channels cannot be split"):
+        AutoencoderKL.from_single_file(tmp_path / "model.safetensors")
+
+
+def test_a_url_that_is_not_the_hubs_is_for_others_to_fetch() -> None:
+    with pytest.raises(LoadError, match="neither a file here nor one on the hub; fetch it first"):
+        AutoencoderKL.from_single_file("s3://bucket/model.safetensors")
+
+
+def test_pickles_are_not_read_by_a_torch_that_cannot_do_it_safely(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.save({"a": zero()}, tmp_path / "a.ckpt")
+    assert unpickle.tensors_of(str(tmp_path / "a.ckpt")).keys() == {"a"}
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ValueError, match=r"torch 2.9.1\+cpu cannot read pickles safely; 2.10 can"):
+        unpickle.tensors_of(str(tmp_path / "a.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_whole_sd_checkpoint_is_the_same_model_in_each_layout(tmp_path: Path) -> None:
+    """335 MB of random weights: every layout, every container, once through all of the way."""
+    torch.manual_seed(6)
+    original = AutoencoderKL.from_config(presets.PRESETS["sd"].config).eval().requires_grad_(False)
+    weights = original.state_dict()
+    size = sum(tensor.numel() * 4 for tensor in weights.values())
+    assert round(size / 1e6) == 335
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = original.encode(pixels).latent_dist.mode(), weights_sha256(weights)
+
+    def is_original(model: AutoencoderKL) -> bool:
+        latent = model.encode(pixels).latent_dist.mode()
+        return torch.equal(latent, expected[0]) and weights_sha256(model.state_dict()) == expected[1]
+
+    original.save_pretrained(tmp_path / "pipeline/vae")
+    assert is_original(AutoencoderKL.from_pretrained(tmp_path / "pipeline"))
+    (tmp_path / "pipeline/vae/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pipeline/vae/diffusion_pytorch_model.bin")
+    assert is_original(AutoencoderKL.from_pretrained(tmp_path / "pipeline"))
+    file = tmp_path / "one.safetensors"
+    for layout in LAYOUTS.values():
+        tensors = layout(dict(weights))
+        save_file(tensors, file)
+        assert is_original(AutoencoderKL.from_single_file(file, config="sd"))
+    torch.save({"state_dict": ldm(weights, "first_stage_model.")}, tmp_path / "one.ckpt")
+    assert is_original(AutoencoderKL.from_single_file(tmp_path / "one.ckpt", config="sd"))

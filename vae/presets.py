@@ -1,0 +1,108 @@
+"""The public AutoencoderKLs by name: their configurations, and where the numbers stand.
+
+They are needed where only tensors are: a single file holds no scaling factor (`vae.single_file`). A model's directory
+has its own config.json, and nothing here is asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vae.config import AutoencoderKLConfig
+from vae.errors import LoadError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A family's configuration.
+
+    source: where its numbers stand. repositories: on the hub, whose single files it is of.
+    marks: tensors outside the VAE that only the family's full checkpoints have (beginnings of names).
+    """
+
+    config: AutoencoderKLConfig
+    source: str
+    repositories: Sequence[str] = ()
+    marks: Sequence[str] = ()
+
+
+def _config(**fields: Any) -> AutoencoderKLConfig:
+    """Four levels, factor 8, two layers each: what all of them share unless said."""
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    return AutoencoderKLConfig(**{**levels, **fields})
+
+
+def _without_quant(**fields: Any) -> AutoencoderKLConfig:
+    """SD 3 and what followed: 16 channels, no convolution between encoder, latent and decoder."""
+    return _config(latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False, **fields)
+
+
+_COGVIEW = {"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "mid_block_add_attention": False}
+
+PRESETS: dict[str, Preset] = {
+    "sd": Preset(
+        config=_config(sample_size=512),  # 0.18215, the class's default, which ft-mse's config.json leaves to it
+        source="vae/config.json of stable-diffusion-v1-4, v1-5 and 2-1-base; config.json of sd-vae-ft-mse and -ema",
+        repositories=("stabilityai/sd-vae-ft-mse-original", "stabilityai/sd-vae-ft-ema-original"),
+        marks=("cond_stage_model.transformer.", "cond_stage_model.model."),
+    ),
+    "playground-v2.5": Preset(
+        config=_config(
+            sample_size=1024,
+            scaling_factor=0.5,
+            latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+            latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+        ),
+        source="vae/config.json of playgroundai/playground-v2.5-1024px-aesthetic",
+        repositories=("playgroundai/playground-v2.5-1024px-aesthetic",),
+        marks=("edm_mean", "edm_std"),
+    ),
+    "sdxl": Preset(
+        config=_config(sample_size=1024, scaling_factor=0.13025),
+        source="config.json of stabilityai/sdxl-vae, vae/config.json of stable-diffusion-xl-base-1.0",
+        repositories=("stabilityai/sdxl-vae", "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/sdxl-turbo"),
+        marks=("conditioner.embedders.",),
+    ),
+    "sdxl-fp16-fix": Preset(
+        config=_config(sample_size=512, scaling_factor=0.13025, force_upcast=False),
+        source="config.json of madebyollin/sdxl-vae-fp16-fix",
+        repositories=("madebyollin/sdxl-vae-fp16-fix",),
+    ),
+    "auraflow": Preset(
+        config=_config(sample_size=1024, scaling_factor=0.13025),
+        source="vae/config.json of fal/AuraFlow (the SDXL VAE)",
+        marks=("model.double_layers.", "double_layers."),
+    ),
+    "sd3": Preset(
+        config=_without_quant(scaling_factor=1.5305, shift_factor=0.0609),
+        source="diffusers' conversion script of SD 3; vae/config.json of stable-diffusion-3-medium and -3.5",
+        repositories=("stabilityai/stable-diffusion-3-medium", "stabilityai/stable-diffusion-3.5-large"),
+        marks=("model.diffusion_model.joint_blocks.", "joint_blocks."),
+    ),
+    "flux": Preset(
+        config=_without_quant(scaling_factor=0.3611, shift_factor=0.1159),
+        source="vae/config.json of FLUX.1-dev, -schnell and Z-Image; diffusers' conversion script of FLUX",
+        repositories=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+        marks=("model.diffusion_model.double_blocks.", "double_blocks."),
+    ),
+    "cogview3-plus": Preset(
+        config=_without_quant(scaling_factor=1.0, **_COGVIEW),
+        source="diffusers' conversion script of CogView3-Plus",
+    ),
+    "cogview4": Preset(
+        config=_without_quant(scaling_factor=1.0, shift_factor=0.0, **_COGVIEW),
+        source="diffusers' conversion script of CogView4",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name. Raises LoadError, with all names, where there is none."""
+    if name not in PRESETS:
+        raise LoadError(f"there is no preset '{name}'; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
