@@ -72,8 +72,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
 
 def matching_vae(ref: str, cache: Cache) -> Vae:
     """The VAE that `ref` names. Raises VaeError where its weights are not those that made the cache."""
-    with storage.fetched_vae(ref, cache.folder.options) as local:
-        vae = load_vae(local, ref)
+    vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
     if vae.sha256 != cache.content["identity"]["weights"]:
         raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
     return vae

@@ -21,6 +21,7 @@ from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run, versions
 from pipeline.storage import Folder
+from vae.load import is_single_file
 from vae.scaling import scaling_of
 
 
@@ -73,8 +74,9 @@ def main(argv: Sequence[str]) -> int:
     standing = identity.read(cache)
     if standing is not None:
         options = settings.adopt(options, given, standing["identity"])
-    with storage.fetched_vae(options.vae, cache.options) as local:
-        vae = load_vae(local, options.vae)
+    if options.vae_config and not is_single_file(options.vae):
+        raise UsageError(f"--vae-config is for single files: {options.vae} has a config.json of its own")
+    vae = load_vae(options.vae, cache.options, options.vae_config or (standing and standing["vae"]["config"]))
     settings.check(options, vae)
     shards, columns = look_at_sources(options, cache)
     with place(options) as where:

@@ -55,7 +55,17 @@ class EncodeOptions(Common):
         True,
     )
     to: str = option(REQUIRED, "where the cache is, or is to be", "CACHE")
-    vae: str = option(REQUIRED, "a directory or URL as diffusers saves it (or one with a vae/ in it), or 'demo'", "REF")
+    vae: str = option(
+        REQUIRED,
+        "a directory as diffusers saves it (or one with a vae/ in it), a single file (.safetensors, .ckpt), the URL of "
+        "either, a hub id, or 'demo'",
+        "REF",
+    )
+    vae_config: str = option(
+        "",
+        "of a single file, which does not say how its latents are scaled: sd, sdxl, flux, ... or a directory",
+        "NAME",
+    )
     resolution: int = option(512, "pixels a side: the short side is resized to it, then the middle is cut out", "PX")
     buckets: int = option(
         0, "instead: sizes of many shapes, each of about this area's side squared; 0: squares only", "PX"

@@ -14,6 +14,8 @@ from pipeline.identity import Identity
 from pipeline.layout import Columns, Layout
 from pipeline.transform import Transform
 
+CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
 
 def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
     """The options, those that the user left open taken from the identity of the cache that is there."""
@@ -99,16 +101,16 @@ def describe(
     )
     if standing is not None:
         note_columns(identity.layout_of(standing).columns, columns)
+        note_constants(standing["vae"], vae)
         return {**standing, "identity": wanted.to_dict()}
     config = vae.config.to_dict()
-    constants = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     compute = where.compute(precision, options.slice_size, options.batch_size)
     return {
         "format": identity.FORMAT,
         "identity": wanted.to_dict(),
         "identity_sha256": wanted.sha256,
         "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
-        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in constants}},
+        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in CONSTANTS}},
         "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
         "columns": columns.to_dict(),
     }
@@ -124,6 +126,16 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: Place) -> str:
         )
         return "fp32"
     return options.precision
+
+
+def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
+    """Say where the cache scales latents by other constants than the VAE's configuration has now: its own stay."""
+    offered = vae.config.to_dict()
+    for name in CONSTANTS:
+        if standing[name] != offered[name]:
+            say(
+                f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"
+            )
 
 
 def note_columns(standing: Columns, offered: Columns) -> None:

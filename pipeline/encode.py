@@ -4,23 +4,29 @@ A slice always has the one static shape of its bucket; the last one is padded. S
 neighbours nor on its place (bit for bit on a CPU), and a compiled or benchmarked kernel is chosen once a bucket.
 """
 
+import os
+import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import storage
 from pipeline.draws import seed_of
 from pipeline.errors import Rejected, VaeError
 from pipeline.records import Picture, Store
-from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
+from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
 from vae.fast import keep_freed_memory, quicken
-from vae.load import weights_sha256
+from vae.load import Settings, is_single_file, weights_sha256
 from vae.posterior import DiagonalGaussianDistribution
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+VAE_FILES = re.compile(r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json))")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,14 +54,28 @@ class Vae:
     sha256: str
 
 
-def load_vae(path: str, ref: str | None = None) -> Vae:
-    """Load and hash the model at `path`: a directory as diffusers saves it, or `demo`. ref: what the user called it.
+def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: Settings = None) -> Vae:
+    """Load and hash the model that `ref` names: a directory as diffusers saves it, a hub id, a single file, or `demo`.
 
-    Raises VaeError where there is none.
+    options: for the storage behind a URL. config: of a single file, which does not say how its latents are scaled.
+    Raises VaeError where there is no model, and where its configuration would have to be assumed.
     """
-    ref = ref or path
+    if hub.parse(ref):  # the hub's own library fetches it, and keeps it
+        return _load(ref, ref, config)
+    with storage.fetched(ref, options or {}, VAE_FILES) as local:
+        return _load(local, ref, config)
+
+
+def _load(path: str, ref: str, config: Settings) -> Vae:
     try:
-        model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
+        if is_single_file(path) and not os.path.isdir(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", AssumedConfigWarning)
+                model = AutoencoderKL.from_single_file(path, config, torch_dtype=torch.float32)
+        else:
+            model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
+    except AssumedConfigWarning as doubt:
+        raise VaeError(str(doubt).replace(path, ref).replace("config= says", "--vae-config says")) from doubt
     except (LoadError, OSError) as error:
         raise VaeError(str(error).replace(path, ref)) from error
     tensors = model.state_dict()

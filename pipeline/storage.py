@@ -34,7 +34,6 @@ ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipa
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
-VAE_FILES = re.compile(r"(vae/)?(config\.json|[^/]*\.safetensors|[^/]*\.safetensors\.index\.json)")
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
 
@@ -133,26 +132,29 @@ def beside(tar: str) -> str:
 
 
 @contextmanager
-def fetched_vae(ref: str, options: Mapping[str, Any]) -> Iterator[str]:
-    """A local directory with the model that a URL names: its own, or a temporary one with config and weights."""
+def fetched(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iterator[str]:
+    """A local path for what `ref` names: its own, or where it is a URL, a temporary copy of the file or directory.
+
+    Of a directory only those files are copied whose names in it are `wanted`.
+    """
     if "://" not in ref:
         yield ref
         return
-    with tempfile.TemporaryDirectory(prefix="latentmill-vae-") as local:
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as local:
         with naming(ref, "read"):
-            _fetch(ref, options, local)
-        yield local
-
-
-def _fetch(ref: str, options: Mapping[str, Any], local: str) -> None:
-    """Copy config and weights of the model at `ref` to a local directory."""
-    fs, root = connect(ref, options)
-    root = root.rstrip("/")
-    for path in fs.find(root):
-        below = path[len(root) + 1 :]
-        if VAE_FILES.fullmatch(below):
-            os.makedirs(parent(f"{local}/{below}"), exist_ok=True)
-            fs.get_file(path, f"{local}/{below}")
+            fs, root = connect(ref, options)
+            root = root.rstrip("/")
+            if fs.isfile(root):
+                copy = f"{local}/{root.rpartition('/')[2]}"
+                fs.get_file(root, copy)
+            else:
+                copy = local
+                for path in fs.find(root):
+                    below = path[len(root) + 1 :]
+                    if wanted.fullmatch(below):
+                        os.makedirs(parent(f"{local}/{below}"), exist_ok=True)
+                        fs.get_file(path, f"{local}/{below}")
+        yield copy
 
 
 def etag_of(info: Mapping[str, Any]) -> str:

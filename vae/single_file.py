@@ -102,7 +102,7 @@ def recognised(fields: Mapping[str, Any], around: Iterable[str], repository: str
     choices = ", ".join(f"{name} ({scaling(one.config)})" for name, one in fitting.items()) or "no preset"
     warnings.warn(
         f"{path} does not say how its latents are scaled. Its shapes fit {choices}; assumed is "
-        f"{next(iter(fitting), 'the default of the class')} ({scaling(taken)}). Say which it is",
+        f"{next(iter(fitting), 'the default of the class')} ({scaling(taken)}); config= says which it is",
         AssumedConfigWarning,
         stacklevel=4,
     )
