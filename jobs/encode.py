@@ -38,7 +38,7 @@ class Totals:
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
-        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "bytes")
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "again", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
     @property
@@ -163,7 +163,7 @@ def encode_units(
     totals: Totals,
 ) -> list[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
-    compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size)
+    compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
     job = EncodeJob(
         cache=cache,
@@ -278,6 +278,8 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mappi
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    if counts["again"]:
+        lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
     if counts["rows"]:
         spent = dataclasses.asdict(totals.seconds)
         shares = ", ".join(f"{stage} {seconds / sum(spent.values()):.0%}" for stage, seconds in spent.items())

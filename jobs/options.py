@@ -94,6 +94,7 @@ class EncodeOptions(Common):
     )
     batch_size: int = option(0, "pictures handed to the device at once; 0: one slice", "N")
     slice_size: int = option(0, "pictures the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
+    compile: bool = option(False, "run the encoder through torch.compile: slow to start, for long jobs on GPUs")
     tile_above: int = option(
         0, "encode pictures with a longer side in tiles of this many pixels: less memory, other numbers; 0: never", "PX"
     )

@@ -38,7 +38,7 @@ class Place:
             self._device = self._inline_device() if self.is_inline else self._cluster_device()
         return self._device
 
-    def compute(self, precision: str, slice_size: int = 0, batch_size: int = 0) -> Compute:
+    def compute(self, precision: str, slice_size: int = 0, batch_size: int = 0, compiled: bool = False) -> Compute:
         """How replicas run here; 0 stands for the default."""
         slices = slice_size or (CPU_SLICE if self.device == "cpu" else GPU_SLICE)
         if batch_size % slices:
@@ -49,6 +49,7 @@ class Place:
             slice_size=slices,
             batch_size=batch_size or slices,
             threads=self.options.cpus_per_worker,
+            compile=compiled,
         )
 
     def start(self, job: Job, vae: Vae, tasks: int, stop: threading.Event) -> Engine:

@@ -14,6 +14,7 @@ from pipeline.identity import Identity
 from pipeline.layout import Columns, Layout
 from pipeline.transform import Transform
 
+COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
 CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -104,12 +105,12 @@ def describe(
         note_constants(standing["vae"], vae)
         return {**standing, "identity": wanted.to_dict()}
     config = vae.config.to_dict()
-    compute = where.compute(precision, options.slice_size, options.batch_size)
+    compute = where.compute(precision, options.slice_size, options.batch_size, options.compile)
     return {
         "format": identity.FORMAT,
         "identity": wanted.to_dict(),
         "identity_sha256": wanted.sha256,
-        "compute": {"device": compute.device, "threads": compute.threads, "slice_size": compute.slice_size},
+        "compute": {name: value for name, value in dataclasses.asdict(compute).items() if name in COMPUTE},
         "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in CONSTANTS}},
         "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
         "columns": columns.to_dict(),

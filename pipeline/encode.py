@@ -21,7 +21,7 @@ from pipeline.draws import seed_of
 from pipeline.errors import Rejected, VaeError
 from pipeline.records import Picture, Store
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
-from vae.fast import keep_freed_memory, quicken
+from vae.fast import compile_encoder, keep_freed_memory, quicken
 from vae.load import Settings, is_single_file, weights_sha256
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -32,13 +32,17 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute:
-    """How a replica runs. threads: intra-op threads on a CPU. batch_size: a multiple of slice_size."""
+    """How a replica runs. threads: intra-op threads on a CPU. batch_size: a multiple of slice_size.
+
+    compile: run the encoder through torch.compile, once for each shape.
+    """
 
     device: str
     precision: str
     slice_size: int
     batch_size: int
     threads: int
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +100,25 @@ def build_model(vae: Vae, compute: Compute, tile_above: int | None = None) -> Au
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if (compute.device, compute.precision) == ("cpu", "fp32"):
+    if compute.compile:
+        compile_encoder(model)
+    elif (compute.device, compute.precision) == ("cpu", "fp32"):
         quicken(model)
     if tile_above:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of a batch, in its order: latents as they are stored, raw and on the CPU, [C, H/f, W/f] each.
+
+    again: how many of them overflowed in half precision and were made again in float32.
+    """
+
+    latents: Sequence[Tensor | Rejected]
+    again: int
 
 
 class Replica:
@@ -120,7 +137,7 @@ class Replica:
         seed: int = 0,
         tile_above: int | None = None,
     ) -> None:
-        self.compute = compute
+        self.compute = compute  # its slices become smaller where memory does not suffice
         self.dtype = DTYPES[dtype]
         self.store = store
         self.seed = seed
@@ -131,18 +148,40 @@ class Replica:
         self._vae = vae
         self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
 
-    def encode(self, batch: Sequence[Picture], shard: str = "") -> list[Tensor | Rejected]:
-        """Latents of a batch of one bucket, as they are stored: [C, H/f, W/f] each, raw, on the CPU; [2C, ...] moments.
+    def encode(self, batch: Sequence[Picture], shard: str = "") -> Encoded:
+        """The latents of a batch of one bucket; [2C, H/f, W/f] each where moments are stored.
 
         A latent that is not finite is made again in float32; one that still is not is a Rejected instead.
+        Raises VaeError where the device's memory does not suffice for a single picture.
         """
         with self.lock:
-            latents = self._run(self.model, batch, shard)
+            latents: list[Tensor | Rejected] = list(self._run_in_memory(batch, shard))
             self.pictures += len(batch)
-            return [
-                latent if bool(latent.isfinite().all()) else self._again(picture, shard)
-                for picture, latent in zip(batch, latents, strict=True)
-            ]
+            again = 0
+            for index, picture in enumerate(batch):
+                if not bool(latents[index].isfinite().all()):  # type: ignore[union-attr]
+                    latents[index] = self._again(picture, shard)
+                    again += isinstance(latents[index], Tensor)
+            return Encoded(latents, again)
+
+    def _run_in_memory(self, batch: Sequence[Picture], shard: str) -> Tensor:
+        """Run the model, in slices half as large each time that memory does not suffice: from then on for all."""
+        while True:
+            try:
+                return self._run(self.model, batch, shard)
+            except RuntimeError as error:
+                size = self.compute.slice_size
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    height, width = batch[0].bucket
+                    raise VaeError(
+                        f"out of memory on {self.compute.device}, encoding a single picture of {height}x{width} "
+                        "pixels; --tile-above encodes it in tiles"
+                    ) from error
+            self.compute = replace(self.compute, slice_size=size // 2)
+            if self.compute.device == "cuda":
+                torch.cuda.empty_cache()
 
     def _run(self, model: AutoencoderKL, pictures: Sequence[Picture], shard: str) -> Tensor:
         size = self.compute.slice_size
@@ -177,6 +216,11 @@ class Replica:
             if bool(latent.isfinite().all()):
                 return latent
         return Rejected("encode", "not_finite")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def to_model(pixels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -119,6 +119,7 @@ class Filled:
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
+    again: int = 0
 
     @property
     def samples(self) -> int:
@@ -149,12 +150,13 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     job, clock = tools.job, Clock()
     samples = Peekable(watched(read(unit, job), tools.stop, clock))
     standing: list[Standing] = []
-    adopted = behind = 0
+    adopted = behind = again = 0
     for number in itertools.count():
         part = commit.find(job.cache, unit, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
+            again += filled.again
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows, job.layout)
@@ -163,8 +165,8 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         standing.append(part)
         if part.record.last:
             break
-    commit.finish(job.cache, unit, standing, run_facts(job, clock.seconds))
-    return summed(unit, standing, adopted, clock.seconds)
+    commit.finish(job.cache, unit, standing, run_facts(tools, clock.seconds))
+    return summed(unit, standing, adopted, again, clock.seconds)
 
 
 def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
@@ -232,8 +234,9 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
     )
     for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
         with clock.stage("encode"):
-            latents = tools.replica.encode(batch, unit.path)
-        for picture, latent in zip(batch, latents, strict=True):
+            encoded = tools.replica.encode(batch, unit.path)
+        filled.again += encoded.again
+        for picture, latent in zip(batch, encoded.latents, strict=True):
             if isinstance(latent, Rejected):
                 filled.rejects.append(Reject.of(picture.position, picture.key, latent))
             else:
@@ -309,17 +312,17 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
     )
 
 
-def run_facts(job: EncodeJob, seconds: Seconds) -> dict[str, object]:
+def run_facts(tools: Tools, seconds: Seconds) -> dict[str, object]:
     """What `_commits` keeps of a unit that does not follow from its parts."""
     return {
         "seconds": asdict(seconds),
-        "compute": asdict(job.compute),
-        "versions": dict(job.versions),
-        "run": job.run,
+        "compute": asdict(tools.replica.compute),
+        "versions": dict(tools.job.versions),
+        "run": tools.job.run,
     }
 
 
-def summed(unit: Unit, standing: list[Standing], adopted: int, seconds: Seconds) -> UnitReport:
+def summed(unit: Unit, standing: list[Standing], adopted: int, again: int, seconds: Seconds) -> UnitReport:
     """What the driver is told of a finished unit."""
     records = [part.record for part in standing]
     return UnitReport(
@@ -331,6 +334,7 @@ def summed(unit: Unit, standing: list[Standing], adopted: int, seconds: Seconds)
         rejects=Counter(reject.reason for record in records for reject in record.rejects),
         parts=len(standing),
         adopted=adopted,
+        again=again,
         bytes=sum(part.bytes for part in standing),
         seconds=seconds,
     )

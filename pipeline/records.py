@@ -227,7 +227,10 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitReport:
-    """What a finished unit tells the driver: counts, never pixels. `adopted` parts stood there already."""
+    """What a finished unit tells the driver: counts, never pixels.
+
+    adopted: parts that stood there already. again: pictures that overflowed and were encoded again in float32.
+    """
 
     unit: str
     samples: int = 0
@@ -237,5 +240,6 @@ class UnitReport:
     rejects: Mapping[str, int] = field(default_factory=dict)
     parts: int = 0
     adopted: int = 0
+    again: int = 0
     bytes: int = 0
     seconds: Seconds = field(default_factory=Seconds)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jobs.cli import VERBS
 from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, StatusOptions, flag, make_parser
 from pipeline.layout import Layout
 from pipeline.write_parquet import schema_of
+from vae.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +81,29 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def presets_table() -> str:
+    """The rows of docs/models.md's table of presets."""
+    rows = []
+    for name, preset in PRESETS.items():
+        config = preset.config
+        means = f"{list(config.latents_mean)}, {list(config.latents_std or [])}" if config.latents_mean else ""
+        shift = "" if config.shift_factor is None else config.shift_factor
+        facts = (config.latent_channels, config.scaling_factor, shift, means, config.force_upcast, preset.source)
+        rows.append(f"| `{name}` | " + " | ".join(map(str, facts)) + " |\n")
+    return "".join(rows)
+
+
+def test_the_page_of_models_has_every_preset() -> None:
+    assert presets_table() in (ROOT / "docs/models.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_page_of_models_runs() -> None:
+    (block,) = blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
 
 
 def test_the_format_page_names_every_column() -> None:

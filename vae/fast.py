@@ -3,11 +3,13 @@
 import ctypes
 import sys
 
+import torch
 from torch import nn
 
 from vae.winograd import WinogradConv2d
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+SHAPES = 64  # that are compiled, before torch gives up: a set of buckets has some thirty
 _LARGE = (1 << 30, 32 << 20)  # the C library caps the second on some machines
 
 
@@ -27,6 +29,16 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(any(mallopt(what, size) for size in _LARGE) for what in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+
+
+def compile_encoder(model: nn.Module) -> None:
+    """Run a model's encoder through torch.compile from now on: compiled once for each shape of batch that comes.
+
+    What is compiled stays in torch's cache on disk, so that of the replicas on one machine only the first one waits.
+    On CPUs `quicken` is the faster choice (docs/benchmarks.md); the two do not go together.
+    """
+    torch._dynamo.config.recompile_limit = SHAPES
+    model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
 def quicken(model: nn.Module) -> None:

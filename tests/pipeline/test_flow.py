@@ -17,7 +17,7 @@ import torch
 from pipeline import commit, plan, stats, write_parquet
 from pipeline.cache import to_tensor
 from pipeline.encode import Compute, Replica, Vae, load_vae
-from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped
+from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import EncodeJob, Encoder
 from pipeline.layout import Layout
 from pipeline.listing import list_shards
@@ -349,17 +349,95 @@ class TestOverflow:
         )
 
     def test_a_latent_that_its_dtype_cannot_hold_is_rejected(self, vae: Vae) -> None:
-        (latent,) = self.replica(vae, "fp32", 1e7).encode([self.picture()])
+        (latent,) = self.replica(vae, "fp32", 1e7).encode([self.picture()]).latents
         assert isinstance(latent, Rejected)
         assert (latent.stage, latent.reason) == ("encode", "not_finite")
 
     def test_what_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
         half, exact = self.replica(vae, "fp16", 1e7), self.replica(vae, "fp32", 1e7)
         exact.dtype = torch.float32
-        (latent,), (expected,) = half.encode([self.picture()]), exact.encode([self.picture()])
+        encoded = half.encode([self.picture()])
+        assert encoded.again == 1
+        (latent,), (expected,) = encoded.latents, exact.encode([self.picture()]).latents
         assert isinstance(latent, torch.Tensor)
         assert isinstance(expected, torch.Tensor)
         assert torch.equal(latent, expected)
+
+
+class TestMemory:
+    """A device whose memory does not suffice."""
+
+    def replica(self, vae: Vae, monkeypatch: pytest.MonkeyPatch, room: int) -> tuple[Replica, list[int]]:
+        """A replica that has memory for slices of `room`, and the sizes of those that it tried."""
+        compute = Compute(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
+        replica, tried = Replica(vae, compute, "float32"), []
+        encode = replica.model.encode
+
+        def limited(x: torch.Tensor) -> object:
+            tried.append(len(x))
+            if len(x) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(x)
+
+        monkeypatch.setattr(replica.model, "encode", limited)
+        return replica, tried
+
+    def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        replica, tried = self.replica(vae, monkeypatch, room=1)
+        batch = [TestOverflow().picture()] * 4
+        first = replica.encode(batch).latents
+        assert tried == [4, 2, 1, 1, 1, 1]
+        assert replica.compute.slice_size == 1
+        again = replica.encode(batch).latents
+        assert tried[6:] == [1, 1, 1, 1]
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
+
+    def test_a_single_picture_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        replica, _ = self.replica(vae, monkeypatch, room=0)
+        with pytest.raises(VaeError, match="out of memory on cpu, encoding a single picture of 64x64 pixels; --tile"):
+            replica.encode([TestOverflow().picture()])
+
+    def test_other_errors_are_not_taken_for_it(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        replica, _ = self.replica(vae, monkeypatch, room=4)
+        monkeypatch.setattr(replica.model, "encode", lambda x: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError, match=r"expected|size|shape"):
+            replica.encode([TestOverflow().picture()] * 4)
+        assert replica.compute.slice_size == 4
+
+    def test_the_smaller_slices_are_recorded(
+        self, worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = worker(tmp_path / "c")
+        replica = encoder.tools.replica
+        replica.compute = dataclasses.replace(replica.compute, slice_size=8, batch_size=8)
+        encode = replica.model.encode
+
+        def limited(x: torch.Tensor) -> object:
+            if len(x) > 2:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+            return encode(x)
+
+        monkeypatch.setattr(replica.model, "encode", limited)
+        encoder.run(unit)
+        (done,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_commits").iterdir())
+        assert done["compute"]["slice_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch, in torch
+def test_a_compiled_encoder_gives_the_same_latents(vae: Vae) -> None:
+    """Within rounding; each shape is compiled once."""
+    plain, compiled = (
+        Replica(
+            vae, Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=way), "float32"
+        )
+        for way in (False, True)
+    )
+    picture = TestOverflow().picture()
+    tall = dataclasses.replace(picture, pixels=picture.pixels.repeat(1, 2, 1))
+    for each in (picture, tall, picture):
+        (expected,), (found,) = plain.encode([each]).latents, compiled.encode([each]).latents
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_statistics_are_numpys_and_the_digest_is_the_shells(

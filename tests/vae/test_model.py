@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import MICRO
 from vae import AutoencoderKL, DiagonalGaussianDistribution
+from vae.blocks import group_norm
 from vae.scaling import Scaling, scaling_of
 from vae.train import HELD_OUT, TRAINED_ON, negative_elbo, photograph, psnr
 
@@ -249,3 +250,15 @@ def test_dtype_and_device_are_those_of_the_weights(model: AutoencoderKL, dtype: 
     assert (other.dtype, other.device) == (dtype, torch.device("cpu"))
     assert other(noise(1).to(dtype)).sample.dtype == dtype
     assert AutoencoderKL.from_config(model.config).to("meta").device == torch.device("meta")
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_group_norm_takes_its_statistics_in_float32(dtype: torch.dtype, steps: float) -> None:
+    """65,536 values of mean 10 and deviation 1 a group: summed up in half precision, neither would be near."""
+    norm = group_norm(32, 8).to(dtype)
+    x = (torch.randn(1, 32, 128, 128, generator=torch.Generator().manual_seed(0)) + 10).to(dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            found = norm(x.contiguous(memory_format=layout)).float()
+        exact = torch.nn.functional.group_norm(x.double(), 8, eps=norm.eps)
+        assert ((found - exact).abs() <= 4 * steps * exact.abs().clamp(min=1)).all()
