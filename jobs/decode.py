@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
-from jobs.options import DecodeOptions, parse, storage_options
+from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
 from pipeline import commit, identity, listing, plan, stats, storage
@@ -54,6 +54,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             image_column=cache.content["identity"]["image_column"],
             key_column=cache.content["identity"]["key_column"],
             tile_above=cache.content["identity"]["tile_above"],
+            limits=limits_of(options.input_limit),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
         )

@@ -10,7 +10,7 @@ from typing import Any
 from jobs import settings
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
-from jobs.options import EncodeOptions, as_record, parse, storage_options
+from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from pipeline import commit, identity, listing, plan, report, runs, stats, storage, survey
@@ -177,6 +177,7 @@ def encode_units(
         seed=content["identity"]["seed"],
         rows_per_part=content["identity"]["rows_per_part"],
         tile_above=content["identity"]["tile_above"],
+        limits=limits_of(options.input_limit),
         compute=compute,
         open_threads=options.cpus_per_worker,
         run=run.name,

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.errors import UsageError
+from pipeline.limits import Limits
 from pipeline.records import Container, Crop, Flip, Interpolation, Store
 
 
@@ -40,6 +41,9 @@ class Common:
     address: str = option("", "the Ray cluster to use; unset: RAY_ADDRESS, else a local Ray", "HOST:PORT")
     storage_option: tuple[str, ...] = option(
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
+    )
+    input_limit: tuple[str, ...] = option(
+        (), f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)", "NAME=N"
     )
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
 
@@ -295,6 +299,21 @@ def storage_options(given: Sequence[str]) -> dict[str, Any]:
         else:
             options[key] = value
     return options
+
+
+def limits_of(given: Sequence[str]) -> Limits:
+    """`--input-limit NAME=N` pairs, over the defaults. Raises UsageError."""
+    numbers: dict[str, int] = {}
+    for pair in given:
+        name, _, value = pair.partition("=")
+        if name not in Limits.__dataclass_fields__:
+            raise UsageError(
+                f"--input-limit {pair}: there is no limit '{name}'{nearest(name, list(Limits.__dataclass_fields__))}"
+            )
+        if not value.isdigit() or not int(value):
+            raise UsageError(f"--input-limit {pair}: it must be {name}=N, a whole number above 0")
+        numbers[name] = int(value)
+    return Limits(**numbers)
 
 
 def as_record(options: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ LatentmillError            one line for the user: what happened, where, what to 
 |   `-- IdentityError      the cache was made with other settings
 |-- CacheError             a folder that is not a cache, or a broken one; exit code 1
 |-- StorageError           a file that could not be listed, read or written; exit code 1
-|-- ShardError             a shard that cannot be read to its end; its unit fails
+|-- ShardError             a shard that cannot be read; its unit fails
+|   `-- DamagedError       it can be read up to a damage, where it is rejected from there on
 `-- JobError               work was left undone; exit code 1
 Stopped                    a signal asked us to stop; exit code 130 or 143
 Rejected                   this one sample cannot be encoded; becomes a row of _rejects/
@@ -23,7 +24,10 @@ REASONS: dict[str, str] = {
     "duplicate_key": "another picture of the shard has this key",
     "no_key": "the key column has no value in this row",
     "picture_elsewhere": "the row has the path of a picture, not its bytes",
+    "bad_key": "the key is empty or longer than {} bytes, has control characters, or is a path that leads elsewhere",
     "bad_text": "the {} is not UTF-8 text",
+    "text_too_long": "the {} has more than {} bytes",
+    "rest_of_shard": "from here on the shard is damaged, and its samples cannot be counted",
     "empty": "the picture has no bytes",
     "too_many_bytes": "the picture has {} bytes, the limit is {}",
     "too_many_pixels": "the picture is {} x {} pixels, the limit is {} in all and {} a side",
@@ -67,7 +71,11 @@ class StorageError(LatentmillError):
 
 
 class ShardError(LatentmillError):
-    """A shard cannot be read to its end."""
+    """A shard cannot be read, or not as the job asks for."""
+
+
+class DamagedError(ShardError):
+    """A shard cannot be read to its end: its bytes are damaged, or cut off."""
 
 
 class JobError(LatentmillError):

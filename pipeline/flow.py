@@ -22,6 +22,7 @@ from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
+from pipeline.limits import Limits
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
 from pipeline.read_parquet import read_beside, read_parquet
@@ -53,6 +54,8 @@ class Reading(Protocol):
     def image_column(self) -> str | None: ...
     @property
     def key_column(self) -> str | None: ...
+    @property
+    def limits(self) -> Limits: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,7 @@ class EncodeJob:
     key_column: str | None
     rows_per_part: int
     tile_above: int | None
+    limits: Limits
     compute: Compute
     open_threads: int
     run: str
@@ -175,7 +179,7 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
     if unit.kind == "tar":
         beside = read_beside_tar(unit, job)
         with storage.open_stream(unit.url, options, unit) as stream:
-            for sample in read_tar(stream, unit.url, columns.texts):
+            for sample in read_tar(stream, unit.url, columns.texts, job.limits):
                 if isinstance(sample, Sample) and sample.key in beside:
                     sample = replace(sample, columns={**beside[sample.key], **sample.columns})
                 yield sample
@@ -183,13 +187,14 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
         with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
             part = unit.range or (0, 1)
             yield from read_parquet(
-                stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema
+                stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema, job.limits
             )
     elif unit.kind == "folder":
         yield from read_folder(
             unit.paths,
-            lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, pixels.MAX_BYTES),
+            lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, job.limits.picture_bytes),
             columns.texts,
+            job.limits,
         )
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
@@ -228,7 +233,7 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
     job = tools.job
     opened = in_order(
         tools.pool,
-        lambda sample: open_sample(unit, sample, job.transform),
+        lambda sample: open_sample(unit, sample, job.transform, job.limits),
         samples,
         window=job.compute.batch_size + 2 * job.open_threads,
     )
@@ -260,17 +265,19 @@ def pictures(
             filled.filtered += 1
 
 
-def open_sample(unit: Unit, sample: Sample | Reject, transform: Transform) -> tuple[Picture | Reject | Filtered, float]:
+def open_sample(
+    unit: Unit, sample: Sample | Reject, transform: Transform, limits: Limits
+) -> tuple[Picture | Reject | Filtered, float]:
     """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
     start = time.perf_counter()
-    return _open(unit, sample, transform), time.perf_counter() - start
+    return _open(unit, sample, transform, limits), time.perf_counter() - start
 
 
-def _open(unit: Unit, sample: Sample | Reject, transform: Transform) -> Picture | Reject | Filtered:
+def _open(unit: Unit, sample: Sample | Reject, transform: Transform, limits: Limits) -> Picture | Reject | Filtered:
     if isinstance(sample, Reject):
         return sample
     try:
-        rgb = pixels.open_pixels(sample.image)
+        rgb = pixels.open_pixels(sample.image, limits)
     except Rejected as why:
         return Reject.of(sample.position, sample.key, why)
     height, width = rgb.shape[:2]

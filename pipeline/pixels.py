@@ -13,17 +13,14 @@ Size and number of pixels are checked before anything is decompressed.
 
 import io
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import Rejected
+from pipeline.limits import DEFAULT, Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_BYTES = 64 << 20
-MAX_PIXELS = 100_000_000
-MAX_SIDE = 65_535
 
 # Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
 Image.MAX_IMAGE_PIXELS = None
@@ -43,24 +40,15 @@ _UPRIGHT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a picture may be at most; more is a reject."""
-
-    bytes: int = MAX_BYTES
-    pixels: int = MAX_PIXELS
-    side: int = MAX_SIDE
-
-
-def open_pixels(data: bytes, limits: Limits = Limits()) -> np.ndarray:
+def open_pixels(data: bytes, limits: Limits = DEFAULT) -> np.ndarray:
     """An encoded picture as RGB uint8 [H, W, 3].
 
     Raises Rejected (stage "open") for what cannot be opened: it depends on the bytes alone.
     """
     if not data:
         raise Rejected("open", "empty")
-    if len(data) > limits.bytes:
-        raise Rejected("open", "too_many_bytes", len(data), limits.bytes)
+    if len(data) > limits.picture_bytes:
+        raise Rejected("open", "too_many_bytes", len(data), limits.picture_bytes)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.errors import Rejected
+from pipeline.limits import DEFAULT, Limits, check_key, check_text
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 
 
@@ -15,18 +16,22 @@ def folder_key(path: str) -> str:
 
 
 def read_folder(
-    paths: tuple[str, ...], read: Callable[[str], bytes | None], texts: Sequence[str] = TEXT_EXTENSIONS
+    paths: tuple[str, ...],
+    read: Callable[[str], bytes | None],
+    texts: Sequence[str] = TEXT_EXTENSIONS,
+    limits: Limits = DEFAULT,
 ) -> Iterator[Sample | Reject]:
     """The pictures at `paths` (from the root's own name on), in that order.
 
     read: the content of a file, by its path below the root; None where there is no such file.
     texts: extensions of the files beside a picture that come along as columns.
-    Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_text`.
+    Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_key`, `bad_text`, `text_too_long`.
     """
     seen: set[str] = set()
     for position, path in enumerate(paths):
         key, below = folder_key(path), path.split("/", 1)[1]
         try:
+            check_key(key, limits)
             if key in seen:
                 raise Rejected("read", "duplicate_key")
             seen.add(key)
@@ -34,13 +39,7 @@ def read_folder(
             if image is None:
                 raise Rejected("read", "no_picture")
             stem = below[: len(below) - len(PurePosixPath(below).suffix)]
-            yield Sample(position, key, image, {name: _text(read(f"{stem}.{name}"), name) for name in texts})
+            beside = {name: check_text(read(f"{stem}.{name}"), name, limits) for name in texts}
+            yield Sample(position, key, image, beside)
         except Rejected as why:
-            yield Reject.of(position, key, why)
-
-
-def _text(data: bytes | None, name: str) -> str | None:
-    try:
-        return None if data is None else data.decode()
-    except UnicodeDecodeError:
-        raise Rejected("read", "bad_text", name) from None
+            yield Reject.of(position, key[: limits.key_bytes], why)

@@ -12,27 +12,29 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import Rejected, ShardError
+from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.layout import passed_name, source_name
+from pipeline.limits import DEFAULT, Limits, check_key
 from pipeline.records import Reject, Sample
 
 ROWS_AT_ONCE = 16
 READ_AT_ONCE = 4 << 20  # bytes of one column
-MAX_FOOTER = 64 << 20
 KEY = "key"  # of img2dataset's metadata
 _PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "bytes")  # where several columns are binary
 
 
 @contextmanager
-def opened(stream: BinaryIO, url: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises ShardError, which names the URL, where it or what is read of it is damaged."""
+def opened(stream: BinaryIO, url: str, limits: Limits = DEFAULT) -> Iterator[pq.ParquetFile]:
+    """A Parquet file. Raises DamagedError, which names the URL, where it or what is read of it is damaged."""
     try:
         stream.seek(-8, 2)
         end = stream.read(8)
         if end[4:] != b"PAR1":
-            raise ShardError(f"{url} is not a Parquet file, or is cut off: it has no end mark")
-        if int.from_bytes(end[:4], "little") > MAX_FOOTER:
-            raise ShardError(f"{url} has a footer of more than {MAX_FOOTER >> 20} MiB: that is more than is read")
+            raise DamagedError(f"{url} is not a Parquet file, or is cut off: it has no end mark")
+        if int.from_bytes(end[:4], "little") > limits.footer_bytes:
+            raise DamagedError(
+                f"{url} has a footer of more than {limits.footer_bytes} bytes: that is more than is read"
+            )
         stream.seek(0)
         file = pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
         for name, count in Counter(file.schema_arrow.names).items():
@@ -41,7 +43,7 @@ def opened(stream: BinaryIO, url: str) -> Iterator[pq.ParquetFile]:
         yield file
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ShardError(f"{url} cannot be read as Parquet: {reason}") from error
+        raise DamagedError(f"{url} cannot be read as Parquet: {reason}") from error
 
 
 def picture_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
@@ -98,16 +100,17 @@ def read_parquet(
     image_column: str | None,
     key_column: str | None,
     wanted: pa.Schema,
+    limits: Limits = DEFAULT,
 ) -> Iterator[Sample | Reject]:
     """The samples of range k of n of a Parquet file, in the order of its rows.
 
     size: of the file, in bytes. image_column: None for the only one there is.
     key_column: None for the number of the row in the file.
     wanted: the columns that come along, as the cache names and types them; those that are not there are left out.
-    Rejects (stage "read"): `no_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`.
-    Raises ShardError where the file is damaged, or a column has another type than the cache's.
+    Rejects (stage "read"): `no_key`, `bad_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`.
+    Raises DamagedError where the file is damaged, ShardError where a column has another type than the cache's.
     """
-    with opened(stream, url) as file:
+    with opened(stream, url, limits) as file:
         schema = file.schema_arrow
         pictures = picture_column(schema, image_column, url)
         if key_column is not None and key_column not in schema.names:
@@ -121,12 +124,13 @@ def read_parquet(
             try:
                 if key is None and key_column is not None:
                     raise Rejected("read", "no_key")
+                check_key(name, limits)
                 if name in seen:
                     raise Rejected("read", "duplicate_key")
                 seen.add(name)
                 yield Sample(position, name, _bytes(picture), columns)
             except Rejected as why:
-                yield Reject.of(position, name, why)
+                yield Reject.of(position, name[: limits.key_bytes], why)
 
 
 def row_groups(metadata: Any, part: tuple[int, int], size: int) -> list[int]:
@@ -162,7 +166,7 @@ def _rows(
                 yield first + count + index, keys[index], batch.column(pictures)[index].as_py(), columns
             count += len(batch)
         if count != file.metadata.row_group(group).num_rows:
-            raise ShardError(f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise")
+            raise DamagedError(f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise")
 
 
 def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[str]:

@@ -19,6 +19,7 @@ from pipeline.cache import read_rows, to_tensor
 from pipeline.encode import Compute, Vae, build_model
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.layout import Layout
+from pipeline.limits import Limits
 from pipeline.records import Picture, Sample, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
@@ -79,6 +80,7 @@ class RenderJob:
     image_column: str | None
     key_column: str | None
     tile_above: int | None
+    limits: Limits
     compute: Compute
     with_source: bool
 
@@ -173,7 +175,7 @@ def find_originals(
         try:
             for sample in flow.read(unit, job):
                 if sample.key in missing and isinstance(sample, Sample):
-                    picture, _ = flow.open_sample(unit, sample, job.transform)
+                    picture, _ = flow.open_sample(unit, sample, job.transform, job.limits)
                     if isinstance(picture, Picture):
                         found[name, sample.key] = picture.pixels.permute(1, 2, 0).numpy()
                     missing.discard(sample.key)

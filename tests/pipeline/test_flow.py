@@ -20,6 +20,7 @@ from pipeline.encode import Compute, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import EncodeJob, Encoder
 from pipeline.layout import Layout
+from pipeline.limits import Limits
 from pipeline.listing import list_shards
 from pipeline.records import Picture, Record, Unit
 from pipeline.storage import Folder
@@ -51,6 +52,7 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "key_column": None,
             "rows_per_part": 4,
             "tile_above": None,
+            "limits": Limits(),
             "compute": CPU,
             "open_threads": 1,
             "run": "a run",

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from pipeline.errors import REASONS, Rejected
-from pipeline.pixels import Limits, open_pixels
+from pipeline.limits import Limits
+from pipeline.pixels import open_pixels
 from tests.conftest import encoded, smooth
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # PNG's colour types
@@ -244,8 +245,8 @@ def test_other_formats_are_no_pictures(kind: str) -> None:
 
 def test_a_limit_can_be_met_but_not_passed() -> None:
     data = encoded(smooth(5, 30, 40), "PNG")
-    assert open_pixels(data, Limits(bytes=len(data), pixels=1200, side=40)).shape == (30, 40, 3)
-    why = rejected(data, Limits(bytes=len(data) - 1))
+    assert open_pixels(data, Limits(picture_bytes=len(data), pixels=1200, side=40)).shape == (30, 40, 3)
+    why = rejected(data, Limits(picture_bytes=len(data) - 1))
     assert why.detail == f"the picture has {len(data)} bytes, the limit is {len(data) - 1}"
     why = rejected(data, Limits(pixels=1199, side=50))
     assert why.detail == "the picture is 40 x 30 pixels, the limit is 1199 in all and 50 a side"

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from pipeline import read_tar
-from pipeline.errors import ShardError
+from pipeline.errors import DamagedError, ShardError
+from pipeline.limits import Limits
 from pipeline.read_folder import folder_key, read_folder
 from pipeline.records import Reject, Sample
 from tests.conftest import img2dataset_members, write_tar
@@ -112,10 +113,42 @@ def test_a_damaged_header_is_named(place: int) -> None:
             read(bytes(whole))
 
 
-def test_a_member_that_is_too_large_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_tar, "MAX_MEMBER", 1000)
-    with pytest.raises(ShardError, match="a member of 1001 bytes at byte 0"):
-        read(tar({"a.jpg": b"x" * 1001}))
+def test_what_is_too_large_is_a_reject_and_the_rest_is_read() -> None:
+    members = {"a.jpg": b"x" * 1001, "b.jpg": b"y", "b.txt": b"z" * 101, "b.mp4": b"v" * 5000, "c.jpg": b"w"}
+    stream = io.BytesIO(tar(members))
+    limits = Limits(picture_bytes=1000, text_bytes=100)
+    items = list(read_tar.read_tar(stream, "s.tar", limits=limits))
+    assert [outcome(item)[2] for item in items] == ["too_many_bytes", "text_too_long", b"w"]
+    assert [item.detail for item in items if isinstance(item, Reject)] == [
+        "the picture has 1001 bytes, the limit is 1000",
+        "the txt has more than 100 bytes",
+    ]
+
+
+def test_a_shard_has_a_limit_of_members() -> None:
+    with pytest.raises(ShardError, match="more than 2 members; --input-limit members=N reads more"):
+        list(read_tar.read_tar(io.BytesIO(tar(dict.fromkeys("abc", b""))), "s.tar", limits=Limits(members=2)))
+
+
+def test_a_header_of_a_name_has_a_limit() -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(tarfile.TarInfo("x" * 3000 + ".jpg"))
+    with pytest.raises(DamagedError, match=r"a header of 3... bytes at byte 0: that is more than is read"):
+        list(read_tar.read_tar(io.BytesIO(sink.getvalue()), "s.tar", limits=Limits(header_bytes=2000)))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\nb", "a\x7f", "", "k" * 513, "\u00e9" * 257])
+def test_keys_that_could_lead_astray_are_rejected(name: str) -> None:
+    (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
+    assert outcome(item)[2] == "bad_key"
+    assert len(item.key) <= 512
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a/b..c/d", "k" * 512, "a b", "%2E", "\u732b"])
+def test_keys_may_have_folders_and_any_letters(name: str) -> None:
+    (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
+    assert outcome(item) == (0, name, b"x")
 
 
 def test_a_stream_may_give_less_than_was_asked_for() -> None:

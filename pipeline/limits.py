@@ -1,0 +1,61 @@
+"""What an input may be at most. More is a reject or a failed unit, never a process without memory.
+
+Each can be set by `--input-limit NAME=N`. No number is part of a cache's identity: what is kept out is recorded as
+rejected, and `retry` takes it up under other limits.
+"""
+
+import re
+from dataclasses import dataclass
+
+from pipeline.errors import Rejected
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The numbers; bytes unless said.
+
+    picture_bytes: of an encoded picture. pixels, side: of a picture once it is open; checked before it is.
+    text_bytes: of a caption, or of the metadata beside a picture. key_bytes: of a key.
+    members: files in a tar. header_bytes: of one extended header of a tar. footer_bytes: of a Parquet file's footer.
+    seconds, memory: for one picture, where it is opened by a process of its own because another one died.
+    """
+
+    picture_bytes: int = 64 << 20
+    pixels: int = 100_000_000
+    side: int = 65_535
+    text_bytes: int = 1 << 20
+    key_bytes: int = 512
+    members: int = 1_000_000
+    header_bytes: int = 1 << 20
+    footer_bytes: int = 64 << 20
+    seconds: int = 20
+    memory: int = 2 << 30
+
+
+DEFAULT = Limits()
+
+
+def check_key(key: str, limits: Limits) -> None:
+    """Raise Rejected for a key that could lead a reader of the cache astray: it names members of tars, and files."""
+    if (
+        not key
+        or len(key.encode(errors="replace")) > limits.key_bytes
+        or _CONTROL.search(key)
+        or key.startswith("/")
+        or ".." in key.split("/")
+    ):
+        raise Rejected("read", "bad_key", limits.key_bytes)
+
+
+def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:
+    """The text in a file beside a picture; None of None. Raises Rejected where it is too long, or none."""
+    if data is None:
+        return None
+    if len(data) > limits.text_bytes:
+        raise Rejected("read", "text_too_long", name, limits.text_bytes)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise Rejected("read", "bad_text", name) from None
