@@ -27,7 +27,8 @@ A first try, with the model that ships with latentmill:
   latentmill decode latents/ --to previews/
 
 `latentmill VERB --help` lists a verb's options. Exit codes: 0 done; 1 failed; 2 wrong usage;
-3 done, but more rejected than --max-reject-rate; 130 and 143 stopped by a signal, the cache is whole."""
+3 done, but more rejected than --max-reject-rate, or a shard is damaged; 130 and 143 stopped by a signal, the cache is
+whole."""
 
 
 def main(argv: Sequence[str]) -> int:

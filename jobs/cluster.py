@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
+from pipeline.records import Attempt
 
 FAILED_STARTS = 3  # in a row, by their own fault, and the job ends
 LOST_STARTS = 20  # the same, with their nodes
@@ -139,22 +140,27 @@ class Actor:
     def pictures(self) -> int:
         return self.worker.pictures
 
-    def run(self, task: Any) -> Done:
+    def run(self, task: Any, attempt: Attempt) -> Done:
         try:
-            return Done(task, self.worker.run(task), None)
+            return Done(task, self.worker.run(task, attempt), None)
         except Exception as error:  # whatever it was, the driver decides what becomes of the task
             return Done(task, None, error_line(error))
 
 
 @dataclass(slots=True, eq=False)
 class Remote:
-    """What the driver knows of an actor: the calls under way, and how far it has come."""
+    """What the driver knows of an actor: the calls under way, and how far it has come.
+
+    alone: what it does now is tried carefully, and nothing beside it. moved: when it was last seen to get on.
+    """
 
     actor: Any
     starting: Any
     tasks: dict[Any, Any] = field(default_factory=dict)
+    alone: bool = False
     asked: Any = None
     pictures: int = 0
+    moved: float = 0.0
 
 
 class RayEngine:
@@ -162,10 +168,14 @@ class RayEngine:
 
     grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
     would be used, and nodes that join are.
+    patience: seconds without a picture or the end of a task after which an actor with tasks is taken for hung.
     """
 
-    def __init__(self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int, grows: bool = False) -> None:
+    def __init__(
+        self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int, patience: float, grows: bool = False
+    ) -> None:
         self.grows = grows
+        self.patience = patience
         self.inputs = (ray.put(job), ray.put(vae))
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.replicas = [self._start() for _ in range(workers)]
@@ -179,7 +189,8 @@ class RayEngine:
 
     @property
     def slots(self) -> int:
-        return IN_FLIGHT * sum(replica.starting is None for replica in self.replicas)
+        running = [replica for replica in self.replicas if replica.starting is None]
+        return sum(len(replica.tasks) if replica.alone else IN_FLIGHT for replica in running)
 
     @property
     def pictures(self) -> int:
@@ -196,11 +207,16 @@ class RayEngine:
         each = " and ".join(f"{count:g} {name}" for name, count in wanted)
         return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
 
-    def submit(self, task: Any) -> None:
-        """Give the task to the replica with the fewest."""
-        running = [replica for replica in self.replicas if replica.starting is None]
-        replica = min(running, key=lambda replica: len(replica.tasks))
-        replica.tasks[replica.actor.run.remote(task)] = task
+    def submit(self, task: Any, attempt: Attempt) -> bool:
+        """Give the task to the replica with the fewest; a careful attempt only to one that has none."""
+        most = 1 if attempt.careful else IN_FLIGHT
+        free = [r for r in self.replicas if r.starting is None and not r.alone and len(r.tasks) < most]
+        if not free:
+            return False
+        replica = min(free, key=lambda replica: len(replica.tasks))
+        replica.tasks[replica.actor.run.remote(task, attempt)] = task
+        replica.alone, replica.moved = attempt.careful, time.monotonic()
+        return True
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
@@ -238,12 +254,17 @@ class RayEngine:
             for ref in [ref for ref in replica.tasks if ref in ready]:
                 self.ended.append(ray.get(ref))
                 del replica.tasks[ref]
+                replica.alone, replica.moved = False, time.monotonic()
             if replica.starting is None:
                 self._ask(replica)
+                if replica.tasks and time.monotonic() - replica.moved > self.patience:
+                    self._replace(replica, f"it stood still for {self.patience:g} s")
         except RayTaskError as error:  # the actor lives: this is a mistake of ours, and would come again
             raise JobError(f"a worker failed: {_cause(error)}") from error
         except RayError as error:
-            self._replace(replica, error)
+            if replica.starting is not None:
+                self._count_failed_start(error)
+            self._replace(replica, _cause(error))
 
     def _ask(self, replica: Remote) -> None:
         """Keep one question for the count of pictures under way."""
@@ -251,16 +272,19 @@ class RayEngine:
             answered, _ = ray.wait([replica.asked], timeout=0)
             if not answered:
                 return
-            replica.pictures = ray.get(replica.asked)
+            pictures = ray.get(replica.asked)
+            if pictures != replica.pictures:
+                replica.pictures, replica.moved = pictures, time.monotonic()
         replica.asked = replica.actor.pictures.remote()
 
-    def _replace(self, replica: Remote, error: RayError) -> None:
-        if replica.starting is not None:
-            self.failed_starts += 1
-            own_fault = "creation task" in str(error)
-            if self.failed_starts >= (FAILED_STARTS if own_fault else LOST_STARTS):
-                raise JobError(f"workers cannot start: {_cause(error)}")
-        reason = f"its worker was lost ({_cause(error)})"
+    def _count_failed_start(self, error: RayError) -> None:
+        self.failed_starts += 1
+        own_fault = "creation task" in str(error)
+        if self.failed_starts >= (FAILED_STARTS if own_fault else LOST_STARTS):
+            raise JobError(f"workers cannot start: {_cause(error)}")
+
+    def _replace(self, replica: Remote, why: str) -> None:
+        reason = f"its worker was lost ({why})"
         self.ended += [Done(task, None, reason, lost=True) for task in replica.tasks.values()]
         self.lost_pictures += replica.pictures
         ray.kill(replica.actor)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pipeline.encode import Vae
 from pipeline.errors import LatentmillError, Stopped
+from pipeline.records import Attempt
 
 TRIES = 3
 LOSSES = 10  # of the worker under a task: nodes are preempted again and again, but a task may also kill them
@@ -30,7 +31,7 @@ class Task(Protocol):
 class Worker(Protocol):
     """A replica with all that it needs. `run` may be called from several threads."""
 
-    def run(self, task: Any) -> Any: ...
+    def run(self, task: Any, attempt: Attempt) -> Any: ...
 
     @property
     def pictures(self) -> int:
@@ -68,7 +69,9 @@ class Engine(Protocol):
         """What the engine waits for before it can run anything, in a few words; empty where it can."""
         ...
 
-    def submit(self, task: Any) -> None: ...
+    def submit(self, task: Any, attempt: Attempt) -> bool:
+        """Start a task. False where there is no place for it now: a careful attempt is alone with its worker."""
+        ...
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         """Tasks that ended, after at most `seconds`. waiting: how many tasks have no slot yet."""
@@ -148,7 +151,11 @@ def drive(
         signals.check()
         ready = ready or (time.perf_counter() if engine.slots else 0.0)
         while queue and under_way < engine.slots:
-            engine.submit(queue.popleft())
+            name = queue[0].name
+            attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
+            if not engine.submit(queue[0], attempt):
+                break
+            queue.popleft()
             under_way += 1
         for done in engine.wait(1.0, len(queue)):
             under_way -= 1

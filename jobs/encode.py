@@ -190,6 +190,8 @@ def encode_units(
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
+        if done.damage:
+            say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
         meter.task_done(sizes[done.unit], done.rows, sum(done.rejects.values()))
 
     def on_tick() -> None:
@@ -235,9 +237,11 @@ def finish(cache: Folder, content: Mapping[str, Any], vae: Vae, weak: bool) -> d
 
 
 def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
-    """0 done, 1 work left undone, 3 more rejected than `--max-reject-rate`."""
+    """0 done, 1 work left undone, 3 more rejected than `--max-reject-rate`, or what cannot be counted."""
     if failures:
         return 1
+    if "rest_of_shard" in written["rejected"]:
+        return 3
     rejected = sum(written["rejected"].values())
     samples = written["count"] + written["filtered"] + rejected
     return 3 if samples and rejected / samples > max_reject_rate else 0

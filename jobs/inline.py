@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.drive import IN_FLIGHT, Done, Job, error_line
 from pipeline.encode import Vae
+from pipeline.records import Attempt
 
 
 class InlineEngine:
@@ -21,14 +22,15 @@ class InlineEngine:
 
     @property
     def slots(self) -> int:
-        return IN_FLIGHT
+        return IN_FLIGHT  # whole processes do not die here: nothing is ever tried carefully
 
     @property
     def pictures(self) -> int:
         return self.worker.pictures
 
-    def submit(self, task: Any) -> None:
-        self.running[self.pool.submit(self.worker.run, task)] = task
+    def submit(self, task: Any, attempt: Attempt) -> bool:
+        self.running[self.pool.submit(self.worker.run, task, attempt)] = task
+        return True
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)

@@ -64,7 +64,9 @@ class Place:
         workers = self.workers or max(1, min(room, tasks))
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
         grows = self.workers is None and cluster.can_grow(self.options.address)
-        return self._closing(cluster.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker, grows))
+        return self._closing(
+            cluster.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker, self.options.patience, grows)
+        )
 
     def _closing(self, engine: Engine) -> Engine:
         self._stack.callback(engine.close)

@@ -33,6 +33,7 @@ REASONS: dict[str, str] = {
     "too_many_pixels": "the picture is {} x {} pixels, the limit is {} in all and {} a side",
     "not_a_picture": "the bytes are of no picture format that is read",
     "corrupt": "the picture is damaged or cut off",
+    "unsafe": "opening the picture ended its process, or took more than {} s or {} bytes of memory",
     "unsupported_mode": "the picture's pixels are of a kind that has no rule",
     "not_finite": "the latent is not finite, in float32 either",
 }
@@ -93,4 +94,5 @@ class Rejected(Exception):
         super().__init__(reason)
         self.stage = stage
         self.reason = reason
+        self.numbers = numbers
         self.detail = REASONS[reason].format(*numbers)

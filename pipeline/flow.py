@@ -10,16 +10,19 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+
 from pipeline import commit, pixels, storage, tally
 from pipeline.batches import batches
+from pipeline.careful import Opener
 from pipeline.encode import Compute, Replica, Vae
-from pipeline.errors import Rejected, ShardError, Stopped
+from pipeline.errors import DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits
@@ -28,6 +31,8 @@ from pipeline.read_folder import read_folder
 from pipeline.read_parquet import read_beside, read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.records import (
+    FIRST,
+    Attempt,
     Filtered,
     Picture,
     Record,
@@ -99,6 +104,8 @@ class Tools:
     replica: Replica
     pool: ThreadPoolExecutor
     stop: threading.Event
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels
+    to_the_damage: bool = False
 
 
 class Encoder:
@@ -107,8 +114,17 @@ class Encoder:
     def __init__(self, tools: Tools) -> None:
         self.tools = tools
 
-    def run(self, unit: Unit) -> UnitReport:
-        return process(unit, self.tools)
+    def run(self, unit: Unit, attempt: Attempt = FIRST) -> UnitReport:
+        """Do what is missing of a unit.
+
+        A careful attempt has the pictures opened by a process of its own: one of them may have ended a worker. The last
+        one takes a damaged shard as far as it can be read, and rejects the rest.
+        """
+        tools = replace(self.tools, to_the_damage=attempt.last)
+        if not attempt.careful:
+            return process(unit, tools)
+        with Opener(tools.job.limits) as opener:
+            return process(unit, replace(tools, open_pixels=opener.open_pixels))
 
     @property
     def pictures(self) -> int:
@@ -152,7 +168,9 @@ class Clock:
 def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
-    samples = Peekable(watched(read(unit, job), tools.stop, clock))
+    damage: list[str] = []
+    reading = to_the_damage(read(unit, job), damage) if tools.to_the_damage else read(unit, job)
+    samples = Peekable(watched(reading, tools.stop, clock))
     standing: list[Standing] = []
     adopted = behind = again = 0
     for number in itertools.count():
@@ -170,7 +188,8 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         if part.record.last:
             break
     commit.finish(job.cache, unit, standing, run_facts(tools, clock.seconds))
-    return summed(unit, standing, adopted, again, clock.seconds)
+    report = summed(unit, standing, adopted, clock.seconds)
+    return replace(report, again=again, damage="".join(damage))
 
 
 def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
@@ -198,6 +217,21 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
         )
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
+
+
+def to_the_damage(samples: Iterator[Sample | Reject], damage: list[str]) -> Iterator[Sample | Reject]:
+    """The same samples; where the shard is damaged, one reject in place of all that cannot be read or counted.
+
+    damage: the error is put in there.
+    """
+    position = 0
+    try:
+        for sample in samples:
+            position = sample.position + 1
+            yield sample
+    except DamagedError as error:
+        damage.append(str(error))
+        yield Reject.of(position, "", Rejected("read", "rest_of_shard"))
 
 
 def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
@@ -233,7 +267,7 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
     job = tools.job
     opened = in_order(
         tools.pool,
-        lambda sample: open_sample(unit, sample, job.transform, job.limits),
+        lambda sample: open_sample(unit, sample, job.transform, job.limits, tools.open_pixels),
         samples,
         window=job.compute.batch_size + 2 * job.open_threads,
     )
@@ -266,18 +300,28 @@ def pictures(
 
 
 def open_sample(
-    unit: Unit, sample: Sample | Reject, transform: Transform, limits: Limits
+    unit: Unit,
+    sample: Sample | Reject,
+    transform: Transform,
+    limits: Limits,
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels,
 ) -> tuple[Picture | Reject | Filtered, float]:
     """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
     start = time.perf_counter()
-    return _open(unit, sample, transform, limits), time.perf_counter() - start
+    return _open(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
 
 
-def _open(unit: Unit, sample: Sample | Reject, transform: Transform, limits: Limits) -> Picture | Reject | Filtered:
+def _open(
+    unit: Unit,
+    sample: Sample | Reject,
+    transform: Transform,
+    limits: Limits,
+    open_pixels: Callable[[bytes, Limits], np.ndarray],
+) -> Picture | Reject | Filtered:
     if isinstance(sample, Reject):
         return sample
     try:
-        rgb = pixels.open_pixels(sample.image, limits)
+        rgb = open_pixels(sample.image, limits)
     except Rejected as why:
         return Reject.of(sample.position, sample.key, why)
     height, width = rgb.shape[:2]
@@ -329,7 +373,7 @@ def run_facts(tools: Tools, seconds: Seconds) -> dict[str, object]:
     }
 
 
-def summed(unit: Unit, standing: list[Standing], adopted: int, again: int, seconds: Seconds) -> UnitReport:
+def summed(unit: Unit, standing: list[Standing], adopted: int, seconds: Seconds) -> UnitReport:
     """What the driver is told of a finished unit."""
     records = [part.record for part in standing]
     return UnitReport(
@@ -341,7 +385,6 @@ def summed(unit: Unit, standing: list[Standing], adopted: int, again: int, secon
         rejects=Counter(reject.reason for record in records for reject in record.rejects),
         parts=len(standing),
         adopted=adopted,
-        again=again,
         bytes=sum(part.bytes for part in standing),
         seconds=seconds,
     )

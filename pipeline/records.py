@@ -89,6 +89,20 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known of a task that is tried again.
+
+    careful: a worker died under it, perhaps of one of its pictures. last: no further one follows where this one fails.
+    """
+
+    careful: bool = False
+    last: bool = False
+
+
+FIRST = Attempt()
+
+
+@dataclass(frozen=True, slots=True)
 class Filtered:
     """A sample that the settings leave out (`--min-size`)."""
 
@@ -230,6 +244,7 @@ class UnitReport:
     """What a finished unit tells the driver: counts, never pixels.
 
     adopted: parts that stood there already. again: pictures that overflowed and were encoded again in float32.
+    damage: what is wrong with the shard, where its rest was rejected.
     """
 
     unit: str
@@ -242,4 +257,5 @@ class UnitReport:
     adopted: int = 0
     again: int = 0
     bytes: int = 0
+    damage: str = ""
     seconds: Seconds = field(default_factory=Seconds)

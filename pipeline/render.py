@@ -20,7 +20,7 @@ from pipeline.encode import Compute, Vae, build_model
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.layout import Layout
 from pipeline.limits import Limits
-from pipeline.records import Picture, Sample, Unit
+from pipeline.records import FIRST, Attempt, Picture, Sample, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from vae import AutoencoderKL
@@ -99,7 +99,7 @@ class Renderer:
         self.lock = threading.Lock()
         self.pictures = 0
 
-    def run(self, task: RenderTask) -> RenderReport:
+    def run(self, task: RenderTask, attempt: Attempt = FIRST) -> RenderReport:
         return render(task, self)
 
     def decode(self, row: Mapping[str, Any]) -> np.ndarray:

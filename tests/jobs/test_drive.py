@@ -7,6 +7,7 @@ import pytest
 
 from jobs.drive import Done, Signals, drive, error_line
 from pipeline.errors import ShardError, Stopped
+from pipeline.records import Attempt
 
 
 @dataclass
@@ -25,12 +26,15 @@ class Scripted:
     waiting_for: str = ""
     running: list[Task] = field(default_factory=list)
     started: Counter[str] = field(default_factory=Counter)
+    attempts: list[tuple[str, Attempt]] = field(default_factory=list)
     most: int = 0
 
-    def submit(self, task: Task) -> None:
+    def submit(self, task: Task, attempt: Attempt) -> bool:
         self.started[task.name] += 1
         self.running.append(task)
+        self.attempts.append((task.name, attempt))
         self.most = max(self.most, len(self.running))
+        return True
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         task = self.running.pop(0)
@@ -64,6 +68,30 @@ def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> Non
     engine = Scripted({"1": 9, "2": 99}, lost=True)
     assert run(engine, 4) == (["0", "1", "3"], ["2"])
     assert engine.started == {"0": 1, "1": 10, "2": 10, "3": 1}
+
+
+def test_a_task_that_lost_its_worker_is_tried_carefully_and_one_that_failed_twice_for_the_last_time() -> None:
+    failing, losing = Scripted({"0": 2}), Scripted({"0": 2}, lost=True)
+    run(failing, 1)
+    run(losing, 1)
+    assert [attempt for _, attempt in failing.attempts] == [Attempt(), Attempt(), Attempt(last=True)]
+    assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
+
+
+def test_a_task_that_finds_no_place_is_offered_again() -> None:
+    @dataclass
+    class Full(Scripted):
+        refusals: int = 3
+
+        def submit(self, task: Task, attempt: Attempt) -> bool:
+            if self.running and self.refusals:
+                self.refusals -= 1
+                return False
+            return super().submit(task, attempt)
+
+    engine = Full({})
+    assert run(engine, 5) == ([str(n) for n in range(5)], [])
+    assert engine.refusals == 0
 
 
 def test_a_signal_stops_the_loop() -> None:

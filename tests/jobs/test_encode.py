@@ -334,15 +334,25 @@ class TestRefusals:
         result = latentmill("encode", photos, "--to", "memory://c", "--vae", micro_vae, "--resolution", 64)
         self.refused(result, 2, "works with --workers 0 only")
 
-    def test_a_damaged_shard_fails_the_job_and_the_rest_is_done(self, encode: Command, tmp_path: Path) -> None:
-        write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2))
-        write_tar(tmp_path / "s/1.tar", img2dataset_members(2, 2))
+    def test_what_follows_the_damage_of_a_shard_is_one_reject_and_the_exit_code_says_so(
+        self, encode: Command, tmp_path: Path
+    ) -> None:
+        write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 30))
+        write_tar(tmp_path / "s/1.tar", img2dataset_members(30, 30))
         whole = (tmp_path / "s/1.tar").read_bytes()
-        (tmp_path / "s/1.tar").write_bytes(whole[:5000])
-        code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-        assert code == 1
-        assert len(all_rows(tmp_path / "c")) == 2
-        assert re.search(r"failed: unit 1-\w+: .*1.tar is cut off at byte 5000", err)
+        cut = len(whole) // 2
+        (tmp_path / "s/1.tar").write_bytes(whole[:cut])
+        code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--rows-per-part", 4)
+        rows = len(all_rows(tmp_path / "c"))
+        assert code == 3
+        assert 40 < rows < 50
+        assert f"damaged: {tmp_path}/s/1.tar is cut off at byte {cut}: it has no end mark; what could be read" in err
+        assert "rejected   1: 1 rest_of_shard" in out
+        (reject,) = (
+            json.loads(line) for path in tmp_path.glob("c/_rejects/*") for line in path.read_text().splitlines()
+        )
+        assert (reject["shard"], reject["position"], reject["key"]) == ("s/1.tar", rows - 30, "")
+        assert encode(tmp_path / "s", "--to", tmp_path / "c")[0] == 3, "nor does it the second time"
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,55 @@
+"""Pictures that end or hang the process that opens them: they are rejected by name, and all else is done."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import img2dataset_members, write_tar
+
+ROOT = Path(__file__).parents[2]
+SABOTAGE = Path(__file__).parent / "sabotage"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Three tars of ten samples; two of them have a picture that is not to be opened."""
+    for number, bad in enumerate((None, b"ABORT", b"SLEEP")):
+        members = img2dataset_members(10 * number, 10)
+        if bad:
+            members[f"{10 * number + 4:09d}.jpg"] += bad
+        write_tar(tmp_path / f"s/{number}.tar", members)
+    return tmp_path / "s"
+
+
+def encode(source: Path, cache: Path, vae: Path) -> tuple[int, str]:
+    argv = [source, "--to", cache, "--vae", vae, "--resolution", 64, "--workers", 2]
+    argv += ["--patience", 10, "--input-limit", "seconds=3", "--json"]
+    job = subprocess.run(
+        [sys.executable, "-m", "jobs.encode", *map(str, argv)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SABOTAGE, ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return job.returncode, job.stdout + job.stderr
+
+
+@pytest.mark.timeout(300)
+def test_they_are_rejected_by_name_and_all_else_is_done(
+    latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    code, out = encode(source, tmp_path / "c", micro_vae)
+    assert code == 3, out  # two of thirty are more than 5%
+    rejects = [json.loads(line) for path in tmp_path.glob("c/_rejects/*") for line in path.read_text().splitlines()]
+    assert sorted((reject["shard"], reject["key"], reject["reason"]) for reject in rejects) == [
+        ("s/1.tar", "000000014", "unsafe"),
+        ("s/2.tar", "000000024", "unsafe"),
+    ]
+    assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 28
