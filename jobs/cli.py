@@ -10,6 +10,8 @@ from pipeline.errors import UsageError
 VERBS = {
     "encode": "encode pictures into a cache of latents; the same command again does only what is missing",
     "decode": "render previews from a cache: pictures and contact sheets, beside the originals",
+    "retry": "run the rejected samples of a cache again; what now succeeds is added to it",
+    "verify": "prove a cache: every file, every row, the statistics; on request against inputs and VAE",
     "status": "say how far a cache is, from the cache alone, on any machine",
     "stats": "print the statistics of a cache, beside the constants of its VAE",
 }

@@ -10,10 +10,11 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
+from jobs.settings import matching_vae
 from pipeline import commit, identity, listing, plan, stats, storage
 from pipeline.cache import Cache
-from pipeline.encode import Vae, load_vae
-from pipeline.errors import CacheError, SourceError, Stopped, UsageError, VaeError
+from pipeline.encode import Vae
+from pipeline.errors import CacheError, SourceError, Stopped, UsageError
 from pipeline.records import Unit
 from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
 from pipeline.storage import Folder
@@ -27,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    vae = matching_vae(options.vae or cache.content["vae"]["reference"], cache)
-    tasks = choose(files(cache, units(options, cache)), options.limit)
+    vae = matching_vae(options.vae, cache)
+    tasks = choose(files(cache, units(options.source, cache)), options.limit)
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet")
     return render(options, cache, vae, tasks)
@@ -71,24 +72,16 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
     return 1 if driven.failures else 0
 
 
-def matching_vae(ref: str, cache: Cache) -> Vae:
-    """The VAE that `ref` names. Raises VaeError where its weights are not those that made the cache."""
-    vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
-    if vae.sha256 != cache.content["identity"]["weights"]:
-        raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
-    return vae
-
-
-def units(options: DecodeOptions, cache: Cache) -> dict[str, Unit]:
+def units(source: tuple[str, ...], cache: Cache) -> dict[str, Unit]:
     """The cache's units by name, their inputs where `--source` says they are now."""
     planned = plan.read(cache.folder)
-    if options.source:
-        shards = listing.list_shards(options.source, cache.folder.options, but=cache.folder.url)
+    if source:
+        shards = listing.list_shards(source, cache.folder.options, but=cache.folder.url)
         roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
         urls = roots | {shard.path: shard.url for shard in shards}
         planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]
         if not any(unit.path in urls for unit in planned):
-            raise SourceError(f"none of the cache's inputs is at {' '.join(options.source)}")
+            raise SourceError(f"none of the cache's inputs is at {' '.join(source)}")
     return {unit.name: unit for unit in planned}
 
 

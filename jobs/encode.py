@@ -10,19 +10,18 @@ from typing import Any
 from jobs import settings
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
-from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
+from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from pipeline import commit, identity, listing, plan, report, runs, stats, storage, survey
+from pipeline.cache import Cache
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
-from pipeline.flow import EncodeJob
 from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run, versions
 from pipeline.storage import Folder
 from vae.load import is_single_file
-from vae.scaling import scaling_of
 
 
 @dataclass(kw_only=True)
@@ -114,7 +113,7 @@ def encode(
     if weak:
         refuse_company(cache)
     run, signals, totals = Run(cache, "encode", as_record(options)), Signals(), Totals()
-    run.write(units=len(units), pending=len(pending), conditional_creates=not weak)
+    run.write(units=len(units), pending=len(pending), conditional_creates=not weak, plan=plan.hashes(cache))
     failures: list[Failure] = []
     try:
         if pending:
@@ -128,7 +127,7 @@ def encode(
         raise
     if not failures:
         check_commits(cache, units)
-    written = finish(cache, content, vae, weak)
+    written = finish(cache, content, weak)
     code = exit_code(failures, written, options.max_reject_rate)
     run.end("failed" if failures else "done", code, **facts(totals))
     return Outcome(
@@ -165,24 +164,7 @@ def encode_units(
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
-    job = EncodeJob(
-        cache=cache,
-        source_options=cache.options,
-        identity=content["identity_sha256"],
-        transform=identity.transform_of(content["identity"]),
-        dtype=content["identity"]["dtype"],
-        layout=identity.layout_of(content),
-        image_column=content["identity"]["image_column"],
-        key_column=content["identity"]["key_column"],
-        seed=content["identity"]["seed"],
-        rows_per_part=content["identity"]["rows_per_part"],
-        tile_above=content["identity"]["tile_above"],
-        limits=limits_of(options.input_limit),
-        compute=compute,
-        open_threads=options.cpus_per_worker,
-        run=run.name,
-        versions=versions(),
-    )
+    job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, run.name)
     engine = where.start(job, vae, len(pending), signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
@@ -220,19 +202,10 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
         )
 
 
-def finish(cache: Folder, content: Mapping[str, Any], vae: Vae, weak: bool) -> dict[str, Any]:
+def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
     """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
     written = stats.write(cache, content["identity_sha256"], again=weak)
-    scaling = scaling_of(vae.config)
-    report.write_card(
-        cache,
-        content,
-        written,
-        parts=len(cache.names(commit.DATA)),
-        downscale=vae.config.downscale,
-        scaling=(scaling.shift, scaling.scale),
-        version=versions()["latentmill"],
-    )
+    cache.replace(report.NAME, report.card(Cache(cache, content), written, versions()["latentmill"]))
     return written
 
 

@@ -119,6 +119,15 @@ class DecodeOptions(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetryOptions(Common):
+    """Run the rejected samples of a cache again; what now succeeds is added to it."""
+
+    cache: str = option(REQUIRED, "the cache", "CACHE", True)
+    vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
+    source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatsOptions:
     """Print the statistics of a cache, beside the constants of its VAE."""
 
@@ -127,6 +136,17 @@ class StatsOptions:
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
     )
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(StatsOptions):
+    """Prove a cache: every file against its record, the plan, the statistics; on request against inputs and VAE."""
+
+    recount: bool = option(False, "read the inputs to their end and count their samples, too")
+    reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
+    source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
+    vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
+    rebuild: bool = option(False, "write _commits, _rejects and stats.json again where the files with rows are sound")
 
 
 @dataclass(frozen=True, kw_only=True)

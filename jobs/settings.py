@@ -1,17 +1,21 @@
 """What cache the options ask for: completed from the one that stands there, checked, and said as its cache.json."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.options import ALL, EncodeOptions
+from jobs.options import ALL, EncodeOptions, limits_of
 from jobs.place import Place
 from jobs.progress import say
 from pipeline import buckets, commit, identity
-from pipeline.encode import Vae
-from pipeline.errors import UsageError
+from pipeline.cache import Cache
+from pipeline.encode import Compute, Vae, load_vae
+from pipeline.errors import UsageError, VaeError
+from pipeline.flow import EncodeJob
 from pipeline.identity import Identity
 from pipeline.layout import Columns, Layout
+from pipeline.runs import versions
+from pipeline.storage import Folder
 from pipeline.transform import Transform
 
 COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
@@ -150,3 +154,37 @@ def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> No
     for name, value in standing.items():
         if ours[name] != value:
             say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+
+
+def matching_vae(given: str, cache: Cache) -> Vae:
+    """The VAE that `--vae` names, or the cache. Raises VaeError where its weights are not those that made the cache."""
+    ref = given or cache.content["vae"]["reference"]
+    vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
+    if vae.sha256 != cache.content["identity"]["weights"]:
+        raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
+    return vae
+
+
+def encode_job(
+    cache: Folder, content: Mapping[str, Any], compute: Compute, limits: Sequence[str], open_threads: int, run: str
+) -> EncodeJob:
+    """What workers must know to encode into a cache. content: its cache.json. limits: `--input-limit`."""
+    settings = content["identity"]
+    return EncodeJob(
+        cache=cache,
+        source_options=cache.options,
+        identity=content["identity_sha256"],
+        transform=identity.transform_of(settings),
+        dtype=settings["dtype"],
+        layout=identity.layout_of(content),
+        image_column=settings["image_column"],
+        key_column=settings["key_column"],
+        seed=settings["seed"],
+        rows_per_part=settings["rows_per_part"],
+        tile_above=settings["tile_above"],
+        limits=limits_of(limits),
+        compute=compute,
+        open_threads=open_threads,
+        run=run,
+        versions=versions(),
+    )

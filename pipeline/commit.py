@@ -5,6 +5,7 @@ counts. Nothing here removes or overwrites anything.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -12,10 +13,12 @@ from typing import Any, cast
 from pipeline import write_parquet, write_tar
 from pipeline.errors import CacheError, StorageError
 from pipeline.layout import Layout
-from pipeline.records import Container, Record, Row, Standing, Unit, canonical_json
+from pipeline.records import Container, Record, Row, Standing, Unit, canonical_json, sealed
 from pipeline.storage import Folder
 
 DATA, EMPTY, COMMITS, REJECTS = "data", "_empty", "_commits", "_rejects"
+
+_RETRIED = re.compile(r"-\d{5}r\d+\.[a-z]+$")
 
 WRITERS: Mapping[Container, Any] = {"parquet": write_parquet, "webdataset": write_tar}
 
@@ -55,16 +58,19 @@ def inspect(cache: Folder, name: str, identity: str) -> Standing | None:
     data = cache.read_if_there(name)
     if data is None:
         return None
-    record = _parse(data, cache.at(name))
+    record = record_in(data, cache.at(name))
     if record.identity != identity:
         raise CacheError(f"{cache.at(name)} belongs to a cache with another identity; move it away")
     return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _parse(data: bytes, name: str) -> Record:
+def record_in(data: bytes, name: str) -> Record:
+    """The record that a part's file holds. Raises CacheError, which names the file, where there is none."""
     if not name.endswith(".json"):
-        (writer,) = (writer for writer in WRITERS.values() if name.endswith(writer.SUFFIX))
-        return cast(Record, writer.read_record(data, name))
+        for writer in WRITERS.values():
+            if name.endswith(writer.SUFFIX):
+                return cast(Record, writer.read_record(data, name))
+        raise CacheError(f"{name} is not a part of a latentmill cache")
     try:
         return Record.from_json(data)
     except (ValueError, KeyError, TypeError) as error:
@@ -76,12 +82,37 @@ def finish(cache: Folder, unit: Unit, standing: Sequence[Standing], facts: Mappi
 
     facts: what does not follow from the parts (seconds, compute, versions, run).
     """
-    rejects = [{"shard": unit.path, **asdict(reject)} for part in standing for reject in part.record.rejects]
-    if rejects:
-        lines = b"".join(canonical_json(reject) + b"\n" for reject in rejects)
+    lines = reject_lines(unit, standing)
+    if lines:
         cache.create(f"{REJECTS}/{unit.name}.jsonl", lines)
-    content = {"unit": unit.name, "parts": [part.to_dict() for part in standing], **facts}
-    cache.create(f"{COMMITS}/{unit.name}.json", canonical_json(content))
+    cache.create(f"{COMMITS}/{unit.name}.json", canonical_json(commit_of(unit, standing, facts)))
+
+
+def reject_lines(unit: Unit, standing: Sequence[Standing]) -> bytes:
+    """The content of a unit's file in `_rejects`; empty where nothing was rejected."""
+    rejects = [{"shard": unit.path, **asdict(reject)} for part in standing for reject in part.record.rejects]
+    return b"".join(canonical_json(reject) + b"\n" for reject in rejects)
+
+
+def commit_of(unit: Unit, standing: Sequence[Standing], facts: Mapping[str, object]) -> dict[str, Any]:
+    """The content of a unit's file in `_commits`."""
+    return sealed({"unit": unit.name, "parts": [part.to_dict() for part in standing], **facts})
+
+
+def rebuild(cache: Folder, unit: Unit, standing: Sequence[Standing]) -> None:
+    """Write a unit's `_rejects` and `_commits` again from its parts; seconds and versions these do not tell."""
+    lines = reject_lines(unit, standing)
+    if lines:
+        cache.replace(f"{REJECTS}/{unit.name}.jsonl", lines)
+    facts: dict[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None}
+    cache.replace(f"{COMMITS}/{unit.name}.json", canonical_json(commit_of(unit, standing, facts)))
+
+
+def retried(cache: Folder, identity: str) -> list[Standing]:
+    """The parts that `retry` wrote, in the order of their names. They are in no unit's `_commits`."""
+    names = [f"{folder}/{name}" for folder in (DATA, EMPTY) for name in cache.names(folder) if _RETRIED.search(name)]
+    found = (inspect(cache, name, identity) for name in names)
+    return [part for part in found if part is not None]
 
 
 def finished(cache: Folder) -> set[str]:

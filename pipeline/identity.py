@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import transform
 from pipeline.errors import CacheError, IdentityError
 from pipeline.layout import Columns, Layout
-from pipeline.records import canonical_json
+from pipeline.records import canonical_json, sealed
 from pipeline.storage import Folder
 from vae import AutoencoderKLConfig
 
@@ -136,12 +136,17 @@ def settle(cache: Folder, content: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises IdentityError, with the first field that differs, where that one is another cache's.
     """
-    cache.create(NAME, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+    cache.create(NAME, as_bytes(sealed(content)))
     standing = read(cache)
     if standing is None:
         raise CacheError(f"{cache.at(NAME)} was created and has gone again")
     refuse_difference(cache.url, standing["identity"], content["identity"])
     return standing
+
+
+def as_bytes(content: Mapping[str, Any]) -> bytes:
+    """cache.json with this content."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
 def refuse_difference(url: str, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -67,6 +67,13 @@ def passed_over(shards: Sequence[Shard]) -> Counter[str]:
     return Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
 
 
+def name_of(unit: Unit) -> str:
+    """The name that a unit must have for what it reads."""
+    if unit.kind == "folder":
+        return unit_name(unit.path, list(unit.paths))
+    return unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
+
+
 def tar_unit(shard: Shard) -> Unit:
     return Unit(
         name=unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
@@ -124,6 +131,11 @@ def folder_unit(pictures: list[Shard]) -> Unit:
 
 def _stem(path: str) -> str:
     return path[: len(path) - len(PurePosixPath(path).suffix)]
+
+
+def hashes(cache: Folder) -> dict[str, str]:
+    """The sha256 of each file of the plan. Every run keeps them, so that `verify` can tell a file that has changed."""
+    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in cache.names(FOLDER)}
 
 
 def read(cache: Folder) -> list[Unit]:

@@ -1,5 +1,6 @@
 """The things that flow through the pipeline, as plain data. The words are those of docs/cache-format.md."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,12 @@ TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as th
 def canonical_json(value: Any) -> bytes:
     """UTF-8, keys sorted, no spaces, floats as their shortest repr, no NaN: equal values, equal bytes."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's content with the `sha256` of all else in it, by which `verify` finds a byte that has changed."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(canonical_json(rest)).hexdigest()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +174,11 @@ class BucketTally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a part says of itself, inside its own file. Nothing in it depends on the run."""
+    """What a part says of itself, inside its own file. Nothing in it depends on the run.
+
+    round, supersedes: of a part that `retry` wrote beside the one of its number: which retry it was, and the rejects
+    that do not count any more, as position and reason. Both are left out of other parts' records.
+    """
 
     format: int
     identity: str
@@ -184,14 +195,19 @@ class Record:
     enlarged: int
     rejects: tuple[Reject, ...]
     tally: Mapping[str, BucketTally]
+    round: int = 0
+    supersedes: tuple[tuple[int, str], ...] = ()
 
     @property
     def stem(self) -> str:
         """The file name of the part, without its folder and extension."""
-        return f"{self.unit}-{self.part:05d}"
+        return f"{self.unit}-{self.part:05d}" + (f"r{self.round}" if self.round else "")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
+        fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
+        if not self.round:
+            del fields["round"], fields["supersedes"]
+        return fields
 
     def to_json(self) -> bytes:
         return canonical_json(self.to_dict())
@@ -203,6 +219,7 @@ class Record:
         fields["range"] = tuple(fields["range"]) if fields["range"] else None
         fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
         fields["tally"] = {bucket: BucketTally(**tally) for bucket, tally in fields["tally"].items()}
+        fields["supersedes"] = tuple((position, reason) for position, reason in fields.get("supersedes", ()))
         return cls(**fields)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.storage import Folder
+from pipeline.cache import Cache
 
 NAME = "README.md"
 
@@ -47,37 +47,27 @@ def _pictures(settings: Mapping[str, Any]) -> str:
     return f"resized to {size} ({settings['interpolation']}), {cut}{mirrored}"
 
 
-def write_card(
-    cache: Folder,
-    content: Mapping[str, Any],
-    stats: Mapping[str, Any],
-    parts: int,
-    downscale: int,
-    scaling: tuple[tuple[float, ...], tuple[float, ...]],
-    version: str,
-) -> None:
-    """Write the card. content: cache.json; stats: stats.json; parts: files in data/; scaling: shift and scale."""
-    identity = content["identity"]
-    settings = identity["preprocessing"]
-    shift, scale = (", ".join(f"{value:g}" for value in values) for values in scaling)
-    cache.replace(
-        NAME,
-        _CARD.format(
-            rows=stats["count"],
-            parts=parts,
-            version=version,
-            vae=content["vae"]["reference"],
-            weights=identity["weights"],
-            channels=content["vae"]["config"]["latent_channels"],
-            downscale=downscale,
-            dtype=identity["dtype"],
-            store=identity["store"],
-            pictures=_pictures(settings),
-            rejected=sum(stats["rejected"].values()),
-            filtered=stats["filtered"],
-            enlarged=stats["enlarged"],
-            digest=stats["digest"],
-            shift=shift,
-            scale=scale,
-        ).encode(),
+def card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
+    """The card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
+    identity, downscale = cache.content["identity"], cache.config.downscale
+    shift, scale = (
+        ", ".join(f"{value:g}" for value in values) for values in (cache.scaling.shift, cache.scaling.scale)
     )
+    return _CARD.format(
+        rows=stats["count"],
+        parts=len(cache.files()),
+        version=version,
+        vae=cache.content["vae"]["reference"],
+        weights=identity["weights"],
+        channels=cache.config.latent_channels,
+        downscale=downscale,
+        dtype=identity["dtype"],
+        store=identity["store"],
+        pictures=_pictures(identity["preprocessing"]),
+        rejected=sum(stats["rejected"].values()),
+        filtered=stats["filtered"],
+        enlarged=stats["enlarged"],
+        digest=stats["digest"],
+        shift=shift,
+        scale=scale,
+    ).encode()

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline import __version__
+from pipeline.records import sealed
 from pipeline.storage import Folder
 
 FOLDER = "_runs"
@@ -51,6 +52,11 @@ def alive(cache: Folder) -> list[str]:
     return [run["started"] for run in told if is_alive(run, at)]
 
 
+def as_bytes(content: Mapping[str, Any]) -> bytes:
+    """A run's file with this content."""
+    return json.dumps(sealed(content), indent=1).encode()
+
+
 class Run:
     """The record of one run. options: without secrets."""
 
@@ -72,7 +78,7 @@ class Run:
     def write(self, **facts: Any) -> None:
         """Write the record as it stands, with these facts and the time as its last sign of life."""
         self.content.update(facts, alive=now())
-        self.cache.replace(f"{FOLDER}/{self.name}.json", json.dumps(self.content, indent=1).encode())
+        self.cache.replace(f"{FOLDER}/{self.name}.json", as_bytes(self.content))
 
     def end(self, outcome: str, exit_code: int, **facts: Any) -> None:
         """Write how the run ended: done, failed or stopped."""

@@ -30,6 +30,7 @@ class Part:
     filtered: int
     enlarged: int
     rejects: Mapping[str, int]
+    supersedes: Sequence[tuple[int, str]] = ()
     tally: Mapping[str, BucketTally]
 
 
@@ -45,7 +46,7 @@ def parts(cache: Folder, identity: str, again: bool = False) -> list[Part]:
     for file in sorted(committed.keys() - set(files)):
         raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged")
     known = {} if again else committed
-    return [_part(known.get(file) or _uncommitted(cache, file, identity)) for file in files]
+    return [part_of(known.get(file) or _uncommitted(cache, file, identity)) for file in files]
 
 
 def _uncommitted(cache: Folder, file: str, identity: str) -> dict[str, Any]:
@@ -55,10 +56,11 @@ def _uncommitted(cache: Folder, file: str, identity: str) -> dict[str, Any]:
     return standing.to_dict()
 
 
-def _part(fields: Mapping[str, Any]) -> Part:
+def part_of(fields: Mapping[str, Any]) -> Part:
+    """From what a commit, or a record, says of a part."""
     return Part(
         tally={name: BucketTally(**t) for name, t in fields["tally"].items()},
-        **{name: fields[name] for name in Part.__dataclass_fields__ if name != "tally"},
+        **{name: fields[name] for name in Part.__dataclass_fields__ if name != "tally" and name in fields},
     )
 
 
@@ -76,12 +78,21 @@ def summary(all_parts: Sequence[Part]) -> dict[str, Any]:
         "count": sum(part.rows for part in all_parts),
         **(_channels(total) if total else {}),
         "buckets": {name: {"count": t.samples, **_channels(t)} for name, t in buckets.items()},
-        "rejected": dict(sorted(sum((Counter(part.rejects) for part in all_parts), Counter[str]()).items())),
+        "rejected": rejected(all_parts),
         "filtered": sum(part.filtered for part in all_parts),
         "enlarged": sum(part.enlarged for part in all_parts),
         "suggested": _suggested(total) if total else None,
         "digest": digest(all_parts),
     }
+
+
+def rejected(all_parts: Iterable[Part]) -> dict[str, int]:
+    """How many samples are rejected, by reason: those that no retry has superseded."""
+    counts: Counter[str] = Counter()
+    for part in all_parts:
+        counts.update(part.rejects)
+        counts.subtract(reason for _, reason in part.supersedes)
+    return {reason: counts[reason] for reason in sorted(+counts)}
 
 
 def _channels(t: BucketTally) -> dict[str, list[float]]:
@@ -102,8 +113,13 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
 def write(cache: Folder, identity: str, again: bool = False) -> dict[str, Any]:
     """Make stats.json again from what stands in the cache, and return its content. again: as `parts` has it."""
     content = summary(parts(cache, identity, again))
-    cache.replace(NAME, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    cache.replace(NAME, as_bytes(content))
     return content
+
+
+def as_bytes(content: Mapping[str, Any]) -> bytes:
+    """stats.json with this content."""
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def read(cache: Folder) -> dict[str, Any] | None:

@@ -10,8 +10,10 @@ from pipeline import commit, plan, runs
 from pipeline.storage import Folder
 
 
-def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
-    """What is done and what is left. now: an aware time, which signs of life are held against.
+def status(cache: Folder, identity: str, now: datetime.datetime) -> dict[str, Any]:
+    """What is done and what is left.
+
+    identity: sha256 of the cache's. now: an aware time, which signs of life are held against.
 
     state: `done`; `running`; `silent`, where a run that did not end gives no sign of life; else how the last run ended
     (`failed`, `stopped`), or `planned`. images_per_second and seconds_left are of the living runs, null without any.
@@ -22,6 +24,11 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     told = [run_of(json.loads(data), now) for data in cache.read_all(runs.FOLDER)]
     alive = [run for run in told if run["outcome"] == "running"]
     samples = sum(part["samples"] for part in parts)
+    retried = commit.retried(cache, identity)
+    counts = sum((Counter(part["rejects"]) for part in parts), Counter[str]())
+    counts.subtract(reason for part in retried for _, reason in part.record.supersedes)
+    rejected = {reason: counts[reason] for reason in sorted(+counts)}
+    standing = len(cache.names(commit.DATA)) + len(cache.names(commit.EMPTY))
     done_bytes = sum(units.get(unit["unit"], 0) for unit in commits)
     rate = sum(run["images_per_second"] for run in alive) or None
     left = None
@@ -32,9 +39,9 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         "state": _state(told, undone=len(units.keys() - {unit["unit"] for unit in commits})),
         "units": {"planned": len(units), "done": len(commits)},
         "bytes": {"planned": sum(units.values()), "done": done_bytes},
-        "parts_of_units_under_way": len(cache.names(commit.DATA)) + len(cache.names(commit.EMPTY)) - len(parts),
-        "rows": sum(part["rows"] for part in parts),
-        "rejected": dict(sorted(sum((Counter(part["rejects"]) for part in parts), Counter[str]()).items())),
+        "parts_of_units_under_way": standing - len(parts) - len(retried),
+        "rows": sum(part["rows"] for part in parts) + sum(part.record.rows for part in retried),
+        "rejected": rejected,
         "filtered": sum(part["filtered"] for part in parts),
         "images_per_second": rate,
         "seconds_left": left,

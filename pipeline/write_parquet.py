@@ -67,7 +67,7 @@ def read_rows(
 
     Without pyarrow's threads: a process that ends at once, while they and torch's are about, is aborted.
     """
-    parquet, start = pq.ParquetFile(stream), 0
+    parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
     for group in range(parquet.num_row_groups):
         count = parquet.metadata.row_group(group).num_rows
         here = [index - start for index in wanted or () if start <= index < start + count]

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, StatusOptions, flag, make_parser
+from jobs.options import (
+    DecodeOptions,
+    EncodeOptions,
+    RetryOptions,
+    StatsOptions,
+    StatusOptions,
+    VerifyOptions,
+    flag,
+    make_parser,
+)
 from pipeline.layout import Layout
 from pipeline.write_parquet import schema_of
 from vae.presets import PRESETS
@@ -19,7 +28,14 @@ from vae.presets import PRESETS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINE = ROOT / "docs/command-line.md"
-OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "status": StatusOptions, "stats": StatsOptions}
+OPTIONS = {
+    "encode": EncodeOptions,
+    "decode": DecodeOptions,
+    "retry": RetryOptions,
+    "verify": VerifyOptions,
+    "status": StatusOptions,
+    "stats": StatsOptions,
+}
 
 
 def blocks(text: str, language: str) -> list[str]:

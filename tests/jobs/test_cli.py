@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import DecodeOptions, EncodeOptions, StatsOptions, StatusOptions, flag
+from jobs.options import flag
+from tests.test_docs import OPTIONS
 
 Command = Callable[..., tuple[int, str, str]]
-OPTIONS = {"encode": EncodeOptions, "decode": DecodeOptions, "status": StatusOptions, "stats": StatsOptions}
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,6 +9,7 @@ from pipeline import identity
 from pipeline.errors import CacheError, IdentityError
 from pipeline.identity import Identity
 from pipeline.layout import TEXTS
+from pipeline.records import sealed
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import MICRO
@@ -40,10 +41,10 @@ def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: P
     cache = Folder(str(tmp_path))
     other = dataclasses.replace(ONE, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
     assert other.sha256 != ONE.sha256
-    assert identity.settle(cache, content(ONE)) == content(ONE)
+    assert identity.settle(cache, content(ONE)) == sealed(content(ONE))
     with pytest.raises(IdentityError, match=f"this job has {field}"):
         identity.settle(cache, content(other))
-    assert json.loads((tmp_path / "cache.json").read_text()) == content(ONE)
+    assert json.loads((tmp_path / "cache.json").read_text()) == sealed(content(ONE))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from jobs import settings
+from jobs.decode import units
+from jobs.drive import Driven, Signals, drive
+from jobs.encode import finish
+from jobs.entry import print_json, run_as_script
+from jobs.options import RetryOptions, as_record, parse, storage_options
+from jobs.place import place
+from jobs.progress import Meter, say
+from pipeline import commit, retry, stats
+from pipeline.cache import Cache
+from pipeline.encode import Vae
+from pipeline.errors import Stopped
+from pipeline.records import Standing, UnitReport
+from pipeline.runs import Run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; the exit code."""
+    options, _ = parse(RetryOptions, "retry", argv)
+    cache = Cache.open(options.cache, storage_options(options.storage_option))
+    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
+    vae = settings.matching_vae(options.vae, cache)
+    run, signals, counts = Run(cache.folder, "retry", as_record(options)), Signals(), Counter[str]()
+    run.write(units=len(tasks))
+    try:
+        driven = encode(options, cache, vae, tasks, run, signals, counts)
+    except Stopped:
+        run.end("stopped", signals.exit_code, counts=counts)
+        say("stopped; what succeeded is in the cache, the same command goes on")
+        return signals.exit_code
+    except BaseException:
+        run.end("failed", 1, counts=counts)
+        raise
+    written = finish(cache.folder, cache.content, weak=not cache.folder.promises())
+    code = 1 if driven.failures else 0
+    run.end("failed" if driven.failures else "done", code, counts=counts)
+    left = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
+    if options.json:
+        print_json(
+            {
+                "cache": options.cache,
+                "rows": counts["rows"],
+                "rejected": written["rejected"],
+                "digest": written["digest"],
+            }
+        )
+    else:
+        print(f"retried {sum(len(p) for t in tasks for p in t.rejected.values()):,} rejected samples")
+        print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
+        print(f"  rejected   {left}")
+        print(f"  digest     {written['digest']}", flush=True)
+    for failure in driven.failures:
+        say(f"failed: unit {failure.name}: {failure.error}")
+    return code
+
+
+def rejecting(cache: Cache) -> list[Standing]:
+    """The parts of a cache that have rejects, and those that supersede some."""
+    identity = cache.content["identity_sha256"]
+    parts = [part for part in stats.parts(cache.folder, identity) if part.rejects]
+    found = (commit.inspect(cache.folder, part.file, identity) for part in parts)
+    return [part for part in found if part is not None] + commit.retried(cache.folder, identity)
+
+
+def encode(
+    options: RetryOptions,
+    cache: Cache,
+    vae: Vae,
+    tasks: Sequence[retry.RetryTask],
+    run: Run,
+    signals: Signals,
+    counts: Counter[str],
+) -> Driven:
+    """Run the tasks on the replicas."""
+    if not tasks:
+        return Driven()
+    meter = Meter("encoded", len(tasks))
+
+    def on_done(done: UnitReport) -> None:
+        counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
+        meter.task_done(1, done.rows, 0)
+
+    with place(options) as where:
+        compute = where.compute(cache.content["identity"]["precision"])
+        limits, threads = options.input_limit, options.cpus_per_worker
+        encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, run.name)
+        job = retry.RetryJob(encoding)
+        engine = where.start(job, vae, len(tasks), signals.stop)
+        with signals.caught(), meter.shown():
+            return drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
+
+
+if __name__ == "__main__":
+    run_as_script(main)

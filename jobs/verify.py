@@ -1,0 +1,88 @@
+"""`latentmill verify`: whether a cache is what it says it is, and what to do where it is not."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from jobs.decode import files, units
+from jobs.encode import finish
+from jobs.entry import print_json, run_as_script
+from jobs.options import VerifyOptions, parse, storage_options
+from jobs.progress import Meter, say
+from jobs.settings import encode_job, matching_vae
+from pipeline import identity, verify
+from pipeline.cache import Cache
+from pipeline.encode import Compute
+from pipeline.errors import CacheError, UsageError
+from pipeline.flow import EncodeJob
+from pipeline.reencode import recount, reencode
+from pipeline.render import choose
+from pipeline.verify import Found, Problem
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; 0 where nothing is wrong, else 1."""
+    options, _ = parse(VerifyOptions, "verify", argv)
+    if options.reencode < 0:
+        raise UsageError("--reencode must not be negative")
+    try:
+        cache = Cache.open(options.cache, storage_options(options.storage_option))
+    except CacheError as error:
+        tell(options, Found(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
+        return 1
+    meter = Meter("checked", len(cache.files()))
+    with meter.shown():
+        found = verify.verify(cache, lambda: meter.task_done(1, 1, 0))
+    rebuilt: list[str] = []
+    if options.rebuild and found.rebuildable:
+        rebuilt = verify.rebuild(cache, found)
+        finish(cache.folder, cache.content, weak=False)
+        found = verify.verify(cache)
+    if not found.problems:
+        found.problems += against_inputs(options, cache, found)
+    tell(options, found, rebuilt)
+    return 1 if found.problems else 0
+
+
+def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterator[Problem]:
+    """The proofs that were asked for: `--recount`, `--reencode`."""
+    if not options.recount and not options.reencode:
+        return
+    settings = cache.content["identity"]
+    compute = Compute(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        precision=settings["precision"],
+        slice_size=1,
+        batch_size=1,
+        threads=cache.content["compute"]["threads"],
+    )
+    job: EncodeJob = encode_job(cache.folder, cache.content, compute, (), 1, run="")
+    where = units(options.source, cache)
+    if options.recount:
+        for unit in where.values():
+            parts = [part for part in found.parts if part.record.unit == unit.name and not part.record.round]
+            yield from recount(unit, parts, job)
+    if options.reencode:
+        wanted = [row for sheet in choose(files(cache, where), options.reencode) for row in sheet.rows]
+        yield from reencode(cache, wanted, job.build(matching_vae(options.vae, cache), threading.Event()))
+
+
+def tell(options: VerifyOptions, found: Found, rebuilt: Sequence[str]) -> None:
+    """What was found, file by file."""
+    rows = sum(part.record.rows for part in found.parts)
+    if options.json:
+        problems = [dataclasses.asdict(problem) for problem in found.problems]
+        print_json({"cache": options.cache, "files": len(found.parts), "rows": rows, "problems": problems})
+        return
+    for name in rebuilt:
+        say(f"written again: what is said of {name}")
+    for problem in found.problems:
+        print(f"{problem.file}: {problem.what}\n  {problem.do}")
+    end = f"{len(found.problems):,} problems" if found.problems else "all of it is as it was written"
+    print(f"{options.cache}: {len(found.parts):,} files, {rows:,} rows: {end}", flush=True)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

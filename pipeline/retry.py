@@ -1,0 +1,107 @@
+"""Rejected samples once more: what now succeeds becomes a further part beside the one that rejected it.
+
+That helps where limits were raised, or a library learned to open what it could not. Nothing that stands is changed:
+`<unit>-<part>r1` names the rejects that it supersedes, and what counts as rejected is what no such part supersedes.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from pipeline import commit
+from pipeline.careful import Opener
+from pipeline.encode import Vae
+from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, watched
+from pipeline.records import FIRST, Attempt, Standing, Unit, UnitReport
+
+UNCOUNTED = "rest_of_shard"  # not a sample: a damaged shard stays damaged
+
+
+@dataclass(frozen=True, slots=True)
+class RetryTask:
+    """The rejects of a unit that count.
+
+    rejected: reasons by part and position. rounds: how many retries stand of each part.
+    """
+
+    unit: Unit
+    rejected: Mapping[int, Mapping[int, str]]
+    rounds: Mapping[int, int]
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+
+def tasks(units: Iterable[Unit], parts: Iterable[Standing]) -> list[RetryTask]:
+    """What there is to retry. parts: all that stand, retries too."""
+    rejected: dict[str, dict[int, dict[int, str]]] = {}
+    rounds: dict[str, dict[int, int]] = {}
+    for part in sorted(parts, key=lambda part: part.record.round):
+        record = part.record
+        mine = rejected.setdefault(record.unit, {}).setdefault(record.part, {})
+        mine |= {reject.position: reject.reason for reject in record.rejects if reject.reason != UNCOUNTED}
+        for position, _ in record.supersedes:
+            mine.pop(position, None)
+        rounds.setdefault(record.unit, {})[record.part] = record.round
+    found = []
+    for unit in units:
+        left = {part: dict(mine) for part, mine in rejected.get(unit.name, {}).items() if mine}
+        if left:
+            found.append(RetryTask(unit, left, rounds[unit.name]))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RetryJob:
+    """What a worker must know; `build` makes the tools on arrival."""
+
+    job: EncodeJob
+
+    def build(self, vae: Vae, stop: threading.Event) -> "Retrier":
+        """The worker, its replica loaded."""
+        return Retrier(self.job.build(vae, stop))
+
+
+class Retrier:
+    """A worker that tries rejects again. Threads may call `run` together."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def run(self, task: RetryTask, attempt: Attempt = FIRST) -> UnitReport:
+        """Always carefully: a picture may have been rejected because it ended a process."""
+        tools = self.encoder.tools
+        with Opener(tools.job.limits) as opener:
+            return retry(task, replace(tools, open_pixels=opener.open_pixels))
+
+    @property
+    def pictures(self) -> int:
+        """Pictures encoded so far."""
+        return self.encoder.pictures
+
+
+def retry(task: RetryTask, tools: Tools) -> UnitReport:
+    """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
+    job, clock, unit = tools.job, Clock(), task.unit
+    wanted = {position for rejects in task.rejected.values() for position in rejects}
+    samples = (sample for sample in watched(read(unit, job), tools.stop, clock) if sample.position in wanted)
+    standing: list[Standing] = []
+    for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
+        rejects = task.rejected[number]
+        filled = fill(unit, some, tools, clock)
+        again = {reject.position for reject in filled.rejects}
+        superseded = tuple(sorted((position, why) for position, why in rejects.items() if position not in again))
+        filled.rejects.clear()
+        if not superseded:
+            continue
+        record = replace(
+            make_record(unit, number, filled, last=False, tools=tools),
+            first=superseded[0][0],
+            round=task.rounds[number] + 1,
+            supersedes=superseded,
+        )
+        with clock.stage("write"):
+            standing.append(commit.publish(job.cache, record, filled.rows, job.layout))
+    return summed(unit, standing, 0, clock.seconds)

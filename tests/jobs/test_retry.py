@@ -1,0 +1,120 @@
+"""Rejected samples again: what now succeeds is added, and nothing that stands is changed."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Two tars of ten samples; the pictures 3, 4 and 15 are larger than the others, 7 is none."""
+    for number in range(2):
+        members = img2dataset_members(10 * number, 10)
+        for key, size in (("000000003", 200), ("000000004", 300), ("000000015", 200)):
+            if f"{key}.jpg" in members:
+                members[f"{key}.jpg"] = img2dataset_members(int(key), 1, height=size, width=size)[f"{key}.jpg"]
+        if number == 0:
+            members["000000007.jpg"] = b"no picture"
+        write_tar(tmp_path / f"s/{number}.tar", members)
+    return tmp_path / "s"
+
+
+@pytest.fixture(params=["parquet", "webdataset"])
+def cache(request: pytest.FixtureRequest, latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> Path:
+    """A cache in which the larger pictures were rejected."""
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    argv += ["--rows-per-part", 4, "--format", request.param, "--input-limit", "pixels=13000"]
+    assert latentmill(*argv)[0] == 3
+    return tmp_path / "c"
+
+
+def stats(cache: Path) -> dict[str, Any]:
+    return dict(json.loads((cache / "stats.json").read_text()))
+
+
+def data(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (cache / "data").iterdir()}
+
+
+def shell_digest(cache: Path) -> str:
+    lines = subprocess.run(
+        "sha256sum _empty/* data/* 2>/dev/null", shell=True, cwd=cache, env={"LC_ALL": "C"}, capture_output=True
+    ).stdout
+    return hashlib.sha256(lines).hexdigest()
+
+
+def test_what_now_succeeds_is_a_further_part_and_what_does_not_stays_rejected(latentmill: Command, cache: Path) -> None:
+    before, already = stats(cache), data(cache)
+    assert before["rejected"] == {"not_a_picture": 1, "too_many_pixels": 3}
+    code, out, err = latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
+    assert code == 0, err
+    assert "retried 4 rejected samples\n  rows       2 more, 18 in all" in out
+    after, now = stats(cache), data(cache)
+    assert (after["count"], after["rejected"]) == (18, {"not_a_picture": 1, "too_many_pixels": 1})
+    assert {name: content for name, content in now.items() if name in already} == already
+    assert sorted(name.split("-")[-1].split(".")[0] for name in now.keys() - already.keys()) == ["00000r1", "00001r1"]
+    assert after["digest"] == shell_digest(cache)
+
+    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 2 rejected samples\n  rows       1 more")
+    assert stats(cache)["rejected"] == {"not_a_picture": 1}
+    assert any("00001r1" in name for name in data(cache))
+    digest = stats(cache)["digest"]
+    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected samples\n  rows       0 more")
+    assert stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
+
+
+def test_the_rows_are_those_of_a_run_that_never_rejected_them(
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    latentmill("retry", cache, "--workers", 0)
+    form = json.loads((cache / "cache.json").read_text())["identity"]["container"]
+    argv = ["encode", source, "--to", tmp_path / "calm", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--rows-per-part", 4, "--format", form)
+    retried, calm = stats(cache), stats(tmp_path / "calm")
+    assert (retried["count"], retried["rejected"]) == (calm["count"], calm["rejected"])
+    assert retried["mean"] == pytest.approx(calm["mean"], rel=1e-12)
+    assert retried["std"] == pytest.approx(calm["std"], rel=1e-12)
+    if form == "parquet":
+        rows, expected = (
+            {row["key"]: row for path in folder.glob("data/*") for row in pq.read_table(path).to_pylist()}
+            for folder in (cache, tmp_path / "calm")
+        )
+        assert rows == expected
+
+
+def test_encode_and_status_know_of_it(
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    latentmill("retry", cache, "--workers", 0)
+    after = stats(cache)
+    content = json.loads(latentmill("status", cache, "--json")[1])
+    assert (content["rows"], content["rejected"]) == (19, {"not_a_picture": 1})
+    assert (content["state"], content["parts_of_units_under_way"]) == ("done", 0)
+    argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 0.06]
+    code, out, _ = latentmill(*argv)
+    assert (code, out.startswith("encoded 0 pictures")) == (0, True)
+    assert stats(cache) == after
+
+
+def test_another_vae_is_refused(latentmill: Command, cache: Path) -> None:
+    code, _, err = latentmill("retry", cache, "--workers", 0, "--vae", "demo")
+    assert code == 2
+    assert "demo is not the VAE that made the cache" in err
+
+
+def test_a_cache_without_rejects_has_nothing_to_retry(
+    latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    latentmill("encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    code, out, _ = latentmill("retry", tmp_path / "c", "--workers", 0)
+    assert (code, out.splitlines()[0]) == (0, "retried 0 rejected samples")

@@ -1,0 +1,270 @@
+"""Damages of every kind, planted one by one: each is found, and named by its file."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.records import canonical_json, sealed
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+FORMATS = ("parquet", "webdataset")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars: of ten samples, of ten with a reject among them, and of three that are all rejects."""
+    folder = tmp_path_factory.mktemp("verify") / "s"
+    for number in range(2):
+        members = img2dataset_members(10 * number, 10)
+        if number:
+            members["000000014.jpg"] = b"no picture"
+        write_tar(folder / f"{number}.tar", members)
+    write_tar(folder / "2.tar", dict.fromkeys(("20.jpg", "21.jpg", "22.jpg"), b"no picture"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sound cache of each format."""
+    from jobs.encode import main
+
+    found = {}
+    for form in FORMATS:
+        cache = tmp_path_factory.mktemp(form) / "c"
+        argv = [source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 4]
+        assert main([*map(str, argv), "--format", form, "--max-reject-rate", "1"]) == 0
+        found[form] = cache
+    return found
+
+
+@pytest.fixture(params=FORMATS)
+def cache(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a sound cache, to be spoiled."""
+    return Path(shutil.copytree(originals[request.param], tmp_path / "c"))
+
+
+def data(cache: Path, number: int = 0) -> Path:
+    return sorted((cache / "data").iterdir())[number]
+
+
+def edit(path: Path, seal: bool, **fields: Any) -> None:
+    """Change fields of a JSON file; seal: with its sha256 made anew, as somebody would who knows of it."""
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_bytes(canonical_json(sealed(content) if seal else content))
+
+
+def test_a_sound_cache_has_no_problems(latentmill: Command, cache: Path) -> None:
+    code, out, err = latentmill("verify", cache, "--recount", "--reencode", 7)
+    assert (code, err) == (0, "")
+    assert out == f"{cache}: 7 files, 19 rows: all of it is as it was written\n"
+    assert json.loads(latentmill("verify", cache, "--json")[1])["problems"] == []
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_is_found_wherever_it_is(latentmill: Command, cache: Path) -> None:
+    draw = random.Random(0)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for path in files:
+        before = path.read_bytes()
+        for place in {0, len(before) - 1, *(draw.randrange(len(before)) for _ in range(6))}:
+            flip(path, place)
+            code, out, _ = latentmill("verify", cache)
+            assert code == 1, f"{path.relative_to(cache)} at {place}"
+            assert path.name in out or path.parent.name == "_plan", f"{path.relative_to(cache)} at {place}: {out}"
+            path.write_bytes(before)
+    assert latentmill("verify", cache)[0] == 0
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def swap(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def commit(cache: Path, unit: str = "1") -> Path:
+    (path,) = (cache / "_commits").glob(f"{unit}-*.json")
+    return path
+
+
+def drop_last_part(cache: Path) -> None:
+    content = json.loads(commit(cache).read_text())
+    (cache / content["parts"][-1]["file"]).unlink()
+    edit(commit(cache), seal=True, parts=content["parts"][:-1])
+
+
+def claim_more_rows(cache: Path) -> None:
+    parts = json.loads(commit(cache).read_text())["parts"]
+    parts[0]["rows"] += 1
+    edit(commit(cache), seal=True, parts=parts)
+
+
+def replan(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = cache / "_plan/00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows[0])
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def rescale(cache: Path) -> None:
+    content = json.loads((cache / "cache.json").read_text())
+    content["vae"]["scaling_factor"] = 0.5
+    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+
+
+def reidentify(cache: Path) -> None:
+    content = json.loads((cache / "cache.json").read_text())
+    content["identity"]["seed"] = 7
+    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+
+
+def count_more(cache: Path) -> None:
+    content = json.loads((cache / "stats.json").read_text())
+    (cache / "stats.json").write_text(json.dumps({**content, "count": 20}, indent=1) + "\n")
+
+
+def add_reject(cache: Path) -> None:
+    (path,) = (cache / "_rejects").glob("1-*")
+    path.write_bytes(path.read_bytes() * 2)
+
+
+# What was done to a cache, and a file that must be named.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a missing file of rows": (lambda c: data(c).unlink(), "data/0-"),
+    "a truncated file of rows": (lambda c: cut(data(c)), "data/0-"),
+    "an empty file of rows": (lambda c: data(c).write_bytes(b""), "data/0-"),
+    "two files swapped": (lambda c: swap(data(c, 0), data(c, 1)), "data/0-"),
+    "two files of two units swapped": (lambda c: swap(data(c, 0), data(c, -1)), "data/0-"),
+    "a copy beside": (lambda c: shutil.copy(data(c), data(c).with_stem(data(c).stem + "-copy")), "-copy"),
+    "a copy under the name of a further part": (
+        lambda c: shutil.copy(data(c), data(c).with_name(data(c).name.replace("00000", "00003"))),
+        "-00003",
+    ),
+    "a foreign file": (lambda c: (c / "data/notes.txt").write_text("hello"), "data/notes.txt"),
+    "a foreign file with our suffix": (lambda c: data(c).with_name("x" + data(c).suffix).write_text("hello"), "data/x"),
+    "the last part gone, and the commit edited": (drop_last_part, "_commits/1-"),
+    "a commit that is gone": (lambda c: commit(c).unlink(), "_commits/1-"),
+    "a commit that was edited": (lambda c: edit(commit(c), seal=False, run="another"), "_commits/1-"),
+    "a commit that says more than the part": (claim_more_rows, "_commits/1-"),
+    "a commit of no unit": (lambda c: shutil.copy(commit(c), c / "_commits/x-0.json"), "_commits/x-0.json"),
+    "rejects that are gone": (lambda c: next((c / "_rejects").glob("1-*")).unlink(), "_rejects/1-"),
+    "rejects that are there twice": (add_reject, "_rejects/1-"),
+    "rejects of no unit": (lambda c: (c / "_rejects/x-0.jsonl").write_text("{}\n"), "_rejects/x-0.jsonl"),
+    "a record without rows that is gone": (lambda c: next((c / "_empty").iterdir()).unlink(), "_empty/2-"),
+    "a plan that is gone": (lambda c: (c / "_plan/00000.parquet").unlink(), "_plan/00000.parquet"),
+    "a plan with another path": (lambda c: replan(c, lambda row: row.update(path="s/9.tar")), "_plan/00000.parquet"),
+    "a plan with another URL": (lambda c: replan(c, lambda row: row.update(url="/x/0.tar")), "_plan/00000.parquet"),
+    "a plan with another size": (lambda c: replan(c, lambda row: row.update(bytes=1)), "_plan/00000.parquet"),
+    "an identity that was edited": (reidentify, "cache.json"),
+    "constants that were edited": (rescale, "cache.json"),
+    "statistics that were edited": (count_more, "stats.json"),
+    "statistics that are gone": (lambda c: (c / "stats.json").unlink(), "stats.json"),
+    "a card that was edited": (lambda c: (c / "README.md").write_text("# Mine"), "README.md"),
+    "a run that was edited": (lambda c: edit(next((c / "_runs").iterdir()), seal=False, outcome="x"), "_runs/"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_is_found_and_named(latentmill: Command, cache: Path, damage: str) -> None:
+    plant, named = DAMAGES[damage]
+    plant(cache)
+    code, out, _ = latentmill("verify", cache)
+    assert code == 1
+    assert any(line.startswith(named) or named in line.split(":")[0] for line in out.splitlines()), out
+    for line, advice in zip(out.splitlines()[:-1:2], out.splitlines()[1:-1:2], strict=True):
+        assert ": " in line
+        assert advice.startswith("  ")
+
+
+def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Path) -> None:
+    before = {path.name: json.loads(path.read_text()) for path in (cache / "_commits").iterdir()}
+    shutil.rmtree(cache / "_commits")
+    shutil.rmtree(cache / "_rejects")
+    code, out, err = latentmill("verify", cache, "--rebuild")
+    assert code == 0, out
+    assert err.count("written again") == 3
+    after = {path.name: json.loads(path.read_text()) for path in (cache / "_commits").iterdir()}
+    assert {name: content["parts"] for name, content in after.items()} == {
+        name: content["parts"] for name, content in before.items()
+    }
+
+
+def test_damaged_rows_are_never_made_good_by_a_new_commit(latentmill: Command, cache: Path) -> None:
+    flip(data(cache), data(cache).stat().st_size // 2)
+    commits = {path.name: path.read_bytes() for path in (cache / "_commits").iterdir()}
+    code, _, err = latentmill("verify", cache, "--rebuild")
+    assert (code, err) == (1, "")
+    assert {path.name: path.read_bytes() for path in (cache / "_commits").iterdir()} == commits
+
+
+def test_following_the_advice_mends_it(latentmill: Command, cache: Path, source: Path, micro_vae: Path) -> None:
+    digest = json.loads((cache / "stats.json").read_text())["digest"]
+    flip(data(cache), data(cache).stat().st_size // 2)
+    (line, *_) = latentmill("verify", cache)[1].splitlines()
+    assert line.startswith("data/0-")
+    data(cache).unlink()
+    commit(cache, "0").unlink()
+    argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1]
+    assert latentmill(*argv)[0] == 0
+    assert latentmill("verify", cache)[0] == 0
+    assert json.loads((cache / "stats.json").read_text())["digest"] == digest
+
+
+@pytest.fixture
+def moved(source: Path, tmp_path: Path) -> Iterator[Path]:
+    """The inputs at another place, to be spoiled."""
+    yield Path(shutil.copytree(source, tmp_path / "elsewhere/s"))
+
+
+def test_inputs_that_were_exchanged_are_found(latentmill: Command, cache: Path, moved: Path) -> None:
+    assert latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)[0] == 0
+    members = img2dataset_members(0, 10)
+    members["000000003.jpg"] = members["000000004.jpg"]
+    write_tar(moved / "0.tar", members)
+    whole = (moved / "0.tar").read_bytes()
+    size = next(unit["bytes"] for unit in pq.read_table(cache / "_plan/00000.parquet").to_pylist())
+    assert len(whole) == size, "the same size, so that only the pictures tell"
+    code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)
+    assert code == 1
+    assert "000000003 comes out as another latent" in out
+
+
+def test_inputs_that_are_gone_are_said(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "t/s/9.tar", img2dataset_members(0, 2))
+    code, _, err = latentmill("verify", cache, "--recount", "--source", tmp_path / "t/s")
+    assert (code, "none of the cache's inputs is at" in err) == (2, True)
+
+
+def test_an_unfinished_cache_is_not_proven(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--max-shards", 1)
+    code, out, _ = latentmill("verify", tmp_path / "c")
+    assert code == 1
+    assert out.startswith("_plan: 2 of 3 units are not done\n  the encode command goes on\n")
+
+
+def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    assert latentmill(*argv, "--input-limit", "picture_bytes=1500")[0] == 3
+    assert "more" in latentmill("retry", tmp_path / "c", "--workers", 0)[1]
+    assert list((tmp_path / "c/data").glob("*r1.parquet"))
+    code, out, _ = latentmill("verify", tmp_path / "c", "--recount", "--reencode", 30)
+    assert code == 0, out
