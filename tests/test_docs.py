@@ -1,5 +1,6 @@
 """The documentation is executed: what it shows is what happens."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from jobs.options import (
     flag,
     make_parser,
 )
+from pipeline.errors import REASONS
 from pipeline.layout import Layout
+from pipeline.limits import Limits
 from pipeline.write_parquet import schema_of
 from vae.presets import PRESETS
 
@@ -109,6 +112,36 @@ def presets_table() -> str:
         facts = (config.latent_channels, config.scaling_factor, shift, means, config.force_upcast, preset.source)
         rows.append(f"| `{name}` | " + " | ".join(map(str, facts)) + " |\n")
     return "".join(rows)
+
+
+def reasons_table() -> str:
+    """The table of reasons in docs/limits.md."""
+    rows = "".join(f"| `{reason}` | {sentence.replace('{}', 'N')} |\n" for reason, sentence in REASONS.items())
+    return "| reason | |\n|---|---|\n" + rows
+
+
+def limits_table() -> str:
+    """The table of limits in docs/limits.md."""
+    meanings = {
+        "picture_bytes": "bytes of an encoded picture",
+        "pixels": "pixels of a picture",
+        "side": "pixels of its longer side",
+        "text_bytes": "bytes of a caption, or of the metadata beside a picture",
+        "key_bytes": "bytes of a key",
+        "members": "members of a tar",
+        "header_bytes": "bytes of one extended header of a tar",
+        "footer_bytes": "bytes of a Parquet file's footer",
+        "seconds": "seconds for a picture that is opened by a process of its own",
+        "memory": "bytes of memory of that process",
+    }
+    rows = "".join(f"| `{f.name}` | {f.default:,} | {meanings[f.name]} |\n" for f in dataclasses.fields(Limits))
+    return "| name | default | |\n|---|---|---|\n" + rows
+
+
+def test_the_page_of_limits_has_every_reason_and_every_limit() -> None:
+    page = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
+    assert reasons_table() in page
+    assert limits_table() in page
 
 
 def test_the_page_of_models_has_every_preset() -> None:

@@ -1,0 +1,53 @@
+"""A secret that is planted in the environment is nowhere afterwards: in no file, print or argument."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.servers import objects, upload
+
+ROOT = Path(__file__).parents[2]
+PLANTED = "pl4nted-s3cret-k3y"
+
+
+def arguments_of_all_processes() -> bytes:
+    found = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += path.read_bytes() + b"\n"
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_secret_stays_where_it_was(
+    shards: Path, micro_vae: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server does not look at keys, so any will do. On a local Ray, whose processes get the environment too."""
+    source = upload(shards, f"{bucket}/shards")
+    environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": PLANTED, "MINE": PLANTED, "PYTHONPATH": str(ROOT)}
+    argv = [source, "--to", f"{bucket}/c", "--vae", micro_vae, "--resolution", 64, "--workers", 2]
+    argv += ["--storage-option", "key=testing", "--storage-option", "secret=env:MINE"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "jobs.encode", *map(str, argv)],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen = b""
+    while job.poll() is None:
+        seen += arguments_of_all_processes()
+        time.sleep(0.5)
+    out, _ = job.communicate()
+    assert job.returncode == 0, out
+    assert b"jobs.encode" in seen
+    assert PLANTED.encode() not in seen
+    assert PLANTED not in out
+    assert not [name for name, data in objects(f"{bucket}/c").items() if PLANTED.encode() in data]
