@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -18,6 +18,7 @@ from pipeline.records import Attempt
 
 TRIES = 3
 LOSSES = 10  # of the worker under a task: nodes are preempted again and again, but a task may also kill them
+PAUSE = 2.0  # seconds before a task is tried again, twice as long the second time: stores have bad moments
 IN_FLIGHT = 2  # tasks a replica: while one encodes, the other reads, opens and writes
 
 
@@ -145,18 +146,21 @@ def drive(
     """
     queue = deque(random.sample(list(tasks), len(tasks)))
     tries, losses = Counter[str](), Counter[str]()
+    rests: dict[str, float] = {}
     driven = Driven()
     under_way, ready = 0, 0.0
     while queue or under_way:
         signals.check()
         ready = ready or (time.perf_counter() if engine.slots else 0.0)
-        while queue and under_way < engine.slots:
-            name = queue[0].name
+        while under_way < engine.slots and (task := _next(queue, rests)):
+            name = task.name
             attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
-            if not engine.submit(queue[0], attempt):
+            if not engine.submit(task, attempt):
                 break
-            queue.popleft()
+            queue.remove(task)
             under_way += 1
+        if not under_way:
+            time.sleep(0.05)  # all that is left rests, or no worker is ready
         for done in engine.wait(1.0, len(queue)):
             under_way -= 1
             if done.error is None:
@@ -165,11 +169,18 @@ def drive(
             (losses if done.lost else tries)[done.task.name] += 1
             if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
                 queue.append(done.task)
+                rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
             else:
                 driven.failures.append(Failure(done.task.name, done.error))
         on_tick()
         driven.seconds = time.perf_counter() - ready if ready else 0.0
     return driven
+
+
+def _next(queue: Iterable[Task], rests: Mapping[str, float]) -> Task | None:
+    """The first task that does not rest after a failure."""
+    now = time.monotonic()
+    return next((task for task in queue if rests.get(task.name, 0.0) <= now), None)
 
 
 def error_line(error: BaseException) -> str:

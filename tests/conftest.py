@@ -107,3 +107,9 @@ def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that fail in this process are tried again at once."""
+    monkeypatch.setattr("jobs.drive.PAUSE", 0.0)

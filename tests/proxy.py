@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+CODES = {403: "AccessDenied", 429: "SlowDown", 500: "InternalError", 503: "SlowDown"}
 
 
 @dataclass
@@ -26,17 +26,20 @@ class Request:
     bytes: int
 
 
-# What becomes of a request: passed on (None), answered with a status, connection reset, passed on and the answer lost
+# What becomes of a request: passed on (None); answered with a status; the connection reset; passed on, and the answer
+# lost ("lose"), cut in half ("short") or with its first bytes flipped ("flip").
 Fault = int | str | None
 
 
 @dataclass
 class Proxy:
-    """Serves on loopback while it is entered. `rule` decides of each request; `seen` has them all."""
+    """Serves on loopback while it is entered. `rule` decides of each request; `seen` and `puts` keep them."""
 
     upstream: str
     rule: Callable[[Request], Fault] = lambda request: None
+    after: Callable[[Request], None] = lambda request: None  # called when the upstream has answered
     seen: list[Request] = field(default_factory=list)
+    puts: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)  # path, headers and body of each
 
     @property
     def url(self) -> str:
@@ -67,15 +70,24 @@ class Proxy:
 
             def pass_on(self) -> None:
                 body = self.body()
-                fault = proxy.rule(proxy.note(self.command, self.path, len(body)))
+                request = proxy.note(self.command, self.path, len(body))
+                if self.command == "PUT":
+                    proxy.puts.append((self.path, dict(self.headers), body))
+                fault = proxy.rule(request)
                 if fault == "reset":
                     self.reset()
                 elif isinstance(fault, int):
-                    self.answer(fault, {"Content-Type": "application/xml"}, SLOW_DOWN)
+                    error = f"<Error><Code>{CODES[fault]}</Code><Message>No</Message></Error>".encode()
+                    self.answer(fault, {"Content-Type": "application/xml"}, error)
                 else:
                     status, headers, data = self.forward(body)
+                    proxy.after(request)
                     if fault == "lose":
                         self.reset()
+                    elif fault == "short":
+                        self.answer(status, headers, data, cut=len(data) // 2)
+                    elif fault == "flip":
+                        self.answer(status, headers, bytes(byte ^ 0x55 for byte in data[:200]) + data[200:])
                     else:
                         self.answer(status, headers, data)
 
@@ -102,7 +114,7 @@ class Proxy:
                 connection.close()
                 return response.status, dict(response.getheaders()), data
 
-            def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+            def answer(self, status: int, headers: dict[str, str], data: bytes, cut: int | None = None) -> None:
                 self.send_response_only(status)
                 for name, value in headers.items():
                     if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -111,7 +123,10 @@ class Proxy:
                 self.send_header("Content-Length", length or str(len(data)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(data)
+                    self.wfile.write(data[:cut])
+                if cut is not None:
+                    self.wfile.flush()
+                    self.reset()
 
             def reset(self) -> None:
                 """Close the connection so that the other side sees ECONNRESET."""
