@@ -106,6 +106,7 @@ def test_two_workers_give_the_same_cache_and_a_users_files_do_not_matter(
     assert digest(tmp_path / "c") == calm
 
 
+@pytest.mark.fault(1, "a worker dies encoding")
 @pytest.mark.slow
 def test_a_killed_actor_is_replaced_and_its_units_are_done(
     source: Path, calm: str, micro_vae: Path, tmp_path: Path
@@ -118,6 +119,7 @@ def test_a_killed_actor_is_replaced_and_its_units_are_done(
     assert json.loads(out)["stats"]["digest"] == calm, "Ray's account of the loss is not among the results"
 
 
+@pytest.mark.fault(5, "the driver of a local Ray dies")
 @pytest.mark.slow
 def test_a_killed_driver_leaves_what_the_next_run_goes_on_from(
     source: Path, calm: str, micro_vae: Path, tmp_path: Path
@@ -138,6 +140,7 @@ def test_a_killed_driver_leaves_what_the_next_run_goes_on_from(
     assert kept == standing
 
 
+@pytest.mark.fault(6, "the driver of a local Ray is preempted")
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(

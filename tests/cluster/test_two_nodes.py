@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,7 @@ def last_run(cache: str) -> dict[str, object]:
     return dict(json.loads(read(f"{cache}/{newest}")))
 
 
+@pytest.mark.fault(8, "a node dies")
 def test_a_submitted_job_outlives_one_of_its_two_nodes(
     cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_submitted_job_outlives_one_of_its_two_nodes(
     assert last_run(f"{bucket}/c")["outcome"] == "done"
 
 
+@pytest.mark.fault(7, "ray job stop")
 def test_a_stopped_job_leaves_a_cache_that_the_same_submission_goes_on_from(
     cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
 ) -> None:
@@ -164,3 +167,45 @@ def test_a_cluster_without_room_says_what_it_waits_for(
     job.communicate(timeout=60)
     assert "1 worker to start (1 CPU and 1 GPU each; free in the cluster: 2 of 2 CPUs, 0 of 0 GPUs)" in line
     assert job.returncode == 143
+
+
+def raylet(node: object) -> int:
+    """The process id of a node's raylet."""
+    return int(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault(10, "a node is cut off (its raylet frozen), its worker goes on writing")
+def test_a_node_that_is_cut_off_goes_on_without_harm(
+    cluster: Cluster, source: Path, calm: str, micro_vae: Path, bucket: str
+) -> None:
+    """Its units are done by others too; whoever comes second finds the other's part."""
+    argv = [upload(source, f"{bucket}/shards"), "--to", f"{bucket}/c", *options(micro_vae)]
+    job = start([sys.executable, "-m", "jobs.encode", *argv, "--address", cluster.address])
+    wait_for(lambda: len(parts(f"{bucket}/c")) > 10, job)
+    (node,) = cluster.worker_nodes
+    os.kill(raylet(node), signal.SIGSTOP)
+    try:
+        out, _ = job.communicate(timeout=300)
+    finally:
+        os.kill(raylet(node), signal.SIGCONT)
+    assert job.returncode == 0, out
+    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    time.sleep(3)  # for what the worker that was cut off may still write
+    assert len(parts(f"{bucket}/c")) == 72
+
+
+@pytest.mark.fault(12, "the head dies")
+def test_a_cluster_that_dies_leaves_what_another_goes_on_from(
+    cluster: Cluster, source: Path, calm: str, micro_vae: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+    argv = [upload(source, f"{bucket}/shards"), "--to", f"{bucket}/c", *options(micro_vae)]
+    job = start([sys.executable, "-m", "jobs.encode", *argv, "--address", cluster.address])
+    wait_for(lambda: len(parts(f"{bucket}/c")) > 10, job)
+    cluster.head_node.kill_gcs_server()
+    out, _ = job.communicate(timeout=200)
+    again = start([sys.executable, "-m", "jobs.encode", *argv, "--workers", "0"])
+    second, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, second
+    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert job.returncode != 0, out

@@ -384,6 +384,7 @@ class TestMemory:
         monkeypatch.setattr(replica.model, "encode", limited)
         return replica, tried
 
+    @pytest.mark.fault(15, "a device out of memory")
     def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         replica, tried = self.replica(vae, monkeypatch, room=1)
         batch = [TestOverflow().picture()] * 4

@@ -64,6 +64,7 @@ def is_part(request: Request) -> bool:
     return request.number == 0 and request.method == "PUT" and "/data/" in request.path
 
 
+@pytest.mark.fault(20, "answers to PUTs are lost, connections reset")
 @pytest.mark.parametrize(
     "rule",
     [
@@ -83,6 +84,7 @@ def test_a_store_with_faults_changes_nothing(
     assert digest(f"{bucket}/c") == calm
 
 
+@pytest.mark.fault(18, "a store that answers 500 for ever")
 @pytest.mark.slow
 def test_a_store_that_stays_away_ends_the_job_with_one_line(
     encode: Command, shards: Path, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
