@@ -41,7 +41,7 @@ def opened(stream: BinaryIO, url: str, limits: Limits = DEFAULT) -> Iterator[pq.
             if count > 1:
                 raise ShardError(f"{url} has {count} columns called {name}")
         yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns that are no text
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedError(f"{url} cannot be read as Parquet: {reason}") from error
 
