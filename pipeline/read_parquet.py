@@ -5,13 +5,14 @@ the file's bytes and has the row groups whose middle byte falls in it, so that u
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import footers
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.layout import passed_name, source_name
 from pipeline.limits import DEFAULT, Limits, check_key
@@ -115,7 +116,7 @@ def read_parquet(
         pictures = picture_column(schema, image_column, url)
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
-        groups = row_groups(file.metadata, part, size)
+        groups = row_groups(footers.middles(stream, url), part, size)
         seen = _keys_before(file, groups, key_column)
         names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)
@@ -133,17 +134,10 @@ def read_parquet(
                 yield Reject.of(position, name[: limits.key_bytes], why)
 
 
-def row_groups(metadata: Any, part: tuple[int, int], size: int) -> list[int]:
+def row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:
     """The row groups whose middle byte falls in range k of n of the file's bytes."""
     k, n = part
-    found = []
-    for group in range(metadata.num_row_groups):
-        chunks = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
-        start = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
-        middle = start + sum(chunk.total_compressed_size for chunk in chunks) // 2
-        if k * size <= middle * n < (k + 1) * size:
-            found.append(group)
-    return found
+    return [group for group, middle in enumerate(middles) if k * size <= middle * n < (k + 1) * size]
 
 
 def _rows(

@@ -1,0 +1,100 @@
+"""A process of its own for what may end a process: libraries in C++ that hostile bytes lead to an abort.
+
+A program of ours reads on standard input a length (8 bytes) and so many bytes, again and again, and answers each with a
+line of JSON, in which `bytes` says how many bytes follow. It ends with its standard input.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Child:
+    """`python -m MODULE ARGUMENT`, started when it is first asked and again when it has died. Threads may share it."""
+
+    def __init__(self, module: str, argument: str = "") -> None:
+        self.command = [sys.executable, "-P", "-m", module, argument]
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end()
+
+    def ask(self, data: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """Its answer. Raises ChildProcessError where it died of the question, or took too long; then it is ended."""
+        with self.lock:
+            try:
+                self.process = self.process or self._start()
+                return self._exchange(self.process, data, time.monotonic() + seconds)
+            except (OSError, EOFError, ValueError) as error:
+                self.end()
+                raise ChildProcessError(str(error)) from error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # its last words are C++'s
+            bufsize=0,
+            env=environment,
+        )
+
+    def _exchange(self, process: subprocess.Popen[bytes], data: bytes, end: float) -> tuple[dict[str, Any], bytes]:
+        assert process.stdin is not None
+        process.stdin.write(len(data).to_bytes(8, "little"))
+        for start in range(0, len(data), 1 << 20):
+            process.stdin.write(data[start : start + (1 << 20)])
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self._read(process, 1, end)
+        answer = json.loads(line)
+        return answer, bytes(self._read(process, answer.get("bytes", 0), end))
+
+    def _read(self, process: subprocess.Popen[bytes], count: int, end: float) -> bytearray:
+        """Exactly so many bytes of its output. Raises EOFError where it died, TimeoutError after the end."""
+        assert process.stdout is not None
+        found = bytearray()
+        while len(found) < count:
+            if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError
+            some = process.stdout.read(count - len(found))
+            if not some:
+                raise EOFError
+            found += some
+        return found
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            with contextlib.suppress(OSError):
+                self.process.communicate()
+            self.process = None
+
+
+def serve(answer: Callable[[bytes], tuple[dict[str, Any], bytes]], seconds: int) -> None:
+    """What such a program does until there are no more questions. seconds: for each; then it ends by itself."""
+    while length := sys.stdin.buffer.read(8):
+        data = sys.stdin.buffer.read(int.from_bytes(length, "little"))
+        signal.alarm(seconds)  # for a parent that has died
+        said, content = answer(data)
+        sys.stdout.buffer.write(json.dumps({**said, "bytes": len(content)}).encode() + b"\n" + content)
+        sys.stdout.buffer.flush()
+        signal.alarm(0)
