@@ -26,7 +26,8 @@ def middles(stream: BinaryIO, url: str) -> list[int]:
     """The middle byte of each row group. stream: the file, at any place. Raises DamagedError where none can be told."""
     stream.seek(-8, 2)
     size = int.from_bytes(stream.read(8)[:4], "little")
-    if size + 8 > stream.seek(0, 2):
+    end = stream.seek(0, 2)
+    if size + 8 > end:
         raise DamagedError(f"{url} cannot be read as Parquet: its footer would be longer than the file")
     stream.seek(-8 - size, 2)
     try:
@@ -35,7 +36,10 @@ def middles(stream: BinaryIO, url: str) -> list[int]:
         raise DamagedError(f"{url} cannot be read as Parquet: its footer ends the process that reads it") from error
     if "error" in answer:
         raise DamagedError(f"{url} cannot be read as Parquet: {answer['error']}")
-    return list(answer["middles"])
+    found = list(answer["middles"])
+    if not all(0 <= middle < end for middle in found):  # it would belong to no range, and be lost
+        raise DamagedError(f"{url} is damaged: by its footer it has rows outside of the file")
+    return found
 
 
 def main() -> None:

@@ -117,6 +117,9 @@ def read_parquet(
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
         groups = row_groups(footers.middles(stream, url), part, size)
+        rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        if rows_of_groups != file.metadata.num_rows:
+            raise DamagedError(f"{url} is damaged: its footer says two different numbers of rows")
         seen = _keys_before(file, groups, key_column)
         names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)

@@ -13,7 +13,7 @@ HARMLESS_KEYS = frozenset({"_class_name", "_diffusers_version", "_name_or_path"}
 
 _COUNTS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _NUMBERS = ("scaling_factor", "shift_factor")
-_TUPLES = ("down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std")
+_TUPLES = ("sample_size", "down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class AutoencoderKLConfig(Mapping[str, Any]):
     block_out_channels: channels of each level, finest first; every level but the last halves height and width.
     layers_per_block: residual blocks a level in the encoder; the decoder has one more.
     latent_channels: channels of a latent; the encoder puts out twice as many, mean and log-variance.
-    sample_size: height and width, in pixels, of the pictures the model was trained on.
+    sample_size: height and width, in pixels, of the pictures the model was trained on (as a pair where they differ).
     scaling_factor, shift_factor, latents_mean, latents_std: how others normalise latents (`vae.scaling`);
         the model itself neither applies nor needs them.
     force_upcast: half precision overflows: run in float32 (SDXL's original VAE).
@@ -42,7 +42,7 @@ class AutoencoderKLConfig(Mapping[str, Any]):
     act_fn: str = "silu"
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None

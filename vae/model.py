@@ -113,8 +113,9 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
         self.slice_size: int | None = None
         self.use_tiling = False
-        self.tile_sample_min_size = self.config.sample_size  # pixels; larger pictures are tiled
-        self.tile_latent_min_size = self.config.sample_size // self.config.downscale
+        size = self.config.sample_size
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]  # pixels; larger pictures are tiled
+        self.tile_latent_min_size = self.tile_sample_min_size // self.config.downscale
         self.tile_overlap_factor = 0.25
 
     @property

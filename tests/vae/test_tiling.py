@@ -68,3 +68,9 @@ def test_tuples_are_returned_on_request(model: AutoencoderKL) -> None:
     (posterior,) = model.tiled_encode(x, return_dict=False)
     (sample,) = model.tiled_decode(posterior.mode(), return_dict=False)
     assert sample.shape == x.shape
+
+
+def test_of_a_pair_of_sizes_the_first_makes_the_tiles() -> None:
+    model = AutoencoderKL(**{**MICRO, "sample_size": [256, 128]})
+    assert model.config.sample_size == (256, 128)
+    assert (model.tile_sample_min_size, model.tile_latent_min_size) == (256, 32)
