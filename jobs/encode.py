@@ -247,6 +247,7 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mappi
                 "units": units,
                 "failed": [dataclasses.asdict(failure) for failure in failures],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
+                "doubts": stats.doubts(written),
             }
         )
         return
@@ -264,6 +265,8 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mappi
         lines.append(f"  bounded by {totals.bounded_by} ({shares})")
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)
+    for doubt in stats.doubts(written):
+        say(f"warning: {doubt}")
     for failure in failures:
         say(f"failed: unit {failure.name}: {failure.error}")
     if failures:

@@ -16,6 +16,7 @@ from pipeline.records import BucketTally
 from pipeline.storage import Folder
 
 NAME = "stats.json"
+DEAD = 1e-4  # of the widest channel's standard deviation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,21 @@ def rejected(all_parts: Iterable[Part]) -> dict[str, int]:
         counts.update(part.rejects)
         counts.subtract(reason for _, reason in part.supersedes)
     return {reason: counts[reason] for reason in sorted(+counts)}
+
+
+def doubts(content: Mapping[str, Any]) -> list[str]:
+    """What in statistics looks like a broken VAE: a line for each channel that is constant, or nearly so.
+
+    content: stats.json.
+    """
+    stds = content.get("std", [])
+    greatest = max(stds, default=0.0)
+    return [
+        f"channel {channel} of the latents is {'constant' if not std else 'nearly constant'} (mean {mean:.4g}, std "
+        f"{std:.2g}): is the VAE broken, or every picture the same?"
+        for channel, (mean, std) in enumerate(zip(content.get("mean", []), stds, strict=True))
+        if content["count"] > 1 and std <= DEAD * greatest
+    ]
 
 
 def _channels(t: BucketTally) -> dict[str, list[float]]:

@@ -106,19 +106,23 @@ def open_stream(
 ) -> Iterator[BinaryIO]:
     """A file to read from start to end, a block at a time; or here and there, as it is asked for (`seeking`).
 
-    Raises SourceError where it is not what was planned any more, by its size or its ETag.
+    Raises SourceError where it is not what was planned any more, by its size or its ETag, or changes meanwhile.
     """
     with naming(url, "read"):
         fs, path = connect(url, options)
-        if planned is not None:
-            info = fs.info(path)
-            if (info["size"], etag_of(info)) != (planned.bytes, planned.etag or etag_of(info)):
-                raise SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")
+        info = fs.info(path) if planned is not None else {}
+        if planned and (info["size"], etag_of(info)) != (planned.bytes, planned.etag or etag_of(info)):
+            raise SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
         how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
         file = fs.open(path, "rb", **how)
     with file:
         yield cast(BinaryIO, Stream(file, url))
+    if planned is not None:
+        with naming(url, "read"):
+            after = fs.info(path)
+        if any(after.get(name) != info.get(name) for name in ("size", "mtime", "ETag", "etag")):
+            raise SourceError(f"{url} has changed while it was read")
 
 
 def exists(url: str, options: Mapping[str, Any]) -> bool:

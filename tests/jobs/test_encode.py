@@ -421,3 +421,18 @@ def test_a_vae_that_overflows_in_fp16_is_not_run_in_it(
         code, _, err = latentmill("encode", *argv, "--precision", "fp16")
         assert (code, "it is run in fp32" in err) == (0, upcast), err
     assert json.loads((tmp_path / "c/cache.json").read_text())["identity"]["precision"] == precision
+
+
+def test_a_dead_channel_is_a_warning(latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path) -> None:
+    broken = AutoencoderKL.from_pretrained(micro_vae)
+    weights = broken.state_dict()
+    weights["quant_conv.weight"][2] = 0.0
+    broken.load_state_dict(weights)
+    broken.save_pretrained(tmp_path / "vae")
+    argv = ["encode", photos, "--vae", tmp_path / "vae", "--resolution", 64, "--workers", 0]
+    code, _, err = latentmill(*argv, "--to", tmp_path / "c")
+    assert code == 0
+    assert "warning: channel 2 of the latents is constant" in err
+    assert err.count("warning") == 1
+    (doubt,) = json.loads(latentmill(*argv, "--to", tmp_path / "d", "--json")[1])["doubts"]
+    assert doubt.startswith("channel 2 of the latents is constant (mean ")

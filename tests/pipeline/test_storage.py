@@ -1,3 +1,4 @@
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -137,3 +138,19 @@ def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPat
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(StorageError, match="cannot reach nonsense://x"):
         connect("nonsense://x", {})
+
+
+@pytest.mark.parametrize("seeking", [False, True])
+def test_a_file_that_is_rewritten_while_it_is_read_is_reported(tmp_path: Path, seeking: bool) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(b"before")
+    unit = Unit(name="u", kind="tar", url=str(path), path="s.tar", bytes=6)
+    with open_stream(str(path), {}, unit, seeking) as stream:
+        assert stream.read(6) == b"before"
+    with (
+        pytest.raises(SourceError, match=r"s\.tar has changed while it was read"),
+        open_stream(str(path), {}, unit, seeking) as stream,
+    ):
+        stream.read(3)
+        path.write_bytes(b"after!")
+        os.utime(path, (1, 1))
