@@ -10,12 +10,11 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
-from jobs.settings import matching_vae
-from pipeline import commit, identity, listing, plan, stats, storage
+from jobs.standing import files, matching_vae, units
+from pipeline import identity, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
-from pipeline.errors import CacheError, SourceError, Stopped, UsageError
-from pipeline.records import Unit
+from pipeline.errors import CacheError, Stopped, UsageError
 from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
 from pipeline.storage import Folder
 
@@ -70,30 +69,6 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
     out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     tell(options, out, report)
     return 1 if driven.failures else 0
-
-
-def units(source: tuple[str, ...], cache: Cache) -> dict[str, Unit]:
-    """The cache's units by name, their inputs where `--source` says they are now."""
-    planned = plan.read(cache.folder)
-    if source:
-        shards = listing.list_shards(source, cache.folder.options, but=cache.folder.url)
-        roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
-        urls = roots | {shard.path: shard.url for shard in shards}
-        planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]
-        if not any(unit.path in urls for unit in planned):
-            raise SourceError(f"none of the cache's inputs is at {' '.join(source)}")
-    return {unit.name: unit for unit in planned}
-
-
-def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
-    """The files with rows: name, rows, unit."""
-    found = []
-    for part in stats.parts(cache.folder, cache.content["identity_sha256"]):
-        if part.unit not in units:
-            raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
-        if part.file.startswith(commit.DATA + "/"):
-            found.append((part.file, part.rows, units[part.unit]))
-    return found
 
 
 def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Sequence[Failure]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from jobs.entry import print_json, run_as_script
 from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
-from pipeline import commit, identity, listing, plan, report, runs, stats, storage, survey
-from pipeline.cache import Cache
+from jobs.standing import finish
+from pipeline import commit, identity, listing, plan, runs, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
-from pipeline.runs import Run, versions
+from pipeline.runs import Run
 from pipeline.storage import Folder
 from vae.load import is_single_file
 
@@ -200,13 +200,6 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
             f"{len(missing)} units were done, but are not in {cache.url}: the workers run on machines that see another "
             f"disk there; use a shared disk, or an object store"
         )
-
-
-def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
-    """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
-    written = stats.write(cache, content["identity_sha256"], again=weak)
-    cache.replace(report.NAME, report.card(Cache(cache, content), written, versions()["latentmill"]))
-    return written
 
 
 def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:

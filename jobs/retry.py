@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jobs import settings
-from jobs.decode import units
 from jobs.drive import Driven, Signals, drive
-from jobs.encode import finish
 from jobs.entry import print_json, run_as_script
 from jobs.options import RetryOptions, as_record, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
+from jobs.standing import finish, matching_vae, units
 from pipeline import commit, retry, stats
 from pipeline.cache import Cache
 from pipeline.encode import Vae
@@ -24,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(RetryOptions, "retry", argv)
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
-    vae = settings.matching_vae(options.vae, cache)
+    vae = matching_vae(options.vae, cache)
     run, signals, counts = Run(cache.folder, "retry", as_record(options)), Signals(), Counter[str]()
     run.write(units=len(tasks))
     try:

@@ -8,9 +8,8 @@ from jobs.options import ALL, EncodeOptions, limits_of
 from jobs.place import Place
 from jobs.progress import say
 from pipeline import buckets, commit, identity
-from pipeline.cache import Cache
-from pipeline.encode import Compute, Vae, load_vae
-from pipeline.errors import UsageError, VaeError
+from pipeline.encode import Compute, Vae
+from pipeline.errors import UsageError
 from pipeline.flow import EncodeJob
 from pipeline.identity import Identity
 from pipeline.layout import Columns, Layout
@@ -154,15 +153,6 @@ def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> No
     for name, value in standing.items():
         if ours[name] != value:
             say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
-
-
-def matching_vae(given: str, cache: Cache) -> Vae:
-    """The VAE that `--vae` names, or the cache. Raises VaeError where its weights are not those that made the cache."""
-    ref = given or cache.content["vae"]["reference"]
-    vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
-    if vae.sha256 != cache.content["identity"]["weights"]:
-        raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
-    return vae
 
 
 def encode_job(

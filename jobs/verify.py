@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from jobs.decode import files, units
-from jobs.encode import finish
 from jobs.entry import print_json, run_as_script
 from jobs.options import VerifyOptions, parse, storage_options
 from jobs.progress import Meter, say
-from jobs.settings import encode_job, matching_vae
+from jobs.settings import encode_job
+from jobs.standing import files, finish, matching_vae, units
 from pipeline import identity, verify
 from pipeline.cache import Cache
 from pipeline.encode import Compute
