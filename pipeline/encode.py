@@ -81,7 +81,7 @@ def _load(path: str, ref: str, config: Settings) -> Vae:
     except AssumedConfigWarning as doubt:
         raise VaeError(str(doubt).replace(path, ref).replace("config= says", "--vae-config says")) from doubt
     except (LoadError, OSError) as error:
-        raise VaeError(str(error).replace(path, ref)) from error
+        raise VaeError(str(error).replace(path, ref).replace("(config=)", "(--vae-config)")) from error
     tensors = model.state_dict()
     return Vae(
         ref=ref,

@@ -119,7 +119,7 @@ def _nameless(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
     try:
         return AutoencoderKLConfig(**fields, **types)
     except ValueError as error:
-        raise LoadError(f"{path} is of no known family, and needs its configuration: {error}") from error
+        raise LoadError(f"{path} is of no known family, and needs its configuration (config=): {error}") from error
 
 
 def scaling(config: AutoencoderKLConfig) -> str:
