@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from pipeline import report, runs
+from pipeline.cache import Cache
 from pipeline.records import Unit
 from pipeline.render import PICTURES_PER_SHEET, choose, file_name, psnr
 from pipeline.sheet import SIDE, Cell, contact_sheet
@@ -73,11 +74,14 @@ def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
                 "buckets": None,
             },
         },
-        "vae": {"reference": "demo", "config": {"latent_channels": 4}},
+        "vae": {"reference": "demo", "config": {"latent_channels": 4, "scaling_factor": 0.5}},
     }
     stats = {"count": 1234, "rejected": {"corrupt": 2}, "filtered": 0, "enlarged": 5, "digest": "d" * 64}
-    report.write_card(Folder(str(tmp_path)), content, stats, 3, 8, ((0.0,), (0.5,)), "0.1.0")
-    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / f"data/{number}.parquet").touch()
+    card = report.card(Cache(Folder(str(tmp_path)), content), stats, "0.1.0").decode()
+    assert "scale = 0.5" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
     assert "1,234 rows" not in card.split("---")[1]
