@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	@echo "The statistics:             $(CURDIR)/$(DEMO)/latents/stats.json"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --timeout 600

@@ -161,11 +161,11 @@ def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(
 def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, micro_vae: Path, tmp_path: Path) -> None:
     script = (
         "from pipeline import flow\n"
-        "from jobs import encode\n"
+        "from jobs import encode, settings\n"
         "from jobs.entry import run_as_script\n"
         "class Broken(flow.EncodeJob):\n"
         "    def build(self, vae, stop): raise MemoryError('no room for the model')\n"
-        "encode.EncodeJob = Broken\n"
+        "settings.EncodeJob = Broken\n"
         "run_as_script(encode.main)\n"
     )
     (tmp_path / "broken.py").write_text(script)
