@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from pipeline.encode import Vae
@@ -176,7 +176,7 @@ class RayEngine:
     ) -> None:
         self.grows = grows
         self.patience = patience
-        self.inputs = (ray.put(job), ray.put(vae))
+        self.job, self.vae = job, ray.put(vae)
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.replicas = [self._start() for _ in range(workers)]
         self.ended: list[Done] = []
@@ -184,7 +184,7 @@ class RayEngine:
         self.failed_starts = 0
 
     def _start(self) -> Remote:
-        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote(*self.inputs)  # type: ignore[attr-defined]
+        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote(self.job, self.vae)  # type: ignore[attr-defined]
         return Remote(actor, actor.ready.remote())
 
     @property
@@ -264,6 +264,8 @@ class RayEngine:
         except RayError as error:
             if replica.starting is not None:
                 self._count_failed_start(error)
+            if isinstance(error, OutOfMemoryError):
+                self.job = self.job.in_smaller_slices()  # of all workers that start from now on
             self._replace(replica, _cause(error))
 
     def _ask(self, replica: Remote) -> None:
@@ -298,5 +300,7 @@ class RayEngine:
 
 def _cause(error: RayError) -> str:
     """Ray's account of a loss, in one line."""
+    if isinstance(error, OutOfMemoryError):
+        return "its machine ran out of memory, and Ray ended it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

@@ -45,6 +45,10 @@ class Job(Protocol):
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
+    def in_smaller_slices(self) -> "Job":
+        """The same job, for workers that ran out of their machine's memory."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Done:

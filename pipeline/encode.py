@@ -44,6 +44,10 @@ class Compute:
     threads: int
     compile: bool = False
 
+    def in_smaller_slices(self) -> "Compute":
+        """The same with slices half as large, as long as they can be."""
+        return replace(self, slice_size=max(1, self.slice_size // 2))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vae:
@@ -179,7 +183,7 @@ class Replica:
                         f"out of memory on {self.compute.device}, encoding a single picture of {height}x{width} "
                         "pixels; --tile-above encodes it in tiles"
                     ) from error
-            self.compute = replace(self.compute, slice_size=size // 2)
+            self.compute = self.compute.in_smaller_slices()
             if self.compute.device == "cuda":
                 torch.cuda.empty_cache()
 

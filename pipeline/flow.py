@@ -95,6 +95,10 @@ class EncodeJob:
         replica = Replica(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         return Encoder(Tools(job=self, replica=replica, pool=pool, stop=stop))
 
+    def in_smaller_slices(self) -> "EncodeJob":
+        """The same job for less memory."""
+        return replace(self, compute=self.compute.in_smaller_slices())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:

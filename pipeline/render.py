@@ -88,6 +88,10 @@ class RenderJob:
         """The worker, its replica loaded."""
         return Renderer(self, build_model(vae, self.compute, self.tile_above), stop)
 
+    def in_smaller_slices(self) -> "RenderJob":
+        """Itself: pictures are decoded one by one."""
+        return self
+
 
 class Renderer:
     """A worker that draws sheets. Threads may call `run` together; the model runs for one of them at a time."""

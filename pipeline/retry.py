@@ -63,6 +63,10 @@ class RetryJob:
         """The worker, its replica loaded."""
         return Retrier(self.job.build(vae, stop))
 
+    def in_smaller_slices(self) -> "RetryJob":
+        """The same job for less memory."""
+        return RetryJob(self.job.in_smaller_slices())
+
 
 class Retrier:
     """A worker that tries rejects again. Threads may call `run` together."""

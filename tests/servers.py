@@ -1,9 +1,13 @@
-"""An S3 server on loopback, over real HTTP: moto's by default, or the one that LATENTMILL_TEST_S3 names."""
+"""An S3 server on loopback, over real HTTP: moto's by default.
+
+LATENTMILL_TEST_S3=ceph takes a Ceph gateway (tests/ceph.py), LATENTMILL_TEST_S3=http://... one that stands.
+"""
 
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -13,6 +17,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests import ceph
 from tests.proxy import Proxy
 
 KEY, SECRET = "testing", "testing123"
@@ -42,8 +47,14 @@ def await_http(url: str, process: subprocess.Popen[bytes], seconds: float = 30) 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """The URL of an S3 server."""
-    if standing := os.environ.get("LATENTMILL_TEST_S3"):
-        yield standing
+    wanted = os.environ.get("LATENTMILL_TEST_S3", "moto")
+    if wanted == "ceph":
+        with tempfile.TemporaryDirectory() as folder:
+            with ceph.gateway(Path(folder), free_port(), free_port(), KEY, SECRET) as url:
+                yield url
+        return
+    if wanted != "moto":
+        yield wanted
         return
     port = free_port()
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

@@ -1,0 +1,121 @@
+"""Workers on a local Ray that hang in the model, or eat their machine's memory: replaced, and all is done."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import img2dataset_members, write_tar
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+# A job whose first worker to encode does something once, and never comes back from it.
+SCRIPT = """
+import os, sys, time
+from jobs import encode, settings
+from jobs.entry import run_as_script
+from pipeline.flow import EncodeJob
+
+def hang():
+    time.sleep(3600)
+
+def eat():
+    held = []
+    while True:
+        held.append(os.urandom(1 << 20) * 64)
+        time.sleep(0.02)
+
+class Sick(EncodeJob):
+    def build(self, vae, stop):
+        encoder = EncodeJob.build(self, vae, stop)
+        replica = encoder.tools.replica
+        healthy = replica.encode
+
+        def encode(batch, shard=""):
+            try:
+                os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return healthy(batch, shard)
+            {what}()
+
+        replica.encode = encode
+        return encoder
+
+settings.EncodeJob = Sick
+run_as_script(encode.main)
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four tars of ten samples."""
+    for number in range(4):
+        write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 10))
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def calm(
+    latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """The statistics of a run that nothing disturbed."""
+    assert latentmill("encode", *arguments(source, tmp_path / "calm", micro_vae), "--workers", 0)[0] == 0
+    return statistics(tmp_path / "calm")
+
+
+def arguments(source: Path, cache: Path, vae: Path) -> list[object]:
+    return [source, "--to", cache, "--vae", vae, "--resolution", 64, "--slice-size", 8, "--cpus-per-worker", 1]
+
+
+def statistics(cache: Path) -> dict[str, Any]:
+    return dict(json.loads((cache / "stats.json").read_text()))
+
+
+def encode(source: Path, cache: Path, vae: Path, what: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = cache.with_name("sick.py")
+    script.write_text(SCRIPT.format(what=what, marker=str(cache.with_name("once"))))
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments(source, cache, vae)), "--workers", "2", "--patience", "15"],
+        cwd=cache.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def slices(cache: Path) -> set[int]:
+    """The slice sizes that units were done with."""
+    return {json.loads(path.read_text())["compute"]["slice_size"] for path in cache.glob("_commits/*")}
+
+
+@pytest.mark.fault(13, "a worker hangs in the model")
+def test_a_worker_that_stands_still_is_replaced(
+    source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path
+) -> None:
+    done = encode(source, tmp_path / "c", micro_vae, "hang")
+    assert done.returncode == 0, done.stderr
+    assert statistics(tmp_path / "c")["digest"] == calm["digest"]
+    assert slices(tmp_path / "c") == {8}
+
+
+@pytest.mark.fault(15, "a machine runs out of memory, and Ray ends the worker")
+def test_after_a_worker_without_memory_slices_are_smaller(
+    source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path
+) -> None:
+    """The same samples; their bits may differ by rounding, as they do between any two sizes of slices."""
+    memory = {line.split()[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    used = 1 - memory["MemAvailable:"] / memory["MemTotal:"]
+    limits = {"RAY_memory_usage_threshold": f"{used + 0.15:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    done = encode(source, tmp_path / "c", micro_vae, "eat", **limits)
+    assert done.returncode == 0, done.stderr
+    found = statistics(tmp_path / "c")
+    assert found["count"] == calm["count"] == 40
+    assert found["mean"] == pytest.approx(calm["mean"], abs=1e-5)
+    assert slices(tmp_path / "c") & {1, 2, 4}, "the worker that came next had smaller slices"
