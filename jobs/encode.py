@@ -37,13 +37,13 @@ class Totals:
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
-        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "again", "bytes")
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
     @property
     def rate(self) -> float:
         """Pictures encoded a second, once replicas were ready."""
-        return self.counts["rows"] / (self.working or self.wall or 1.0)
+        return self.counts["encoded"] / (self.working or self.wall or 1.0)
 
     @property
     def bounded_by(self) -> str:
@@ -174,7 +174,7 @@ def encode_units(
         totals.add(done)
         if done.damage:
             say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
-        meter.task_done(sizes[done.unit], done.rows, sum(done.rejects.values()))
+        meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
 
     def on_tick() -> None:
         nonlocal alive
@@ -245,16 +245,16 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mappi
         )
         return
     before = f" ({outcome.already} of {units} units were done before)" if outcome.already else ""
-    lines = [f"encoded {counts['rows']:,} pictures in {totals.wall:.1f} s, {totals.rate:.1f} a second{before}"]
+    lines = [f"encoded {counts['encoded']:,} pictures in {totals.wall:.1f} s, {totals.rate:.1f} a second{before}"]
     lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
     if counts["again"]:
         lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
-    if counts["rows"]:
-        spent = dataclasses.asdict(totals.seconds)
-        shares = ", ".join(f"{stage} {seconds / sum(spent.values()):.0%}" for stage, seconds in spent.items())
+    spent = dataclasses.asdict(totals.seconds)
+    if whole := sum(spent.values()):
+        shares = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in spent.items())
         lines.append(f"  bounded by {totals.bounded_by} ({shares})")
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)

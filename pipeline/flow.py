@@ -176,13 +176,13 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     reading = to_the_damage(read(unit, job), damage) if tools.to_the_damage else read(unit, job)
     samples = Peekable(watched(reading, tools.stop, clock))
     standing: list[Standing] = []
-    adopted = behind = again = 0
+    adopted = behind = encoded = again = 0
     for number in itertools.count():
         part = commit.find(job.cache, unit, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
-            again += filled.again
+            encoded, again = encoded + len(filled.rows), again + filled.again
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows, job.layout)
@@ -193,7 +193,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             break
     commit.finish(job.cache, unit, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
-    return replace(report, again=again, damage="".join(damage))
+    return replace(report, encoded=encoded, again=again, damage="".join(damage))
 
 
 def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:

@@ -260,7 +260,8 @@ class Seconds:
 class UnitReport:
     """What a finished unit tells the driver: counts, never pixels.
 
-    adopted: parts that stood there already. again: pictures that overflowed and were encoded again in float32.
+    adopted: parts that stood there already. encoded: rows of the others. again: pictures that overflowed and were
+    encoded again in float32.
     damage: what is wrong with the shard, where its rest was rejected.
     """
 
@@ -272,6 +273,7 @@ class UnitReport:
     rejects: Mapping[str, int] = field(default_factory=dict)
     parts: int = 0
     adopted: int = 0
+    encoded: int = 0
     again: int = 0
     bytes: int = 0
     damage: str = ""

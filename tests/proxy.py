@@ -27,7 +27,8 @@ class Request:
 
 
 # What becomes of a request: passed on (None); answered with a status; the connection reset; passed on, and the answer
-# lost ("lose"), cut in half ("short") or with its first bytes flipped ("flip").
+# lost ("lose"), cut in half ("short"), not continued after a half ("stall") or with its first bytes flipped ("flip");
+# passed on twice, the second answer coming back ("double").
 Fault = int | str | None
 
 
@@ -81,11 +82,18 @@ class Proxy:
                     self.answer(fault, {"Content-Type": "application/xml"}, error)
                 else:
                     status, headers, data = self.forward(body)
+                    if fault == "double":
+                        status, headers, data = self.forward(body)
                     proxy.after(request)
                     if fault == "lose":
                         self.reset()
                     elif fault == "short":
                         self.answer(status, headers, data, cut=len(data) // 2)
+                        self.reset()
+                    elif fault == "stall":
+                        self.answer(status, headers, data, cut=len(data) // 2)
+                        self.connection.recv(1)  # until the other side gives it up
+                        self.close_connection = True
                     elif fault == "flip":
                         self.answer(status, headers, bytes(byte ^ 0x55 for byte in data[:200]) + data[200:])
                     else:
@@ -124,9 +132,7 @@ class Proxy:
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(data[:cut])
-                if cut is not None:
-                    self.wfile.flush()
-                    self.reset()
+                self.wfile.flush()
 
             def reset(self) -> None:
                 """Close the connection so that the other side sees ECONNRESET."""

@@ -49,9 +49,11 @@ def endpoint() -> Iterator[str]:
     """The URL of an S3 server."""
     wanted = os.environ.get("LATENTMILL_TEST_S3", "moto")
     if wanted == "ceph":
-        with tempfile.TemporaryDirectory() as folder:
-            with ceph.gateway(Path(folder), free_port(), free_port(), KEY, SECRET) as url:
-                yield url
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ceph.gateway(Path(folder), free_port(), free_port(), KEY, SECRET) as url,
+        ):
+            yield url
         return
     if wanted != "moto":
         yield wanted

@@ -41,7 +41,7 @@ def encode(source: Path, cache: Path, vae: Path) -> tuple[int, str]:
     return job.returncode, job.stdout + job.stderr
 
 
-@pytest.mark.fault(13, "a picture hangs its worker; 14: another one ends it")
+@pytest.mark.fault(14, "a picture ends its worker, another one hangs its own")
 @pytest.mark.timeout(300)
 def test_they_are_rejected_by_name_and_all_else_is_done(
     latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path

@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,10 +235,21 @@ def test_a_late_duplicate_changes_nothing(
     assert digest(bucket) == calm
 
 
+@pytest.mark.fault(21, "every PUT arrives twice, the second answer comes back")
+def test_a_doubled_request_is_one_object(
+    start: Callable[..., subprocess.Popen[str]], proxy: Proxy, bucket: str, calm: str
+) -> None:
+    proxy.rule = lambda request: "double" if request.method == "PUT" else None
+    code, out = finish(start())
+    assert code == 0, out
+    assert digest(bucket) == calm
+
+
 @pytest.mark.parametrize(
     "fault",
     [
         pytest.param("short", marks=pytest.mark.fault(22, "the store's answer is cut in half")),
+        pytest.param("stall", marks=pytest.mark.fault(22, "the store's answer stops half way")),
         pytest.param("reset", marks=pytest.mark.fault(22, "the store resets the connection")),
         pytest.param("flip", marks=pytest.mark.fault(23, "bits flip on the way")),
     ],
@@ -342,6 +354,37 @@ def test_a_reader_never_sees_half_a_file(folder: Path, micro_vae: Path, tmp_path
     job.communicate()
     assert job.returncode == 0
     assert looks > 30
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size={size}k tmpfs "$0" || exit 99
+"$@" 2> "$0.err"; echo $? > "$0.code"; ls -R "$0" > "$0.names"
+mount -o remount,size=64m "$0"
+"$@" 2> "$0.err2" && cp "$0/stats.json" "$0.stats"
+"""
+
+
+def on_a_small_disk(folder: Path, size: int, command: list[str]) -> int:
+    """Run a command on a small filesystem of its own, and again when that is larger; 99 where none is allowed."""
+    folder.mkdir()
+    shell = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK.format(size=size), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*shell, *command], env=environment, capture_output=True).returncode
+
+
+@pytest.mark.fault(16, "a disk (tmpfs of 96 KiB) fills up, and is made larger")
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
+def test_a_disk_that_fills_up_ends_the_job(folder: Path, micro_vae: Path, tmp_path: Path, calm: str) -> None:
+    disk = tmp_path / "disk"
+    argv = [sys.executable, "-m", "jobs.encode", *map(str, [folder, "--to", disk, *options(micro_vae)])]
+    code = on_a_small_disk(disk, 128, argv)
+    if code == 99:
+        pytest.skip("no filesystem may be mounted here")
+    assert code == 0
+    assert Path(f"{disk}.code").read_text().strip() == "1"
+    assert "no space left on device" in Path(f"{disk}.err").read_text()
+    assert "parquet" in Path(f"{disk}.names").read_text(), "some parts were written"
+    assert json.loads(Path(f"{disk}.stats").read_text())["digest"] == calm
 
 
 @pytest.mark.fault(16, "the disk is full")

@@ -94,10 +94,20 @@ def test_only_what_is_missing_is_done(encode: Command, shards: Path, tmp_path: P
     lost.unlink()
     (tmp_path / "c/_commits" / f"{lost.name[:-14]}.json").unlink()
     code, out, _ = encode(shards, "--to", tmp_path / "c", "--json")
-    done = json.loads(out)
+    counts = json.loads(out)["run"]["counts"]
     assert code == 0
-    assert (done["run"]["counts"]["parts"], done["run"]["counts"]["adopted"]) == (2, 1)
+    assert (counts["parts"], counts["adopted"]) == (2, 1)
+    assert (counts["rows"], counts["encoded"]) == (5, 2)
     assert digest_of(tmp_path / "c") == digest == digest_of(tmp_path / "calm")
+
+
+def test_a_unit_of_which_only_the_record_is_missing_says_so(encode: Command, shards: Path, tmp_path: Path) -> None:
+    encode(shards, "--to", tmp_path / "c")
+    for record in (tmp_path / "c/_commits").iterdir():
+        record.unlink()
+    code, out, err = encode(shards, "--to", tmp_path / "c")
+    assert code == 0, err
+    assert out.startswith("encoded 0 pictures")
 
 
 def test_the_source_may_lie_anywhere(encode: Command, tmp_path: Path) -> None:
