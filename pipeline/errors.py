@@ -23,7 +23,7 @@ REASONS: dict[str, str] = {
     "no_picture": "the sample has no picture",
     "duplicate_key": "another picture of the shard has this key",
     "no_key": "the key column has no value in this row",
-    "picture_elsewhere": "the row has the path of a picture, not its bytes",
+    "picture_elsewhere": "the sample has the path of a picture or a link to it, not its bytes",
     "bad_key": "the key is empty or longer than {} bytes, has control characters, or is a path that leads elsewhere",
     "bad_text": "the {} is not UTF-8 text",
     "text_too_long": "the {} has more than {} bytes",

@@ -1,8 +1,9 @@
 """A tar shard in webdataset's layout (img2dataset's too), read as a stream: never downloaded whole, never unpacked.
 
 Members that share a key stand next to each other: `0001.jpg`, `0001.txt`, `0001.json`. The key is the member's path
-up to the first dot of its base name. Python's `tarfile` and webdataset end silently where a shard is cut off; this
-reader demands the end mark, two blocks of zeros (POSIX.1-2001, pax interchange format).
+up to the first dot of its base name. Python's `tarfile` and webdataset end silently where a shard is cut off, and
+before a second archive that was appended to the first; this reader demands the end mark, two blocks of zeros
+(POSIX.1-2001, pax interchange format), and goes on after it.
 """
 
 import re
@@ -16,17 +17,23 @@ from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Reject, Sample
 
 BLOCK = 512
 SKIP_AT_ONCE = 1 << 20
-_PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
-_PAX_SIZE = re.compile(rb"\d+ size=(\d+)\n")
+FILES = b"0\x007"
+FOLDER = b"5"
+_PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
+_PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar: its name, size and content; None of one that is too large for what it is."""
+    """A file in a tar: its name, size and content; None of one that is too large for what it is.
+
+    is_link: or a device; it has no content of its own.
+    """
 
     name: str
     size: int
     data: bytes | None
+    is_link: bool = False
 
     @property
     def key(self) -> str:
@@ -47,7 +54,8 @@ def read_tar(
 ) -> Iterator[Sample | Reject]:
     """The samples of a tar, in their order. texts: extensions of the members that come along as columns.
 
-    Rejects (stage "read"): `no_picture`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`, `text_too_long`.
+    Rejects (stage "read"): `no_picture`, `picture_elsewhere`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
+    `text_too_long`.
     Raises DamagedError, which names the URL and the byte, where the tar is damaged or ends early; ShardError where
     it has more members than are read.
     """
@@ -59,6 +67,8 @@ def read_tar(
             try:
                 if picture is NO_PICTURE:
                     raise Rejected("read", "no_picture")
+                if picture.is_link:
+                    raise Rejected("read", "picture_elsewhere")
                 check_key(key, limits)
                 if key in seen:
                     raise Rejected("read", "duplicate_key")
@@ -85,7 +95,7 @@ def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
 def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
     texts: dict[str, str] = {}
     for member in members:
-        if member.extension in names and member.extension not in texts:
+        if member.extension in names and member.extension not in texts and not member.is_link:
             if member.data is None:
                 raise Rejected("read", "text_too_long", member.extension, limits.text_bytes)
             text = check_text(member.data, member.extension, limits)
@@ -97,7 +107,7 @@ def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[
 def read_members(
     stream: BinaryIO, url: str, texts: Sequence[str] = TEXT_EXTENSIONS, limits: Limits = DEFAULT
 ) -> Iterator[Member]:
-    """The regular files of a tar (ustar, GNU and pax long names), to its end mark; all else is passed over.
+    """The files, links and devices of a tar (ustar, GNU and pax long names), and of those appended to it.
 
     Only pictures and texts are held, and only where they are within their limits.
     """
@@ -109,7 +119,9 @@ def read_members(
         if not any(header):
             if any(_exactly(stream, BLOCK, url, offset + BLOCK)):
                 raise DamagedError(f"{url} is damaged: after byte {offset} stands one block of zeros, not two")
-            return
+            offset, header = _next_archive(stream, url, offset + 2 * BLOCK)
+            if not header:
+                return
         size = long_size if long_size is not None else _number(header[124:136], url, offset)
         _check_sum(header, url, offset)
         kind, start = header[156:157], offset + BLOCK
@@ -122,23 +134,49 @@ def read_members(
             if kind == b"L":
                 long_name = _text(data.rstrip(b"\0"), url, offset)
             elif kind == b"x":
-                path, length = _PAX_PATH.search(data), _PAX_SIZE.search(data)
-                long_name = _text(path[1], url, offset) if path else None
-                long_size = int(length[1]) if length else None
+                said = _pax(data, url, offset)
+                long_name = _text(said[b"path"], url, offset) if b"path" in said else None
+                long_size = int(said[b"size"]) if b"size" in said else None
         else:
             count += 1
             if count > limits.members:
                 raise ShardError(f"{url} has more than {limits.members} members; --input-limit members=N reads more")
-            member = Member(long_name or _short_name(header, url, offset), size, None)
-            if kind in b"0\0" and size <= _most(member, texts, limits):
+            member = Member(long_name or _short_name(header, url, offset), size, None, is_link=kind not in FILES)
+            if not member.is_link and size <= _most(member, texts, limits):
                 member = Member(member.name, size, _exactly(stream, size, url, start))
             else:
                 _skip(stream, size, url, start)
-            if kind in b"0\0":
+            if kind != FOLDER:
                 yield member
             long_name = long_size = None
         _exactly(stream, padding, url, start + size)
         offset = start + size + padding
+
+
+def _next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:
+    """What stands after an end mark: mostly zeros up to the end, then b""; else the first header of a further tar."""
+    while block := _up_to(stream, BLOCK):
+        if any(block):
+            return offset, block + _exactly(stream, BLOCK - len(block), url, offset + len(block))
+        offset += len(block)
+    return offset, b""
+
+
+def _pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
+    """The records of an extended header, `LENGTH KEY=VALUE` each, with a newline."""
+    said: dict[bytes, bytes] = {}
+    place = 0
+    while length := _PAX_LENGTH.match(data, place):
+        end = place + int(length[1])
+        key, equals, value = data[length.end() : end].partition(b"=")
+        if end > len(data) or not equals or not value.endswith(b"\n"):
+            break
+        if key == b"size" and not _PAX_SIZE.fullmatch(value):
+            break
+        said[key], place = value[:-1], end
+    if data[place:].strip(b"\0"):
+        raise DamagedError(f"{url} is damaged: the extended header at byte {offset} is not one of a tar")
+    return said
 
 
 def _most(member: Member, texts: Sequence[str], limits: Limits) -> int:
@@ -156,11 +194,16 @@ def _skip(stream: BinaryIO, count: int, url: str, offset: int) -> None:
 
 
 def _exactly(stream: BinaryIO, count: int, url: str, offset: int) -> bytes:
+    data = _up_to(stream, count)
+    if len(data) < count:
+        raise DamagedError(f"{url} is cut off at byte {offset + len(data)}: it has no end mark")
+    return data
+
+
+def _up_to(stream: BinaryIO, count: int) -> bytes:
+    """So many bytes, or all up to the end; a stream may give less than was asked for."""
     data = stream.read(count)
-    while len(data) < count:
-        more = stream.read(count - len(data))
-        if not more:
-            raise DamagedError(f"{url} is cut off at byte {offset + len(data)}: it has no end mark")
+    while len(data) < count and (more := stream.read(count - len(data))):
         data += more
     return data
 

@@ -80,14 +80,54 @@ def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
     assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text")
 
 
-def test_only_regular_files_count() -> None:
+def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as archive:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
-            header = tarfile.TarInfo("a.jpg")
+        for number, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)):
+            header = tarfile.TarInfo(f"{number}.jpg")
             header.type, header.linkname = kind, "/etc/passwd"
             archive.addfile(header)
-    assert read(sink.getvalue()) == []
+    items = [outcome(item) for item in read(sink.getvalue())]
+    assert items == [(n, str(n + 1), "picture_elsewhere") for n in range(3)]
+
+
+def test_archives_that_were_appended_to_one_another_are_all_read() -> None:
+    """tarfile and webdataset end silently after the first."""
+    one, two = tar({"a.jpg": b"1"}), tar({"b.jpg": b"2", "a.jpg": b"3"})
+    assert [outcome(item) for item in read(one + two)] == [(0, "a", b"1"), (1, "b", b"2"), (2, "a", "duplicate_key")]
+    assert [outcome(item)[1] for item in read(one[:2048] + two[:3072])] == ["a", "b", "a"]
+    assert len(read(one + bytes(77))) == 1, "what is padded is whole"
+
+
+def test_what_follows_an_end_mark_and_is_no_tar_is_damage() -> None:
+    one = tar({"a.jpg": b"1"})
+    for rest in (b"x", b"x" * 512, tar({"b.jpg": b"2"})[:700]):
+        with pytest.raises(DamagedError):
+            read(one + rest)
+
+
+def test_extended_headers_are_read_record_by_record() -> None:
+    """A value may look like another record, and the length of a number is not believed."""
+
+    def with_pax(data: bytes) -> bytes:
+        header = tarfile.TarInfo("x")
+        header.type, header.size = tarfile.XHDTYPE, len(data)
+        return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512) + tar({"a.jpg": b"1"})
+
+    comment = b"comment=\n11 path=no\n"
+    record = b"%d " % (len(comment) + 3) + comment
+    assert [outcome(item) for item in read(with_pax(record))] == [(0, "a", b"1")]
+    for data in (
+        b"12 size=" + b"9" * 5000 + b"\n",
+        b"99 path=b\n",
+        b"9 path=bb\n",
+        b"nonsense",
+        b"4010 size=" + b"9" * 3999 + b"\n",
+    ):
+        with pytest.raises(DamagedError, match="extended header at byte 0"):
+            read(with_pax(data))
+    with pytest.raises(DamagedError, match="cut off"):
+        read(with_pax(b"17 size=99999999\n"))
 
 
 def test_an_empty_tar_has_no_samples() -> None:
