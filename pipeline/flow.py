@@ -25,7 +25,7 @@ from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
-from pipeline.limits import Limits
+from pipeline.limits import Limits, check_columns
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
 from pipeline.read_parquet import read_beside, read_parquet
@@ -325,6 +325,7 @@ def _open(
     if isinstance(sample, Reject):
         return sample
     try:
+        check_columns(sample.columns, limits)
         rgb = open_pixels(sample.image, limits)
     except Rejected as why:
         return Reject.of(sample.position, sample.key, why)

@@ -5,6 +5,7 @@ rejected, and `retry` takes it up under other limits.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
@@ -17,7 +18,7 @@ class Limits:
     """The numbers; bytes unless said.
 
     picture_bytes: of an encoded picture. pixels, side: of a picture once it is open; checked before it is.
-    text_bytes: of a caption, or of the metadata beside a picture. key_bytes: of a key.
+    text_bytes: of a caption, or of any other text beside a picture. key_bytes: of a key.
     members: files in a tar. header_bytes: of one extended header of a tar. footer_bytes: of a Parquet file's footer.
     seconds, memory: for one picture, where it is opened by a process of its own because another one died.
     """
@@ -47,6 +48,13 @@ def check_key(key: str, limits: Limits) -> None:
         or ".." in key.split("/")
     ):
         raise Rejected("read", "bad_key", limits.key_bytes)
+
+
+def check_columns(columns: Mapping[str, object], limits: Limits) -> None:
+    """Raise Rejected where a text among the values is too long."""
+    for name, value in columns.items():
+        if isinstance(value, str) and len(value.encode()) > limits.text_bytes:
+            raise Rejected("read", "text_too_long", name, limits.text_bytes)
 
 
 def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:

@@ -108,7 +108,8 @@ def read_parquet(
     size: of the file, in bytes. image_column: None for the only one there is.
     key_column: None for the number of the row in the file.
     wanted: the columns that come along, as the cache names and types them; those that are not there are left out.
-    Rejects (stage "read"): `no_key`, `bad_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`.
+    Rejects (stage "read"): `no_key`, `bad_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`,
+    `too_many_bytes`, `bad_text`.
     Raises DamagedError where the file is damaged, ShardError where a column has another type than the cache's.
     """
     with opened(stream, url, limits) as file:
@@ -124,15 +125,18 @@ def read_parquet(
         names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)
         for position, (row, key, picture, columns) in enumerate(rows):
-            name = str(row) if key is None else _escaped(key)
+            name = str(row) if key is None or isinstance(key, Rejected) else _escaped(key)
             try:
+                for value in (key, picture, *columns.values()):
+                    if isinstance(value, Rejected):
+                        raise value
                 if key is None and key_column is not None:
                     raise Rejected("read", "no_key")
                 check_key(name, limits)
                 if name in seen:
                     raise Rejected("read", "duplicate_key")
                 seen.add(name)
-                yield Sample(position, name, _bytes(picture), columns)
+                yield Sample(position, name, _bytes(picture, limits), columns)
             except Rejected as why:
                 yield Reject.of(position, name[: limits.key_bytes], why)
 
@@ -157,10 +161,10 @@ def _rows(
         first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
             values = _columns(batch, wanted, url)
-            keys = batch.column(key_column).to_pylist() if key_column else [None] * len(batch)
+            keys = _values(batch.column(key_column), key_column) if key_column else [None] * len(batch)
             for index in range(len(batch)):
                 columns = {name: column[index] for name, column in values.items()}
-                yield first + count + index, keys[index], batch.column(pictures)[index].as_py(), columns
+                yield first + count + index, keys[index], _value(batch.column(pictures)[index], pictures), columns
             count += len(batch)
         if count != file.metadata.row_group(group).num_rows:
             raise DamagedError(f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise")
@@ -171,7 +175,8 @@ def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[st
     if key_column is None or not groups or not groups[0]:
         return set()
     batches = file.iter_batches(row_groups=list(range(groups[0])), columns=[key_column], use_threads=False)
-    return {_escaped(key) for batch in batches for key in batch.column(0).to_pylist()}
+    keys = (key for batch in batches for key in _values(batch.column(0), key_column))
+    return {_escaped(key) for key in keys if not isinstance(key, Rejected)}
 
 
 def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
@@ -187,11 +192,26 @@ def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
             have = batch.schema.field(name).type
             raise ShardError(f"{url}: the column {name} is {have}, in the cache it is {field.type}") from error
         # times as Arrow's own values: Python's know no nanoseconds
-        values[field.name] = list(array) if pa.types.is_temporal(field.type) else array.to_pylist()
+        values[field.name] = list(array) if pa.types.is_temporal(field.type) else _values(array, name)
     return values
 
 
-def _bytes(picture: Any) -> bytes:
+def _values(array: Any, name: str) -> list[Any]:
+    """The values of a column for Python; a Rejected in place of a text that is none (Arrow does not check them)."""
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar, name) for scalar in array]
+
+
+def _value(scalar: Any, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Rejected("read", "bad_text", name)
+
+
+def _bytes(picture: Any, limits: Limits) -> bytes:
     """The bytes of a value of the picture column."""
     if isinstance(picture, dict):
         if picture["bytes"] is None and picture.get("path"):
@@ -199,6 +219,8 @@ def _bytes(picture: Any) -> bytes:
         picture = picture["bytes"]
     if picture is None:
         raise Rejected("read", "no_picture")
+    if len(picture) > limits.picture_bytes:
+        raise Rejected("read", "too_many_bytes", len(picture), limits.picture_bytes)
     return bytes(picture)
 
 

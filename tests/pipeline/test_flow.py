@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pipeline.cache import to_tensor
 from pipeline.encode import Compute, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import EncodeJob, Encoder
-from pipeline.layout import Layout
+from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
 from pipeline.listing import list_shards
 from pipeline.records import Picture, Record, Unit
@@ -74,6 +75,17 @@ def unit(tmp_path: Path) -> Unit:
     members = img2dataset_members(0, 10, height=64, width=64)
     members["000000001.jpg"] = b"no picture"
     return unit_of(write_tar(tmp_path / "s/0.tar", members))
+
+
+def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    texts = ["x" * 400, "\u00e9" * 400, "\u00e9" * 401, None]
+    jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
+    (tmp_path / "s").mkdir()
+    table = pa.table({"jpg": jpegs, "text": texts})
+    pq.write_table(table, tmp_path / "s/0.parquet")
+    layout = Layout(columns=Columns(table.schema.remove(0), ()))
+    report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=800)).run(unit_of(tmp_path / "s/0.parquet"))
+    assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
 def contents(cache: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import footers
 from pipeline.errors import ShardError
+from pipeline.limits import Limits
 from pipeline.read_parquet import offered, offered_beside, read_beside, read_parquet, row_groups
 from pipeline.records import Reject, Sample
 
@@ -66,6 +67,24 @@ def test_keys_come_from_their_column() -> None:
         (2, "x%2E1", "duplicate_key"),
         (3, "3", "no_key"),
     ]
+
+
+def test_texts_that_are_no_utf8_are_rejects() -> None:
+    def text(*values: bytes) -> pa.Array:
+        raw = pa.array(values, pa.binary())
+        return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+
+    table = pa.table({"jpg": [b"0", b"1", b"2"], "id": text(b"a", b"b", b"\xff"), "txt": text(b"ok", b"\xff", b"ok")})
+    items = read(parquet(table), key="id", wanted=pa.schema([("txt", pa.string())]))
+    assert [outcome(item) for item in items] == [(0, "a", b"0"), (1, "b", "bad_text"), (2, "2", "bad_text")]
+    images = pa.StructArray.from_arrays([pa.array([b"0", b"1"]), text(b"a", b"\xff")], ["bytes", "path"])
+    assert [outcome(item)[2] for item in read(parquet(pa.table({"image": images})))] == [b"0", "bad_text"]
+
+
+def test_pictures_have_a_limit() -> None:
+    data, limits = parquet(pa.table({"jpg": [b"12", b"123"]})), Limits(picture_bytes=2)
+    items = list(read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, NOTHING, limits))
+    assert [outcome(item)[2] for item in items] == [b"12", "too_many_bytes"]
 
 
 def test_rows_without_a_picture_are_rejected() -> None:
