@@ -31,7 +31,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 600 -n auto --maxprocesses 2
 
 check: $(VENV)/installed
 	$(BIN)/ruff check

@@ -10,7 +10,6 @@ Exit code 1 where a cache was wrong, or a phase was hit fewer than ten times.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -26,8 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
+from bench import account
 from bench.make_shards import MICRO, make_shards
 from pipeline import commit, flow
 from pipeline.encode import Vae
@@ -140,24 +138,6 @@ def torment(argv: list[str], board: Path, hits: Counter[str], draw: random.Rando
     return job.wait()
 
 
-def wrongs(cache: Path, samples: int) -> Iterator[str]:
-    """What is wrong with a cache, by a reader that is not ours."""
-    rows = [(row["shard"], row["key"]) for file in cache.glob("data/*") for row in keys_of(file)]
-    rejects = sum(len(path.read_text().splitlines()) for path in cache.glob("_rejects/*"))
-    if len(rows) + rejects != samples:
-        yield f"{len(rows)} rows and {rejects} rejects of {samples} samples"
-    if len(set(rows)) != len(rows):
-        yield "rows that are there twice"
-    for path in cache.glob("_commits/*"):
-        for part in json.loads(path.read_text())["parts"]:
-            if hashlib.sha256((cache / part["file"]).read_bytes()).hexdigest() != part["sha256"]:
-                yield f"{part['file']} is not what was committed"
-
-
-def keys_of(file: Path) -> list[dict[str, str]]:
-    return list(pq.read_table(file, columns=["shard", "key"]).to_pylist())
-
-
 def digest(cache: Path) -> str:
     return str(json.loads((cache / "stats.json").read_text())["digest"])
 
@@ -177,14 +157,14 @@ def main() -> int:
         argv = [str(root / "shards"), "--vae", str(root / "vae"), "--resolution", "128", "--rows-per-part", "8"]
         argv += ["--max-reject-rate", "1", "--to"]
         assert run_calm([*argv, str(root / "calm"), "--workers", "0"]) == 0
-        jobs = 0
+        jobs, samples = 0, account.samples_of(root / "shards")
         while sum(hits.values()) < options.kills:
             jobs += 1
             board = root / f"board{jobs}"
             board.mkdir()
             cache = root / f"c{jobs}"
             code = torment([*argv, str(cache), "--workers", "2"], board, hits, draw)
-            found = [f"exit code {code}"] if code else list(wrongs(cache, SAMPLES))
+            found = [f"exit code {code}"] if code else list(account.wrongs(account.files(cache), samples))
             if not found and digest(cache) != digest(root / "calm"):
                 found = ["another digest than the calm run's"]
             failed += [f"seed {options.seed}, job {jobs}: {what}" for what in found]

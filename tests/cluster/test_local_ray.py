@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import account
 from tests.conftest import img2dataset_members, write_tar
 
 JOB = [sys.executable, "-m", "jobs.encode"]
@@ -36,6 +37,12 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def digest(cache: Path) -> str:
     return str(json.loads((cache / "stats.json").read_text())["digest"])
+
+
+def assert_whole(cache: Path, calm: str) -> None:
+    """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
+    assert list(account.wrongs(account.files(cache), 480)) == []
+    assert digest(cache) == calm
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -103,7 +110,7 @@ def test_two_workers_give_the_same_cache_and_a_users_files_do_not_matter(
     )
     assert job.returncode == 0, job.stderr
     assert json.loads(job.stdout)["stats"]["count"] == 480
-    assert digest(tmp_path / "c") == calm
+    assert_whole(tmp_path / "c", calm)
 
 
 @pytest.mark.fault(1, "a worker dies encoding")
@@ -116,6 +123,7 @@ def test_a_killed_actor_is_replaced_and_its_units_are_done(
     os.kill(actors(job.pid)[0], signal.SIGKILL)
     code, out, err = finish(job)
     assert code == 0, err
+    assert_whole(tmp_path / "c", calm)
     assert json.loads(out)["stats"]["digest"] == calm, "Ray's account of the loss is not among the results"
 
 
@@ -134,7 +142,7 @@ def test_a_killed_driver_leaves_what_the_next_run_goes_on_from(
 
     code, out, err = finish(start(argv, tmp_path))
     assert code == 0, err
-    assert digest(tmp_path / "c") == calm
+    assert_whole(tmp_path / "c", calm)
     assert json.loads(out)["run"]["counts"]["rows"] < 480
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("c/data/*") if path.name in standing}
     assert kept == standing
@@ -154,7 +162,7 @@ def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(
     assert (returned, out) == (code, "")
     assert "the same command goes on" in err
     assert finish(start(argv, tmp_path))[0] == 0
-    assert digest(tmp_path / "c") == calm
+    assert_whole(tmp_path / "c", calm)
 
 
 @pytest.mark.slow

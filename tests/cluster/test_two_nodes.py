@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
 
+from bench import account
 from tests.conftest import img2dataset_members, write_tar
-from tests.servers import free_port, names, read, upload
+from tests.servers import free_port, names, objects, read, upload
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -38,8 +39,8 @@ def cluster(dashboard: int, account: str, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "2000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "4")
     monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard, "object_store_memory": 200 << 20}
     nodes = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
@@ -87,6 +88,12 @@ def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], second
         time.sleep(0.1)
 
 
+def assert_whole(cache: Mapping[str, bytes], calm: str) -> None:
+    """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
+    assert list(account.wrongs(cache, 720)) == []
+    assert json.loads(cache["stats.json"])["digest"] == calm
+
+
 def parts(cache: str) -> list[str]:
     return [name for name in names(cache) if name.startswith("data/")]
 
@@ -108,7 +115,7 @@ def test_a_submitted_job_outlives_one_of_its_two_nodes(
     assert len(parts(f"{bucket}/c")) < 72, "the node was to be killed half way"
     out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert_whole(objects(f"{bucket}/c"), calm)
     assert last_run(f"{bucket}/c")["outcome"] == "done"
 
 
@@ -130,7 +137,7 @@ def test_a_stopped_job_leaves_a_cache_that_the_same_submission_goes_on_from(
     again = start(line)
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert_whole(objects(f"{bucket}/c"), calm)
 
 
 def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
@@ -153,7 +160,7 @@ def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    assert json.loads((tmp_path / "c/stats.json").read_text())["digest"] == calm
+    assert_whole(account.files(tmp_path / "c"), calm)
 
 
 def test_a_cluster_without_room_says_what_it_waits_for(
@@ -189,7 +196,7 @@ def test_a_node_that_is_cut_off_goes_on_without_harm(
     finally:
         os.kill(raylet(node), signal.SIGCONT)
     assert job.returncode == 0, out
-    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert_whole(objects(f"{bucket}/c"), calm)
     time.sleep(3)  # for what the worker that was cut off may still write
     assert len(parts(f"{bucket}/c")) == 72
 
@@ -207,5 +214,5 @@ def test_a_cluster_that_dies_leaves_what_another_goes_on_from(
     again = start([sys.executable, "-m", "jobs.encode", *argv, "--workers", "0"])
     second, _ = again.communicate(timeout=200)
     assert again.returncode == 0, second
-    assert json.loads(read(f"{bucket}/c/stats.json"))["digest"] == calm
+    assert_whole(objects(f"{bucket}/c"), calm)
     assert job.returncode != 0, out

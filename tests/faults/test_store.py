@@ -21,11 +21,13 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import pytest
 
+from bench import account
 from tests.conftest import img2dataset_members, write_tar
 from tests.proxy import Proxy, Request
 from tests.servers import names, objects, read, upload
 
 ROOT = Path(__file__).parents[2]
+SAMPLES = 30
 Command = Callable[..., tuple[int, str, str]]
 
 pytestmark = pytest.mark.slow
@@ -39,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         members = img2dataset_members(10 * number, 10)
         members[f"{10 * number + 7:09d}.jpg"] = b"no picture"
         write_tar(folder / f"{number}.tar", members)
+    assert account.samples_of(folder) == SAMPLES
     return folder
 
 
@@ -88,6 +91,12 @@ def digest(bucket: str) -> str:
     return str(json.loads(read(f"{bucket}/c/stats.json"))["digest"])
 
 
+def assert_whole(bucket: str, calm: str) -> None:
+    """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
+    assert list(account.wrongs(objects(f"{bucket}/c"), SAMPLES)) == []
+    assert digest(bucket) == calm
+
+
 def put(request: Request, where: str) -> bool:
     """Whether a request puts an object whose path is like this."""
     return request.method == "PUT" and fnmatch.fnmatch(request.path, f"*/c/{where}")
@@ -126,7 +135,7 @@ def test_a_part_that_stands_is_never_made_again(
     before = len(proxy.seen)
     code, out = finish(start())
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
     again = {request.path for request in proxy.seen[before:] if put(request, "data/*")}
     assert not {name for name in standing if any(path.endswith(name) for path in again)}
 
@@ -157,7 +166,7 @@ def test_a_unit_is_taken_up_where_it_was_left(
     count = len(proxy.seen)
     code, out = finish(start())
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
     stem = unit.rsplit(".", 1)[0]
     assert not [r for r in proxy.seen[count:] if put(r, f"data/{stem}*")], "its parts stood already"
 
@@ -183,7 +192,7 @@ def test_who_comes_back_finds_the_winners_work(
     frozen.send_signal(signal.SIGCONT)
     code, out = finish(frozen)
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
     assert {name: data for name, data in objects(f"{bucket}/c").items() if name in won} == won
 
 
@@ -193,7 +202,7 @@ def test_two_jobs_make_one_cache(start: Callable[..., subprocess.Popen[str]], bu
     for job in jobs:
         code, out = finish(job)
         assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,7 @@ def test_a_signal_in_a_request_leaves_whole_objects(
         if name.startswith("data/"):
             assert pq.read_table(io.BytesIO(data)).num_rows
     assert finish(start())[0] == 0
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.fault(21, "every PUT arrives a second time, after the end")
@@ -232,7 +241,7 @@ def test_a_late_duplicate_changes_nothing(
         connection.request("PUT", path, body + b"", {k: v for k, v in headers.items() if k.lower() != "expect"})
         assert connection.getresponse().status == 412
     assert objects(f"{bucket}/c") == before
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.fault(21, "every PUT arrives twice, the second answer comes back")
@@ -242,7 +251,7 @@ def test_a_doubled_request_is_one_object(
     proxy.rule = lambda request: "double" if request.method == "PUT" else None
     code, out = finish(start())
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +273,7 @@ def test_bytes_that_do_not_arrive_are_asked_for_again(
     proxy.rule = rule
     code, out = finish(start())
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.fault(17, "bursts of 503, 500 and 429")
@@ -281,7 +290,7 @@ def test_bursts_of_errors_are_waited_for(
     proxy.rule = lambda request: rule(request) if end[0] or put(request, "data/*") else None
     code, out = finish(job)
     assert code == 0, out
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.fault(19, "the account is refused midway (403)")
@@ -295,7 +304,7 @@ def test_a_refusal_midway_ends_the_job_and_names_it(
     assert "permission denied" in out
     proxy.rule = lambda request: None
     assert finish(start())[0] == 0
-    assert digest(bucket) == calm
+    assert_whole(bucket, calm)
 
 
 @pytest.mark.fault(24, "an input is replaced while the job runs")
