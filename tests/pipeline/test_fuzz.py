@@ -26,6 +26,7 @@ from tests.conftest import encoded, img2dataset_members, smooth
 SECONDS = 5  # that a case may take at most
 LIMITS = Limits(pixels=1_000_000)
 BATCH = 500
+TEXTS = pa.schema([("txt", pa.string())])
 
 
 def pictures() -> list[bytes]:
@@ -69,7 +70,9 @@ def tars() -> list[bytes]:
 
 
 def parquets() -> list[bytes]:
-    """Files of twelve rows in three row groups: plain bytes and Hugging Face's struct, with and without checksums."""
+    """Files of twelve rows in three row groups: plain bytes and Hugging Face's struct, with and without checksums; and
+    two with more columns, other encodings and pages.
+    """
     jpegs = [encoded(smooth(seed, 16, 16)) for seed in range(12)]
     plain = pa.table({"key": [f"k{n}" for n in range(12)], "jpg": jpegs})
     struct = pa.table({"key": plain["key"], "image": [{"bytes": jpeg, "path": None} for jpeg in jpegs]})
@@ -77,6 +80,13 @@ def parquets() -> list[bytes]:
     for table, checksums in ((plain, True), (struct, True), (plain, False), (struct, False)):
         sink = io.BytesIO()
         pq.write_table(table, sink, row_group_size=4, write_page_checksum=checksums)
+        made.append(sink.getvalue())
+    texts = pa.array([None if n % 5 == 0 else f"caption {n % 3}" for n in range(12)]).dictionary_encode()
+    rich = plain.append_column("txt", texts).append_column("tags", pa.array([["x"] * (n % 3) for n in range(12)]))
+    for compression, pages in (("zstd", "1.0"), ("snappy", "2.0")):
+        sink = io.BytesIO()
+        how = {"row_group_size": 4, "data_page_size": 256, "compression": compression, "data_page_version": pages}
+        pq.write_table(rich, sink, **how)
         made.append(sink.getvalue())
     return made
 
@@ -209,7 +219,7 @@ def test_every_row_of_a_damaged_parquet_file_is_accounted_for(batch: int) -> Non
         for part in ((0, 2), (1, 2)):
 
             def read(data: bytes = data, part: tuple[int, int] = part) -> Iterator[Sample | Reject]:
-                return read_parquet(io.BytesIO(data), "s.parquet", len(data), part, None, None, pa.schema([]))
+                return read_parquet(io.BytesIO(data), "s.parquet", len(data), part, None, None, TEXTS)
 
             items, end = accounted(told, read)
             found, ends = found + len(items), ends and end
@@ -222,7 +232,7 @@ def test_every_row_of_a_damaged_parquet_file_is_accounted_for(batch: int) -> Non
 @pytest.mark.parametrize("number", [50_280, 54_047, 57_196])
 def test_what_fuzzing_found(number: int) -> None:
     """A footer whose statistics abort pyarrow 26.0.1; one with two numbers of rows; one with rows beyond the file."""
-    told, data = case(parquets(), number)
+    told, data = case(parquets()[:4], number)
     schema = pa.schema([])
     _, end = accounted(told, lambda: read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, schema))
     assert not end
