@@ -66,15 +66,25 @@ def endpoint() -> Iterator[str]:
         server.terminate()
 
 
+def end_sessions() -> None:
+    """Close what s3fs keeps open, and have it read the environment anew."""
+    kind = fsspec.get_filesystem_class("s3")
+    for fs in kind._cache.values():
+        if fs._s3 is not None:
+            kind.close_session(fs.loop, fs._s3)
+    kind.clear_instance_cache()
+
+
 @pytest.fixture
-def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The usual environment of S3 tools, pointing to the server."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    return endpoint
+    end_sessions()
+    yield endpoint
+    end_sessions()
 
 
 @pytest.fixture
@@ -90,8 +100,9 @@ def proxy(account: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """A proxy in front of the server, which every request now goes through."""
     with Proxy(account) as between:
         monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        end_sessions()
         yield between
+        end_sessions()
 
 
 def upload(folder: Path, url: str) -> str:

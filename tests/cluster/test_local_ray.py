@@ -17,6 +17,8 @@ from tests.conftest import img2dataset_members, write_tar
 JOB = [sys.executable, "-m", "jobs.encode"]
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster at a time on a machine
+
 
 def arguments(source: Path, cache: Path, vae: Path, *more: object) -> list[str]:
     return [*map(str, (source, "--to", cache, "--vae", vae, "--resolution", 64, "--rows-per-part", 10, *more))]

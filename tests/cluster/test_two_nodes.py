@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobSubmissionClient
 
 from bench import account
 from tests.conftest import img2dataset_members, write_tar
@@ -22,6 +23,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
     # of Ray's own: it leaves the pipes of the processes it starts to the garbage collector
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -76,6 +78,20 @@ def submission(dashboard: int, *argv: object) -> list[str]:
     return [*shlex.split(line), *map(str, argv)]
 
 
+def await_agent(dashboard: int, seconds: float = 60) -> None:
+    """Return once jobs can be submitted: the head's agent may come up late."""
+    client = JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            client.submit_job(entrypoint="true")
+            return
+        except RuntimeError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 def start(argv: list[str], folder: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -108,6 +124,7 @@ def test_a_submitted_job_outlives_one_of_its_two_nodes(
     cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
 ) -> None:
     vae, shards = upload(micro_vae, f"{bucket}/vae"), upload(source, f"{bucket}/shards")
+    await_agent(dashboard)
     job = start(submission(dashboard, shards, "--to", f"{bucket}/c", *options(vae)))
     wait_for(lambda: len(parts(f"{bucket}/c")) > 15, job)
     (node,) = cluster.worker_nodes
@@ -124,6 +141,7 @@ def test_a_stopped_job_leaves_a_cache_that_the_same_submission_goes_on_from(
     cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, bucket: str
 ) -> None:
     vae, shards = upload(micro_vae, f"{bucket}/vae"), upload(source, f"{bucket}/shards")
+    await_agent(dashboard)
     line = submission(dashboard, shards, "--to", f"{bucket}/c", *options(vae))
     line[line.index("--") : line.index("--")] = ["--submission-id", "nightly"]
     job = start(line)

@@ -61,7 +61,7 @@ def main() -> int:
     argv += ["-k", options.k] if options.k else []
     pytest.main([*argv, "--collect-only"], plugins=[found])  # the marks: further processes do not send them
     for _ in range(options.times):
-        pytest.main([*argv, "-n", "auto", "--maxprocesses", "2"], plugins=[found])
+        pytest.main([*argv, "-n", "auto", "--maxprocesses", "2", "--dist", "loadgroup"], plugins=[found])
     lines = [
         f"| {row} | {what} | `{name.split('::', 1)[1]}` | {found.passed[name]} of {options.times} | "
         f"{found.seconds[name] / options.times:.0f} |\n"

@@ -14,7 +14,7 @@ from tests.conftest import img2dataset_members, write_tar
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
 
 # A job whose first worker to encode does something once, and never comes back from it.
 SCRIPT = """

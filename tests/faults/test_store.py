@@ -3,6 +3,7 @@
 The jobs are processes of their own; a proxy before the store kills, stops and deceives them just when it is meant to.
 """
 
+import contextlib
 import fnmatch
 import http.client
 import io
@@ -237,9 +238,9 @@ def test_a_late_duplicate_changes_nothing(
     late = [(path, headers, body) for path, headers, body in proxy.puts if "/c/data/" in path]
     assert len(late) >= 9
     for path, headers, body in late:
-        connection = http.client.HTTPConnection(urlsplit(account).netloc, timeout=30)
-        connection.request("PUT", path, body + b"", {k: v for k, v in headers.items() if k.lower() != "expect"})
-        assert connection.getresponse().status == 412
+        with contextlib.closing(http.client.HTTPConnection(urlsplit(account).netloc, timeout=30)) as connection:
+            connection.request("PUT", path, body, {k: v for k, v in headers.items() if k.lower() != "expect"})
+            assert connection.getresponse().status == 412
     assert objects(f"{bucket}/c") == before
     assert_whole(bucket, calm)
 

@@ -25,6 +25,7 @@ def arguments_of_all_processes() -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_secret_stays_where_it_was(
     shards: Path, micro_vae: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from tests.proxy import Proxy, Request
-from tests.servers import KEY, SECRET, await_http, free_port, objects, upload
+from tests.servers import KEY, SECRET, await_http, end_sessions, free_port, objects, upload
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -91,7 +91,7 @@ def test_a_store_that_stays_away_ends_the_job_with_one_line(
 ) -> None:
     source = upload(shards, f"{bucket}/shards")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    end_sessions()
     proxy.rule = lambda request: 500 if request.method == "PUT" and "/data/" in request.path else None
     code, out, err = encode(source, f"{bucket}/c")
     assert code == 1
@@ -110,7 +110,7 @@ def test_options_replace_the_environment_and_no_secret_is_kept(
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("MY_SECRET", SECRET)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    end_sessions()
     options = {"endpoint_url": endpoint, "key": KEY, "secret": "env:MY_SECRET"}
     flags = [text for name, value in options.items() for text in ("--storage-option", f"{name}={value}")]
     code, out, err = encode(source, f"{bucket}/c", *flags)
@@ -118,7 +118,7 @@ def test_options_replace_the_environment_and_no_secret_is_kept(
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    end_sessions()
     found = objects(f"{bucket}/c")
     assert len(found) > 10
     assert not [name for name, data in found.items() if SECRET.encode() in data]
@@ -148,7 +148,7 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
             "AWS_SECRET_ACCESS_KEY": SECRET,
         }.items():
             monkeypatch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        end_sessions()
         yield "s3://bucket"
         server.terminate()
 
