@@ -28,10 +28,11 @@ demo: $(VENV)/installed
 	@echo "The statistics:             $(CURDIR)/$(DEMO)/latents/stats.json"
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 600 -n auto --maxprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 -n auto --maxprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and ray' --timeout 600
 
 check: $(VENV)/installed
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ import pytest
 from tests import ceph
 from tests.proxy import Proxy
 
-KEY, SECRET = "testing", "testing123"
+KEY, SECRET = "testing", "pl4nted-s3cret-k3y"
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from tests.conftest import img2dataset_members, write_tar
 JOB = [sys.executable, "-m", "jobs.encode"]
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster at a time on a machine
+pytestmark = pytest.mark.ray
 
 
 def arguments(source: Path, cache: Path, vae: Path, *more: object) -> list[str]:

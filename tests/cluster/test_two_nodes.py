@@ -23,7 +23,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.ray,
     # of Ray's own: it leaves the pipes of the processes it starts to the garbage collector
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

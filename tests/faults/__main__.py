@@ -59,9 +59,8 @@ def main() -> int:
     found = Collector()
     argv = ["-q", "-m", "fault", "--timeout", "600", "-p", "no:cacheprovider", str(ROOT / "tests")]
     argv += ["-k", options.k] if options.k else []
-    pytest.main([*argv, "--collect-only"], plugins=[found])  # the marks: further processes do not send them
     for _ in range(options.times):
-        pytest.main([*argv, "-n", "auto", "--maxprocesses", "2", "--dist", "loadgroup"], plugins=[found])
+        pytest.main(argv, plugins=[found])
     lines = [
         f"| {row} | {what} | `{name.split('::', 1)[1]}` | {found.passed[name]} of {options.times} | "
         f"{found.seconds[name] / options.times:.0f} |\n"

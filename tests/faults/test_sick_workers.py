@@ -14,7 +14,7 @@ from tests.conftest import img2dataset_members, write_tar
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.ray]
 
 # A job whose first worker to encode does something once, and never comes back from it.
 SCRIPT = """
@@ -118,4 +118,4 @@ def test_after_a_worker_without_memory_slices_are_smaller(
     found = statistics(tmp_path / "c")
     assert found["count"] == calm["count"] == 40
     assert found["mean"] == pytest.approx(calm["mean"], abs=1e-5)
-    assert slices(tmp_path / "c") & {1, 2, 4}, "the worker that came next had smaller slices"
+    assert slices(tmp_path / "c") & {1, 2, 4}, f"the worker that came next had smaller slices\n{done.stderr}"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import objects, upload
+from tests.servers import SECRET, objects, upload
 
 ROOT = Path(__file__).parents[2]
-PLANTED = "pl4nted-s3cret-k3y"
 
 
 def arguments_of_all_processes() -> bytes:
@@ -25,13 +24,11 @@ def arguments_of_all_processes() -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_a_secret_stays_where_it_was(
-    shards: Path, micro_vae: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The server does not look at keys, so any will do. On a local Ray, whose processes get the environment too."""
+@pytest.mark.ray
+def test_a_secret_stays_where_it_was(shards: Path, micro_vae: Path, bucket: str, tmp_path: Path) -> None:
+    """On a local Ray, whose processes get the environment too."""
     source = upload(shards, f"{bucket}/shards")
-    environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": PLANTED, "MINE": PLANTED, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": SECRET, "MINE": SECRET, "PYTHONPATH": str(ROOT)}
     argv = [source, "--to", f"{bucket}/c", "--vae", micro_vae, "--resolution", 64, "--workers", 2]
     argv += ["--storage-option", "key=testing", "--storage-option", "secret=env:MINE"]
     job = subprocess.Popen(
@@ -49,6 +46,6 @@ def test_a_secret_stays_where_it_was(
     out, _ = job.communicate()
     assert job.returncode == 0, out
     assert b"jobs.encode" in seen
-    assert PLANTED.encode() not in seen
-    assert PLANTED not in out
-    assert not [name for name, data in objects(f"{bucket}/c").items() if PLANTED.encode() in data]
+    assert SECRET.encode() not in seen
+    assert SECRET not in out
+    assert not [name for name, data in objects(f"{bucket}/c").items() if SECRET.encode() in data]
