@@ -39,9 +39,12 @@ def main(argv: Sequence[str]) -> int:
         rebuilt = verify.rebuild(cache, found)
         finish(cache.folder, cache.content, weak=False)
         found = verify.verify(cache)
-    if not found.problems:
+    sound = not found.problems
+    if sound:
         found.problems += against_inputs(options, cache, found)
     tell(options, found, rebuilt)
+    if not sound and (options.recount or options.reencode):
+        say("not held against the inputs yet: run this again when the above is mended")
     return 1 if found.problems else 0
 
 
@@ -79,8 +82,27 @@ def tell(options: VerifyOptions, found: Found, rebuilt: Sequence[str]) -> None:
         say(f"written again: what is said of {name}")
     for problem in found.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
-    end = f"{len(found.problems):,} problems" if found.problems else "all of it is as it was written"
-    print(f"{options.cache}: {len(found.parts):,} files, {rows:,} rows: {end}", flush=True)
+    print(
+        f"{options.cache}: {_count(len(found.parts), 'file')}, {_count(rows, 'row')}: {verdict(options, found, rows)}"
+    )
+
+
+def verdict(options: VerifyOptions, found: Found, rows: int) -> str:
+    """How the proofs that were asked for came out, in a line."""
+    if found.problems:
+        return _count(len(found.problems), "problem")
+    proofs = ["all of it is as it was written"]
+    if options.recount:
+        proofs.append("the inputs have the samples that are recorded")
+    if options.reencode:
+        proofs.append(
+            f"{_count(min(options.reencode, rows), 'picture')} encoded again, with the same latents but for rounding"
+        )
+    return "; ".join(proofs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 if __name__ == "__main__":

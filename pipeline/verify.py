@@ -153,7 +153,8 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> Checked:
         try:
             wrong, checked.keys = check_rows(record, data, file, cache)
         except Exception as error:  # libraries', of whatever damaged bytes lead them to
-            wrong = [f"its rows cannot be read: {type(error).__name__}"]
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            wrong = [f"its rows cannot be read: {said:.200}"]
         checked.problems += [Problem(file, what, again) for what in wrong]
     return checked
 
