@@ -137,8 +137,9 @@ class Actor:
     def ready(self) -> None:
         """Returns once the replica is loaded."""
 
-    def pictures(self) -> int:
-        return self.worker.pictures
+    def progress(self) -> tuple[int, int]:
+        """Pictures, and steps of any kind."""
+        return self.worker.pictures, self.worker.steps
 
     def run(self, task: Any, attempt: Attempt) -> Done:
         try:
@@ -160,6 +161,7 @@ class Remote:
     alone: bool = False
     asked: Any = None
     pictures: int = 0
+    steps: int = 0
     moved: float = 0.0
 
 
@@ -168,7 +170,7 @@ class RayEngine:
 
     grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
     would be used, and nodes that join are.
-    patience: seconds without a picture or the end of a task after which an actor with tasks is taken for hung.
+    patience: seconds without any progress (`Worker.steps`) after which an actor with tasks is taken for hung.
     """
 
     def __init__(
@@ -269,15 +271,15 @@ class RayEngine:
             self._replace(replica, _cause(error))
 
     def _ask(self, replica: Remote) -> None:
-        """Keep one question for the count of pictures under way."""
+        """Keep one question for its progress under way."""
         if replica.asked is not None:
             answered, _ = ray.wait([replica.asked], timeout=0)
             if not answered:
                 return
-            pictures = ray.get(replica.asked)
-            if pictures != replica.pictures:
-                replica.pictures, replica.moved = pictures, time.monotonic()
-        replica.asked = replica.actor.pictures.remote()
+            replica.pictures, steps = ray.get(replica.asked)
+            if steps != replica.steps:
+                replica.steps, replica.moved = steps, time.monotonic()
+        replica.asked = replica.actor.progress.remote()
 
     def _count_failed_start(self, error: RayError) -> None:
         self.failed_starts += 1

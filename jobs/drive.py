@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+from jobs.progress import say
 from pipeline.encode import Vae
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.records import Attempt
@@ -37,6 +38,11 @@ class Worker(Protocol):
     @property
     def pictures(self) -> int:
         """Pictures that went through the model so far: for the progress bar."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """A count that moves as long as the worker does: where it stands still, the worker has hung."""
         ...
 
 
@@ -172,6 +178,7 @@ def drive(
                 continue
             (losses if done.lost else tries)[done.task.name] += 1
             if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
+                say(f"to be tried again: {done.task.name}: {done.error}")
                 queue.append(done.task)
                 rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
             else:

@@ -35,10 +35,14 @@ def publish(cache: Folder, record: Record, rows: Sequence[Row], layout: Layout) 
         name, data = f"{DATA}/{record.stem}{writer.SUFFIX}", writer.part(rows, record, layout)
     else:
         name, data = f"{EMPTY}/{record.stem}.json", record.to_json()
-    if cache.create(name, data):
-        return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
-    standing = inspect(cache, name, record.identity)
-    if standing is None:
+    try:
+        if cache.create(name, data):
+            return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
+    except StorageError:  # it may stand there all the same, and only the answer was lost
+        if (standing := inspect(cache, name, record.identity)) is None:
+            raise
+        return standing
+    if (standing := inspect(cache, name, record.identity)) is None:
         raise StorageError(f"{cache.at(name)} was there when it was to be written, and has gone since")
     return standing
 

@@ -147,8 +147,11 @@ class Replica:
         self.seed = seed
         self.lock = threading.Lock()
         self.pictures = 0
+        self.runs = 0  # of the encoder: a large picture takes many, one a tile
         self.tile_above = tile_above
         self.model = build_model(vae, compute, tile_above)
+        if not compute.compile:  # the hook would be compiled, too
+            self.model.encoder.register_forward_hook(self._count)
         self._vae = vae
         self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
 
@@ -167,6 +170,9 @@ class Replica:
                     latents[index] = self._again(picture, shard)
                     again += isinstance(latents[index], Tensor)
             return Encoded(latents, again)
+
+    def _count(self, *_: object) -> None:
+        self.runs += 1
 
     def _run_in_memory(self, batch: Sequence[Picture], shard: str) -> Tensor:
         """Run the model, in slices half as large each time that memory does not suffice: from then on for all."""

@@ -102,12 +102,16 @@ class EncodeJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """What a unit needs on its way; the units in flight share them."""
+    """What a unit needs on its way; the units in flight share them.
+
+    seen: how many `samples` were read so far, in all units.
+    """
 
     job: EncodeJob
     replica: Replica
     pool: ThreadPoolExecutor
     stop: threading.Event
+    seen: Counter[str] = field(default_factory=Counter)
     open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels
     to_the_damage: bool = False
 
@@ -134,6 +138,11 @@ class Encoder:
     def pictures(self) -> int:
         """Pictures encoded so far."""
         return self.tools.replica.pictures
+
+    @property
+    def steps(self) -> int:
+        """What moves as long as anything does: samples read, pictures encoded, and the model's own runs."""
+        return self.tools.seen["samples"] + self.pictures + self.tools.replica.runs
 
 
 @dataclass(slots=True)
@@ -174,7 +183,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     job, clock = tools.job, Clock()
     damage: list[str] = []
     reading = to_the_damage(read(unit, job), damage) if tools.to_the_damage else read(unit, job)
-    samples = Peekable(watched(reading, tools.stop, clock))
+    samples = Peekable(watched(reading, tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
     for number in itertools.count():
@@ -247,15 +256,16 @@ def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
         return read_beside(stream, url, wanted)
 
 
-def watched(samples: Iterator[Sample | Reject], stop: threading.Event, clock: Clock) -> Iterator[Sample | Reject]:
-    """The same samples, each timed; Stopped is raised between two of them once the job is to stop."""
+def watched(samples: Iterator[Sample | Reject], tools: Tools, clock: Clock) -> Iterator[Sample | Reject]:
+    """The same samples, each timed and counted; Stopped is raised between two of them once the job is to stop."""
     while True:
-        if stop.is_set():
+        if tools.stop.is_set():
             raise Stopped
         with clock.stage("read"):
             sample = next(samples, None)
         if sample is None:
             return
+        tools.seen["samples"] += 1
         yield sample
 
 

@@ -102,14 +102,20 @@ class Renderer:
         self.stop = stop
         self.lock = threading.Lock()
         self.pictures = 0
+        self.steps = 0  # samples read, too
 
     def run(self, task: RenderTask, attempt: Attempt = FIRST) -> RenderReport:
         return render(task, self)
 
-    def decode(self, row: Mapping[str, Any]) -> np.ndarray:
-        """A row's latent (of moments: the mean) to RGB uint8 [H, W, 3]."""
+    def step(self) -> None:
+        """Count a step. Raises Stopped once the job is to stop."""
         if self.stop.is_set():
             raise Stopped
+        self.steps += 1
+
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray:
+        """A row's latent (of moments: the mean) to RGB uint8 [H, W, 3]."""
+        self.step()
         latent = to_tensor(row)[: self.model.config.latent_channels]
         latent = latent[None].to(self.model.device, self.model.dtype)
         with self.lock, torch.inference_mode():
@@ -136,7 +142,7 @@ def render(task: RenderTask, worker: Renderer) -> RenderReport:
     """Draw one sheet and its single pictures."""
     job = worker.job
     rows = list(zip(task.rows, wanted_rows(job.cache, task.rows), strict=True))
-    originals, notes = find_originals(rows, job) if job.with_source else ({}, [])
+    originals, notes = find_originals(rows, worker) if job.with_source else ({}, [])
     cells, pictures = [], []
     for wanted, row in rows:
         decoded = worker.decode(row)
@@ -168,16 +174,17 @@ def wanted_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, A
 
 
 def find_originals(
-    rows: Sequence[tuple[Wanted, Mapping[str, Any]]], job: RenderJob
+    rows: Sequence[tuple[Wanted, Mapping[str, Any]]], worker: Renderer
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
     """The pictures that were encoded, by unit and key, as RGB uint8 [H, W, 3]; and why some cannot be seen."""
-    units = {wanted.unit.name: wanted.unit for wanted, _ in rows}
+    job, units = worker.job, {wanted.unit.name: wanted.unit for wanted, _ in rows}
     found: dict[tuple[str, str], np.ndarray] = {}
     notes: list[str] = []
     for name, unit in units.items():
         missing = {row["key"] for wanted, row in rows if wanted.unit.name == name}
         try:
             for sample in flow.read(unit, job):
+                worker.step()
                 if sample.key in missing and isinstance(sample, Sample):
                     picture, _ = flow.open_sample(unit, sample, job.transform, job.limits)
                     if isinstance(picture, Picture):

@@ -85,12 +85,17 @@ class Retrier:
         """Pictures encoded so far."""
         return self.encoder.pictures
 
+    @property
+    def steps(self) -> int:
+        """What moves as long as anything does."""
+        return self.encoder.steps
+
 
 def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
     job, clock, unit = tools.job, Clock(), task.unit
     wanted = {position for rejects in task.rejected.values() for position in rejects}
-    samples = (sample for sample in watched(read(unit, job), tools.stop, clock) if sample.position in wanted)
+    samples = (sample for sample in watched(read(unit, job), tools, clock) if sample.position in wanted)
     standing: list[Standing] = []
     for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
         rejects = task.rejected[number]

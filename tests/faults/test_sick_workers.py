@@ -38,12 +38,19 @@ class Sick(EncodeJob):
         replica = encoder.tools.replica
         healthy = replica.encode
 
+        def crawl():
+            for _ in range(12):
+                time.sleep(1)
+                replica.runs += 1  # as after each tile
+            open({marker!r} + "-crawled", "x").close()
+
         def encode(batch, shard=""):
             try:
                 os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return healthy(batch, shard)
             {what}()
+            return healthy(batch, shard)
 
         replica.encode = encode
         return encoder
@@ -79,7 +86,7 @@ def statistics(cache: Path) -> dict[str, Any]:
 
 
 def encode(
-    source: Path, cache: Path, vae: Path, what: str, workers: int, **environment: str
+    source: Path, cache: Path, vae: Path, what: str, workers: int, patience: int = 15, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     script = cache.with_name("sick.py")
     script.write_text(SCRIPT.format(what=what, marker=str(cache.with_name("once"))))
@@ -91,7 +98,7 @@ def encode(
             "--workers",
             str(workers),
             "--patience",
-            "15",
+            str(patience),
         ],
         cwd=cache.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -113,6 +120,16 @@ def test_a_worker_that_stands_still_is_replaced(
     assert done.returncode == 0, done.stderr
     assert statistics(tmp_path / "c")["digest"] == calm["digest"]
     assert slices(tmp_path / "c") == {8}
+    assert "tried again" in done.stderr
+    assert "it stood still for 15 s" in done.stderr
+
+
+def test_a_worker_that_is_slow_is_not(source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path) -> None:
+    done = encode(source, tmp_path / "c", micro_vae, "crawl", workers=1, patience=5)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "once-crawled").exists()
+    assert "tried again" not in done.stderr
+    assert statistics(tmp_path / "c")["digest"] == calm["digest"]
 
 
 @pytest.mark.fault(15, "a machine runs out of memory, and Ray ends the worker")

@@ -225,6 +225,15 @@ def test_nothing_that_three_writers_meet_breaks_it(distinct: bool) -> None:
     assert explore(writers=3, again=0, distinct=distinct) > 100_000
 
 
+def test_a_lost_answer_is_looked_up_at_once() -> None:
+    mine, theirs = record(0, writer=1), record(0, writer=2)
+    for standing in (mine, theirs):
+        folder = Replay((LOST, standing.to_json()))
+        assert commit.publish(folder, mine, (), Layout()).record == standing  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="no answer"):
+        commit.publish(Replay((LOST, None)), mine, (), Layout())  # type: ignore[arg-type]
+
+
 def test_a_store_that_overwrites_breaks_it() -> None:
     """The model can fail: this is what a plain PUT would do."""
     with pytest.raises(AssertionError):

@@ -313,6 +313,16 @@ def test_a_job_that_is_to_stop_stops_between_samples(
     assert contents(tmp_path / "c") == {}
 
 
+def test_every_sample_and_every_tile_is_a_sign_of_life(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    whole, tiled = worker(tmp_path / "a"), worker(tmp_path / "b", tile_above=32)
+    done = whole.run(unit)
+    assert whole.steps == done.samples + 2 * done.encoded
+    tiled.run(unit)
+    assert tiled.steps == done.samples + (1 + 3 * 3) * done.encoded, "tiles of 32 pixels, one every 24, in 64"
+
+
 def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
