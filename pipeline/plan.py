@@ -126,7 +126,14 @@ def folder_unit(pictures: list[Shard]) -> Unit:
         path=folder,
         paths=paths,
         bytes=sum(shard.bytes for shard in pictures),
+        etag=etag_of_all(pictures),
     )
+
+
+def etag_of_all(pictures: Iterable[Shard]) -> str:
+    """What changes with the size or the ETag of any of these."""
+    listed = [[shard.path, shard.bytes, shard.etag] for shard in pictures]
+    return hashlib.sha256(canonical_json(listed)).hexdigest()
 
 
 def _stem(path: str) -> str:
@@ -202,6 +209,18 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
             return planned + new, noticed
 
 
+def changed_pictures(shards: Sequence[Shard], planned: Sequence[Unit]) -> Iterator[str]:
+    """A line for every unit of pictures that are all there still, and not all as they were."""
+    listed = {shard.path: shard for shard in shards}
+    for unit in planned:
+        pictures = [listed[path] for path in unit.paths if path in listed]
+        if unit.paths and len(pictures) == len(unit.paths) and etag_of_all(pictures) != unit.etag:
+            yield (
+                f"of {len(pictures)} pictures from {pictures[0].url} on, one or more have changed since they were "
+                "planned; the cache keeps what they were"
+            )
+
+
 def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
     """The units that are to be added for these shards, and a line for every shard that has changed since."""
     files = {unit.path: unit for unit in planned if unit.kind != "folder"}
@@ -209,7 +228,7 @@ def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Un
     pictures = {path for unit in planned for path in unit.paths}
     stems = {_stem(path) for path in pictures}
     new: list[Shard] = []
-    noticed: list[str] = []
+    noticed = list(changed_pictures(shards, planned))
     for shard in shards:
         if before := files.get(shard.path):
             if (before.bytes, before.etag) != (shard.bytes, shard.etag):

@@ -95,6 +95,17 @@ def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) ->
     assert "another picture of its name" in noticed[0]
 
 
+def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
+    cache, pictures = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
+    first, _ = plan.extend(cache, pictures)
+    assert plan.extend(cache, pictures) == (first, [])
+    assert plan.extend(cache, pictures[:2]) == (first, []), "a part of the source"
+    pictures[1] = shard("data/1.jpg", size=2)
+    units, (line,) = plan.extend(cache, pictures)
+    assert units == first
+    assert "of 3 pictures from /disk/data/0.jpg on, one or more have changed since they were planned" in line
+
+
 def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="the source is empty"):
         plan.extend(Folder(str(tmp_path)), [])
