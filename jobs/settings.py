@@ -18,7 +18,6 @@ from pipeline.storage import Folder
 from pipeline.transform import Transform
 
 COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
-CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
@@ -114,7 +113,7 @@ def describe(
         "identity": wanted.to_dict(),
         "identity_sha256": wanted.sha256,
         "compute": {name: value for name, value in dataclasses.asdict(compute).items() if name in COMPUTE},
-        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in CONSTANTS}},
+        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in identity.CONSTANTS}},
         "schema": commit.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
         "columns": columns.to_dict(),
     }
@@ -135,7 +134,7 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: Place) -> str:
 def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
     """Say where the cache scales latents by other constants than the VAE's configuration has now: its own stay."""
     offered = vae.config.to_dict()
-    for name in CONSTANTS:
+    for name in identity.CONSTANTS:
         if standing[name] != offered[name]:
             say(
                 f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"

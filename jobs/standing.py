@@ -48,6 +48,11 @@ def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
 
 def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
     """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
-    written = stats.write(cache, content["identity_sha256"], again=weak)
-    cache.replace(report.NAME, report.card(Cache(cache, content), written, versions()["latentmill"]))
-    return written
+    identity = content["identity_sha256"]
+    commit.mend(cache, identity, content["identity"]["container"], again=weak)
+    while True:
+        files = commit.files(cache)
+        written = stats.write(cache, identity)
+        cache.replace(report.NAME, report.card(Cache(cache, content), written, versions()["latentmill"]))
+        if commit.files(cache) == files:  # else another job wrote parts meanwhile, and perhaps its statistics before us
+            return written

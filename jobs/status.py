@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(StatusOptions, "status", argv)
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    content = status(cache.folder, cache.content["identity_sha256"], datetime.datetime.now(datetime.UTC))
+    content = status(cache.folder, datetime.datetime.now(datetime.UTC))
     if options.json:
         print_json(content)
     else:

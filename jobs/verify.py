@@ -18,7 +18,8 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeJob
 from pipeline.reencode import recount, reencode
 from pipeline.render import choose
-from pipeline.verify import Found, Problem
+from pipeline.verify import Found
+from pipeline.verify_part import Problem
 
 
 def main(argv: Sequence[str]) -> int:

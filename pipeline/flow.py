@@ -187,7 +187,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
     for number in itertools.count():
-        part = commit.find(job.cache, unit, number, job.identity, job.layout.container)
+        part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
@@ -200,7 +200,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         standing.append(part)
         if part.record.last:
             break
-    commit.finish(job.cache, unit, standing, run_facts(tools, clock.seconds))
+    commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
     return replace(report, encoded=encoded, again=again, damage="".join(damage))
 

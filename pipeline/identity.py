@@ -27,6 +27,7 @@ _NOT_RAW = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
     | {"up_block_types", "out_channels", "use_post_quant_conv"}
 )
+CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

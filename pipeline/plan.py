@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import SourceError
-from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, canonical_json
+from pipeline.errors import CacheError, SourceError
+from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, VERIFY, Shard, Unit, canonical_json
 from pipeline.storage import Folder
 
 PICTURES_PER_UNIT = 256
@@ -142,21 +143,24 @@ def _stem(path: str) -> str:
 
 def hashes(cache: Folder) -> dict[str, str]:
     """The sha256 of each file of the plan. Every run keeps them, so that `verify` can tell a file that has changed."""
-    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in cache.names(FOLDER)}
+    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in names_in(cache)}
+
+
+def names_in(cache: Folder) -> list[str]:
+    """The files of the plan, in order."""
+    return [name for name in cache.names(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
 
 
 def read(cache: Folder) -> list[Unit]:
     """All planned units, in the order in which they were planned."""
-    return read_files(cache, cache.names(FOLDER))
+    return read_files(cache, names_in(cache))
 
 
 def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """The units in these files of the plan."""
     units: list[Unit] = []
     for name in names:
-        data = pa.BufferReader(cache.read(f"{FOLDER}/{name}"))
-        # without threads: pyarrow 26's pool, just started, aborts a process that ends at once (2 of 25 with torch)
-        for row in pq.ParquetFile(data).read(use_threads=False).to_pylist():
+        for row in _rows(cache, f"{FOLDER}/{name}"):
             units.append(
                 Unit(
                     name=row["unit"],
@@ -170,6 +174,17 @@ def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
                 )
             )
     return units
+
+
+def _rows(cache: Folder, name: str) -> list[dict[str, Any]]:
+    data = cache.read(name)
+    try:
+        # without threads: pyarrow 26's pool, just started, aborts a process that ends at once (2 of 25 with torch)
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
+    except Exception as error:  # Arrow's, of whatever damaged bytes lead it to
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {said:.200}; {VERIFY}") from error
 
 
 def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
@@ -198,15 +213,18 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
     Raises SourceError where there is nothing to plan at all.
     """
     while True:
-        names = cache.names(FOLDER)
+        names = names_in(cache)
         planned = read_files(cache, names)
         new, noticed = unplanned(shards, planned)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
             return planned, noticed
-        if write(cache, len(names), new):
+        number = int(names[-1][:5]) + 1 if names else 0
+        if write(cache, number, new):
             return planned + new, noticed
+        if names_in(cache) == names:
+            raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
 
 
 def changed_pictures(shards: Sequence[Shard], planned: Sequence[Unit]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import Rejected
+from pipeline.errors import CacheError, Rejected
 
 if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
     from torch import Tensor
@@ -17,12 +17,24 @@ Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+VERIFY = "latentmill verify says what to do"
 TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
 
 
 def canonical_json(value: Any) -> bytes:
     """UTF-8, keys sorted, no spaces, floats as their shortest repr, no NaN: equal values, equal bytes."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """An object that a cache's file holds as JSON. Raises CacheError, which names the file, for anything else."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CacheError(f"{where} cannot be understood: it is damaged; {VERIFY}")
+    return content
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

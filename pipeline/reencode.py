@@ -12,7 +12,7 @@ from pipeline.errors import LatentmillError
 from pipeline.flow import EncodeJob, Encoder
 from pipeline.records import Picture, Sample, Standing, Unit
 from pipeline.render import Wanted, wanted_rows
-from pipeline.verify import Problem
+from pipeline.verify_part import Problem
 
 NEAR = 0.05  # of a latent's own size: what another device or another slice may change, and no other picture
 

@@ -113,4 +113,5 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
         )
         with clock.stage("write"):
             standing.append(commit.publish(job.cache, record, filled.rows, job.layout))
+            commit.finish(job.cache, standing[-1:])
     return summed(unit, standing, 0, clock.seconds)

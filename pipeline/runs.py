@@ -3,6 +3,7 @@
 A cluster's job service flattens exit codes and forgets; this does not.
 """
 
+import contextlib
 import datetime
 import json
 import platform
@@ -48,8 +49,19 @@ def is_alive(content: Mapping[str, Any], at: datetime.datetime) -> bool:
 def alive(cache: Folder) -> list[str]:
     """When the runs started that are at work on a cache now."""
     at = datetime.datetime.now(datetime.UTC)
-    told = [json.loads(data) for data in cache.read_all(FOLDER)]
-    return [run["started"] for run in told if is_alive(run, at)]
+    return [run["started"] for run in told(cache) if is_alive(run, at)]
+
+
+def told(cache: Folder) -> list[dict[str, Any]]:
+    """The runs, as their records tell them, in the order of their starts; damaged ones are passed over: they inform."""
+    found = []
+    for data in cache.read_all(FOLDER).values():
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+            content = json.loads(data)
+            silence(content, datetime.datetime.now(datetime.UTC))
+            if {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
+                found.append(content)
+    return found
 
 
 def as_bytes(content: Mapping[str, Any]) -> bytes:

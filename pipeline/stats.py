@@ -7,15 +7,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import commit, tally
 from pipeline.errors import CacheError
-from pipeline.records import BucketTally
+from pipeline.records import VERIFY, BucketTally, json_object
 from pipeline.storage import Folder
 
 NAME = "stats.json"
+UNCOUNTED: dict[str, Any] = {"rows": 0, "filtered": 0, "enlarged": 0, "rejects": {}, "tally": {}}
 DEAD = 1e-4  # of the widest channel's standard deviation
 
 
@@ -35,26 +36,37 @@ class Part:
     tally: Mapping[str, BucketTally]
 
 
-def parts(cache: Folder, identity: str, again: bool = False) -> list[Part]:
+def parts(cache: Folder, identity: str) -> list[Part]:
     """All files of a cache, `_empty/` before `data/`, each sorted by name.
 
-    again: read each file, rather than believe what was committed of it (a store where a late writer may overwrite).
     Raises CacheError for a file that a commit names and that is not there.
     """
-    files = [f"{folder}/{name}" for folder in (commit.EMPTY, commit.DATA) for name in cache.names(folder)]
-    commits = cache.read_all(commit.COMMITS)
-    committed = {part["file"]: part for content in commits for part in json.loads(content)["parts"]}
-    for file in sorted(committed.keys() - set(files)):
-        raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged")
-    known = {} if again else committed
-    return [part_of(known.get(file) or _uncommitted(cache, file, identity)) for file in files]
+    known = committed(cache)  # first: what is committed meanwhile is in the listing, too
+    files = commit.files(cache)
+    for file in sorted(known.keys() - set(files)):
+        raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged; {VERIFY}")
+    hidden = commit.shadowed(files)
+    found = [known.get(file) or _uncommitted(cache, file, identity) for file in files]
+    return [replace(part, **UNCOUNTED) if part.file in hidden else part for part in found]
 
 
-def _uncommitted(cache: Folder, file: str, identity: str) -> dict[str, Any]:
+def committed(cache: Folder) -> dict[str, Part]:
+    """What `_commits` says of the parts of finished units, and of those that `retry` wrote, by file."""
+    found: dict[str, Part] = {}
+    for name, content in commit.commits(cache).items():
+        try:
+            found |= {part["file"]: part_of(part) for part in content["parts"]}
+        except (KeyError, TypeError, AttributeError) as error:
+            file = cache.at(f"{commit.COMMITS}/{name}.json")
+            raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY}") from error
+    return found
+
+
+def _uncommitted(cache: Folder, file: str, identity: str) -> Part:
     standing = commit.inspect(cache, file, identity)
     if standing is None:
         raise CacheError(f"{cache.at(file)} was listed and has gone")
-    return standing.to_dict()
+    return part_of(standing.to_dict())
 
 
 def part_of(fields: Mapping[str, Any]) -> Part:
@@ -126,9 +138,9 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
     }
 
 
-def write(cache: Folder, identity: str, again: bool = False) -> dict[str, Any]:
-    """Make stats.json again from what stands in the cache, and return its content. again: as `parts` has it."""
-    content = summary(parts(cache, identity, again))
+def write(cache: Folder, identity: str) -> dict[str, Any]:
+    """Make stats.json again from what stands in the cache, and return its content."""
+    content = summary(parts(cache, identity))
     cache.replace(NAME, as_bytes(content))
     return content
 
@@ -141,4 +153,4 @@ def as_bytes(content: Mapping[str, Any]) -> bytes:
 def read(cache: Folder) -> dict[str, Any] | None:
     """The content of stats.json; None where no run has come to its end yet."""
     data = cache.read_if_there(NAME)
-    return None if data is None else json.loads(data)
+    return None if data is None else json_object(data, cache.at(NAME))

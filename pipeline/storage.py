@@ -35,6 +35,7 @@ from pipeline.records import Unit
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
+PROBES = 3
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
@@ -63,6 +64,9 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """The filesystem that a URL or a path names, and the path on it."""
     if re.match(r"[^/]*://[^/]*:[^/]*@", url):
         raise UsageError("a URL must not hold a password: it would be written down; use --storage-option KEY=env:NAME")
+    if "://" not in url:  # a path: fsspec would take `::` in it for a chain
+        local = LocalFileSystem()
+        return local, cast(str, local._strip_protocol(url))
     protocol = url.partition("://")[0]
     extra: dict[str, Any] = {}
     if protocol in ("s3", "s3a") and "AWS_MAX_ATTEMPTS" not in os.environ:
@@ -203,14 +207,25 @@ class Folder:
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
     def names(self, below: str = "") -> list[str]:
-        """The files directly in the sub-folder `below`, sorted; none where it does not exist."""
+        """The files directly in the sub-folder `below`, sorted, hidden ones left out; none where it does not exist."""
+        return sorted(name for name, is_file in self._entries(below) if is_file and not name.startswith("."))
+
+    def other_names(self, below: str) -> list[str]:
+        """What else is in that sub-folder: folders, hidden files, links that lead nowhere."""
+        return sorted(name for name, is_file in self._entries(below) if not is_file or name.startswith("."))
+
+    def _entries(self, below: str) -> list[tuple[str, bool]]:
         fs, path = self._on(below)
         with naming(self.at(below), "list"):
             try:
                 entries = fs.ls(path, detail=True, refresh=True)
             except FileNotFoundError:
                 return []
-        return sorted(PurePosixPath(e["name"]).name for e in entries if e["type"] == "file")
+        return [
+            (PurePosixPath(e["name"]).name, e["type"] == "file" or bool(e.get("islink") and fs.isfile(e["name"])))
+            for e in entries
+            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
+        ]
 
     def is_empty(self) -> bool:
         """Whether nothing at all is there."""
@@ -227,10 +242,11 @@ class Folder:
         with naming(self.at(name), "read"):
             return cast(bytes, fs.cat_file(path))
 
-    def read_all(self, folder: str) -> list[bytes]:
-        """The whole files of a folder, in the order of their names; many at once, as stores are slow to answer."""
+    def read_all(self, folder: str) -> dict[str, bytes]:
+        """The whole files of a folder by name, in order; many at once, as stores are slow to answer."""
+        names = self.names(folder)
         with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda name: self.read(f"{folder}/{name}"), self.names(folder)))
+            return dict(zip(names, pool.map(lambda name: self.read(f"{folder}/{name}"), names), strict=True))
 
     def read_if_there(self, name: str) -> bytes | None:
         """All of a file; None where there is none."""
@@ -268,11 +284,14 @@ class Folder:
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
         if not protocols & CONDITIONAL:
             return False
-        name = f"_tmp/probe-{uuid.uuid4().hex}"
-        first, second = self.create(name, b"probe"), self.create(name, b"probe")
-        with naming(self.at(name), "remove"):
-            fs.rm_file(self._on(name)[1])
-        return first and not second
+        for _ in range(PROBES):
+            name = f"_tmp/probe-{uuid.uuid4().hex}"
+            first, second = self.create(name, b"probe"), self.create(name, b"probe")
+            with naming(self.at(name), "remove"):
+                fs.rm_file(self._on(name)[1])
+            if first:  # else an answer was lost, and what was asked for again is refused
+                return not second
+        return False
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over what may stand there."""

@@ -28,10 +28,6 @@ def cache(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Path:
     return tmp_path / "c"
 
 
-def identity_of(cache: Path) -> str:
-    return str(json.loads((cache / "cache.json").read_text())["identity_sha256"])
-
-
 def rewrite_run(cache: Path, **facts: Any) -> None:
     (path,) = (cache / "_runs").iterdir()
     path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
@@ -61,7 +57,7 @@ def test_a_living_run_has_a_pace_and_a_time_left(cache: Path) -> None:
     alive = (NOW - datetime.timedelta(seconds=40)).isoformat()
     rewrite_run(cache, outcome="running", ended=None, alive=alive, images_per_second=2.0)
     (next((cache / "_commits").iterdir())).unlink()
-    content = status(Folder(str(cache)), identity_of(cache), NOW)
+    content = status(Folder(str(cache)), NOW)
     assert (content["state"], content["images_per_second"]) == ("running", 2.0)
     assert content["seconds_left"] == pytest.approx(6, abs=1), "two units of six samples, at two a second"
     assert content["parts_of_units_under_way"] == 1
@@ -70,7 +66,7 @@ def test_a_living_run_has_a_pace_and_a_time_left(cache: Path) -> None:
 @pytest.mark.parametrize(("outcome", "state"), [("running", "silent"), ("failed", "failed"), ("stopped", "stopped")])
 def test_a_run_that_is_no_more_is_named(cache: Path, latentmill: Command, outcome: str, state: str) -> None:
     rewrite_run(cache, outcome=outcome, ended=None, alive="2026-05-01T11:50:00+00:00")
-    assert status(Folder(str(cache)), identity_of(cache), NOW)["state"] == state
+    assert status(Folder(str(cache)), NOW)["state"] == state
     out = latentmill("status", cache)[1]
     assert ("no sign of life since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 

@@ -87,9 +87,9 @@ def write(folder: Replay, writer: int) -> list[Standing]:
     standing: list[Standing] = []
     while not standing or not standing[-1].record.last:
         number = len(standing)
-        part = commit.find(folder, UNIT, number, "identity")  # type: ignore[arg-type]
+        part = commit.find(folder, UNIT.name, number, "identity")  # type: ignore[arg-type]
         standing.append(part or commit.publish(folder, record(number, writer), (), Layout()))  # type: ignore[arg-type]
-    commit.finish(folder, UNIT, standing, {})  # type: ignore[arg-type]
+    commit.finish(folder, standing)  # type: ignore[arg-type]
     return standing
 
 
