@@ -7,6 +7,7 @@ runs calls again, because the driver knows better what is left to do. What a los
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -47,12 +48,13 @@ def connected(address: str) -> Iterator[None]:
 @contextmanager
 def _existing(address: str) -> Iterator[None]:
     try:
-        ray.init(
-            address=address or None,
-            runtime_env=_our_code(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _our_signals():
+            ray.init(
+                address=address or None,
+                runtime_env=_our_code(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
         raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}{hint}") from error
@@ -75,7 +77,7 @@ def _local() -> Iterator[None]:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="latentmill-") as empty:
-        with chdir(empty), _our_packages_on_path():
+        with chdir(empty), _our_packages_on_path(), _our_signals():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -85,6 +87,21 @@ def _local() -> Iterator[None]:
                 object_store_memory=1 << 30,
             )
         yield
+
+
+@contextmanager
+def _our_signals() -> Iterator[None]:
+    """Keep our handler of SIGTERM: `ray.init` puts one in its place that ends the process with 15."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as asked:  # by Ray's handler, before we were back
+        signal.signal(signal.SIGTERM, ours)
+        if asked.code != signal.SIGTERM:
+            raise
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, ours)
 
 
 @contextmanager

@@ -24,6 +24,17 @@ REPORT = "report.json"
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(DecodeOptions, "decode", argv)
+    signals = Signals()
+    with signals.caught():
+        try:
+            return run_job(options, signals)
+        except Stopped:
+            say("stopped; the same command draws all of it again")
+            return signals.exit_code
+
+
+def run_job(options: DecodeOptions, signals: Signals) -> int:
+    """The whole job; its exit code. Raises Stopped where a signal ends it."""
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, storage_options(options.storage_option))
@@ -31,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     tasks = choose(files(cache, units(options.source, cache)), options.limit)
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet")
-    return render(options, cache, vae, tasks)
+    return render(options, cache, vae, tasks, signals)
 
 
-def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask]) -> int:
+def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Draw the sheets on the replicas, then write the report and say what was drawn."""
-    out, signals = Folder(storage.absolute(options.to), cache.folder.options), Signals()
+    out = Folder(storage.absolute(options.to), cache.folder.options)
     done: list[RenderReport] = []
     meter = Meter("decoded", sum(len(task.rows) for task in tasks))
 
@@ -59,12 +70,8 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             with_source=True,
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
-        try:
-            with signals.caught(), meter.shown():
-                driven = drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
-        except Stopped:
-            say("stopped; the same command draws all of it again")
-            return signals.exit_code
+        with meter.shown():
+            driven = drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
     report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), driven.failures)
     out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     tell(options, out, report)

@@ -108,11 +108,15 @@ class Driven:
 
 
 class Signals:
-    """Whether a signal has asked us to stop, and which."""
+    """Whether a signal has asked us to stop, and which.
+
+    Where the program looks at it all the time, in `drive`, a signal is noted; elsewhere Stopped is raised at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
         self.stop = threading.Event()
+        self._looking = False
 
     @property
     def exit_code(self) -> int:
@@ -127,18 +131,31 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == signal.SIGINT == number:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        if self.number:
+            return
         self.number = number
         self.stop.set()
+        if not self._looking:
+            raise Stopped
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM inside this block. To be entered after `ray.init`, which sets handlers itself."""
+        """Take in SIGINT and SIGTERM inside this block."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Inside this block `check` is called often."""
+        self._looking = True
+        try:
+            yield
+        finally:
+            self._looking = False
 
 
 def drive(
@@ -154,6 +171,17 @@ def drive(
     Returns the tasks that failed three times, or lost ten workers, and the time it took.
     Raises Stopped when a signal asked for it.
     """
+    with signals.looked_at():
+        return _drive(tasks, engine, signals, on_done, on_tick)
+
+
+def _drive(
+    tasks: Sequence[Task],
+    engine: Engine,
+    signals: Signals,
+    on_done: Callable[[Any], None],
+    on_tick: Callable[[], None],
+) -> Driven:
     queue = deque(random.sample(list(tasks), len(tasks)))
     tries, losses = Counter[str](), Counter[str]()
     rests: dict[str, float] = {}

@@ -10,11 +10,12 @@ from typing import Any
 from jobs import settings
 from jobs.drive import Failure, Signals, drive
 from jobs.entry import print_json, run_as_script
+from jobs.logbook import Logbook
 from jobs.options import EncodeOptions, as_record, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from jobs.standing import finish
-from pipeline import commit, identity, listing, plan, runs, stats, storage, survey
+from pipeline import commit, identity, listing, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import JobError, SourceError, Stopped, UsageError
 from pipeline.layout import Columns
@@ -54,11 +55,11 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a run. written: stats.json, None where it was not written. units: of the cache, in all."""
+    """What became of a run. written: stats.json. units: of the cache, in all."""
 
     code: int
     totals: Totals
-    written: Mapping[str, Any] | None = None
+    written: Mapping[str, Any]
     failures: Sequence[Failure] = ()
     units: int = 0
     already: int = 0
@@ -67,6 +68,17 @@ class Outcome:
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, given = parse(EncodeOptions, "encode", argv)
+    signals = Signals()
+    with signals.caught():
+        try:
+            return run_job(options, given, signals)
+        except Stopped:
+            say(f"stopped; the cache is whole, the same command goes on: latentmill encode ... --to {options.to}")
+            return signals.exit_code
+
+
+def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
+    """The whole job; its exit code. Raises Stopped where a signal ends it."""
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give one of them")
     cache = Folder(storage.absolute(options.to), storage_options(options.storage_option))
@@ -80,9 +92,8 @@ def main(argv: Sequence[str]) -> int:
     shards, columns = look_at_sources(options, cache)
     with place(options) as where:
         content = identity.settle(cache, settings.describe(options, vae, where, standing, columns))
-        outcome = encode(options, cache, content, vae, shards, where)
-    if outcome.written is not None:
-        tell(options, cache, outcome, outcome.written)
+        outcome = encode(options, cache, content, vae, shards, where, signals)
+    tell(options, cache, outcome)
     return outcome.code
 
 
@@ -100,7 +111,13 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
 
 
 def encode(
-    options: EncodeOptions, cache: Folder, content: Mapping[str, Any], vae: Vae, shards: list[Shard], where: Place
+    options: EncodeOptions,
+    cache: Folder,
+    content: Mapping[str, Any],
+    vae: Vae,
+    shards: list[Shard],
+    where: Place,
+    signals: Signals,
 ) -> Outcome:
     """Do what is missing in a cache."""
     units, noticed = plan.extend(cache, shards)
@@ -109,27 +126,21 @@ def encode(
     pending = [unit for unit in units if unit.name not in finished]
     for line in noticed:
         say(f"note: {line}")
-    weak = not cache.promises()
-    if weak:
-        refuse_company(cache)
-    run, signals, totals = Run(cache, "encode", as_record(options)), Signals(), Totals()
-    run.write(units=len(units), pending=len(pending), conditional_creates=not weak, plan=plan.hashes(cache))
+    weak, totals = not cache.promises(), Totals()
+    run = Run(cache, "encode", as_record(options))
+    log = Logbook(run, signals, lambda: facts(totals))
+    log.begin(weak, units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
     failures: list[Failure] = []
-    try:
+    with log.kept():
         if pending:
-            failures = encode_units(options, cache, content, vae, pending, where, run, signals, totals)
-    except Stopped:
-        run.end("stopped", signals.exit_code, **facts(totals))
-        say(f"stopped; the cache is whole, the same command goes on: latentmill encode ... --to {cache.url}")
-        return Outcome(code=signals.exit_code, totals=totals)
-    except BaseException:
-        run.end("failed", 1, **facts(totals))
-        raise
-    if not failures:
-        check_commits(cache, units)
-    written = finish(cache, content, weak)
+            failures = encode_units(options, cache, content, vae, pending, where, log, totals)
+        for failure in failures:
+            say(f"failed: unit {failure.name}: {failure.error}")
+        if not failures:
+            check_commits(cache, units)
+        written = finish(cache, content, weak, log.beat)
     code = exit_code(failures, written, options.max_reject_rate)
-    run.end("failed" if failures else "done", code, **facts(totals))
+    log.ended("failed" if failures else "done", code)
     return Outcome(
         code=code,
         totals=totals,
@@ -140,16 +151,6 @@ def encode(
     )
 
 
-def refuse_company(cache: Folder) -> None:
-    """On a store that lets several writers win, raise JobError where another run is at work on the cache."""
-    say(f"note: {cache.url} has no conditional creates: one job at a time, and parts are read again at the end")
-    if others := runs.alive(cache):
-        raise JobError(
-            f"a run that started {others[0]} is at work on {cache.url}, whose store keeps two jobs not apart; "
-            f"wait for its end, or {runs.SILENT} s after it died"
-        )
-
-
 def encode_units(
     options: EncodeOptions,
     cache: Folder,
@@ -157,18 +158,17 @@ def encode_units(
     vae: Vae,
     pending: list[Unit],
     where: Place,
-    run: Run,
-    signals: Signals,
+    log: Logbook,
     totals: Totals,
 ) -> list[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
-    job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, run.name)
-    engine = where.start(job, vae, len(pending), signals.stop)
+    job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
+    engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
-    started = alive = time.perf_counter()
+    started = time.perf_counter()
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
@@ -177,15 +177,12 @@ def encode_units(
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
 
     def on_tick() -> None:
-        nonlocal alive
         meter.tick(engine.pictures, engine.waiting_for)
-        if time.perf_counter() - alive > 30:
-            alive = time.perf_counter()
-            run.write(**facts(totals))
+        log.beat()
 
-    with signals.caught(), meter.shown():
+    with meter.shown():
         try:
-            driven = drive(pending, engine, signals, on_done, on_tick)
+            driven = drive(pending, engine, log.signals, on_done, on_tick)
             totals.working = driven.seconds
             return driven.failures
         finally:
@@ -223,9 +220,9 @@ def facts(totals: Totals) -> dict[str, Any]:
     }
 
 
-def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mapping[str, Any]) -> None:
+def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     """The summary: what was done, what the cache holds now, and what is left undone."""
-    totals, failures, units = outcome.totals, outcome.failures, outcome.units
+    totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.written
     counts = totals.counts
     if options.json:
         print_json(
@@ -260,8 +257,6 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome, written: Mappi
     print("\n".join(lines), flush=True)
     for doubt in stats.doubts(written):
         say(f"warning: {doubt}")
-    for failure in failures:
-        say(f"failed: unit {failure.name}: {failure.error}")
     if failures:
         say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")
 

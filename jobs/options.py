@@ -25,6 +25,7 @@ def option(default: Any, help: str, metavar: str | None = None, positional: bool
 
 
 REQUIRED: Any = dataclasses.MISSING
+INPUT_LIMIT = f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)"
 ALL = "all"
 
 
@@ -43,9 +44,7 @@ class Common:
     storage_option: tuple[str, ...] = option(
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
     )
-    input_limit: tuple[str, ...] = option(
-        (), f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)", "NAME=N"
-    )
+    input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
 
 
@@ -146,6 +145,7 @@ class VerifyOptions(StatsOptions):
     reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
     source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
+    input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     rebuild: bool = option(False, "write _commits, _rejects and stats.json again where the files with rows are sound")
 
 

@@ -1,11 +1,13 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jobs import settings
 from jobs.drive import Driven, Signals, drive
 from jobs.entry import print_json, run_as_script
+from jobs.logbook import Logbook
 from jobs.options import RetryOptions, as_record, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
@@ -21,41 +23,47 @@ from pipeline.runs import Run
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(RetryOptions, "retry", argv)
+    signals = Signals()
+    with signals.caught():
+        try:
+            return run_job(options, signals)
+        except Stopped:
+            say("stopped; what succeeded is in the cache, the same command goes on")
+            return signals.exit_code
+
+
+def run_job(options: RetryOptions, signals: Signals) -> int:
+    """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
     vae = matching_vae(options.vae, cache)
-    run, signals, counts = Run(cache.folder, "retry", as_record(options)), Signals(), Counter[str]()
-    run.write(units=len(tasks))
-    try:
-        driven = encode(options, cache, vae, tasks, run, signals, counts)
-    except Stopped:
-        run.end("stopped", signals.exit_code, counts=counts)
-        say("stopped; what succeeded is in the cache, the same command goes on")
-        return signals.exit_code
-    except BaseException:
-        run.end("failed", 1, counts=counts)
-        raise
-    written = finish(cache.folder, cache.content, weak=not cache.folder.promises())
+    weak, counts = not cache.folder.promises(), Counter[str]()
+    log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
+    log.begin(weak, units=len(tasks))
+    with log.kept():
+        driven = encode(options, cache, vae, tasks, log, counts)
+        for failure in driven.failures:
+            say(f"failed: unit {failure.name}: {failure.error}")
+        written = finish(cache.folder, cache.content, weak, log.beat)
     code = 1 if driven.failures else 0
-    run.end("failed" if driven.failures else "done", code, counts=counts)
-    left = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
-    if options.json:
-        print_json(
-            {
-                "cache": options.cache,
-                "rows": counts["rows"],
-                "rejected": written["rejected"],
-                "digest": written["digest"],
-            }
-        )
-    else:
-        print(f"retried {sum(len(p) for t in tasks for p in t.rejected.values()):,} rejected samples")
-        print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
-        print(f"  rejected   {left}")
-        print(f"  digest     {written['digest']}", flush=True)
-    for failure in driven.failures:
-        say(f"failed: unit {failure.name}: {failure.error}")
+    log.ended("failed" if driven.failures else "done", code)
+    tell(options, tasks, counts, written)
     return code
+
+
+def tell(
+    options: RetryOptions, tasks: Sequence[retry.RetryTask], counts: Counter[str], written: Mapping[str, Any]
+) -> None:
+    """The summary: what was tried, and what the cache holds now."""
+    if options.json:
+        content = {name: written[name] for name in ("rejected", "digest")}
+        print_json({"cache": options.cache, "rows": counts["rows"], **content})
+        return
+    left = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
+    print(f"retried {sum(len(p) for t in tasks for p in t.rejected.values()):,} rejected samples")
+    print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
+    print(f"  rejected   {left}")
+    print(f"  digest     {written['digest']}", flush=True)
 
 
 def rejecting(cache: Cache) -> list[Standing]:
@@ -71,8 +79,7 @@ def encode(
     cache: Cache,
     vae: Vae,
     tasks: Sequence[retry.RetryTask],
-    run: Run,
-    signals: Signals,
+    log: Logbook,
     counts: Counter[str],
 ) -> Driven:
     """Run the tasks on the replicas."""
@@ -87,11 +94,16 @@ def encode(
     with place(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
         limits, threads = options.input_limit, options.cpus_per_worker
-        encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, run.name)
+        encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, log.run.name)
         job = retry.RetryJob(encoding)
-        engine = where.start(job, vae, len(tasks), signals.stop)
-        with signals.caught(), meter.shown():
-            return drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
+        engine = where.start(job, vae, len(tasks), log.signals.stop)
+
+        def on_tick() -> None:
+            meter.tick(engine.pictures, engine.waiting_for)
+            log.beat()
+
+        with meter.shown():
+            return drive(tasks, engine, log.signals, on_done, on_tick)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What jobs need of a cache that stands: its VAE, its inputs and files as they are now, its statistics made anew."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline import commit, listing, plan, report, stats
@@ -46,10 +46,12 @@ def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     return found
 
 
-def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
+def finish(
+    cache: Folder, content: Mapping[str, Any], weak: bool, on_unit: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
     identity = content["identity_sha256"]
-    commit.mend(cache, identity, content["identity"]["container"], again=weak)
+    commit.mend(cache, identity, content["identity"]["container"], again=weak, on_unit=on_unit)
     while True:
         files = commit.files(cache)
         written = stats.write(cache, identity)

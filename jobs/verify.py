@@ -61,7 +61,7 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
         batch_size=1,
         threads=cache.content["compute"]["threads"],
     )
-    job: EncodeJob = encode_job(cache.folder, cache.content, compute, (), 1, run="")
+    job: EncodeJob = encode_job(cache.folder, cache.content, compute, options.input_limit, 1, run="")
     where = units(options.source, cache)
     if options.recount:
         for unit in where.values():

@@ -6,7 +6,7 @@ counts. Nothing here removes or overwrites anything.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -140,16 +140,19 @@ def rebuild(cache: Folder, standing: Sequence[Standing], facts: Mapping[str, obj
     cache.replace(f"{COMMITS}/{name}.json", canonical_json(commit_of(standing, facts)))
 
 
-def mend(cache: Folder, identity: str, container: Container, again: bool = False) -> None:
+def mend(
+    cache: Folder, identity: str, container: Container, again: bool = False, on_unit: Callable[[], None] = lambda: None
+) -> None:
     """Write `_commits` again where they do not say what stands, and where a retry died before it wrote its own.
 
     That is where a part without rows was committed before its twin with rows came. again: where a file has another
-    sha256, too (a store on which a late writer may overwrite).
+    sha256, too (a store on which a late writer may overwrite). on_unit is called for each commit.
     """
     standing = files(cache)
     hidden = shadowed(standing)
     told = commits(cache)
     for name, content in told.items():
+        on_unit()
         named = [part["file"] for part in content["parts"]]
         parts = [inspect(cache, file, identity) for file in named] if again else []
         changed = [p for p, said in zip(parts, content["parts"], strict=False) if p and p.sha256 != said["sha256"]]

@@ -162,7 +162,7 @@ class Replica:
         Raises VaeError where the device's memory does not suffice for a single picture.
         """
         with self.lock:
-            latents: list[Tensor | Rejected] = list(self._run_in_memory(batch, shard))
+            latents: list[Tensor | Rejected] = list(self._run_in_memory(self.model, batch, shard))
             self.pictures += len(batch)
             again = 0
             for index, picture in enumerate(batch):
@@ -174,11 +174,11 @@ class Replica:
     def _count(self, *_: object) -> None:
         self.runs += 1
 
-    def _run_in_memory(self, batch: Sequence[Picture], shard: str) -> Tensor:
+    def _run_in_memory(self, model: AutoencoderKL, batch: Sequence[Picture], shard: str) -> Tensor:
         """Run the model, in slices half as large each time that memory does not suffice: from then on for all."""
         while True:
             try:
-                return self._run(self.model, batch, shard)
+                return self._run(model, batch, shard)
             except RuntimeError as error:
                 size = self.compute.slice_size
                 if not is_out_of_memory(error):
@@ -222,7 +222,7 @@ class Replica:
             self._exact = self._exact or build_model(
                 self._vae, replace(self.compute, precision="fp32"), self.tile_above
             )
-            latent = self._run(self._exact, [picture], shard)[0]
+            latent = self._run_in_memory(self._exact, [picture], shard)[0]
             if bool(latent.isfinite().all()):
                 return latent
         return Rejected("encode", "not_finite")

@@ -10,12 +10,13 @@ from pipeline import flow
 from pipeline.cache import Cache, to_tensor
 from pipeline.errors import LatentmillError
 from pipeline.flow import EncodeJob, Encoder
-from pipeline.records import Picture, Sample, Standing, Unit
+from pipeline.records import Picture, Reject, Sample, Standing, Unit
 from pipeline.render import Wanted, wanted_rows
 from pipeline.verify_part import Problem
 
 NEAR = 0.05  # of a latent's own size: what another device or another slice may change, and no other picture
 
+LIMITS = "give the --input-limit that it was encoded with; without one, the input was exchanged"
 RUN = "look whether the input, the VAE or the cache was exchanged; encode anew into another folder"
 
 
@@ -36,17 +37,23 @@ def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterat
     rows = list(zip(wanted, wanted_rows(cache.folder, wanted), strict=True))
     for unit in {one.unit.name: one.unit for one in wanted}.values():
         left = {row["key"]: (one.file, row) for one, row in rows if one.unit.name == unit.name}
+        rejected: dict[str, str] = {}
         try:
             for sample in flow.read(unit, encoder.tools.job):
                 if isinstance(sample, Sample) and sample.key in left:
                     file, row = left.pop(sample.key)
                     yield from _compare(unit, sample, file, row, encoder)
+                elif isinstance(sample, Reject):
+                    rejected[sample.key] = sample.reason
                 if not left:
                     break
         except LatentmillError as error:
             yield Problem(unit.url, f"it cannot be read: {error}", "say where it is now: --source")
             continue
         for key, (file, _) in left.items():
+            if key in rejected:
+                yield Problem(file, f"{key} is rejected now ({rejected[key]}), but has a row", LIMITS)
+                continue
             yield Problem(file, f"{unit.url} has no sample {key}, of which there is a row", RUN)
 
 
@@ -54,7 +61,8 @@ def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], enco
     job = encoder.tools.job
     picture, _ = flow.open_sample(unit, sample, job.transform, job.limits)
     if not isinstance(picture, Picture):
-        yield Problem(file, f"{sample.key} cannot be opened any more, but has a row", RUN)
+        why = picture.reason if isinstance(picture, Reject) else "filtered"
+        yield Problem(file, f"{sample.key} is rejected now ({why}), but has a row", LIMITS)
         return
     (latent,) = encoder.tools.replica.encode([picture], unit.path).latents
     different = [name for name, value in picture.geometry.items() if row[name] != value]

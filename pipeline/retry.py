@@ -6,14 +6,14 @@ That helps where limits were raised, or a library learned to open what it could 
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pipeline import commit
 from pipeline.careful import Opener
 from pipeline.encode import Vae
-from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, watched
-from pipeline.records import FIRST, Attempt, Standing, Unit, UnitReport
+from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
+from pipeline.records import FIRST, Attempt, Reject, Sample, Standing, Unit, UnitReport
 
 UNCOUNTED = "rest_of_shard"  # not a sample: a damaged shard stays damaged
 
@@ -91,17 +91,25 @@ class Retrier:
         return self.encoder.steps
 
 
+def noted(samples: Iterable[Sample | Reject], positions: set[int]) -> Iterator[Sample | Reject]:
+    """The same samples, their positions put aside: an input may have fewer than it had."""
+    for sample in samples:
+        positions.add(sample.position)
+        yield sample
+
+
 def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
     job, clock, unit = tools.job, Clock(), task.unit
     wanted = {position for rejects in task.rejected.values() for position in rejects}
-    samples = (sample for sample in watched(read(unit, job), tools, clock) if sample.position in wanted)
+    readable = to_the_damage(read(unit, job), [])
+    samples = (sample for sample in watched(readable, tools, clock) if sample.position in wanted)
     standing: list[Standing] = []
     for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
-        rejects = task.rejected[number]
-        filled = fill(unit, some, tools, clock)
-        again = {reject.position for reject in filled.rejects}
-        superseded = tuple(sorted((position, why) for position, why in rejects.items() if position not in again))
+        read_again: set[int] = set()
+        filled = fill(unit, noted(some, read_again), tools, clock)
+        solved = read_again - {reject.position for reject in filled.rejects}
+        superseded = tuple(sorted((p, why) for p, why in task.rejected[number].items() if p in solved))
         filled.rejects.clear()
         if not superseded:
             continue

@@ -46,21 +46,24 @@ def is_alive(content: Mapping[str, Any], at: datetime.datetime) -> bool:
     return content["outcome"] == "running" and silence(content, at) <= SILENT
 
 
-def alive(cache: Folder) -> list[str]:
-    """When the runs started that are at work on a cache now."""
+def alive(cache: Folder, but: str) -> list[str]:
+    """When the runs started that are at work on a cache now. but: the name of the one that asks."""
     at = datetime.datetime.now(datetime.UTC)
-    return [run["started"] for run in told(cache) if is_alive(run, at)]
+    return [run["started"] for name, run in told(cache).items() if name != but and is_alive(run, at)]
 
 
-def told(cache: Folder) -> list[dict[str, Any]]:
-    """The runs, as their records tell them, in the order of their starts; damaged ones are passed over: they inform."""
-    found = []
-    for data in cache.read_all(FOLDER).values():
+def told(cache: Folder) -> dict[str, dict[str, Any]]:
+    """The runs by name, as their records tell them, in the order of their starts.
+
+    Damaged records are passed over: they only inform.
+    """
+    found = {}
+    for name, data in cache.read_all(FOLDER).items():
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)
             silence(content, datetime.datetime.now(datetime.UTC))
             if {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
-                found.append(content)
+                found[name.removesuffix(".json")] = content
     return found
 
 

@@ -17,7 +17,7 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     units = {unit.name: unit.share for unit in plan.read(cache)}
     finished = commit.finished(cache)
     known = stats.committed(cache)
-    told = [run_of(run, now) for run in runs.told(cache)]
+    told = [run_of(run, now) for run in runs.told(cache).values()]
     alive = [run for run in told if run["outcome"] == "running"]
     rows, filtered = (sum(getattr(part, name) for part in known.values()) for name in ("rows", "filtered"))
     rejected = stats.rejected(known.values())

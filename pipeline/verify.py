@@ -129,7 +129,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
 def check_plan(folder: Folder, found: Found) -> None:
     """The plan's files: as the runs saw them, each unit named after what it reads, none twice."""
     vouched: dict[str, set[str]] = {}
-    for run in runs.told(folder):
+    for run in runs.told(folder).values():
         if isinstance(worked_by := run.get("plan"), dict):
             for name, sha256 in worked_by.items():
                 vouched.setdefault(name, set()).add(str(sha256))
@@ -305,7 +305,7 @@ def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Proble
     if data != stats.as_bytes(made):
         yield Problem(stats.NAME, "it is not what the records say together", REWRITE)
     card = cache.folder.read_if_there(report.NAME)
-    versions = {str(dict(run.get("versions") or {}).get("latentmill")) for run in runs.told(cache.folder)}
+    versions = {str(dict(run.get("versions") or {}).get("latentmill")) for run in runs.told(cache.folder).values()}
     if card not in [report.card(cache, made, version) for version in versions]:
         yield Problem(report.NAME, "it is not the card of this cache", REWRITE)
 
