@@ -106,6 +106,34 @@ def test_encode_and_status_know_of_it(
     assert stats(cache) == after
 
 
+def test_what_stands_before_a_damage_is_retried(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    whole = (source / "0.tar").read_bytes()
+    (source / "0.tar").write_bytes(whole[: whole.index(b"000000009.jpg") + 700])
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--input-limit", "pixels=13000")
+    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "rest_of_shard": 1, "too_many_pixels": 3}
+    assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "rest_of_shard": 1}
+    assert latentmill("verify", tmp_path / "c")[0] == 0
+
+
+def test_what_is_no_more_is_not_taken_for_solved(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--input-limit", "pixels=13000")
+    before = stats(tmp_path / "c")["rejected"]
+    size = (source / "0.tar").stat().st_size
+    write_tar(source / "0.tar", img2dataset_members(0, 3))
+    with (source / "0.tar").open("ab") as tar:
+        tar.truncate(size)
+    latentmill("retry", tmp_path / "c", "--workers", 0)
+    assert before == {"not_a_picture": 1, "too_many_pixels": 3}
+    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "too_many_pixels": 2}, "one was in the other tar"
+
+
 def test_another_vae_is_refused(latentmill: Command, cache: Path) -> None:
     code, _, err = latentmill("retry", cache, "--workers", 0, "--vae", "demo")
     assert code == 2

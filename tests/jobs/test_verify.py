@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,6 +143,17 @@ def count_more(cache: Path) -> None:
     (cache / "stats.json").write_text(json.dumps({**content, "count": 20}, indent=1) + "\n")
 
 
+def reshape(cache: Path, **fields: Any) -> None:
+    content = {**json.loads((cache / "cache.json").read_text()), **fields}
+    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+
+
+def forget_unit(cache: Path) -> None:
+    """A unit's only part, and all that its commit says of it."""
+    next((cache / "_empty").iterdir()).unlink()
+    edit(commit(cache, "2"), seal=True, parts=[])
+
+
 def add_reject(cache: Path) -> None:
     (path,) = (cache / "_rejects").glob("1-*")
     path.write_bytes(path.read_bytes() * 2)
@@ -179,6 +191,28 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "statistics that were edited": (count_more, "stats.json"),
     "statistics that are gone": (lambda c: (c / "stats.json").unlink(), "stats.json"),
     "a card that was edited": (lambda c: (c / "README.md").write_text("# Mine"), "README.md"),
+    "a unit's only part gone, and the commit edited": (forget_unit, "_commits/2-"),
+    "a commit that names parts twice": (
+        lambda c: edit(commit(c), seal=True, parts=json.loads(commit(c).read_text())["parts"] * 2),
+        "_commits/1-",
+    ),
+    "a commit of another shape": (lambda c: edit(commit(c), seal=True, parts=[{}]), "_commits/1-"),
+    "a commit that is no number": (lambda c: commit(c).write_text('{"unit": NaN}'), "_commits/1-"),
+    "a copy without rows beside rows": (
+        lambda c: (c / "_empty" / data(c).with_suffix(".json").name).write_bytes(b"{}"),
+        "_empty/0-",
+    ),
+    "another unit's part over this one": (lambda c: shutil.copy(data(c, -1), data(c)), "data/0-"),
+    "a folder beside the rows": (lambda c: (c / "data/below").mkdir(), "data/below"),
+    "a link to rows": (lambda c: (c / f"data/zz{data(c).suffix}").symlink_to(data(c)), "data/zz"),
+    "a link that leads nowhere": (lambda c: (c / "data/zz").symlink_to(c / "nothing"), "data/zz"),
+    "a note among commits": (lambda c: (c / "_commits/notes.txt").write_text("hello"), "_commits/notes.txt"),
+    "a note in the plan": (lambda c: (c / "_plan/notes.txt").write_text("hello"), "_plan/notes.txt"),
+    "a plan of another shape": (lambda c: replan(c, lambda row: row.update(path=None)), "_plan/00000.parquet"),
+    "a VAE of another shape": (lambda c: reshape(c, vae=[]), "cache.json"),
+    "a schema that is gone": (lambda c: reshape(c, schema=None), "cache.json"),
+    "a run of another shape": (lambda c: next((c / "_runs").iterdir()).write_text("[NaN]"), "_runs/"),
+    "a run whose plan is a list": (lambda c: edit(next((c / "_runs").iterdir()), seal=True, plan=[1]), "_runs/"),
     "a run that was edited": (lambda c: edit(next((c / "_runs").iterdir()), seal=False, outcome="x"), "_runs/"),
 }
 
@@ -229,6 +263,27 @@ def test_following_the_advice_mends_it(latentmill: Command, cache: Path, source:
     assert json.loads((cache / "stats.json").read_text())["digest"] == digest
 
 
+@pytest.mark.parametrize(
+    "damage", ["another unit's part over this one", "a unit's only part gone, and the commit edited"]
+)
+def test_so_it_does_where_files_were_exchanged(
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path, damage: str, tmp_path: Path
+) -> None:
+    """What verify says to move away is moved away, to the letter, until it says nothing."""
+    digest = json.loads((cache / "stats.json").read_text())["digest"]
+    DAMAGES[damage][0](cache)
+    for problem in json.loads(latentmill("verify", cache, "--json")[1])["problems"]:
+        assert "move it" in problem["do"], problem
+        named = [problem["file"], *re.findall(r"_commits/[^ ,]+\.json", problem["do"])]
+        for name in named:
+            if (cache / name).exists():
+                shutil.move(cache / name, tmp_path / name.replace("/", "_"))
+    argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1]
+    assert latentmill(*argv)[0] == 0
+    assert latentmill("verify", cache)[0] == 0
+    assert json.loads((cache / "stats.json").read_text())["digest"] == digest
+
+
 @pytest.fixture
 def moved(source: Path, tmp_path: Path) -> Iterator[Path]:
     """The inputs at another place, to be spoiled."""
@@ -269,3 +324,59 @@ def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro
     assert list((tmp_path / "c/data").glob("*r1.parquet"))
     code, out, _ = latentmill("verify", tmp_path / "c", "--recount", "--reencode", 30)
     assert code == 0, out
+
+
+@pytest.fixture
+def retried(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A cache of tars with a part that a retry wrote."""
+    argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--input-limit", "picture_bytes=1500", "--format", "webdataset")
+    assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    assert latentmill("verify", tmp_path / "c")[0] == 0
+    return tmp_path / "c"
+
+
+def recaption(path: Path) -> None:
+    before = path.read_bytes()
+    assert b"picture 1" in before
+    path.write_bytes(before.replace(b"picture 1", b"picture 7"))
+
+
+RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a caption that was changed": recaption,
+    "a file that is gone": lambda path: path.unlink(),
+    "a file that was cut off": cut,
+    "its commit is gone": lambda path: (path.parents[1] / f"_commits/{path.stem}.json").unlink(),
+    "its commit was edited": lambda path: edit(path.parents[1] / f"_commits/{path.stem}.json", seal=False, run="x"),
+}
+
+
+@pytest.mark.parametrize("damage", RETRY_DAMAGES)
+def test_what_a_retry_wrote_is_proven_too(latentmill: Command, retried: Path, damage: str) -> None:
+    path = next(path for path in sorted(retried.glob("data/*r1.tar")) if b"picture 1" in path.read_bytes())
+    RETRY_DAMAGES[damage](path)
+    code, out, _ = latentmill("verify", retried)
+    assert code == 1
+    assert out.startswith((f"data/{path.name}: ", f"_commits/{path.stem}.json: ")), out
+    if "_commits" in out.split(":")[0]:
+        assert latentmill("verify", retried, "--rebuild")[0] == 0
+        return
+    path.unlink(missing_ok=True)
+    (retried / f"_commits/{path.stem}.json").unlink()
+    assert latentmill("retry", retried, "--workers", 0)[0] == 0
+    assert latentmill("verify", retried)[0] == 0
+
+
+def test_pictures_beyond_a_limit_are_not_taken_for_other_ones(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2, height=300, width=300))
+    limit = ["--input-limit", "pixels=100000"]
+    argv = ["encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    assert latentmill(*argv, *limit)[0] == 0
+    small = ["--input-limit", "pixels=1000"]
+    code, out, _ = latentmill("verify", tmp_path / "c", "--reencode", 2, *small)
+    assert code == 1
+    assert "000000000 is rejected now (too_many_pixels), but has a row" in out
+    assert "give the --input-limit that it was encoded with" in out
+    assert latentmill("verify", tmp_path / "c", "--reencode", 2, *limit)[0] == 0

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,66 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import commit, plan, stats, write_parquet
+from pipeline import commit, stats, write_parquet
 from pipeline.cache import to_tensor
-from pipeline.encode import Compute, Replica, Vae, load_vae
+from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import EncodeJob, Encoder
+from pipeline.flow import Encoder
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
-from pipeline.listing import list_shards
 from pipeline.records import Picture, Record, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import img2dataset_members, write_tar
-
-CPU = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
-
-
-@pytest.fixture(scope="module")
-def vae(micro_vae: Path) -> Vae:
-    return load_vae(str(micro_vae))
-
-
-@pytest.fixture
-def worker(vae: Vae) -> Callable[..., Encoder]:
-    """Makes a worker for a cache; keyword arguments change its job."""
-
-    def make(cache: Path | str, **settings: Any) -> Encoder:
-        job = {
-            "cache": Folder(str(cache)),
-            "source_options": {},
-            "identity": "the identity",
-            "transform": Transform(resolution=64),
-            "dtype": "float16",
-            "seed": 0,
-            "layout": Layout(),
-            "image_column": None,
-            "key_column": None,
-            "rows_per_part": 4,
-            "tile_above": None,
-            "limits": Limits(),
-            "compute": CPU,
-            "open_threads": 1,
-            "run": "a run",
-            "versions": {},
-        }
-        return EncodeJob(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
-
-    return make
-
-
-def unit_of(source: Path) -> Unit:
-    (unit,) = plan.units_of(list_shards((str(source),), {}, "nowhere"))
-    return unit
-
-
-@pytest.fixture
-def unit(tmp_path: Path) -> Unit:
-    """A tar of ten samples, of which the second is no picture."""
-    members = img2dataset_members(0, 10, height=64, width=64)
-    members["000000001.jpg"] = b"no picture"
-    return unit_of(write_tar(tmp_path / "s/0.tar", members))
+from tests.pipeline.conftest import CPU, unit_of
 
 
 def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encoder], tmp_path: Path) -> None:
@@ -416,6 +369,19 @@ class TestMemory:
         again = replica.encode(batch).latents
         assert tried[6:] == [1, 1, 1, 1]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
+
+    def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        exact, tried = self.replica(vae, monkeypatch, room=1)
+        half = Replica(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
+        half._exact = exact.model
+
+        def overflowing(x: torch.Tensor) -> object:
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.full((len(x), 4, 8, 8), torch.inf)))
+
+        monkeypatch.setattr(half.model, "encode", overflowing)
+        encoded = half.encode([TestOverflow().picture()] * 4)
+        assert (encoded.again, half.compute.slice_size) == (4, 1)
+        assert tried == [4, 2, 1, 1, 1, 1]
 
     def test_a_single_picture_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         replica, _ = self.replica(vae, monkeypatch, room=0)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import plan
-from pipeline.errors import SourceError
+from pipeline.errors import CacheError, SourceError
 from pipeline.listing import list_shards
 from pipeline.records import Shard, Unit
 from pipeline.storage import Folder
@@ -104,6 +104,29 @@ def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
     units, (line,) = plan.extend(cache, pictures)
     assert units == first
     assert "of 3 pictures from /disk/data/0.jpg on, one or more have changed since they were planned" in line
+
+
+def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    for number in range(3):
+        plan.extend(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
+    (tmp_path / "_plan/00000.parquet").unlink()
+    units, _ = plan.extend(cache, [shard(f"data/{n}.tar") for n in range(4)])
+    assert cache.names("_plan") == ["00001.parquet", "00002.parquet", "00003.parquet"]
+    assert sorted(unit.path for unit in units) == [f"data/{n}.tar" for n in range(4)]
+
+
+def test_a_name_that_is_taken_by_no_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "_plan/00000.parquet").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"00000.parquet is no file, but its name is taken"):
+        plan.extend(Folder(str(tmp_path)), [shard("data/0.tar")])
+
+
+def test_a_plan_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "_plan").mkdir()
+    (tmp_path / "_plan/00000.parquet").write_bytes(b"no plan")
+    with pytest.raises(CacheError, match=r"00000.parquet cannot be read as a plan"):
+        plan.read(Folder(str(tmp_path)))
 
 
 def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:

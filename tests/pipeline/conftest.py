@@ -1,0 +1,67 @@
+"""A worker without an engine, and a unit for it to do."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import plan
+from pipeline.encode import Compute, Vae, load_vae
+from pipeline.flow import EncodeJob, Encoder
+from pipeline.layout import Layout
+from pipeline.limits import Limits
+from pipeline.listing import list_shards
+from pipeline.records import Unit
+from pipeline.storage import Folder
+from pipeline.transform import Transform
+from tests.conftest import img2dataset_members, write_tar
+
+CPU = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def vae(micro_vae: Path) -> Vae:
+    return load_vae(str(micro_vae))
+
+
+@pytest.fixture
+def worker(vae: Vae) -> Callable[..., Encoder]:
+    """Makes a worker for a cache; keyword arguments change its job."""
+
+    def make(cache: Path | str, **settings: Any) -> Encoder:
+        job = {
+            "cache": Folder(str(cache)),
+            "source_options": {},
+            "identity": "the identity",
+            "transform": Transform(resolution=64),
+            "dtype": "float16",
+            "seed": 0,
+            "layout": Layout(),
+            "image_column": None,
+            "key_column": None,
+            "rows_per_part": 4,
+            "tile_above": None,
+            "limits": Limits(),
+            "compute": CPU,
+            "open_threads": 1,
+            "run": "a run",
+            "versions": {},
+        }
+        return EncodeJob(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
+
+    return make
+
+
+def unit_of(source: Path) -> Unit:
+    (unit,) = plan.units_of(list_shards((str(source),), {}, "nowhere"))
+    return unit
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Unit:
+    """A tar of ten samples, of which the second is no picture."""
+    members = img2dataset_members(0, 10, height=64, width=64)
+    members["000000001.jpg"] = b"no picture"
+    return unit_of(write_tar(tmp_path / "s/0.tar", members))

@@ -1,0 +1,113 @@
+"""What stands is the truth: twins of two kinds, copies, and `_commits` that are behind."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import commit, stats
+from pipeline.errors import CacheError
+from pipeline.flow import Encoder
+from pipeline.limits import Limits
+from pipeline.records import Unit
+from pipeline.storage import Folder
+from tests.conftest import img2dataset_members, write_tar
+from tests.pipeline.conftest import unit_of
+
+IDENTITY = "the identity"
+STRICT = Limits(picture_bytes=10)  # every picture is a reject
+
+
+def parts(cache: Path) -> list[stats.Part]:
+    return stats.parts(Folder(str(cache)), IDENTITY)
+
+
+@pytest.mark.parametrize("first", ["with rows", "without"])
+def test_writers_that_disagree_whether_there_are_rows_count_once(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Two jobs with other limits: one finishes the unit while the other is about to publish its first part."""
+    cache = tmp_path / "c"
+    limits = {"with rows": Limits(), "without": STRICT}
+    mine, other = (worker(cache, limits=limits[which]) for which in sorted(limits, key=lambda which: which == first))
+    create, between = Folder.create, [other.run]
+
+    def slow(self: Folder, name: str, data: bytes) -> bool:
+        if between:
+            between.pop()(unit)
+        return create(self, name, data)
+
+    monkeypatch.setattr(Folder, "create", slow)
+    mine.run(unit)
+    monkeypatch.undo()
+    commit.mend(Folder(str(cache)), IDENTITY, "parquet")
+    found = parts(cache)
+    assert sum(part.rows + part.filtered + sum(part.rejects.values()) for part in found) == 10
+    (done,) = commit.commits(Folder(str(cache))).values()
+    standing = {part.file for part in found if part.rows or part.rejects}
+    assert {part["file"] for part in done["parts"]} == standing
+    rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
+    assert rejects.count("\n") == sum(sum(part.rejects.values()) for part in found)
+    assert stats.digest(found) == stats.digest(parts(cache))
+
+
+def test_a_copy_of_another_part_is_not_taken_for_it(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+    other = unit_of(write_tar(tmp_path / "s/1.tar", img2dataset_members(10, 5)))
+    encoder = worker(tmp_path / "c")
+    encoder.run(unit)
+    shutil.copy(tmp_path / f"c/data/{unit.name}-00000.parquet", tmp_path / f"c/data/{other.name}-00000.parquet")
+    with pytest.raises(
+        CacheError, match=f"{other.name}-00000.parquet holds the part data/{unit.name}-00000: it was copied"
+    ):
+        encoder.run(other)
+    assert commit.finished(Folder(str(tmp_path / "c"))) == {unit.name}
+
+
+def test_a_file_that_a_late_writer_changed_is_committed_again(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    """On a store that lets the last writer win; the record in the file says what it is."""
+    worker(tmp_path / "c").run(unit)
+    cache, path = Folder(str(tmp_path / "c")), tmp_path / f"c/data/{unit.name}-00001.parquet"
+    before = commit.commits(cache)[unit.name]
+    told = pq.read_metadata(path).metadata
+    pq.write_table(pq.read_table(path).replace_schema_metadata(told), path, compression="gzip")
+    seen: list[None] = []
+    commit.mend(cache, IDENTITY, "parquet", again=True, on_unit=lambda: seen.append(None))
+    after = commit.commits(cache)[unit.name]
+    standing = commit.as_they_stand(cache, unit.name, IDENTITY, "parquet")
+    assert [part["sha256"] for part in after["parts"]] == [part.sha256 for part in standing]
+    assert after["parts"][1]["sha256"] != before["parts"][1]["sha256"]
+    assert (after["run"], after["seconds"]) == (before["run"], before["seconds"])
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "{}", '{"parts": [1]}', '{"parts": [{}]}', '{"parts": [{"file": "a", "sha256": ""}]}', "[" * 99_999],
+)
+def test_a_commit_that_is_none_is_named(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, content: str
+) -> None:
+    worker(tmp_path / "c").run(unit)
+    (path,) = tmp_path.glob("c/_commits/*.json")
+    path.write_text(content)
+    with pytest.raises(CacheError, match=f"{path.name}.*; latentmill verify says what to do"):
+        parts(tmp_path / "c")
+
+
+def test_commits_are_read_before_the_listing(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit that another job finishes meanwhile is in the sum, and no damage."""
+    encoder, listed = worker(tmp_path / "c"), commit.files
+
+    def files(cache: Folder) -> list[str]:
+        monkeypatch.undo()
+        encoder.run(unit)
+        return listed(cache)
+
+    monkeypatch.setattr(commit, "files", files)
+    assert sum(part.rows for part in parts(tmp_path / "c")) == 9
