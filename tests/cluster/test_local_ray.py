@@ -167,6 +167,53 @@ def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(
     assert_whole(tmp_path / "c", calm)
 
 
+# A job that is told to end (SIGTERM) when it comes to a place: before Ray has started, or when all units are done.
+STRUCK = """
+import os, signal, sys, threading
+import ray
+from jobs import encode
+from jobs.entry import run_as_script
+from pipeline import stats
+
+module, name = {"ray.init": (ray, "init"), "stats.summary": (stats, "summary")}[sys.argv.pop(1)]
+real = getattr(module, name)
+
+def struck(*given, **named):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    made = real(*given, **named)
+    threading.Event().wait(2)
+    return made
+
+setattr(module, name, struck)
+run_as_script(encode.main)
+"""
+
+
+@pytest.mark.fault(6, "the driver is preempted while Ray starts, and at the very end")
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["ray.init", "stats.summary"])
+def test_a_signal_ends_the_job_before_and_after_its_units(
+    source: Path, calm: str, micro_vae: Path, tmp_path: Path, place: str
+) -> None:
+    """`ray.init` has a handler of its own, which would end the job with 15."""
+    argv = arguments(source, tmp_path / "c", micro_vae, "--workers", 2)
+    (tmp_path / "struck.py").write_text(STRUCK)
+    job = subprocess.run(
+        [sys.executable, "struck.py", place, *argv],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (job.returncode, job.stdout) == (143, ""), job.stderr
+    assert "the same command goes on" in job.stderr
+    outcomes = [json.loads(path.read_text())["outcome"] for path in tmp_path.glob("c/_runs/*")]
+    assert outcomes == ([] if place == "ray.init" else ["stopped"])
+    assert finish(start(argv, tmp_path))[0] == 0
+    assert_whole(tmp_path / "c", calm)
+
+
 @pytest.mark.slow
 def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, micro_vae: Path, tmp_path: Path) -> None:
     script = (
