@@ -63,8 +63,12 @@ def check_key(key: str, limits: Limits) -> None:
 
 def shown_key(key: str, limits: Limits) -> str:
     """A key as a reject names it: as long as a key may be, its control characters and odd bytes as escapes."""
-    key = key[: limits.key_bytes].replace(_INSTEAD, "\\")
-    return _CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), key)[: limits.key_bytes]
+    return shown(key[: limits.key_bytes])[: limits.key_bytes]
+
+
+def shown(text: str) -> str:
+    """A text that a terminal can show, as `text_of` gave it."""
+    return _CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), text.replace(_INSTEAD, "\\"))
 
 
 def check_columns(columns: Mapping[str, object], limits: Limits) -> None:

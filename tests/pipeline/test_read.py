@@ -264,7 +264,8 @@ def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
 def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
     paths = ("p/a.jpg", "p/a.png", "p/b.v2.png", "p/c.jpg", "p/gone.jpg")
-    items = list(read_folder(paths, files.get))
+    missing: list[str] = []
+    items = list(read_folder(paths, files.get, missing.append))
     assert [outcome(item) for item in items] == [
         (0, "a", b"1"),
         (1, "a", "duplicate_key"),
@@ -274,3 +275,4 @@ def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     ]
     columns = [item.columns for item in items if isinstance(item, Sample)]
     assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]
+    assert missing == ["gone.jpg"]
