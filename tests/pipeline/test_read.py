@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from pipeline import read_tar
-from pipeline.errors import DamagedError, ShardError
+from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.read_folder import folder_key, read_folder
 from pipeline.records import Reject, Sample
@@ -276,3 +276,15 @@ def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     columns = [item.columns for item in items if isinstance(item, Sample)]
     assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]
     assert missing == ["gone.jpg"]
+
+
+def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject() -> None:
+    files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
+
+    def read_but(below: str) -> bytes | None:
+        if below in ("a.jpg", "b.txt"):
+            raise Rejected("read", "unreadable")
+        return files.get(below)
+
+    items = list(read_folder(("p/a.jpg", "p/b.jpg", "p/c.jpg"), read_but, lambda below: None))
+    assert [outcome(item) for item in items] == [(0, "a", "unreadable"), (1, "b", "unreadable"), (2, "c", b"3")]
