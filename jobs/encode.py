@@ -99,7 +99,10 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
 
 def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard], Columns]:
     """The files of the sources, and the columns that come along."""
-    shards = listing.list_shards(options.source, cache.options, but=cache.url)
+    noticed: list[str] = []
+    shards = listing.list_shards(options.source, cache.options, cache.url, noticed)
+    for line in noticed:
+        say(f"note: {line}")
     units = plan.units_of(shards)
     if not units:
         raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")

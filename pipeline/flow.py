@@ -225,6 +225,7 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
         yield from read_folder(
             unit.paths,
             lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, job.limits.picture_bytes),
+            lambda below: storage.check_has_files(storage.parent(f"{unit.url}/{below}"), options),
             columns.texts,
             job.limits,
         )

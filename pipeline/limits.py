@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from pipeline.errors import Rejected
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# what steers a terminal or turns the letters of a line around: C0, C1, separators of lines, bidirectional overrides
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_HIDDEN = re.compile(r"__[^/]*__/")  # webdataset passes over a shard's folders of such names
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # what Python makes of a byte that is none
+_INSTEAD = "\x1a"  # SUBSTITUTE: no key may have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,11 @@ class Limits:
 DEFAULT = Limits()
 
 
+def text_of(name: str) -> str:
+    """A name as valid text. One that is not UTF-8, its odd bytes lone surrogates, becomes one that no key may be."""
+    return _NOT_UTF8.sub(lambda byte: f"{_INSTEAD}x{ord(byte[0]) - 0xDC00:02x}", name)
+
+
 def check_key(key: str, limits: Limits) -> None:
     """Raise Rejected for a key that could lead a reader of the cache astray: it names members of tars, and files."""
     if (
@@ -45,9 +54,21 @@ def check_key(key: str, limits: Limits) -> None:
         or len(key.encode(errors="replace")) > limits.key_bytes
         or _CONTROL.search(key)
         or key.startswith("/")
-        or ".." in key.split("/")
+        or key.endswith("/")
+        or {".", ".."} & set(key.split("/"))
+        or _HIDDEN.match(key)
     ):
         raise Rejected("read", "bad_key", limits.key_bytes)
+
+
+def shown_key(key: str, limits: Limits) -> str:
+    """A key as a reject names it: as long as a key may be, its control characters and odd bytes as escapes."""
+    return shown(key[: limits.key_bytes])[: limits.key_bytes]
+
+
+def shown(text: str) -> str:
+    """A text that a terminal can show, as `text_of` gave it."""
+    return _CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), text.replace(_INSTEAD, "\\"))
 
 
 def check_columns(columns: Mapping[str, object], limits: Limits) -> None:

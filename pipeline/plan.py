@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CacheError, SourceError
+from pipeline.limits import shown
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, VERIFY, Shard, Unit, canonical_json
 from pipeline.storage import Folder
 
@@ -65,7 +66,11 @@ def units_of(shards: Sequence[Shard]) -> list[Unit]:
 def passed_over(shards: Sequence[Shard]) -> Counter[str]:
     """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar."""
     known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS}
-    return Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
+    others = Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
+    # texts are looked for beside each picture, by one name: `.TXT` is not found
+    suffixes = (PurePosixPath(shard.path).suffix.removeprefix(".") for shard in shards)
+    others += Counter(name for name in suffixes if name != name.lower() and name.lower() in TEXT_EXTENSIONS)
+    return Counter({shown(name): count for name, count in others.items()})
 
 
 def name_of(unit: Unit) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.errors import Rejected
-from pipeline.limits import DEFAULT, Limits, check_key, check_text
+from pipeline.limits import DEFAULT, Limits, check_key, check_text, shown_key
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 
 
@@ -18,14 +18,17 @@ def folder_key(path: str) -> str:
 def read_folder(
     paths: tuple[str, ...],
     read: Callable[[str], bytes | None],
+    on_missing: Callable[[str], None],
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT,
 ) -> Iterator[Sample | Reject]:
     """The pictures at `paths` (from the root's own name on), in that order.
 
     read: the content of a file, by its path below the root; None where there is no such file.
+    on_missing: told of a picture that is not there, before it is rejected; raises where more than the picture has gone.
     texts: extensions of the files beside a picture that come along as columns.
-    Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_key`, `bad_text`, `text_too_long`.
+    Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_key`, `bad_text`, `text_too_long`;
+    and what `read` raises as one.
     """
     seen: set[str] = set()
     for position, path in enumerate(paths):
@@ -37,9 +40,10 @@ def read_folder(
             seen.add(key)
             image = read(below)
             if image is None:
+                on_missing(below)
                 raise Rejected("read", "no_picture")
             stem = below[: len(below) - len(PurePosixPath(below).suffix)]
             beside = {name: check_text(read(f"{stem}.{name}"), name, limits) for name in texts}
             yield Sample(position, key, image, beside)
         except Rejected as why:
-            yield Reject.of(position, key[: limits.key_bytes], why)
+            yield Reject.of(position, shown_key(key, limits), why)

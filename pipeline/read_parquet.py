@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline import footers
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.layout import passed_name, source_name
-from pipeline.limits import DEFAULT, Limits, check_key
+from pipeline.limits import DEFAULT, Limits, check_key, shown_key
 from pipeline.records import Reject, Sample
 
 ROWS_AT_ONCE = 16
@@ -138,7 +138,7 @@ def read_parquet(
                 seen.add(name)
                 yield Sample(position, name, _bytes(picture, limits), columns)
             except Rejected as why:
-                yield Reject.of(position, name[: limits.key_bytes], why)
+                yield Reject.of(position, shown_key(name, limits), why)
 
 
 def row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:

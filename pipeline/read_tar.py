@@ -8,17 +8,19 @@ before a second archive that was appended to the first; this reader demands the 
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from pipeline.errors import DamagedError, Rejected, ShardError
-from pipeline.limits import DEFAULT, Limits, check_key, check_text
+from pipeline.limits import DEFAULT, Limits, check_key, check_text, shown_key, text_of
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Reject, Sample
 
 BLOCK = 512
 SKIP_AT_ONCE = 1 << 20
 FILES = b"0\x007"
 FOLDER = b"5"
+OLD_FILE = b"\0"  # of tars before POSIX: a folder where its name ends with `/`
+WITHOUT_DATA = b"123456"  # links, devices, folders: none follows, whatever their size says
 _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
@@ -37,9 +39,8 @@ class Member:
 
     @property
     def key(self) -> str:
-        folder, _, base = self.name.rpartition("/")
-        stem = base.split(".", 1)[0]
-        return f"{folder}/{stem}" if folder else stem
+        folder, slash, base = self.name.rpartition("/")
+        return folder + slash + base.split(".", 1)[0]
 
     @property
     def extension(self) -> str:
@@ -77,17 +78,23 @@ def read_tar(
                     raise Rejected("read", "too_many_bytes", picture.size, limits.picture_bytes)
                 yield Sample(position, key, picture.data, _texts(members, texts, limits))
             except Rejected as why:
-                yield Reject.of(position, key[: limits.key_bytes], why)
+                yield Reject.of(position, shown_key(key, limits), why)
             position += 1
 
 
 def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """The members of each key that stand together. The first picture and the first text of an extension keep their
+    bytes: no other is used, and there may be any number."""
     group: list[Member] = []
+    held: set[str] = set()
     for member in members:
         if group and member.key != group[0].key:
             yield group[0].key, group
-            group = []
-        group.append(member)
+            group, held = [], set()
+        kind = "picture" if member.extension in PICTURE_EXTENSIONS else f".{member.extension}"
+        group.append(replace(member, data=None) if kind in held else member)
+        if not member.is_link:
+            held.add(kind)
     if group:
         yield group[0].key, group
 
@@ -95,7 +102,11 @@ def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
 def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
     texts: dict[str, str] = {}
     for member in members:
-        if member.extension in names and member.extension not in texts and not member.is_link:
+        if member.extension in names:
+            if member.is_link:
+                raise Rejected("read", "picture_elsewhere")
+            if member.extension in texts:  # which of them is the picture's, nobody can tell
+                raise Rejected("read", "bad_text", member.extension)
             if member.data is None:
                 raise Rejected("read", "text_too_long", member.extension, limits.text_bytes)
             text = check_text(member.data, member.extension, limits)
@@ -122,33 +133,37 @@ def read_members(
             offset, header = _next_archive(stream, url, offset + 2 * BLOCK)
             if not header:
                 return
-        size = long_size if long_size is not None else _number(header[124:136], url, offset)
+        size = _number(header[124:136], url, offset)
         _check_sum(header, url, offset)
         kind, start = header[156:157], offset + BLOCK
-        extra = kind in b"LxgK"
-        padding = -size % BLOCK
-        if extra:
+        if kind in b"LxgK":
             if size > limits.header_bytes:
                 raise DamagedError(f"{url} has a header of {size} bytes at byte {offset}: that is more than is read")
             data = _exactly(stream, size, url, start)
             if kind == b"L":
-                long_name = _text(data.rstrip(b"\0"), url, offset)
+                long_name = _text(data.rstrip(b"\0"))
             elif kind == b"x":
                 said = _pax(data, url, offset)
-                long_name = _text(said[b"path"], url, offset) if b"path" in said else None
+                long_name = _text(said[b"path"]) if b"path" in said else None
                 long_size = int(said[b"size"]) if b"size" in said else None
         else:
             count += 1
             if count > limits.members:
                 raise ShardError(f"{url} has more than {limits.members} members; --input-limit members=N reads more")
-            member = Member(long_name or _short_name(header, url, offset), size, None, is_link=kind not in FILES)
+            name = long_name or _short_name(header)
+            is_folder = kind == FOLDER or (kind == OLD_FILE and name.endswith("/"))
+            size = long_size if long_size is not None else size
+            if is_folder or kind in WITHOUT_DATA:
+                size = 0
+            member = Member(name, size, None, is_link=kind not in FILES)
             if not member.is_link and size <= _most(member, texts, limits):
                 member = Member(member.name, size, _exactly(stream, size, url, start))
             else:
                 _skip(stream, size, url, start)
-            if kind != FOLDER:
+            if not is_folder:
                 yield member
             long_name = long_size = None
+        padding = -size % BLOCK
         _exactly(stream, padding, url, start + size)
         offset = start + size + padding
 
@@ -227,14 +242,11 @@ def _check_sum(header: bytes, url: str, offset: int) -> None:
         raise DamagedError(f"{url} is damaged: the header at byte {offset} is not one of a tar")
 
 
-def _short_name(header: bytes, url: str, offset: int) -> str:
+def _short_name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name, url, offset)
+    return _text(prefix + b"/" + name if prefix else name)
 
 
-def _text(name: bytes, url: str, offset: int) -> str:
-    try:
-        return name.decode().removeprefix("./")
-    except UnicodeDecodeError:
-        raise DamagedError(f"{url} has a member at byte {offset} whose name is not UTF-8") from None
+def _text(name: bytes) -> str:
+    return text_of(name.decode(errors="surrogateescape")).removeprefix("./")

@@ -11,6 +11,7 @@ Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIE
 
 import base64
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -29,13 +30,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import LatentmillError, SourceError, StorageError, UsageError
+from pipeline.errors import LatentmillError, Rejected, SourceError, StorageError, UsageError
 from pipeline.records import Unit
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 PROBES = 3
+# what a disk says of a name that no file has, or can have: a caption's may be too long where the picture's is not
+NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
@@ -61,10 +64,10 @@ def naming(url: str, doing: str) -> Iterator[None]:
 
 
 def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The filesystem that a URL or a path names, and the path on it."""
+    """The filesystem that a URL or a path names, and the path on it. `::` is a part of a name, not fsspec's chain."""
     if re.match(r"[^/]*://[^/]*:[^/]*@", url):
         raise UsageError("a URL must not hold a password: it would be written down; use --storage-option KEY=env:NAME")
-    if "://" not in url:  # a path: fsspec would take `::` in it for a chain
+    if "://" not in url:
         local = LocalFileSystem()
         return local, cast(str, local._strip_protocol(url))
     protocol = url.partition("://")[0]
@@ -72,7 +75,9 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     if protocol in ("s3", "s3a") and "AWS_MAX_ATTEMPTS" not in os.environ:
         extra["config_kwargs"] = {"retries": RETRIES}
     try:
-        return cast(tuple[Any, str], fsspec.url_to_fs(url, use_listings_cache=False, **{**extra, **options}))
+        kind = fsspec.get_filesystem_class(protocol)
+        fs = kind(**{**kind._get_kwargs_from_urls(url), "use_listings_cache": False, **extra, **options})
+        return fs, cast(str, kind._strip_protocol(url))
     except Exception as error:  # libraries check their options here, each in its own way
         said = (str(error).splitlines() or [""])[0]
         raise StorageError(f"cannot reach {url}: {said or type(error).__name__}") from error
@@ -83,6 +88,11 @@ def absolute(url: str) -> str:
     if "://" in url and not url.startswith("file://"):
         return url
     return os.path.abspath(connect(url, {})[1])
+
+
+def is_local(fs: Any) -> bool:
+    """Whether it is this machine's: with links, pipes and permissions."""
+    return isinstance(fs, LocalFileSystem)
 
 
 def full_url(fs: Any, path: str) -> str:
@@ -178,13 +188,34 @@ def read_file(url: str, options: Mapping[str, Any], limit: int) -> bytes:
 
 
 def read_file_if_there(url: str, options: Mapping[str, Any], limit: int) -> bytes | None:
-    """The same; None where there is no such file."""
+    """The same; None where there is no such file. Raises Rejected for a local file that one may not read."""
     try:
         return read_file(url, options, limit)
     except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError):
             return None
+        fs, path = connect(url, options)
+        if is_local(fs) and isinstance(cause, OSError):
+            if cause.errno in NOT_THERE:
+                return None
+            # where the folder is closed as well, it is not the file: a mount whose ticket has run out, say
+            if isinstance(cause, PermissionError) and os.access(parent(path), os.R_OK | os.X_OK):
+                raise Rejected("read", "unreadable") from error
         raise
+
+
+def check_has_files(url: str, options: Mapping[str, Any]) -> None:
+    """Raise SourceError where there is no such directory, or nothing in it: its disk is not mounted any more, say."""
+    with naming(url, "list"):
+        fs, path = connect(url, options)
+        if is_local(fs):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+                if next(entries, None) is not None:
+                    return
+        elif fs.exists(path):  # stores have no empty directories
+            return
+    raise SourceError(f"{url} has gone since it was planned, or is empty: is its disk or bucket there?")
 
 
 def parent(path: str) -> str:

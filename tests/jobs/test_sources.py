@@ -1,6 +1,7 @@
 """What people's data looks like: tars, Parquet files and folders, alone and together, and the columns beside them."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import plan
 from pipeline.cache import Cache
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 
@@ -195,6 +197,48 @@ def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert "note: passed over files that are neither shards nor pictures: 1 .gz, 2 .tiff" in err
+
+
+def test_odd_files_of_a_folder_cost_one_sample_each(
+    encode: Command, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = tmp_path / "photos", tmp_path / "c"
+    (source / "2.txt").mkdir(parents=True)
+    for name, data in zip(("1.jpg", "2.jpg", os.fsdecode(b"caf\xe9.jpg")), pictures(0, 3), strict=True):
+        (source / name).write_bytes(data)
+    os.mkfifo(source / "pipe.jpg")
+    _, out, err = encode(source, "--to", cache, "--max-reject-rate", 0.5)
+    assert "encoded 2 pictures" in out
+    assert "1 bad_key" in out
+    assert f"note: passed over what is no file, or a folder that may not be entered: {source}/pipe.jpg" in err
+    (rejects,) = (cache / "_rejects").iterdir()
+    assert json.loads(rejects.read_text())["key"] == "caf\\xe9"
+    assert "encoded 0 pictures" in encode(source, "--to", cache, "--max-reject-rate", 0.5)[1]
+    assert latentmill("verify", cache, "--recount")[0] == 0
+
+
+def test_a_folder_that_has_gone_since_it_was_planned_fails_its_unit(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = tmp_path / "photos", tmp_path / "c"
+    (source / "a").mkdir(parents=True)
+    for name, data in zip("12", pictures(0, 2), strict=True):
+        (source / f"a/{name}.jpg").write_bytes(data)
+    argv = ("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+
+    def extend_and_unmount(*given: Any) -> Any:
+        planned = extend(*given)
+        source.rename(tmp_path / "away")
+        return planned
+
+    extend = plan.extend
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "extend", extend_and_unmount)
+        code, _, err = latentmill(*argv)
+    assert (code, f"{source}/a has gone since it was planned" in err) == (1, True)
+    (tmp_path / "away").rename(source)
+    code, out, _ = latentmill(*argv)
+    assert (code, "rejected   0" in out) == (0, True)
 
 
 def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:

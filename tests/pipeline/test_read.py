@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from pipeline import read_tar
-from pipeline.errors import DamagedError, ShardError
+from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.read_folder import folder_key, read_folder
 from pipeline.records import Reject, Sample
@@ -77,7 +77,7 @@ def test_twins_and_captions_alone_are_rejects() -> None:
 def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
     (item,) = read(tar({"a.jpg": b"1", "a.txt": b"\xff"}))
     assert isinstance(item, Reject)
-    assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text")
+    assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text, or there are two")
 
 
 def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
@@ -89,6 +89,51 @@ def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
             archive.addfile(header)
     items = [outcome(item) for item in read(sink.getvalue())]
     assert items == [(n, str(n + 1), "picture_elsewhere") for n in range(3)]
+
+
+def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
+    """No data follows them, by POSIX and for Python's tarfile."""
+    data = b""
+    for name, kind in (("h.jpg", b"1"), ("s.jpg", b"2"), ("p.jpg", b"6"), ("d", b"5"), ("old/", b"\0")):
+        header = tarfile.TarInfo(name)
+        header.type, header.size = kind, 700
+        data += header.tobuf(tarfile.USTAR_FORMAT)
+    items = [outcome(item) for item in read(data + tar({"9.jpg": b"9"}))]
+    assert items == [*((n, key, "picture_elsewhere") for n, key in enumerate("hsp")), (3, "9", b"9")]
+
+
+def test_no_text_is_dropped_silently() -> None:
+    """A text that is a link has no content here; of two, nobody knows which is the picture's."""
+    link = tarfile.TarInfo("a.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
+    data = tar({"a.jpg": b"1"})[:1024] + link.tobuf() + tar({"b.jpg": b"2", "b.txt": b"one", "b.TXT": b"two"})
+    assert [outcome(item)[1:] for item in read(data)] == [("a", "picture_elsewhere"), ("b", "bad_text")]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_is_not_utf8_costs_one_sample(form: int) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=form, encoding="latin-1") as archive:
+        for name in ("a.jpg", "caf\u00e9" + "x" * (150 if form == tarfile.GNU_FORMAT else 0) + ".jpg", "b.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    data = sink.getvalue()
+    if form == tarfile.PAX_FORMAT:
+        data = data.replace(b"path=caf\xc3\xa9", b"path=caf\xe9\xe8")
+    items = [outcome(item) for item in read(data)]
+    assert [(key[:7], what) for _, key, what in items] == [("a", b""), ("caf\\xe9", "bad_key"), ("b", b"")]
+    items[1][1].encode()  # a record can hold it
+
+
+def test_of_many_members_with_one_key_few_are_held() -> None:
+    """The bytes of pictures that are rejected anyway would fill the memory."""
+    names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
+    members = [read_tar.Member(name, 2, b"xx") for name in names]
+    ((key, group),) = read_tar._by_key(iter(members))
+    assert key == "k"
+    assert [member.name for member in group] == names
+    assert [n for n, member in enumerate(group) if member.data is not None][:2] == [0, 1]
+    assert all(member.data is None for member in group if member.extension in ("png", "jpg") and member is not group[0])
+    assert group[-1].data is None
 
 
 def test_archives_that_were_appended_to_one_another_are_all_read() -> None:
@@ -178,14 +223,21 @@ def test_a_header_of_a_name_has_a_limit() -> None:
         list(read_tar.read_tar(io.BytesIO(sink.getvalue()), "s.tar", limits=Limits(header_bytes=2000)))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\nb", "a\x7f", "", "k" * 513, "\u00e9" * 257])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "a/../../x", "/etc/x", "/x", "././x", "a/./x", "", "a/", "__x__/a", "k" * 513, "\u00e9" * 257),
+        *("a\nb", "a\x7f", "a\x85b", "a\x9b31m", "a\u2028b", "a\u2029b", "a\u202egpj", "a\u2066b"),
+    ],
+)
 def test_keys_that_could_lead_astray_are_rejected(name: str) -> None:
     (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
     assert outcome(item)[2] == "bad_key"
     assert len(item.key) <= 512
+    assert item.key.isprintable()
 
 
-@pytest.mark.parametrize("name", ["a", "a/b", "a/b..c/d", "k" * 512, "a b", "%2E", "\u732b"])
+@pytest.mark.parametrize("name", ["a", "a/b", "a/b..c/d", "k" * 512, "a b", "%2E", "\u732b", "__x__", "a/__x__/b"])
 def test_keys_may_have_folders_and_any_letters(name: str) -> None:
     (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
     assert outcome(item) == (0, name, b"x")
@@ -212,7 +264,8 @@ def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
 def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
     paths = ("p/a.jpg", "p/a.png", "p/b.v2.png", "p/c.jpg", "p/gone.jpg")
-    items = list(read_folder(paths, files.get))
+    missing: list[str] = []
+    items = list(read_folder(paths, files.get, missing.append))
     assert [outcome(item) for item in items] == [
         (0, "a", b"1"),
         (1, "a", "duplicate_key"),
@@ -222,3 +275,16 @@ def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     ]
     columns = [item.columns for item in items if isinstance(item, Sample)]
     assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]
+    assert missing == ["gone.jpg"]
+
+
+def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject() -> None:
+    files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
+
+    def read_but(below: str) -> bytes | None:
+        if below in ("a.jpg", "b.txt"):
+            raise Rejected("read", "unreadable")
+        return files.get(below)
+
+    items = list(read_folder(("p/a.jpg", "p/b.jpg", "p/c.jpg"), read_but, lambda below: None))
+    assert [outcome(item) for item in items] == [(0, "a", "unreadable"), (1, "b", "unreadable"), (2, "c", b"3")]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.listing import list_shards
 from pipeline.records import Unit
-from pipeline.storage import Folder, absolute, connect, open_stream, read_file_if_there
+from pipeline.storage import Folder, absolute, check_has_files, connect, open_stream, read_file_if_there
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -23,8 +23,8 @@ def put(root: str, *names: str) -> None:
         Folder(root).replace(name, name.encode())
 
 
-def paths(*sources: str, but: str = "nowhere/at/all") -> list[str]:
-    return [shard.path for shard in list_shards(sources, {}, but)]
+def paths(*sources: str, but: str = "nowhere/at/all", noticed: list[str] | None = None) -> list[str]:
+    return [shard.path for shard in list_shards(sources, {}, but, noticed)]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,88 @@ def test_a_source_is_a_file_a_directory_a_glob_or_a_range(root: str, source: str
 def test_a_name_with_wildcards_in_it_is_itself(root: str) -> None:
     put(root, "a[1]{2/x.jpg")
     assert paths(f"{root}/a[1]{{2") == ["a[1]{2/x.jpg"]
+
+
+def test_two_colons_are_a_part_of_a_name(root: str) -> None:
+    """fsspec would take them for a chain of filesystems, and read another file."""
+    put(root, "data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar")
+    shards = list_shards((f"{root}/data",), {}, "nowhere")
+    assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"]
+    for shard in shards:
+        assert read_file_if_there(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
+        assert read_file_if_there(shard.url, {}, 99) == shard.path.encode()
+    assert connect("s3://bucket/a::b.jpg", {})[1] == "bucket/a::b.jpg"
+    with pytest.raises(StorageError, match="cannot reach simplecache::s3://b/x"):
+        connect("simplecache::s3://b/x", {})
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    put(str(tmp_path), "data/a.jpg", "data/dir.jpg/b.jpg")
+    os.mkfifo(tmp_path / "data/pipe\n.jpg")
+    noticed: list[str] = []
+    assert paths(f"{tmp_path}/data", noticed=noticed) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+    assert noticed == [f"passed over what is no file, or a folder that may not be entered: {tmp_path}/data/pipe\\n.jpg"]
+    assert paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(str(tmp_path), "data/a.jpg", "data/closed/b.jpg")
+    listdir = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if path.endswith("closed"):
+            raise PermissionError(13, "no")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    noticed: list[str] = []
+    assert paths(f"{tmp_path}/data", noticed=noticed) == ["data/a.jpg"]
+    assert noticed[0].endswith(": " + str(tmp_path / "data/closed"))
+    with pytest.raises(StorageError, match=r"cannot list .*closed: permission denied"):
+        paths(f"{tmp_path}/data/closed")
+
+
+def test_links_are_followed_and_no_directory_is_entered_twice(tmp_path: Path) -> None:
+    put(str(tmp_path), "data/a/1.jpg", "other/2.jpg", "3.jpg")
+    for link, target in {
+        "0": "a",
+        "b": "../other",
+        "c": "../other",
+        "a/loop": "../../data",
+        "l.jpg": "../3.jpg",
+    }.items():
+        (tmp_path / "data" / link).symlink_to(target)
+    (tmp_path / "data/broken.jpg").symlink_to("nowhere")
+    expected = ["data/a/1.jpg", "data/b/2.jpg", "data/broken.jpg", "data/l.jpg"]
+    assert paths(f"{tmp_path}/data") == expected
+    assert paths(f"{tmp_path}/data/*") == expected
+    assert paths(f"{tmp_path}/data/b/*.jpg") == ["b/2.jpg"]
+    assert paths(f"{tmp_path}/data/*/2.jpg") == ["data/b/2.jpg", "data/c/2.jpg"]
+    (tmp_path / "data/up").symlink_to(tmp_path)
+    noticed: list[str] = []
+    assert paths(f"{tmp_path}/data", noticed=noticed) == expected
+    assert noticed[0].endswith(": " + str(tmp_path / "data/up"))
+
+
+def test_a_cache_is_left_out_of_a_source_that_is_a_link(tmp_path: Path) -> None:
+    put(str(tmp_path), "photos/a.jpg", "photos/cache/data/part.parquet")
+    (tmp_path / "link").symlink_to("photos")
+    (tmp_path / "photos/b").symlink_to("cache/data")
+    for source in ("link", "link/*", "link/cache/data/*.parquet", "link/cache"):
+        if "cache" in source:
+            with pytest.raises(SourceError, match="there are no files in"):
+                paths(f"{tmp_path}/{source}", but=f"{tmp_path}/photos/cache")
+        else:
+            assert paths(f"{tmp_path}/{source}", but=f"{tmp_path}/photos/cache") == ["link/a.jpg"]
+
+
+def test_a_shard_whose_name_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"d\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"d\xe9") / "0.tar").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8: rename it"):
+        paths(str(tmp_path))
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8: rename it"):
+        paths(str(tmp_path / os.fsdecode(b"d\xe9")))
 
 
 def test_a_cache_inside_its_source_is_left_out(root: str) -> None:
@@ -105,6 +187,42 @@ def test_what_is_not_there(root: str) -> None:
     with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
         folder.read("x")
     assert read_file_if_there(f"{root}/none/x", {}, 10) is None
+
+
+def test_what_is_no_text_on_a_disk_is_not_there(tmp_path: Path) -> None:
+    put(str(tmp_path), "file")
+    (tmp_path / "dir.txt").mkdir()
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    for name in ("dir.txt", "loop.txt", "file/x.txt", "x" * 300):
+        assert read_file_if_there(f"{tmp_path}/{name}", {}, 10) is None
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_file_that_may_not_be_read_is_a_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_folder: bool
+) -> None:
+    def refuse(self: object, path: str, mode: str, **how: object) -> None:
+        raise PermissionError(13, "no")
+
+    for kind in ("local.LocalFileSystem", "memory.MemoryFileSystem"):
+        monkeypatch.setattr(f"fsspec.implementations.{kind}.open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: not whole_folder)
+    with pytest.raises(StorageError if whole_folder else Rejected, match=r"permission denied|unreadable"):
+        read_file_if_there(f"{tmp_path}/x.jpg", {}, 10)
+    with pytest.raises(StorageError, match="permission denied"):
+        read_file_if_there("memory://x/x.jpg", {}, 10)
+
+
+def test_a_directory_without_files_has_gone(root: str) -> None:
+    put(root, "data/a.jpg")
+    check_has_files(f"{root}/data", {})
+    for name in ("none", "data/a.jpg/b"):
+        with pytest.raises(SourceError, match=f"{name} has gone since it was planned"):
+            check_has_files(f"{root}/{name}", {})
+    if not root.startswith("memory"):
+        Path(root, "empty").mkdir()
+        with pytest.raises(SourceError, match="empty has gone"):
+            check_has_files(f"{root}/empty", {})
 
 
 def planned(size: int) -> Unit:

@@ -41,7 +41,7 @@ def test_what_is_there_is_seen_at_once(bucket: str) -> None:
     assert folder.names("data") == ["a"]
     assert not folder.is_empty()
     folder.replace("data/a", b"2")
-    assert folder.read_all("data") == [b"2"]
+    assert folder.read_all("data") == {"a": b"2"}
 
 
 def test_a_store_with_conditional_creates_is_known_by_trying(bucket: str) -> None:
@@ -59,6 +59,21 @@ def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> N
         here, there = (list_shards((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
         assert [shard.path for shard in here] == [shard.path for shard in there] == ["shards/0.tar", "shards/1.tar"]
         assert all(shard.etag and shard.url.startswith("s3://") for shard in there)
+
+
+def test_two_colons_are_a_part_of_a_name(bucket: str) -> None:
+    for name in ("a.jpg", "a.jpg::x.jpg", "s3::b.jpg"):
+        Folder(f"{bucket}/data").replace(name, name.encode())
+    shards = list_shards((f"{bucket}/data",), {}, "nowhere")
+    assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/s3::b.jpg"]
+    assert all(storage.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
+
+
+def test_pictures_that_have_gone_with_all_others_are_told_apart(bucket: str) -> None:
+    Folder(bucket).replace("data/a.jpg", b"")
+    storage.check_has_files(f"{bucket}/data", {})
+    with pytest.raises(SourceError, match="none has gone since it was planned"):
+        storage.check_has_files(f"{bucket}/none", {})
 
 
 def test_another_content_of_the_same_size_is_noticed(bucket: str) -> None:
