@@ -60,7 +60,7 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
         return found
     check_plan(cache.folder, found)
     found.problems += check_strangers(cache.folder)
-    files = commit.files(cache.folder)
+    files = [file for file in commit.files(cache.folder) if file.endswith(SUFFIXES[file.partition("/")[0]])]
     hidden = commit.shadowed(files)
     what = "its part stands in data/ too, with rows, and that one counts"
     found.problems += [Problem(file, what, f"{AWAY}; {REWRITE[:-9]} the rest again") for file in sorted(hidden)]
@@ -190,7 +190,7 @@ def check_units(folder: Folder, found: Found, sound: Sequence[Standing]) -> None
     finished = commit.finished(folder)
     for name in sorted(finished - found.units.keys()):
         found.problems.append(Problem(f"{commit.COMMITS}/{name}.json", "its unit is not in the plan", AWAY))
-    rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS)}
+    rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS) if name.endswith(".jsonl")}
     for name in sorted(rejected - found.units.keys()):
         found.problems.append(Problem(f"{commit.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY))
     unfinished = 0
@@ -234,7 +234,7 @@ def check_retries(folder: Folder, found: Found, sound: Sequence[Standing]) -> It
     whole = {part.file for part in sound}
     named = {problem.file for problem in found.problems}
     retries = {commit.name_of([part]): part for part in found.parts if part.record.round}
-    committed = {PurePosixPath(name).stem for name in folder.names(commit.COMMITS)}
+    committed = {PurePosixPath(name).stem for name in folder.names(commit.COMMITS) if name.endswith(".json")}
     for name in sorted(retries.keys() | set(filter(commit.is_retry, committed))):
         part = retries.get(name)
         problems = check_commit(folder, name, [part] if part else [], whole, named)
@@ -312,7 +312,7 @@ def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Proble
 
 def check_runs(folder: Folder) -> Iterator[Problem]:
     """The records of runs: informative, but not to be changed either."""
-    for name in folder.names(runs.FOLDER):
+    for name in filter(lambda name: name.endswith(SUFFIXES[runs.FOLDER]), folder.names(runs.FOLDER)):
         data = folder.read(f"{runs.FOLDER}/{name}")
         if not _is_run(data):
             yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it informs only")

@@ -229,6 +229,21 @@ def test_each_damage_is_found_and_named(latentmill: Command, cache: Path, damage
         assert advice.startswith("  ")
 
 
+def test_strangers_are_named_once_and_never_end_a_command(latentmill: Command, cache: Path) -> None:
+    folders = ("_commits", "_empty", "_plan", "_rejects", "_runs", "data")
+    for folder in folders:
+        (cache / folder / "notes.txt").write_text("hello")
+        (cache / folder / ".hidden").write_text("hello")
+    code, out, _ = latentmill("verify", cache)
+    assert code == 1
+    named = [line.split(":")[0] for line in out.splitlines() if not line.startswith("  ")][:-1]
+    strangers = [f"{folder}/notes.txt" for folder in folders]
+    assert sorted(set(named) - {"stats.json", "README.md"}) == strangers
+    assert len(named) == len(set(named)), named
+    assert latentmill("status", cache)[0] == 0
+    assert latentmill("stats", cache)[0] == 0
+
+
 def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Path) -> None:
     before = {path.name: json.loads(path.read_text()) for path in (cache / "_commits").iterdir()}
     shutil.rmtree(cache / "_commits")
