@@ -293,7 +293,7 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
             if isinstance(latent, Rejected):
                 filled.rejects.append(Reject.of(picture.position, picture.key, latent))
             else:
-                filled.rows.append(Row(picture, latent))
+                filled.rows.append(Row(picture.without_pixels(), latent))
     filled.rows.sort(key=lambda row: (row.picture.bucket, row.picture.position))
     filled.rejects.sort(key=lambda reject: reject.position)
     return filled

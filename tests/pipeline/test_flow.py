@@ -1,10 +1,12 @@
 """A unit's whole way: what stands in the cache afterwards, whatever happened on the way."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ import torch
 
 from pipeline import commit, plan, stats, write_parquet
 from pipeline.cache import to_tensor
-from pipeline.encode import Compute, Replica, Vae, load_vae
+from pipeline.encode import Compute, Encoded, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import EncodeJob, Encoder
+from pipeline.flow import Clock, EncodeJob, Encoder, fill, read
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
 from pipeline.listing import list_shards
@@ -118,6 +120,25 @@ def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
     assert [(r.position, r.key, r.reason) for r in parts[0].rejects] == [(1, "000000001", "not_a_picture")]
     assert (report.samples, report.rows, dict(report.rejects), report.parts) == (10, 9, {"not_a_picture": 1}, 3)
     assert report.rows == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "c/data").iterdir())
+
+
+def test_rows_that_wait_for_their_part_have_no_pixels(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    tools, seen = worker(tmp_path / "c").tools, list[weakref.ref[torch.Tensor]]()
+    encode = tools.replica.encode
+
+    def watched(batch: Sequence[Picture], shard: str) -> Encoded:
+        seen.extend(weakref.ref(picture.pixels) for picture in batch)
+        return encode(batch, shard)
+
+    tools.replica.encode = watched  # type: ignore[method-assign]
+    filled = fill(unit, read(unit, tools.job), tools, Clock())
+    assert (len(filled.rows), len(seen)) == (9, 9)
+    assert [row.picture.bucket for row in filled.rows] == [(64, 64)] * 9
+    assert all(row.picture.pixels.is_meta for row in filled.rows), "a shape, and no memory"
+    gc.collect()
+    assert not [pixels for pixels in seen if pixels() is not None]
 
 
 def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
