@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from pipeline import commit, plan, stats, write_parquet
-from pipeline.cache import to_tensor
+from pipeline.cache import read_rows, to_tensor
 from pipeline.encode import Compute, Encoded, Replica, Vae, load_vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import Clock, EncodeJob, Encoder, fill, read
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
 from pipeline.listing import list_shards
-from pipeline.records import Picture, Record, Unit
+from pipeline.records import Attempt, Picture, Record, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import img2dataset_members, write_tar
@@ -90,6 +90,45 @@ def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encode
     assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
+def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
+    """A tar of three samples with img2dataset's metadata beside it."""
+    tar = write_tar(folder / "0.tar", img2dataset_members(0, 3, height=64, width=64))
+    if isinstance(metadata, bytes):
+        (folder / "0.parquet").write_bytes(metadata)
+    else:
+        pq.write_table(metadata, folder / "0.parquet")
+    return unit_of(tar)
+
+
+URLS = Layout(columns=Columns(pa.schema([("url", pa.string())]), ()))
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_metadata_that_is_no_text_rejects_its_sample(
+    worker: Callable[..., Encoder], tmp_path: Path, container: Any
+) -> None:
+    raw = pa.array([b"ok", b"\xff", b"ok"], pa.binary())
+    urls = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    table = pa.table({"key": [f"{n:09d}" for n in range(3)], "url": urls})
+    unit, layout = beside(tmp_path / "s", table), dataclasses.replace(URLS, container=container)
+    report = worker(tmp_path / "c", layout=layout).run(unit)
+    assert (report.rows, report.rejects) == (2, {"bad_text": 1})
+    (rejects,) = (path.read_text() for path in (tmp_path / "c/_rejects").iterdir())
+    assert json.loads(rejects)["key"] == "000000001"
+    assert [row["url"] for row in rows_in(tmp_path / "c")] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"<html>", b"PAR1" + bytes(100) + b"PAR1"])
+def test_damaged_metadata_rejects_nothing_of_its_tar(
+    worker: Callable[..., Encoder], tmp_path: Path, damaged: bytes
+) -> None:
+    unit = beside(tmp_path / "s", damaged)
+    with pytest.raises(ShardError, match=r"0\.parquet .*; mend it, or move it away: .*0\.tar goes without its columns"):
+        worker(tmp_path / "c", layout=URLS).run(unit, Attempt(last=True))
+    (tmp_path / "s/0.parquet").unlink()
+    assert worker(tmp_path / "c", layout=URLS).run(unit).rows == 3
+
+
 def contents(cache: Path) -> dict[str, bytes]:
     """What no run may change: the files of data/, _empty/ and _rejects/."""
     return {
@@ -101,6 +140,11 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 def rows_of(cache: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(cache.glob("data/*")) for row in pq.read_table(path, use_threads=False).to_pylist()]
+
+
+def rows_in(cache: Path) -> list[dict[str, Any]]:
+    """The rows of either container."""
+    return [row for path in cache.glob("data/*") for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
 
 
 def records(cache: Path) -> list[Record]:
