@@ -213,8 +213,9 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
         with storage.open_stream(unit.url, options, unit) as stream:
             for sample in read_tar(stream, unit.url, columns.texts, job.limits):
                 if isinstance(sample, Sample) and sample.key in beside:
-                    sample = replace(sample, columns={**beside[sample.key], **sample.columns})
-                yield sample
+                    yield joined(sample, beside[sample.key])
+                else:
+                    yield sample
     elif unit.kind == "parquet":
         with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
             part = unit.range or (0, 1)
@@ -248,13 +249,24 @@ def to_the_damage(samples: Iterator[Sample | Reject], damage: list[str]) -> Iter
         yield Reject.of(position, "", Rejected("read", "rest_of_shard"))
 
 
+def joined(sample: Sample, more: Mapping[str, object]) -> Sample | Reject:
+    """The sample with more columns; a reject where one of them is."""
+    for value in more.values():
+        if isinstance(value, Rejected):
+            return Reject.of(sample.position, sample.key, value)
+    return replace(sample, columns={**more, **sample.columns})
+
+
 def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
     """Columns by key from img2dataset's metadata beside a tar; none where there is none, or none are wanted."""
     url, wanted = storage.beside(unit.url), job.layout.columns.from_parquet
     if not wanted.names or not storage.exists(url, job.source_options):
         return {}
-    with storage.open_stream(url, job.source_options, seeking=True) as stream:
-        return read_beside(stream, url, wanted)
+    try:
+        with storage.open_stream(url, job.source_options, seeking=True) as stream:
+            return read_beside(stream, url, wanted)
+    except DamagedError as error:  # no damage of the tar, of which nothing must be rejected for it
+        raise ShardError(f"{error}; mend it, or move it away: {unit.url} goes without its columns then") from error
 
 
 def watched(samples: Iterator[Sample | Reject], tools: Tools, clock: Clock) -> Iterator[Sample | Reject]:
@@ -294,7 +306,7 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
             if isinstance(latent, Rejected):
                 filled.rejects.append(Reject.of(picture.position, picture.key, latent))
             else:
-                filled.rows.append(Row(picture, latent))
+                filled.rows.append(Row(picture.without_pixels(), latent))
     filled.rows.sort(key=lambda row: (row.picture.bucket, row.picture.position))
     filled.rejects.sort(key=lambda reject: reject.position)
     return filled

@@ -15,15 +15,18 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import Rejected
 from pipeline.limits import DEFAULT, Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PNG_TEXT = 64 << 20  # bytes of a PNG's texts and colour profile once they are decompressed
 
 # Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
 Image.MAX_IMAGE_PIXELS = None
+# Pillow takes up to 1 MiB of a text or a profile, and calls pictures that have more broken.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
 # What Pillow warns of (damaged metadata, mostly) says neither which picture nor what to do. For the process, because
 # `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -17,7 +17,9 @@ from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.layout import passed_name, source_name
 from pipeline.limits import DEFAULT, Limits, check_key, shown_key
 from pipeline.records import Reject, Sample
+from pipeline.values import has_times, plain
 
+SMALLEST = 12  # bytes of a Parquet file: two marks and the size of its footer
 ROWS_AT_ONCE = 16
 READ_AT_ONCE = 4 << 20  # bytes of one column
 KEY = "key"  # of img2dataset's metadata
@@ -28,7 +30,10 @@ _PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "byte
 def opened(stream: BinaryIO, url: str, limits: Limits = DEFAULT) -> Iterator[pq.ParquetFile]:
     """A Parquet file. Raises DamagedError, which names the URL, where it or what is read of it is damaged."""
     try:
-        stream.seek(-8, 2)
+        size = stream.seek(0, 2)
+        if size < SMALLEST:  # checked first: stores refuse to seek before the start, each in its own way
+            raise DamagedError(f"{url} is not a Parquet file: it has {size} bytes")
+        stream.seek(size - 8)
         end = stream.read(8)
         if end[4:] != b"PAR1":
             raise DamagedError(f"{url} is not a Parquet file, or is cut off: it has no end mark")
@@ -81,15 +86,16 @@ def offered_beside(stream: BinaryIO, url: str) -> pa.Schema:
 
 
 def read_beside(stream: BinaryIO, url: str, wanted: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The wanted columns of img2dataset's metadata, by key."""
+    """The wanted columns of img2dataset's metadata, by key; a Rejected in place of a text that is none."""
     with opened(stream, url) as file:
         _check_metadata(file.schema_arrow, url)
         rows: dict[str, dict[str, Any]] = {}
         there = [source_name(name) for name in wanted.names if source_name(name) in file.schema_arrow.names]
         for batch in file.iter_batches(columns=sorted({KEY, *there}), use_threads=False):
             values = _columns(batch, wanted, url)
-            for index, key in enumerate(batch.column(KEY).to_pylist()):
-                rows[str(key)] = {name: column[index] for name, column in values.items()}
+            for index, key in enumerate(_keys(batch.column(KEY), KEY)):
+                if isinstance(key, str):  # no sample has another one
+                    rows[key] = {name: column[index] for name, column in values.items()}
         return rows
 
 
@@ -161,7 +167,7 @@ def _rows(
         first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
         for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
             values = _columns(batch, wanted, url)
-            keys = _values(batch.column(key_column), key_column) if key_column else [None] * len(batch)
+            keys = _keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
             for index in range(len(batch)):
                 columns = {name: column[index] for name, column in values.items()}
                 yield first + count + index, keys[index], _value(batch.column(pictures)[index], pictures), columns
@@ -175,8 +181,8 @@ def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[st
     if key_column is None or not groups or not groups[0]:
         return set()
     batches = file.iter_batches(row_groups=list(range(groups[0])), columns=[key_column], use_threads=False)
-    keys = (key for batch in batches for key in _values(batch.column(0), key_column))
-    return {_escaped(key) for key in keys if not isinstance(key, Rejected)}
+    keys = (key for batch in batches for key in _keys(batch.column(0), key_column))
+    return {_escaped(key) for key in keys if isinstance(key, str)}
 
 
 def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
@@ -191,13 +197,33 @@ def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
         except pa.ArrowException as error:
             have = batch.schema.field(name).type
             raise ShardError(f"{url}: the column {name} is {have}, in the cache it is {field.type}") from error
-        # times as Arrow's own values: Python's know no nanoseconds
-        values[field.name] = list(array) if pa.types.is_temporal(field.type) else _values(array, name)
+        values[field.name] = _values(array, name)
     return values
 
 
+def _keys(array: Any, name: str) -> list[Any]:
+    """Keys as text, whatever their type; None where there is none, a Rejected in place of one that is no text."""
+    return [_key(value, name) for value in _values(array, name)]
+
+
+def _key(value: Any, name: str) -> Any:
+    try:
+        if isinstance(value, pa.Scalar):  # a time
+            value = plain(value)
+        if isinstance(value, bytes):
+            value = value.decode()
+    except UnicodeDecodeError:
+        return Rejected("read", "bad_text", name)
+    return value if value is None or isinstance(value, Rejected) else str(value)
+
+
 def _values(array: Any, name: str) -> list[Any]:
-    """The values of a column for Python; a Rejected in place of a text that is none (Arrow does not check them)."""
+    """The values of a column for Python, times as Arrow's own: it knows more of them.
+
+    A Rejected in place of a text that is none (Arrow does not check them).
+    """
+    if has_times(array.type):
+        return [_with_texts(scalar, name) for scalar in array]
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
@@ -209,6 +235,15 @@ def _value(scalar: Any, name: str) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError:
         return Rejected("read", "bad_text", name)
+
+
+def _with_texts(scalar: Any, name: str) -> Any:
+    """A value of Arrow's whose texts, where it has some beside its times, are looked at."""
+    try:
+        plain(scalar)
+    except UnicodeDecodeError:
+        return Rejected("read", "bad_text", name)
+    return scalar
 
 
 def _bytes(picture: Any, limits: Limits) -> bytes:
@@ -224,9 +259,9 @@ def _bytes(picture: Any, limits: Limits) -> bytes:
     return bytes(picture)
 
 
-def _escaped(key: Any) -> str:
+def _escaped(key: str) -> str:
     """A key that webdataset can split: `%` and `.` written %25 and %2E."""
-    return str(key).replace("%", "%25").replace(".", "%2E")
+    return key.replace("%", "%25").replace(".", "%2E")
 
 
 def _passable(schema: pa.Schema, pictures: str | None) -> pa.Schema:
@@ -240,7 +275,11 @@ def holds_bytes(kind: Any) -> bool:
     """Whether a type is one of pictures: binary, or a struct with a binary field `bytes`."""
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and holds_bytes(kind.field(index).type)
+        return index >= 0 and _is_binary(kind.field(index).type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 

@@ -155,10 +155,17 @@ class Picture:
         height, width = self.bucket
         return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
 
+    def without_pixels(self) -> "Picture":
+        """The same, of its pixels their shape alone (as torch's `meta` tensors have it)."""
+        return replace(self, pixels=self.pixels.to("meta"))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...])."""
+    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...]).
+
+    picture: without its pixels, since a part's rows, thousands of them, are held until it is written.
+    """
 
     picture: Picture
     latent: "Tensor"

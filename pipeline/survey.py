@@ -1,9 +1,10 @@
 """A look at the sources before a cache is begun: which columns they offer to be passed through.
 
-A few files of each kind are looked at, spread evenly; what the others have is checked when they are read.
+A few files of each kind are looked at, spread evenly; what the others have is checked when they are read. Damaged ones
+are passed over: they are named when their units fail.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from itertools import islice
@@ -11,14 +12,14 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline import read_parquet, storage
-from pipeline.errors import ShardError, SourceError
+from pipeline.errors import DamagedError, ShardError, SourceError
 from pipeline.layout import OURS, Columns
 from pipeline.plan import extension
 from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
 
 FILES = 16
-MEMBERS = 64  # of the first tar
+MEMBERS = 64  # of a tar
 
 
 def columns_of(
@@ -65,19 +66,39 @@ def _schema(parquets: list[str], tars: list[str], options: Mapping[str, str], im
         with storage.open_stream(url, options) as stream:
             return read_parquet.offered(stream, url, image_column)
 
-    def beside(tar: str) -> pa.Schema:
+    def beside(tar: str) -> pa.Schema | None:
         url = storage.beside(tar)
         if not storage.exists(url, options):
-            return pa.schema([])
+            return None
         with storage.open_stream(url, options) as stream:
             return read_parquet.offered_beside(stream, url)
 
-    with ThreadPoolExecutor(FILES) as pool:
-        schemas = [*pool.map(of_pictures, _some(parquets)), *pool.map(beside, _some(tars))]
+    schemas = [*_sound(of_pictures, _some(parquets)), *_sound(beside, _some(tars))]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
     except pa.ArrowException as error:
         raise SourceError(f"the sources have columns of one name whose types do not go together: {error}") from error
+
+
+def _sound(look: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
+    """What is seen of the files that are there and sound: of those that are damaged, the units fail, each by its name.
+
+    Raises DamagedError where all that are there are damaged: then nobody knows the columns.
+    """
+
+    def seen(url: str) -> pa.Schema | DamagedError | None:
+        try:
+            return look(url)
+        except DamagedError as error:
+            return error
+
+    with ThreadPoolExecutor(FILES) as pool:
+        found = [one for one in pool.map(seen, urls) if one is not None]
+    schemas = [one for one in found if not isinstance(one, DamagedError)]
+    for error in found:
+        if isinstance(error, DamagedError) and not schemas:
+            raise error
+    return schemas
 
 
 def _some(urls: list[str]) -> list[str]:
@@ -91,9 +112,8 @@ def _texts(
 ) -> list[str]:
     """The text members that tars and folders offer: captions and metadata always, others where one is seen."""
     seen: set[str] = set()
-    if tars and set(wanted or ()) - set(TEXT_EXTENSIONS):
-        with storage.open_stream(tars[0], options) as stream:
-            seen |= {member.extension for member in islice(read_members(stream, tars[0]), MEMBERS)}
+    if set(wanted or ()) - set(TEXT_EXTENSIONS):
+        seen |= _members(tars, options)
     pictures = any(extension(shard.path) in PICTURE_EXTENSIONS for shard in shards)
     if pictures:
         seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
@@ -102,6 +122,20 @@ def _texts(
     taken = {*OURS.names, "latent.npy", "latent.json", "moments.npy"}  # what we call things ourselves
     others = sorted(seen - PICTURE_EXTENSIONS - set(TEXT_EXTENSIONS) - taken)
     return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
+
+
+def _members(tars: list[str], options: Mapping[str, str]) -> set[str]:
+    """The extensions of a tar's first members: of the first one that is sound so far, or of all up to their damage."""
+    seen: set[str] = set()
+    for tar in _some(tars):
+        try:
+            with storage.open_stream(tar, options) as stream:
+                for member in islice(read_members(stream, tar), MEMBERS):
+                    seen.add(member.extension)
+            break
+        except DamagedError:
+            continue
+    return seen
 
 
 def is_text(kind: object) -> bool:

@@ -8,8 +8,12 @@ same name within 1/255 a channel. Reductions to half and less, where it costs mo
 five times faster; the rest runs in Pillow itself: torch's integer weights are off by 2 in one of ten noise pictures
 reduced to more than half, and of a picture about twice as tall as wide Pillow 13 resizes the columns first, which
 clamping between the passes makes another picture.
+
+A line of pixels becomes a very long picture. Where it would have more than MAX_RESIZED pixels, and more than MAX_TIMES
+as many as are cut out, only these are made; they may differ then by what clamping between the passes changes.
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -26,6 +30,8 @@ from pipeline.records import Crop, Flip, Interpolation
 # Part of a cache's identity: goes up when the same settings give other pixels.
 VERSION = 1
 
+MAX_RESIZED = 1 << 25  # half a GB while it is resized: at 1,024 px a picture 32 times as long as high
+MAX_TIMES = 16
 MAX_TALL = 1.9  # height over width up to which Pillow resizes the rows first, as torch does
 
 _PILLOW = {
@@ -96,8 +102,11 @@ class Transform:
 
     def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
         """RGB uint8 [H, W, 3] -> uint8 [3, out_height, out_width]."""
-        resized = resize(pixels, fit.height, fit.width, self.interpolation)
-        cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
+        if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
+            cut = resize_cut(pixels, fit, self.interpolation)
+        else:
+            resized = resize(pixels, fit.height, fit.width, self.interpolation)
+            cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
         return (cut.flip(1) if fit.flipped else cut).permute(2, 0, 1).contiguous()
 
 
@@ -113,3 +122,24 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpola
     source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
     resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0)
+
+
+def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
+    """What `fit` cuts out of the resized picture, uint8 [out_height, out_width, 3], without the rest of it."""
+    rows, top, bottom = _window(fit.top, fit.out_height, fit.height, pixels.shape[0])
+    columns, left, right = _window(fit.left, fit.out_width, fit.width, pixels.shape[1])
+    image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
+    size, box = (fit.out_width, fit.out_height), (left, top, right, bottom)
+    return torch.from_numpy(np.asarray(image.resize(size, _PILLOW[interpolation], box)).copy())
+
+
+def _window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
+    """What of a side's pixels is seen by `count` of the resized ones, and where in it they begin and end.
+
+    Pillow has boxes in float32: in a picture of 65,535 pixels they would be off by some of the resized ones.
+    """
+    step = side / resized
+    begin, end = first * step, min((first + count) * step, side)
+    seen = math.ceil(3 * max(step, 1)) + 1  # Lanczos looks three pixels far, of the coarser picture
+    low, high = max(0, math.floor(begin) - seen), min(side, math.ceil(end) + seen)
+    return slice(low, high), begin - low, end - low

@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import CacheError
 from pipeline.layout import OURS, Layout
 from pipeline.records import Record, Row
+from pipeline.values import for_python
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
@@ -73,7 +74,9 @@ def read_rows(
         here = [index - start for index in wanted or () if start <= index < start + count]
         if wanted is None or here:
             table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
-            yield from (table if wanted is None else table.take(here)).to_pylist()
+            some = table if wanted is None else table.take(here)
+            for values in zip(*map(for_python, some.columns), strict=True):
+                yield dict(zip(some.column_names, values, strict=True))
         start += count
 
 

@@ -6,17 +6,16 @@ texts that came with the picture. Equal rows and records give equal bytes: membe
 
 import io
 import json
-import math
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.errors import CacheError
 from pipeline.layout import Layout
 from pipeline.records import TEXT_EXTENSIONS, Record, Row, canonical_json
+from pipeline.values import plain
 
 SUFFIX = ".tar"
 RECORD_KEY = "LATENTMILL.record"
@@ -58,25 +57,12 @@ def _members(row: Row, shard: str, layout: Layout) -> Iterator[tuple[str, bytes]
         **picture.geometry,
     }
     texts = layout.columns.texts
-    info |= {name: _plain(picture.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
+    info |= {name: plain(picture.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
     yield f"{picture.key}.{_array(layout)}.npy", array.getvalue()
     yield picture.key + INFO, canonical_json(info)
     for name in texts:
         if (text := picture.columns.get(name)) is not None:
             yield f"{picture.key}.{name}", text.encode()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can say it: what is not finite as null, times and the like as their text."""
-    if isinstance(value, pa.Scalar):
-        value = value.as_py()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def read_record(data: bytes, name: str) -> Record:

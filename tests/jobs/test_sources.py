@@ -249,6 +249,48 @@ def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_va
     assert "the sources have columns of one name whose types do not go together" in err
 
 
+@pytest.mark.parametrize("damaged", [b"", b"PAR1", b"<html>404 not found</html>"])
+def test_a_damaged_parquet_file_does_not_keep_the_others_from_their_way(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, damaged: bytes
+) -> None:
+    write_parquet(tmp_path / "p/good.parquet", pictures(0, 2), caption=["a", "b"])
+    (tmp_path / "p/bad.parquet").write_bytes(damaged)
+    argv = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    code, out, err = latentmill("encode", tmp_path / "p", *argv, "--json")
+    assert (code, json.loads(out)["stats"]["rejected"]) == (3, {"rest_of_shard": 1})
+    assert "damaged: " in err
+    assert "bad.parquet is not a Parquet file" in err
+    assert table_of(tmp_path / "c")["caption"].to_pylist() == ["a", "b"]
+    code, _, err = latentmill("encode", tmp_path / "p/bad.parquet", *argv[:1], tmp_path / "d", *argv[2:])
+    assert (code, "bad.parquet is not a Parquet file" in err) == (2, True)
+
+
+def test_damaged_metadata_fails_its_tar_alone(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        img2dataset(tmp_path / "laion", number, 10 * number, 3)
+    (tmp_path / "laion/00001.parquet").write_bytes(b"")
+    argv = (tmp_path / "laion", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    code, _, err = latentmill("encode", *argv, "--to", tmp_path / "c")
+    assert code == 1
+    assert "00001.parquet is not a Parquet file: it has 0 bytes; mend it, or move it away" in err
+    assert list(by_key(tmp_path / "c", "url")) == [f"{n:09d}" for n in range(3)]
+    (tmp_path / "laion/00000.parquet").write_bytes(b"")
+    code, _, err = latentmill("encode", *argv, "--to", tmp_path / "d")
+    assert (code, "00000.parquet is not a Parquet file: it has 0 bytes" in err) == (2, True), "columns would be missed"
+
+
+def test_other_members_are_found_where_the_first_tar_is_damaged(
+    latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> None:
+    members = img2dataset_members(0, 2)
+    members |= {name.replace(".jpg", ".tags"): b"t" for name in members}
+    write_tar(tmp_path / "s/1.tar", dict(sorted(members.items())))
+    (tmp_path / "s/0.tar").write_bytes(b"no tar" * 1000)
+    argv = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0, "--columns", "tags")
+    assert latentmill("encode", tmp_path / "s", *argv)[0] == 3
+    assert table_of(tmp_path / "c")["tags"].to_pylist() == ["t", "t"]
+
+
 def test_metadata_alone_is_no_source(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://host/1"], "caption": ["one"]}), tmp_path / "meta.parquet")
     code, _, err = latentmill("encode", tmp_path / "meta.parquet", "--to", tmp_path / "c", "--vae", micro_vae)

@@ -1,10 +1,12 @@
 """A unit's whole way: what stands in the cache afterwards, whatever happened on the way."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,13 @@ import pytest
 import torch
 
 from pipeline import commit, stats, write_parquet
-from pipeline.cache import to_tensor
-from pipeline.encode import Compute, Replica, Vae
+from pipeline.cache import read_rows, to_tensor
+from pipeline.encode import Compute, Encoded, Replica, Vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import Encoder
+from pipeline.flow import Clock, Encoder, fill, read
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
-from pipeline.records import Picture, Record, Unit
+from pipeline.records import Attempt, Picture, Record, Unit
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 from tests.conftest import img2dataset_members, write_tar
@@ -41,6 +43,45 @@ def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encode
     assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
+def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
+    """A tar of three samples with img2dataset's metadata beside it."""
+    tar = write_tar(folder / "0.tar", img2dataset_members(0, 3, height=64, width=64))
+    if isinstance(metadata, bytes):
+        (folder / "0.parquet").write_bytes(metadata)
+    else:
+        pq.write_table(metadata, folder / "0.parquet")
+    return unit_of(tar)
+
+
+URLS = Layout(columns=Columns(pa.schema([("url", pa.string())]), ()))
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_metadata_that_is_no_text_rejects_its_sample(
+    worker: Callable[..., Encoder], tmp_path: Path, container: Any
+) -> None:
+    raw = pa.array([b"ok", b"\xff", b"ok"], pa.binary())
+    urls = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    table = pa.table({"key": [f"{n:09d}" for n in range(3)], "url": urls})
+    unit, layout = beside(tmp_path / "s", table), dataclasses.replace(URLS, container=container)
+    report = worker(tmp_path / "c", layout=layout).run(unit)
+    assert (report.rows, report.rejects) == (2, {"bad_text": 1})
+    (rejects,) = (path.read_text() for path in (tmp_path / "c/_rejects").iterdir())
+    assert json.loads(rejects)["key"] == "000000001"
+    assert [row["url"] for row in rows_in(tmp_path / "c")] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("damaged", [b"", b"<html>", b"PAR1" + bytes(100) + b"PAR1"])
+def test_damaged_metadata_rejects_nothing_of_its_tar(
+    worker: Callable[..., Encoder], tmp_path: Path, damaged: bytes
+) -> None:
+    unit = beside(tmp_path / "s", damaged)
+    with pytest.raises(ShardError, match=r"0\.parquet .*; mend it, or move it away: .*0\.tar goes without its columns"):
+        worker(tmp_path / "c", layout=URLS).run(unit, Attempt(last=True))
+    (tmp_path / "s/0.parquet").unlink()
+    assert worker(tmp_path / "c", layout=URLS).run(unit).rows == 3
+
+
 def contents(cache: Path) -> dict[str, bytes]:
     """What no run may change: the files of data/, _empty/ and _rejects/."""
     return {
@@ -52,6 +93,11 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 def rows_of(cache: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(cache.glob("data/*")) for row in pq.read_table(path, use_threads=False).to_pylist()]
+
+
+def rows_in(cache: Path) -> list[dict[str, Any]]:
+    """The rows of either container."""
+    return [row for path in cache.glob("data/*") for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
 
 
 def records(cache: Path) -> list[Record]:
@@ -71,6 +117,25 @@ def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
     assert [(r.position, r.key, r.reason) for r in parts[0].rejects] == [(1, "000000001", "not_a_picture")]
     assert (report.samples, report.rows, dict(report.rejects), report.parts) == (10, 9, {"not_a_picture": 1}, 3)
     assert report.rows == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "c/data").iterdir())
+
+
+def test_rows_that_wait_for_their_part_have_no_pixels(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    tools, seen = worker(tmp_path / "c").tools, list[weakref.ref[torch.Tensor]]()
+    encode = tools.replica.encode
+
+    def watched(batch: Sequence[Picture], shard: str) -> Encoded:
+        seen.extend(weakref.ref(picture.pixels) for picture in batch)
+        return encode(batch, shard)
+
+    tools.replica.encode = watched  # type: ignore[method-assign]
+    filled = fill(unit, read(unit, tools.job), tools, Clock())
+    assert (len(filled.rows), len(seen)) == (9, 9)
+    assert [row.picture.bucket for row in filled.rows] == [(64, 64)] * 9
+    assert all(row.picture.pixels.is_meta for row in filled.rows), "a shape, and no memory"
+    gc.collect()
+    assert not [pixels for pixels in seen if pixels() is not None]
 
 
 def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:

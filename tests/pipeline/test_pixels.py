@@ -359,6 +359,23 @@ def test_damaged_metadata_does_not_spoil_a_whole_picture(damaged: bytes, expecte
     assert np.array_equal(open_pixels(damaged), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [(b"iCCP", b"p\0\0"), (b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")],
+    ids=["iCCP", "zTXt", "iTXt"],
+)
+def test_texts_and_profiles_of_a_png_may_be_large_but_not_without_end(name: bytes, before: bytes) -> None:
+    pixels = noise()
+
+    def picture(size: int, times: int = 1) -> bytes:
+        return png_of(pixels, *[(name, before + zlib.compress(bytes(size), 1))] * times)
+
+    assert np.array_equal(open_pixels(picture(3 << 20)), pixels)
+    assert rejected(picture((64 << 20) + 1)).reason == "corrupt"
+    if name != b"iCCP":  # of profiles the last one counts, texts are added up
+        assert rejected(picture(33 << 20, times=2)).reason == "corrupt"
+
+
 def test_threads_that_open_together_leave_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(smooth(5), "BMP")
     second_in, first_out = threading.Event(), threading.Event()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import footers
-from pipeline.errors import ShardError
+from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.read_parquet import offered, offered_beside, read_beside, read_parquet, row_groups
 from pipeline.records import Reject, Sample
@@ -69,11 +69,25 @@ def test_keys_come_from_their_column() -> None:
     ]
 
 
-def test_texts_that_are_no_utf8_are_rejects() -> None:
-    def text(*values: bytes) -> pa.Array:
-        raw = pa.array(values, pa.binary())
-        return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+def test_keys_may_be_bytes_or_times() -> None:
+    table = pa.table({"jpg": [b"a", b"b", b"c"], "id": [b"x.1", b"\xff", None]})
+    assert [outcome(item) for item in read(parquet(table), image="jpg", key="id")] == [
+        (0, "x%2E1", b"a"),
+        (1, "1", "bad_text"),
+        (2, "2", "no_key"),
+    ]
+    times = pa.array([1_000_000, 2**62], pa.int64()).cast(pa.timestamp("us"))
+    keys = [item.key for item in read(parquet(pa.table({"jpg": [b"a", b"b"], "id": times})), key="id")]
+    assert keys == ["1970-01-01 00:00:01%2E000000", f"<value out of range: {2**62}>"]
 
+
+def text(*values: bytes) -> pa.Array:
+    """Strings, of which Arrow does not look whether they are any."""
+    raw = pa.array(values, pa.binary())
+    return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+
+
+def test_texts_that_are_no_utf8_are_rejects() -> None:
     table = pa.table({"jpg": [b"0", b"1", b"2"], "id": text(b"a", b"b", b"\xff"), "txt": text(b"ok", b"\xff", b"ok")})
     items = read(parquet(table), key="id", wanted=pa.schema([("txt", pa.string())]))
     assert [outcome(item) for item in items] == [(0, "a", b"0"), (1, "b", "bad_text"), (2, "2", "bad_text")]
@@ -129,9 +143,35 @@ def test_times_keep_their_nanoseconds() -> None:
     assert pa.array(values, pa.timestamp("ns")).equals(times)
 
 
+def test_times_that_python_has_not_come_along() -> None:
+    """Texts beside them are looked at all the same."""
+    far = pa.array([2**62, None], pa.int64()).cast(pa.timestamp("us"))
+    columns = {
+        "far": far,
+        "day": pa.array([2**30, 1], pa.int32()).cast(pa.date32()),
+        "zone": pa.array([1, 2], pa.int64()).cast(pa.timestamp("us", "Mars/Phobos")),
+        "list": pa.ListArray.from_arrays([0, 1, 2], far),
+        "pair": pa.StructArray.from_arrays([far, text(b"ok", b"\xc3\xa9")], ["time", "text"]),
+    }
+    table = pa.table({"jpg": [b"0", b"1"], **columns})
+    items = [item for item in read(parquet(table), wanted=table.schema.remove(0)) if isinstance(item, Sample)]
+    for name, column in columns.items():
+        assert pa.array([item.columns[name] for item in items], column.type).equals(column)
+    bad = pa.table({"jpg": [b"0"], "pair": pa.StructArray.from_arrays([far[:1], text(b"\xff")], ["time", "text"])})
+    assert [outcome(item)[2] for item in read(parquet(bad), wanted=bad.schema.remove(0))] == ["bad_text"]
+
+
 def test_a_column_of_another_type_fails_the_unit() -> None:
     with pytest.raises(ShardError, match="the column caption is string, in the cache it is int64"):
         read(parquet(PLAIN), wanted=pa.schema([("caption", pa.int64())]))
+
+
+def test_bytes_deeper_inside_are_no_pictures() -> None:
+    table = pa.table({"image": [{"bytes": {"bytes": b"0"}}], "other": [[b"0"]]})
+    with pytest.raises(ShardError, match="has no column with the bytes of pictures: it has image, other"):
+        read(parquet(table))
+    both = table.append_column("picture", [[{"bytes": b"1", "path": None}]])
+    assert [outcome(item)[2] for item in read(parquet(both))] == [b"1"]
 
 
 def test_what_a_file_offers() -> None:
@@ -170,10 +210,31 @@ def test_a_column_that_is_not_there_is_named(image: str | None, key: str | None,
         read(parquet(PLAIN), image=image, key=key)
 
 
-@pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 100, parquet(PLAIN)[:-10]])
-def test_a_damaged_file_is_named(data: bytes) -> None:
-    with pytest.raises(ShardError, match=r"p\.parquet"):
-        read(data)
+class Strict(io.BytesIO):
+    """A file as object stores have them: a place before its start is an error of their own."""
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        if (place if whence == 0 else len(self.getvalue()) + place) < 0:
+            raise ValueError("Seek before start of file")
+        return super().seek(place, whence)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is not a Parquet file: it has 0 bytes"),
+        (b"PAR1", "is not a Parquet file: it has 4 bytes"),
+        (b"PAR1\0\0\0PAR1", "is not a Parquet file: it has 11 bytes"),
+        (b"PAR1\0\0\0\0PAR1", "cannot be read as Parquet"),
+        (b"<html>404 not found</html>", "is not a Parquet file, or is cut off: it has no end mark"),
+        (parquet(PLAIN)[:-10], "is not a Parquet file, or is cut off: it has no end mark"),
+    ],
+)
+def test_a_damaged_file_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
+        list(read_parquet(Strict(data), "p.parquet", len(data), (0, 1), None, None, NOTHING))
+    with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
+        offered(Strict(data), "p.parquet", None)
 
 
 def test_a_flipped_bit_in_a_page_is_found() -> None:
@@ -191,6 +252,19 @@ def test_metadata_beside_a_tar_is_joined_by_key() -> None:
         "1": {"source_width": 11, "extra": None},
     }
     assert offered_beside(io.BytesIO(parquet(table)), "p").names == ["source_key", "url", "source_width", "extra"]
+
+
+def test_rows_beside_a_tar_whose_key_is_no_text_are_passed_over() -> None:
+    table = pa.table({"key": text(b"0", b"\xff", b"2"), "caption": text(b"ok", b"ok", b"\xff")})
+    rows = read_beside(io.BytesIO(parquet(table)), "p", pa.schema([("caption", pa.string())]))
+    assert list(rows) == ["0", "2"]
+    assert rows["0"] == {"caption": "ok"}
+    why = rows["2"]["caption"]
+    assert isinstance(why, Rejected)
+    assert (why.reason, why.detail[:29]) == ("bad_text", "the caption is not UTF-8 text")
+    nulls = pa.table({"key": ["None", None], "caption": ["a", "b"]})
+    found = read_beside(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
+    assert found == {"None": {"caption": "a"}}
 
 
 def test_pictures_beside_a_tar_are_never_lost_silently() -> None:

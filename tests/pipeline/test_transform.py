@@ -3,7 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.transform import Transform, resize
+from pipeline import transform as module
+from pipeline.buckets import grid
+from pipeline.transform import Transform, resize, resize_cut
 from tests.conftest import smooth
 
 FILTERS = {
@@ -82,3 +84,54 @@ def test_a_random_flip_mirrors_half_of_the_pictures() -> None:
     mirrored, plain = (next(fit for fit in fits if fit and fit.flipped == flipped) for flipped in (True, False))
     assert torch.equal(transform.apply(pixels, mirrored).flip(2), transform.apply(pixels, plain))
     assert transform.apply(pixels, mirrored).is_contiguous()
+
+
+LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
+
+
+@pytest.mark.parametrize("size", LINES)
+@pytest.mark.parametrize("buckets", [(), grid(1024, 64)])
+def test_a_line_of_pixels_takes_no_more_memory_than_a_picture(
+    size: tuple[int, int], buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    pillows = Image.Image.resize
+
+    def watched(image: Image.Image, to: tuple[int, int], *more: object) -> Image.Image:
+        made.append(to)
+        return pillows(image, to, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    ramp = (np.arange(max(size)) >> 8).astype(np.uint8)
+    pixels = np.broadcast_to(ramp[:, None] if size[0] > size[1] else ramp, size)[..., None].repeat(3, 2)
+    transform = Transform(resolution=1024, buckets=buckets)
+    fit = transform.fit(*size)
+    assert fit is not None
+    done = transform.apply(pixels, fit)
+    assert made == [(fit.out_width, fit.out_height)]
+    assert (fit.top, fit.left) == ((fit.height - fit.out_height) // 2, (fit.width - fit.out_width) // 2)
+    # what is seen is the middle of the line
+    assert abs(done.float().mean() - (max(size) // 2 >> 8)) < 1
+
+
+def test_what_is_made_alone_is_what_would_be_cut_out() -> None:
+    draw = np.random.default_rng(1)
+    for name in FILTERS:
+        for crop in ("center", "random"):
+            for size in ((2, 300), (300, 7), (90, 500), (400, 130)):
+                pixels = smooth(int(draw.integers(1000)), *size)
+                transform = Transform(resolution=64, interpolation=name, crop=crop)  # type: ignore[arg-type]
+                fit = transform.fit(*size, "s.tar", "k")
+                assert fit is not None
+                whole = resize(pixels, fit.height, fit.width, name).int()  # type: ignore[arg-type]
+                cut = whole[fit.top : fit.top + 64, fit.left : fit.left + 64]
+                assert (resize_cut(pixels, fit, name).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
+
+
+def test_ordinary_pictures_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "resize_cut", None)
+    for resolution, size in ((64, (64, 64)), (64, (1000, 65)), (64, (130, 20_000)), (2048, (20, 300))):
+        transform = Transform(resolution=resolution)
+        fit = transform.fit(*size)
+        assert fit is not None
+        assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (3, resolution, resolution)

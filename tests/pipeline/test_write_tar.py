@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
 
 from pipeline import write_parquet, write_tar
-from pipeline.errors import CacheError
-from pipeline.layout import Layout
+from pipeline.errors import CacheError, Rejected
+from pipeline.layout import Columns, Layout
 from pipeline.records import Picture, Record, Row
 
 
-def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: str | None) -> Row:
+def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
     picture = Picture(
         position=number,
@@ -112,3 +114,21 @@ def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
         assert tar.getnames()[0] == member
     (read,) = write_tar.read_rows(io.BytesIO(data))
     assert (read["dtype"], read["shape"]) == ("float32", [8, 8, 9])
+
+
+def test_times_of_any_year_are_in_the_json_and_in_parquet() -> None:
+    kind = pa.list_(pa.timestamp("us"))
+    times = pa.ListArray.from_arrays([0, 2], pa.array([1, 2**62]).cast(pa.timestamp("us")))
+    rows, layout = [row(0, "a", times=times[0])], Layout(columns=Columns(pa.schema([("times", kind)]), ()))
+    (read,) = write_tar.read_rows(io.BytesIO(write_tar.part(rows, record(1), layout)))
+    assert read["times"] == ["1970-01-01 00:00:00.000001", f"<value out of range: {2**62}>"]
+    part = io.BytesIO(write_parquet.part([row(0, "a", times=times[0])], record(1), layout))
+    assert pq.read_table(part)["times"].combine_chunks().equals(times)
+    (read,) = write_parquet.read_rows(part)
+    assert pa.array([read["times"]], kind).equals(times)
+
+
+def test_a_value_that_has_no_rule_is_never_written() -> None:
+    layout = Layout(columns=Columns(pa.schema([("caption", pa.string())]), ()))
+    with pytest.raises(TypeError, match="there is no rule for a Rejected"):
+        write_tar.part([row(0, "a", caption=Rejected("read", "bad_text", "caption"))], record(1), layout)

@@ -1,0 +1,82 @@
+"""Values that Arrow knows and Python or JSON may not: times of any year, in nanoseconds, in zones nobody has heard of.
+
+They go through as Arrow's own. Where text is wanted, Arrow makes it: it needs neither pandas nor a list of zones,
+and makes the same one on every machine.
+"""
+
+import base64
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pyarrow as pa
+
+
+def has_times(kind: Any) -> bool:
+    """Whether a type is one of dates, times or durations, or has such a type inside."""
+    if pa.types.is_dictionary(kind):
+        return has_times(kind.value_type)
+    inside = (kind.field(index).type for index in range(kind.num_fields))
+    return pa.types.is_temporal(kind) or any(has_times(inner) for inner in inside)
+
+
+def for_python(array: Any) -> list[Any]:
+    """The values of a column for Python; as Arrow's own where Python has no such time."""
+    if not has_times(array.type):
+        return list(array.to_pylist())
+    return [_for_python(scalar) for scalar in array]
+
+
+def _for_python(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return scalar
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: what is not finite as null, times and decimals as text, bytes as base64."""
+    if isinstance(value, pa.Scalar):
+        return _plain_scalar(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Decimal | UUID):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    raise TypeError(f"there is no rule for a {type(value).__name__} in JSON")
+
+
+def _plain_scalar(value: Any) -> Any:
+    kind = value.type
+    if not value.is_valid:
+        return None
+    if pa.types.is_temporal(kind):
+        return _time(value)
+    if pa.types.is_dictionary(kind):
+        return plain(value.value)
+    if pa.types.is_struct(kind):
+        return {field.name: plain(value[index]) for index, field in enumerate(kind)}
+    if pa.types.is_map(kind):
+        return [[plain(pair[0]), plain(pair[1])] for pair in value.values]
+    if kind.num_fields:  # lists of all kinds
+        return [plain(item) for item in value.values]
+    return plain(value.as_py())
+
+
+def _time(value: Any) -> str:
+    """The text of a time: in UTC where it has a zone, with its unit where it is a duration."""
+    kind, end = value.type, ""
+    if pa.types.is_timestamp(kind) and kind.tz:
+        value, end = value.cast(pa.timestamp(kind.unit)), "Z"
+    elif pa.types.is_duration(kind):
+        end = f" {kind.unit}"
+    return f"{value.cast(pa.string()).as_py()}{end}"

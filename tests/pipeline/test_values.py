@@ -1,0 +1,68 @@
+"""Values that Arrow has and Python or JSON may not."""
+
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import Rejected
+from pipeline.values import for_python, has_times, plain
+
+US = pa.timestamp("us")
+FAR = pa.array([2**62]).cast(US)  # the year 148,108
+FAR_TEXT = f"<value out of range: {2**62}>"
+NESTED = [
+    (pa.ListArray.from_arrays([0, 1], FAR), [FAR_TEXT]),
+    (pa.LargeListArray.from_arrays([0, 1], FAR), [FAR_TEXT]),
+    (pa.FixedSizeListArray.from_arrays(FAR, 1), [FAR_TEXT]),
+    (pa.MapArray.from_arrays([0, 1], pa.array(["a"]), FAR), [["a", FAR_TEXT]]),
+    (pa.StructArray.from_arrays([FAR, pa.array(["a"]), pa.nulls(1, US)], ["x", "y", "z"]), None),
+    (pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), FAR), FAR_TEXT),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (1, US, "1970-01-01 00:00:00.000001"),
+        (1, pa.timestamp("ns"), "1970-01-01 00:00:00.000000001"),
+        (1, pa.timestamp("us", "Europe/Berlin"), "1970-01-01 00:00:00.000001Z"),
+        (1, pa.timestamp("us", "Mars/Phobos"), "1970-01-01 00:00:00.000001Z"),
+        (2**62, US, FAR_TEXT),
+        (3, pa.date32(), "1970-01-04"),
+        (2**30, pa.date32(), f"<value out of range: {2**30}>"),
+        (3, pa.time64("ns"), "00:00:00.000000003"),
+        (5, pa.duration("ms"), "5 ms"),
+        (2**62, pa.duration("s"), f"{2**62} s"),
+    ],
+)
+def test_every_time_has_a_text(number: int, kind: Any, text: str) -> None:
+    array = pa.array([number, None], pa.int32() if kind == pa.date32() else pa.int64()).cast(kind)
+    assert has_times(kind)
+    assert [plain(value) for value in array] == [text, None]
+    if kind != pa.time64("ns"):  # Python's times of day have no nanoseconds
+        assert pa.array(for_python(array), kind).equals(array)
+
+
+@pytest.mark.parametrize(("array", "expected"), NESTED, ids=lambda value: str(getattr(value, "type", ""))[:10])
+def test_times_are_found_inside_of_others(array: pa.Array, expected: object) -> None:
+    assert has_times(array.type)
+    assert plain(array[0]) == (expected or {"x": FAR_TEXT, "y": "a", "z": None})
+    assert len(for_python(array)) == 1
+
+
+def test_other_values_are_said_in_json() -> None:
+    assert plain([1, True, None, "a", 0.5, float("nan"), float("inf")]) == [1, True, None, "a", 0.5, None, None]
+    assert plain({"n": (Decimal("1.20"), b"\xff\0"), "u": uuid.UUID(int=1)}) == {
+        "n": ["1.20", "/wA="],
+        "u": "00000000-0000-0000-0000-000000000001",
+    }
+    assert not has_times(pa.struct([("a", pa.list_(pa.string()))]))
+
+
+@pytest.mark.parametrize("value", [Rejected("read", "bad_text", "txt"), object(), {"a": [{1}]}])
+def test_what_has_no_rule_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="there is no rule for a"):
+        plain(value)
