@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.drive import Failure, Signals, drive
+from jobs.drive import Failure, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
@@ -14,7 +14,7 @@ from jobs.standing import files, matching_vae, units
 from pipeline import identity, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
-from pipeline.errors import CacheError, Stopped, UsageError
+from pipeline.errors import CacheError, UsageError
 from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
 from pipeline.storage import Folder
 
@@ -24,13 +24,7 @@ REPORT = "report.json"
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(DecodeOptions, "decode", argv)
-    signals = Signals()
-    with signals.caught():
-        try:
-            return run_job(options, signals)
-        except Stopped:
-            say("stopped; the same command draws all of it again")
-            return signals.exit_code
+    return until_stopped(lambda signals: run_job(options, signals), "the same command draws all of it again")
 
 
 def run_job(options: DecodeOptions, signals: Signals) -> int:

@@ -158,6 +158,17 @@ class Signals:
             self._looking = False
 
 
+def until_stopped(job: Callable[[Signals], int], told: str) -> int:
+    """Run a job; its exit code, or the one of the signal that ended it. told: what is said then."""
+    signals = Signals()
+    with signals.caught():
+        try:
+            return job(signals)
+        except Stopped:
+            say(f"stopped; {told}")
+            return signals.exit_code
+
+
 def drive(
     tasks: Sequence[Task],
     engine: Engine,
@@ -171,48 +182,39 @@ def drive(
     Returns the tasks that failed three times, or lost ten workers, and the time it took.
     Raises Stopped when a signal asked for it.
     """
-    with signals.looked_at():
-        return _drive(tasks, engine, signals, on_done, on_tick)
-
-
-def _drive(
-    tasks: Sequence[Task],
-    engine: Engine,
-    signals: Signals,
-    on_done: Callable[[Any], None],
-    on_tick: Callable[[], None],
-) -> Driven:
     queue = deque(random.sample(list(tasks), len(tasks)))
     tries, losses = Counter[str](), Counter[str]()
     rests: dict[str, float] = {}
     driven = Driven()
     under_way, ready = 0, 0.0
-    while queue or under_way:
-        signals.check()
-        ready = ready or (time.perf_counter() if engine.slots else 0.0)
-        while under_way < engine.slots and (task := _next(queue, rests)):
-            name = task.name
-            attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
-            if not engine.submit(task, attempt):
-                break
-            queue.remove(task)
-            under_way += 1
-        if not under_way:
-            time.sleep(0.05)  # all that is left rests, or no worker is ready
-        for done in engine.wait(1.0, len(queue)):
-            under_way -= 1
-            if done.error is None:
-                on_done(done.report)
-                continue
-            (losses if done.lost else tries)[done.task.name] += 1
-            if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
-                say(f"to be tried again: {done.task.name}: {done.error}")
-                queue.append(done.task)
-                rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
-            else:
-                driven.failures.append(Failure(done.task.name, done.error))
-        on_tick()
-        driven.seconds = time.perf_counter() - ready if ready else 0.0
+    with signals.looked_at():
+        while queue or under_way:
+            signals.check()
+            ready = ready or (time.perf_counter() if engine.slots else 0.0)
+            while under_way < engine.slots and (task := _next(queue, rests)):
+                name = task.name
+                attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
+                if not engine.submit(task, attempt):
+                    break
+                queue.remove(task)
+                under_way += 1
+            if not under_way:
+                time.sleep(0.05)  # all that is left rests, or no worker is ready
+            for done in engine.wait(1.0, len(queue)):
+                under_way -= 1
+                if done.error is None:
+                    on_done(done.report)
+                    continue
+                (losses if done.lost else tries)[done.task.name] += 1
+                if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
+                    say(f"to be tried again: {done.task.name}: {done.error}")
+                    queue.append(done.task)
+                    rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
+                else:
+                    driven.failures.append(Failure(done.task.name, done.error))
+            on_tick()
+            driven.seconds = time.perf_counter() - ready if ready else 0.0
+    signals.check()
     return driven
 
 

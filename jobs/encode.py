@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import settings
-from jobs.drive import Failure, Signals, drive
+from jobs.drive import Failure, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.options import EncodeOptions, as_record, parse, storage_options
@@ -17,7 +17,7 @@ from jobs.progress import Meter, say
 from jobs.standing import finish
 from pipeline import commit, identity, listing, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
-from pipeline.errors import JobError, SourceError, Stopped, UsageError
+from pipeline.errors import JobError, SourceError, UsageError
 from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run
@@ -68,13 +68,8 @@ class Outcome:
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, given = parse(EncodeOptions, "encode", argv)
-    signals = Signals()
-    with signals.caught():
-        try:
-            return run_job(options, given, signals)
-        except Stopped:
-            say(f"stopped; the cache is whole, the same command goes on: latentmill encode ... --to {options.to}")
-            return signals.exit_code
+    told = f"the cache is whole, the same command goes on: latentmill encode ... --to {options.to}"
+    return until_stopped(lambda signals: run_job(options, given, signals), told)
 
 
 def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:

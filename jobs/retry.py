@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs import settings
-from jobs.drive import Driven, Signals, drive
+from jobs.drive import Driven, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.options import RetryOptions, as_record, parse, storage_options
@@ -15,7 +15,6 @@ from jobs.standing import finish, matching_vae, units
 from pipeline import commit, retry, stats
 from pipeline.cache import Cache
 from pipeline.encode import Vae
-from pipeline.errors import Stopped
 from pipeline.records import Standing, UnitReport
 from pipeline.runs import Run
 
@@ -23,13 +22,8 @@ from pipeline.runs import Run
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(RetryOptions, "retry", argv)
-    signals = Signals()
-    with signals.caught():
-        try:
-            return run_job(options, signals)
-        except Stopped:
-            say("stopped; what succeeded is in the cache, the same command goes on")
-            return signals.exit_code
+    told = "what succeeded is in the cache, the same command goes on"
+    return until_stopped(lambda signals: run_job(options, signals), told)
 
 
 def run_job(options: RetryOptions, signals: Signals) -> int:
