@@ -7,6 +7,7 @@ texts that came with the picture. Equal rows and records give equal bytes: membe
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -17,6 +18,8 @@ from pipeline.layout import Layout
 from pipeline.records import TEXT_EXTENSIONS, Record, Row, canonical_json
 from pipeline.values import plain
 
+# numpy parses headers by `ast`, which Python 3.11 cannot always do in two threads at once (SystemError, gh-106905)
+_one_parser = threading.Lock()
 SUFFIX = ".tar"
 RECORD_KEY = "LATENTMILL.record"
 INFO = ".latent.json"
@@ -93,7 +96,8 @@ def _all_rows(stream: BinaryIO, texts: Sequence[str]) -> Iterator[dict[str, Any]
             if member.name.endswith((".latent.npy", ".moments.npy")):  # the first member of a sample
                 if row:
                     yield row
-                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+                with _one_parser:
+                    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
                 row = {"latent": array.tobytes()} | dict.fromkeys(texts)
             elif member.name.endswith(INFO):
                 row |= json.loads(data)

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,33 @@ def test_webdataset_reads_every_sample(file: Path) -> None:
         assert sample["latent.json"]["shard"] == "shards/\u00fc.tar"
     assert (samples[0]["txt"], samples[0]["json"]) == ("a cat\n", {"b": "\u00e9"})
     assert [sample.get("txt") for sample in samples[1:]] == [None, ""]
+
+
+class Garbage:
+    """Lets another thread run while it is collected."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        time.sleep(1e-5)
+
+
+def test_parts_can_be_read_by_many_threads() -> None:
+    """Else Python 3.11 fails now and then, and a sound cache is called damaged."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    rows = [row(number, f"{number:03}") for number in range(200)]
+    data = write_tar.part(rows, record(200), Layout(container="webdataset"))
+
+    def count(depth: int) -> int:
+        return count(depth - 1) if depth else sum(bool(Garbage()) for _ in write_tar.read_rows(io.BytesIO(data)))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(count, [number % 7 for number in range(64)])) == [200] * 64
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
