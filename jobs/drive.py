@@ -161,12 +161,12 @@ class Signals:
 def until_stopped(job: Callable[[Signals], int], told: str) -> int:
     """Run a job; its exit code, or the one of the signal that ended it. told: what is said then."""
     signals = Signals()
-    with signals.caught():
-        try:
+    try:
+        with signals.caught():
             return job(signals)
-        except Stopped:
-            say(f"stopped; {told}")
-            return signals.exit_code
+    except Stopped:
+        say(f"stopped; {told}")
+        return signals.exit_code
 
 
 def drive(
@@ -207,7 +207,8 @@ def drive(
                     continue
                 (losses if done.lost else tries)[done.task.name] += 1
                 if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
-                    say(f"to be tried again: {done.task.name}: {done.error}")
+                    if not signals.stop.is_set():  # else it failed of that
+                        say(f"to be tried again: {done.task.name}: {done.error}")
                     queue.append(done.task)
                     rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
                 else:

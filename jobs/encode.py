@@ -127,9 +127,9 @@ def encode(
     weak, totals = not cache.promises(), Totals()
     run = Run(cache, "encode", as_record(options))
     log = Logbook(run, signals, lambda: facts(totals))
-    log.begin(weak, units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
     failures: list[Failure] = []
     with log.kept():
+        log.begin(weak, units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
         if pending:
             failures = encode_units(options, cache, content, vae, pending, where, log, totals)
         for failure in failures:
@@ -137,8 +137,8 @@ def encode(
         if not failures:
             check_commits(cache, units)
         written = finish(cache, content, weak, log.beat)
-    code = exit_code(failures, written, options.max_reject_rate)
-    log.ended("failed" if failures else "done", code)
+        code = exit_code(failures, written, options.max_reject_rate)
+        log.ended("failed" if failures else "done", code)
     return Outcome(
         code=code,
         totals=totals,

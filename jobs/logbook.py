@@ -36,7 +36,6 @@ class Logbook:
         url = self.run.cache.url
         say(f"note: {url} has no conditional creates: one job at a time, and parts are read again at the end")
         if others := runs.alive(self.run.cache, but=self.run.name):
-            self.ended("failed", 1)
             raise JobError(
                 f"a run that started {others[0]} is at work on {url}, whose store keeps two jobs not apart; "
                 f"wait for its end, or {runs.SILENT} s after it died"

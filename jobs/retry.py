@@ -33,14 +33,14 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
     log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
-    log.begin(weak, units=len(tasks))
     with log.kept():
+        log.begin(weak, units=len(tasks))
         driven = encode(options, cache, vae, tasks, log, counts)
         for failure in driven.failures:
             say(f"failed: unit {failure.name}: {failure.error}")
         written = finish(cache.folder, cache.content, weak, log.beat)
-    code = 1 if driven.failures else 0
-    log.ended("failed" if driven.failures else "done", code)
+        code = 1 if driven.failures else 0
+        log.ended("failed" if driven.failures else "done", code)
     tell(options, tasks, counts, written)
     return code
 

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     rebuilt: list[str] = []
     if options.rebuild and found.rebuildable:
         rebuilt = verify.rebuild(cache, found)
-        finish(cache.folder, cache.content, weak=False)
+        with suppress(CacheError):  # what else is wrong is said by the second look
+            finish(cache.folder, cache.content, weak=False)
         found = verify.verify(cache)
     sound = not found.problems
     if sound:

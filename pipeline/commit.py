@@ -38,6 +38,8 @@ def publish(cache: Folder, record: Record, rows: Sequence[Row], layout: Layout) 
     writer = WRITERS[layout.container]
     full, bare = f"{DATA}/{record.stem}{writer.SUFFIX}", f"{EMPTY}/{record.stem}.json"
     if not rows:
+        if theirs := inspect(cache, full, record.identity):
+            return theirs
         mine = _create(cache, bare, record.to_json(), record)
         return inspect(cache, full, record.identity) or mine
     theirs = inspect(cache, bare, record.identity)
@@ -148,29 +150,29 @@ def mend(
     That is where a part without rows was committed before its twin with rows came. again: where a file has another
     sha256, too (a store on which a late writer may overwrite). on_unit is called for each commit.
     """
-    standing = files(cache)
-    hidden = shadowed(standing)
     told = commits(cache)
+    standing = files(cache)
+    full = {stem_of(name) for name in standing if name.startswith(f"{DATA}/")}
     for name, content in told.items():
         on_unit()
         named = [part["file"] for part in content["parts"]]
         parts = [inspect(cache, file, identity) for file in named] if again else []
         changed = [p for p, said in zip(parts, content["parts"], strict=False) if p and p.sha256 != said["sha256"]]
-        if changed or hidden & set(named):
+        if changed or any(twin_of(file) in full for file in named):
             facts = {key: content[key] for key in _NO_FACTS if key in content}
             rebuild(cache, as_they_stand(cache, name, identity, container), facts)
+    hidden = shadowed(standing)
     for file in standing:
         stem = stem_of(file).partition("/")[2]
-        if is_retry(stem) and stem not in told and (part := inspect(cache, file, identity)):
+        if file not in hidden and is_retry(stem) and stem not in told and (part := inspect(cache, file, identity)):
             finish(cache, [part])
 
 
 def as_they_stand(cache: Folder, name: str, identity: str, container: Container) -> list[Standing]:
     """The parts that `_commits` has under this name, as they stand now."""
     if is_retry(name):
-        suffixes = {DATA: WRITERS[container].SUFFIX, EMPTY: ".json"}
-        found = [inspect(cache, f"{below}/{name}{suffix}", identity) for below, suffix in suffixes.items()]
-        return [part for part in found if part is not None]
+        names = (f"{DATA}/{name}{WRITERS[container].SUFFIX}", f"{EMPTY}/{name}.json")
+        return [part for part in (inspect(cache, file, identity) for file in names) if part is not None][:1]
     parts: list[Standing] = []
     while not parts or not parts[-1].record.last:
         part = find(cache, name, len(parts), identity, container)
@@ -188,7 +190,12 @@ def files(cache: Folder) -> list[str]:
 def shadowed(names: Iterable[str]) -> set[str]:
     """Those of `_empty/` that do not count, because the same part stands in `data/`, with rows."""
     full = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
-    return {name for name in names if name.startswith(f"{EMPTY}/") and stem_of(name).replace(EMPTY, DATA, 1) in full}
+    return {name for name in names if twin_of(name) in full}
+
+
+def twin_of(name: str) -> str | None:
+    """What the part of a file in `_empty/` is called in `data/`, without the extension; None of other files."""
+    return f"{DATA}/{stem_of(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
 
 
 def is_retry(stem: str) -> bool:
@@ -198,7 +205,9 @@ def is_retry(stem: str) -> bool:
 
 def retried(cache: Folder, identity: str) -> list[Standing]:
     """The parts that `retry` wrote, in the order of their names."""
-    found = (inspect(cache, name, identity) for name in files(cache) if is_retry(stem_of(name)))
+    names = files(cache)
+    hidden = shadowed(names)
+    found = (inspect(cache, name, identity) for name in names if is_retry(stem_of(name)) and name not in hidden)
     return [part for part in found if part is not None]
 
 

@@ -150,8 +150,7 @@ class Replica:
         self.runs = 0  # of the encoder: a large picture takes many, one a tile
         self.tile_above = tile_above
         self.model = build_model(vae, compute, tile_above)
-        if not compute.compile:  # the hook would be compiled, too
-            self.model.encoder.register_forward_hook(self._count)
+        self._watch(self.model)
         self._vae = vae
         self._exact: AutoencoderKL | None = None  # the float32 twin, built when something overflows
 
@@ -170,6 +169,11 @@ class Replica:
                     latents[index] = self._again(picture, shard)
                     again += isinstance(latents[index], Tensor)
             return Encoded(latents, again)
+
+    def _watch(self, model: AutoencoderKL) -> None:
+        """Count the runs of a model's encoder."""
+        if not self.compute.compile:  # the hook would be compiled, too
+            model.encoder.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self.runs += 1
@@ -219,9 +223,9 @@ class Replica:
 
     def _again(self, picture: Picture, shard: str) -> Tensor | Rejected:
         if self.model.dtype != torch.float32:
-            self._exact = self._exact or build_model(
-                self._vae, replace(self.compute, precision="fp32"), self.tile_above
-            )
+            if self._exact is None:
+                self._exact = build_model(self._vae, replace(self.compute, precision="fp32"), self.tile_above)
+                self._watch(self._exact)
             latent = self._run_in_memory(self._exact, [picture], shard)[0]
             if bool(latent.isfinite().all()):
                 return latent

@@ -85,8 +85,8 @@ class JobError(LatentmillError):
     """The job ended with work undone."""
 
 
-class Stopped(Exception):
-    """A signal asked the job to stop; nothing is half done."""
+class Stopped(BaseException):
+    """A signal asked the job to stop; nothing is half done. Like KeyboardInterrupt, no `except Exception` takes it."""
 
 
 class Rejected(Exception):

@@ -62,7 +62,8 @@ def told(cache: Folder) -> dict[str, dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)
             silence(content, datetime.datetime.now(datetime.UTC))
-            if {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
+            is_paced = isinstance(content.get("images_per_second", 0.0), int | float)
+            if is_paced and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
                 found[name.removesuffix(".json")] = content
     return found
 

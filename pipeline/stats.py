@@ -16,7 +16,7 @@ from pipeline.records import VERIFY, BucketTally, json_object
 from pipeline.storage import Folder
 
 NAME = "stats.json"
-UNCOUNTED: dict[str, Any] = {"rows": 0, "filtered": 0, "enlarged": 0, "rejects": {}, "tally": {}}
+UNCOUNTED: dict[str, Any] = {"rows": 0, "filtered": 0, "enlarged": 0, "rejects": {}, "supersedes": (), "tally": {}}
 DEAD = 1e-4  # of the widest channel's standard deviation
 
 

@@ -389,7 +389,7 @@ def _spool(folder: str, data: bytes) -> str:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:  # a signal, too
         if os.path.exists(path):
             os.unlink(path)
         raise

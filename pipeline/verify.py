@@ -63,7 +63,7 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     files = [file for file in commit.files(cache.folder) if file.endswith(SUFFIXES[file.partition("/")[0]])]
     hidden = commit.shadowed(files)
     what = "its part stands in data/ too, with rows, and that one counts"
-    found.problems += [Problem(file, what, f"{AWAY}; {REWRITE[:-9]} the rest again") for file in sorted(hidden)]
+    found.problems += [Problem(file, what, f"{AWAY}, and run the encode command again") for file in sorted(hidden)]
     files = [file for file in files if file not in hidden]
     checked: list[Checked] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -280,10 +280,15 @@ def _against_parts(
         yield Problem(file, "it names no parts", f"move it away, and run {command}")
     if len(committed) != len(content["parts"]) or any(part.record.unit != content["unit"] for part in parts):
         yield Problem(file, "it names parts twice, or another unit", REBUILD)
-    for gone in sorted(committed.keys() - standing.keys()):
+    full = {commit.stem_of(name) for name in standing}
+    twins = {name for name in committed if commit.twin_of(name) in full}
+    if twins:
+        yield Problem(file, "it names parts without rows that stand in data/, with rows", "the encode command mends it")
+    for gone in sorted(committed.keys() - standing.keys() - twins):
         what = "it is gone, or no part of this cache any more, but was committed"
         yield Problem(gone, what, f"move it, if it is there, and {file} away, and run {command}")
-    for new in sorted(standing.keys() - committed.keys()):
+    said = {commit.twin_of(name) for name in twins}
+    for new in sorted(name for name in standing.keys() - committed.keys() if commit.stem_of(name) not in said):
         yield Problem(new, "it was not there when its unit was done", AWAY)
     for both in sorted(standing.keys() & committed.keys()):
         part = standing[both]
@@ -305,7 +310,8 @@ def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Proble
     if data != stats.as_bytes(made):
         yield Problem(stats.NAME, "it is not what the records say together", REWRITE)
     card = cache.folder.read_if_there(report.NAME)
-    versions = {str(dict(run.get("versions") or {}).get("latentmill")) for run in runs.told(cache.folder).values()}
+    told = [run.get("versions") for run in runs.told(cache.folder).values()]
+    versions = {str(one.get("latentmill")) for one in told if isinstance(one, dict)}
     if card not in [report.card(cache, made, version) for version in versions]:
         yield Problem(report.NAME, "it is not the card of this cache", REWRITE)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from jobs import encode, logbook, standing
 from jobs.drive import Signals
@@ -36,7 +37,8 @@ def records(cache: Path) -> list[dict[str, Any]]:
     ("module", "name", "outcomes"),
     [
         (encode, "load_vae", []),
-        (plan, "hashes", []),
+        (LocalFileSystem, "ls", []),
+        (plan, "hashes", ["stopped"]),
         (encode, "check_commits", ["stopped"]),
         (stats, "summary", ["stopped"]),
     ],
@@ -54,9 +56,9 @@ def test_a_signal_ends_the_job_wherever_it_is(
 ) -> None:
     real = getattr(module, name)
 
-    def struck(*given: Any) -> Any:
+    def struck(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), sign)
-        return real(*given)
+        return real(*given, **named)
 
     monkeypatch.setattr(module, name, struck)
     returned, out, err = latentmill(*argv)
@@ -103,7 +105,7 @@ def test_of_two_runs_on_a_store_that_cannot_keep_them_apart_the_second_is_refuse
     cache = Folder(str(tmp_path))
     first, second = (Logbook(Run(cache, "encode", {}), Signals(), dict) for _ in range(2))
     first.begin(weak=True)
-    with pytest.raises(JobError, match="is at work on"):
+    with pytest.raises(JobError, match="is at work on"), second.kept():
         second.begin(weak=True)
     assert [record["outcome"] for record in records(tmp_path)] == ["running", "failed"]
     first.ended("done", 0)

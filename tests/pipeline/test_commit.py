@@ -3,16 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commit, stats
+from pipeline import commit, retry, stats
 from pipeline.errors import CacheError
 from pipeline.flow import Encoder
 from pipeline.limits import Limits
 from pipeline.records import Unit
 from pipeline.storage import Folder
+from pipeline.transform import Transform
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
@@ -51,6 +53,34 @@ def test_writers_that_disagree_whether_there_are_rows_count_once(
     rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
     assert rejects.count("\n") == sum(sum(part.rejects.values()) for part in found)
     assert stats.digest(found) == stats.digest(parts(cache))
+
+
+def test_retries_that_disagree_whether_there_are_rows_count_once(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker(tmp_path / "c", limits=STRICT).run(unit)
+    folder = Folder(str(tmp_path / "c"))
+    standing = [commit.inspect(folder, file, IDENTITY) for file in commit.files(folder)]
+    (task,) = retry.tasks([unit], [part for part in standing if part])
+    none_large_enough = Transform(resolution=64, min_size=1000)
+    bare, full = (retry.Retrier(worker(tmp_path / "c", **given)) for given in ({"transform": none_large_enough}, {}))
+    publish, between = commit._create, [bare.run]
+
+    def slow(*given: Any) -> Any:
+        if between:
+            between.pop()(task)
+        return publish(*given)
+
+    monkeypatch.setattr(commit, "_create", slow)
+    full.run(task)
+    commit.mend(folder, IDENTITY, "parquet")
+    found = parts(tmp_path / "c")
+    assert len(commit.shadowed(commit.files(folder))) == 1, "the first part; the others were adopted"
+    assert stats.rejected(found) == {"not_a_picture": 1}
+    assert sum(part.rows + part.filtered for part in found if part.supersedes) == 9
+    retried = [part.file for part in commit.retried(folder, IDENTITY)]
+    told = commit.commits(folder)
+    assert sorted(part["file"] for name in told if commit.is_retry(name) for part in told[name]["parts"]) == retried
 
 
 def test_a_copy_of_another_part_is_not_taken_for_it(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
