@@ -299,6 +299,32 @@ def test_so_it_does_where_files_were_exchanged(
     assert json.loads((cache / "stats.json").read_text())["digest"] == digest
 
 
+def test_a_part_that_stands_twice_is_mended_as_is_said(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    """Two jobs with other limits: one committed a part without rows, the other then wrote it with rows, and died."""
+    cache = tmp_path / "c"
+    argv = ["encode", source / "0.tar", "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    latentmill(*argv, "--input-limit", "picture_bytes=10")
+    late = {
+        path: path.read_bytes() for below in ("_empty", "_commits", "_rejects") for path in (cache / below).iterdir()
+    }
+    for path in late:
+        path.unlink()
+    assert latentmill(*argv)[0] == 0
+    for path, content in late.items():
+        path.write_bytes(content)
+    problems = json.loads(latentmill("verify", cache, "--json")[1])["problems"]
+    assert [problem["file"].split("/")[0] for problem in problems] == ["_empty", "_commits", "_rejects"]
+    assert [problem["do"] for problem in problems[:2]] == [
+        "move it away, and run the encode command again",
+        "the encode command mends it",
+    ]
+    next((cache / "_empty").iterdir()).unlink()
+    assert latentmill(*argv)[0] == 0
+    assert latentmill("verify", cache, "--rebuild")[0] == 0
+
+
 @pytest.fixture
 def moved(source: Path, tmp_path: Path) -> Iterator[Path]:
     """The inputs at another place, to be spoiled."""
