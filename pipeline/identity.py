@@ -117,9 +117,11 @@ def read(cache: Folder) -> dict[str, Any] | None:
     """
     data = cache.read_if_there(NAME)
     if data is None:
-        if not cache.is_empty():
-            raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
-        return None
+        if cache.is_empty():
+            return None
+        data = cache.read_if_there(NAME)  # another job may have begun it just now
+    if data is None:
+        raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     try:
         content = json.loads(data)
         if content["format"] != FORMAT:
