@@ -37,18 +37,6 @@ def content(of: Identity) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
-def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, is_empty = Folder(str(tmp_path)), Folder.is_empty
-
-    def late(self: Folder) -> bool:
-        cache.create(identity.NAME, b'{"format": 99}')
-        return is_empty(self)
-
-    monkeypatch.setattr(Folder, "is_empty", late)
-    with pytest.raises(CacheError, match="has cache format 99"):
-        identity.read(cache)
-
-
 def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     other = dataclasses.replace(ONE, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
@@ -99,3 +87,15 @@ def test_the_transform_is_found_again() -> None:
     transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
     content = {"preprocessing": identity.preprocessing(transform), "seed": 7}
     assert identity.transform_of(json.loads(json.dumps(content))) == transform
+
+
+def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, is_empty = Folder(str(tmp_path)), Folder.is_empty
+
+    def late(self: Folder) -> bool:
+        cache.create(identity.NAME, b'{"format": 99}')
+        return is_empty(self)
+
+    monkeypatch.setattr(Folder, "is_empty", late)
+    with pytest.raises(CacheError, match="has cache format 99"):
+        identity.read(cache)
