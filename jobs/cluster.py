@@ -22,12 +22,13 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
+from jobs.progress import say
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 
 FAILED_STARTS = 3  # in a row, by their own fault, and the job ends
-LOST_STARTS = 20  # the same, with their nodes
+LOST_STARTS = 20  # the same, hung or with their nodes
 OURS = ("vae", "pipeline", "jobs")
 
 
@@ -148,17 +149,19 @@ def cpus() -> float:
 class Actor:
     """A process with one worker. Several of its calls run at once, in threads."""
 
-    def __init__(self, job: Job, vae: Vae) -> None:
-        self.worker: Worker = job.build(vae, threading.Event())
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
 
-    def ready(self) -> None:
+    def load(self, job: Job, vae: Vae) -> None:
         """Returns once the replica is loaded."""
+        self.worker = job.build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
-        """Pictures, and steps of any kind."""
-        return self.worker.pictures, self.worker.steps
+        """Pictures, and steps of any kind. Answers while the replica is loaded, too: so its process is seen to run."""
+        return (self.worker.pictures, self.worker.steps) if self.worker else (0, 0)
 
     def run(self, task: Any, attempt: Attempt) -> Done:
+        assert self.worker is not None  # tasks are for those that are loaded
         try:
             return Done(task, self.worker.run(task, attempt), None)
         except Exception as error:  # whatever it was, the driver decides what becomes of the task
@@ -169,7 +172,8 @@ class Actor:
 class Remote:
     """What the driver knows of an actor: the calls under way, and how far it has come.
 
-    alone: what it does now is tried carefully, and nothing beside it. moved: when it was last seen to get on.
+    starting: the call that loads the replica, until it has. alone: what it does now is tried carefully, and nothing
+    beside it. moved: when it was last seen to get on; 0 while it waits for a place in the cluster.
     """
 
     actor: Any
@@ -187,7 +191,7 @@ class RayEngine:
 
     grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
     would be used, and nodes that join are.
-    patience: seconds without any progress (`Worker.steps`) after which an actor with tasks is taken for hung.
+    patience: seconds without any progress (`Worker.steps`) after which an actor that loads or has tasks is hung.
     """
 
     def __init__(
@@ -203,8 +207,8 @@ class RayEngine:
         self.failed_starts = 0
 
     def _start(self) -> Remote:
-        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote(self.job, self.vae)  # type: ignore[attr-defined]
-        return Remote(actor, actor.ready.remote())
+        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote()  # type: ignore[attr-defined]
+        return Remote(actor, actor.load.remote(self.job, self.vae))
 
     @property
     def slots(self) -> int:
@@ -274,15 +278,15 @@ class RayEngine:
                 self.ended.append(ray.get(ref))
                 del replica.tasks[ref]
                 replica.alone, replica.moved = False, time.monotonic()
-            if replica.starting is None:
-                self._ask(replica)
-                if replica.tasks and time.monotonic() - replica.moved > self.patience:
-                    self._replace(replica, f"it stood still for {self.patience:g} s")
-        except RayTaskError as error:  # the actor lives: this is a mistake of ours, and would come again
-            raise JobError(f"a worker failed: {_cause(error)}") from error
+            self._ask(replica)
+            busy = replica.moved and (replica.tasks or replica.starting is not None)
+            if busy and time.monotonic() - replica.moved > self.patience:
+                self._replace(replica, f"it stood still for {self.patience:g} s")
+        except RayTaskError as error:  # the actor lives
+            if replica.starting is None:  # a mistake of ours, which would come again
+                raise JobError(f"a worker failed: {_cause(error)}") from error
+            self._replace(replica, _cause(error), FAILED_STARTS)
         except RayError as error:
-            if replica.starting is not None:
-                self._count_failed_start(error)
             if isinstance(error, OutOfMemoryError):
                 self.job = self.job.in_smaller_slices()  # of all workers that start from now on
             self._replace(replica, _cause(error))
@@ -294,17 +298,17 @@ class RayEngine:
             if not answered:
                 return
             replica.pictures, steps = ray.get(replica.asked)
-            if steps != replica.steps:
+            if steps != replica.steps or not replica.moved:
                 replica.steps, replica.moved = steps, time.monotonic()
         replica.asked = replica.actor.progress.remote()
 
-    def _count_failed_start(self, error: RayError) -> None:
-        self.failed_starts += 1
-        own_fault = "creation task" in str(error)
-        if self.failed_starts >= (FAILED_STARTS if own_fault else LOST_STARTS):
-            raise JobError(f"workers cannot start: {_cause(error)}")
-
-    def _replace(self, replica: Remote, why: str) -> None:
+    def _replace(self, replica: Remote, why: str, starts: int = LOST_STARTS) -> None:
+        """Start another one. Raises JobError where `starts` in a row were lost before they were ready."""
+        if replica.starting is not None:
+            self.failed_starts += 1
+            if self.failed_starts >= starts:
+                raise JobError(f"workers cannot start: {why}")
+            say(f"a worker is started again: {why}")
         reason = f"its worker was lost ({why})"
         self.ended += [Done(task, None, reason, lost=True) for task in replica.tasks.values()]
         self.lost_pictures += replica.pictures

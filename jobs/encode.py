@@ -11,7 +11,7 @@ from jobs import settings
 from jobs.drive import Failure, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
-from jobs.options import EncodeOptions, as_record, parse, storage_options
+from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from jobs.standing import finish
@@ -105,7 +105,9 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
     wanted = settings.wanted_columns(options)
-    return shards, survey.columns_of(shards, units, cache.options, options.image_column or None, wanted)
+    return shards, survey.columns_of(
+        shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
+    )
 
 
 def encode(

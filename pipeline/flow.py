@@ -264,7 +264,7 @@ def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
         return {}
     try:
         with storage.open_stream(url, job.source_options, seeking=True) as stream:
-            return read_beside(stream, url, wanted)
+            return read_beside(stream, url, wanted, job.limits)
     except DamagedError as error:  # no damage of the tar, of which nothing must be rejected for it
         raise ShardError(f"{error}; mend it, or move it away: {unit.url} goes without its columns then") from error
 

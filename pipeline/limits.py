@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
+from pipeline.values import texts_in
 
 # what steers a terminal or turns the letters of a line around: C0, C1, separators of lines, bidirectional overrides
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -72,9 +73,9 @@ def shown(text: str) -> str:
 
 
 def check_columns(columns: Mapping[str, object], limits: Limits) -> None:
-    """Raise Rejected where a text among the values is too long."""
+    """Raise Rejected where a text among the values, or inside one, is too long."""
     for name, value in columns.items():
-        if isinstance(value, str) and len(value.encode()) > limits.text_bytes:
+        if any(len(text.encode()) > limits.text_bytes for text in texts_in(value)):
             raise Rejected("read", "text_too_long", name, limits.text_bytes)
 
 

@@ -71,23 +71,23 @@ def picture_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
     return named[0] if named else there[0]
 
 
-def offered(stream: BinaryIO, url: str, image_column: str | None) -> pa.Schema:
+def offered(stream: BinaryIO, url: str, image_column: str | None, limits: Limits = DEFAULT) -> pa.Schema:
     """The columns that a file of pictures offers beside them, by their names in a cache."""
-    with opened(stream, url) as file:
+    with opened(stream, url, limits) as file:
         pictures = picture_column(file.schema_arrow, image_column, url)
         return _passable(file.schema_arrow, pictures)
 
 
-def offered_beside(stream: BinaryIO, url: str) -> pa.Schema:
+def offered_beside(stream: BinaryIO, url: str, limits: Limits = DEFAULT) -> pa.Schema:
     """The columns that img2dataset's metadata offers, the file beside a tar. Raises ShardError for another file."""
-    with opened(stream, url) as file:
+    with opened(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
         return _passable(file.schema_arrow, None)
 
 
-def read_beside(stream: BinaryIO, url: str, wanted: pa.Schema) -> dict[str, dict[str, Any]]:
+def read_beside(stream: BinaryIO, url: str, wanted: pa.Schema, limits: Limits = DEFAULT) -> dict[str, dict[str, Any]]:
     """The wanted columns of img2dataset's metadata, by key; a Rejected in place of a text that is none."""
-    with opened(stream, url) as file:
+    with opened(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
         rows: dict[str, dict[str, Any]] = {}
         there = [source_name(name) for name in wanted.names if source_name(name) in file.schema_arrow.names]

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline import read_parquet, storage
 from pipeline.errors import DamagedError, ShardError, SourceError
 from pipeline.layout import OURS, Columns
+from pipeline.limits import DEFAULT, Limits
 from pipeline.plan import extension
 from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
@@ -28,6 +29,7 @@ def columns_of(
     options: Mapping[str, str],
     image_column: str | None,
     wanted: Sequence[str] | None,
+    limits: Limits = DEFAULT,
 ) -> Columns:
     """The columns to pass through: those that are wanted, else all but the binary ones.
 
@@ -37,8 +39,8 @@ def columns_of(
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
-        schema = _schema(sorted(parquets), tars, options, image_column)
-        texts = _texts(shards, tars, options, wanted)
+        schema = _schema(sorted(parquets), tars, options, image_column, limits)
+        texts = _texts(shards, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
@@ -59,19 +61,21 @@ def columns_of(
     return Columns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
 
-def _schema(parquets: list[str], tars: list[str], options: Mapping[str, str], image_column: str | None) -> pa.Schema:
+def _schema(
+    parquets: list[str], tars: list[str], options: Mapping[str, str], image_column: str | None, limits: Limits
+) -> pa.Schema:
     """The columns of Parquet files with pictures, and of img2dataset's beside tars, in one schema."""
 
     def of_pictures(url: str) -> pa.Schema:
         with storage.open_stream(url, options) as stream:
-            return read_parquet.offered(stream, url, image_column)
+            return read_parquet.offered(stream, url, image_column, limits)
 
     def beside(tar: str) -> pa.Schema | None:
         url = storage.beside(tar)
         if not storage.exists(url, options):
             return None
         with storage.open_stream(url, options) as stream:
-            return read_parquet.offered_beside(stream, url)
+            return read_parquet.offered_beside(stream, url, limits)
 
     schemas = [*_sound(of_pictures, _some(parquets)), *_sound(beside, _some(tars))]
     try:
@@ -108,12 +112,16 @@ def _some(urls: list[str]) -> list[str]:
 
 
 def _texts(
-    shards: Sequence[Shard], tars: list[str], options: Mapping[str, str], wanted: Sequence[str] | None
+    shards: Sequence[Shard],
+    tars: list[str],
+    options: Mapping[str, str],
+    wanted: Sequence[str] | None,
+    limits: Limits,
 ) -> list[str]:
     """The text members that tars and folders offer: captions and metadata always, others where one is seen."""
     seen: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
-        seen |= _members(tars, options)
+        seen |= _members(tars, options, limits)
     pictures = any(extension(shard.path) in PICTURE_EXTENSIONS for shard in shards)
     if pictures:
         seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
@@ -124,13 +132,13 @@ def _texts(
     return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
 
 
-def _members(tars: list[str], options: Mapping[str, str]) -> set[str]:
+def _members(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
     """The extensions of a tar's first members: of the first one that is sound so far, or of all up to their damage."""
     seen: set[str] = set()
     for tar in _some(tars):
         try:
             with storage.open_stream(tar, options) as stream:
-                for member in islice(read_members(stream, tar), MEMBERS):
+                for member in islice(read_members(stream, tar, limits=limits), MEMBERS):
                     seen.add(member.extension)
             break
         except DamagedError:

@@ -1,4 +1,4 @@
-"""Values that Arrow knows and Python or JSON may not: times of any year, in nanoseconds, in zones nobody has heard of.
+"""Values that Arrow knows and Python or JSON may not: times of far years, in nanoseconds, in zones nobody has heard of.
 
 They go through as Arrow's own. Where text is wanted, Arrow makes it: it needs neither pandas nor a list of zones,
 and makes the same one on every machine.
@@ -6,7 +6,7 @@ and makes the same one on every machine.
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -55,6 +55,20 @@ def plain(value: Any) -> Any:
     raise TypeError(f"there is no rule for a {type(value).__name__} in JSON")
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts in a value: itself, or those in a list, a struct or a map."""
+    if isinstance(value, pa.Scalar):
+        value = plain(value)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from (name, *texts_in(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_in(item)
+
+
 def _plain_scalar(value: Any) -> Any:
     kind = value.type
     if not value.is_valid:
@@ -73,7 +87,10 @@ def _plain_scalar(value: Any) -> Any:
 
 
 def _time(value: Any) -> str:
-    """The text of a time: in UTC where it has a zone, with its unit where it is a duration."""
+    """The text of a time: in UTC where it has a zone, with its unit where it is a duration.
+
+    Of one beyond the years that Arrow writes (some 32,700 each way), that it is out of range, and its number.
+    """
     kind, end = value.type, ""
     if pa.types.is_timestamp(kind) and kind.tz:
         value, end = value.cast(pa.timestamp(kind.unit)), "Z"

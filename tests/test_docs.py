@@ -126,7 +126,7 @@ def limits_table() -> str:
         "picture_bytes": "bytes of an encoded picture",
         "pixels": "pixels of a picture",
         "side": "pixels of its longer side",
-        "text_bytes": "bytes of a caption, or of any other text beside a picture",
+        "text_bytes": "bytes of a caption, or of any other text beside a picture, or inside a list there",
         "key_bytes": "bytes of a key",
         "members": "members of a tar",
         "header_bytes": "bytes of one extended header of a tar",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.ray]
 
-# A job whose first worker to encode does something once, and never comes back from it.
+# A job whose first worker does something once, when it starts or when it encodes, and never comes back from it.
 SCRIPT = """
 import os, sys, time
 from jobs import encode, settings
@@ -26,6 +26,13 @@ from pipeline.flow import EncodeJob
 def hang():
     time.sleep(3600)
 
+def first():
+    try:
+        os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+        return True
+    except FileExistsError:
+        return False
+
 def eat():
     held = []
     while True:
@@ -34,6 +41,10 @@ def eat():
 
 class Sick(EncodeJob):
     def build(self, vae, stop):
+        if {what!r} == "hang_at_start" and first():
+            hang()
+        if {what!r} == "fail_to_start":
+            raise RuntimeError("no such device")
         encoder = EncodeJob.build(self, vae, stop)
         replica = encoder.tools.replica
         healthy = replica.encode
@@ -45,11 +56,8 @@ class Sick(EncodeJob):
             open({marker!r} + "-crawled", "x").close()
 
         def encode(batch, shard=""):
-            try:
-                os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                return healthy(batch, shard)
-            {what}()
+            if first():
+                {what}()
             return healthy(batch, shard)
 
         replica.encode = encode
@@ -122,6 +130,24 @@ def test_a_worker_that_stands_still_is_replaced(
     assert slices(tmp_path / "c") == {8}
     assert "tried again" in done.stderr
     assert "it stood still for 15 s" in done.stderr
+
+
+def test_a_worker_that_hangs_while_it_starts_is_replaced(
+    source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path
+) -> None:
+    done = encode(source, tmp_path / "c", micro_vae, "hang_at_start", workers=1)
+    assert done.returncode == 0, done.stderr
+    assert "a worker is started again: it stood still for 15 s" in done.stderr
+    assert statistics(tmp_path / "c")["digest"] == calm["digest"]
+
+
+def test_workers_that_cannot_start_end_the_job(source: Path, micro_vae: Path, tmp_path: Path) -> None:
+    done = encode(source, tmp_path / "c", micro_vae, "fail_to_start", workers=1)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("a worker is started again: ") == 2
+    assert "workers cannot start: " in done.stderr
+    assert "no such device" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_worker_that_is_slow_is_not(source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path) -> None:

@@ -265,6 +265,17 @@ def test_a_damaged_parquet_file_does_not_keep_the_others_from_their_way(
     assert (code, "bad.parquet is not a Parquet file" in err) == (2, True)
 
 
+def test_a_footer_that_is_larger_than_the_limit_is_not_read_for_its_columns_either(
+    latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> None:
+    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), caption=["a", "b"])
+    argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    code, _, err = latentmill(*argv, "--input-limit", "footer_bytes=100")
+    assert code == 2
+    assert f"{tmp_path / 'p/0.parquet'} has a footer of more than 100 bytes" in err
+    assert latentmill(*argv)[0] == 0
+
+
 def test_damaged_metadata_fails_its_tar_alone(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     for number in range(2):
         img2dataset(tmp_path / "laion", number, 10 * number, 3)

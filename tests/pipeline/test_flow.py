@@ -43,6 +43,18 @@ def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encode
     assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
+def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    tags = [["x" * 8, "y" * 8], ["x" * 9], [], None]
+    notes = [{"by": "z" * 8}, None, {"by": "z" * 9}, {"by": None}]
+    jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
+    (tmp_path / "s").mkdir()
+    table = pa.table({"jpg": jpegs, "tags": tags, "notes": notes})
+    pq.write_table(table, tmp_path / "s/0.parquet")
+    layout = Layout(columns=Columns(table.schema.remove(0), ()))
+    report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=8)).run(unit_of(tmp_path / "s/0.parquet"))
+    assert (report.rows, report.rejects) == (2, {"text_too_long": 2})
+
+
 def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
     """A tar of three samples with img2dataset's metadata beside it."""
     tar = write_tar(folder / "0.tar", img2dataset_members(0, 3, height=64, width=64))
