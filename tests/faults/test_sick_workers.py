@@ -132,6 +132,7 @@ def test_a_worker_that_stands_still_is_replaced(
     assert "it stood still for 15 s" in done.stderr
 
 
+@pytest.mark.fault(13, "a worker hangs while it loads its model")
 def test_a_worker_that_hangs_while_it_starts_is_replaced(
     source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path
 ) -> None:
