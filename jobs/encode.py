@@ -165,6 +165,8 @@ def encode_units(
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
     job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
+    retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
+    job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
@@ -257,6 +259,8 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     print("\n".join(lines), flush=True)
     for doubt in stats.doubts(written):
         say(f"warning: {doubt}")
+    if outcome.code == 3 and "rest_of_shard" not in written["rejected"]:
+        say(f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
     if failures:
         say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")
 

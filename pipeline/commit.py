@@ -6,7 +6,7 @@ counts. Nothing here removes or overwrites anything.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -111,8 +111,10 @@ def finish(cache: Folder, standing: Sequence[Standing], facts: Mapping[str, obje
     facts: what does not follow from the parts (seconds, compute, versions, run).
     """
     name = name_of(standing)
-    if lines := reject_lines(standing):
-        cache.create(f"{REJECTS}/{name}.jsonl", lines)
+    rejects = f"{REJECTS}/{name}.jsonl"
+    lines = reject_lines(standing)
+    if lines and not cache.create(rejects, lines) and cache.read_if_there(rejects) != lines:
+        cache.replace(rejects, lines)  # of parts that were lost, and have been made again
     cache.create(f"{COMMITS}/{name}.json", canonical_json(commit_of(standing, facts)))
 
 
@@ -203,12 +205,26 @@ def is_retry(stem: str) -> bool:
     return _RETRIED.search(stem) is not None
 
 
-def retried(cache: Folder, identity: str) -> list[Standing]:
-    """The parts that `retry` wrote, in the order of their names."""
+def retried(cache: Folder, identity: str, units: Set[str] | None = None) -> list[Standing]:
+    """The parts that `retry` wrote, in the order of their names. units: only of these, by their names."""
     names = files(cache)
     hidden = shadowed(names)
-    found = (inspect(cache, name, identity) for name in names if is_retry(stem_of(name)) and name not in hidden)
+    wanted = (name for name in names if is_retry(stem_of(name)) and name not in hidden)
+    found = (inspect(cache, name, identity) for name in wanted if units is None or _unit_of(name) in units)
     return [part for part in found if part is not None]
+
+
+def _unit_of(retried: str) -> str:
+    """The unit of a part that `retry` wrote, by its file."""
+    return _RETRIED.sub("", stem_of(retried).partition("/")[2])
+
+
+def superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
+    """What parts of `retry` have of these units: why it was rejected, by unit and position."""
+    found: dict[str, dict[int, str]] = {}
+    for part in retried(cache, identity, units) if units else []:
+        found.setdefault(part.record.unit, {}).update(part.record.supersedes)
+    return found
 
 
 def commits(cache: Folder) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,9 @@ from pipeline.records import (
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 
+NONE: Mapping[int, str] = {}
+RETRIED = "it was rejected when it was first read; a part that latentmill retry wrote has it"
+
 
 class Reading(Protocol):
     """What of a job says how a unit is read."""
@@ -70,6 +73,7 @@ class EncodeJob:
     identity: sha256 of the cache's identity. image_column, key_column: of Parquet sources.
     open_threads: threads that open pictures, shared by the units in flight.
     run: name of this run. versions: of the libraries that decide bytes.
+    superseded: what parts of `retry` have of units whose own parts were lost (`commit.superseded`).
     """
 
     cache: Folder
@@ -88,6 +92,7 @@ class EncodeJob:
     open_threads: int
     run: str
     versions: Mapping[str, str]
+    superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "Encoder":
         """The worker, its replica loaded."""
@@ -190,7 +195,8 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
-            filled, behind = fill(unit, itertools.islice(samples, job.rows_per_part), tools, clock), 0
+            some = itertools.islice(samples, job.rows_per_part)
+            filled, behind = fill(unit, some, tools, clock, job.superseded.get(unit.name, NONE)), 0
             encoded, again = encoded + len(filled.rows), again + filled.again
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
@@ -288,13 +294,23 @@ def drain(samples: Iterable[Sample | Reject]) -> None:
         pass
 
 
-def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Clock) -> Filled:
-    """Open, transform and encode the samples of one part; its rows by bucket, then position."""
+def fill(
+    unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Clock, superseded: Mapping[int, str] = NONE
+) -> Filled:
+    """Open, transform and encode the samples of one part; its rows by bucket, then position.
+
+    superseded: those that another part has, by position, and why they were rejected here.
+    """
     filled = Filled()
     job = tools.job
+
+    def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
+        item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
+        return rejected_again(sample, item, superseded.get(sample.position)), seconds
+
     opened = in_order(
         tools.pool,
-        lambda sample: open_sample(unit, sample, job.transform, job.limits, tools.open_pixels),
+        opened_once,
         samples,
         window=job.compute.batch_size + 2 * job.open_threads,
     )
@@ -310,6 +326,18 @@ def fill(unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Cl
     filled.rows.sort(key=lambda row: (row.picture.bucket, row.picture.position))
     filled.rejects.sort(key=lambda reject: reject.position)
     return filled
+
+
+def rejected_again(
+    sample: Sample | Reject, item: Picture | Reject | Filtered, reason: str | None
+) -> Picture | Reject | Filtered:
+    """What became of a sample; where a part of `retry` has it, a reject as it was, so that no sample is in two parts.
+
+    reason: why it was rejected before; None where no such part has it.
+    """
+    if reason is None or (isinstance(item, Reject) and item.reason in (reason, "rest_of_shard")):
+        return item
+    return Reject(sample.position, sample.key, "open", reason, RETRIED)
 
 
 def pictures(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,50 @@ def test_encode_and_status_know_of_it(
     code, out, _ = latentmill(*argv)
     assert (code, out.startswith("encoded 0 pictures")) == (0, True)
     assert stats(cache) == after
+
+
+@pytest.mark.parametrize("pixels", [13000, 100_000])
+def test_parts_that_were_lost_are_made_again_without_what_a_retry_has(
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path, pixels: int
+) -> None:
+    latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
+    before = stats(cache)
+    for path in [*(cache / "data").iterdir(), *(cache / "_commits").iterdir()]:
+        if not re.search(r"r1\.", path.name):
+            path.unlink()
+    argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0]
+    code, _, err = latentmill(*argv, "--input-limit", f"pixels={pixels}", "--max-reject-rate", 0.1)
+    assert code == 0, err
+    same = pixels == 13000
+    assert (stats(cache)["digest"] == before["digest"]) == same
+    assert stats(cache)["count"] == (18 if same else 19)
+    assert stats(cache)["rejected"] == ({"not_a_picture": 1, "too_many_pixels": 1} if same else {"not_a_picture": 1})
+    code, out, _ = latentmill("verify", cache, "--recount")
+    assert code == 0, out
+
+
+def test_a_picture_that_was_mended_and_retried_is_not_encoded_a_second_time(
+    latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p").mkdir()
+    for name, picture in img2dataset_members(0, 3).items():
+        if name.endswith("jpg"):
+            (tmp_path / "p" / name).write_bytes(picture)
+    broken = tmp_path / "p/000000001.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-100])
+    argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    code, _, err = latentmill(*argv)
+    assert code == 3
+    assert "warning: more than 0.05 of all samples are rejected (--max-reject-rate)" in err
+    broken.write_bytes(whole)
+    assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    for path in (*tmp_path.glob("c/data/*-00000.parquet"), *tmp_path.glob("c/_commits/p-????????????????.json")):
+        path.unlink()
+    assert latentmill(*argv)[0] == 0
+    assert (stats(tmp_path / "c")["count"], stats(tmp_path / "c")["rejected"]) == (3, {})
+    code, out, _ = latentmill("verify", tmp_path / "c")
+    assert code == 0, out
 
 
 def test_what_stands_before_a_damage_is_retried(
