@@ -1,7 +1,7 @@
 """The write step: a part's file, published once, and what is written of a unit when all its parts stand.
 
 Whatever a create answers, what stands under the name is the truth, and its record, read from it, is the one that
-counts. Nothing here removes or overwrites anything.
+counts. Nothing here removes or overwrites a part.
 """
 
 import hashlib
@@ -113,9 +113,10 @@ def finish(cache: Folder, standing: Sequence[Standing], facts: Mapping[str, obje
     name = name_of(standing)
     rejects = f"{REJECTS}/{name}.jsonl"
     lines = reject_lines(standing)
-    if lines and not cache.create(rejects, lines) and cache.read_if_there(rejects) != lines:
-        cache.replace(rejects, lines)  # of parts that were lost, and have been made again
-    cache.create(f"{COMMITS}/{name}.json", canonical_json(commit_of(standing, facts)))
+    others = bool(lines) and not cache.create(rejects, lines)
+    committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(commit_of(standing, facts)))
+    if committed and others and cache.read_if_there(rejects) != lines:
+        cache.replace(rejects, lines)  # they were of parts that were lost, or of a writer who saw others
 
 
 def name_of(standing: Sequence[Standing]) -> str:

@@ -55,6 +55,19 @@ def test_writers_that_disagree_whether_there_are_rows_count_once(
     assert stats.digest(found) == stats.digest(parts(cache))
 
 
+def test_who_comes_too_late_to_commit_a_unit_leaves_its_rejects_alone(
+    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+) -> None:
+    """A writer that found no part with rows when it looked, and finishes after the one that wrote it."""
+    worker(tmp_path / "late", limits=STRICT).run(unit)
+    worker(tmp_path / "c").run(unit)
+    late = commit.find(Folder(str(tmp_path / "late")), unit.name, 0, IDENTITY)
+    assert late is not None
+    before = {path: path.read_bytes() for path in tmp_path.glob("c/_*/*")}
+    commit.finish(Folder(str(tmp_path / "c")), [late])
+    assert {path: path.read_bytes() for path in tmp_path.glob("c/_*/*")} == before
+
+
 def test_retries_that_disagree_whether_there_are_rows_count_once(
     worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
