@@ -17,7 +17,7 @@ from jobs.progress import Meter, say
 from jobs.standing import finish
 from pipeline import commit, identity, listing, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
-from pipeline.errors import JobError, SourceError, UsageError
+from pipeline.errors import REST, JobError, SourceError, UsageError
 from pipeline.layout import Columns
 from pipeline.records import Seconds, Shard, Unit, UnitReport
 from pipeline.runs import Run
@@ -205,7 +205,7 @@ def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_rejec
     """0 done, 1 work left undone, 3 more rejected than `--max-reject-rate`, or what cannot be counted."""
     if failures:
         return 1
-    if "rest_of_shard" in written["rejected"]:
+    if REST in written["rejected"]:
         return 3
     rejected = sum(written["rejected"].values())
     samples = written["count"] + written["filtered"] + rejected
@@ -259,7 +259,7 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     print("\n".join(lines), flush=True)
     for doubt in stats.doubts(written):
         say(f"warning: {doubt}")
-    if outcome.code == 3 and "rest_of_shard" not in written["rejected"]:
+    if outcome.code == 3 and REST not in written["rejected"]:
         say(f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
     if failures:
         say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")

@@ -18,6 +18,8 @@ from typing import Literal
 
 Stage = Literal["read", "open", "transform", "encode"]
 
+REST = "rest_of_shard"  # no sample: a damaged shard stays damaged
+
 # Why a sample was rejected: a closed set, with the sentence that stands beside it. `{}` are numbers from the bytes.
 REASONS: dict[str, str] = {
     "no_picture": "the sample has no picture",
@@ -29,7 +31,7 @@ REASONS: dict[str, str] = {
     "leads elsewhere or that readers of tars pass over",
     "bad_text": "the {} is not UTF-8 text, or there are two",
     "text_too_long": "the {} has more than {} bytes",
-    "rest_of_shard": "from here on the shard is damaged, and its samples cannot be counted",
+    REST: "from here on the shard is damaged, and its samples cannot be counted",
     "empty": "the picture has no bytes",
     "too_many_bytes": "the picture has {} bytes, the limit is {}",
     "too_many_pixels": "the picture is {} x {} pixels, the limit is {} in all and {} a side",

@@ -22,7 +22,7 @@ from pipeline import commit, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
 from pipeline.encode import Compute, Replica, Vae
-from pipeline.errors import DamagedError, Rejected, ShardError, Stopped
+from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits, check_columns
@@ -47,7 +47,6 @@ from pipeline.records import (
 from pipeline.storage import Folder
 from pipeline.transform import Transform
 
-NONE: Mapping[int, str] = {}
 RETRIED = "it was rejected when it was first read; a part that latentmill retry wrote has it"
 
 
@@ -196,7 +195,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             some = itertools.islice(samples, job.rows_per_part)
-            filled, behind = fill(unit, some, tools, clock, job.superseded.get(unit.name, NONE)), 0
+            filled, behind = fill(unit, some, tools, clock, job.superseded.get(unit.name, {})), 0
             encoded, again = encoded + len(filled.rows), again + filled.again
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
@@ -252,7 +251,7 @@ def to_the_damage(samples: Iterator[Sample | Reject], damage: list[str]) -> Iter
             yield sample
     except DamagedError as error:
         damage.append(str(error))
-        yield Reject.of(position, "", Rejected("read", "rest_of_shard"))
+        yield Reject.of(position, "", Rejected("read", REST))
 
 
 def joined(sample: Sample, more: Mapping[str, object]) -> Sample | Reject:
@@ -295,7 +294,7 @@ def drain(samples: Iterable[Sample | Reject]) -> None:
 
 
 def fill(
-    unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Clock, superseded: Mapping[int, str] = NONE
+    unit: Unit, samples: Iterable[Sample | Reject], tools: Tools, clock: Clock, superseded: Mapping[int, str]
 ) -> Filled:
     """Open, transform and encode the samples of one part; its rows by bucket, then position.
 
@@ -335,7 +334,7 @@ def rejected_again(
 
     reason: why it was rejected before; None where no such part has it.
     """
-    if reason is None or (isinstance(item, Reject) and item.reason in (reason, "rest_of_shard")):
+    if reason is None or (isinstance(item, Reject) and item.reason in (reason, REST)):
         return item
     return Reject(sample.position, sample.key, "open", reason, RETRIED)
 

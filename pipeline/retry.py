@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pipeline import commit
 from pipeline.careful import Opener
 from pipeline.encode import Vae
+from pipeline.errors import REST
 from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
 from pipeline.records import FIRST, Attempt, Reject, Sample, Standing, Unit, UnitReport
-
-UNCOUNTED = "rest_of_shard"  # not a sample: a damaged shard stays damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ def tasks(units: Iterable[Unit], parts: Iterable[Standing]) -> list[RetryTask]:
     for part in sorted(parts, key=lambda part: part.record.round):
         record = part.record
         mine = rejected.setdefault(record.unit, {}).setdefault(record.part, {})
-        mine |= {reject.position: reject.reason for reject in record.rejects if reject.reason != UNCOUNTED}
+        mine |= {reject.position: reject.reason for reject in record.rejects if reject.reason != REST}
         for position, _ in record.supersedes:
             mine.pop(position, None)
         rounds.setdefault(record.unit, {})[record.part] = record.round
@@ -107,7 +106,7 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
     standing: list[Standing] = []
     for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
         read_again: set[int] = set()
-        filled = fill(unit, noted(some, read_again), tools, clock)
+        filled = fill(unit, noted(some, read_again), tools, clock, {})
         solved = read_again - {reject.position for reject in filled.rejects}
         superseded = tuple(sorted((p, why) for p, why in task.rejected[number].items() if p in solved))
         filled.rejects.clear()

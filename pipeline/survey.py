@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline import read_parquet, storage
 from pipeline.errors import DamagedError, ShardError, SourceError
 from pipeline.layout import OURS, Columns
-from pipeline.limits import DEFAULT, Limits
+from pipeline.limits import Limits
 from pipeline.plan import extension
 from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
@@ -29,7 +29,7 @@ def columns_of(
     options: Mapping[str, str],
     image_column: str | None,
     wanted: Sequence[str] | None,
-    limits: Limits = DEFAULT,
+    limits: Limits,
 ) -> Columns:
     """The columns to pass through: those that are wanted, else all but the binary ones.
 

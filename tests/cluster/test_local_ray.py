@@ -237,4 +237,6 @@ def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, m
     )
     code, _, err = finish(job)
     assert code == 1
-    assert "workers cannot start" in err and "no room for the model" in err
+    assert "workers cannot start: " in err and "no room for the model" in err
+    assert err.count("a worker is started again: ") == 2
+    assert "Traceback" not in err

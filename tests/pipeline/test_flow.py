@@ -142,7 +142,7 @@ def test_rows_that_wait_for_their_part_have_no_pixels(
         return encode(batch, shard)
 
     tools.replica.encode = watched  # type: ignore[method-assign]
-    filled = fill(unit, read(unit, tools.job), tools, Clock())
+    filled = fill(unit, read(unit, tools.job), tools, Clock(), {})
     assert (len(filled.rows), len(seen)) == (9, 9)
     assert [row.picture.bucket for row in filled.rows] == [(64, 64)] * 9
     assert all(row.picture.pixels.is_meta for row in filled.rows), "a shape, and no memory"
