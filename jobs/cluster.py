@@ -12,23 +12,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
+from jobs.engine import IN_FLIGHT, Done, Job, Worker, failed
 from jobs.progress import say
+from jobs.slots import Slot, Slots
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 
-FAILED_STARTS = 3  # in a row, by their own fault, and the job ends
-LOST_STARTS = 20  # the same, hung or with their nodes
+LAST_LINES = 20  # of a lost worker's log
 OURS = ("vae", "pipeline", "jobs")
 
 
@@ -130,6 +133,11 @@ def _available() -> dict[str, float]:
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
+def _nodes() -> set[str]:
+    """The ids of the nodes that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
 def can_grow(address: str) -> bool:
     """Whether more nodes may join: not a Ray of our own."""
     return bool(address or os.environ.get("RAY_ADDRESS"))
@@ -145,6 +153,15 @@ def cpus() -> float:
     return _resources().get("CPU", 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a worker runs. node: Ray's id of it. log: the file that its standard error goes to; empty if unknown."""
+
+    node: str
+    host: str
+    log: str
+
+
 @ray.remote(max_restarts=0, max_task_retries=0)
 class Actor:
     """A process with one worker. Several of its calls run at once, in threads."""
@@ -152,34 +169,46 @@ class Actor:
     def __init__(self) -> None:
         self.worker: Worker | None = None
 
+    def home(self) -> Home:
+        """Answers as soon as the process runs."""
+        try:
+            log = os.readlink("/proc/self/fd/2")
+        except OSError:  # not Linux
+            log = ""
+        return Home(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
+
     def load(self, job: Job, vae: Vae) -> None:
-        """Returns once the replica is loaded."""
+        """Returns once the model is loaded."""
         self.worker = job.build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
-        """Pictures, and steps of any kind. Answers while the replica is loaded, too: so its process is seen to run."""
+        """Images, and steps of any kind. Answers while the model is loaded, too: so its process is seen to run."""
         return (self.worker.pictures, self.worker.steps) if self.worker else (0, 0)
 
-    def run(self, task: Any, attempt: Attempt) -> Done:
+    def run(self, task: Any, attempt: Attempt, name: str) -> Done:
         assert self.worker is not None  # tasks are for those that are loaded
         try:
-            return Done(task, self.worker.run(task, attempt), None)
+            return Done(task=task, worker=name, report=self.worker.run(task, attempt))
         except Exception as error:  # whatever it was, the driver decides what becomes of the task
-            return Done(task, None, error_line(error))
+            return failed(task, name, error)
 
 
 @dataclass(slots=True, eq=False)
 class Remote:
     """What the driver knows of an actor: the calls under way, and how far it has come.
 
-    starting: the call that loads the replica, until it has. alone: what it does now is tried carefully, and nothing
-    beside it. moved: when it was last seen to get on; 0 while it waits for a place in the cluster.
+    starting: the call that loads the model, until it has. homing: the call that asks where it runs, until it is known.
+    moved: when it was last seen to get on; 0 while it waits for a place in the cluster. elsewhere: the nodes that it
+    must not be on.
     """
 
+    name: str
     actor: Any
     starting: Any
+    homing: Any
+    elsewhere: frozenset[str]
+    home: Home | None = None
     tasks: dict[Any, Any] = field(default_factory=dict)
-    alone: bool = False
     asked: Any = None
     pictures: int = 0
     steps: int = 0
@@ -194,6 +223,8 @@ class RayEngine:
     patience: seconds without any progress (`Worker.steps`) after which an actor that loads or has tasks is hung.
     """
 
+    can_replace = True
+
     def __init__(
         self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int, patience: float, grows: bool = False
     ) -> None:
@@ -201,124 +232,211 @@ class RayEngine:
         self.patience = patience
         self.job, self.vae = job, ray.put(vae)
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
-        self.replicas = [self._start() for _ in range(workers)]
         self.ended: list[Done] = []
         self.lost_pictures = 0
-        self.failed_starts = 0
-
-    def _start(self) -> Remote:
-        actor = Actor.options(max_concurrency=IN_FLIGHT + 1, **self.resources).remote()  # type: ignore[attr-defined]
-        return Remote(actor, actor.load.remote(self.job, self.vae))
+        self._numbers = count()
+        self.slots = Slots(workers, patience)
+        self._start_missing()
 
     @property
-    def slots(self) -> int:
-        running = [replica for replica in self.replicas if replica.starting is None]
-        return sum(len(replica.tasks) if replica.alone else IN_FLIGHT for replica in running)
+    def remotes(self) -> list[Remote]:
+        """The actors, also those that are starting."""
+        return [slot.worker for slot in self.slots if slot.worker is not None]
+
+    def _start(self, elsewhere: Set[str]) -> Remote:
+        where = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(elsewhere))})"}} if elsewhere else {}
+        options = {"max_concurrency": IN_FLIGHT + 2, **self.resources, **where}
+        actor = Actor.options(**options).remote()  # type: ignore[attr-defined]
+        starting, homing = actor.load.remote(self.job, self.vae), actor.home.remote()
+        return Remote(f"worker-{next(self._numbers)}", actor, starting, homing, frozenset(elsewhere))
+
+    def _start_missing(self) -> None:
+        """Start workers in slots that are free, and again those that wait, but not for a node that may be used."""
+        avoided = self.slots.avoided(_nodes)
+        for slot in self.slots:
+            remote = slot.worker
+            if remote is not None and remote.starting is not None and not remote.moved and remote.elsewhere - avoided:
+                ray.kill(remote.actor)
+                slot.worker = None
+            if self.slots.may_start(slot, avoided):
+                slot.worker, slot.may_move = self._start(avoided), False
+
+    @property
+    def workers(self) -> Sequence[str]:
+        return [remote.name for remote in self.remotes if remote.starting is None]
 
     @property
     def pictures(self) -> int:
-        return self.lost_pictures + sum(replica.pictures for replica in self.replicas)
+        return self.lost_pictures + sum(remote.pictures for remote in self.remotes)
+
+    @property
+    def starting(self) -> int:
+        return sum(remote.starting is not None for remote in self.remotes)
 
     @property
     def waiting_for(self) -> str:
-        starting = sum(replica.starting is not None for replica in self.replicas)
-        if self.slots or not starting:
+        starting = self.starting
+        if self.workers:
             return ""
+        if not starting:
+            return "the next try to start a worker, after several failed"
         wanted = [(name[4:-1].upper(), count) for name, count in self.resources.items() if count]
         free, there = _available(), _resources()
         has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}s" for name, _ in wanted)
         each = " and ".join(f"{count:g} {name}" for name, count in wanted)
         return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
 
-    def submit(self, task: Any, attempt: Attempt) -> bool:
-        """Give the task to the replica with the fewest; a careful attempt only to one that has none."""
-        most = 1 if attempt.careful else IN_FLIGHT
-        free = [r for r in self.replicas if r.starting is None and not r.alone and len(r.tasks) < most]
-        if not free:
-            return False
-        replica = min(free, key=lambda replica: len(replica.tasks))
-        replica.tasks[replica.actor.run.remote(task, attempt)] = task
-        replica.alone, replica.moved = attempt.careful, time.monotonic()
-        return True
+    def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
+        remote = next(remote for remote in self.remotes if remote.name == worker)
+        remote.tasks[remote.actor.run.remote(task, attempt, worker)] = task
+        remote.moved = time.monotonic()
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
         if self.grows:
             self._follow_demand(waiting)
-        refs = [ref for replica in self.replicas for ref in (*replica.tasks, replica.starting) if ref is not None]
+        self._start_missing()
+        refs = [ref for remote in self.remotes for ref in (*remote.tasks, remote.starting) if ref is not None]
         if not refs:
-            time.sleep(seconds)
-            return []
-        ready, _ = ray.wait(refs, num_returns=1, timeout=seconds)
+            time.sleep(0 if self.ended else seconds)
+            return self._take_ended()
+        ready, _ = ray.wait(refs, num_returns=1, timeout=0 if self.ended else seconds)
         if ready:  # whatever else is ready by now comes along
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for replica in list(self.replicas):
-            self._look_after(replica, ready)
+        for slot in self.slots:
+            if slot.worker is not None:
+                self._look_after(slot, slot.worker, ready)
+        return self._take_ended()
+
+    def _take_ended(self) -> list[Done]:
         done, self.ended = self.ended, []
         return done
 
     def _follow_demand(self, waiting: int) -> None:
-        """Have one replica starting while tasks wait, and none when they do not."""
-        starting = [replica for replica in self.replicas if replica.starting is not None]
-        if waiting and not starting:
-            self.replicas.append(self._start())
-        elif not waiting and len(starting) < len(self.replicas):
-            for replica in starting:
-                ray.kill(replica.actor)
-                self.replicas.remove(replica)
+        """Have one worker starting while tasks wait, and none when they do not."""
+        idle = [slot for slot in self.slots if slot.worker is None or slot.worker.starting is not None]
+        if waiting and not idle:
+            self.slots.append(Slot())
+        elif not waiting and len(idle) < len(self.slots):
+            for slot in idle:
+                if slot.worker is not None:
+                    ray.kill(slot.worker.actor)
+                self.slots.remove(slot)
 
-    def _look_after(self, replica: Remote, ready: list[Any]) -> None:
-        """Take in what a replica has finished; replace it where it is lost."""
+    def _look_after(self, slot: Slot, remote: Remote, ready: list[Any]) -> None:
+        """Take in what a worker has finished; replace it if it is lost."""
         try:
-            if replica.starting in ready:
-                ray.get(replica.starting)
-                replica.starting = None
-                self.failed_starts = 0
-            for ref in [ref for ref in replica.tasks if ref in ready]:
-                self.ended.append(ray.get(ref))
-                del replica.tasks[ref]
-                replica.alone, replica.moved = False, time.monotonic()
-            self._ask(replica)
-            busy = replica.moved and (replica.tasks or replica.starting is not None)
-            if busy and time.monotonic() - replica.moved > self.patience:
-                self._replace(replica, f"it stood still for {self.patience:g} s")
+            if remote.starting in ready:
+                ray.get(remote.starting)
+                remote.starting = None
+            for ref in [ref for ref in remote.tasks if ref in ready]:
+                done = ray.get(ref)
+                del remote.tasks[ref]
+                remote.moved = time.monotonic()
+                self.ended.append(done)
+                if done.error is None:
+                    self.slots.note_success(slot, remote.home.node if remote.home else "")
+            self._ask(remote)
+            busy = remote.moved and (remote.tasks or remote.starting is not None)
+            if busy and time.monotonic() - remote.moved > self.patience:
+                self._lose(slot, remote, f"it stood still for {self.patience:g} s")
         except RayTaskError as error:  # the actor lives
-            if replica.starting is None:  # a mistake of ours, which would come again
+            if remote.starting is None:  # a mistake of ours, which would come again
                 raise JobError(f"a worker failed: {_cause(error)}") from error
-            self._replace(replica, _cause(error), FAILED_STARTS)
+            self._lose(slot, remote, _cause(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
                 self.job = self.job.in_smaller_slices()  # of all workers that start from now on
-            self._replace(replica, _cause(error))
+            self._lose(slot, remote, _cause(error), with_node=_died_with_its_node(error))
 
-    def _ask(self, replica: Remote) -> None:
-        """Keep one question for its progress under way."""
-        if replica.asked is not None:
-            answered, _ = ray.wait([replica.asked], timeout=0)
+    def _ask(self, remote: Remote) -> None:
+        """Keep one question for its progress under way, and learn where it runs."""
+        if remote.home is None:
+            self._learn_home(remote, 0)
+        if remote.asked is not None:
+            answered, _ = ray.wait([remote.asked], timeout=0)
             if not answered:
                 return
-            replica.pictures, steps = ray.get(replica.asked)
-            if steps != replica.steps or not replica.moved:
-                replica.steps, replica.moved = steps, time.monotonic()
-        replica.asked = replica.actor.progress.remote()
+            remote.pictures, steps = ray.get(remote.asked)
+            if steps != remote.steps or not remote.moved:
+                remote.steps, remote.moved = steps, time.monotonic()
+        remote.asked = remote.actor.progress.remote()
 
-    def _replace(self, replica: Remote, why: str, starts: int = LOST_STARTS) -> None:
-        """Start another one. Raises JobError where `starts` in a row were lost before they were ready."""
-        if replica.starting is not None:
-            self.failed_starts += 1
-            if self.failed_starts >= starts:
-                raise JobError(f"workers cannot start: {why}")
+    def _learn_home(self, remote: Remote, seconds: float) -> None:
+        if ray.wait([remote.homing], timeout=seconds)[0]:
+            remote.home = ray.get(remote.homing)
+
+    def _lose(self, slot: Slot, remote: Remote, why: str, with_node: bool = False) -> None:
+        """Give back the tasks of a worker that is lost, and start another. A start that failed counts as a failure."""
+        self.ended += [
+            Done(task=task, worker=remote.name, error=f"its worker was lost ({why})", cause="lost")
+            for task in remote.tasks.values()
+        ]
+        if not with_node:
+            for line in _last_lines(remote.home):
+                say(f"  {remote.name}: {line}")
+        if remote.starting is not None:
+            if not with_node:
+                self._note_failure(slot, remote, why)
             say(f"a worker is started again: {why}")
-        reason = f"its worker was lost ({why})"
-        self.ended += [Done(task, None, reason, lost=True) for task in replica.tasks.values()]
-        self.lost_pictures += replica.pictures
-        ray.kill(replica.actor)
-        self.replicas[self.replicas.index(replica)] = self._start()
+        self._end(slot, remote)
+
+    def replace(self, worker: str, why: str) -> None:
+        slot, remote = next((s, s.worker) for s in self.slots if s.worker is not None and s.worker.name == worker)
+        host = f" on {remote.home.host}" if remote.home else ""
+        say(f"a worker{host} is replaced, because it fails: {why}")
+        self.ended += [
+            Done(task=task, worker=worker, error=f"its worker was replaced ({why})", cause="returned")
+            for task in remote.tasks.values()
+        ]
+        self._note_failure(slot, remote, why)
+        self._end(slot, remote)
+
+    def _end(self, slot: Slot, remote: Remote) -> None:
+        """End a worker; the next one in its slot starts as soon as it may."""
+        self.lost_pictures += remote.pictures
+        ray.kill(remote.actor)
+        slot.worker = None
+
+    def _note_failure(self, slot: Slot, remote: Remote, why: str) -> None:
+        home = remote.home or Home("", "", "")
+        self.slots.note_failure(slot, home.node, home.host, why)
 
     def close(self) -> None:
         """End all actors at once: what they have not published is not there, what they have is whole."""
-        for replica in self.replicas:
-            ray.kill(replica.actor)
+        for remote in self.remotes:
+            ray.kill(remote.actor)
+        self.slots.clear()
+
+
+def _died_with_its_node(error: RayError) -> bool:
+    """Whether an actor was lost because its node was: preempted, say."""
+    return (
+        bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
+    )
+
+
+def _last_lines(home: Home | None) -> Sequence[str]:
+    """What a worker wrote last on its standard error: read here, or by a task on its node."""
+    if home is None or not home.log:
+        return []
+    if home.node == ray.get_runtime_context().get_node_id():
+        return _tail(home.log)
+    there = NodeAffinitySchedulingStrategy(home.node, soft=False)
+    try:
+        return ray.get(ray.remote(_tail).options(num_cpus=0, scheduling_strategy=there).remote(home.log), timeout=5)
+    except RayError:  # its node is gone, or too slow
+        return []
+
+
+def _tail(path: str) -> list[str]:
+    """The last lines of a log, without Ray's own."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = deque(file, 4 * LAST_LINES)
+    except OSError:
+        return []
+    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LAST_LINES:]
 
 
 def _cause(error: RayError) -> str:

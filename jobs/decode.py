@@ -5,11 +5,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.drive import Failure, Signals, drive, until_stopped
+from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
+from jobs.scheduler import Failure
 from jobs.standing import files, matching_vae, units
 from pipeline import identity, storage
 from pipeline.cache import Cache
@@ -64,8 +65,16 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             with_source=True,
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
+
+        def on_tick() -> None:
+            meter.tick(engine.pictures, engine.waiting_for)
+
+        def probe(task: RenderTask) -> None:
+            storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
+            storage.check_answers(out.url, out.options)
+
         with meter.shown():
-            driven = drive(tasks, engine, signals, on_done, lambda: meter.tick(engine.pictures, engine.waiting_for))
+            driven = drive(tasks, engine, signals, on_done, on_tick, probe, options.patience)
     report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), driven.failures)
     out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     tell(options, out, report)

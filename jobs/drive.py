@@ -1,109 +1,26 @@
-"""The driver's loop, the same with Ray and without: which task runs next, what is tried again, when to give up."""
+"""The driver's loop, the same with Ray and without; and how a signal ends it."""
 
-import random
 import signal
 import threading
 import time
-import traceback
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
+from jobs.engine import Done, Engine, Task
+from jobs.outage import Outage
 from jobs.progress import say
-from pipeline.encode import Vae
-from pipeline.errors import LatentmillError, Stopped
-from pipeline.records import Attempt
-
-TRIES = 3
-LOSSES = 10  # of the worker under a task: nodes are preempted again and again, but a task may also kill them
-PAUSE = 2.0  # seconds before a task is tried again, twice as long the second time: stores have bad moments
-IN_FLIGHT = 2  # tasks a replica: while one encodes, the other reads, opens and writes
-
-
-class Task(Protocol):
-    """A unit, or a sheet: something with a name that a worker can do again without harm."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class Worker(Protocol):
-    """A replica with all that it needs. `run` may be called from several threads."""
-
-    def run(self, task: Any, attempt: Attempt) -> Any: ...
-
-    @property
-    def pictures(self) -> int:
-        """Pictures that went through the model so far: for the progress bar."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """A count that moves as long as the worker does: where it stands still, the worker has hung."""
-        ...
-
-
-class Job(Protocol):
-    """A light description that travels to a worker's process and becomes the worker there."""
-
-    def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
-
-    def in_smaller_slices(self) -> "Job":
-        """The same job, for workers that ran out of their machine's memory."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A task that came to its end. error: why it failed, in one line; None where it did not. lost: with its worker."""
-
-    task: Any
-    report: Any
-    error: str | None
-    lost: bool = False
-
-
-class Engine(Protocol):
-    """Where tasks run. `slots` tasks may be under way at once, now."""
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def pictures(self) -> int: ...
-
-    @property
-    def waiting_for(self) -> str:
-        """What the engine waits for before it can run anything, in a few words; empty where it can."""
-        ...
-
-    def submit(self, task: Any, attempt: Attempt) -> bool:
-        """Start a task. False where there is no place for it now: a careful attempt is alone with its worker."""
-        ...
-
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
-        """Tasks that ended, after at most `seconds`. waiting: how many tasks have no slot yet."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A task that was given up, and its last error."""
-
-    name: str
-    error: str
+from jobs.scheduler import Failure, Scheduler
+from pipeline.errors import Stopped
 
 
 @dataclass(slots=True)
 class Driven:
-    """How a drive went. seconds: from the moment the first replica was ready to the end of the last task."""
+    """How a drive went. seconds: from the moment the first worker was ready to the end of the last task."""
 
-    failures: list[Failure] = field(default_factory=list)
+    failures: Sequence[Failure] = ()
     seconds: float = 0.0
 
 
@@ -175,62 +92,48 @@ def drive(
     signals: Signals,
     on_done: Callable[[Any], None],
     on_tick: Callable[[], None],
+    probe: Callable[[Any], None] = lambda task: None,
+    patience: float = 600.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Driven:
-    """Run all tasks, in shuffled order so that two drivers seldom meet; a failed one goes to the end of the queue.
+    """Run all tasks. Which one runs where, and what a failure means, is for the scheduler.
 
     on_done gets the report of each task that succeeded; on_tick is called about once a second.
-    Returns the tasks that failed three times, or lost ten workers, and the time it took.
-    Raises Stopped when a signal asked for it.
+    probe: asks the storage that a task needs, and raises LatentmillError if it does not answer. While it does not, no
+    task is started, for at most `patience` seconds.
+    Returns the tasks that were given up, and the time it took.
+    Raises Stopped if a signal asked for it, JobError if no worker or no storage works.
     """
-    queue = deque(random.sample(list(tasks), len(tasks)))
-    tries, losses = Counter[str](), Counter[str]()
-    rests: dict[str, float] = {}
-    driven = Driven()
-    under_way, ready = 0, 0.0
+    scheduler, outage = Scheduler(tasks, engine.can_replace, clock), Outage(probe, patience, clock)
+    driven, ready = Driven(scheduler.failures), 0.0
     with signals.looked_at():
-        while queue or under_way:
+        while scheduler.waiting or scheduler.under_way:
             signals.check()
-            ready = ready or (time.perf_counter() if engine.slots else 0.0)
-            while under_way < engine.slots and (task := _next(queue, rests)):
-                name = task.name
-                attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
-                if not engine.submit(task, attempt):
-                    break
-                queue.remove(task)
-                under_way += 1
-            if not under_way:
-                time.sleep(0.05)  # all that is left rests, or no worker is ready
-            for done in engine.wait(1.0, len(queue)):
-                under_way -= 1
+            workers = engine.workers
+            ready = ready or (time.perf_counter() if workers else 0.0)
+            while not outage.holds() and (given := scheduler.next(workers, engine.starting)):
+                engine.submit(given.task, given.attempt, given.worker)
+            for done in engine.wait(1.0, scheduler.waiting):
                 if done.error is None:
+                    scheduler.succeeded(done)
+                    outage.succeeded(done.worker)
                     on_done(done.report)
-                    continue
-                (losses if done.lost else tries)[done.task.name] += 1
-                if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
-                    if not signals.stop.is_set():  # else it failed of that
-                        say(f"to be tried again: {done.task.name}: {done.error}")
-                    queue.append(done.task)
-                    rests[done.task.name] = time.monotonic() + PAUSE * tries[done.task.name]
                 else:
-                    driven.failures.append(Failure(done.task.name, done.error))
+                    take_failure(done, scheduler, outage, len(workers), signals)
+            for worker, why in list(scheduler.sick(engine.workers)):
+                engine.replace(worker, why)
             on_tick()
             driven.seconds = time.perf_counter() - ready if ready else 0.0
     signals.check()
     return driven
 
 
-def _next(queue: Iterable[Task], rests: Mapping[str, float]) -> Task | None:
-    """The first task that does not rest after a failure."""
-    now = time.monotonic()
-    return next((task for task in queue if rests.get(task.name, 0.0) <= now), None)
-
-
-def error_line(error: BaseException) -> str:
-    """Why a task failed, in one line; what is not an error of ours names the line of code."""
-    if isinstance(error, Stopped):
-        return "it was stopped"
-    if isinstance(error, LatentmillError):
-        return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({where[0].filename}:{where[0].lineno})" if where else ""
-    return f"{type(error).__name__}: {error}".splitlines()[0] + place
+def take_failure(done: Done, scheduler: Scheduler, outage: Outage, workers: int, signals: Signals) -> None:
+    """Tell the scheduler of a task that failed, and the user. workers: how many are ready."""
+    is_tried_again = scheduler.failed(done)
+    if done.cause == "storage":
+        outage.failed(done, workers)
+    if outage.is_on:  # said once
+        scheduler.forget_strikes()
+    elif is_tried_again and done.cause != "returned" and not signals.stop.is_set():  # if it is, the task was stopped
+        say(f"to be tried again: {done.task.name}: {done.error}")

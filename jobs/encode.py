@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import settings
-from jobs.drive import Failure, Signals, drive, until_stopped
+from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
+from jobs.scheduler import Failure
 from jobs.standing import finish
 from pipeline import commit, identity, listing, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
@@ -129,7 +130,7 @@ def encode(
     weak, totals = not cache.promises(), Totals()
     run = Run(cache, "encode", as_record(options))
     log = Logbook(run, signals, lambda: facts(totals))
-    failures: list[Failure] = []
+    failures: Sequence[Failure] = ()
     with log.kept():
         log.begin(weak, units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
         if pending:
@@ -160,7 +161,7 @@ def encode_units(
     where: Place,
     log: Logbook,
     totals: Totals,
-) -> list[Failure]:
+) -> Sequence[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
@@ -182,9 +183,13 @@ def encode_units(
         meter.tick(engine.pictures, engine.waiting_for)
         log.beat()
 
+    def probe(unit: Unit) -> None:
+        storage.check_answers(cache.at(identity.NAME), cache.options)
+        storage.check_answers(unit.url, cache.options)
+
     with meter.shown():
         try:
-            driven = drive(pending, engine, log.signals, on_done, on_tick)
+            driven = drive(pending, engine, log.signals, on_done, on_tick, probe, options.patience)
             totals.working = driven.seconds
             return driven.failures
         finally:

@@ -40,7 +40,9 @@ class Common:
     gpus_per_worker: float = option(1.0, "GPUs that Ray sets aside for a replica, where replicas run on GPUs", "N")
     cpus_per_worker: int = option(1, "CPUs of a replica: threads that open pictures, and threads of a CPU model", "N")
     address: str = option("", "the Ray cluster to use; unset: RAY_ADDRESS, else a local Ray", "HOST:PORT")
-    patience: float = option(600.0, "replace a worker that reads and encodes nothing for so long", "SECONDS")
+    patience: float = option(
+        600.0, "replace a worker that makes no progress, and end a job whose storage fails, after so long", "SECONDS"
+    )
     storage_option: tuple[str, ...] = option(
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
     )

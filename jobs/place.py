@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from jobs.drive import Engine, Job
+from jobs.engine import Engine, Job
 from jobs.inline import InlineEngine
 from jobs.options import Common
 from pipeline.encode import Compute, Vae

@@ -12,7 +12,7 @@ from jobs.options import RetryOptions, as_record, parse, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
 from jobs.standing import finish, matching_vae, units
-from pipeline import commit, retry, stats
+from pipeline import commit, identity, retry, stats, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
 from pipeline.records import Standing, UnitReport
@@ -96,8 +96,12 @@ def encode(
             meter.tick(engine.pictures, engine.waiting_for)
             log.beat()
 
+        def probe(task: retry.RetryTask) -> None:
+            storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
+            storage.check_answers(task.unit.url, cache.folder.options)
+
         with meter.shown():
-            return drive(tasks, engine, log.signals, on_done, on_tick)
+            return drive(tasks, engine, log.signals, on_done, on_tick, probe, options.patience)
 
 
 if __name__ == "__main__":

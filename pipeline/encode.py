@@ -237,6 +237,20 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+# What CUDA, ROCm and their libraries say once a context is lost: every later call in the process fails, too.
+_DEVICE_ERROR = re.compile(
+    r"(CUDA|HIP|NVML) (driver |runtime )?error|device-side assert|(CUBLAS|CUDNN|CUSOLVER|CUFFT|HIPBLAS|MIOPEN)_STATUS_|"
+    r"(cuDNN|cuBLAS|cublas|MIOpen|hipBLAS) error|Unable to find an engine|ECC error"
+)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether an accelerator failed in a way that sticks to its process: an illegal access, say, or an ECC error."""
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or _DEVICE_ERROR.search(str(error)) is not None
+
+
 def to_model(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 [B, 3, H, W] -> [-1, 1], 0 and 255 exactly -1 and 1; mapped in float32, then rounded to `dtype`."""
     values = pixels.to(torch.float32).div_(127.5).sub_(1.0)

@@ -72,7 +72,14 @@ class CacheError(LatentmillError):
 
 
 class StorageError(LatentmillError):
-    """The storage refused: no such file, no right, no room, no answer."""
+    """The storage refused: no such file, no right, no room, no answer.
+
+    may_pass: whether the same request may succeed later, because the storage did not answer, or not as it should.
+    """
+
+    def __init__(self, message: str, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class ShardError(LatentmillError):

@@ -132,7 +132,7 @@ class Encoder:
         A careful attempt has the pictures opened by a process of its own: one of them may have ended a worker. The last
         one takes a damaged shard as far as it can be read, and rejects the rest.
         """
-        tools = replace(self.tools, to_the_damage=attempt.last)
+        tools = replace(self.tools, to_the_damage=attempt.damaged_at is not None)
         if not attempt.careful:
             return process(unit, tools)
         with Opener(tools.job.limits) as opener:

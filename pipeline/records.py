@@ -111,11 +111,12 @@ class Reject:
 class Attempt:
     """What is known of a task that is tried again.
 
-    careful: a worker died under it, perhaps of one of its pictures. last: no further one follows where this one fails.
+    careful: a worker died under it, perhaps because of one of its images.
+    damaged_at: the byte at which another worker found its shard damaged: if this one finds the same, it is believed.
     """
 
     careful: bool = False
-    last: bool = False
+    damaged_at: int | None = None
 
 
 FIRST = Attempt()

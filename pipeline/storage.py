@@ -39,6 +39,8 @@ RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, r
 PROBES = 3
 # what a disk says of a name that no file has, or can have: a caption's may be too long where the picture's is not
 NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+# what will not pass by itself: no room, a quota, a disk that is read-only, a name or file that is too large
+FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, *NOT_THERE})
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
@@ -60,7 +62,8 @@ def naming(url: str, doing: str) -> Iterator[None]:
         known = os.strerror(number).lower() if number else type(error).__name__
         said = (str(error).splitlines() or [""])[0][:200]
         local = "://" not in url
-        raise StorageError(f"cannot {doing} {url}: {known}" + ("" if local or not said else f" ({said})")) from error
+        text = f"cannot {doing} {url}: {known}" + ("" if local or not said else f" ({said})")
+        raise StorageError(text, may_pass=number not in FINAL) from error
 
 
 def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -144,6 +147,13 @@ def exists(url: str, options: Mapping[str, Any]) -> bool:
     with naming(url, "look for"):
         fs, path = connect(url, options)
         return bool(fs.exists(path))
+
+
+def check_answers(url: str, options: Mapping[str, Any]) -> None:
+    """Raise StorageError if the storage of a URL does not answer. That there is no such file is an answer, too."""
+    with naming(url, "reach"), contextlib.suppress(FileNotFoundError):
+        fs, path = connect(url, options)
+        fs.info(path)
 
 
 def beside(tar: str) -> str:

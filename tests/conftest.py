@@ -112,4 +112,4 @@ def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that fail in this process are tried again at once."""
-    monkeypatch.setattr("jobs.drive.PAUSE", 0.0)
+    monkeypatch.setattr("jobs.scheduler.PAUSE", 0.0)

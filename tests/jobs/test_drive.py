@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.drive import Done, Signals, drive, error_line
+from jobs.drive import Signals, drive
+from jobs.engine import Done, error_line
 from pipeline.errors import ShardError, Stopped
 from pipeline.records import Attempt
 
@@ -17,29 +18,50 @@ class Task:
 
 @dataclass
 class Scripted:
-    """An engine that fails each task as often as it is told to."""
+    """An engine of one worker that fails each task as often as it is told to. A worker that is lost has a successor."""
 
     failures: dict[str, int]
     lost: bool = False
-    slots: int = 2
     pictures: int = 0
     waiting_for: str = ""
-    running: list[Task] = field(default_factory=list)
+    can_replace: bool = False
+    starting: int = 0
+    generation: int = 0
+    running: list[tuple[Task, str]] = field(default_factory=list)
     started: Counter[str] = field(default_factory=Counter)
     attempts: list[tuple[str, Attempt]] = field(default_factory=list)
     most: int = 0
+    losses: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
 
-    def submit(self, task: Task, attempt: Attempt) -> bool:
+    @property
+    def workers(self) -> list[str]:
+        return [str(self.generation)]
+
+    def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
+        assert worker in self.workers
         self.started[task.name] += 1
-        self.running.append(task)
+        self.running.append((task, worker))
         self.attempts.append((task.name, attempt))
         self.most = max(self.most, len(self.running))
-        return True
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
-        task = self.running.pop(0)
-        failed = self.started[task.name] <= self.failures.get(task.name, 0)
-        return [Done(task, None if failed else task.name, "it broke" if failed else None, lost=failed and self.lost)]
+        if not self.running:
+            return []
+        task, worker = self.running.pop(0)
+        if self.losses[task.name] + self.failed[task.name] >= self.failures.get(task.name, 0):
+            return [Done(task=task, worker=worker, report=task.name)]
+        if not self.lost:
+            self.failed[task.name] += 1
+            return [Done(task=task, worker=worker, error="it broke")]
+        self.losses[task.name] += 1
+        self.generation += 1
+        others, self.running = self.running, []
+        back = [Done(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
+        return [Done(task=task, worker=worker, error="it broke", cause="lost"), *back]
+
+    def replace(self, worker: str, why: str) -> None:
+        raise AssertionError("the only worker there can be")
 
     def close(self) -> None:
         self.running.clear()
@@ -51,7 +73,7 @@ def run(engine: Scripted, count: int) -> tuple[list[str], list[str]]:
     return sorted(done), [failure.name for failure in driven.failures]
 
 
-def test_every_task_is_done_once_and_never_more_at_once_than_there_are_slots() -> None:
+def test_every_task_is_done_once_and_never_more_at_once_than_a_worker_takes() -> None:
     engine = Scripted({})
     assert run(engine, 9) == ([str(n) for n in range(9)], [])
     assert set(engine.started.values()) == {1}
@@ -67,31 +89,13 @@ def test_a_task_that_fails_is_tried_three_times() -> None:
 def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> None:
     engine = Scripted({"1": 9, "2": 99}, lost=True)
     assert run(engine, 4) == (["0", "1", "3"], ["2"])
-    assert engine.started == {"0": 1, "1": 10, "2": 10, "3": 1}
+    assert engine.losses == {"1": 9, "2": 10}
 
 
-def test_a_task_that_lost_its_worker_is_tried_carefully_and_one_that_failed_twice_for_the_last_time() -> None:
-    failing, losing = Scripted({"0": 2}), Scripted({"0": 2}, lost=True)
-    run(failing, 1)
+def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
+    losing = Scripted({"0": 2}, lost=True)
     run(losing, 1)
-    assert [attempt for _, attempt in failing.attempts] == [Attempt(), Attempt(), Attempt(last=True)]
     assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
-
-
-def test_a_task_that_finds_no_place_is_offered_again() -> None:
-    @dataclass
-    class Full(Scripted):
-        refusals: int = 3
-
-        def submit(self, task: Task, attempt: Attempt) -> bool:
-            if self.running and self.refusals:
-                self.refusals -= 1
-                return False
-            return super().submit(task, attempt)
-
-    engine = Full({})
-    assert run(engine, 5) == ([str(n) for n in range(5)], [])
-    assert engine.refusals == 0
 
 
 def test_a_signal_stops_the_loop() -> None:

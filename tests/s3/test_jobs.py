@@ -93,7 +93,7 @@ def test_a_store_that_stays_away_ends_the_job_with_one_line(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     end_sessions()
     proxy.rule = lambda request: 500 if request.method == "PUT" and "/data/" in request.path else None
-    code, out, err = encode(source, f"{bucket}/c")
+    code, out, err = encode(source, f"{bucket}/c", "--patience", 3)
     assert code == 1
     assert "failed" in out + err
     assert f"cannot write {bucket}/c/data/" in out + err

@@ -1,0 +1,96 @@
+"""A storage that does not answer for a while: the job waits for it, and no task is given up meanwhile."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from jobs.engine import Done, Task
+from jobs.progress import duration, say
+from jobs.scheduler import pause
+from pipeline.errors import JobError, LatentmillError
+
+WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
+HANGS = 60.0  # seconds that the last probe may take
+SHARE = 0.5  # of the workers have failed: then it is the storage, and not some of them
+
+
+class Outage:
+    """Watches for failures of the storage, on several workers within a short time.
+
+    probe: asks the storage that a task needs, and raises LatentmillError if it does not answer.
+    patience: seconds after which the job ends if the storage still does not answer.
+    """
+
+    def __init__(
+        self, probe: Callable[[Task], None], patience: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.probe, self.patience, self.clock = probe, patience, clock
+        self.failures: list[tuple[float, str]] = []  # when, on which worker, since the last success there
+        self.first = 0.0  # failure since the last success anywhere
+        self.error = ""
+        self.is_on = False
+        self._task: Task | None = None
+        self._probes = 0
+        self._next_probe = 0.0
+        self._asked: list[bool] | None = None  # takes the answer of the probe that is under way
+
+    def succeeded(self, worker: str) -> None:
+        """Take in a task that was done."""
+        self.failures = [(at, failed) for at, failed in self.failures if failed != worker]
+        self.first, self._probes = (self.clock() if self.is_on else 0.0), 0
+
+    def failed(self, done: Done, workers: int) -> None:
+        """Take in a task that failed because of the storage. workers: how many are ready."""
+        now = self.clock()
+        self.first = self.first or now
+        self.error, self._task = str(done.error), done.task
+        self.failures = [(at, worker) for at, worker in self.failures if now - at <= WINDOW] + [(now, done.worker)]
+        failing = {worker for _, worker in self.failures}
+        several = len(failing) > 1 or (workers <= 1 and len(self.failures) > 1)
+        if not self.is_on and several and len(failing) >= SHARE * workers:
+            self.is_on = True
+            self._rest()
+            say(f"the storage does not answer, and no further task is started until it does: {self.error}")
+
+    def holds(self) -> bool:
+        """Whether no task is to be started now. Probes the storage, with growing pauses.
+
+        Raises JobError if it has failed for longer than `patience`, and still does.
+        """
+        if not self.is_on:
+            return False
+        seconds = self.clock() - self.first
+        answered = self._answer(at_once=seconds > self.patience)
+        if answered:
+            self.is_on, self.failures = False, []
+            say(f"the storage answers again, after {duration(seconds)}")
+        elif seconds > self.patience + (HANGS if answered is None else 0.0):
+            raise JobError(
+                f"the storage has failed for {duration(seconds)} (--patience): {self.error}; "
+                "the same command goes on once it answers"
+            )
+        return self.is_on
+
+    def _answer(self, at_once: bool) -> bool | None:
+        """What a probe has found; None if none has ended. Starts one if it is time."""
+        if self._asked is None and (at_once or self.clock() >= self._next_probe):
+            self._asked = []
+            threading.Thread(target=self._ask, args=(self._task, self._asked), daemon=True).start()
+        if not self._asked:
+            return None
+        (answered,), self._asked = self._asked, None
+        if not answered:
+            self._rest()
+        return answered
+
+    def _ask(self, task: Task, answer: list[bool]) -> None:
+        try:
+            self.probe(task)
+            answer.append(True)
+        except LatentmillError as error:
+            self.error = str(error)
+            answer.append(False)
+
+    def _rest(self) -> None:
+        self._probes += 1
+        self._next_probe = self.clock() + pause(self._probes)

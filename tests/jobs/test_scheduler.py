@@ -1,0 +1,357 @@
+"""Workers that live and fail, and storages that stay away: simulated on a clock that jumps from event to event."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from jobs import outage, scheduler
+from jobs.drive import Driven, Signals, drive
+from jobs.engine import Cause, Done
+from jobs.scheduler import Scheduler
+from pipeline.errors import JobError, StorageError
+from pipeline.records import Attempt
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a unit's report is to the scheduler. damage: what is wrong with the shard that was taken up to there."""
+
+    task: str
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class Failing:
+    """An error of a task, and how long it takes to come."""
+
+    error: str
+    cause: Cause = "task"
+    after: float = 0.01
+    damaged_at: int | None = None
+
+
+Behaviour = Callable[[str, Task, Attempt, float], Failing | None]
+SECONDS = 3.0  # a task takes
+
+
+@dataclass
+class Simulation:
+    """Workers on a virtual clock. behaviour: how a task fails on a worker at a time; None if it does not.
+
+    A worker is `SLOT.GENERATION`: it is replaced by the next generation in its slot after `start` seconds.
+    """
+
+    slots: int
+    behaviour: Behaviour
+    start: float = 30.0
+    can_replace: bool = True
+    now: float = 0.0
+    pictures: int = 0
+    waiting_for: str = ""
+    generation: Counter[int] = field(default_factory=Counter)
+    starts: dict[int, float] = field(default_factory=dict)
+    running: list[tuple[float, Task, str, Attempt]] = field(default_factory=list)
+    tried: dict[str, list[str]] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    back: list[Done] = field(default_factory=list)
+
+    @property
+    def workers(self) -> list[str]:
+        return [f"{slot}.{self.generation[slot]}" for slot in range(self.slots) if slot not in self.starts]
+
+    @property
+    def starting(self) -> int:
+        return len(self.starts)
+
+    def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
+        assert worker in self.workers
+        assert sum(on == worker for _, _, on, _ in self.running) < 2
+        failing = self.behaviour(worker, task, attempt, self.now)
+        self.running.append((self.now + (failing.after if failing else SECONDS), task, worker, attempt))
+        self.tried.setdefault(task.name, []).append(worker)
+
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
+        events = [*(end for end, *_ in self.running), *self.starts.values(), self.now + seconds]
+        self.now = self.now if self.back else min(events)
+        self.starts = {slot: end for slot, end in self.starts.items() if end > self.now}
+        ended = [run for run in self.running if run[0] <= self.now]
+        self.running = [run for run in self.running if run[0] > self.now]
+        done, self.back = self.back, []
+        return done + [self._done(*run) for run in ended]
+
+    def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> Done:
+        failing = self.behaviour(worker, task, attempt, end)
+        if failing is None:
+            damage = "cut off" if attempt.damaged_at is not None and task.name.startswith("damaged") else ""
+            return Done(task=task, worker=worker, report=Report(task.name, damage))
+        return Done(task=task, worker=worker, error=failing.error, cause=failing.cause, damaged_at=failing.damaged_at)
+
+    def replace(self, worker: str, why: str) -> None:
+        self.replaced.append(worker)
+        slot = int(worker.split(".")[0])
+        self.back += [
+            Done(task=task, worker=on, error="replaced", cause="returned")
+            for _, task, on, _ in self.running
+            if on == worker
+        ]
+        self.running = [run for run in self.running if run[2] != worker]
+        self.generation[slot] += 1
+        self.starts[slot] = self.now + self.start
+
+    def close(self) -> None:
+        self.running.clear()
+
+
+@dataclass
+class Result:
+    """What a simulated job came to."""
+
+    driven: Driven
+    done: list[str]
+    damaged: list[str]
+
+    @property
+    def failed(self) -> list[str]:
+        return sorted(failure.name for failure in self.driven.failures)
+
+
+def run(
+    engine: Simulation, tasks: list[str], probe: Callable[[Task], None] = lambda task: None, patience: float = 600.0
+) -> Result:
+    reports: list[Report] = []
+    driven = drive(
+        [Task(name) for name in tasks],
+        engine,
+        Signals(),
+        reports.append,
+        lambda: None,
+        probe=probe,
+        patience=patience,
+        clock=lambda: engine.now,
+    )
+    done = sorted(report.task for report in reports)
+    assert len(set(done)) == len(done), "a task was done twice"
+    return Result(driven, done, [report.task for report in reports if report.damage])
+
+
+@pytest.fixture(autouse=True)
+def real_pauses(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    """The clock is virtual, and pauses cost nothing."""
+    monkeypatch.setattr(scheduler, "PAUSE", 2.0)
+
+
+NAMES = [f"u{number:03}" for number in range(400)]
+
+
+def slot_of(worker: str) -> int:
+    return int(worker.split(".")[0])
+
+
+def test_one_sick_worker_of_eight_costs_no_task() -> None:
+    """It fails at once, and so is always the one with the fewest tasks."""
+    engine = Simulation(8, lambda worker, *_: Failing("RuntimeError: broken") if worker == "3.0" else None)
+    result = run(engine, NAMES)
+    assert (len(result.done), result.failed) == (400, [])
+    assert engine.replaced == ["3.0"]
+    assert sum("3.0" in workers for workers in engine.tried.values()) <= 3
+
+
+def test_an_error_of_the_device_ends_its_worker_at_once_and_spends_no_try() -> None:
+    failures: list[str] = []
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        return Failing("CUDA error: an illegal memory access", "device") if worker == "0.0" else None
+
+    engine = Simulation(2, behaviour)
+    result = run(engine, NAMES[:50])
+    failures += result.failed
+    assert (len(result.done), failures, engine.replaced) == (50, [], ["0.0"])
+    assert sum("0.0" in workers for workers in engine.tried.values()) <= 2
+
+
+def test_a_sick_reader_never_has_a_sound_file_taken_for_damaged() -> None:
+    """It finds damage at the same byte each time, and only there: nobody else does."""
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        if slot_of(worker) == 1:
+            return Failing("cut off", "damage", damaged_at=512)
+        assert attempt.damaged_at in (None, 512)
+        return None
+
+    result = run(Simulation(3, behaviour), NAMES[:60])
+    assert (len(result.done), result.failed, result.damaged) == (60, [], [])
+
+
+def test_damage_that_two_workers_find_is_believed_and_held_against_neither() -> None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        if task.name.startswith("damaged") and attempt.damaged_at != 1024:
+            return Failing("cut off", "damage", damaged_at=1024)
+        return None
+
+    engine = Simulation(4, behaviour)
+    names = [f"damaged{number}" for number in range(40)] + NAMES[:40]
+    result = run(engine, names)
+    assert (len(result.done), result.failed, len(result.damaged)) == (80, [], 40)
+    for name in names[:40]:
+        first, second = engine.tried[name]
+        assert first != second
+    assert engine.replaced == [], "no other worker did what failed on them"
+
+
+def test_a_task_that_fails_everywhere_is_tried_on_three_workers_and_given_up() -> None:
+    engine = Simulation(5, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+    result = run(engine, NAMES[:30])
+    assert result.failed == ["u007"]
+    assert len(set(engine.tried["u007"])) == len(engine.tried["u007"]) == 3
+    assert engine.replaced == []
+
+
+def test_with_two_workers_the_third_try_is_on_either() -> None:
+    engine = Simulation(2, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+    assert run(engine, NAMES[:30]).failed == ["u007"]
+    first, second, third = engine.tried["u007"]
+    assert first != second != third
+
+
+def test_many_bad_tasks_do_not_have_the_workers_replaced_again_and_again() -> None:
+    engine = Simulation(4, lambda worker, task, *_: Failing("bad") if int(task.name[1:]) % 2 else None)
+    result = run(engine, NAMES)
+    assert (len(result.done), len(result.failed)) == (200, 200)
+    assert engine.replaced == []
+
+
+def test_the_only_worker_is_replaced_when_it_fails_twice_in_a_row() -> None:
+    engine = Simulation(1, lambda worker, *_: Failing("broken") if worker == "0.0" else None)
+    result = run(engine, NAMES[:20])
+    assert (len(result.done), result.failed, engine.replaced) == (20, [], ["0.0"])
+
+
+def test_a_worker_that_fails_now_and_then_is_kept() -> None:
+    seen: Counter[str] = Counter()
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        seen[task.name] += 1
+        return (
+            Failing("flaky") if slot_of(worker) == 0 and int(task.name[1:]) % 5 == 0 and seen[task.name] < 3 else None
+        )
+
+    engine = Simulation(4, behaviour)
+    result = run(engine, NAMES)
+    assert (len(result.done), result.failed) == (400, [])
+
+
+def test_a_careful_attempt_is_alone_with_its_worker() -> None:
+    beside: list[int] = []
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        if attempt.careful:
+            beside.append(sum(on == worker for _, other, on, _ in engine.running if other != task))
+        return Failing("killed", "lost", after=1.0) if task.name == "u003" and not attempt.careful else None
+
+    class Dying(Simulation):
+        def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> Done:
+            done = super()._done(end, task, worker, attempt)
+            if done.cause == "lost":
+                self.replace(worker, "it died")
+            return done
+
+    engine = Dying(2, behaviour)
+    result = run(engine, NAMES[:30])
+    assert (len(result.done), result.failed) == (30, [])
+    assert beside and set(beside) == {0}
+
+
+class Away:
+    """A storage that is away for a while: all tasks that run then fail, after a minute of asking again."""
+
+    def __init__(self, since: float, until: float) -> None:
+        self.since, self.until = since, until
+        self.probes: list[float] = []
+        self.engine = Simulation(0, self.behaviour)
+
+    def is_away(self, now: float) -> bool:
+        return self.since <= now < self.until
+
+    def behaviour(self, worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        return Failing("cannot read s3://b/x: no answer", "storage", after=60.0) if self.is_away(now) else None
+
+    def probe(self, task: Task) -> None:
+        self.probes.append(self.engine.now)
+        if self.is_away(self.engine.now):
+            raise StorageError("cannot read s3://b/cache.json: no answer", may_pass=True)
+
+
+@pytest.fixture
+def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes are answered in the thread that asks: the clock is virtual."""
+
+    class Thread:
+        def __init__(self, target: Callable[..., None], args: tuple[object, ...], daemon: bool) -> None:
+            self.target, self.args = target, args
+
+        def start(self) -> None:
+            self.target(*self.args)
+
+    monkeypatch.setattr(outage.threading, "Thread", Thread)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.usefixtures("probes_at_once")
+def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    away = Away(since=20.0, until=20.0 + 580.0)
+    away.engine.slots = workers
+    result = run(away.engine, NAMES[:100], away.probe)
+    assert (len(result.done), result.failed) == (100, [])
+    assert away.engine.replaced == []
+    assert len(away.probes) < 20
+    pauses = [b - a for a, b in zip(away.probes, away.probes[1:], strict=False)]
+    assert max(pauses) <= 62 and sorted(pauses)[0] < 10, "they grow"
+    said = capsys.readouterr().err
+    assert said.count("the storage does not answer") == 1
+    assert said.count("the storage answers again") == 1
+    assert said.count("to be tried again") <= workers
+
+
+@pytest.mark.usefixtures("probes_at_once")
+def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
+    away = Away(since=20.0, until=math.inf)
+    away.engine.slots = 4
+    with pytest.raises(JobError, match=r"cannot read s3://b/.*no answer; the same command goes on"):
+        run(away.engine, NAMES[:100], away.probe, patience=300.0)
+    assert away.engine.now < 20 + 60 + 300 + 120
+
+
+def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
+    engine = Simulation(
+        4, lambda worker, *_: Failing("cannot read", "storage", after=1.0) if worker.startswith("2.0") else None
+    )
+    result = run(engine, NAMES)
+    assert (len(result.done), result.failed, engine.replaced) == (400, [], ["2.0"])
+
+
+def test_a_single_file_that_can_never_be_read_is_given_up_and_nothing_else() -> None:
+    engine = Simulation(
+        4, lambda worker, task, *_: Failing("cannot read", "storage", after=1.0) if task.name == "u007" else None
+    )
+    result = run(engine, NAMES)
+    assert result.failed == ["u007"]
+    assert len(result.done) == 399
+
+
+def test_a_resting_worker_does_not_hold_the_others_up() -> None:
+    """A scheduler asked for a task does not wait for a worker that may be sick."""
+    tasks = [Task(name) for name in NAMES[:4]]
+    one = Scheduler(tasks, clock=lambda: 1.0)
+    first = one.next(["a", "b"])
+    assert first is not None and first.worker == "a"
+    assert one.failed(Done(task=first.task, worker="a", error="bad"))
+    second = one.next(["a", "b"])
+    assert second is not None and second.worker == "b"
