@@ -1,12 +1,13 @@
-"""Kills workers at random moments, again and again: every sample must be there once, with the digest of a calm run.
+"""Kills workers at random moments, and makes others sick: every sample must be there once, with a calm run's digest.
 
-    python -m bench.soak --kills 200 --seed 1
+    python -m bench.soak --kills 200 --sicknesses 100 --seed 1
 
 Jobs on a local Ray with two workers; each worker writes down what it is doing (a file in shared memory), so that every
-kill is known by the phase that it hit. When enough workers were killed under one job it goes on to its end; then its
-cache is read by pyarrow and json alone. Prints the histogram of phases; the seed stands in every failure.
+kill is known by the phase that it hit. A worker that is made sick lives on and fails in all it does: its model with an
+error of its device or an unknown one, its reads end early, or it cannot write. When enough was done to one job it goes
+on to its end; then its cache is read by pyarrow and json alone. Prints the histograms; every failure names the seed.
 
-Exit code 1 where a cache was wrong, or a phase was hit fewer than ten times.
+Exit code 1 if a cache was wrong, or a phase or a sickness came up fewer than ten times.
 """
 
 import argparse
@@ -22,20 +23,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fsspec.implementations.local import LocalFileOpener
 
 from bench import account
 from bench.make_shards import MICRO, make_shards
 from pipeline import commit, flow
 from pipeline.encode import Vae
+from pipeline.errors import StorageError
 from pipeline.flow import EncodeJob, Encoder
 from vae import AutoencoderKL
 
 PHASES = ("idle", "reading", "opening", "encoding", "publishing", "recording")
 BOARD = "LATENTMILL_SOAK_BOARD"  # where workers write down their phase
-LEAST = 10  # hits of each phase
-KILLS_A_JOB = 10
+SICKNESSES = ("device", "unknown", "reader", "writer")
+LEAST = 10  # hits of each phase, and of each sickness
+KILLS_A_JOB, SICKNESSES_A_JOB = 10, 5
+AVOID = 5.0  # seconds; in place of minutes, as all workers are made sick here
 SHARDS, SAMPLES = 24, 960
 
 
@@ -47,6 +53,13 @@ class Board:
         self.lock = threading.Lock()
         self.phases: dict[int, str] = {}
         self.write()
+
+    @property
+    def sickness(self) -> str:
+        """What this worker has; empty as long as it is well."""
+        with suppress(FileNotFoundError):
+            return self.path.with_suffix(".sick").read_text()
+        return ""
 
     def write(self) -> None:
         self.path.write_text(max(self.phases.values(), key=PHASES.index, default="idle"))
@@ -75,13 +88,23 @@ class SoakJob(EncodeJob):
 
     def build(self, vae: Vae, stop: threading.Event) -> Encoder:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, finish = flow.Clock.stage, flow.open_sample, commit.finish
+        stage, open_sample, finish, read = flow.Clock.stage, flow.open_sample, commit.finish, LocalFileOpener.read
         names = {"read": "reading", "encode": "encoding", "write": "publishing"}
 
         @contextmanager
         def staged(clock: flow.Clock, name: str) -> Iterator[None]:
             with board.doing(names[name]), stage(clock, name):
+                if name == "encode" and board.sickness == "device":
+                    raise RuntimeError("CUDA error: unspecified launch failure")
+                if name == "encode" and board.sickness == "unknown":
+                    raise ValueError("an error that nobody knows")
+                if name == "write" and board.sickness == "writer":
+                    raise StorageError("cannot write anything", may_pass=True)
                 yield
+
+        def read_half(file: LocalFileOpener, size: int = -1) -> bytes:
+            is_cut = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
+            return b"" if is_cut else bytes(read(file, size))
 
         def opened(*arguments: object) -> object:
             with board.doing("opening"):
@@ -91,6 +114,7 @@ class SoakJob(EncodeJob):
             with board.doing("recording"):
                 finish(*arguments)  # type: ignore[arg-type]
 
+        LocalFileOpener.read = read_half
         flow.Clock.stage = staged  # type: ignore[method-assign, assignment]
         flow.open_sample = opened  # type: ignore[assignment]
         commit.finish = finished  # type: ignore[assignment]
@@ -99,35 +123,51 @@ class SoakJob(EncodeJob):
 
 def run_job(argv: list[str]) -> int:
     """The encode job with telling workers: what a child process of the soak runs."""
-    from jobs import encode, settings
+    from jobs import encode, settings, slots
 
+    slots.AVOID = AVOID
     settings.EncodeJob = SoakJob  # type: ignore[misc]
     return encode.main(argv)
 
 
 def workers(board: Path) -> dict[int, str]:
-    """The living workers and what they are doing."""
+    """The living workers that are well, and what they are doing."""
     found = {}
     for path in board.iterdir():
+        if path.suffix or path.with_suffix(".sick").exists():
+            continue
         if Path(f"/proc/{path.name}/cmdline").exists():
             found[int(path.name)] = path.read_text() or "idle"
     return found
 
 
-def torment(argv: list[str], board: Path, hits: Counter[str], draw: random.Random) -> int:
-    """Run one job and kill workers under it: at random, but rather in phases that were seldom hit. Its exit code."""
+def torment(argv: list[str], board: Path, hits: Counter[str], sick: Counter[str], draw: random.Random) -> int:
+    """Run one job and kill workers under it: at random, but rather in phases that were seldom hit. Its exit code.
+
+    Some others are made sick, but never two at a time: a worker is held against the others.
+    """
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, BOARD: str(board), "PYTHONPATH": root}
     script = f"import sys; from bench.soak import run_job; sys.exit(run_job({argv!r}))"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    job = subprocess.Popen([sys.executable, "-c", script], env=environment, **quiet)
-    left = KILLS_A_JOB
+    with open(f"{board}.log", "wb") as log:
+        job = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL, stderr=log)
+    left, left_sick, rests_until = KILLS_A_JOB, SICKNESSES_A_JOB, 0.0
     while job.poll() is None:
         time.sleep(draw.uniform(0.0, 0.02))
         alive = workers(board)
-        if not left or not alive:
+        if not alive:
             continue
         pid, phase = draw.choice(sorted(alive.items()))
+        is_well = len(alive) > 1 and time.monotonic() > rests_until
+        if left_sick and is_well and phase != "idle" and draw.random() < 0.05:
+            what = min(SICKNESSES, key=lambda name: (sick[name], draw.random()))
+            (board / f"{pid}.sick").write_text(what)
+            sick[what] += 1
+            left_sick -= 1
+            rests_until = time.monotonic() + draw.uniform(2.0, 6.0)
+            continue
+        if not left:
+            continue
         seldom = min(hits[name] for name in PHASES)
         if draw.random() < (0.5 if hits[phase] == seldom else 0.002):
             os.kill(pid, signal.SIGKILL)
@@ -145,9 +185,10 @@ def digest(cache: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--sicknesses", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
-    draw, hits, failed = random.Random(options.seed), Counter[str](), []
+    draw, hits, sick, failed = random.Random(options.seed), Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
         make_shards(root / "shards", SHARDS, SAMPLES)
@@ -158,22 +199,27 @@ def main() -> int:
         argv += ["--max-reject-rate", "1", "--to"]
         assert run_calm([*argv, str(root / "calm"), "--workers", "0"]) == 0
         jobs, samples = 0, account.samples_of(root / "shards")
-        while sum(hits.values()) < options.kills:
+        while sum(hits.values()) < options.kills or sum(sick.values()) < options.sicknesses:
             jobs += 1
             board = root / f"board{jobs}"
             board.mkdir()
             cache = root / f"c{jobs}"
-            code = torment([*argv, str(cache), "--workers", "2"], board, hits, draw)
+            code = torment([*argv, str(cache), "--workers", "2"], board, hits, sick, draw)
             found = [f"exit code {code}"] if code else list(account.wrongs(account.files(cache), samples))
             if not found and digest(cache) != digest(root / "calm"):
                 found = ["another digest than the calm run's"]
+            if code:
+                print(Path(f"{board}.log").read_text())
             failed += [f"seed {options.seed}, job {jobs}: {what}" for what in found]
-            print(f"job {jobs}: {sum(hits.values())} kills; {'; '.join(found) or 'as the calm run'}", flush=True)
+            done = f"{sum(hits.values())} kills, {sum(sick.values())} sicknesses"
+            print(f"job {jobs}: {done}; {'; '.join(found) or 'as the calm run'}", flush=True)
             shutil.rmtree(cache)
-    print(f"seed {options.seed}: {sum(hits.values())} kills in {jobs} jobs")
-    for phase in PHASES:
-        print(f"  {phase:<12}{hits[phase]:>5}  {'#' * hits[phase]}")
+    print(f"seed {options.seed}: {sum(hits.values())} kills and {sum(sick.values())} sicknesses in {jobs} jobs")
+    for name in (*PHASES, *SICKNESSES):
+        times = hits[name] if name in PHASES else sick[name]
+        print(f"  {name:<12}{times:>5}  {'#' * times}")
     failed += [f"{phase} was hit {hits[phase]} times" for phase in PHASES if hits[phase] < LEAST]
+    failed += [f"{what} came up {sick[what]} times" for what in SICKNESSES if sick[what] < LEAST]
     for line in failed:
         print(f"FAIL: {line}")
     return 1 if failed else 0

@@ -444,4 +444,5 @@ def _cause(error: RayError) -> str:
     if isinstance(error, OutOfMemoryError):
         return "its machine ran out of memory, and Ray ended it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    last = lines[-1] if lines else ""
+    return (last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}")[:300]

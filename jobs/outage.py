@@ -10,6 +10,7 @@ from jobs.scheduler import pause
 from pipeline.errors import JobError, LatentmillError
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
+LONGEST_PAUSE = 30.0  # seconds between two probes
 HANGS = 60.0  # seconds that the last probe may take
 SHARE = 0.5  # of the workers have failed: then it is the storage, and not some of them
 
@@ -93,4 +94,4 @@ class Outage:
 
     def _rest(self) -> None:
         self._probes += 1
-        self._next_probe = self.clock() + pause(self._probes)
+        self._next_probe = self.clock() + min(pause(self._probes), LONGEST_PAUSE)

@@ -145,7 +145,7 @@ class Scheduler:
     def succeeded(self, done: Done) -> None:
         """Take in a task that was done."""
         self._take_back(done)
-        worker = self.workers[done.worker]
+        worker = self.workers.setdefault(done.worker, WorkerState())
         worker.strikes, worker.is_to_blame, worker.rests_until = {}, False, 0.0
         if bool(getattr(done.report, "damage", None)):  # what failed on the others was the shard
             self._take_off(done.task)
@@ -169,7 +169,7 @@ class Scheduler:
             state.careful = True
             self.workers.pop(done.worker, None)
         elif done.cause == "device":
-            self.workers[done.worker].device_error = str(done.error)
+            self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
         elif not self._is_its_own_fault(state):
             self._strike(done)
         if len(state.failed_on) >= TRIES or state.pardons >= PARDONS:
@@ -200,7 +200,7 @@ class Scheduler:
             worker.strikes.pop(task.name, None)
 
     def _strike(self, done: Done) -> None:
-        worker = self.workers[done.worker]
+        worker = self.workers.setdefault(done.worker, WorkerState())
         worker.strikes[done.task.name] = str(done.error)
         worker.rests_until = self.clock() + pause(len(worker.strikes))
 

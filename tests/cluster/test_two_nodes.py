@@ -234,3 +234,53 @@ def test_a_cluster_that_dies_leaves_what_another_goes_on_from(
     assert again.returncode == 0, second
     assert_whole(objects(f"{bucket}/c"), calm)
     assert job.returncode != 0, out
+
+
+# A job whose model fails for ever on nodes that have SICK in their environment.
+SICK = """
+import os, time
+from jobs import encode, settings
+from jobs.entry import run_as_script
+from pipeline.flow import EncodeJob
+
+class Sick(EncodeJob):
+    def build(self, vae, stop):
+        encoder = EncodeJob.build(self, vae, stop)
+        healthy = encoder.tools.replica.encode
+
+        def encode(batch, shard=""):
+            if "SICK" in os.environ:
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            time.sleep(0.05)  # for the others to come to something meanwhile
+            return healthy(batch, shard)
+
+        encoder.tools.replica.encode = encode
+        return encoder
+
+settings.EncodeJob = Sick
+run_as_script(encode.main)
+"""
+
+
+@pytest.mark.fault(28, "every worker on one of two nodes fails in all it does")
+def test_a_node_on_which_workers_fail_is_left_alone(
+    cluster: Cluster, source: Path, calm: str, micro_vae: Path, tmp_path: Path
+) -> None:
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node)
+    cluster.add_node(num_cpus=1, object_store_memory=200 << 20, env_vars={"SICK": "1"})
+    cluster.wait_for_nodes()
+    script = tmp_path / "sick.py"
+    script.write_text(SICK)
+    argv = [str(source), "--to", str(tmp_path / "c"), *options(micro_vae), "--address", cluster.address]
+    job = subprocess.run(
+        [sys.executable, str(script), *argv, "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert job.returncode == 0, job.stderr
+    assert_whole(account.files(tmp_path / "c"), calm)
+    assert 2 <= job.stderr.count("is replaced, because it fails: RuntimeError: CUDA error: uncorrectable ECC") <= 4
+    assert job.stderr.count("two workers in a row failed on ") == 1

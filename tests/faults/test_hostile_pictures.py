@@ -48,6 +48,7 @@ def test_they_are_rejected_by_name_and_all_else_is_done(
 ) -> None:
     code, out = encode(source, tmp_path / "c", micro_vae)
     assert code == 3, out  # two of thirty are more than 5%
+    assert "Fatal Python error: Aborted" in out, "the last lines of the worker that was lost"
     rejects = [json.loads(line) for path in tmp_path.glob("c/_rejects/*") for line in path.read_text().splitlines()]
     assert sorted((reject["shard"], reject["key"], reject["reason"]) for reject in rejects) == [
         ("s/1.tar", "000000014", "unsafe"),

@@ -39,13 +39,34 @@ def eat():
         held.append(os.urandom(1 << 20) * 64)
         time.sleep(0.02)
 
+def no_cuda(batch, shard=""):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def no_idea(batch, shard=""):
+    time.sleep(0.01)
+    raise ValueError("nobody knows this error")
+
+def read_half():
+    from fsspec.implementations.local import LocalFileOpener
+    read = LocalFileOpener.read
+    LocalFileOpener.read = lambda file, size=-1: read(file, size) if file.tell() < file.size // 2 else b""
+
 class Sick(EncodeJob):
     def build(self, vae, stop):
+        if {what!r} == "start" and not first():
+            raise MemoryError("no room for the model")
         if {what!r} == "hang_at_start" and first():
             hang()
         encoder = EncodeJob.build(self, vae, stop)
         replica = encoder.tools.replica
         healthy = replica.encode
+
+        if {what!r} in ("no_cuda", "no_idea") and first():
+            replica.encode = {what}
+            return encoder
+        if {what!r} == "read_half" and first():
+            read_half()
+            return encoder
 
         def crawl():
             for _ in range(12):
@@ -54,8 +75,10 @@ class Sick(EncodeJob):
             open({marker!r} + "-crawled", "x").close()
 
         def encode(batch, shard=""):
-            if first():
+            if {what!r} in ("hang", "crawl", "eat") and first():
                 {what}()
+            elif {what!r} in ("no_idea", "start"):
+                time.sleep(0.5)  # so that the healthy worker has not done all before
             return healthy(batch, shard)
 
         replica.encode = encode
@@ -146,6 +169,52 @@ def test_a_worker_that_is_slow_is_not(source: Path, calm: dict[str, Any], micro_
     assert (tmp_path / "once-crawled").exists()
     assert "tried again" not in done.stderr
     assert statistics(tmp_path / "c")["digest"] == calm["digest"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 tars of 8 samples."""
+    folder = tmp_path_factory.mktemp("many") / "s"
+    for number in range(32):
+        write_tar(folder / f"{number:02}.tar", img2dataset_members(8 * number, 8))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        pytest.param(
+            "no_cuda",
+            "is replaced, because it fails: RuntimeError: CUDA error: an illegal memory access",
+            marks=pytest.mark.fault(26, "every call of one worker's model fails (a CUDA error)"),
+        ),
+        pytest.param(
+            "no_idea",
+            "is replaced, because it fails: ValueError: nobody knows this error",
+            marks=pytest.mark.fault(26, "every call of one worker's model fails (an unknown error)"),
+        ),
+        pytest.param(
+            "read_half",
+            "to be tried again: ",
+            marks=pytest.mark.fault(27, "one worker reads every file short"),
+        ),
+        pytest.param(
+            "start",
+            "a worker is started again: MemoryError: no room for the model",
+            marks=pytest.mark.fault(30, "workers cannot start in one of two places"),
+        ),
+    ],
+)
+def test_one_sick_worker_of_two_costs_nothing(
+    latentmill: Callable[..., tuple[int, str, str]], many: Path, micro_vae: Path, tmp_path: Path, what: str, said: str
+) -> None:
+    assert latentmill("encode", *arguments(many, tmp_path / "calm", micro_vae), "--workers", 0)[0] == 0
+    calm = statistics(tmp_path / "calm")
+    done = encode(many, tmp_path / "c", micro_vae, what, workers=2)
+    assert done.returncode == 0, done.stderr
+    found = statistics(tmp_path / "c")
+    assert (found["count"], found["rejected"], found["digest"]) == (256, {}, calm["digest"])
+    assert said in done.stderr, done.stderr
 
 
 @pytest.mark.fault(15, "a machine runs out of memory, and Ray ends the worker")

@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -292,6 +293,34 @@ def test_bursts_of_errors_are_waited_for(
     code, out = finish(job)
     assert code == 0, out
     assert_whole(bucket, calm)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.fault(29, "a store that is away for more than a minute")
+def test_a_store_that_is_away_for_a_while_is_waited_for(
+    start: Callable[..., subprocess.Popen[str]],
+    proxy: Proxy,
+    bucket: str,
+    calm: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests are tried once here, so that every task fails many times within this time."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    end = [0.0]
+
+    def rule(request: Request) -> int | None:
+        if put(request, "data/*") and not end[0]:
+            end[0] = time.monotonic() + 75
+        return 503 if end[0] and time.monotonic() < end[0] else None
+
+    proxy.rule = rule
+    job = start("--workers", 2)
+    _, err = job.communicate(timeout=250)
+    assert job.returncode == 0, err
+    assert_whole(bucket, calm)
+    assert "the storage does not answer, and no further task is started until it does: cannot " in err
+    assert re.search(r"the storage answers again, after [12] min", err)
 
 
 @pytest.mark.fault(19, "the account is refused midway (403)")
