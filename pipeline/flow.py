@@ -9,7 +9,7 @@ cut short anywhere and taken up by anybody; what stands is never made again.
 import itertools
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import commit, pixels, storage, tally
+from pipeline import commit, inputs, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
 from pipeline.encode import Compute, Replica, Vae
@@ -151,12 +151,13 @@ class Encoder:
 
 @dataclass(slots=True)
 class Filled:
-    """What became of the samples of one part."""
+    """What became of the samples of one part. digests: of the samples as they were read, by position."""
 
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
     again: int = 0
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -289,8 +290,7 @@ def watched(samples: Iterator[Sample | Reject], tools: Tools, clock: Clock) -> I
 
 def drain(samples: Iterable[Sample | Reject]) -> None:
     """Read past samples."""
-    for _ in samples:
-        pass
+    deque(samples, maxlen=0)
 
 
 def fill(
@@ -305,6 +305,8 @@ def fill(
 
     def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
+        when_read = item if isinstance(item, Reject) and item.stage == "read" else sample
+        filled.digests[sample.position] = inputs.digest_of(when_read)
         return rejected_again(sample, item, superseded.get(sample.position)), seconds
 
     opened = in_order(
@@ -413,6 +415,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         rows=len(filled.rows),
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
+        inputs=inputs.of_digests(filled.digests[position] for position in sorted(filled.digests)),
         rejects=tuple(filled.rejects),
         tally=tally.tally_rows(filled.rows, tools.job.layout.store),
     )

@@ -110,6 +110,7 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
         solved = read_again - {reject.position for reject in filled.rejects}
         superseded = tuple(sorted((p, why) for p, why in task.rejected[number].items() if p in solved))
         filled.rejects.clear()
+        filled.digests = {position: filled.digests[position] for position, _ in superseded}
         if not superseded:
             continue
         record = replace(
