@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
+from jobs.drive import IN_FLIGHT, Done, Job, Worker, failed
 from jobs.progress import say
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
@@ -165,7 +165,7 @@ class Actor:
         try:
             return Done(task, self.worker.run(task, attempt), None)
         except Exception as error:  # whatever it was, the driver decides what becomes of the task
-            return Done(task, None, error_line(error))
+            return failed(task, error)
 
 
 @dataclass(slots=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from jobs.progress import say
 from pipeline.encode import Vae
-from pipeline.errors import LatentmillError, Stopped
+from pipeline.errors import DamagedError, LatentmillError, Stopped
 from pipeline.records import Attempt
 
 TRIES = 3
@@ -58,12 +58,16 @@ class Job(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A task that came to its end. error: why it failed, in one line; None where it did not. lost: with its worker."""
+    """A task that came to its end. error: why it failed, in one line; None where it did not. lost: with its worker.
+
+    damaged_at: the byte at which it found its shard damaged.
+    """
 
     task: Any
     report: Any
     error: str | None
     lost: bool = False
+    damaged_at: int | None = None
 
 
 class Engine(Protocol):
@@ -185,6 +189,7 @@ def drive(
     queue = deque(random.sample(list(tasks), len(tasks)))
     tries, losses = Counter[str](), Counter[str]()
     rests: dict[str, float] = {}
+    damage: dict[str, int] = {}
     driven = Driven()
     under_way, ready = 0, 0.0
     with signals.looked_at():
@@ -193,7 +198,7 @@ def drive(
             ready = ready or (time.perf_counter() if engine.slots else 0.0)
             while under_way < engine.slots and (task := _next(queue, rests)):
                 name = task.name
-                attempt = Attempt(careful=losses[name] > 0, last=tries[name] == TRIES - 1)
+                attempt = Attempt(careful=losses[name] > 0, damaged_at=damage.get(name))
                 if not engine.submit(task, attempt):
                     break
                 queue.remove(task)
@@ -205,6 +210,8 @@ def drive(
                 if done.error is None:
                     on_done(done.report)
                     continue
+                if done.damaged_at is not None:
+                    damage[done.task.name] = done.damaged_at
                 (losses if done.lost else tries)[done.task.name] += 1
                 if tries[done.task.name] < TRIES and losses[done.task.name] < LOSSES:
                     if not signals.stop.is_set():  # else it failed of that
@@ -223,6 +230,11 @@ def _next(queue: Iterable[Task], rests: Mapping[str, float]) -> Task | None:
     """The first task that does not rest after a failure."""
     now = time.monotonic()
     return next((task for task in queue if rests.get(task.name, 0.0) <= now), None)
+
+
+def failed(task: Any, error: BaseException) -> Done:
+    """The end of a task that raised this."""
+    return Done(task, None, error_line(error), damaged_at=error.at if isinstance(error, DamagedError) else None)
 
 
 def error_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.drive import IN_FLIGHT, Done, Job, error_line
+from jobs.drive import IN_FLIGHT, Done, Job, failed
 from pipeline.encode import Vae
 from pipeline.records import Attempt
 
@@ -40,7 +40,7 @@ class InlineEngine:
         error = future.exception()
         if error is None:
             return Done(task, future.result(), None)
-        return Done(task, None, error_line(error))
+        return failed(task, error)
 
     def close(self) -> None:
         """Let the threads end at their next sample, and wait for them."""

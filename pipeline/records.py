@@ -111,11 +111,12 @@ class Reject:
 class Attempt:
     """What is known of a task that is tried again.
 
-    careful: a worker died under it, perhaps of one of its pictures. last: no further one follows where this one fails.
+    careful: a worker died under it, perhaps of one of its pictures. damaged_at: the byte at which another look found
+    its shard damaged: where this one does, too, the shard is taken up to there.
     """
 
     careful: bool = False
-    last: bool = False
+    damaged_at: int | None = None
 
 
 FIRST = Attempt()
@@ -271,10 +272,11 @@ class Standing:
     sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As `_commits` holds it: rejects as counts by reason."""
+        """As `_commits` holds it: rejects as counts by reason, and where the rest of a damaged shard begins."""
         fields = self.record.to_dict()
         reasons = [reject.reason for reject in self.record.rejects]
         fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST]
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline import flow
 from pipeline.cache import Cache, to_tensor
-from pipeline.errors import LatentmillError
+from pipeline.errors import DamagedError, LatentmillError
 from pipeline.flow import EncodeJob, Encoder
 from pipeline.records import Picture, Reject, Sample, Standing, Unit
 from pipeline.render import Wanted, wanted_rows
@@ -24,7 +24,11 @@ def recount(unit: Unit, parts: Sequence[Standing], job: EncodeJob) -> Iterator[P
     """Read a unit's input to its end, and count its samples. parts: those of the unit that no retry wrote."""
     recorded = sum(part.record.samples for part in parts)
     try:
-        count = sum(1 for _ in flow.to_the_damage(flow.read(unit, job), []))
+        count = 0
+        for sample in flow.read(unit, job):
+            count = sample.position + 1
+    except DamagedError:
+        count += 1  # the rest is one reject
     except LatentmillError as error:
         yield Problem(unit.url, f"it cannot be counted: {error}", "say where it is now: --source")
         return

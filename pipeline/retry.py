@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from pipeline import commit
 from pipeline.careful import Opener
+from pipeline.damage import to_the_damage
 from pipeline.encode import Vae
 from pipeline.errors import REST
-from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
+from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, watched
 from pipeline.records import FIRST, Attempt, Reject, Sample, Standing, Unit, UnitReport
 
 
@@ -77,7 +78,7 @@ class Retrier:
         """Always carefully: a picture may have been rejected because it ended a process."""
         tools = self.encoder.tools
         with Opener(tools.job.limits) as opener:
-            return retry(task, replace(tools, open_pixels=opener.open_pixels))
+            return retry(task, replace(tools, open_pixels=opener.open_pixels, damaged_at=attempt.damaged_at))
 
     @property
     def pictures(self) -> int:
@@ -101,7 +102,7 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
     job, clock, unit = tools.job, Clock(), task.unit
     wanted = {position for rejects in task.rejected.values() for position in rejects}
-    readable = to_the_damage(read(unit, job), [])
+    readable = to_the_damage(read(unit, job, tools.on_piece), tools.damaged_at, [])
     samples = (sample for sample in watched(readable, tools, clock) if sample.position in wanted)
     standing: list[Standing] = []
     for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):

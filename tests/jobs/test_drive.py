@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.drive import Done, Signals, drive, error_line
-from pipeline.errors import ShardError, Stopped
+from jobs.drive import Done, Signals, drive, error_line, failed
+from pipeline.errors import DamagedError, ShardError, Stopped
 from pipeline.records import Attempt
 
 
@@ -21,6 +21,7 @@ class Scripted:
 
     failures: dict[str, int]
     lost: bool = False
+    damaged_at: tuple[int, ...] = ()
     slots: int = 2
     pictures: int = 0
     waiting_for: str = ""
@@ -38,8 +39,10 @@ class Scripted:
 
     def wait(self, seconds: float, waiting: int) -> list[Done]:
         task = self.running.pop(0)
-        failed = self.started[task.name] <= self.failures.get(task.name, 0)
-        return [Done(task, None if failed else task.name, "it broke" if failed else None, lost=failed and self.lost)]
+        broken = self.started[task.name] <= self.failures.get(task.name, 0)
+        at = dict(enumerate(self.damaged_at, 1)).get(self.started[task.name]) if broken else None
+        error = "it broke" if broken else None
+        return [Done(task, None if broken else task.name, error, lost=broken and self.lost, damaged_at=at)]
 
     def close(self) -> None:
         self.running.clear()
@@ -70,12 +73,20 @@ def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> Non
     assert engine.started == {"0": 1, "1": 10, "2": 10, "3": 1}
 
 
-def test_a_task_that_lost_its_worker_is_tried_carefully_and_one_that_failed_twice_for_the_last_time() -> None:
+def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
     failing, losing = Scripted({"0": 2}), Scripted({"0": 2}, lost=True)
     run(failing, 1)
     run(losing, 1)
-    assert [attempt for _, attempt in failing.attempts] == [Attempt(), Attempt(), Attempt(last=True)]
+    assert [attempt for _, attempt in failing.attempts] == [Attempt(), Attempt(), Attempt()]
     assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
+
+
+def test_where_a_shard_was_found_damaged_the_next_attempt_knows_it() -> None:
+    engine = Scripted({"0": 2}, damaged_at=(700, 900))
+    run(engine, 1)
+    assert [attempt for _, attempt in engine.attempts] == [Attempt(), Attempt(damaged_at=700), Attempt(damaged_at=900)]
+    told = failed(Task("0"), DamagedError("it is cut off", at=7))
+    assert (told.error, told.damaged_at, failed(Task("0"), ShardError("x")).damaged_at) == ("it is cut off", 7, None)
 
 
 def test_a_task_that_finds_no_place_is_offered_again() -> None:
