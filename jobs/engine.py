@@ -117,9 +117,8 @@ class Engine(Protocol):
 
 def failed(task: Any, worker: str, error: Exception) -> Done:
     """How a task ended that raised an error in a worker."""
-    return Done(
-        task=task, worker=worker, error=error_line(error), cause=cause_of(error), damaged_at=getattr(error, "at", None)
-    )
+    damaged_at = error.at if isinstance(error, DamagedError) else None
+    return Done(task=task, worker=worker, error=error_line(error), cause=cause_of(error), damaged_at=damaged_at)
 
 
 def cause_of(error: BaseException) -> Cause:

@@ -143,7 +143,7 @@ class StatsOptions:
 class VerifyOptions(StatsOptions):
     """Prove a cache: every file against its record, the plan, the statistics; on request against inputs and VAE."""
 
-    recount: bool = option(False, "read the inputs to their end and count their samples, too")
+    recount: bool = option(False, "read the inputs to their end: their samples must be those that were encoded")
     reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
     source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")

@@ -15,6 +15,7 @@ from jobs.standing import finish, matching_vae, units
 from pipeline import commit, identity, retry, stats, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
+from pipeline.errors import REST
 from pipeline.records import Standing, UnitReport
 from pipeline.runs import Run
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
+    parts = stats.parts(cache.folder, cache.content["identity_sha256"])
+    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache, parts), begun(parts))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
     log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
@@ -54,18 +56,26 @@ def tell(
         print_json({"cache": options.cache, "rows": counts["rows"], **content})
         return
     left = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
-    print(f"retried {sum(len(p) for t in tasks for p in t.rejected.values()):,} rejected samples")
+    tried = Counter(reason == REST for task in tasks for _, reason in task.rejected - task.superseded)
+    rests = f", and what follows the damage of {tried[True]:,} shards" if tried[True] else ""
+    print(f"retried {tried[False]:,} rejected samples{rests}")
     print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
     print(f"  rejected   {left}")
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def rejecting(cache: Cache) -> list[Standing]:
-    """The parts of a cache that have rejects, and those that supersede some."""
+def rejecting(cache: Cache, parts: Sequence[stats.Part]) -> list[Standing]:
+    """Those parts of a cache that have rejects, or supersede some."""
     identity = cache.content["identity_sha256"]
-    parts = [part for part in stats.parts(cache.folder, identity) if part.rejects]
-    found = (commit.inspect(cache.folder, part.file, identity) for part in parts)
-    return [part for part in found if part is not None] + commit.retried(cache.folder, identity)
+    wanted = [part.file for part in parts if part.rejects or part.supersedes]
+    found = (commit.inspect(cache.folder, file, identity) for file in wanted)
+    return [part for part in found if part is not None]
+
+
+def begun(parts: Sequence[stats.Part]) -> set[str]:
+    """The paths of the inputs of which the encode command read anything before a damage."""
+    first = (part for part in parts if not part.supersedes)
+    return {part.source for part in first if part.rows or part.filtered or part.rejects.keys() - {REST}}
 
 
 def encode(

@@ -14,9 +14,11 @@ from jobs.settings import encode_job
 from jobs.standing import files, finish, matching_vae, units
 from pipeline import identity, verify
 from pipeline.cache import Cache
+from pipeline.damage import rests
 from pipeline.encode import Compute
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeJob
+from pipeline.records import Standing
 from pipeline.reencode import recount, reencode
 from pipeline.render import choose
 from pipeline.verify import Found
@@ -66,23 +68,35 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
     job: EncodeJob = encode_job(cache.folder, cache.content, compute, options.input_limit, 1, run="")
     where = units(options.source, cache)
     if options.recount:
+        left = uncounted(found)
+        by_unit: dict[str, list[Standing]] = {}
+        for part in found.parts:
+            by_unit.setdefault(part.record.unit, []).append(part)
         for unit in where.values():
-            parts = [part for part in found.parts if part.record.unit == unit.name and not part.record.round]
-            yield from recount(unit, parts, job)
+            yield from recount(unit, by_unit.get(unit.name, []), left.get(unit.name), job)
     if options.reencode:
         wanted = [row for sheet in choose(files(cache, where), options.reencode) for row in sheet.rows]
         yield from reencode(cache, wanted, job.build(matching_vae(options.vae, cache), threading.Event()))
 
 
+def uncounted(found: Found) -> dict[str, int]:
+    """The units whose input is damaged, and how many of its samples stand before that: nobody knows what follows."""
+    return {unit: min(positions) for unit, positions in rests(part.record for part in found.parts).items()}
+
+
 def tell(options: VerifyOptions, found: Found, rebuilt: Sequence[str]) -> None:
     """What was found, file by file."""
     rows = sum(part.record.rows for part in found.parts)
+    left = [{"unit": unit, "samples": count} for unit, count in sorted(uncounted(found).items())]
     if options.json:
-        problems = [dataclasses.asdict(problem) for problem in found.problems]
-        print_json({"cache": options.cache, "files": len(found.parts), "rows": rows, "problems": problems})
+        content = {"problems": [dataclasses.asdict(problem) for problem in found.problems]}
+        content |= {"uncounted": left} if options.recount else {}
+        print_json({"cache": options.cache, "files": len(found.parts), "rows": rows, **content})
         return
     for name in rebuilt:
         say(f"written again: what is said of {name}")
+    for one in left if options.recount else []:
+        say(f"note: the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted")
     for problem in found.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
@@ -96,7 +110,9 @@ def verdict(options: VerifyOptions, found: Found, rows: int) -> str:
         return _count(len(found.problems), "problem")
     proofs = ["all of it is as it was written"]
     if options.recount:
-        proofs.append("the inputs have the samples that are recorded")
+        left = len(uncounted(found))
+        but = f", but for what follows the damage of {_count(left, 'input')}" if left else ""
+        proofs.append(f"the inputs have the samples that are recorded{but}")
     if options.reencode:
         proofs.append(
             f"{_count(min(options.reencode, rows), 'picture')} encoded again, with the same latents but for rounding"

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from pipeline import write_parquet, write_tar
-from pipeline.errors import CacheError, StorageError
+from pipeline.errors import REST, CacheError, StorageError
 from pipeline.layout import Layout
 from pipeline.records import VERIFY, Container, Record, Row, Standing, canonical_json, json_object, sealed
 from pipeline.storage import Folder
@@ -59,9 +59,14 @@ def _create(cache: Folder, name: str, data: bytes, record: Record) -> Standing:
     return standing
 
 
-def find(cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet") -> Standing | None:
-    """The part of this number as it stands in the cache; None where it is still to be made. unit: its name."""
-    stem = f"{unit}-{number:05d}"
+def find(
+    cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet", round: int = 0
+) -> Standing | None:
+    """The part of this number as it stands in the cache; None where it is still to be made. unit: its name.
+
+    round: of the retry that wrote it.
+    """
+    stem = f"{unit}-{number:05d}" + (f"r{round}" if round else "")
     for name in (f"{DATA}/{stem}{WRITERS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
         standing = inspect(cache, name, identity)
         if standing is not None:
@@ -224,7 +229,10 @@ def superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[
     """What parts of `retry` have of these units: why it was rejected, by unit and position."""
     found: dict[str, dict[int, str]] = {}
     for part in retried(cache, identity, units) if units else []:
-        found.setdefault(part.record.unit, {}).update(part.record.supersedes)
+        mine = found.setdefault(part.record.unit, {})
+        for position, reason in part.record.supersedes:
+            if mine.get(position) != REST:  # what a retry rejected again, and a later one has, is no other part's
+                mine[position] = reason
     return found
 
 

@@ -9,7 +9,7 @@ cut short anywhere and taken up by anybody; what stands is never made again.
 import itertools
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import commit, pixels, storage, tally
+from pipeline import commit, inputs, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
+from pipeline.damage import after_all_bytes, before_the_rest, rest_alone, to_the_damage
 from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
@@ -108,7 +109,8 @@ class EncodeJob:
 class Tools:
     """What a unit needs on its way; the units in flight share them.
 
-    seen: how many `samples` were read so far, in all units.
+    seen: how many `samples` were read so far, in all units, and `pieces` of what is read past.
+    damaged_at: of the unit that is done, see `Attempt`.
     """
 
     job: EncodeJob
@@ -117,7 +119,13 @@ class Tools:
     stop: threading.Event
     seen: Counter[str] = field(default_factory=Counter)
     open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels
-    to_the_damage: bool = False
+    damaged_at: int | None = None
+
+    def on_piece(self) -> None:
+        """Count a piece of what is read past. Raises Stopped once the job is to stop."""
+        if self.stop.is_set():
+            raise Stopped
+        self.seen["pieces"] += 1
 
 
 class Encoder:
@@ -129,10 +137,10 @@ class Encoder:
     def run(self, unit: Unit, attempt: Attempt = FIRST) -> UnitReport:
         """Do what is missing of a unit.
 
-        A careful attempt has the pictures opened by a process of its own: one of them may have ended a worker. The last
-        one takes a damaged shard as far as it can be read, and rejects the rest.
+        A careful attempt has the pictures opened by a process of its own: one of them may have ended a worker. One that
+        knows of a damage, and finds it again, takes the shard as far as it can be read, and rejects the rest.
         """
-        tools = replace(self.tools, to_the_damage=attempt.damaged_at is not None)
+        tools = replace(self.tools, damaged_at=attempt.damaged_at)
         if not attempt.careful:
             return process(unit, tools)
         with Opener(tools.job.limits) as opener:
@@ -145,18 +153,19 @@ class Encoder:
 
     @property
     def steps(self) -> int:
-        """What moves as long as anything does: samples read, pictures encoded, and the model's own runs."""
-        return self.tools.seen["samples"] + self.pictures + self.tools.replica.runs
+        """What moves as long as anything does: samples read, pictures encoded, the model's own runs."""
+        return self.tools.seen.total() + self.pictures + self.tools.replica.runs
 
 
 @dataclass(slots=True)
 class Filled:
-    """What became of the samples of one part."""
+    """What became of the samples of one part. digests: of the samples as they were read, by position."""
 
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
     again: int = 0
+    digests: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -186,16 +195,19 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
     damage: list[str] = []
-    reading = to_the_damage(read(unit, job), damage) if tools.to_the_damage else read(unit, job)
-    samples = Peekable(watched(reading, tools, clock))
+    superseded = job.superseded.get(unit.name, {})
+    reading = to_the_damage(read(unit, job, tools.on_piece), tools.damaged_at, damage)
+    samples = Peekable(watched(before_the_rest(reading, superseded), tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
     for number in itertools.count():
         part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
-            some = itertools.islice(samples, job.rows_per_part)
-            filled, behind = fill(unit, some, tools, clock, job.superseded.get(unit.name, {})), 0
+            some: Iterator[Sample | Reject] = itertools.islice(samples, job.rows_per_part)
+            if number and samples.is_done:  # what stands was read farther than this
+                some = iter([rest_alone(unit.url, number * job.rows_per_part, damage)])
+            filled, behind = fill(unit, some, tools, clock, superseded), 0
             encoded, again = encoded + len(filled.rows), again + filled.again
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
@@ -210,13 +222,16 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     return replace(report, encoded=encoded, again=again, damage="".join(damage))
 
 
-def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
-    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for."""
+def read(unit: Unit, job: Reading, on_piece: Callable[[], None] = lambda: None) -> Iterator[Sample | Reject]:
+    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
+
+    on_piece: called again and again while what follows a damage is read. A DamagedError is raised after that.
+    """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
         beside = read_beside_tar(unit, job)
         with storage.open_stream(unit.url, options, unit) as stream:
-            for sample in read_tar(stream, unit.url, columns.texts, job.limits):
+            for sample in after_all_bytes(read_tar(stream, unit.url, columns.texts, job.limits), stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in beside:
                     yield joined(sample, beside[sample.key])
                 else:
@@ -224,9 +239,10 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
     elif unit.kind == "parquet":
         with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
             part = unit.range or (0, 1)
-            yield from read_parquet(
+            samples = read_parquet(
                 stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema, job.limits
             )
+            yield from after_all_bytes(samples, stream, on_piece)
     elif unit.kind == "folder":
         yield from read_folder(
             unit.paths,
@@ -237,21 +253,6 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
         )
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
-
-
-def to_the_damage(samples: Iterator[Sample | Reject], damage: list[str]) -> Iterator[Sample | Reject]:
-    """The same samples; where the shard is damaged, one reject in place of all that cannot be read or counted.
-
-    damage: the error is put in there.
-    """
-    position = 0
-    try:
-        for sample in samples:
-            position = sample.position + 1
-            yield sample
-    except DamagedError as error:
-        damage.append(str(error))
-        yield Reject.of(position, "", Rejected("read", REST))
 
 
 def joined(sample: Sample, more: Mapping[str, object]) -> Sample | Reject:
@@ -289,8 +290,7 @@ def watched(samples: Iterator[Sample | Reject], tools: Tools, clock: Clock) -> I
 
 def drain(samples: Iterable[Sample | Reject]) -> None:
     """Read past samples."""
-    for _ in samples:
-        pass
+    deque(samples, maxlen=0)
 
 
 def fill(
@@ -305,6 +305,8 @@ def fill(
 
     def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
+        when_read = item if isinstance(item, Reject) and item.stage == "read" else sample
+        filled.digests[sample.position] = inputs.digest_of(when_read)
         return rejected_again(sample, item, superseded.get(sample.position)), seconds
 
     opened = in_order(
@@ -413,6 +415,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         rows=len(filled.rows),
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
+        inputs=inputs.of_digests(filled.digests[position] for position in sorted(filled.digests)),
         rejects=tuple(filled.rejects),
         tally=tally.tally_rows(filled.rows, tools.job.layout.store),
     )

@@ -28,17 +28,18 @@ def middles(stream: BinaryIO, url: str) -> list[int]:
     size = int.from_bytes(stream.read(8)[:4], "little")
     end = stream.seek(0, 2)
     if size + 8 > end:
-        raise DamagedError(f"{url} cannot be read as Parquet: its footer would be longer than the file")
-    stream.seek(-8 - size, 2)
+        raise DamagedError(f"{url} cannot be read as Parquet: its footer would be longer than the file", at=end - 8)
+    start = stream.seek(-8 - size, 2)
     try:
         answer, _ = _reader.ask(stream.read(size + 8), SECONDS)
     except ChildProcessError as error:
-        raise DamagedError(f"{url} cannot be read as Parquet: its footer ends the process that reads it") from error
+        said = f"{url} cannot be read as Parquet: its footer ends the process that reads it"
+        raise DamagedError(said, at=start) from error
     if "error" in answer:
-        raise DamagedError(f"{url} cannot be read as Parquet: {answer['error']}")
+        raise DamagedError(f"{url} cannot be read as Parquet: {answer['error']}", at=start)
     found = list(answer["middles"])
     if not all(0 <= middle < end for middle in found):  # it would belong to no range, and be lost
-        raise DamagedError(f"{url} is damaged: by its footer it has rows outside of the file")
+        raise DamagedError(f"{url} is damaged: by its footer it has rows outside of the file", at=start)
     return found
 
 

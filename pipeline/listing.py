@@ -10,7 +10,8 @@ from braceexpand import braceexpand
 from pipeline.errors import SourceError
 from pipeline.limits import shown, text_of
 from pipeline.records import Shard
-from pipeline.storage import connect, etag_of, full_url, is_local, naming, parent
+from pipeline.storage import connect, etag_of, full_url, is_local, parent
+from pipeline.stream import naming
 from pipeline.walk import Walk
 
 WILDCARDS = frozenset("*?[{")

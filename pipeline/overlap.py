@@ -39,9 +39,13 @@ class Peekable(Iterator[In]):
 
     @property
     def is_done(self) -> bool:
+        return self.peek() is None
+
+    def peek(self) -> In | None:
+        """What comes next, and stays; None at the end."""
         if not self._next:
             try:
                 self._next.append(next(self._items))
             except StopIteration:
-                return True
-        return False
+                return None
+        return self._next[0]

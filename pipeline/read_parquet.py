@@ -28,28 +28,36 @@ _PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "byte
 
 @contextmanager
 def opened(stream: BinaryIO, url: str, limits: Limits = DEFAULT) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises DamagedError, which names the URL, where it or what is read of it is damaged."""
-    try:
-        size = stream.seek(0, 2)
-        if size < SMALLEST:  # checked first: stores refuse to seek before the start, each in its own way
-            raise DamagedError(f"{url} is not a Parquet file: it has {size} bytes")
-        stream.seek(size - 8)
-        end = stream.read(8)
-        if end[4:] != b"PAR1":
-            raise DamagedError(f"{url} is not a Parquet file, or is cut off: it has no end mark")
-        if int.from_bytes(end[:4], "little") > limits.footer_bytes:
-            raise DamagedError(
-                f"{url} has a footer of more than {limits.footer_bytes} bytes: that is more than is read"
-            )
-        stream.seek(0)
+    """A Parquet file. Raises DamagedError, which names the URL, where it or what is read of it is damaged: at the place
+    of its footer, where nothing else is known."""
+    size = stream.seek(0, 2)
+    if size < SMALLEST:  # checked first: stores refuse to seek before the start, each in its own way
+        raise DamagedError(f"{url} is not a Parquet file: it has {size} bytes", at=0)
+    stream.seek(size - 8)
+    end = stream.read(8)
+    if end[4:] != b"PAR1":
+        raise DamagedError(f"{url} is not a Parquet file, or is cut off: it has no end mark", at=size - 8)
+    footer = max(0, size - 8 - int.from_bytes(end[:4], "little"))
+    if int.from_bytes(end[:4], "little") > limits.footer_bytes:
+        said = f"{url} has a footer of more than {limits.footer_bytes} bytes: that is more than is read"
+        raise DamagedError(said, at=footer)
+    stream.seek(0)
+    with damage_at(footer, url):
         file = pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
         for name, count in Counter(file.schema_arrow.names).items():
             if count > 1:
                 raise ShardError(f"{url} has {count} columns called {name}")
         yield file
+
+
+@contextmanager
+def damage_at(place: int, url: str) -> Iterator[None]:
+    """Take Arrow's errors for damage of the file at this byte."""
+    try:
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns that are no text
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"{url} cannot be read as Parquet: {reason}") from error
+        raise DamagedError(f"{url} cannot be read as Parquet: {reason}", at=place) from error
 
 
 def picture_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
@@ -126,7 +134,8 @@ def read_parquet(
         groups = row_groups(footers.middles(stream, url), part, size)
         rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if rows_of_groups != file.metadata.num_rows:
-            raise DamagedError(f"{url} is damaged: its footer says two different numbers of rows")
+            footer = stream.seek(0, 2) - 8 - file.metadata.serialized_size
+            raise DamagedError(f"{url} is damaged: its footer says two different numbers of rows", at=footer)
         seen = _keys_before(file, groups, key_column)
         names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)
@@ -165,15 +174,24 @@ def _rows(
     """Number in the file, key, picture and columns of each row; a few rows are held at a time."""
     for group in groups:
         first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
-            values = _columns(batch, wanted, url)
-            keys = _keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
-            for index in range(len(batch)):
-                columns = {name: column[index] for name, column in values.items()}
-                yield first + count + index, keys[index], _value(batch.column(pictures)[index], pictures), columns
-            count += len(batch)
+        with damage_at(_start(file, group), url):
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
+                values = _columns(batch, wanted, url)
+                keys = _keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
+                for index in range(len(batch)):
+                    columns = {name: column[index] for name, column in values.items()}
+                    yield first + count + index, keys[index], _value(batch.column(pictures)[index], pictures), columns
+                count += len(batch)
         if count != file.metadata.row_group(group).num_rows:
-            raise DamagedError(f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise")
+            said = f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise"
+            raise DamagedError(said, at=_start(file, group))
+
+
+def _start(file: Any, group: int) -> int:
+    """The first byte of a row group. Only where `footers.middles` has found that this ends no process."""
+    metadata = file.metadata.row_group(group)
+    chunks = [metadata.column(number) for number in range(metadata.num_columns)]
+    return max(0, min(int(chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks))
 
 
 def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[str]:

@@ -129,7 +129,9 @@ def read_members(
         header = _exactly(stream, BLOCK, url, offset)
         if not any(header):
             if any(_exactly(stream, BLOCK, url, offset + BLOCK)):
-                raise DamagedError(f"{url} is damaged: after byte {offset} stands one block of zeros, not two")
+                raise DamagedError(
+                    f"{url} is damaged: after byte {offset} stands one block of zeros, not two", at=offset
+                )
             offset, header = _next_archive(stream, url, offset + 2 * BLOCK)
             if not header:
                 return
@@ -138,7 +140,9 @@ def read_members(
         kind, start = header[156:157], offset + BLOCK
         if kind in b"LxgK":
             if size > limits.header_bytes:
-                raise DamagedError(f"{url} has a header of {size} bytes at byte {offset}: that is more than is read")
+                raise DamagedError(
+                    f"{url} has a header of {size} bytes at byte {offset}: that is more than is read", at=offset
+                )
             data = _exactly(stream, size, url, start)
             if kind == b"L":
                 long_name = _text(data.rstrip(b"\0"))
@@ -190,7 +194,7 @@ def _pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
             break
         said[key], place = value[:-1], end
     if data[place:].strip(b"\0"):
-        raise DamagedError(f"{url} is damaged: the extended header at byte {offset} is not one of a tar")
+        raise DamagedError(f"{url} is damaged: the extended header at byte {offset} is not one of a tar", at=offset)
     return said
 
 
@@ -211,7 +215,8 @@ def _skip(stream: BinaryIO, count: int, url: str, offset: int) -> None:
 def _exactly(stream: BinaryIO, count: int, url: str, offset: int) -> bytes:
     data = _up_to(stream, count)
     if len(data) < count:
-        raise DamagedError(f"{url} is cut off at byte {offset + len(data)}: it has no end mark")
+        end = offset + len(data)
+        raise DamagedError(f"{url} is cut off at byte {end}: it has no end mark", at=end)
     return data
 
 
@@ -231,7 +236,7 @@ def _number(field: bytes, url: str, offset: int) -> int:
         digits = field.strip(b"\0 ")
         if not digits.isdigit() or b"8" in digits or b"9" in digits:
             if digits:
-                raise DamagedError(f"{url} is damaged: the header at byte {offset} is not one of a tar")
+                raise DamagedError(f"{url} is damaged: the header at byte {offset} is not one of a tar", at=offset)
             return 0
         value = int(digits, 8)
     return value
@@ -239,7 +244,7 @@ def _number(field: bytes, url: str, offset: int) -> int:
 
 def _check_sum(header: bytes, url: str, offset: int) -> None:
     if sum(header[:148]) + 8 * 32 + sum(header[156:]) != _number(header[148:156], url, offset):
-        raise DamagedError(f"{url} is damaged: the header at byte {offset} is not one of a tar")
+        raise DamagedError(f"{url} is damaged: the header at byte {offset} is not one of a tar", at=offset)
 
 
 def _short_name(header: bytes) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import CacheError, Rejected
+from pipeline.errors import REST, CacheError, Rejected
 
 if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
     from torch import Tensor
@@ -196,6 +196,7 @@ class BucketTally:
 class Record:
     """What a part says of itself, inside its own file. Nothing in it depends on the run.
 
+    inputs: sha256 over the part's samples as they were read (`pipeline.inputs`).
     round, supersedes: of a part that `retry` wrote beside the one of its number: which retry it was, and the rejects
     that do not count any more, as position and reason. Both are left out of other parts' records.
     """
@@ -213,6 +214,7 @@ class Record:
     rows: int
     filtered: int
     enlarged: int
+    inputs: str
     rejects: tuple[Reject, ...]
     tally: Mapping[str, BucketTally]
     round: int = 0
@@ -222,6 +224,23 @@ class Record:
     def stem(self) -> str:
         """The file name of the part, without its folder and extension."""
         return f"{self.unit}-{self.part:05d}" + (f"r{self.round}" if self.round else "")
+
+    @property
+    def positions(self) -> list[int]:
+        """Those that the part accounts for, in order. Of a part that `retry` wrote: of the rejects that it supersedes,
+        and, where a `rest_of_shard` is among them, as many from there on as it has samples."""
+        if not self.round:
+            return list(range(self.first, self.first + self.samples))
+        solved = [position for position, reason in self.supersedes if reason != REST]
+        starts = [position for position, reason in self.supersedes if reason == REST]
+        rest = [start + number for start in starts[:1] for number in range(self.samples - len(solved))]
+        return sorted(solved + rest)
+
+    @property
+    def last_position(self) -> int:
+        """Of the last sample that was read: a damaged shard's rest is none."""
+        rest = [reject.position for reject in self.rejects if reject.reason == REST]
+        return min([self.first + self.samples, *rest]) - 1
 
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
@@ -253,10 +272,11 @@ class Standing:
     sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As `_commits` holds it: rejects as counts by reason."""
+        """As `_commits` holds it: rejects as counts by reason, and where the rest of a damaged shard begins."""
         fields = self.record.to_dict()
         reasons = [reject.reason for reject in self.record.rejects]
         fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST]
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
 
 

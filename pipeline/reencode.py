@@ -1,4 +1,4 @@
-"""Two proofs of a cache that need its inputs: as many samples as were recorded, and latents that come out again."""
+"""Two proofs of a cache that need its inputs: the samples that were recorded, and latents that come out again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,40 +6,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import flow
+from pipeline import flow, inputs, storage
 from pipeline.cache import Cache, to_tensor
-from pipeline.errors import LatentmillError
+from pipeline.errors import REST, DamagedError, LatentmillError
 from pipeline.flow import EncodeJob, Encoder
-from pipeline.records import Picture, Reject, Sample, Standing, Unit
+from pipeline.records import Picture, Record, Reject, Sample, Standing, Unit
 from pipeline.render import Wanted, wanted_rows
 from pipeline.verify_part import Problem
 
 NEAR = 0.05  # of a latent's own size: what another device or another slice may change, and no other picture
 
+SHOWN = 3  # parts that are named of an input that was exchanged
+
 LIMITS = "give the --input-limit that it was encoded with; without one, the input was exchanged"
+SOURCE = "say where it is now: --source"
+CHANGED = "restore the input, or encode what it is now into another cache; give the --input-limit of encode here, too"
+REST_READABLE = "latentmill retry takes up what follows the damage"
 RUN = "look whether the input, the VAE or the cache was exchanged; encode anew into another folder"
 
 
-def recount(unit: Unit, parts: Sequence[Standing], job: EncodeJob) -> Iterator[Problem]:
-    """Read a unit's input to its end, and count its samples. parts: those of the unit that no retry wrote."""
-    recorded = sum(part.record.samples for part in parts)
+def recount(unit: Unit, parts: Sequence[Standing], rest: int | None, job: EncodeJob) -> Iterator[Problem]:
+    """Read a unit's input to its end, as it is now, and hold its samples against the records of the unit's parts.
+
+    rest: the position from which on it was damaged, and could not be counted.
+    """
+    found, damage = bytearray(), ""
     try:
-        count = sum(1 for _ in flow.to_the_damage(flow.read(unit, job), []))
+        for sample in flow.read(storage.as_it_is(unit, job.source_options), job):
+            found += inputs.digest_of(sample)
+    except DamagedError as error:
+        damage = str(error)
     except LatentmillError as error:
-        yield Problem(unit.url, f"it cannot be counted: {error}", "say where it is now: --source")
+        yield Problem(unit.url, f"it cannot be counted: {error}", SOURCE)
         return
-    if count != recorded:
+    rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST]
+    recorded = len(set().union(*(counted(part.record) for part in parts)))
+    count = len(found) // inputs.SIZE
+    if damage and not rejects:
+        yield Problem(unit.url, f"it was sound when it was encoded: {damage}", RUN)
+    elif rest is not None and count > rest:
+        yield Problem(unit.url, f"it has {count} samples, it was damaged after {rest}", REST_READABLE)
+    elif count != recorded:
         yield Problem(unit.url, f"it has {count} samples, {recorded} are recorded of {unit.name}", RUN)
+    wrong = [part.file for part in parts if inputs.of_record(part.record, found) != part.record.inputs]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        what = f"its images or their columns are not those of which {', '.join(wrong[:SHOWN])}{more} were made"
+        yield Problem(unit.url, what, CHANGED)
+
+
+def counted(record: Record) -> set[int]:
+    """The positions of a part's samples: a damaged shard's rest is none."""
+    return set(record.positions) - {reject.position for reject in record.rejects if reject.reason == REST}
 
 
 def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterator[Problem]:
     """Encode these rows' pictures again, and compare. In slices of its own, so that rounding may differ."""
+    job = encoder.tools.job
     rows = list(zip(wanted, wanted_rows(cache.folder, wanted), strict=True))
     for unit in {one.unit.name: one.unit for one in wanted}.values():
         left = {row["key"]: (one.file, row) for one, row in rows if one.unit.name == unit.name}
         rejected: dict[str, str] = {}
         try:
-            for sample in flow.read(unit, encoder.tools.job):
+            for sample in flow.read(storage.as_it_is(unit, job.source_options), job):
                 if isinstance(sample, Sample) and sample.key in left:
                     file, row = left.pop(sample.key)
                     yield from _compare(unit, sample, file, row, encoder)
@@ -48,7 +77,7 @@ def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterat
                 if not left:
                     break
         except LatentmillError as error:
-            yield Problem(unit.url, f"it cannot be read: {error}", "say where it is now: --source")
+            yield Problem(unit.url, f"it cannot be read: {error}", SOURCE)
             continue
         for key, (file, _) in left.items():
             if key in rejected:

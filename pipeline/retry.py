@@ -1,55 +1,103 @@
 """Rejected samples once more: what now succeeds becomes a further part beside the one that rejected it.
 
-That helps where limits were raised, or a library learned to open what it could not. Nothing that stands is changed:
-`<unit>-<part>r1` names the rejects that it supersedes, and what counts as rejected is what no such part supersedes.
+That helps where limits were raised, a library learned to open what it could not, or a damaged shard was restored.
+Nothing that stands is changed: `<unit>-<part>r1` names the rejects that it supersedes, and what counts as rejected is
+what no such part supersedes. The rest of a damaged shard is taken up part by part; each of these parts ends with a
+`rest_of_shard` of its own where more follows, so that the rest is done only when all of it is.
 """
 
-import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
-from pipeline import commit
+from pipeline import commit, inputs, storage
 from pipeline.careful import Opener
+from pipeline.damage import rest_from, to_the_damage
 from pipeline.encode import Vae
-from pipeline.errors import REST
-from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
-from pipeline.records import FIRST, Attempt, Reject, Sample, Standing, Unit, UnitReport
+from pipeline.errors import REST, ShardError, SourceError, StorageError
+from pipeline.flow import Clock, EncodeJob, Encoder, Filled, Tools, fill, make_record, read, summed, watched
+from pipeline.overlap import Peekable
+from pipeline.records import FIRST, Attempt, Record, Reject, Sample, Standing, Unit, UnitReport
 
 
 @dataclass(frozen=True, slots=True)
 class RetryTask:
-    """The rejects of a unit that count.
+    """A unit with rejects that count.
 
-    rejected: reasons by part and position. rounds: how many retries stand of each part.
+    rejected, superseded: by all of its parts, as position and reason. rounds: how many retries stand of each part.
+    any_size: whether the input may have another size than it was planned with.
     """
 
     unit: Unit
-    rejected: Mapping[int, Mapping[int, str]]
+    rejected: Set[tuple[int, str]]
+    superseded: Set[tuple[int, str]]
     rounds: Mapping[int, int]
+    any_size: bool = True
 
     @property
     def name(self) -> str:
         return self.unit.name
 
 
-def tasks(units: Iterable[Unit], parts: Iterable[Standing]) -> list[RetryTask]:
-    """What there is to retry. parts: all that stand, retries too."""
-    rejected: dict[str, dict[int, dict[int, str]]] = {}
-    rounds: dict[str, dict[int, int]] = {}
-    for part in sorted(parts, key=lambda part: part.record.round):
-        record = part.record
-        mine = rejected.setdefault(record.unit, {}).setdefault(record.part, {})
-        mine |= {reject.position: reject.reason for reject in record.rejects if reject.reason != REST}
-        for position, _ in record.supersedes:
-            mine.pop(position, None)
-        rounds.setdefault(record.unit, {})[record.part] = record.round
+def tasks(units: Iterable[Unit], parts: Iterable[Standing], begun: Set[str] = frozenset()) -> list[RetryTask]:
+    """What there is to retry. parts: all that have rejects or that a retry wrote.
+
+    begun: paths of the inputs of which anything was read before a damage.
+    """
+    by_unit: dict[str, list[Record]] = {}
+    for part in parts:
+        by_unit.setdefault(part.record.unit, []).append(part.record)
     found = []
     for unit in units:
-        left = {part: dict(mine) for part, mine in rejected.get(unit.name, {}).items() if mine}
-        if left:
-            found.append(RetryTask(unit, left, rounds[unit.name]))
+        records = by_unit.get(unit.name, [])
+        rejected = {(reject.position, reject.reason) for record in records for reject in record.rejects}
+        superseded = {pair for record in records for pair in record.supersedes}
+        rounds: dict[int, int] = {}
+        for record in records:
+            rounds[record.part] = max(record.round, rounds.get(record.part, 0))
+        if rejected - superseded:
+            # which range of a Parquet file has which rows depends on its size
+            any_size = unit.range in (None, (0, 1)) or unit.path not in begun
+            found.append(RetryTask(unit, rejected, superseded, rounds, any_size))
     return found
+
+
+class Left:
+    """What is left to retry of a unit, while parts are written.
+
+    reasons: of single samples, by position. rest: where the rest of a damaged shard begins. until: where it ends,
+    because a part has what follows. end: the position after the last sample that was read.
+    """
+
+    def __init__(self, task: RetryTask) -> None:
+        self.rejected, self.superseded, self.rounds = set(task.rejected), set(task.superseded), dict(task.rounds)
+        self.end = 0
+        self._count()
+
+    def take(self, record: Record) -> None:
+        """Take in what a part has that a retry wrote."""
+        self.rejected |= {(reject.position, reject.reason) for reject in record.rejects}
+        self.superseded |= set(record.supersedes)
+        self.rounds[record.part] = record.round
+        self._count()
+
+    def _count(self) -> None:
+        left = self.rejected - self.superseded
+        self.reasons = {position: reason for position, reason in left if reason != REST}
+        self.rest = min((position for position, reason in left if reason == REST), default=None)
+        taken = [position for position, reason in self.superseded if reason == REST]
+        self.until = min((p for p in taken if self.rest is not None and p > self.rest), default=None)
+
+    def is_in_rest(self, position: int) -> bool:
+        return self.rest is not None and self.rest <= position and (self.until is None or position <= self.until)
+
+    def wants(self, item: Sample | Reject) -> bool:
+        """Whether a sample is to be tried: not the rest of a shard that is damaged where it was."""
+        still_damaged = item.position == self.rest and isinstance(item, Reject) and item.reason == REST
+        return item.position in self.reasons or (self.is_in_rest(item.position) and not still_damaged)
+
+    def next_round(self, number: int) -> int:
+        return self.rounds.get(number, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +125,7 @@ class Retrier:
         """Always carefully: a picture may have been rejected because it ended a process."""
         tools = self.encoder.tools
         with Opener(tools.job.limits) as opener:
-            return retry(task, replace(tools, open_pixels=opener.open_pixels))
+            return retry(task, replace(tools, open_pixels=opener.open_pixels, damaged_at=attempt.damaged_at))
 
     @property
     def pictures(self) -> int:
@@ -90,35 +138,123 @@ class Retrier:
         return self.encoder.steps
 
 
-def noted(samples: Iterable[Sample | Reject], positions: set[int]) -> Iterator[Sample | Reject]:
+def wanted(samples: Iterable[Sample | Reject], left: Left) -> Iterator[Sample | Reject]:
+    """Those of a unit's samples that are to be tried; where another part goes on, one reject for the rest."""
+    for sample in samples:
+        left.end = sample.position + 1
+        if left.wants(sample):
+            yield rest_from(sample.position) if sample.position == left.until else sample
+
+
+def of_part(samples: Peekable[Sample | Reject], number: int, size: int, left: Left) -> Iterator[Sample | Reject]:
+    """The next samples, as long as they are of this part and still to be tried."""
+    while (sample := samples.peek()) is not None and sample.position // size == number:
+        next(samples)
+        if left.wants(sample):
+            yield sample
+
+
+def noted(samples: Iterable[Sample | Reject], positions: list[int]) -> Iterator[Sample | Reject]:
     """The same samples, their positions put aside: an input may have fewer than it had."""
     for sample in samples:
-        positions.add(sample.position)
+        positions.append(sample.position)
         yield sample
 
 
 def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
-    job, clock, unit = tools.job, Clock(), task.unit
-    wanted = {position for rejects in task.rejected.values() for position in rejects}
-    readable = to_the_damage(read(unit, job), [])
-    samples = (sample for sample in watched(readable, tools, clock) if sample.position in wanted)
+    job, clock, left = tools.job, Clock(), Left(task)
+    damage: list[str] = []
+    samples = Peekable(wanted(watched(reading(task, left, tools, damage), tools, clock), left))
     standing: list[Standing] = []
-    for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
-        read_again: set[int] = set()
-        filled = fill(unit, noted(some, read_again), tools, clock, {})
-        solved = read_again - {reject.position for reject in filled.rejects}
-        superseded = tuple(sorted((p, why) for p, why in task.rejected[number].items() if p in solved))
-        filled.rejects.clear()
-        if not superseded:
-            continue
-        record = replace(
-            make_record(unit, number, filled, last=False, tools=tools),
-            first=superseded[0][0],
-            round=task.rounds[number] + 1,
-            supersedes=superseded,
+
+    def write(number: int, filled: Filled, positions: list[int]) -> None:
+        if record := record_of(task.unit, number, filled, positions, left, samples.peek(), tools):
+            with clock.stage("write"):
+                standing.append(published(record, filled, left, job))
+
+    while (first := samples.peek()) is not None:
+        number = first.position // job.rows_per_part
+        adopt(task.unit, number, left, job)
+        positions: list[int] = []
+        some = of_part(samples, number, job.rows_per_part, left)
+        filled = fill(task.unit, noted(some, positions), tools, clock, {})
+        if positions:
+            write(number, filled, positions)
+    if left.rest is not None and not damage:
+        if left.end < left.rest:
+            raise ShardError(f"{task.unit.url} has {left.end} samples, but {left.rest} were read before its damage")
+        adopt(task.unit, left.rest // job.rows_per_part, left, job)
+        if left.rest is not None:  # nothing follows where it was damaged
+            write(left.rest // job.rows_per_part, Filled(), [])
+    return summed(task.unit, standing, 0, clock.seconds)
+
+
+def reading(task: RetryTask, left: Left, tools: Tools, damage: list[str]) -> Iterator[Sample | Reject]:
+    """The samples of a task's unit. Of a damaged shard as it is now, where it begins with what was read before."""
+    unit, job = task.unit, tools.job
+    now = unit if left.rest is None else storage.as_it_is(unit, job.source_options)
+    is_as_planned = (now.bytes, now.etag) == (unit.bytes, unit.etag or now.etag)
+    if not is_as_planned and now.bytes != unit.bytes and not task.any_size:
+        raise SourceError(
+            f"{unit.url} has {now.bytes} bytes, {unit.bytes} when it was planned: its ranges would have other rows; "
+            "encode it into another cache"
         )
-        with clock.stage("write"):
-            standing.append(commit.publish(job.cache, record, filled.rows, job.layout))
-            commit.finish(job.cache, standing[-1:])
-    return summed(unit, standing, 0, clock.seconds)
+    samples = to_the_damage(read(now, job, tools.on_piece), tools.damaged_at, damage)
+    if is_as_planned:
+        return samples
+    parts = commit.as_they_stand(job.cache, unit.name, job.identity, job.layout.container)
+    return inputs.proven(samples, [part.record for part in parts], unit.url)
+
+
+def adopt(unit: Unit, number: int, left: Left, job: EncodeJob) -> None:
+    """Take in the parts of this number that were written since the task was made: by another worker, or an attempt."""
+    form = job.layout.container
+    while part := commit.find(job.cache, unit.name, number, job.identity, form, left.next_round(number)):
+        left.take(part.record)
+
+
+def record_of(
+    unit: Unit,
+    number: int,
+    filled: Filled,
+    positions: list[int],
+    left: Left,
+    following: Sample | Reject | None,
+    tools: Tools,
+) -> Record | None:
+    """The record of what has succeeded; None where nothing has. What has not is taken out of `filled`.
+
+    positions: of the samples that were tried. following: the next one that will be.
+    """
+    failed = {reject.position for reject in filled.rejects}
+    superseded = [(p, left.reasons[p]) for p in positions if p in left.reasons and p not in failed]
+    rest = [position for position in positions if left.is_in_rest(position)]
+    if left.rest is not None and (rest or not positions):
+        superseded.append((left.rest, REST))
+        if following is not None and left.is_in_rest(following.position):
+            chained = rest_from(following.position)
+            filled.rejects.append(chained)
+            filled.digests[chained.position] = inputs.digest_of(chained)
+            rest.append(chained.position)
+    if not superseded:
+        return None
+    kept = {position for position, _ in superseded if position in filled.digests} | set(rest)
+    filled.rejects = [reject for reject in filled.rejects if reject.position in rest]
+    filled.digests = {position: digest for position, digest in filled.digests.items() if position in kept}
+    return replace(
+        make_record(unit, number, filled, last=False, tools=tools),
+        first=min(position for position, _ in superseded),
+        round=left.next_round(number),
+        supersedes=tuple(sorted(superseded)),
+    )
+
+
+def published(record: Record, filled: Filled, left: Left, job: EncodeJob) -> Standing:
+    """Write a part and its commit. Raises StorageError where another retry was first with one of other samples."""
+    part = commit.publish(job.cache, record, filled.rows, job.layout)
+    commit.finish(job.cache, [part])
+    if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
+        raise StorageError(f"{job.cache.at(part.file)} was written by another retry, of other samples")
+    left.take(part.record)
+    return part

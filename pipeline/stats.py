@@ -11,12 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import commit, tally
-from pipeline.errors import CacheError
+from pipeline.errors import REST, CacheError
 from pipeline.records import VERIFY, BucketTally, json_object
 from pipeline.storage import Folder
 
 NAME = "stats.json"
-UNCOUNTED: dict[str, Any] = {"rows": 0, "filtered": 0, "enlarged": 0, "rejects": {}, "supersedes": (), "tally": {}}
+UNCOUNTED: dict[str, Any] = {
+    "rows": 0,
+    "filtered": 0,
+    "enlarged": 0,
+    "rejects": {},
+    "rests": (),
+    "supersedes": (),
+    "tally": {},
+}
 DEAD = 1e-4  # of the widest channel's standard deviation
 
 
@@ -32,6 +40,7 @@ class Part:
     filtered: int
     enlarged: int
     rejects: Mapping[str, int]
+    rests: Sequence[int] = ()
     supersedes: Sequence[tuple[int, str]] = ()
     tally: Mapping[str, BucketTally]
 
@@ -100,11 +109,19 @@ def summary(all_parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def rejected(all_parts: Iterable[Part]) -> dict[str, int]:
-    """How many samples are rejected, by reason: those that no retry has superseded."""
+    """How many samples are rejected, by reason: those that no retry has superseded.
+
+    Each rest of a damaged shard is looked for by its place: a part that supersedes one may be there while the part that
+    begins it was lost.
+    """
     counts: Counter[str] = Counter()
+    begun, taken = set[tuple[str, int]](), set[tuple[str, int]]()
     for part in all_parts:
         counts.update(part.rejects)
         counts.subtract(reason for _, reason in part.supersedes)
+        begun.update((part.unit, position) for position in part.rests)
+        taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST)
+    counts[REST] = len(begun - taken)
     return {reason: counts[reason] for reason in sorted(+counts)}
 
 

@@ -11,7 +11,6 @@ Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIE
 
 import base64
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -22,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -30,40 +29,17 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import LatentmillError, Rejected, SourceError, StorageError, UsageError
+from pipeline.errors import DamagedError, Rejected, SourceError, StorageError, UsageError
 from pipeline.records import Unit
+from pipeline.stream import NOT_THERE, Stream, naming
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 PROBES = 3
-# what a disk says of a name that no file has, or can have: a caption's may be too long where the picture's is not
-NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
-# what will not pass by itself: no room, a quota, a disk that is read-only, a name or file that is too large
-FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, *NOT_THERE})
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
-
-
-@contextmanager
-def naming(url: str, doing: str) -> Iterator[None]:
-    """Turn the storage's errors into ours, which name the URL. Its libraries have errors of many kinds."""
-    try:
-        yield
-    except LatentmillError:
-        raise
-    except FileNotFoundError as error:
-        raise StorageError(f"cannot {doing} {url}: no such file or directory") from error
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        raise StorageError(f"cannot {doing} {url}: {os.strerror(error.errno or 13).lower()}") from error
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        known = os.strerror(number).lower() if number else type(error).__name__
-        said = (str(error).splitlines() or [""])[0][:200]
-        local = "://" not in url
-        text = f"cannot {doing} {url}: {known}" + ("" if local or not said else f" ({said})")
-        raise StorageError(text, may_pass=number not in FINAL) from error
 
 
 def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -103,27 +79,14 @@ def full_url(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else cast(str, fs.unstrip_protocol(path))
 
 
-class Stream:
-    """A file open for reading whose errors name its URL; the same in all else."""
-
-    def __init__(self, file: Any, url: str) -> None:
-        self._file, self._url = file, url
-
-    def read(self, size: int = -1) -> bytes:
-        with naming(self._url, "read"):
-            return cast(bytes, self._file.read(size))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
 @contextmanager
 def open_stream(
     url: str, options: Mapping[str, Any], planned: Unit | None = None, seeking: bool = False
 ) -> Iterator[BinaryIO]:
     """A file to read from start to end, a block at a time; or here and there, as it is asked for (`seeking`).
 
-    Raises SourceError where it is not what was planned any more, by its size or its ETag, or changes meanwhile.
+    Raises SourceError where it is not what was planned any more, by its size or its ETag, or changes meanwhile;
+    StorageError where fewer bytes come than it has, whatever its reader made of that.
     """
     with naming(url, "read"):
         fs, path = connect(url, options)
@@ -133,13 +96,37 @@ def open_stream(
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
         how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
         file = fs.open(path, "rb", **how)
-    with file:
-        yield cast(BinaryIO, Stream(file, url))
-    if planned is not None:
-        with naming(url, "read"):
-            after = fs.info(path)
-        if any(after.get(name) != info.get(name) for name in ("size", "mtime", "ETag", "etag")):
-            raise SourceError(f"{url} has changed while it was read")
+
+    def check() -> None:
+        if planned is not None:
+            with naming(url, "read"):
+                after = fs.info(path)
+            if any(after.get(name) != info.get(name) for name in ("size", "mtime", "ETag", "etag")):
+                raise SourceError(f"{url} has changed while it was read")
+
+    stream = Stream(file, url, planned.bytes if planned else getattr(file, "size", None), check)
+    try:
+        with file:
+            yield cast(BinaryIO, stream)
+    except Exception as error:
+        if stream.error is not None and error is not stream.error:
+            raise stream.error from error
+        if isinstance(error, DamagedError):
+            check()
+        raise
+    if stream.error is not None:
+        raise stream.error
+    check()
+
+
+def as_it_is(unit: Unit, options: Mapping[str, Any]) -> Unit:
+    """The unit, its input pinned as it is now, not as it was planned. Images of a folder are not pinned."""
+    if unit.kind == "folder":
+        return unit
+    with naming(unit.url, "read"):
+        fs, path = connect(unit.url, options)
+        info = fs.info(path)
+    return replace(unit, bytes=info["size"], etag=etag_of(info))
 
 
 def exists(url: str, options: Mapping[str, Any]) -> bool:
@@ -176,31 +163,44 @@ def fetched(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> It
             root = root.rstrip("/")
             if fs.isfile(root):
                 copy = f"{local}/{root.rpartition('/')[2]}"
-                fs.get_file(root, copy)
+                _copy(fs, root, fs.size(root), copy)
             else:
                 copy = local
-                for path in fs.find(root):
+                for path, info in fs.find(root, detail=True).items():
                     below = path[len(root) + 1 :]
                     if wanted.fullmatch(below):
                         os.makedirs(parent(f"{local}/{below}"), exist_ok=True)
-                        fs.get_file(path, f"{local}/{below}")
+                        _copy(fs, path, info["size"], f"{local}/{below}")
         yield copy
+
+
+def _copy(fs: Any, path: str, size: int | None, local: str) -> None:
+    """Copy a file of this size to the local disk. Raises StorageError where fewer bytes come."""
+    fs.get_file(path, local)
+    if size is not None and (came := os.path.getsize(local)) != size:
+        raise StorageError(f"{full_url(fs, path)} ended at byte {came}, but has {size}: it was cut short on its way")
 
 
 def etag_of(info: Mapping[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or "").strip('"')
 
 
-def read_file(url: str, options: Mapping[str, Any], limit: int) -> bytes:
-    """At most `limit` + 1 bytes of a file: one too many tells that there are more."""
+def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:
+    """At most `limit` + 1 bytes of a file: one too many tells that there are more.
+
+    size: that it had when it was planned. Raises SourceError where it has another one.
+    """
     with open_stream(url, options) as stream:
+        if size is not None and stream.seek(0, 2) != size:
+            raise SourceError(f"{url} has changed since it was planned (then {size} bytes)")
+        stream.seek(0)
         return stream.read(limit + 1)
 
 
-def read_file_if_there(url: str, options: Mapping[str, Any], limit: int) -> bytes | None:
+def read_file_if_there(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
     """The same; None where there is no such file. Raises Rejected for a local file that one may not read."""
     try:
-        return read_file(url, options, limit)
+        return read_file(url, options, limit, size)
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
@@ -281,7 +281,7 @@ class Folder:
         """All of a file. Raises StorageError, also where there is none."""
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
-            return cast(bytes, fs.cat_file(path))
+            return _whole(fs, path, self.at(name))
 
     def read_all(self, folder: str) -> dict[str, bytes]:
         """The whole files of a folder by name, in order; many at once, as stores are slow to answer."""
@@ -294,7 +294,7 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
             try:
-                return cast(bytes, fs.cat_file(path))
+                return _whole(fs, path, self.at(name))
             except FileNotFoundError:
                 return None
 
@@ -362,6 +362,14 @@ class Folder:
         finally:
             os.close(directory)
         return True
+
+
+def _whole(fs: Any, path: str, url: str) -> bytes:
+    """All of a file. The libraries of stores compare with the length that the answer names; on disks we do."""
+    if not is_local(fs):
+        return cast(bytes, fs.cat_file(path))
+    with fs.open(path, "rb") as file:
+        return Stream(file, url, file.size).read()
 
 
 def _put_once(fs: Any, path: str, data: bytes) -> bool:

@@ -191,7 +191,7 @@ def check_units(folder: Folder, found: Found, sound: Sequence[Standing]) -> None
     for name in sorted(finished - found.units.keys()):
         found.problems.append(Problem(f"{commit.COMMITS}/{name}.json", "its unit is not in the plan", AWAY))
     rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS) if name.endswith(".jsonl")}
-    for name in sorted(rejected - found.units.keys()):
+    for name in sorted(name for name in rejected - found.units.keys() if not commit.is_retry(name)):
         found.problems.append(Problem(f"{commit.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY))
     unfinished = 0
     for name in found.units:
@@ -201,10 +201,7 @@ def check_units(folder: Folder, found: Found, sound: Sequence[Standing]) -> None
             unfinished += 1
             continue
         problems = list(check_numbers(name, parts, named)) + check_commit(folder, name, parts, whole, named)
-        lines = commit.reject_lines(parts)
-        if complete and (folder.read_if_there(f"{commit.REJECTS}/{name}.jsonl") or b"") != lines:
-            what = "it does not say what the unit's records say"
-            problems.append(Problem(f"{commit.REJECTS}/{name}.jsonl", what, REBUILD))
+        problems += check_rejects(folder, name, parts) if complete else []
         found.problems += problems
         if complete and problems and all(p.do == REBUILD for p in problems) and all(p.file in whole for p in parts):
             found.rebuildable.append(name)
@@ -238,20 +235,29 @@ def check_retries(folder: Folder, found: Found, sound: Sequence[Standing]) -> It
     for name in sorted(retries.keys() | set(filter(commit.is_retry, committed))):
         part = retries.get(name)
         problems = check_commit(folder, name, [part] if part else [], whole, named)
+        problems += check_rejects(folder, name, [part]) if part else []
         yield from problems
         if part and problems and all(problem.do == REBUILD for problem in problems) and part.file in whole:
             found.rebuildable.append(name)
+    rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS) if name.endswith(".jsonl")}
+    for name in sorted(set(filter(commit.is_retry, rejected)) - retries.keys()):
+        yield Problem(f"{commit.REJECTS}/{name}.jsonl", "its part is gone", AWAY)
     left = {
-        (part.record.unit, part.record.part, reject.position, reject.reason)
-        for part in found.parts
-        if not part.record.round
-        for reject in part.record.rejects
+        (part.record.unit, reject.position, reject.reason) for part in found.parts for reject in part.record.rejects
     }
     for part in sorted(retries.values(), key=lambda part: part.record.round):
-        mine = {(part.record.unit, part.record.part, position, why) for position, why in part.record.supersedes}
+        mine = {(part.record.unit, position, why) for position, why in part.record.supersedes}
         if not mine <= left and part.file not in named:
             yield Problem(part.file, "it supersedes rejects that there are not, or not any more", again(part.file))
         left -= mine
+
+
+def check_rejects(folder: Folder, name: str, parts: Sequence[Standing]) -> list[Problem]:
+    """What `_rejects` has under a name, against the parts."""
+    file = f"{commit.REJECTS}/{name}.jsonl"
+    if (folder.read_if_there(file) or b"") == commit.reject_lines(parts):
+        return []
+    return [Problem(file, "it does not say what the unit's records say", REBUILD)]
 
 
 def check_commit(

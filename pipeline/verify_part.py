@@ -86,7 +86,8 @@ def contradictions(record: Record, file: str, cache: Cache, units: Mapping[str, 
     if record.samples != record.rows + record.filtered + len(record.rejects):
         yield f"of {record.samples} samples it accounts for {record.rows + record.filtered + len(record.rejects)}"
     if record.round:
-        if record.samples != len(record.supersedes):
+        where = {reject.position for reject in record.rejects}
+        if len(record.positions) != record.samples or not where <= set(record.positions):
             yield f"it supersedes {len(record.supersedes)} rejects by {record.samples} samples"
     elif record.first != record.part * size or record.samples > size or (record.samples < size and not record.last):
         yield f"a part of {size} samples cannot have {record.samples} from position {record.first} on"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from jobs.drive import Signals, drive
-from jobs.engine import Done, error_line
-from pipeline.errors import ShardError, Stopped
+from jobs.engine import Done, error_line, failed
+from pipeline.errors import DamagedError, ShardError, Stopped
 from pipeline.records import Attempt
 
 
@@ -96,6 +96,12 @@ def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
     losing = Scripted({"0": 2}, lost=True)
     run(losing, 1)
     assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
+
+
+def test_a_task_that_found_a_damage_says_where() -> None:
+    told = failed(Task("0"), "w", DamagedError("it is cut off", at=7))
+    assert (told.error, told.cause, told.damaged_at) == ("it is cut off", "damage", 7)
+    assert failed(Task("0"), "w", ShardError("x")).damaged_at is None
 
 
 def test_a_signal_stops_the_loop() -> None:

@@ -421,3 +421,82 @@ def test_pictures_beyond_a_limit_are_not_taken_for_other_ones(
     assert "000000000 is rejected now (too_many_pixels), but has a row" in out
     assert "give the --input-limit that it was encoded with" in out
     assert latentmill("verify", tmp_path / "c", "--reencode", 2, *limit)[0] == 0
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_captions_that_were_edited_are_found_without_the_vae(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, form: str
+) -> None:
+    """In folders, tars, Parquet files and metadata beside tars; and what no latent would show of an image."""
+    vae = shutil.copytree(micro_vae, tmp_path / "vae")
+    members = img2dataset_members(0, 6, height=64, width=64)
+    (tmp_path / "f").mkdir()
+    for name, content in members.items():
+        (tmp_path / "f" / name).write_bytes(content)
+    write_tar(tmp_path / "t/0.tar", members)
+    (tmp_path / "p").mkdir()
+    table = pa.table(
+        {"jpg": [members[f"{n:09d}.jpg"] for n in range(6)], "caption": [f"caption {n}" for n in range(6)]}
+    )
+    pq.write_table(table, tmp_path / "p/0.parquet")
+    write_tar(tmp_path / "m/0.tar", members)
+    urls = pa.table({"key": [f"{n:09d}" for n in range(6)], "url": [f"u{n}" for n in range(6)]})
+    pq.write_table(urls, tmp_path / "m/0.parquet")
+    caches = {}
+    for source in "ftpm":
+        caches[source] = tmp_path / f"c{source}"
+        argv = ["encode", tmp_path / source, "--to", caches[source], "--vae", vae, "--resolution", 64, "--workers", 0]
+        assert latentmill(*argv, "--format", form, "--rows-per-part", 4)[0] == 0
+    shutil.rmtree(vae)
+    for cache in caches.values():
+        code, out, _ = latentmill("verify", cache, "--recount")
+        assert (code, "the inputs have the samples that are recorded" in out) == (0, True), out
+
+    (tmp_path / "f/000000001.txt").write_text("picture 9")
+    changed = members | {"000000005.jpg": members["000000005.jpg"][:-2] + b"\0\0"}  # behind the image's own data
+    write_tar(tmp_path / "t/0.tar", changed)
+    captions = table["caption"].to_pylist()
+    captions[2] = "caption 9"
+    pq.write_table(table.set_column(1, "caption", [captions]), tmp_path / "p/0.parquet")
+    pq.write_table(urls.set_column(1, "url", [["x", *urls["url"].to_pylist()[1:]]]), tmp_path / "m/0.parquet")
+    for source, part in {"f": 0, "t": 1, "p": 0, "m": 0}.items():
+        assert latentmill("verify", caches[source])[0] == 0
+        code, out, _ = latentmill("verify", caches[source], "--recount")
+        assert code == 1
+        told = re.search(
+            r"its images or their columns are not those of which (\S+) were made\n  restore the input", out
+        )
+        assert told, f"{source}: {out}"
+        assert f"-{part:05d}" in told[1], f"{source}: {out}"
+        assert "1 problem" in out
+
+
+def test_a_caption_that_came_later_and_parts_that_are_all_others(
+    latentmill: Command, cache: Path, moved: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    write_tar(moved / "0.tar", img2dataset_members(100, 10))
+    whole = (moved / "0.tar").read_bytes()
+    assert len(whole) == pq.read_table(cache / "_plan/00000.parquet").to_pylist()[0]["bytes"]
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    assert (code, out.count("its images or their columns are not those of which")) == (1, 1)
+    assert re.search(r"of which data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+ were made", out)
+
+
+def test_a_shard_that_was_sound_and_is_damaged_now_is_said(latentmill: Command, cache: Path, moved: Path) -> None:
+    damaged = bytearray((moved / "0.tar").read_bytes())
+    damaged[damaged.index(b"000000005.jpg")] ^= 1
+    (moved / "0.tar").write_bytes(damaged)
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    assert (code, "it was sound when it was encoded: " in out) == (1, True)
+
+
+def test_the_same_samples_in_a_file_of_another_size_are_proven(latentmill: Command, cache: Path, moved: Path) -> None:
+    with (moved / "0.tar").open("ab") as tar:
+        tar.write(bytes(10240))
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    assert code == 0, out
+    write_tar(moved / "0.tar", img2dataset_members(0, 9))
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    assert code == 1
+    assert "0.tar: it has 9 samples, 10 are recorded of 0-" in out
+    assert re.search(r"0\.tar: its images or their columns are not those of which data/0-\w+-00002", out)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileOpener
+from fsspec.implementations.memory import MemoryFile
 
 from pipeline import plan
 from pipeline.encode import Compute, Vae, load_vae
@@ -65,3 +67,31 @@ def unit(tmp_path: Path) -> Unit:
     members = img2dataset_members(0, 10, height=64, width=64)
     members["000000001.jpg"] = b"no picture"
     return unit_of(write_tar(tmp_path / "s/0.tar", members))
+
+
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int | None], None]:
+    """A sick reader: makes all files of a name end at a byte when they are read, whatever else is said of them.
+
+    None heals it.
+    """
+    ends: dict[str, int] = {}
+
+    def cut(read: Callable[..., bytes]) -> Callable[..., bytes]:
+        def read_short(file: Any, *size: int) -> bytes:
+            start = file.tell()
+            data = read(file, *size)
+            end = ends.get(str(file.path).rpartition("/")[2])
+            return data if end is None else data[: max(0, end - start)]
+
+        return read_short
+
+    for opened in (LocalFileOpener, MemoryFile):
+        monkeypatch.setattr(opened, "read", cut(opened.read))
+
+    def set_end(name: str, end: int | None) -> None:
+        ends.pop(name, None)
+        if end is not None:
+            ends[name] = end
+
+    return set_end

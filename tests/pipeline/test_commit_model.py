@@ -122,6 +122,7 @@ def record(number: int, writer: int, rows: int = 0) -> Record:
         rows=rows,
         filtered=1 - rows,
         enlarged=writer,
+        inputs="",
         rejects=(),
         tally={},
     )

@@ -89,7 +89,7 @@ def test_damaged_metadata_rejects_nothing_of_its_tar(
 ) -> None:
     unit = beside(tmp_path / "s", damaged)
     with pytest.raises(ShardError, match=r"0\.parquet .*; mend it, or move it away: .*0\.tar goes without its columns"):
-        worker(tmp_path / "c", layout=URLS).run(unit, Attempt(last=True))
+        worker(tmp_path / "c", layout=URLS).run(unit, Attempt(damaged_at=0))
     (tmp_path / "s/0.parquet").unlink()
     assert worker(tmp_path / "c", layout=URLS).run(unit).rows == 3
 

@@ -58,6 +58,7 @@ def record(rows: int = 3) -> Record:
         rows=rows,
         filtered=0,
         enlarged=0,
+        inputs="",
         rejects=(),
         tally={},
     )

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from s3fs import S3File
 
 from pipeline import storage
 from pipeline.errors import SourceError, StorageError
@@ -118,3 +119,27 @@ def test_errors_name_the_url_and_the_reason(bucket: str, monkeypatch: pytest.Mon
 def test_a_password_in_a_url_is_refused() -> None:
     with pytest.raises(storage.UsageError, match="must not hold a password"):
         Folder("s3://key:secret@bucket/x").names()
+
+
+@pytest.mark.parametrize("seeking", [False, True])
+def test_a_file_that_comes_short_is_an_error_of_the_storage(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, seeking: bool
+) -> None:
+    """Whatever a library lets through: botocore itself refuses a body that is shorter than its header says."""
+    content = bytes(range(256)) * 100
+    Folder(bucket).replace("0.tar", content)
+    (shard,) = list_shards((bucket,), {}, "nowhere")
+    unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
+    fetch = S3File._fetch_range
+    monkeypatch.setattr(
+        S3File, "_fetch_range", lambda self, start, end: fetch(self, start, end)[: max(0, 9000 - start)]
+    )
+    said = r"0\.tar ended at byte \d+, but has 25600: it was cut short on its way"
+    with pytest.raises(StorageError, match=said), storage.open_stream(shard.url, {}, unit, seeking) as stream:
+        assert stream.read(5000) == content[:5000]
+        stream.read()
+    with pytest.raises(StorageError, match=said), storage.open_stream(shard.url, {}, unit, seeking) as stream:
+        stream.seek(20_000)
+        stream.read(10)
+    with pytest.raises(StorageError, match=said):
+        storage.read_file(shard.url, {}, 1 << 20)

@@ -1,0 +1,328 @@
+"""Shards that were damaged and restored: `retry` takes up what follows the damage, and every sample is there once."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import commit, plan
+from pipeline.cache import read_rows
+from pipeline.errors import StorageError
+from pipeline.storage import Folder
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+COUNT = 23  # samples of the tar: the ninth is no picture, the thirteenth has the key of the second
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    members = img2dataset_members(0, COUNT, height=64, width=64)
+    members["000000008.jpg"] = b"no picture"
+    twelfth = members.pop("000000012.jpg")
+    names = list(members)
+    ordered = {name: members[name] for name in names[:36]}
+    ordered |= {"000000001.jpeg": twelfth} | {n: members[n] for n in names[36:] if not n.startswith("000000012")}
+    return write_tar(tmp_path_factory.mktemp("whole") / "0.tar", ordered).read_bytes()
+
+
+def place_of(whole: bytes, sample: int) -> int:
+    return whole.index(b"%09d.jpg" % sample)
+
+
+class Case:
+    """A source with one shard, and a cache of it."""
+
+    def __init__(self, latentmill: Command, vae: Path, folder: Path, form: str) -> None:
+        self.command, self.shard, self.cache = latentmill, folder / "s/0.tar", folder / "c"
+        self.shard.parent.mkdir()
+        self.argv = ["--vae", vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 4, "--format", form]
+        self.argv += ["--max-reject-rate", 0.3]
+
+    def encode(self, to: Path | None = None) -> tuple[int, str, str]:
+        return self.command("encode", self.shard.parent, "--to", to or self.cache, *self.argv)
+
+    def retry(self) -> tuple[int, str, str]:
+        return self.command("retry", self.cache, "--workers", 0)
+
+    def verify(self, *proofs: object) -> tuple[int, str, str]:
+        return self.command("verify", self.cache, *proofs)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return dict(json.loads((self.cache / "stats.json").read_text()))
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        return dict(self.stats["rejected"])
+
+    def is_all_there(self, calm: Path) -> None:
+        """All rows and rejects of a cache that was made of the whole shard, and proof of it."""
+        code, out, err = self.verify("--recount", "--reencode", 60)
+        assert (code, err) == (0, ""), out
+        assert "the inputs have the samples that are recorded; " in out
+        mine, theirs = rows(self.cache), rows(calm)
+        assert len(mine) == len({(row["shard"], row["key"]) for row in mine})
+        assert mine == theirs
+        expected = json.loads((calm / "stats.json").read_text())
+        assert (self.stats["count"], self.rejected) == (expected["count"], expected["rejected"])
+        assert self.stats["mean"] == pytest.approx(expected["mean"], rel=1e-12)
+
+
+def rows(cache: Path) -> list[dict[str, Any]]:
+    found = [row for path in (cache / "data").iterdir() for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
+    return sorted(found, key=lambda row: (row["shard"], row["key"]))
+
+
+@pytest.fixture(params=["parquet", "webdataset"])
+def case(request: pytest.FixtureRequest, latentmill: Command, micro_vae: Path, tmp_path: Path) -> Case:
+    return Case(latentmill, micro_vae, tmp_path, request.param)
+
+
+@pytest.fixture
+def calm(case: Case, whole: bytes, tmp_path: Path) -> Path:
+    """A cache of the whole shard."""
+    case.shard.write_bytes(whole)
+    assert case.encode(tmp_path / "calm")[0] == 0
+    return tmp_path / "calm"
+
+
+@pytest.mark.parametrize("sample", [1, 5, 7, 9, 22])
+def test_a_shard_that_was_cut_off_and_is_restored(case: Case, whole: bytes, calm: Path, sample: int) -> None:
+    """The cut leads to a rest that begins with a part, inside one, and in the last one."""
+    case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
+    assert case.encode()[0] == 3
+    before = case.stats
+    assert before["rejected"]["rest_of_shard"] == 1
+    code, out, _ = case.retry()
+    assert (code, case.stats["digest"]) == (0, before["digest"]), "it is damaged where it was"
+    assert "and what follows the damage of 1 shards\n  rows       0 more" in out
+
+    case.shard.write_bytes(whole)
+    code, out, err = case.retry()
+    assert code == 0, err
+    assert f"rows       {COUNT - 2 - before['count']} more, {COUNT - 2} in all" in out
+    case.is_all_there(calm)
+    digest = case.stats["digest"]
+    assert case.retry()[1].startswith("retried 2 rejected samples\n  rows       0 more")
+    assert case.encode()[0] == 0, "nothing is left of the damage"
+    assert case.stats["digest"] == digest
+    assert case.command("status", case.cache)[0] == 0
+
+
+def test_what_stands_before_a_later_damage_is_taken_and_a_new_rest_stands(case: Case, whole: bytes, calm: Path) -> None:
+    for sample in (6, 11, 19):
+        case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
+        assert (case.encode if sample == 6 else case.retry)()[0] == (3 if sample == 6 else 0)
+        assert case.rejected["rest_of_shard"] == 1
+        assert len(rows(case.cache)) == sample - 1 - (sample > 8) - (sample > 12)
+        code, out, err = case.verify("--recount")
+        assert code == 0, out
+        assert "the inputs have the samples that are recorded, but for what follows the damage of 1 input\n" in out
+        assert f"is damaged after {sample - 1} samples: what follows is not counted" in err
+    assert case.encode()[0] == 3
+    case.shard.write_bytes(whole)
+    assert case.retry()[0] == 0
+    case.is_all_there(calm)
+
+
+def test_verify_says_that_a_rest_can_be_read_now(case: Case, whole: bytes) -> None:
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    content = json.loads(case.command("verify", case.cache, "--recount", "--json")[1])
+    assert [one["samples"] for one in content["uncounted"]] == [5]
+    case.shard.write_bytes(whole)
+    code, out, _ = case.verify("--recount")
+    assert code == 1
+    assert f"it has {COUNT} samples, it was damaged after 5\n  latentmill retry takes up what follows" in out
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
+    case: Case, whole: bytes, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, again: bool
+) -> None:
+    """again: in the same run, which tries three times."""
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    case.shard.write_bytes(whole)
+    shutil.copytree(case.cache, tmp_path / "copy")
+    publish, count = commit.publish, 0
+
+    def failing(*argv: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > written and not (again and count > written + 1):
+            raise StorageError("the store is away")
+        return publish(*argv)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "publish", failing)
+        assert case.retry()[0] == (0 if again else 1)
+    if not again:
+        assert case.rejected["rest_of_shard"] == 1
+        assert len(list(case.cache.glob("data/*r1.*"))) == written
+        assert case.verify()[0] == 0
+        assert case.encode()[0] == 3
+        code, _, err = case.retry()
+        assert code == 0, err
+    else:
+        assert count == 6, "five parts, one of them twice: those that stand are adopted"
+    case.is_all_there(calm)
+    digest = case.stats["digest"]
+    shutil.rmtree(case.cache)
+    (tmp_path / "copy").rename(case.cache)
+    case.retry()
+    assert case.stats["digest"] == digest
+
+
+def forget(cache: Path, pattern: str) -> None:
+    """Move parts away as verify says: with their commits."""
+    for path in cache.glob(f"*/{pattern}"):
+        stem = path.stem if "r" in path.stem.rpartition("-")[2] else path.stem.rpartition("-")[0]
+        path.unlink()
+        (cache / f"_commits/{stem}.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_part_of_a_retry_that_was_lost_is_a_rest_again(case: Case, whole: bytes, calm: Path, number: int) -> None:
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    case.shard.write_bytes(whole)
+    case.retry()
+    digest = case.stats["digest"]
+    forget(case.cache, f"*-{number:05d}r1.*")
+    assert case.encode()[0] == 3, "samples are missing"
+    assert case.rejected["rest_of_shard"] == 1
+    assert case.verify()[0] == (0 if number == 5 else 1)
+    assert case.retry()[0] == 0
+    assert case.stats["digest"] == digest
+    case.is_all_there(calm)
+
+
+@pytest.mark.parametrize("lost", ["*-00000.*", "*-00001.*", "*-0000?.*", "*-0000[01]*"])
+def test_a_part_of_the_unit_that_was_lost_is_made_again_without_what_the_retry_has(
+    case: Case, whole: bytes, calm: Path, lost: str
+) -> None:
+    """The damage is one inside the file, which is restored to the size that it was planned with."""
+    damaged = bytearray(whole)
+    place = place_of(whole, 6)
+    damaged[place : place + 100] = bytes(range(100))
+    case.shard.write_bytes(damaged)
+    assert case.encode()[0] == 3
+    case.shard.write_bytes(whole)
+    assert case.retry()[0] == 0
+    digest = case.stats["digest"]
+    forget(case.cache, lost)
+    assert case.encode()[0] == 0
+    assert case.rejected == {"duplicate_key": 1, "not_a_picture": 1}
+    if lost != "*-0000[01]*":  # the first of the retry's parts is lost, too: its samples are the unit's own now
+        assert case.stats["digest"] == digest
+    case.is_all_there(calm)
+
+
+def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: bytes) -> None:
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    before = case.stats
+    other = whole.replace(b"picture 2", b"picture 7", 1)
+    for content, said in (
+        (other, "has changed since it was planned, and not in its damage alone: part 0 of"),
+        (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not in its damage alone"),
+        (whole[: place_of(whole, 3)] + bytes(1024), "has changed since it was planned, and not in its damage alone"),
+    ):
+        case.shard.write_bytes(content)
+        code, _, err = case.retry()
+        assert (code, case.stats["digest"]) == (1, before["digest"])
+        assert said in err
+        assert case.verify()[0] == 0
+
+
+def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, calm: Path) -> None:
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    case.shard.write_bytes(whole)
+    from jobs import retry as job
+    from jobs.drive import Signals
+    from jobs.options import RetryOptions, parse
+
+    codes: list[int] = []
+
+    def run() -> None:
+        options, _ = parse(RetryOptions, "retry", [str(case.cache), "--workers", "0"])
+        codes.append(job.run_job(options, Signals()))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0]
+    case.is_all_there(calm)
+
+
+def test_an_empty_tar_that_was_cut_off(case: Case, tmp_path: Path) -> None:
+    write_tar(case.shard, {})
+    sound = case.shard.read_bytes()
+    write_tar(case.shard.with_name("1.tar"), img2dataset_members(0, 1))
+    case.shard.write_bytes(sound[:700])
+    assert case.encode()[0] == 3
+    case.shard.write_bytes(sound)
+    assert case.retry()[0] == 0
+    assert case.rejected == {}
+    assert case.verify("--recount")[0] == 0
+    assert [path.name.rpartition("-")[2] for path in sorted(case.cache.glob("_empty/*"))] == [
+        "00000.json",
+        "00000r1.json",
+    ]
+
+
+class TestParquet:
+    """Files of several ranges; which rows a range has depends on the file's size."""
+
+    @pytest.fixture
+    def parquet(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> bytes:
+        monkeypatch.setattr(plan, "RANGE_BYTES", 20_000)
+        jpegs = [d for name, d in img2dataset_members(0, COUNT, height=64, width=64).items() if name.endswith("jpg")]
+        table = pa.table({"jpg": jpegs, "caption": [f"caption {n}" for n in range(COUNT)]})
+        case.shard = case.shard.with_name("0.parquet")
+        pq.write_table(table, case.shard, row_group_size=3, write_page_checksum=True)
+        # a second file, so that the columns are known
+        pq.write_table(table.slice(0, 1), case.shard.with_name("1.parquet"))
+        return case.shard.read_bytes()
+
+    @pytest.fixture
+    def calm(self, case: Case, parquet: bytes, tmp_path: Path) -> Path:
+        assert case.encode(tmp_path / "calm")[0] == 0
+        return tmp_path / "calm"
+
+    def test_a_file_that_was_cut_off(self, case: Case, parquet: bytes, calm: Path) -> None:
+        case.shard.write_bytes(parquet[: len(parquet) * 3 // 4])
+        assert case.encode()[0] == 3
+        assert case.rejected["rest_of_shard"] > 1
+        case.shard.write_bytes(parquet)
+        assert case.retry()[0] == 0
+        case.is_all_there(calm)
+
+    def test_a_file_of_which_a_page_was_damaged(self, case: Case, parquet: bytes, calm: Path) -> None:
+        damaged = bytearray(parquet)
+        column = pq.read_metadata(case.shard).row_group(4).column(0)
+        place = column.dictionary_page_offset or column.data_page_offset
+        damaged[place : place + 50] = bytes(50)
+        case.shard.write_bytes(damaged)
+        assert case.encode()[0] == 3
+        assert case.rejected == {"rest_of_shard": 1}
+        before = case.stats["digest"]
+        case.shard.write_bytes(parquet + b"x" * 50_000)
+        code, _, err = case.retry()
+        assert (code, case.stats["digest"]) == (1, before)
+        assert "its ranges would have other rows; encode it into another cache" in err
+        case.shard.write_bytes(parquet)
+        assert case.retry()[0] == 0
+        case.is_all_there(calm)
