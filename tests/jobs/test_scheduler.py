@@ -311,9 +311,9 @@ def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: 
     result = run(away.engine, NAMES[:100], away.probe)
     assert (len(result.done), result.failed) == (100, [])
     assert away.engine.replaced == []
-    assert len(away.probes) < 20
+    assert len(away.probes) < 30
     pauses = [b - a for a, b in zip(away.probes, away.probes[1:], strict=False)]
-    assert max(pauses) <= 62 and sorted(pauses)[0] < 10, "they grow"
+    assert max(pauses) <= 32 and sorted(pauses)[0] < 10, "they grow"
     said = capsys.readouterr().err
     assert said.count("the storage does not answer") == 1
     assert said.count("the storage answers again") == 1
