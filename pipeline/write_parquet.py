@@ -112,9 +112,14 @@ def _columns(row: Row, shard: str) -> dict[str, Any]:
     return {
         "key": picture.key,
         "shard": shard,
-        "latent": row.latent.contiguous().view(torch.uint8).numpy().tobytes(),
+        "latent": _bytes(row.latent),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
         **picture.geometry,
         **picture.columns,
     }
+
+
+def _bytes(latent: torch.Tensor) -> bytes:
+    """A latent's values in C order. Flat first: one of 1 x 1 counts as contiguous whatever its strides are."""
+    return latent.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
