@@ -20,7 +20,7 @@ import torch
 
 from pipeline import commit, stats, write_parquet
 from pipeline.cache import read_rows, to_tensor
-from pipeline.encode import Compute, Encoded, Replica, Vae
+from pipeline.encode import Compute, Encoded, Replica, Vae, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import Clock, Encoder, fill, read
 from pipeline.layout import Columns, Layout
@@ -421,7 +421,13 @@ class TestOverflow:
 class TestMemory:
     """A device whose memory does not suffice."""
 
-    def replica(self, vae: Vae, monkeypatch: pytest.MonkeyPatch, room: int) -> tuple[Replica, list[int]]:
+    def replica(
+        self,
+        vae: Vae,
+        monkeypatch: pytest.MonkeyPatch,
+        room: int,
+        error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
+    ) -> tuple[Replica, list[int]]:
         """A replica that has memory for slices of `room`, and the sizes of those that it tried."""
         compute = Compute(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
         replica, tried = Replica(vae, compute, "float32"), []
@@ -430,7 +436,7 @@ class TestMemory:
         def limited(x: torch.Tensor) -> object:
             tried.append(len(x))
             if len(x) > room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return encode(x)
 
         monkeypatch.setattr(replica.model, "encode", limited)
@@ -464,6 +470,53 @@ class TestMemory:
         replica, _ = self.replica(vae, monkeypatch, room=0)
         with pytest.raises(VaeError, match="out of memory on cpu, encoding a single picture of 64x64 pixels; --tile"):
             replica.encode([TestOverflow().picture()])
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            # c10/cuda/CUDACachingAllocator.cpp; the same with HIP in place of CUDA
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of ..."),
+            # c10/cuda/CUDAException.cpp, with the runtime's cudaGetErrorString(cudaErrorMemoryAllocation)
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            RuntimeError("HIP error: out of memory"),
+            # ATen/cuda/CUDABlas.cpp and Exceptions.cpp; github.com/QwenLM/Qwen3/issues/873
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            # ATen/cudnn/Exceptions.h; github.com/pytorch/pytorch/issues/20123
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+            # cudnnStatus_t of cuDNN 9
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            # ATen/mps/MPSAllocator.mm
+            RuntimeError("MPS backend out of memory (MPS allocated: 1.0 GiB, other allocations: 2.0 GiB). ..."),
+            RuntimeError("Invalid buffer size: 12.00 GiB"),
+            # c10/core/impl/alloc_cpu.cpp: Linux and macOS; Windows and Android
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+            # C++'s own, through torch's bindings and through pybind11
+            RuntimeError("std::bad_alloc"),
+            MemoryError("std::bad_alloc"),
+        ],
+        ids=str,
+    )
+    def test_every_librarys_words_for_it_make_slices_smaller(
+        self, vae: Vae, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        replica, tried = self.replica(vae, monkeypatch, room=1, error=error)
+        replica.encode([TestOverflow().picture()] * 4)
+        assert (tried, replica.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "CUDA error: an illegal memory access was encountered",
+            "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+            "GET was unable to find an engine to execute this computation",
+            "expected scalar type Float but found Half",
+        ],
+    )
+    def test_errors_of_devices_are_not_taken_for_it(self, said: str) -> None:
+        assert not is_out_of_memory(RuntimeError(said))
 
     def test_other_errors_are_not_taken_for_it(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         replica, _ = self.replica(vae, monkeypatch, room=4)
