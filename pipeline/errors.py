@@ -92,11 +92,11 @@ class Stopped(BaseException):
 
 
 class Rejected(Exception):
-    """One sample cannot be encoded, for a reason that lies in its bytes alone."""
+    """One sample cannot be encoded, for a reason that lies in its bytes alone. more: what else the detail says."""
 
-    def __init__(self, stage: Stage, reason: str, *numbers: object) -> None:
+    def __init__(self, stage: Stage, reason: str, *numbers: object, more: str = "") -> None:
         super().__init__(reason)
         self.stage = stage
         self.reason = reason
         self.numbers = numbers
-        self.detail = REASONS[reason].format(*numbers)
+        self.detail = REASONS[reason].format(*numbers) + more

@@ -186,7 +186,8 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
     damage: list[str] = []
-    reading = to_the_damage(read(unit, job), damage) if tools.to_the_damage else read(unit, job)
+    passed = Counter[str]()
+    reading = to_the_damage(read(unit, job, passed), damage) if tools.to_the_damage else read(unit, job, passed)
     samples = Peekable(watched(reading, tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
@@ -207,16 +208,19 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             break
     commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
-    return replace(report, encoded=encoded, again=again, damage="".join(damage))
+    return replace(report, encoded=encoded, again=again, damage="".join(damage), passed_over=passed)
 
 
-def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
-    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for."""
+def read(unit: Unit, job: Reading, passed: Counter[str] | None = None) -> Iterator[Sample | Reject]:
+    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
+
+    passed: what is no part of a sample is counted there, by kind.
+    """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
         beside = read_beside_tar(unit, job)
         with storage.open_stream(unit.url, options, unit) as stream:
-            for sample in read_tar(stream, unit.url, columns.texts, job.limits):
+            for sample in read_tar(stream, unit.url, columns.texts, job.limits, passed):
                 if isinstance(sample, Sample) and sample.key in beside:
                     yield joined(sample, beside[sample.key])
                 else:

@@ -4,6 +4,7 @@ A few files of each kind are looked at, spread evenly; what the others have is c
 are passed over: they are named when their units fail.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -39,6 +40,7 @@ def columns_of(
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
+        _check_tars(tars, options, limits)
         schema = _schema(sorted(parquets), tars, options, image_column, limits)
         texts = _texts(shards, tars, options, wanted, limits)
     except ShardError as error:
@@ -82,6 +84,17 @@ def _schema(
         return pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
     except pa.ArrowException as error:
         raise SourceError(f"the sources have columns of one name whose types do not go together: {error}") from error
+
+
+def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> None:
+    """Raise ShardError where one of a few tars is compressed."""
+
+    def look(url: str) -> None:
+        with storage.open_stream(url, options, seeking=True) as stream, contextlib.suppress(DamagedError):
+            next(read_members(stream, url, limits=limits), None)
+
+    with ThreadPoolExecutor(FILES) as pool:
+        list(pool.map(look, _some(tars)))
 
 
 def _sound(look: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
