@@ -106,6 +106,8 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
         raise SourceError(f"{nothing}: {archives}" if archives else nothing)
     if archives:
         say(f"note: {archives}")
+    if count := sum(map(plan.is_tables_own, shards)):
+        say(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
     if others := plan.passed_over(shards):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
@@ -176,11 +178,11 @@ def encode_units(
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
     started = time.perf_counter()
-    passed_over = PassedOver()
+    passed_over, paths = PassedOver(), {unit.name: unit.path for unit in pending}
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
-        passed_over.add(done)
+        passed_over.add(done, paths[done.unit])
         if done.damage:
             say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))

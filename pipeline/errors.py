@@ -8,7 +8,8 @@ LatentmillError            one line for the user: what happened, where, what to 
 |-- CacheError             a folder that is not a cache, or a broken one; exit code 1
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
-|   `-- DamagedError       it can be read up to a damage, where it is rejected from there on
+|   |-- DamagedError       it can be read up to a damage, where it is rejected from there on
+|   `-- NoImagesError      a Parquet file of something else; passed over where other files have images
 `-- JobError               work was left undone; exit code 1
 Stopped                    a signal asked us to stop; exit code 130 or 143
 Rejected                   this one sample cannot be encoded; becomes a row of _rejects/
@@ -81,6 +82,10 @@ class ShardError(LatentmillError):
 
 class DamagedError(ShardError):
     """A shard cannot be read to its end: its bytes are damaged, or cut off."""
+
+
+class NoImagesError(ShardError):
+    """A Parquet file has no column of images, nor one that may have been meant to be: metadata, embeddings, ..."""
 
 
 class JobError(LatentmillError):

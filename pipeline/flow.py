@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import commit, pixels, storage, tally
+from pipeline import commit, parquet_keys, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
 from pipeline.encode import Compute, Replica, Vae
@@ -227,9 +227,10 @@ def read(unit: Unit, job: Reading, passed: Counter[str] | None = None) -> Iterat
                     yield sample
     elif unit.kind == "parquet":
         with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
-            part = unit.range or (0, 1)
+            part, image, key = unit.range or (0, 1), job.image_column, job.key_column
+            known = parquet_keys.of_file(unit.url, unit.bytes, unit.etag, key)
             yield from read_parquet(
-                stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema, job.limits
+                stream, unit.url, unit.bytes, part, image, key, columns.schema, job.limits, known, passed
             )
     elif unit.kind == "folder":
         yield from read_folder(
