@@ -32,6 +32,7 @@ REASONS: dict[str, str] = {
     "leads elsewhere or that readers of tars pass over",
     "bad_text": "the {} is not UTF-8 text, or there are two",
     "text_too_long": "the {} has more than {} bytes",
+    "columns_too_large": "the columns take {} bytes, a row's share of its part is {}: --rows-per-part makes it larger",
     REST: "from here on the shard is damaged, and its samples cannot be counted",
     "empty": "the picture has no bytes",
     "too_many_bytes": "the picture has {} bytes, the limit is {}",

@@ -25,7 +25,7 @@ from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
-from pipeline.limits import Limits, check_columns
+from pipeline.limits import Limits, check_columns, check_share
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
 from pipeline.read_parquet import read_beside, read_parquet
@@ -310,14 +310,13 @@ def fill(
 
     def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
+        try:
+            check_share(item.columns if isinstance(item, Picture) else {}, job.rows_per_part, job.limits)
+        except Rejected as why:
+            item = Reject.of(sample.position, sample.key, why)
         return rejected_again(sample, item, superseded.get(sample.position)), seconds
 
-    opened = in_order(
-        tools.pool,
-        opened_once,
-        samples,
-        window=job.compute.batch_size + 2 * job.open_threads,
-    )
+    opened = in_order(tools.pool, opened_once, samples, window=job.compute.batch_size + 2 * job.open_threads)
     for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
         with clock.stage("encode"):
             encoded = tools.replica.encode(batch, unit.path)

@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import CacheError
 from pipeline.layout import OURS, Layout
 from pipeline.records import Record, Row
-from pipeline.values import for_python
+from pipeline.values import for_python, size_of
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
@@ -82,13 +82,15 @@ def read_rows(
 
 def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
-    size = 0
+    latents = columns = 0
     for row in rows:
-        if group and (row.picture.bucket != group[0].picture.bucket or size + row.latent.nbytes > ROW_GROUP_BYTES):
+        more = sum(map(size_of, row.picture.columns.values()))
+        is_full = latents + row.latent.nbytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
+        if group and (row.picture.bucket != group[0].picture.bucket or is_full):
             yield group
-            group, size = [], 0
+            group, latents, columns = [], 0, 0
         group.append(row)
-        size += row.latent.nbytes
+        latents, columns = latents + row.latent.nbytes, columns + more
     yield group
 
 

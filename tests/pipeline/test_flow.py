@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,44 @@ def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., Enco
     layout = Layout(columns=Columns(table.schema.remove(0), ()))
     report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=8)).run(unit_of(tmp_path / "s/0.parquet"))
     assert (report.rows, report.rejects) == (2, {"text_too_long": 2})
+
+
+def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    """Of all rows together, as each has its share; what it is depends on its own columns alone."""
+    members = img2dataset_members(0, 64, height=64, width=64)
+    small, large = ("x" * (60 << 10)).encode(), ("y" * (1 << 20)).encode()
+    for number in range(64):
+        members[f"{number:09d}.txt"] = large if number % 2 else small
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", members))
+
+    def peak(cache: Path, limits: Limits) -> tuple[int, dict[str, int]]:
+        """The most bytes that Python held while the unit was encoded, and its rejects."""
+        encoder = worker(cache, rows_per_part=64, limits=limits)
+        tracemalloc.start()
+        try:
+            report = encoder.run(unit)
+            return tracemalloc.get_traced_memory()[1], dict(report.rejects)
+        finally:
+            tracemalloc.stop()
+
+    unbounded, rejects = peak(tmp_path / "d", Limits())  # first, as modules are imported on the way
+    assert (rejects, unbounded > 32 << 20) == ({}, True)
+    bounded, rejects = peak(tmp_path / "c", Limits(columns_bytes=4 << 20))
+    assert rejects == {"columns_too_large": 32}
+    assert bounded < 10 << 20, "the columns, and a few samples that are read ahead"
+    (reject, *_) = (reject for record in records(tmp_path / "c") for reject in record.rejects)
+    assert reject.detail.startswith("the columns take 1048596 bytes, a row's share of its part is 65536")
+
+
+def test_a_row_group_holds_few_columns(worker: Callable[..., Encoder], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(write_parquet, "ROW_GROUP_BYTES", 4000)
+    members = img2dataset_members(0, 8, height=64, width=64)
+    members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
+    worker(tmp_path / "c", rows_per_part=8).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
+    (file,) = (tmp_path / "c/data").iterdir()
+    metadata = pq.read_metadata(file)
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [2, 2, 2, 2]
+    assert [row["key"] for row in rows_of(tmp_path / "c")] == [f"{n:09d}" for n in range(8)]
 
 
 def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
