@@ -13,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline import read_parquet, storage
-from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
+from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
 from pipeline.layout import OURS, Columns
 from pipeline.limits import Limits
 from pipeline.plan import extension
@@ -99,10 +99,10 @@ def _schema(
 
 
 def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> None:
-    """Raise ShardError where one of a few tars is compressed."""
+    """Raise ShardError where one of a few tars is compressed. All else that is wrong with one fails its unit alone."""
 
     def look(url: str) -> None:
-        with storage.open_stream(url, options, seeking=True) as stream, contextlib.suppress(DamagedError):
+        with contextlib.suppress(DamagedError, StorageError), storage.open_stream(url, options, seeking=True) as stream:
             next(read_members(stream, url, limits=limits), None)
 
     with ThreadPoolExecutor(FILES) as pool:

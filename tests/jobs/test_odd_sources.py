@@ -3,14 +3,17 @@
 import gzip
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import storage
+from pipeline.errors import StorageError
 from tests.conftest import img2dataset_members, write_tar
 from tests.jobs.test_sources import by_key, pictures, table_of
 
@@ -77,6 +80,26 @@ def test_a_gzip_that_was_not_looked_at_fails_its_unit_by_name(encode: Command, t
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "failed: unit 01-" in err, "01.tar is not a tar but gzip" in err) == (1, True, True), err
     assert "rejected   0" in out, "nothing of it counts as read"
+
+
+def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
+    encode: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its permissions, say: root reads all the same, so the disk's answer is made here."""
+    for number in range(2):
+        write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(number, 1))
+    open_stream = storage.open_stream
+
+    @contextmanager
+    def refusing(url: str, *given: Any, **how: Any) -> Iterator[BinaryIO]:
+        if url.endswith("1.tar"):
+            raise StorageError(f"cannot read {url}: permission denied")
+        with open_stream(url, *given, **how) as stream:
+            yield stream
+
+    monkeypatch.setattr(storage, "open_stream", refusing)
+    code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+    assert (code, "encoded 1 pictures" in out, "1.tar: permission denied" in err) == (1, True, True), err
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar.zst", "0.zip", "0.TAR.XZ"])
