@@ -12,11 +12,12 @@ from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
+from jobs.passed_over import PassedOver
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from jobs.scheduler import Failure
 from jobs.standing import finish
-from pipeline import commit, identity, listing, plan, stats, storage, survey
+from pipeline import commit, compressed, identity, listing, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import REST, JobError, SourceError, UsageError
 from pipeline.layout import Columns
@@ -100,8 +101,14 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
     for line in noticed:
         say(f"note: {line}")
     units = plan.units_of(shards)
+    archives = compressed.not_read(shards)
     if not units:
-        raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
+        nothing = f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}"
+        raise SourceError(f"{nothing}: {archives}" if archives else nothing)
+    if archives:
+        say(f"note: {archives}")
+    if count := sum(map(plan.is_tables_own, shards)):
+        say(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
     if others := plan.passed_over(shards):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
@@ -172,9 +179,11 @@ def encode_units(
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
     started = time.perf_counter()
+    passed_over, paths = PassedOver(), {unit.name: unit.path for unit in pending}
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
+        passed_over.add(done, paths[done.unit])
         if done.damage:
             say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
@@ -194,6 +203,8 @@ def encode_units(
             return driven.failures
         finally:
             totals.wall = time.perf_counter() - started
+            for line in passed_over.lines():
+                say(f"note: {line}")
 
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:

@@ -5,14 +5,13 @@ the next one. Normally pictures are opened by threads of the worker (`pipeline.f
 """
 
 import json
-import resource
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from pipeline.child import Child, serve
+from pipeline.child import Child, limit_itself, serve
 from pipeline.errors import Rejected
 from pipeline.limits import Limits
 from pipeline.pixels import open_pixels
@@ -43,8 +42,7 @@ class Opener(Child):
 def main() -> None:
     """The process: answers with `shape` and the pixels, or `rejected`, what Rejected is made of."""
     limits = Limits(**json.loads(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_itself(limits.memory)
 
     def answer(data: bytes) -> tuple[dict[str, Any], bytes]:
         try:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+WRITE_AT_ONCE = 1 << 20  # bytes
+
 
 class Child:
     """`python -m MODULE ARGUMENT`, started when it is first asked and again when it has died. Threads may share it."""
@@ -47,7 +49,7 @@ class Child:
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -55,17 +57,27 @@ class Child:
             bufsize=0,
             env=environment,
         )
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)  # a child that does not read must not hold us for ever
+        return process
 
     def _exchange(self, process: subprocess.Popen[bytes], data: bytes, end: float) -> tuple[dict[str, Any], bytes]:
-        assert process.stdin is not None
-        process.stdin.write(len(data).to_bytes(8, "little"))
-        for start in range(0, len(data), 1 << 20):
-            process.stdin.write(data[start : start + (1 << 20)])
+        self._write(process, len(data).to_bytes(8, "little"), end)
+        self._write(process, data, end)
         line = b""
         while not line.endswith(b"\n"):
             line += self._read(process, 1, end)
         answer = json.loads(line)
         return answer, bytes(self._read(process, answer.get("bytes", 0), end))
+
+    def _write(self, process: subprocess.Popen[bytes], data: bytes, end: float) -> None:
+        """All of this to its input, as it takes it. Raises TimeoutError after the end."""
+        assert process.stdin is not None
+        left = memoryview(data)
+        while left:
+            if not select.select([], [process.stdin], [], max(0.0, end - time.monotonic()))[1]:
+                raise TimeoutError
+            left = left[os.write(process.stdin.fileno(), left[:WRITE_AT_ONCE]) :]
 
     def _read(self, process: subprocess.Popen[bytes], count: int, end: float) -> bytearray:
         """Exactly so many bytes of its output. Raises EOFError where it died, TimeoutError after the end."""
@@ -87,6 +99,18 @@ class Child:
             with contextlib.suppress(OSError):
                 self.process.communicate()
             self.process = None
+
+
+def limit_itself(memory: int | None = None) -> None:
+    """Bound this process: it leaves no core file, and takes so many bytes of memory at most.
+
+    macOS does not bound a process's memory. (Windows has no `resource`: importing this module must not need it.)
+    """
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory is not None and sys.platform != "darwin":
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def serve(answer: Callable[[bytes], tuple[dict[str, Any], bytes]], seconds: int) -> None:

@@ -25,6 +25,17 @@ from vae.fast import compile_encoder, keep_freed_memory, quicken
 from vae.load import Settings, is_single_file, weights_sha256
 from vae.posterior import DiagonalGaussianDistribution
 
+# What libraries say of lack of memory where it is no torch.OutOfMemoryError; parts of their texts, in small letters.
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's and HIP's runtime: "CUDA error: out of memory"; torch on MPS: "MPS backend out of memory"
+    "can't allocate memory",  # torch's allocator on CPUs (c10/core/impl/alloc_cpu.cpp)
+    "not enough memory",  # the same on Windows; oneMKL
+    "std::bad_alloc",  # C++
+    "status_alloc_failed",  # CUBLAS_, CUDNN_, HIPBLAS_STATUS_ALLOC_FAILED
+    "_allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED and ..._DEVICE_...
+    "miopenstatusallocfailed",
+    "invalid buffer size",  # MPS: one buffer would be larger than the device's largest (MPSAllocator.mm)
+)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 VAE_FILES = re.compile(r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json))")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,7 +194,7 @@ class Replica:
         while True:
             try:
                 return self._run(model, batch, shard)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 size = self.compute.slice_size
                 if not is_out_of_memory(error):
                     raise
@@ -191,11 +202,11 @@ class Replica:
                     height, width = batch[0].bucket
                     raise VaeError(
                         f"out of memory on {self.compute.device}, encoding a single picture of {height}x{width} "
-                        "pixels; --tile-above encodes it in tiles"
+                        f"pixels; --tile-above encodes it in tiles ({(str(error).splitlines() or [''])[0]:.200})"
                     ) from error
             self.compute = self.compute.in_smaller_slices()
-            if self.compute.device == "cuda":
-                torch.cuda.empty_cache()
+            if self.compute.device in ("cuda", "mps"):
+                getattr(torch, self.compute.device).empty_cache()
 
     def _run(self, model: AutoencoderKL, pictures: Sequence[Picture], shard: str) -> Tensor:
         size = self.compute.slice_size
@@ -232,9 +243,12 @@ class Replica:
         return Rejected("encode", "not_finite")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return any(text in said for text in OUT_OF_MEMORY)
 
 
 # What CUDA, ROCm and their libraries say once a context is lost: every later call in the process fails, too.

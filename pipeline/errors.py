@@ -8,7 +8,8 @@ LatentmillError            one line for the user: what happened, where, what to 
 |-- CacheError             a folder that is not a cache, or a broken one; exit code 1
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
-|   `-- DamagedError       it can be read up to a damage, where it is rejected from there on
+|   |-- DamagedError       it can be read up to a damage, where it is rejected from there on
+|   `-- NoImagesError      a Parquet file of something else; passed over where other files have images
 `-- JobError               work was left undone; exit code 1
 Stopped                    a signal asked us to stop; exit code 130 or 143
 Rejected                   this one sample cannot be encoded; becomes a row of _rejects/
@@ -31,6 +32,7 @@ REASONS: dict[str, str] = {
     "leads elsewhere or that readers of tars pass over",
     "bad_text": "the {} is not UTF-8 text, or there are two",
     "text_too_long": "the {} has more than {} bytes",
+    "columns_too_large": "the columns take {} bytes, a row's share of its part is {}: --rows-per-part makes it larger",
     REST: "from here on the shard is damaged, and its samples cannot be counted",
     "empty": "the picture has no bytes",
     "too_many_bytes": "the picture has {} bytes, the limit is {}",
@@ -99,6 +101,10 @@ class DamagedError(ShardError):
         self.at = at
 
 
+class NoImagesError(ShardError):
+    """A Parquet file has no column of images, nor one that may have been meant to be: metadata, embeddings, ..."""
+
+
 class JobError(LatentmillError):
     """The job ended with work undone."""
 
@@ -108,11 +114,11 @@ class Stopped(BaseException):
 
 
 class Rejected(Exception):
-    """One sample cannot be encoded, for a reason that lies in its bytes alone."""
+    """One sample cannot be encoded, for a reason that lies in its bytes alone. more: what else the detail says."""
 
-    def __init__(self, stage: Stage, reason: str, *numbers: object) -> None:
+    def __init__(self, stage: Stage, reason: str, *numbers: object, more: str = "") -> None:
         super().__init__(reason)
         self.stage = stage
         self.reason = reason
         self.numbers = numbers
-        self.detail = REASONS[reason].format(*numbers)
+        self.detail = REASONS[reason].format(*numbers) + more

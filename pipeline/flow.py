@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import commit, inputs, pixels, storage, tally
+from pipeline import commit, inputs, parquet_keys, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
 from pipeline.damage import after_all_bytes, before_the_rest, rest_alone, to_the_damage
@@ -26,7 +26,7 @@ from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
-from pipeline.limits import Limits, check_columns
+from pipeline.limits import Limits, check_columns, check_share
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_folder
 from pipeline.read_parquet import read_beside, read_parquet
@@ -195,8 +195,9 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
     damage: list[str] = []
+    passed = Counter[str]()
     superseded = job.superseded.get(unit.name, {})
-    reading = to_the_damage(read(unit, job, tools.on_piece), tools.damaged_at, damage)
+    reading = to_the_damage(read(unit, job, passed, tools.on_piece), tools.damaged_at, damage)
     samples = Peekable(watched(before_the_rest(reading, superseded), tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
@@ -219,28 +220,33 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             break
     commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
-    return replace(report, encoded=encoded, again=again, damage="".join(damage))
+    return replace(report, encoded=encoded, again=again, damage="".join(damage), passed_over=passed)
 
 
-def read(unit: Unit, job: Reading, on_piece: Callable[[], None] = lambda: None) -> Iterator[Sample | Reject]:
+def read(
+    unit: Unit, job: Reading, passed: Counter[str] | None = None, on_piece: Callable[[], None] = lambda: None
+) -> Iterator[Sample | Reject]:
     """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
 
+    passed: what is no part of a sample is counted there, by kind.
     on_piece: called again and again while what follows a damage is read. A DamagedError is raised after that.
     """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
         beside = read_beside_tar(unit, job)
         with storage.open_stream(unit.url, options, unit) as stream:
-            for sample in after_all_bytes(read_tar(stream, unit.url, columns.texts, job.limits), stream, on_piece):
+            samples = read_tar(stream, unit.url, columns.texts, job.limits, passed)
+            for sample in after_all_bytes(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in beside:
                     yield joined(sample, beside[sample.key])
                 else:
                     yield sample
     elif unit.kind == "parquet":
         with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
-            part = unit.range or (0, 1)
+            part, image, key = unit.range or (0, 1), job.image_column, job.key_column
+            known = parquet_keys.of_file(unit.url, unit.bytes, unit.etag, key)
             samples = read_parquet(
-                stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema, job.limits
+                stream, unit.url, unit.bytes, part, image, key, columns.schema, job.limits, known, passed
             )
             yield from after_all_bytes(samples, stream, on_piece)
     elif unit.kind == "folder":
@@ -307,14 +313,13 @@ def fill(
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
         when_read = item if isinstance(item, Reject) and item.stage == "read" else sample
         filled.digests[sample.position] = inputs.digest_of(when_read)
+        try:
+            check_share(item.columns if isinstance(item, Picture) else {}, job.rows_per_part, job.limits)
+        except Rejected as why:
+            item = Reject.of(sample.position, sample.key, why)
         return rejected_again(sample, item, superseded.get(sample.position)), seconds
 
-    opened = in_order(
-        tools.pool,
-        opened_once,
-        samples,
-        window=job.compute.batch_size + 2 * job.open_threads,
-    )
+    opened = in_order(tools.pool, opened_once, samples, window=job.compute.batch_size + 2 * job.open_threads)
     for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
         with clock.stage("encode"):
             encoded = tools.replica.encode(batch, unit.path)

@@ -6,13 +6,12 @@ pyarrow 26 ends its process where a footer's statistics are damaged (an exceptio
 
 import atexit
 import io
-import resource
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.child import Child, serve
+from pipeline.child import Child, limit_itself, serve
 from pipeline.errors import DamagedError
 
 SECONDS = 60
@@ -45,7 +44,7 @@ def middles(stream: BinaryIO, url: str) -> list[int]:
 
 def main() -> None:
     """The process: answers a footer (and the end mark after it) with `middles`, or `error`."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_itself()
 
     def answer(footer: bytes) -> tuple[dict[str, Any], bytes]:
         try:

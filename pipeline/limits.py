@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.values import texts_in
+from pipeline.values import size_of, texts_in
 
 # what steers a terminal or turns the letters of a line around: C0, C1, separators of lines, bidirectional overrides
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -24,6 +24,7 @@ class Limits:
 
     picture_bytes: of an encoded picture. pixels, side: of a picture once it is open; checked before it is.
     text_bytes: of a caption, or of any other text beside a picture. key_bytes: of a key.
+    columns_bytes: that the columns of a part's rows take until it is written; each row may take an equal share.
     members: files in a tar. header_bytes: of one extended header of a tar. footer_bytes: of a Parquet file's footer.
     seconds, memory: for one picture, where it is opened by a process of its own because another one died.
     """
@@ -32,6 +33,7 @@ class Limits:
     pixels: int = 100_000_000
     side: int = 65_535
     text_bytes: int = 1 << 20
+    columns_bytes: int = 1 << 30
     key_bytes: int = 512
     members: int = 1_000_000
     header_bytes: int = 1 << 20
@@ -77,6 +79,17 @@ def check_columns(columns: Mapping[str, object], limits: Limits) -> None:
     for name, value in columns.items():
         if any(len(text.encode()) > limits.text_bytes for text in texts_in(value)):
             raise Rejected("read", "text_too_long", name, limits.text_bytes)
+
+
+def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> None:
+    """Raise Rejected where columns take more than a row's share of a part of so many rows.
+
+    Of its own columns alone: what becomes of a sample must not depend on those beside it.
+    """
+    share = limits.columns_bytes // rows
+    size = sum(size_of(value) for value in columns.values())
+    if size > share:
+        raise Rejected("read", "columns_too_large", size, share)
 
 
 def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:

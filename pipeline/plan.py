@@ -24,6 +24,7 @@ from pipeline.storage import Folder
 
 PICTURES_PER_UNIT = 256
 RANGE_BYTES = 128 << 20  # of a Parquet file, about
+TABLES_OWN = frozenset({"_delta_log", "_change_data", "_temporary"})  # folders
 FOLDER = "_plan"
 SCHEMA = pa.schema(
     [
@@ -52,15 +53,22 @@ def unit_name(stem: str, identity: object) -> str:
 def units_of(shards: Sequence[Shard]) -> list[Unit]:
     """The units of these shards: tars, Parquet files, pictures, each in the order of the paths; others are passed over.
 
-    A Parquet file beside a tar of its name is img2dataset's metadata, and no unit.
+    A Parquet file beside a tar of its name is img2dataset's metadata, and no unit; nor is `is_tables_own`.
     """
     tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
     beside = {_stem(unit.path) for unit in tars}
-    parquets = [s for s in shards if extension(s.path) == "parquet" and _stem(s.path) not in beside]
+    parquets = [
+        s for s in shards if extension(s.path) == "parquet" and _stem(s.path) not in beside and not is_tables_own(s)
+    ]
     ranges = [unit for shard in parquets for unit in parquet_units(shard)]
     pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
     by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
     return tars + ranges + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+
+
+def is_tables_own(shard: Shard) -> bool:
+    """Whether Delta Lake or Spark keeps a Parquet file for itself: logs, changes, and rows not yet committed."""
+    return extension(shard.path) == "parquet" and not TABLES_OWN.isdisjoint(shard.path.split("/")[1:-1])
 
 
 def passed_over(shards: Sequence[Shard]) -> Counter[str]:

@@ -13,15 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import footers
-from pipeline.errors import DamagedError, Rejected, ShardError
+from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.layout import passed_name, source_name
 from pipeline.limits import DEFAULT, Limits, check_key, shown_key
+from pipeline.parquet_keys import FileKeys, Known
 from pipeline.records import Reject, Sample
 from pipeline.values import has_times, plain
 
 SMALLEST = 12  # bytes of a Parquet file: two marks and the size of its footer
 ROWS_AT_ONCE = 16
 READ_AT_ONCE = 4 << 20  # bytes of one column
+NO_IMAGES = "no_images"  # what a unit's report counts of files that it passed over
 KEY = "key"  # of img2dataset's metadata
 _PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "bytes")  # where several columns are binary
 
@@ -63,20 +65,46 @@ def damage_at(place: int, url: str) -> Iterator[None]:
 def picture_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
     """The column with the pictures: `wanted`, else the only one there can be.
 
-    Raises ShardError where there is none, or more than one and none is called like one.
+    A column without any value may have no type: where it is called like one of pictures, it is one without pictures.
+    Raises NoImagesError where nothing in the file may be pictures; ShardError where something may be, but is nothing
+    that is read, and where there is more than one column and none is called like one.
     """
     there = [field.name for field in schema if holds_bytes(field.type)]
     named = [name for name in _PICTURE_NAMES if name in there]
+    empty = [name for name in _PICTURE_NAMES if name in schema.names and _has_no_type(schema.field(name).type)]
     if wanted is not None:
-        if wanted not in there:
+        if wanted not in there and not (wanted in schema.names and _has_no_type(schema.field(wanted).type)):
             what = "holds no bytes" if wanted in schema.names else f"is not there: it has {', '.join(schema.names)}"
             raise ShardError(f"{url}: the column {wanted} {what}; name another one with --image-column")
         return wanted
-    if not there:
-        raise ShardError(f"{url} has no column with the bytes of pictures: it has {', '.join(schema.names)}")
-    if len(there) > 1 and not named:
+    if len(there) > 1 and not named and not empty:
         raise ShardError(f"{url} has several columns with bytes, {', '.join(there)}; name one with --image-column")
-    return named[0] if named else there[0]
+    if found := [*named, *empty, *there]:
+        return str(found[0])
+    nothing = f"{url} has no column with the bytes of pictures: it has {', '.join(schema.names)}"
+    if near := _meant_as_pictures(schema):
+        raise ShardError(f"{nothing}; {near}. If it is not a file of images, leave it out of the sources")
+    raise NoImagesError(nothing + _addresses(schema))
+
+
+def _meant_as_pictures(schema: pa.Schema) -> str:
+    """What in a file without a picture column may be pictures in a form that is not read, and what to do; or ""."""
+    for field in schema:
+        if _has_bytes_inside(field.type) and _is_list(field.type):
+            return f"{field.name} is a list of images: write a row for each"
+        if _has_bytes_inside(field.type):
+            return f"{field.name} has bytes inside it: make them a column of their own"
+    for name in _PICTURE_NAMES:
+        if name in schema.names:
+            kind = schema.field(name).type
+            return f"{name} is {kind}, not binary: decode base64 to bytes, or fetch the images that it names"
+    return ""
+
+
+def _addresses(schema: pa.Schema) -> str:
+    """What to do with a file of addresses."""
+    names = [name for name in schema.names if name.lower() in ("url", "urls", "image_url", "img_url")]
+    return f"; download the images that {names[0]} names first, with img2dataset for example" if names else ""
 
 
 def offered(stream: BinaryIO, url: str, image_column: str | None, limits: Limits = DEFAULT) -> pa.Schema:
@@ -116,19 +144,27 @@ def read_parquet(
     key_column: str | None,
     wanted: pa.Schema,
     limits: Limits = DEFAULT,
+    known: FileKeys | None = None,
+    passed: Counter[str] | None = None,
 ) -> Iterator[Sample | Reject]:
     """The samples of range k of n of a Parquet file, in the order of its rows.
 
     size: of the file, in bytes. image_column: None for the only one there is.
     key_column: None for the number of the row in the file.
     wanted: the columns that come along, as the cache names and types them; those that are not there are left out.
+    known: what is known of the file's keys. passed: a file without images has no samples, and is counted there once.
     Rejects (stage "read"): `no_key`, `bad_key`, `duplicate_key`, `no_picture`, `picture_elsewhere`,
     `too_many_bytes`, `bad_text`.
     Raises DamagedError where the file is damaged, ShardError where a column has another type than the cache's.
     """
     with opened(stream, url, limits) as file:
         schema = file.schema_arrow
-        pictures = picture_column(schema, image_column, url)
+        try:
+            pictures = picture_column(schema, image_column, url)
+        except NoImagesError:
+            if passed is not None:
+                passed[NO_IMAGES] += part[0] == 0
+            return
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
         groups = row_groups(footers.middles(stream, url), part, size)
@@ -136,7 +172,8 @@ def read_parquet(
         if rows_of_groups != file.metadata.num_rows:
             footer = stream.seek(0, 2) - 8 - file.metadata.serialized_size
             raise DamagedError(f"{url} is damaged: its footer says two different numbers of rows", at=footer)
-        seen = _keys_before(file, groups, key_column)
+        before = _keys_before(file, groups, key_column, known or FileKeys())
+        seen: set[str] = set()
         names = {pictures, *([key_column] if key_column else []), *map(source_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), pictures, key_column, wanted, url)
         for position, (row, key, picture, columns) in enumerate(rows):
@@ -148,7 +185,7 @@ def read_parquet(
                 if key is None and key_column is not None:
                     raise Rejected("read", "no_key")
                 check_key(name, limits)
-                if name in seen:
+                if name in seen or name in before:
                     raise Rejected("read", "duplicate_key")
                 seen.add(name)
                 yield Sample(position, name, _bytes(picture, limits), columns)
@@ -194,13 +231,14 @@ def _start(file: Any, group: int) -> int:
     return max(0, min(int(chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks))
 
 
-def _keys_before(file: Any, groups: list[int], key_column: str | None) -> set[str]:
+def _keys_before(file: Any, groups: list[int], key_column: str | None, known: FileKeys) -> Known:
     """The keys of the rows in front of a range, so that each is unique in the whole file."""
-    if key_column is None or not groups or not groups[0]:
-        return set()
-    batches = file.iter_batches(row_groups=list(range(groups[0])), columns=[key_column], use_threads=False)
-    keys = (key for batch in batches for key in _keys(batch.column(0), key_column))
-    return {_escaped(key) for key in keys if isinstance(key, str)}
+
+    def read(group: int) -> Iterator[str]:
+        for batch in file.iter_batches(row_groups=[group], columns=[key_column], use_threads=False):
+            yield from (_escaped(key) for key in _keys(batch.column(0), str(key_column)) if isinstance(key, str))
+
+    return known.before(groups[0] if groups and key_column is not None else 0, read)
 
 
 def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
@@ -290,11 +328,31 @@ def _passable(schema: pa.Schema, pictures: str | None) -> pa.Schema:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether a type is one of pictures: binary, or a struct with a binary field `bytes`."""
+    """Whether a type is one of pictures: binary, or a struct with a binary field `bytes`; or a dictionary of such."""
+    if pa.types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _is_binary(kind.field(index).type)
     return _is_binary(kind)
+
+
+def _has_no_type(kind: Any) -> bool:
+    """Whether a type is that of a column in which all is null, or of a struct whose `bytes` are."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and bool(pa.types.is_null(kind.field(index).type))
+    return bool(pa.types.is_null(kind))
+
+
+def _has_bytes_inside(kind: Any) -> bool:
+    """Whether a type has bytes in a list, a struct or a map."""
+    inside = [kind.field(index).type for index in range(kind.num_fields)]
+    return any(_is_binary(inner) or _has_bytes_inside(inner) for inner in inside)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_binary(kind: Any) -> bool:

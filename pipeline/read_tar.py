@@ -7,13 +7,16 @@ before a second archive that was appended to the first; this reader demands the 
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from typing import BinaryIO
 
+from pipeline import compressed
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import DEFAULT, Limits, check_key, check_text, shown_key, text_of
-from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Reject, Sample
+from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
+from pipeline.tar_members import APART, HIDDEN, STRAY, Member, folded, is_stray, no_image
 
 BLOCK = 512
 SKIP_AT_ONCE = 1 << 20
@@ -25,61 +28,67 @@ _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file in a tar: its name, size and content; None of one that is too large for what it is.
-
-    is_link: or a device; it has no content of its own.
-    """
-
-    name: str
-    size: int
-    data: bytes | None
-    is_link: bool = False
-
-    @property
-    def key(self) -> str:
-        folder, slash, base = self.name.rpartition("/")
-        return folder + slash + base.split(".", 1)[0]
-
-    @property
-    def extension(self) -> str:
-        return self.name.rpartition("/")[2].partition(".")[2].lower()
-
-
 NO_PICTURE = Member("", 0, b"")
+APART_FROM_IMAGE = "; its image stands elsewhere in the tar: the files of a sample must follow each other"
+OTHER_SPELLING = (
+    "; an image's key differs from it in the case of letters or in Unicode normalization only: rename one of them"
+)
 
 
 def read_tar(
-    stream: BinaryIO, url: str, texts: Sequence[str] = TEXT_EXTENSIONS, limits: Limits = DEFAULT
+    stream: BinaryIO,
+    url: str,
+    texts: Sequence[str] = TEXT_EXTENSIONS,
+    limits: Limits = DEFAULT,
+    passed: Counter[str] | None = None,
 ) -> Iterator[Sample | Reject]:
     """The samples of a tar, in their order. texts: extensions of the members that come along as columns.
 
+    passed: what is no part of a sample is counted there, as HIDDEN and STRAY; and as APART, how many images and texts
+    of one key do not follow each other.
     Rejects (stage "read"): `no_picture`, `picture_elsewhere`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
     `text_too_long`.
     Raises DamagedError, which names the URL and the byte, where the tar is damaged or ends early; ShardError where
-    it has more members than are read.
+    it has more members than are read, and where it is compressed.
     """
+    passed = Counter() if passed is None else passed
     position = 0
     seen: set[str] = set()
-    for key, members in _by_key(read_members(stream, url, texts, limits)):
-        pictures = [member for member in members if member.extension in PICTURE_EXTENSIONS]
+    others: set[str] = set()  # keys as `folded` makes them, where that is another text
+    alone: set[str] = set()  # of texts without an image
+    for key, members in _by_key(read_members(stream, url, texts, limits, passed)):
+        pictures = [member for member in members if member.is_image]
+        if not pictures and is_stray(members, texts):
+            passed[STRAY] += len(members)
+            continue
+        other, same = (alone, seen) if pictures else (seen, alone)
+        passed[APART] += key in other and key not in same
         for picture in pictures or [NO_PICTURE]:
             try:
                 if picture is NO_PICTURE:
-                    raise Rejected("read", "no_picture")
+                    alone.add(key)
+                    raise no_image(members, _where_the_image_is(key, seen, others))
                 if picture.is_link:
                     raise Rejected("read", "picture_elsewhere")
                 check_key(key, limits)
                 if key in seen:
                     raise Rejected("read", "duplicate_key")
                 seen.add(key)
+                if folded(key) != key:
+                    others.add(folded(key))
                 if picture.data is None:
                     raise Rejected("read", "too_many_bytes", picture.size, limits.picture_bytes)
                 yield Sample(position, key, picture.data, _texts(members, texts, limits))
             except Rejected as why:
                 yield Reject.of(position, shown_key(key, limits), why)
             position += 1
+
+
+def _where_the_image_is(key: str, seen: Set[str], others: Set[str]) -> str:
+    """What is known of the image of a sample that has none. seen: keys of images so far; others: the same, folded."""
+    if key in seen:
+        return APART_FROM_IMAGE
+    return OTHER_SPELLING if folded(key) in seen or folded(key) in others else ""
 
 
 def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
@@ -91,7 +100,7 @@ def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
         if group and member.key != group[0].key:
             yield group[0].key, group
             group, held = [], set()
-        kind = "picture" if member.extension in PICTURE_EXTENSIONS else f".{member.extension}"
+        kind = "picture" if member.is_image else f".{member.extension}"
         group.append(replace(member, data=None) if kind in held else member)
         if not member.is_link:
             held.add(kind)
@@ -116,17 +125,30 @@ def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[
 
 
 def read_members(
-    stream: BinaryIO, url: str, texts: Sequence[str] = TEXT_EXTENSIONS, limits: Limits = DEFAULT
+    stream: BinaryIO,
+    url: str,
+    texts: Sequence[str] = TEXT_EXTENSIONS,
+    limits: Limits = DEFAULT,
+    passed: Counter[str] | None = None,
 ) -> Iterator[Member]:
     """The files, links and devices of a tar (ustar, GNU and pax long names), and of those appended to it.
 
-    Only pictures and texts are held, and only where they are within their limits.
+    Only pictures and texts are held, and only where they are within their limits. Hidden files are passed over, and
+    counted in `passed`.
     """
+    for member in _all_members(stream, url, texts, limits):
+        if not member.is_hidden:
+            yield member
+        elif passed is not None:
+            passed[HIDDEN] += 1
+
+
+def _all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limits) -> Iterator[Member]:
     offset = count = 0
     long_name: str | None = None
     long_size: int | None = None
     while True:
-        header = _exactly(stream, BLOCK, url, offset)
+        header = _exactly(stream, BLOCK, url, offset) if offset else _first_header(stream, url)
         if not any(header):
             if any(_exactly(stream, BLOCK, url, offset + BLOCK)):
                 raise DamagedError(
@@ -172,6 +194,15 @@ def read_members(
         offset = start + size + padding
 
 
+def _first_header(stream: BinaryIO, url: str) -> bytes:
+    """The first header of a tar. Raises ShardError where the file is another archive."""
+    start = _up_to(stream, BLOCK)
+    kind = compressed.kind_of(start)
+    if kind and start[257:262] != b"ustar":  # a name may begin with any bytes
+        raise ShardError(f"{url} is not a tar but {kind}; {compressed.ADVICE}")
+    return start + _exactly(stream, BLOCK - len(start), url, len(start))
+
+
 def _next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:
     """What stands after an end mark: mostly zeros up to the end, then b""; else the first header of a further tar."""
     while block := _up_to(stream, BLOCK):
@@ -200,7 +231,9 @@ def _pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
 
 def _most(member: Member, texts: Sequence[str], limits: Limits) -> int:
     """The bytes up to which a member is held."""
-    if member.extension in PICTURE_EXTENSIONS:
+    if member.is_hidden:
+        return 0
+    if member.is_image:
         return limits.picture_bytes
     return limits.text_bytes if member.extension in texts else 0
 
@@ -254,4 +287,5 @@ def _short_name(header: bytes) -> str:
 
 
 def _text(name: bytes) -> str:
-    return text_of(name.decode(errors="surrogateescape")).removeprefix("./")
+    """A name as text: `\\` as Windows writes it is `/`, and a `./` in front is no part of it."""
+    return text_of(name.decode(errors="surrogateescape")).replace("\\", "/").removeprefix("./")

@@ -303,6 +303,7 @@ class UnitReport:
     adopted: parts that stood there already. encoded: rows of the others. again: pictures that overflowed and were
     encoded again in float32.
     damage: what is wrong with the shard, where its rest was rejected.
+    passed_over: how much of the input was read as no part of a sample, by kind (`jobs.passed_over`).
     """
 
     unit: str
@@ -317,4 +318,5 @@ class UnitReport:
     again: int = 0
     bytes: int = 0
     damage: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)

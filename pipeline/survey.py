@@ -4,6 +4,7 @@ A few files of each kind are looked at, spread evenly; what the others have is c
 are passed over: they are named when their units fail.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline import read_parquet, storage
-from pipeline.errors import DamagedError, ShardError, SourceError
+from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
 from pipeline.layout import OURS, Columns
 from pipeline.limits import Limits
 from pipeline.plan import extension
@@ -20,6 +21,7 @@ from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
 
 FILES = 16
+MORE_FILES = 256
 MEMBERS = 64  # of a tar
 
 
@@ -39,7 +41,9 @@ def columns_of(
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
-        schema = _schema(sorted(parquets), tars, options, image_column, limits)
+        _check_tars(tars, options, limits)
+        alone = all(unit.kind == "parquet" for unit in units)
+        schema = _schema(sorted(parquets), tars, options, image_column, limits, alone)
         texts = _texts(shards, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
@@ -62,9 +66,18 @@ def columns_of(
 
 
 def _schema(
-    parquets: list[str], tars: list[str], options: Mapping[str, str], image_column: str | None, limits: Limits
+    parquets: list[str],
+    tars: list[str],
+    options: Mapping[str, str],
+    image_column: str | None,
+    limits: Limits,
+    alone: bool,
 ) -> pa.Schema:
-    """The columns of Parquet files with pictures, and of img2dataset's beside tars, in one schema."""
+    """The columns of Parquet files with pictures, and of img2dataset's beside tars, in one schema.
+
+    alone: whether the sources have nothing but Parquet files. What has no type anywhere, as nothing but null is seen of
+    it, is text.
+    """
 
     def of_pictures(url: str) -> pa.Schema:
         with storage.open_stream(url, options) as stream:
@@ -77,11 +90,49 @@ def _schema(
         with storage.open_stream(url, options) as stream:
             return read_parquet.offered_beside(stream, url, limits)
 
-    schemas = [*_sound(of_pictures, _some(parquets)), *_sound(beside, _some(tars))]
+    schemas = [*_with_images(of_pictures, parquets, alone), *_sound(beside, _some(tars))]
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive") if schemas else pa.schema([])
+        fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
+        return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields])
     except pa.ArrowException as error:
         raise SourceError(f"the sources have columns of one name whose types do not go together: {error}") from error
+
+
+def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> None:
+    """Raise ShardError where one of a few tars is compressed. All else that is wrong with one fails its unit alone."""
+
+    def look(url: str) -> None:
+        with contextlib.suppress(DamagedError, StorageError), storage.open_stream(url, options, seeking=True) as stream:
+            next(read_members(stream, url, limits=limits), None)
+
+    with ThreadPoolExecutor(FILES) as pool:
+        list(pool.map(look, _some(tars)))
+
+
+def _with_images(look: Callable[[str], pa.Schema], urls: list[str], alone: bool) -> list[pa.Schema]:
+    """What is seen of a few files; where none of them has images, of the next ones until one has.
+
+    Raises NoImagesError where no file has, if they are all that there is (`alone`). Else not all are looked at.
+    """
+    refused: list[NoImagesError] = []
+
+    def seen(url: str) -> pa.Schema | None:
+        try:
+            return look(url)
+        except NoImagesError as error:
+            refused.append(error)
+            return None
+
+    schemas = _sound(seen, _some(urls))
+    most = len(urls) if alone else MORE_FILES
+    for start in range(0, min(len(urls), most), FILES):
+        if schemas or not refused:
+            break
+        with contextlib.suppress(DamagedError):
+            schemas = _sound(seen, urls[start : start + FILES])
+    if refused and alone and not schemas:
+        raise refused[0]
+    return schemas
 
 
 def _sound(look: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:

@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import CacheError
 from pipeline.layout import OURS, Layout
 from pipeline.records import Record, Row
-from pipeline.values import for_python
+from pipeline.values import for_python, size_of
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
@@ -82,13 +82,15 @@ def read_rows(
 
 def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
-    size = 0
+    latents = columns = 0
     for row in rows:
-        if group and (row.picture.bucket != group[0].picture.bucket or size + row.latent.nbytes > ROW_GROUP_BYTES):
+        more = sum(map(size_of, row.picture.columns.values()))
+        is_full = latents + row.latent.nbytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
+        if group and (row.picture.bucket != group[0].picture.bucket or is_full):
             yield group
-            group, size = [], 0
+            group, latents, columns = [], 0, 0
         group.append(row)
-        size += row.latent.nbytes
+        latents, columns = latents + row.latent.nbytes, columns + more
     yield group
 
 
@@ -112,9 +114,14 @@ def _columns(row: Row, shard: str) -> dict[str, Any]:
     return {
         "key": picture.key,
         "shard": shard,
-        "latent": row.latent.contiguous().view(torch.uint8).numpy().tobytes(),
+        "latent": _bytes(row.latent),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
         **picture.geometry,
         **picture.columns,
     }
+
+
+def _bytes(latent: torch.Tensor) -> bytes:
+    """A latent's values in C order. Flat first: one of 1 x 1 counts as contiguous whatever its strides are."""
+    return latent.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()

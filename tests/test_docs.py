@@ -127,6 +127,7 @@ def limits_table() -> str:
         "pixels": "pixels of a picture",
         "side": "pixels of its longer side",
         "text_bytes": "bytes of a caption, or of any other text beside a picture, or inside a list there",
+        "columns_bytes": "bytes that the columns of a part's rows take in memory; each row may take an equal share",
         "key_bytes": "bytes of a key",
         "members": "members of a tar",
         "header_bytes": "bytes of one extended header of a tar",

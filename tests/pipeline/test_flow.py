@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from pipeline import commit, stats, write_parquet
 from pipeline.cache import read_rows, to_tensor
-from pipeline.encode import Compute, Encoded, Replica, Vae
+from pipeline.encode import Compute, Encoded, Replica, Vae, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import Clock, Encoder, fill, read
 from pipeline.layout import Columns, Layout
@@ -53,6 +54,44 @@ def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., Enco
     layout = Layout(columns=Columns(table.schema.remove(0), ()))
     report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=8)).run(unit_of(tmp_path / "s/0.parquet"))
     assert (report.rows, report.rejects) == (2, {"text_too_long": 2})
+
+
+def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+    """Of all rows together, as each has its share; what it is depends on its own columns alone."""
+    members = img2dataset_members(0, 64, height=64, width=64)
+    small, large = ("x" * (60 << 10)).encode(), ("y" * (1 << 20)).encode()
+    for number in range(64):
+        members[f"{number:09d}.txt"] = large if number % 2 else small
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", members))
+
+    def peak(cache: Path, limits: Limits) -> tuple[int, dict[str, int]]:
+        """The most bytes that Python held while the unit was encoded, and its rejects."""
+        encoder = worker(cache, rows_per_part=64, limits=limits)
+        tracemalloc.start()
+        try:
+            report = encoder.run(unit)
+            return tracemalloc.get_traced_memory()[1], dict(report.rejects)
+        finally:
+            tracemalloc.stop()
+
+    unbounded, rejects = peak(tmp_path / "d", Limits())  # first, as modules are imported on the way
+    assert (rejects, unbounded > 32 << 20) == ({}, True)
+    bounded, rejects = peak(tmp_path / "c", Limits(columns_bytes=4 << 20))
+    assert rejects == {"columns_too_large": 32}
+    assert bounded < 10 << 20, "the columns, and a few samples that are read ahead"
+    (reject, *_) = (reject for record in records(tmp_path / "c") for reject in record.rejects)
+    assert reject.detail.startswith("the columns take 1048596 bytes, a row's share of its part is 65536")
+
+
+def test_a_row_group_holds_few_columns(worker: Callable[..., Encoder], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(write_parquet, "ROW_GROUP_BYTES", 4000)
+    members = img2dataset_members(0, 8, height=64, width=64)
+    members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
+    worker(tmp_path / "c", rows_per_part=8).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
+    (file,) = (tmp_path / "c/data").iterdir()
+    metadata = pq.read_metadata(file)
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [2, 2, 2, 2]
+    assert [row["key"] for row in rows_of(tmp_path / "c")] == [f"{n:09d}" for n in range(8)]
 
 
 def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
@@ -421,7 +460,13 @@ class TestOverflow:
 class TestMemory:
     """A device whose memory does not suffice."""
 
-    def replica(self, vae: Vae, monkeypatch: pytest.MonkeyPatch, room: int) -> tuple[Replica, list[int]]:
+    def replica(
+        self,
+        vae: Vae,
+        monkeypatch: pytest.MonkeyPatch,
+        room: int,
+        error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
+    ) -> tuple[Replica, list[int]]:
         """A replica that has memory for slices of `room`, and the sizes of those that it tried."""
         compute = Compute(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
         replica, tried = Replica(vae, compute, "float32"), []
@@ -430,7 +475,7 @@ class TestMemory:
         def limited(x: torch.Tensor) -> object:
             tried.append(len(x))
             if len(x) > room:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return encode(x)
 
         monkeypatch.setattr(replica.model, "encode", limited)
@@ -464,6 +509,53 @@ class TestMemory:
         replica, _ = self.replica(vae, monkeypatch, room=0)
         with pytest.raises(VaeError, match="out of memory on cpu, encoding a single picture of 64x64 pixels; --tile"):
             replica.encode([TestOverflow().picture()])
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            # c10/cuda/CUDACachingAllocator.cpp; the same with HIP in place of CUDA
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of ..."),
+            # c10/cuda/CUDAException.cpp, with the runtime's cudaGetErrorString(cudaErrorMemoryAllocation)
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            RuntimeError("HIP error: out of memory"),
+            # ATen/cuda/CUDABlas.cpp and Exceptions.cpp; github.com/QwenLM/Qwen3/issues/873
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            # ATen/cudnn/Exceptions.h; github.com/pytorch/pytorch/issues/20123
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+            # cudnnStatus_t of cuDNN 9
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            # ATen/mps/MPSAllocator.mm
+            RuntimeError("MPS backend out of memory (MPS allocated: 1.0 GiB, other allocations: 2.0 GiB). ..."),
+            RuntimeError("Invalid buffer size: 12.00 GiB"),
+            # c10/core/impl/alloc_cpu.cpp: Linux and macOS; Windows and Android
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+            # C++'s own, through torch's bindings and through pybind11
+            RuntimeError("std::bad_alloc"),
+            MemoryError("std::bad_alloc"),
+        ],
+        ids=str,
+    )
+    def test_every_librarys_words_for_it_make_slices_smaller(
+        self, vae: Vae, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        replica, tried = self.replica(vae, monkeypatch, room=1, error=error)
+        replica.encode([TestOverflow().picture()] * 4)
+        assert (tried, replica.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "CUDA error: an illegal memory access was encountered",
+            "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+            "GET was unable to find an engine to execute this computation",
+            "expected scalar type Float but found Half",
+        ],
+    )
+    def test_errors_of_devices_are_not_taken_for_it(self, said: str) -> None:
+        assert not is_out_of_memory(RuntimeError(said))
 
     def test_other_errors_are_not_taken_for_it(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         replica, _ = self.replica(vae, monkeypatch, room=4)

@@ -2,16 +2,20 @@
 
 import datetime
 import io
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import footers
-from pipeline.errors import DamagedError, Rejected, ShardError
+from pipeline import footers, parquet_keys
+from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.limits import Limits
-from pipeline.read_parquet import offered, offered_beside, read_beside, read_parquet, row_groups
+from pipeline.parquet_keys import FileKeys
+from pipeline.read_parquet import NO_IMAGES, offered, offered_beside, read_beside, read_parquet, row_groups
 from pipeline.records import Reject, Sample
 
 NOTHING = pa.schema([])
@@ -307,3 +311,125 @@ def test_two_columns_of_one_name_are_refused() -> None:
     table = pa.Table.from_arrays([pa.array([b"0"]), pa.array([1]), pa.array([2])], names=["jpg", "n", "n"])
     with pytest.raises(ShardError, match=r"p\.parquet has 2 columns called n"):
         read(parquet(table))
+
+
+def test_a_dictionary_of_pictures_is_read() -> None:
+    table = pa.table({"image": pa.array([b"0", b"1", b"0", None]).dictionary_encode()})
+    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", b"1", b"0", "no_picture"]
+    assert offered(io.BytesIO(parquet(table)), "p", None).names == []
+
+
+@pytest.mark.parametrize("wanted", [None, "image"])
+def test_a_column_of_pictures_without_any_has_no_type(wanted: str | None) -> None:
+    """As pandas writes it. Another column with bytes is not taken in its place."""
+    table = pa.table({"image": pa.nulls(2), "mask": [b"0", b"1"], "other": [b"0", b"1"]})
+    assert [outcome(item)[2] for item in read(parquet(table), image=wanted)] == ["no_picture", "no_picture"]
+    assert read(parquet(table.slice(0, 0)), image=wanted) == []
+    paths = pa.table({"image": [{"bytes": None, "path": "0.jpg"}]})
+    assert [outcome(item)[2] for item in read(parquet(paths), image=wanted)] == ["picture_elsewhere"]
+
+
+@pytest.mark.parametrize("names", [["key", "caption"], ["file_name", "text"], ["clip"], ["URL", "TEXT"]])
+def test_a_file_without_images_has_no_samples_and_is_counted_once(names: list[str]) -> None:
+    data = parquet(pa.table({name: ["x"] * 40 for name in names}), row_group_size=10)
+    passed = Counter[str]()
+    for k in range(3):
+        part = (k, 3)
+        items = read_parquet(io.BytesIO(data), "p", len(data), part, None, None, NOTHING, passed=passed)
+        assert list(items) == []
+    assert passed == {NO_IMAGES: 1}
+    with pytest.raises(ShardError, match="the column image is not there"):
+        read(data, image="image")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"images": [[{"bytes": b"0"}]]}, "images is a list of images: write a row for each"),
+        ({"images": [[b"0"]]}, "images is a list of images: write a row for each"),
+        ({"sample": [{"jpg": b"0", "txt": "t"}]}, "sample has bytes inside it: make them a column of their own"),
+        ({"image": ["aGVsbG8="]}, "image is string, not binary: decode base64 to bytes, or fetch the images"),
+        ({"img": [[1, 2]]}, "img is list<element: int64>, not binary"),
+    ],
+)
+def test_what_may_be_images_but_is_not_read_is_an_error(column: dict[str, Any], message: str) -> None:
+    """Never passed over: images would be missing."""
+    with pytest.raises(ShardError, match=re.escape(message)) as error:
+        read(parquet(pa.table({**column, "text": ["t"]})))
+    assert not isinstance(error.value, NoImagesError)
+
+
+def test_addresses_are_to_be_downloaded_first() -> None:
+    with pytest.raises(NoImagesError, match="download the images that URL names first"):
+        offered(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
+
+
+class TestKeysOfManyRanges:
+    """A file of many ranges, read by one process."""
+
+    N = 20
+
+    @pytest.fixture
+    def data(self) -> bytes:
+        """40 row groups of 25 rows; every key is there twice, in the first half and in the second."""
+        count = 1000
+        columns = {"jpg": [bytes(200)] * count, "id": [f"key {n % (count // 2):06}" for n in range(count)]}
+        return parquet(pa.table(columns), row_group_size=25, use_dictionary=False, compression="none")
+
+    def read_all(self, data: bytes, order: list[int], known: FileKeys | None) -> tuple[list[Sample | Reject], float]:
+        """The samples of all ranges, read in this order; and how often the keys of the file were read, on average."""
+        stream, parts = Counting(data), {}
+        for k in order:
+            part = (k, self.N)
+            items = read_parquet(stream, "p", len(data), part, None, "id", NOTHING, known=known)
+            parts[k] = list(items)
+        metadata = pq.read_metadata(io.BytesIO(data))
+        chunks = [metadata.row_group(group).column(1) for group in range(metadata.num_row_groups)]
+        reads = sum(stream.starts[chunk.data_page_offset] for chunk in chunks)
+        return [item for k in sorted(parts) for item in parts[k]], reads / len(chunks)
+
+    @pytest.mark.parametrize("order", ["forwards", "backwards"])
+    def test_a_key_is_unique_whatever_the_order_of_the_ranges(self, data: bytes, order: str) -> None:
+        ranges = list(range(self.N)) if order == "forwards" else list(range(self.N))[::-1]
+        remembered, _ = self.read_all(data, ranges, FileKeys())
+        forgotten, _ = self.read_all(data, ranges, None)
+        assert [outcome(item) for item in remembered] == [outcome(item) for item in forgotten]
+        assert [isinstance(item, Sample) for item in remembered] == [True] * 500 + [False] * 500
+        assert {item.reason for item in remembered if isinstance(item, Reject)} == {"duplicate_key"}
+
+    def test_the_keys_of_a_row_group_are_read_once_for_all_other_ranges(self, data: bytes) -> None:
+        ranges = list(range(self.N))
+        assert self.read_all(data, ranges, FileKeys())[1] < 2
+        assert self.read_all(data, ranges, None)[1] > self.N / 2, "by a process for each range"
+
+    def test_versions_of_a_file_are_told_apart(self) -> None:
+        one = parquet_keys.of_file("s3://b/p", 10, "etag 1", "id")
+        assert parquet_keys.of_file("s3://b/p", 10, "etag 1", "id") is one
+        others = [("s3://b/p", 10, "etag 2", "id"), ("s3://b/p", 10, "etag 1", "key"), ("s3://b/p", 10, "", "id")]
+        assert all(parquet_keys.of_file(*other) is not one for other in others)
+        assert parquet_keys.of_file(*others[2]) is not parquet_keys.of_file(*others[2]), "nobody knows its version"
+
+    def test_threads_read_the_keys_of_a_row_group_once(self) -> None:
+        keys, read = FileKeys(), Counter[int]()
+
+        def of_group(group: int) -> list[str]:
+            read[group] += 1
+            return [f"{group}-{n}" for n in range(3)]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda group: keys.before(group, of_group), [3, 5, 2, 5, 0, 4] * 5))
+        assert read == dict.fromkeys(range(5), 1)
+        assert ["2-1" in known for known in found[:6]] == [True, True, False, True, False, True]
+        assert all("5-0" not in known and "" not in known for known in found)
+
+
+class Counting(io.BytesIO):
+    """Counts where reads begin."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.starts = Counter[int]()
+
+    def read(self, count: int | None = -1) -> bytes:
+        self.starts[self.tell()] += 1
+        return super().read(-1 if count is None else count)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import Rejected
-from pipeline.values import for_python, has_times, plain
+from pipeline.values import for_python, has_times, plain, size_of
 
 US = pa.timestamp("us")
 FAR = pa.array([2**62]).cast(US)  # the year 148,108
@@ -66,3 +66,21 @@ def test_other_values_are_said_in_json() -> None:
 def test_what_has_no_rule_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="there is no rule for a"):
         plain(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (None, 0),
+        (7, 0),
+        ("\u00e9", 2),
+        (b"abc", 3),
+        ([1.0] * 1000, 32_000),
+        ([[1, 2], [3]], 2 * 32 + 3 * 32),
+        (["ab", "c"], 2 * 32 + 3),
+        ({"name": "ab", "tags": ["c"]}, 4 + 32 + 2 + 4 + 32 + 32 + 1),
+        (pa.scalar([1] * 100, pa.list_(US)), 804),
+    ],
+)
+def test_what_values_take(value: Any, size: int) -> None:
+    assert size_of(value) == size

@@ -1,0 +1,36 @@
+"""Archives that are not read, because tars are read as streams and uncompressed: told by their bytes or their names."""
+
+from collections.abc import Sequence
+
+from pipeline.limits import shown
+from pipeline.records import Shard
+
+ADVICE = "decompress it (gunzip, unzstd, unxz, bunzip2), or unpack it into a folder"
+_FIRST_BYTES = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "rar",
+}
+_ENDINGS = (
+    *(f".tar.{name}" for name in ("gz", "zst", "xz", "bz2", "lz4", "z")),
+    *(".tgz", ".tzst", ".txz", ".tbz", ".tbz2", ".zip", ".7z", ".rar"),
+)
+_NAMED = 3
+
+
+def kind_of(start: bytes) -> str | None:
+    """What these first bytes of a file are those of; None of anything else."""
+    return next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None)
+
+
+def not_read(shards: Sequence[Shard]) -> str:
+    """Which of the files are archives that are not read, and what to do; "" where there are none."""
+    urls = [shard.url for shard in shards if shard.path.lower().endswith(_ENDINGS)]
+    if not urls:
+        return ""
+    more = f" and {len(urls) - _NAMED} more" if len(urls) > _NAMED else ""
+    return f"compressed archives are not read: {', '.join(map(shown, urls[:_NAMED]))}{more}; {ADVICE}"
