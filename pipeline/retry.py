@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from pipeline import commit
 from pipeline.careful import Opener
+from pipeline.clock import Clock
 from pipeline.encode import Vae
 from pipeline.errors import REST
-from pipeline.flow import Clock, EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
+from pipeline.flow import EncodeJob, Encoder, Tools, fill, make_record, read, summed, to_the_damage, watched
 from pipeline.records import FIRST, Attempt, Reject, Sample, Standing, Unit, UnitReport
 
 

@@ -20,9 +20,10 @@ import torch
 
 from pipeline import commit, stats, write_parquet
 from pipeline.cache import read_rows, to_tensor
+from pipeline.clock import Clock
 from pipeline.encode import Compute, Encoded, Replica, Vae
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import Clock, Encoder, fill, read
+from pipeline.flow import Encoder, fill, read
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
 from pipeline.records import Attempt, Picture, Record, Unit
@@ -157,7 +158,8 @@ def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, t
         data = (tmp_path / "c" / part["file"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert content["parts"][0]["rejects"] == {"not_a_picture": 1}
-    assert (content["run"], set(content["seconds"])) == ("a run", {"read", "open", "encode", "write"})
+    stages = {"read", "open", "starved", "queue", "encode", "write"}
+    assert (content["run"], set(content["seconds"])) == ("a run", stages)
 
 
 def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
