@@ -138,7 +138,7 @@ def encode(
             say(f"failed: unit {failure.name}: {failure.error}")
         if not failures:
             check_commits(cache, units)
-        written = finish(cache, content, weak, log.beat)
+        written = finish(cache, content, weak)
         code = exit_code(failures, written, options.max_reject_rate)
         log.ended("failed" if failures else "done", code)
     return Outcome(

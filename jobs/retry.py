@@ -38,7 +38,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         driven = encode(options, cache, vae, tasks, log, counts)
         for failure in driven.failures:
             say(f"failed: unit {failure.name}: {failure.error}")
-        written = finish(cache.folder, cache.content, weak, log.beat)
+        written = finish(cache.folder, cache.content, weak)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)
     tell(options, tasks, counts, written)

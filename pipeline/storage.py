@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,12 +31,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import LatentmillError, Rejected, SourceError, StorageError, UsageError
+from pipeline.overlap import in_order
 from pipeline.records import Unit
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 PROBES = 3
+AT_ONCE = 16  # small files that are read together
 # what a disk says of a name that no file has, or can have: a caption's may be too long where the picture's is not
 NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
@@ -271,20 +273,19 @@ class Folder:
         """All of a file. Raises StorageError, also where there is none."""
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
-            return cast(bytes, fs.cat_file(path))
+            return cast(bytes, fs.cat_file(path, **_in_one_request(fs)))
 
-    def read_all(self, folder: str) -> dict[str, bytes]:
-        """The whole files of a folder by name, in order; many at once, as stores are slow to answer."""
-        names = self.names(folder)
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(names, pool.map(lambda name: self.read(f"{folder}/{name}"), names), strict=True))
+    def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """These files of a folder, each name with its content; many are read at once, as stores are slow to answer."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * AT_ONCE)
 
     def read_if_there(self, name: str) -> bytes | None:
         """All of a file; None where there is none."""
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
             try:
-                return cast(bytes, fs.cat_file(path))
+                return cast(bytes, fs.cat_file(path, **_in_one_request(fs)))
             except FileNotFoundError:
                 return None
 
@@ -312,8 +313,7 @@ class Folder:
         fs, _ = self._on("")
         if isinstance(fs, LocalFileSystem | MemoryFileSystem):
             return True
-        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        if not protocols & CONDITIONAL:
+        if not _protocols(fs) & CONDITIONAL:
             return False
         for _ in range(PROBES):
             name = f"_tmp/probe-{uuid.uuid4().hex}"
@@ -375,10 +375,18 @@ def _put_once(fs: Any, path: str, data: bytes) -> bool:
 
 def _checksum(fs: Any, data: bytes) -> dict[str, str]:
     """What lets S3 refuse a body that was damaged on its way. (GCS's library does so by itself.)"""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if "s3" not in protocols:
+    if "s3" not in _protocols(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+
+
+def _in_one_request(fs: Any) -> dict[str, int]:
+    """What keeps s3fs from asking for a file's size before it asks for the file."""
+    return {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def _spool(folder: str, data: bytes) -> str:

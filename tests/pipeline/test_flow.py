@@ -518,7 +518,7 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     encoder, cache = worker(tmp_path / "c"), tmp_path / "c"
     encoder.run(unit)
     encoder.run(empty)
-    written = stats.write(Folder(str(cache)), "the identity")
+    written = stats.Summing(Folder(str(cache)), "the identity").write()
     latents = [
         to_tensor(row).double() for path in sorted(cache.glob("data/*")) for row in pq.read_table(path).to_pylist()
     ]
@@ -532,10 +532,10 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     assert written["digest"] == printed.split()[0]
 
     (cache / f"_commits/{unit.name}.json").unlink()
-    assert stats.write(Folder(str(cache)), "the identity") == written
+    assert stats.Summing(Folder(str(cache)), "the identity").write() == written
     next(cache.glob("_empty/*")).unlink()
     with pytest.raises(CacheError, match="is gone, but was committed"):
-        stats.write(Folder(str(cache)), "the identity")
+        stats.Summing(Folder(str(cache)), "the identity").write()
 
 
 def test_of_two_commits_the_first_counts(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
