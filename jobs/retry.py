@@ -1,5 +1,6 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +9,10 @@ from jobs import settings
 from jobs.drive import Driven, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
+from jobs.messages import secrets_in, show
 from jobs.options import RetryOptions, as_record, parse, storage_options
 from jobs.place import place
-from jobs.progress import Meter, say
+from jobs.progress import Meter, say_each, say_unit
 from jobs.standing import finish, matching_vae, units
 from pipeline import commit, retry, stats
 from pipeline.cache import Cache
@@ -22,6 +24,7 @@ from pipeline.runs import Run
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(RetryOptions, "retry", argv)
+    show(options.verbose)
     told = "what succeeded is in the cache, the same command goes on"
     return until_stopped(lambda signals: run_job(options, signals), told)
 
@@ -32,12 +35,14 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
-    log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
+    run = Run(cache.folder, "retry", as_record(options))
+    log = Logbook(run, signals, secrets_in(cache.folder.options))
     with log.kept():
-        log.begin(weak, units=len(tasks))
-        driven = encode(options, cache, vae, tasks, log, counts)
-        for failure in driven.failures:
-            say(f"failed: unit {failure.name}: {failure.error}")
+        log.begin(weak)
+        log.tell(units=len(tasks))
+        driven = encode(options, cache, vae, tasks, log, counts)  # its engine is closed by now
+        log.tell(counts=dict(counts), images_per_second=0.0, seconds_left=None)
+        say_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
         written = finish(cache.folder, cache.content, weak)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)
@@ -82,6 +87,7 @@ def encode(
     meter = Meter("encoded", len(tasks))
 
     def on_done(done: UnitReport) -> None:
+        say_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(1, done.rows, 0)
 
@@ -94,7 +100,7 @@ def encode(
 
         def on_tick() -> None:
             meter.tick(engine.pictures, engine.waiting_for)
-            log.beat()
+            log.tell(counts=dict(counts), **meter.facts)
 
         with meter.shown():
             return drive(tasks, engine, log.signals, on_done, on_tick)
