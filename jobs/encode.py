@@ -188,6 +188,7 @@ def encode_units(
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
+    settings.note_versions(cache, log.run.name)
     job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
     retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)

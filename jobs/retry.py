@@ -93,6 +93,7 @@ def encode(
 
     with place(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
+        settings.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
         encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, log.run.name)
         job = retry.RetryJob(encoding)
