@@ -153,6 +153,7 @@ def encode(
         finished = commit.finished(cache)
         pending = [unit for unit in units if unit.name not in finished]
         say_each([f"note: {line}" for line in noticed])
+        log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
         if pending:
             failures = encode_units(options, cache, content, vae, pending, where, log, totals)

@@ -57,6 +57,10 @@ class Logbook:
         """Have the next entry say this, too. Cheap: nothing is written now."""
         self._facts = {**self._facts, **facts}  # a new dict, which the thread may be reading meanwhile
 
+    def keep(self, text: str) -> None:
+        """Put a line into the log that is not shown."""
+        self._messages.add(text)
+
     def ended(self, outcome: str, code: int) -> None:
         """Write how the run ended: done, failed or stopped. Nothing is written after that."""
         self._messages.add(f"{outcome}, exit code {code}")

@@ -73,7 +73,8 @@ def test_what_a_run_said_is_kept_beside_its_record(latentmill: Command, job: lis
     said = [re.sub(rf"^{STAMP} ", "", line) for line in err.splitlines()]
     kept = [re.sub(rf"^{STAMP}Z ", "", line) for line in lines]
     assert "INFO encode with latentmill" in kept[0]
-    assert kept[1:-1] == said
+    assert kept[1] == "INFO 2 units are planned, 2 of them are not done"
+    assert kept[2:-1] == said
     assert kept[-1] == "INFO done, exit code 3"
     assert latentmill("status", tmp_path / "c")[0] == 0
     _, out, _ = latentmill("verify", tmp_path / "c")

