@@ -46,7 +46,8 @@ def connected(address: str) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with _our_signals():
+                ray.shutdown()
 
 
 @contextmanager
@@ -95,7 +96,9 @@ def _local() -> Iterator[None]:
 
 @contextmanager
 def _our_signals() -> Iterator[None]:
-    """Keep our handler of SIGTERM: `ray.init` puts one in its place that ends the process with 15."""
+    """Keep our handler of SIGTERM: `ray.init` puts one in its place that ends the process with 15, and after
+    `ray.shutdown` the signal ends it, too.
+    """
     ours = signal.getsignal(signal.SIGTERM)
     try:
         yield

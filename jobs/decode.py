@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
+from jobs.messages import show
 from jobs.options import DecodeOptions, limits_of, parse, storage_options
 from jobs.place import place
-from jobs.progress import Meter, say
+from jobs.progress import Meter, say_each
 from jobs.scheduler import Failure
 from jobs.standing import files, matching_vae, units
 from pipeline import identity, storage
@@ -25,6 +27,7 @@ REPORT = "report.json"
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(DecodeOptions, "decode", argv)
+    show(options.verbose)
     return until_stopped(lambda signals: run_job(options, signals), "the same command draws all of it again")
 
 
@@ -113,10 +116,8 @@ def tell(options: DecodeOptions, out: Folder, report: dict[str, Any]) -> None:
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
     print(f"  report     {out.at(REPORT)}", flush=True)
-    for note in report["notes"]:
-        say(f"note: {note}")
-    for failure in report["failed"]:
-        say(f"failed: {failure['name']}: {failure['error']}")
+    say_each([f"note: {note}" for note in report["notes"]])
+    say_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], logging.ERROR)
 
 
 if __name__ == "__main__":

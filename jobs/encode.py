@@ -1,6 +1,7 @@
 """`latentmill encode`: pictures in, a cache of latents out. The same command again does only what is missing."""
 
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from jobs import settings
 from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
+from jobs.messages import secrets_in, show
 from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
+from jobs.pace import WorkerTime
 from jobs.passed_over import PassedOver
 from jobs.place import Place, place
-from jobs.progress import Meter, say
+from jobs.progress import Meter, say, say_each, say_unit
 from jobs.scheduler import Failure
 from jobs.standing import finish
 from pipeline import commit, compressed, identity, listing, plan, stats, storage, survey
@@ -36,6 +39,7 @@ class Totals:
     rejects: Counter[str] = field(default_factory=Counter)
     wall: float = 0.0  # seconds from the start of the replicas to the end of the last unit
     working: float = 0.0  # the same from the moment the first replica was ready
+    worker_seconds: float = 0.0  # for which replicas were ready, summed over the replicas
 
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
@@ -45,14 +49,33 @@ class Totals:
 
     @property
     def rate(self) -> float:
-        """Pictures encoded a second, once replicas were ready."""
-        return self.counts["encoded"] / (self.working or self.wall or 1.0)
+        """Images encoded per second over the whole run, once replicas were ready; 0 until it ends."""
+        working = self.working or self.wall
+        return self.counts["encoded"] / working if working else 0.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Where the time of the units' own threads went. They open no images: they wait for those that do."""
+        spent = self.seconds
+        parts = {
+            "reading": spent.read,
+            "opening": spent.starved,
+            "encoding": spent.queue + spent.encode,
+            "writing": spent.write,
+        }
+        whole = sum(parts.values())
+        return {name: seconds / whole for name, seconds in parts.items()} if whole else {}
 
     @property
     def bounded_by(self) -> str:
-        """The stage in which most of the threads' time went."""
-        spent = dataclasses.asdict(self.seconds)
-        return max(spent, key=lambda stage: spent[stage]) if any(spent.values()) else "nothing"
+        """What most of that time went to."""
+        shares = self.shares
+        return max(shares, key=lambda name: shares[name]) if shares else "nothing"
+
+    @property
+    def device_busy(self) -> float | None:
+        """The share of the replicas' time in which their models ran, for the units that ended; None without any."""
+        return min(self.seconds.encode / self.worker_seconds, 1.0) if self.worker_seconds else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +93,7 @@ class Outcome:
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, given = parse(EncodeOptions, "encode", argv)
+    show(options.verbose)
     told = f"the cache is whole, the same command goes on: latentmill encode ... --to {options.to}"
     return until_stopped(lambda signals: run_job(options, given, signals), told)
 
@@ -98,8 +122,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
     """The files of the sources, and the columns that come along."""
     noticed: list[str] = []
     shards = listing.list_shards(options.source, cache.options, cache.url, noticed)
-    for line in noticed:
-        say(f"note: {line}")
+    say_each([f"note: {line}" for line in noticed])
     units = plan.units_of(shards)
     archives = compressed.not_read(shards)
     if not units:
@@ -128,26 +151,28 @@ def encode(
     signals: Signals,
 ) -> Outcome:
     """Do what is missing in a cache."""
-    units, noticed = plan.extend(cache, shards)
-    units = units[: options.max_shards or None]
-    finished = commit.finished(cache)
-    pending = [unit for unit in units if unit.name not in finished]
-    for line in noticed:
-        say(f"note: {line}")
     weak, totals = not cache.promises(), Totals()
-    run = Run(cache, "encode", as_record(options))
-    log = Logbook(run, signals, lambda: facts(totals))
+    log = Logbook(Run(cache, "encode", as_record(options)), signals, secrets_in(cache.options))
     failures: Sequence[Failure] = ()
     with log.kept():
-        log.begin(weak, units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
+        log.begin(weak)
+        units, noticed = plan.extend(cache, shards)
+        units = units[: options.max_shards or None]
+        finished = commit.finished(cache)
+        pending = [unit for unit in units if unit.name not in finished]
+        say_each([f"note: {line}" for line in noticed])
+        log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
+        log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
         if pending:
             failures = encode_units(options, cache, content, vae, pending, where, log, totals)
-        for failure in failures:
-            say(f"failed: unit {failure.name}: {failure.error}")
+        where.close()
+        log.tell(**{**facts(totals), "images_per_second": 0.0, "seconds_left": None})  # nothing is encoded any more
+        say_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], logging.ERROR)
         if not failures:
             check_commits(cache, units)
-        written = finish(cache, content, weak, log.beat)
+        written = finish(cache, content, weak)
         code = exit_code(failures, written, options.max_reject_rate)
+        log.tell(**facts(totals))
         log.ended("failed" if failures else "done", code)
     return Outcome(
         code=code,
@@ -172,25 +197,28 @@ def encode_units(
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
+    settings.note_versions(cache, log.run.name)
     job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
     retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
     meter = Meter("encoded", sum(sizes.values()))
+    workers = WorkerTime(len(engine.workers))
     started = time.perf_counter()
     passed_over, paths = PassedOver(), {unit.name: unit.path for unit in pending}
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
         passed_over.add(done, paths[done.unit])
-        if done.damage:
-            say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
+        say_unit(done)
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
 
     def on_tick() -> None:
         meter.tick(engine.pictures, engine.waiting_for)
-        log.beat()
+        workers.note(len(engine.workers))
+        totals.worker_seconds = workers.seconds
+        log.tell(**{**facts(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
         storage.check_answers(cache.at(identity.NAME), cache.options)
@@ -234,6 +262,8 @@ def facts(totals: Totals) -> dict[str, Any]:
         "counts": dict(totals.counts),
         "rejects": dict(totals.rejects),
         "seconds": dataclasses.asdict(totals.seconds),
+        "bounded_by": totals.bounded_by,
+        "device_busy": totals.device_busy,
         "images_per_second": totals.rate,
     }
 
@@ -250,7 +280,6 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
                     **facts(totals),
                     "wall_seconds": totals.wall,
                     "working_seconds": totals.working,
-                    "bounded_by": totals.bounded_by,
                 },
                 "units": units,
                 "failed": [dataclasses.asdict(failure) for failure in failures],
@@ -267,18 +296,21 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
     if counts["again"]:
         lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
-    spent = dataclasses.asdict(totals.seconds)
-    if whole := sum(spent.values()):
-        shares = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in spent.items())
-        lines.append(f"  bounded by {totals.bounded_by} ({shares})")
+    if totals.shares:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
+        busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"
+        lines.append(f"  bounded by {totals.bounded_by} ({shares}){busy}")
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)
     for doubt in stats.doubts(written):
-        say(f"warning: {doubt}")
+        say(f"warning: {doubt}", logging.WARNING)
     if outcome.code == 3 and REST not in written["rejected"]:
-        say(f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
+        say(
+            f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)",
+            logging.WARNING,
+        )
     if failures:
-        say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")
+        say(f"{len(failures)} of {units} units are not in the cache; the same command tries them again", logging.ERROR)
 
 
 if __name__ == "__main__":

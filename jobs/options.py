@@ -19,13 +19,17 @@ from pipeline.limits import Limits
 from pipeline.records import Container, Crop, Flip, Interpolation, Store
 
 
-def option(default: Any, help: str, metavar: str | None = None, positional: bool = False) -> Any:
-    """A field with what `--help` says of it. MISSING as default: the option must be given."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})
+def option(
+    default: Any, help: str, metavar: str | None = None, positional: bool = False, short: str | None = None
+) -> Any:
+    """A field with what `--help` says of it. MISSING as default: the option must be given. short: `-v`, say."""
+    facts = {"help": help, "metavar": metavar, "positional": positional, "short": short}
+    return field(default=default, metadata=facts)
 
 
 REQUIRED: Any = dataclasses.MISSING
 INPUT_LIMIT = f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)"
+VERBOSE = "also show messages for debugging: what became of each unit, and warnings of other libraries"
 ALL = "all"
 
 
@@ -48,6 +52,7 @@ class Common:
     )
     input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
+    verbose: bool = option(False, VERBOSE, short="-v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,7 @@ class StatsOptions:
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
     )
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
+    verbose: bool = option(False, VERBOSE, short="-v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +228,8 @@ def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
         arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
     elif hint == tuple[str, ...]:
         arguments["action"] = "append"
-    group.add_argument(item.name if item.metadata["positional"] else flag(item), **arguments)
+    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), flag(item)]
+    group.add_argument(*names, **arguments)
 
 
 def flag(item: "dataclasses.Field[Any]") -> str:

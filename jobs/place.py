@@ -68,6 +68,10 @@ class Place:
             cluster.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker, self.options.patience, grows)
         )
 
+    def close(self) -> None:
+        """End what was started: the engine, and a Ray of our own. Then others can have the devices."""
+        self._stack.close()
+
     def _closing(self, engine: Engine) -> Engine:
         self._stack.callback(engine.close)
         return engine

@@ -3,15 +3,22 @@
 All of it goes to standard error.
 """
 
-import sys
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jobs.messages import LOGGER, PROGRESS
+from jobs.pace import Pace
+from pipeline.records import UnitReport
+
 SECONDS_BETWEEN_LINES = 5.0
+AT_MOST = 20  # messages of one kind
 
 
 class Meter:
@@ -24,8 +31,8 @@ class Meter:
         self.finished_pictures = 0
         self.pictures = 0
         self.rejects = 0
-        self.started = time.perf_counter()
-        self._last_line = self.started
+        self.pace = Pace()
+        self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
     def task_done(self, size: int, pictures: int, rejects: int) -> None:
@@ -44,21 +51,33 @@ class Meter:
         return min(share, 1.0)
 
     @property
+    def seconds_left(self) -> int | None:
+        """How long it takes at the pace of the last minute; None as long as nothing tells."""
+        rate, share = self.pace.rate, self.share
+        return round(self.pictures / share * (1 - share) / rate) if rate and share else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of its pace: the same as the line does."""
+        return {"images": self.pictures, "images_per_second": self.pace.rate, "seconds_left": self.seconds_left}
+
+    @property
     def line(self) -> str:
-        seconds = time.perf_counter() - self.started
-        rate = self.pictures / seconds if seconds else 0.0
-        left = f", {duration(seconds / self.share * (1 - self.share))} left" if 0 < self.share < 1 else ""
-        return f"{self.pictures:,} pictures {self.what}, {rate:.1f}/s, {self.rejects:,} rejected{left}"
+        seconds = self.seconds_left
+        left = "" if seconds is None or self.share == 1 else f", {duration(seconds)} left"
+        return f"{self.pictures:,} pictures {self.what}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, pictures: int, waiting_for: str) -> None:
         """Show how far the job is; to be called about once a second."""
         self.pictures = max(self.pictures, self.finished_pictures, pictures)
+        if not waiting_for:  # the time until the first worker is ready is no part of the pace
+            self.pace.note(self.pictures)
         text = f"waiting for {waiting_for}" if waiting_for else self.line
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)
-        elif time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.perf_counter()
-            say(f"{self.share:4.0%}  {text}")
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            PROGRESS.info("%3.0f%%  %s", 100 * self.share, text)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -74,9 +93,26 @@ class Meter:
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, level: int = logging.INFO) -> None:
+    """A line for the user: on standard error, and in the run's log."""
+    LOGGER.log(level, "%s", text)
+
+
+def say_each(texts: Sequence[str], level: int = logging.INFO) -> None:
+    """A line for each of these messages of one kind, as long as they are few; otherwise how many more there are."""
+    for text in texts[:AT_MOST]:
+        say(text, level)
+    if len(texts) > AT_MOST:
+        say(f"... and {len(texts) - AT_MOST:,} more like these", level)
+
+
+def say_unit(done: UnitReport) -> None:
+    """Say what became of a unit: its damage always, the rest for debugging."""
+    if done.damage:
+        say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected", logging.WARNING)
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
+    rejects = sum(done.rejects.values())
+    say(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})", logging.DEBUG)
 
 
 def duration(seconds: float) -> str:

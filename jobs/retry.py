@@ -1,5 +1,6 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +9,10 @@ from jobs import settings
 from jobs.drive import Driven, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
+from jobs.messages import secrets_in, show
 from jobs.options import RetryOptions, as_record, parse, storage_options
 from jobs.place import place
-from jobs.progress import Meter, say
+from jobs.progress import Meter, say_each, say_unit
 from jobs.standing import finish, matching_vae, units
 from pipeline import commit, identity, retry, stats, storage
 from pipeline.cache import Cache
@@ -23,6 +25,7 @@ from pipeline.runs import Run
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(RetryOptions, "retry", argv)
+    show(options.verbose)
     told = "what succeeded is in the cache, the same command goes on"
     return until_stopped(lambda signals: run_job(options, signals), told)
 
@@ -30,17 +33,19 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    parts = stats.parts(cache.folder, cache.content["identity_sha256"])
+    parts = list(stats.parts(cache.folder, cache.content["identity_sha256"]))
     tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache, parts), begun(parts))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
-    log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
+    run = Run(cache.folder, "retry", as_record(options))
+    log = Logbook(run, signals, secrets_in(cache.folder.options))
     with log.kept():
-        log.begin(weak, units=len(tasks))
-        driven = encode(options, cache, vae, tasks, log, counts)
-        for failure in driven.failures:
-            say(f"failed: unit {failure.name}: {failure.error}")
-        written = finish(cache.folder, cache.content, weak, log.beat)
+        log.begin(weak)
+        log.tell(units=len(tasks))
+        driven = encode(options, cache, vae, tasks, log, counts)  # its engine is closed by now
+        log.tell(counts=dict(counts), images_per_second=0.0, seconds_left=None)
+        say_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
+        written = finish(cache.folder, cache.content, weak)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)
     tell(options, tasks, counts, written)
@@ -92,11 +97,13 @@ def encode(
     meter = Meter("encoded", len(tasks))
 
     def on_done(done: UnitReport) -> None:
+        say_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(1, done.rows, 0)
 
     with place(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
+        settings.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
         encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, log.run.name)
         job = retry.RetryJob(encoding)
@@ -104,7 +111,7 @@ def encode(
 
         def on_tick() -> None:
             meter.tick(engine.pictures, engine.waiting_for)
-            log.beat()
+            log.tell(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
             storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)

@@ -7,7 +7,7 @@ from typing import Any
 from jobs.options import ALL, EncodeOptions, limits_of
 from jobs.place import Place
 from jobs.progress import say
-from pipeline import buckets, commit, identity
+from pipeline import buckets, commit, identity, runs
 from pipeline.encode import Compute, Vae
 from pipeline.errors import UsageError
 from pipeline.flow import EncodeJob
@@ -152,6 +152,23 @@ def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> No
     for name, value in standing.items():
         if ours[name] != value:
             say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+
+
+def note_versions(cache: Folder, run: str) -> None:
+    """Say where earlier runs of the cache had other versions of what decides bytes. run: the name of this one."""
+    ours = versions()
+    earlier: dict[str, set[str]] = {name: set() for name in ours if name != "python"}
+    for name, told in runs.told(cache).items():
+        theirs = told.get("versions")
+        if name != run and isinstance(theirs, Mapping):
+            for library in earlier:
+                earlier[library] |= {str(theirs[library])} - {ours[library]} if library in theirs else set()
+    for library, others in earlier.items():
+        if others:
+            say(
+                f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
+                f"{ours[library]}; the bytes of images or files may differ"
+            )
 
 
 def encode_job(

@@ -1,11 +1,12 @@
 """What jobs need of a cache that stands: its VAE, its inputs and files as they are now, its statistics made anew."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline import commit, listing, plan, report, stats
 from pipeline.cache import Cache
+from pipeline.commits import Mending
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import CacheError, SourceError, VaeError
 from pipeline.records import Unit
@@ -48,17 +49,18 @@ def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     return found
 
 
-def finish(
-    cache: Folder, content: Mapping[str, Any], weak: bool, on_unit: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Statistics and card, from all that stands in the cache. weak: a writer may have overwritten another's part."""
+def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
+    """Statistics and card, from all that stands in the cache; `_commits` is mended on the way.
+
+    weak: a writer may have overwritten another's part.
+    """
     identity = content["identity_sha256"]
-    commit.mend(cache, identity, content["identity"]["container"], again=weak, on_unit=on_unit)
+    mending = Mending(identity=identity, container=content["identity"]["container"], again=weak)
+    summing = stats.Summing(cache, identity, mending)
     for _ in range(ROUNDS):
-        on_unit()
-        files = commit.files(cache)
-        written = stats.write(cache, identity)
+        written = summing.write()
         cache.replace(report.NAME, report.card(Cache(cache, content), written, versions()["latentmill"]))
-        if commit.files(cache) == files:  # else another job wrote parts meanwhile, and perhaps its statistics before us
+        # otherwise another job wrote parts meanwhile, and perhaps its statistics before us
+        if tuple(commit.files(cache)) == summing.files:
             break
     return written

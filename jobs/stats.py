@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.entry import print_json, run_as_script
+from jobs.messages import show
 from jobs.options import StatsOptions, parse, storage_options
 from pipeline import stats
 from pipeline.cache import Cache
@@ -13,6 +14,7 @@ from pipeline.errors import CacheError
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(StatsOptions, "stats", argv)
+    show(options.verbose)
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     content = stats.read(cache.folder)
     if content is None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.entry import print_json, run_as_script
+from jobs.messages import show
 from jobs.options import StatusOptions, parse, storage_options
 from jobs.progress import duration
 from pipeline.cache import Cache
@@ -14,6 +15,7 @@ from pipeline.status import status
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(StatusOptions, "status", argv)
+    show(options.verbose)
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     content = status(cache.folder, datetime.datetime.now(datetime.UTC))
     if options.json:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 
 from jobs.entry import print_json, run_as_script
+from jobs.messages import show
 from jobs.options import VerifyOptions, parse, storage_options
 from jobs.progress import Meter, say
 from jobs.settings import encode_job
@@ -28,6 +29,7 @@ from pipeline.verify_part import Problem
 def main(argv: Sequence[str]) -> int:
     """Run the job; 0 where nothing is wrong, else 1."""
     options, _ = parse(VerifyOptions, "verify", argv)
+    show(options.verbose)
     if options.reencode < 0:
         raise UsageError("--reencode must not be negative")
     try:

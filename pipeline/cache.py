@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline import commit, identity, stats, write_parquet, write_tar
 from pipeline.errors import CacheError, IdentityError
 from pipeline.layout import Layout
-from pipeline.records import TEXT_EXTENSIONS
+from pipeline.records import TEXT_EXTENSIONS, VERIFY
 from pipeline.storage import Folder, absolute
 from vae import AutoencoderKLConfig
 from vae.scaling import Scaling, scaling_of
@@ -31,19 +31,21 @@ class Cache:
     content: Mapping[str, Any]
 
     @classmethod
-    def open(cls, url: str, options: Mapping[str, str] | None = None, digest: str | None = None) -> "Cache":
+    def open(
+        cls, url: str, options: Mapping[str, str] | None = None, digest: str | None = None, verify: bool = False
+    ) -> "Cache":
         """Open a cache. digest: what its stats.json must say; pin it in a training configuration.
 
-        Raises CacheError where there is no cache, IdentityError where it has another digest.
+        With a digest, there must also be as many files as stats.json is of. verify: read every file and make the digest
+        again; without it, a file that was changed after stats.json was written is not noticed.
+        Raises CacheError if there is no cache, IdentityError if it has another digest.
         """
         folder = Folder(absolute(url), options or {})
         content = identity.read(folder)
         if content is None:
             raise CacheError(f"there is no latentmill cache at {url}: it has no {identity.NAME}")
-        if digest is not None:
-            standing = (stats.read(folder) or {}).get("digest")
-            if standing != digest:
-                raise IdentityError(f"the cache {url} has the digest {standing}, not {digest}")
+        if digest is not None or verify:
+            check_digest(folder, digest, verify)
         return cls(folder, content)
 
     @property
@@ -68,6 +70,27 @@ class Cache:
     def rows(self, file: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows of one file as dicts, in order, the same for both containers. columns: of Parquet, to read less."""
         yield from read_rows(self.folder, file, columns=columns, texts=self.layout.columns.texts)
+
+
+def check_digest(folder: Folder, digest: str | None, verify: bool) -> None:
+    """Raise IdentityError unless a cache is the one that stats.json describes, with this digest (None: any).
+
+    verify: hash every file.
+    """
+    content = stats.read(folder) or {}
+    told, files = content.get("digest"), commit.files(folder)
+    if digest not in (None, told):
+        raise IdentityError(f"the cache {folder.url} has the digest {told}, not {digest}")
+    if len(files) != content.get("files"):
+        raise IdentityError(
+            f"the cache {folder.url} has {len(files)} files, its {stats.NAME} is of {content.get('files')}: a job is "
+            f"at work on it, or was interrupted; the same encode command ends it"
+        )
+    if verify and (found := stats.digest(commit.hashes(folder, files))) != told:
+        raise IdentityError(
+            f"the files of the cache {folder.url} have the digest {found}, its {stats.NAME} says {told}: they were "
+            f"changed; {VERIFY}"
+        )
 
 
 def read_rows(

@@ -6,7 +6,7 @@ counts. Nothing here removes or overwrites a part.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from pipeline import write_parquet, write_tar
 from pipeline.errors import REST, CacheError, StorageError
 from pipeline.layout import Layout
 from pipeline.records import VERIFY, Container, Record, Row, Standing, canonical_json, json_object, sealed
-from pipeline.storage import Folder
+from pipeline.storage import READ_AHEAD, Folder, open_stream
 
 DATA, EMPTY, COMMITS, REJECTS = "data", "_empty", "_commits", "_rejects"
 
@@ -141,39 +141,36 @@ def commit_of(standing: Sequence[Standing], facts: Mapping[str, object]) -> dict
     return sealed({"unit": standing[0].record.unit, "parts": [part.to_dict() for part in standing], **facts})
 
 
-def rebuild(cache: Folder, standing: Sequence[Standing], facts: Mapping[str, object] = _NO_FACTS) -> None:
-    """Write `_rejects` and `_commits` of these parts again; seconds and versions they do not tell."""
+def rebuild(cache: Folder, standing: Sequence[Standing], facts: Mapping[str, object] = _NO_FACTS) -> dict[str, Any]:
+    """Write `_rejects` and `_commits` of these parts again; seconds and versions they do not tell.
+
+    Returns what `_commits` has now.
+    """
     name = name_of(standing)
     lines, rejects = reject_lines(standing), f"{REJECTS}/{name}.jsonl"
     if lines or cache.read_if_there(rejects):
         cache.replace(rejects, lines)
-    cache.replace(f"{COMMITS}/{name}.json", canonical_json(commit_of(standing, facts)))
+    data = canonical_json(commit_of(standing, facts))
+    cache.replace(f"{COMMITS}/{name}.json", data)
+    return json_object(data, name)
 
 
-def mend(
-    cache: Folder, identity: str, container: Container, again: bool = False, on_unit: Callable[[], None] = lambda: None
-) -> None:
-    """Write `_commits` again where they do not say what stands, and where a retry died before it wrote its own.
+def mended(
+    cache: Folder, name: str, content: dict[str, Any], full: Set[str], identity: str, container: Container, again: bool
+) -> dict[str, Any]:
+    """What `_commits` has under a name, written again where it does not say what stands.
 
-    That is where a part without rows was committed before its twin with rows came. again: where a file has another
-    sha256, too (a store on which a late writer may overwrite). on_unit is called for each commit.
+    That is where a part without rows was committed before its twin with rows came. full: the files with rows that
+    stand, without their extensions. again: also where a file has another sha256 (a store on which a late writer may
+    overwrite).
     """
-    told = commits(cache)
-    standing = files(cache)
-    full = {stem_of(name) for name in standing if name.startswith(f"{DATA}/")}
-    for name, content in told.items():
-        on_unit()
-        named = [part["file"] for part in content["parts"]]
-        parts = [inspect(cache, file, identity) for file in named] if again else []
-        changed = [p for p, said in zip(parts, content["parts"], strict=False) if p and p.sha256 != said["sha256"]]
-        if changed or any(twin_of(file) in full for file in named):
-            facts = {key: content[key] for key in _NO_FACTS if key in content}
-            rebuild(cache, as_they_stand(cache, name, identity, container), facts)
-    hidden = shadowed(standing)
-    for file in standing:
-        stem = stem_of(file).partition("/")[2]
-        if file not in hidden and is_retry(stem) and stem not in told and (part := inspect(cache, file, identity)):
-            finish(cache, [part])
+    named = [part["file"] for part in content["parts"]]
+    parts = [inspect(cache, file, identity) for file in named] if again else []
+    changed = [p for p, said in zip(parts, content["parts"], strict=False) if p and p.sha256 != said["sha256"]]
+    if not changed and not any(twin_of(file) in full for file in named):
+        return content
+    facts = {key: content[key] for key in _NO_FACTS if key in content}
+    return rebuild(cache, as_they_stand(cache, name, identity, container), facts)
 
 
 def as_they_stand(cache: Folder, name: str, identity: str, container: Container) -> list[Standing]:
@@ -193,6 +190,18 @@ def as_they_stand(cache: Folder, name: str, identity: str, container: Container)
 def files(cache: Folder) -> list[str]:
     """The files with parts, `_empty/` before `data/`, each sorted by name."""
     return [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.names(folder)]
+
+
+def hashes(cache: Folder, files: Iterable[str]) -> dict[str, str]:
+    """The sha256 of each of these files, read a block at a time."""
+    found = {}
+    for file in files:
+        sha256 = hashlib.sha256()
+        with open_stream(cache.at(file), cache.options) as stream:
+            while block := stream.read(READ_AHEAD):
+                sha256.update(block)
+        found[file] = sha256.hexdigest()
+    return found
 
 
 def shadowed(names: Iterable[str]) -> set[str]:
@@ -236,21 +245,23 @@ def superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[
     return found
 
 
-def commits(cache: Folder) -> dict[str, dict[str, Any]]:
-    """What `_commits` has: of each finished unit, by its name, and of each part that `retry` wrote, by the part's."""
-    found = {}
-    for name, data in cache.read_all(COMMITS).items():
-        if name.endswith(".json"):
-            content = found[stem_of(name)] = json_object(data, cache.at(f"{COMMITS}/{name}"))
-            parts = content.get("parts")
-            if not isinstance(parts, list) or not all(
-                isinstance(p, dict) and {"file", "sha256"} <= p.keys() for p in parts
-            ):
-                raise CacheError(f"{cache.at(COMMITS)}/{name} names no parts: it is damaged; {VERIFY}")
-    return found
+def names(cache: Folder) -> set[str]:
+    """What `_commits` has: the names of finished units, and of the parts that `retry` wrote."""
+    return {stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json")}
+
+
+def read_each(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """These commits by name, in this order. Raises CacheError for one that names no parts."""
+    for name, data in cache.read_each(COMMITS, (f"{name}.json" for name in names)):
+        content = json_object(data, cache.at(f"{COMMITS}/{name}"))
+        parts = content.get("parts")
+        if not isinstance(parts, list) or not all(
+            isinstance(p, dict) and {"file", "sha256"} <= p.keys() for p in parts
+        ):
+            raise CacheError(f"{cache.at(COMMITS)}/{name} names no parts: it is damaged; {VERIFY}")
+        yield stem_of(name), content
 
 
 def finished(cache: Folder) -> set[str]:
     """The names of the units that are done."""
-    stems = (stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json"))
-    return {stem for stem in stems if not is_retry(stem)}
+    return {name for name in names(cache) if not is_retry(name)}

@@ -7,6 +7,7 @@ neighbours nor on its place (bit for bit on a CPU), and a compiled or benchmarke
 import os
 import re
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,10 +131,13 @@ class Encoded:
     """What became of a batch, in its order: latents as they are stored, raw and on the CPU, [C, H/f, W/f] each.
 
     again: how many of them overflowed in half precision and were made again in float32.
+    queued: seconds until the model was free. seconds: how long it was then held, the device's work included.
     """
 
     latents: Sequence[Tensor | Rejected]
     again: int
+    queued: float = 0.0
+    seconds: float = 0.0
 
 
 class Replica:
@@ -171,7 +175,9 @@ class Replica:
         A latent that is not finite is made again in float32; one that still is not is a Rejected instead.
         Raises VaeError where the device's memory does not suffice for a single picture.
         """
+        asked = time.perf_counter()
         with self.lock:
+            start = time.perf_counter()
             latents: list[Tensor | Rejected] = list(self._run_in_memory(self.model, batch, shard))
             self.pictures += len(batch)
             again = 0
@@ -179,7 +185,8 @@ class Replica:
                 if not bool(latents[index].isfinite().all()):  # type: ignore[union-attr]
                     latents[index] = self._again(picture, shard)
                     again += isinstance(latents[index], Tensor)
-            return Encoded(latents, again)
+            # the latents are on the CPU by now, so the device has done what it was given
+            return Encoded(latents, again, queued=start - asked, seconds=time.perf_counter() - start)
 
     def _watch(self, model: AutoencoderKL) -> None:
         """Count the runs of a model's encoder."""

@@ -12,7 +12,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -21,6 +20,7 @@ import numpy as np
 from pipeline import commit, inputs, parquet_keys, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
+from pipeline.clock import Clock
 from pipeline.damage import after_all_bytes, before_the_rest, rest_alone, to_the_damage
 from pipeline.encode import Compute, Replica, Vae
 from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
@@ -172,25 +172,6 @@ class Filled:
         return len(self.rows) + len(self.rejects) + self.filtered
 
 
-class Clock:
-    """Seconds of one thread in each stage of a unit's way."""
-
-    def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[name] += time.perf_counter() - start  # type: ignore[assignment]
-
-    @property
-    def seconds(self) -> Seconds:
-        return Seconds(**{name: round(spent, 3) for name, spent in self.spent.items()})
-
-
 def process(unit: Unit, tools: Tools) -> UnitReport:
     """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
     job, clock = tools.job, Clock()
@@ -319,10 +300,11 @@ def fill(
             item = Reject.of(sample.position, sample.key, why)
         return rejected_again(sample, item, superseded.get(sample.position)), seconds
 
-    opened = in_order(tools.pool, opened_once, samples, window=job.compute.batch_size + 2 * job.open_threads)
+    window = job.compute.batch_size + 2 * job.open_threads
+    opened = in_order(tools.pool, opened_once, samples, window, wait=clock.wait)
     for batch in batches(pictures(opened, filled, clock), job.compute.batch_size):
-        with clock.stage("encode"):
-            encoded = tools.replica.encode(batch, unit.path)
+        encoded = tools.replica.encode(batch, unit.path)
+        clock.add(queue=encoded.queued, encode=encoded.seconds)
         filled.again += encoded.again
         for picture, latent in zip(batch, encoded.latents, strict=True):
             if isinstance(latent, Rejected):
@@ -351,7 +333,7 @@ def pictures(
 ) -> Iterator[Picture]:
     """The pictures that are to be encoded; what is not is put aside in `filled`."""
     for item, seconds in opened:
-        clock.spent["open"] += seconds  # type: ignore[assignment]
+        clock.add(open=seconds)
         if isinstance(item, Picture):
             yield item
         elif isinstance(item, Reject):

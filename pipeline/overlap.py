@@ -9,19 +9,26 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def in_order(pool: Executor, function: Callable[[In], Out], items: Iterable[In], window: int) -> Iterator[Out]:
+def in_order(
+    pool: Executor,
+    function: Callable[[In], Out],
+    items: Iterable[In],
+    window: int,
+    wait: Callable[["Future[Out]"], Out] = Future.result,
+) -> Iterator[Out]:
     """`map(function, items)` with up to `window` calls under way: the same results, in the same order.
 
     Items are taken in the caller's thread, one whenever a result is handed out, so memory is bounded by `window`.
+    wait: gets a call's result, once the call has ended.
     """
     running: deque[Future[Out]] = deque()
     try:
         for item in items:
             running.append(pool.submit(function, item))
             if len(running) >= window:
-                yield running.popleft().result()
+                yield wait(running.popleft())
         while running:
-            yield running.popleft().result()
+            yield wait(running.popleft())
     finally:
         for future in running:
             future.cancel()

@@ -282,10 +282,16 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Where the time of a unit went: seconds of one thread in each stage."""
+    """Where the time of a unit went, in seconds.
+
+    Of the unit's own thread: read; starved (it waited for images to be opened); queue (it waited for the model, which
+    another unit used); encode (the model's own time); write. Of the threads that open images, summed: open.
+    """
 
     read: float = 0.0
     open: float = 0.0
+    starved: float = 0.0
+    queue: float = 0.0
     encode: float = 0.0
     write: float = 0.0
 

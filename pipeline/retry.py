@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from pipeline import commit, inputs, storage
 from pipeline.careful import Opener
+from pipeline.clock import Clock
 from pipeline.damage import rest_from, to_the_damage
 from pipeline.encode import Vae
 from pipeline.errors import REST, ShardError, SourceError, StorageError
-from pipeline.flow import Clock, EncodeJob, Encoder, Filled, Tools, fill, make_record, read, summed, watched
+from pipeline.flow import EncodeJob, Encoder, Filled, Tools, fill, make_record, read, summed, watched
 from pipeline.overlap import Peekable
 from pipeline.records import FIRST, Attempt, Record, Reject, Sample, Standing, Unit, UnitReport
 

@@ -1,10 +1,13 @@
-"""`_runs/`: one file a run, from its start to its end, so that anybody can see from the cache what has become of it.
+"""`_runs/`: a record of each run, from its start to its end, so that anybody can see from the cache what became of it.
+
+Beside it stands the run's log: what it said.
 
 A cluster's job service flattens exit codes and forgets; this does not.
 """
 
 import contextlib
 import datetime
+import hashlib
 import json
 import platform
 import uuid
@@ -58,11 +61,13 @@ def told(cache: Folder) -> dict[str, dict[str, Any]]:
     Damaged records are passed over: they only inform.
     """
     found = {}
-    for name, data in cache.read_all(FOLDER).items():
+    names = [name for name in cache.names(FOLDER) if name.endswith(".json")]
+    for name, data in cache.read_each(FOLDER, names):
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)
             silence(content, datetime.datetime.now(datetime.UTC))
-            is_paced = isinstance(content.get("images_per_second", 0.0), int | float)
+            paces = [content.get(name) for name in ("images_per_second", "seconds_left")]
+            is_paced = all(value is None or isinstance(value, int | float) for value in paces)
             if is_paced and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
                 found[name.removesuffix(".json")] = content
     return found
@@ -89,12 +94,19 @@ class Run:
             "outcome": "running",
             "exit_code": None,
             "versions": versions(),
+            "log": None,
         }
 
     def write(self, **facts: Any) -> None:
         """Write the record as it stands, with these facts and the time as its last sign of life."""
         self.content.update(facts, alive=now())
         self.cache.replace(f"{FOLDER}/{self.name}.json", as_bytes(self.content))
+
+    def write_log(self, content: bytes) -> None:
+        """Write what the run has said so far; from then on the record has the log's sha256."""
+        self.content["log"] = None  # where this fails, nobody knows which of the two stands
+        self.cache.replace(f"{FOLDER}/{self.name}.log", content)
+        self.content["log"] = hashlib.sha256(content).hexdigest()
 
     def end(self, outcome: str, exit_code: int, **facts: Any) -> None:
         """Write how the run ended: done, failed or stopped."""

@@ -6,11 +6,12 @@ Rebuilt from all records every time, never from one run's sums: so it is the sam
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline import commit, tally
+from pipeline import commit, commits, tally
+from pipeline.commits import Listing, Mending, Said, own_name
 from pipeline.errors import REST, CacheError
 from pipeline.records import VERIFY, BucketTally, json_object
 from pipeline.storage import Folder
@@ -45,36 +46,47 @@ class Part:
     tally: Mapping[str, BucketTally]
 
 
-def parts(cache: Folder, identity: str) -> list[Part]:
-    """All files of a cache, `_empty/` before `data/`, each sorted by name.
+def parts(
+    cache: Folder, identity: str, listing: Listing | None = None, mending: Mending | None = None, after: str = ""
+) -> Iterator[Part]:
+    """The files of a cache, in the order of their own names (`commits.by_file`).
 
     Raises CacheError for a file that a commit names and that is not there.
     """
-    known = committed(cache)  # first: what is committed meanwhile is in the listing, too
-    files = commit.files(cache)
-    for file in sorted(known.keys() - set(files)):
-        raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged; {VERIFY}")
-    hidden = commit.shadowed(files)
-    found = [known.get(file) or _uncommitted(cache, file, identity) for file in files]
-    return [replace(part, **UNCOUNTED) if part.file in hidden else part for part in found]
+    listing = listing or Listing.of(cache)
+    hidden = commit.shadowed(listing.files)
+
+    def understand(name: str, said: Said) -> Part:
+        return _committed(cache, name, said)
+
+    for file, known in commits.by_file(cache, listing, understand, mending, after):
+        to_commit = mending is not None and file not in hidden
+        part = known or _uncommitted(cache, file, identity, to_commit)
+        yield replace(part, **UNCOUNTED) if file in hidden else part
 
 
-def committed(cache: Folder) -> dict[str, Part]:
-    """What `_commits` says of the parts of finished units, and of those that `retry` wrote, by file."""
-    found: dict[str, Part] = {}
-    for name, content in commit.commits(cache).items():
-        try:
-            found |= {part["file"]: part_of(part) for part in content["parts"]}
-        except (KeyError, TypeError, AttributeError) as error:
-            file = cache.at(f"{commit.COMMITS}/{name}.json")
-            raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY}") from error
-    return found
+def committed(cache: Folder, names: Iterable[str]) -> Iterator[Part]:
+    """What these commits say of their parts."""
+    for name, content in commit.read_each(cache, names):
+        for said in content["parts"]:
+            yield _committed(cache, name, said)
 
 
-def _uncommitted(cache: Folder, file: str, identity: str) -> Part:
+def _committed(cache: Folder, name: str, said: Said) -> Part:
+    try:
+        return part_of(said)
+    except (KeyError, TypeError, AttributeError) as error:
+        file = cache.at(f"{commit.COMMITS}/{name}.json")
+        raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY}") from error
+
+
+def _uncommitted(cache: Folder, file: str, identity: str, to_commit: bool) -> Part:
+    """What a file says of itself. to_commit: where a retry died before it wrote its part's commit, write it now."""
     standing = commit.inspect(cache, file, identity)
     if standing is None:
         raise CacheError(f"{cache.at(file)} was listed and has gone")
+    if to_commit and standing.record.round:
+        commit.finish(cache, [standing])
     return part_of(standing.to_dict())
 
 
@@ -86,43 +98,130 @@ def part_of(fields: Mapping[str, Any]) -> Part:
     )
 
 
-def digest(all_parts: Iterable[Part]) -> str:
-    """The sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache."""
-    return hashlib.sha256("".join(f"{part.sha256}  {part.file}\n" for part in all_parts).encode()).hexdigest()
+def digest(hashes: Mapping[str, str]) -> str:
+    """The sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache. hashes: sha256 by file."""
+    lines = hashlib.sha256()
+    for file in sorted(hashes):
+        lines.update(f"{hashes[file]}  {file}\n".encode())
+    return lines.hexdigest()
 
 
-def summary(all_parts: Sequence[Part]) -> dict[str, Any]:
-    """The content of stats.json."""
-    in_order = sorted(all_parts, key=lambda part: part.file.rpartition("/")[2])
-    buckets = tally.by_bucket(part.tally for part in in_order)
+@dataclass(slots=True)
+class Sums:
+    """Statistics of the parts so far. What is added must come in the order of the parts' own names.
+
+    begun, taken: where rests of damaged shards stand, and those that a retry has taken up, by unit and position: the
+    part that takes one up may stand while the part that begins it was lost.
+    """
+
+    rows: int = 0
+    filtered: int = 0
+    enlarged: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    buckets: dict[str, BucketTally] = field(default_factory=dict)
+    begun: set[tuple[str, int]] = field(default_factory=set)
+    taken: set[tuple[str, int]] = field(default_factory=set)
+
+    def count(self, part: Part) -> None:
+        """Add a part's counts."""
+        self.rows += part.rows
+        self.filtered += part.filtered
+        self.enlarged += part.enlarged
+        self.rejects.update(part.rejects)
+        self.rejects.subtract(reason for _, reason in part.supersedes)
+        self.begun.update((part.unit, position) for position in part.rests)
+        self.taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST)
+
+    def add(self, part: Part) -> None:
+        """Add a part's counts and tallies."""
+        self.count(part)
+        for name, more in part.tally.items():
+            self.buckets[name] = tally.merge_two(self.buckets[name], more) if name in self.buckets else more
+
+    def copy(self) -> "Sums":
+        """The same now; the tallies in it are never changed."""
+        return replace(
+            self,
+            rejects=Counter(self.rejects),
+            buckets=dict(self.buckets),
+            begun=set(self.begun),
+            taken=set(self.taken),
+        )
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """How many samples are rejected, by reason: those that no retry has superseded."""
+        counts = self.rejects.copy()
+        counts[REST] = len(self.begun - self.taken)
+        return {reason: counts[reason] for reason in sorted(+counts)}
+
+
+def summary(sums: Sums, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The content of stats.json. hashes: sha256 of each file."""
+    buckets = {name: sums.buckets[name] for name in sorted(sums.buckets)}
     total = tally.merge(buckets.values())
     return {
-        "count": sum(part.rows for part in all_parts),
+        "count": sums.rows,
         **(_channels(total) if total else {}),
         "buckets": {name: {"count": t.samples, **_channels(t)} for name, t in buckets.items()},
-        "rejected": rejected(all_parts),
-        "filtered": sum(part.filtered for part in all_parts),
-        "enlarged": sum(part.enlarged for part in all_parts),
+        "rejected": sums.rejected,
+        "filtered": sums.filtered,
+        "enlarged": sums.enlarged,
         "suggested": _suggested(total) if total else None,
-        "digest": digest(all_parts),
+        "files": len(hashes),
+        "digest": digest(hashes),
     }
 
 
-def rejected(all_parts: Iterable[Part]) -> dict[str, int]:
-    """How many samples are rejected, by reason: those that no retry has superseded.
+def summary_of(all_parts: Iterable[Part]) -> dict[str, Any]:
+    """The content of stats.json from a cache's parts, in any order."""
+    sums, hashes = Sums(), dict[str, str]()
+    for part in sorted(all_parts, key=lambda part: own_name(part.file)):
+        sums.add(part)
+        hashes[part.file] = part.sha256
+    return summary(sums, hashes)
 
-    Each rest of a damaged shard is looked for by its place: a part that supersedes one may be there while the part that
-    begins it was lost.
+
+class Summing:
+    """Makes stats.json, and again where files came meanwhile: then only what is behind the first of them is read again.
+
+    For that it keeps how the sums stood at some files, and the names and hashes of all.
     """
-    counts: Counter[str] = Counter()
-    begun, taken = set[tuple[str, int]](), set[tuple[str, int]]()
-    for part in all_parts:
-        counts.update(part.rejects)
-        counts.subtract(reason for _, reason in part.supersedes)
-        begun.update((part.unit, position) for position in part.rests)
-        taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST)
-    counts[REST] = len(begun - taken)
-    return {reason: counts[reason] for reason in sorted(+counts)}
+
+    MARKS = 32
+
+    def __init__(self, cache: Folder, identity: str, mending: Mending | None = None) -> None:
+        self.cache, self.identity, self.mending = cache, identity, mending
+        self.files: tuple[str, ...] = ()
+        self._marks: list[tuple[str, Sums]] = [("", Sums())]
+        self._hashes: dict[str, str] = {}
+
+    def write(self) -> dict[str, Any]:
+        """Sum up what stands in the cache now, write stats.json, and return its content."""
+        listing = Listing.of(self.cache)
+        after, sums = self._back_to(listing.files)
+        every = max(1, len(listing.files) // self.MARKS)
+        for number, part in enumerate(parts(self.cache, self.identity, listing, self.mending, after), 1):
+            sums.add(part)
+            self._hashes[part.file] = part.sha256
+            if number % every == 0:
+                self._marks.append((own_name(part.file), sums.copy()))
+        self.files = listing.files
+        content = summary(sums, self._hashes)
+        self.cache.replace(NAME, as_bytes(content))
+        return content
+
+    def _back_to(self, files: Sequence[str]) -> tuple[str, Sums]:
+        """Forget what is not before all files that came or went. Returns the last name that is left, and the sums."""
+        gone = set(self.files) - set(files)
+        changed = set(files) ^ set(self.files)
+        first = min((own_name(commit.stem_of(file)) for file in changed), default="")
+        while changed and self._marks[-1][0] >= first:
+            self._marks.pop()
+        for file in gone:
+            self._hashes.pop(file, None)
+        name, sums = self._marks[-1]
+        return name, sums.copy()
 
 
 def doubts(content: Mapping[str, Any]) -> list[str]:
@@ -153,13 +252,6 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
         "latents_mean": t.mean,
         "latents_std": tally.std(t),
     }
-
-
-def write(cache: Folder, identity: str) -> dict[str, Any]:
-    """Make stats.json again from what stands in the cache, and return its content."""
-    content = summary(parts(cache, identity))
-    cache.replace(NAME, as_bytes(content))
-    return content
 
 
 def as_bytes(content: Mapping[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DamagedError, Rejected, SourceError, StorageError, UsageError
+from pipeline.overlap import in_order
 from pipeline.records import Unit
 from pipeline.stream import NOT_THERE, Stream, naming
 
@@ -37,6 +38,7 @@ ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipa
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
 PROBES = 3
+AT_ONCE = 16  # small files that are read together
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
 
 _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
@@ -284,11 +286,10 @@ class Folder:
         with naming(self.at(name), "read"):
             return _whole(fs, path, self.at(name))
 
-    def read_all(self, folder: str) -> dict[str, bytes]:
-        """The whole files of a folder by name, in order; many at once, as stores are slow to answer."""
-        names = self.names(folder)
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(names, pool.map(lambda name: self.read(f"{folder}/{name}"), names), strict=True))
+    def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """These files of a folder, each name with its content; many are read at once, as stores are slow to answer."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * AT_ONCE)
 
     def read_if_there(self, name: str) -> bytes | None:
         """All of a file; None where there is none."""
@@ -323,8 +324,7 @@ class Folder:
         fs, _ = self._on("")
         if isinstance(fs, LocalFileSystem | MemoryFileSystem):
             return True
-        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        if not protocols & CONDITIONAL:
+        if not _protocols(fs) & CONDITIONAL:
             return False
         for _ in range(PROBES):
             name = f"_tmp/probe-{uuid.uuid4().hex}"
@@ -368,7 +368,7 @@ class Folder:
 def _whole(fs: Any, path: str, url: str) -> bytes:
     """All of a file. The libraries of stores compare with the length that the answer names; on disks we do."""
     if not is_local(fs):
-        return cast(bytes, fs.cat_file(path))
+        return cast(bytes, fs.cat_file(path, **_in_one_request(fs)))
     with fs.open(path, "rb") as file:
         return Stream(file, url, file.size).read()
 
@@ -394,10 +394,18 @@ def _put_once(fs: Any, path: str, data: bytes) -> bool:
 
 def _checksum(fs: Any, data: bytes) -> dict[str, str]:
     """What lets S3 refuse a body that was damaged on its way. (GCS's library does so by itself.)"""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if "s3" not in protocols:
+    if "s3" not in _protocols(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+
+
+def _in_one_request(fs: Any) -> dict[str, int]:
+    """What keeps s3fs from asking for a file's size before it asks for the file."""
+    return {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def _spool(folder: str, data: bytes) -> str:

@@ -6,7 +6,7 @@ the result the same to the last bit.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,11 +57,12 @@ def merge(tallies: Iterable[BucketTally]) -> BucketTally | None:
     """The statistics of all together, merged from left to right; None of none."""
     total: BucketTally | None = None
     for tally in tallies:
-        total = tally if total is None else _merge_two(total, tally)
+        total = tally if total is None else merge_two(total, tally)
     return total
 
 
-def _merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
+def merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
+    """The statistics of both together; neither is changed."""
     values = a.values + b.values
     share = b.values / values
     deltas = [right - left for left, right in zip(a.mean, b.mean, strict=True)]
@@ -81,16 +82,6 @@ def _merge_means(a: list[float] | None, b: list[float] | None, share: float) -> 
     if a is None or b is None:
         return None
     return [left + (right - left) * share for left, right in zip(a, b, strict=True)]
-
-
-def by_bucket(records: Iterable[Mapping[str, BucketTally]]) -> dict[str, BucketTally]:
-    """The tallies of many records, merged bucket by bucket in the order given."""
-    buckets: dict[str, list[BucketTally]] = {}
-    for tallies in records:
-        for name, tally in tallies.items():
-            buckets.setdefault(name, []).append(tally)
-    merged = {name: merge(buckets[name]) for name in sorted(buckets)}
-    return {name: tally for name, tally in merged.items() if tally is not None}
 
 
 def std(tally: BucketTally) -> list[float]:

@@ -35,7 +35,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     commit.COMMITS: (".json",),
     commit.REJECTS: (".jsonl",),
     plan.FOLDER: (".parquet",),
-    runs.FOLDER: (".json",),
+    runs.FOLDER: (".json", ".log"),
 }
 
 
@@ -308,7 +308,7 @@ def _against_parts(
 
 def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Problem]:
     """stats.json and README.md, against what they are made from."""
-    made = stats.summary([stats.part_of(part.to_dict()) for part in parts])
+    made = stats.summary_of(stats.part_of(part.to_dict()) for part in parts)
     data = cache.folder.read_if_there(stats.NAME)
     if data is None:
         yield Problem(stats.NAME, "it is not there: no run has come to its end", REWRITE)
@@ -323,11 +323,17 @@ def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Proble
 
 
 def check_runs(folder: Folder) -> Iterator[Problem]:
-    """The records of runs: informative, but not to be changed either."""
-    for name in filter(lambda name: name.endswith(SUFFIXES[runs.FOLDER]), folder.names(runs.FOLDER)):
+    """The records of runs, and their logs: informative, but not to be changed either."""
+    for name in filter(lambda name: name.endswith(".json"), folder.names(runs.FOLDER)):
         data = folder.read(f"{runs.FOLDER}/{name}")
         if not _is_run(data):
             yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it informs only")
+    for run, content in runs.told(folder).items():
+        # of a run that was killed, the log may be newer than the record
+        known, log = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
+        said = folder.read_if_there(log) if known else None
+        if said is not None and hashlib.sha256(said).hexdigest() != known:
+            yield Problem(log, "it was changed after it was written", f"{AWAY}: it informs only")
 
 
 def rebuild(cache: Cache, found: Found) -> list[str]:

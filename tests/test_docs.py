@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
+from jobs.encode import Totals, facts
 from jobs.options import (
     DecodeOptions,
     EncodeOptions,
@@ -22,9 +23,11 @@ from jobs.options import (
     flag,
     make_parser,
 )
+from jobs.progress import Meter
 from pipeline.errors import REASONS
 from pipeline.layout import Layout
 from pipeline.limits import Limits
+from pipeline.records import Seconds
 from pipeline.write_parquet import schema_of
 from vae.presets import PRESETS
 
@@ -160,6 +163,14 @@ def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
     for field in schema_of(Layout()):
         assert f"`{field.name}`" in page, field.name
+
+
+def test_the_format_page_names_every_stage_and_what_bounds_a_run() -> None:
+    page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
+    stages = [field.name for field in dataclasses.fields(Seconds)]
+    bounds = Totals(seconds=Seconds(**dict.fromkeys(stages, 1.0))).shares
+    for name in [*stages, *bounds, *facts(Totals()), *Meter("encoded", 1).facts]:
+        assert name in ("counts", "rejects") or f"`{name}`" in page, name
 
 
 if __name__ == "__main__":

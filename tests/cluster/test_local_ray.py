@@ -208,7 +208,7 @@ def test_a_signal_ends_the_job_before_and_after_its_units(
     )
     assert (job.returncode, job.stdout) == (143, ""), job.stderr
     assert "the same command goes on" in job.stderr
-    outcomes = [json.loads(path.read_text())["outcome"] for path in tmp_path.glob("c/_runs/*")]
+    outcomes = [json.loads(path.read_text())["outcome"] for path in tmp_path.glob("c/_runs/*.json")]
     assert outcomes == ([] if place == "ray.init" else ["stopped"])
     assert finish(start(argv, tmp_path))[0] == 0
     assert_whole(tmp_path / "c", calm)

@@ -115,7 +115,7 @@ def parts(cache: str) -> list[str]:
 
 
 def last_run(cache: str) -> dict[str, object]:
-    newest = max(name for name in names(cache) if name.startswith("_runs/"))
+    newest = max(name for name in names(cache) if name.startswith("_runs/") and name.endswith(".json"))
     return dict(json.loads(read(f"{cache}/{newest}")))
 
 

@@ -255,7 +255,7 @@ def test_json_is_all_that_standard_output_carries(encode: Command, photos: Path,
 
 def test_a_run_leaves_its_record(encode: Command, photos: Path, tmp_path: Path) -> None:
     encode(photos, "--to", tmp_path / "c")
-    (path,) = (tmp_path / "c/_runs").iterdir()
+    (path,) = (tmp_path / "c/_runs").glob("*.json")
     run = json.loads(path.read_text())
     assert (run["verb"], run["outcome"], run["exit_code"]) == ("encode", "done", 0)
     assert run["counts"]["rows"] == 5
@@ -378,7 +378,7 @@ def test_a_signal_leaves_a_resumable_cache(
         time.sleep(0.01)
     job.send_signal(sign)
     out, err = job.communicate(timeout=60)
-    (run,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_runs").iterdir())
+    (run,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_runs").glob("*.json"))
     assert (job.returncode, out) == (code, "")
     assert "the same command goes on" in err
     assert (run["outcome"], run["exit_code"]) == ("stopped", code)

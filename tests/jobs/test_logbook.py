@@ -3,17 +3,20 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs import encode, logbook, standing
+from jobs import encode, logbook, place, retry, standing
 from jobs.drive import Signals
+from jobs.inline import InlineEngine
 from jobs.logbook import Logbook
-from pipeline import plan, stats
+from pipeline import plan, runs, stats
 from pipeline.errors import JobError, StorageError
 from pipeline.runs import Run
 from pipeline.storage import Folder
@@ -28,7 +31,7 @@ def argv(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
 
 def records(cache: Path) -> list[dict[str, Any]]:
     """The records of runs, the last one written at the end."""
-    paths = sorted(cache.glob("_runs/*"), key=lambda path: path.stat().st_mtime_ns)
+    paths = sorted(cache.glob("_runs/*.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -72,7 +75,7 @@ def test_a_signal_ends_the_job_wherever_it_is(
 def test_a_record_that_cannot_be_written_does_not_end_the_job(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
     write, written = Run.write, list[None]()
 
     def refused(self: Run, **facts: Any) -> None:
@@ -103,13 +106,15 @@ def test_failed_units_are_named_where_the_end_fails_too(
 
 def test_of_two_runs_on_a_store_that_cannot_keep_them_apart_the_second_is_refused(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    first, second = (Logbook(Run(cache, "encode", {}), Signals(), dict) for _ in range(2))
+    first, second = (Logbook(Run(cache, "encode", {}), Signals()) for _ in range(2))
     first.begin(weak=True)
     with pytest.raises(JobError, match="is at work on"), second.kept():
         second.begin(weak=True)
     assert [record["outcome"] for record in records(tmp_path)] == ["running", "failed"]
     first.ended("done", 0)
-    Logbook(Run(cache, "encode", {}), Signals(), dict).begin(weak=True)
+    third = Logbook(Run(cache, "encode", {}), Signals())
+    third.begin(weak=True)
+    third.ended("done", 0)
 
 
 def test_statistics_are_of_all_that_is_there_in_the_end(
@@ -128,3 +133,155 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
     cache = json.loads((tmp_path / "c/cache.json").read_text())
     assert standing.finish(Folder(str(tmp_path / "c")), cache, weak=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
+
+
+def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_written_after_it(
+    latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.05)
+    written: list[tuple[float, str]] = []
+    write, finish, slow = Run.write, standing.finish, list[tuple[float, float]]()
+
+    def noted(self: Run, **facts: Any) -> None:
+        write(self, **facts)
+        written.append((time.monotonic(), self.content["outcome"]))
+
+    def slowly(*given: Any) -> dict[str, Any]:
+        start = time.monotonic()
+        time.sleep(1)
+        slow.append((start, time.monotonic()))
+        return finish(*given)
+
+    monkeypatch.setattr(Run, "write", noted)
+    monkeypatch.setattr(encode, "finish", slowly)
+    assert latentmill(*argv)[0] == 0
+    ((start, end),) = slow
+    assert len([at for at, outcome in written if start < at < end and outcome == "running"]) > 3
+    time.sleep(0.3)
+    assert [outcome for _, outcome in written].count("done") == 1
+    assert written[-1][1] == "done"
+    assert [record["outcome"] for record in records(tmp_path / "c")] == ["done"]
+
+
+@pytest.mark.parametrize("module_and_name", [(plan, "extend"), (encode, "encode_units"), (encode, "check_commits")])
+def test_a_run_shows_that_it_lives_from_its_plan_on(
+    latentmill: Command,
+    argv: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module_and_name: tuple[Any, str],
+) -> None:
+    """A second job, on a store that cannot keep two apart, must not take a run that is busy for a dead one."""
+    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.1)
+    monkeypatch.setattr(runs, "SILENT", 2)
+    module, name = module_and_name
+    real, seen = getattr(module, name), list[list[str]]()
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(3.6)
+        seen.append(runs.alive(Folder(str(tmp_path / "c")), but=""))
+        return real(*given)
+
+    monkeypatch.setattr(module, name, slowly)
+    assert latentmill(*argv)[0] == 0
+    assert [len(alive) for alive in seen] == [1]
+
+
+def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is slow to take a beat: the end waits for it, so that the end is what stands."""
+    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
+    replace, beating = Folder.replace, threading.Event()
+
+    def slowly(self: Folder, name: str, data: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            beating.set()
+            time.sleep(0.5)
+        replace(self, name, data)
+
+    log = Logbook(Run(Folder(str(tmp_path)), "encode", {}), Signals())
+    log.begin(weak=False)
+    monkeypatch.setattr(Folder, "replace", slowly)
+    assert beating.wait(5)
+    log.ended("done", 0)
+    time.sleep(0.7)
+    assert [record["outcome"] for record in records(tmp_path)] == ["done"]
+
+
+def test_a_store_that_refuses_the_beats_is_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
+    log, beats = Logbook(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
+    log.begin(weak=False)
+    replace = Folder.replace
+
+    def refused(self: Folder, name: str, data: bytes) -> None:
+        beats.append(name)
+        raise StorageError("cannot write it: no answer")
+
+    monkeypatch.setattr(Folder, "replace", refused)
+    while len(beats) < 20:
+        time.sleep(0.01)
+    monkeypatch.setattr(Folder, "replace", replace)
+    log.ended("done", 0)
+    assert capsys.readouterr().err.count("note: cannot write it: no answer") == 1
+    assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is tried again"
+
+
+class Recorded(InlineEngine):
+    """An engine that says when it is closed."""
+
+    order: ClassVar[list[str]] = []
+
+    def close(self) -> None:
+        super().close()
+        self.order.append("closed")
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened: engines that were closed, and ends that were begun."""
+    Recorded.order.clear()
+    monkeypatch.setattr(place, "InlineEngine", Recorded)
+    for module in (encode, retry):
+        monkeypatch.setattr(module, "finish", recorded(module.finish))
+    return Recorded.order
+
+
+def recorded(real: Callable[..., Any]) -> Callable[..., Any]:
+    def finish(*given: Any) -> Any:
+        Recorded.order.append("finish")
+        return real(*given)
+
+    return finish
+
+
+def test_devices_are_free_before_the_end_is_written(
+    latentmill: Command, argv: list[object], tmp_path: Path, order: list[str]
+) -> None:
+    assert latentmill(*argv, "--input-limit", "pixels=100", "--max-reject-rate", 1)[0] == 0
+    assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    assert order == ["closed", "finish"] * 2
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_units_and_the_end_leaves_a_resumable_cache(
+    latentmill: Command,
+    argv: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: list[str],
+    sign: signal.Signals,
+) -> None:
+    close = Recorded.close
+
+    def struck(self: Recorded) -> None:
+        close(self)
+        if len(order) == 1:
+            os.kill(os.getpid(), sign)
+
+    monkeypatch.setattr(Recorded, "close", struck)
+    code, out, _ = latentmill(*argv)
+    assert (code, out, order) == (128 + sign, "", ["closed"])
+    assert [record["outcome"] for record in records(tmp_path / "c")] == ["stopped"]
+    assert latentmill(*argv)[0] == 0

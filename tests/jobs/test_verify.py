@@ -211,9 +211,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a plan of another shape": (lambda c: replan(c, lambda row: row.update(path=None)), "_plan/00000.parquet"),
     "a VAE of another shape": (lambda c: reshape(c, vae=[]), "cache.json"),
     "a schema that is gone": (lambda c: reshape(c, schema=None), "cache.json"),
-    "a run of another shape": (lambda c: next((c / "_runs").iterdir()).write_text("[NaN]"), "_runs/"),
-    "a run whose plan is a list": (lambda c: edit(next((c / "_runs").iterdir()), seal=True, plan=[1]), "_runs/"),
-    "a run that was edited": (lambda c: edit(next((c / "_runs").iterdir()), seal=False, outcome="x"), "_runs/"),
+    "a run of another shape": (lambda c: next((c / "_runs").glob("*.json")).write_text("[NaN]"), "_runs/"),
+    "a run whose plan is a list": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=True, plan=[1]), "_runs/"),
+    "a run that was edited": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=False, outcome="x"), "_runs/"),
 }
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import commit, retry, stats
+from pipeline.commits import Mending
 from pipeline.errors import CacheError
 from pipeline.flow import Encoder
 from pipeline.limits import Limits
@@ -23,7 +24,17 @@ STRICT = Limits(picture_bytes=10)  # every picture is a reject
 
 
 def parts(cache: Path) -> list[stats.Part]:
-    return stats.parts(Folder(str(cache)), IDENTITY)
+    return list(stats.parts(Folder(str(cache)), IDENTITY))
+
+
+def commits(cache: Path) -> dict[str, dict[str, Any]]:
+    folder = Folder(str(cache))
+    return dict(commit.read_each(folder, sorted(commit.names(folder))))
+
+
+def mend(cache: Path, again: bool = False) -> None:
+    mending = Mending(identity=IDENTITY, container="parquet", again=again)
+    assert list(stats.parts(Folder(str(cache)), IDENTITY, mending=mending))
 
 
 @pytest.mark.parametrize("first", ["with rows", "without"])
@@ -44,15 +55,15 @@ def test_writers_that_disagree_whether_there_are_rows_count_once(
     monkeypatch.setattr(Folder, "create", slow)
     mine.run(unit)
     monkeypatch.undo()
-    commit.mend(Folder(str(cache)), IDENTITY, "parquet")
+    mend(cache)
     found = parts(cache)
     assert sum(part.rows + part.filtered + sum(part.rejects.values()) for part in found) == 10
-    (done,) = commit.commits(Folder(str(cache))).values()
+    (done,) = commits(cache).values()
     standing = {part.file for part in found if part.rows or part.rejects}
     assert {part["file"] for part in done["parts"]} == standing
     rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
     assert rejects.count("\n") == sum(sum(part.rejects.values()) for part in found)
-    assert stats.digest(found) == stats.digest(parts(cache))
+    assert stats.summary_of(found) == stats.summary_of(parts(cache))
 
 
 def test_who_comes_too_late_to_commit_a_unit_leaves_its_rejects_alone(
@@ -86,13 +97,13 @@ def test_retries_that_disagree_whether_there_are_rows_count_once(
 
     monkeypatch.setattr(commit, "_create", slow)
     full.run(task)
-    commit.mend(folder, IDENTITY, "parquet")
+    mend(tmp_path / "c")
     found = parts(tmp_path / "c")
     assert len(commit.shadowed(commit.files(folder))) == 1, "the first part; the others were adopted"
-    assert stats.rejected(found) == {"not_a_picture": 1}
+    assert stats.summary_of(found)["rejected"] == {"not_a_picture": 1}
     assert sum(part.rows + part.filtered for part in found if part.supersedes) == 9
     retried = [part.file for part in commit.retried(folder, IDENTITY)]
-    told = commit.commits(folder)
+    told = commits(tmp_path / "c")
     assert sorted(part["file"] for name in told if commit.is_retry(name) for part in told[name]["parts"]) == retried
 
 
@@ -114,17 +125,15 @@ def test_a_file_that_a_late_writer_changed_is_committed_again(
     """On a store that lets the last writer win; the record in the file says what it is."""
     worker(tmp_path / "c").run(unit)
     cache, path = Folder(str(tmp_path / "c")), tmp_path / f"c/data/{unit.name}-00001.parquet"
-    before = commit.commits(cache)[unit.name]
+    before = commits(tmp_path / "c")[unit.name]
     told = pq.read_metadata(path).metadata
     pq.write_table(pq.read_table(path).replace_schema_metadata(told), path, compression="gzip")
-    seen: list[None] = []
-    commit.mend(cache, IDENTITY, "parquet", again=True, on_unit=lambda: seen.append(None))
-    after = commit.commits(cache)[unit.name]
+    mend(tmp_path / "c", again=True)
+    after = commits(tmp_path / "c")[unit.name]
     standing = commit.as_they_stand(cache, unit.name, IDENTITY, "parquet")
     assert [part["sha256"] for part in after["parts"]] == [part.sha256 for part in standing]
     assert after["parts"][1]["sha256"] != before["parts"][1]["sha256"]
     assert (after["run"], after["seconds"]) == (before["run"], before["seconds"])
-    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

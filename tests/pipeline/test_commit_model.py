@@ -7,7 +7,7 @@ and all states are visited once.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline import commit
+from pipeline.commits import Listing, Mending, by_file
 from pipeline.errors import StorageError
 from pipeline.layout import Layout
 from pipeline.records import Record, Standing, Unit
@@ -77,8 +78,8 @@ class Disk:
     def read_if_there(self, name: str) -> bytes | None:
         return self.store.get(name)
 
-    def read_all(self, below: str) -> dict[str, bytes]:
-        return {name: self.store[f"{below}/{name}"] for name in self.names(below)}
+    def read_each(self, below: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        return ((name, self.store[f"{below}/{name}"]) for name in names)
 
     def create(self, name: str, data: bytes) -> bool:
         return self.store.setdefault(name, data) is data
@@ -232,7 +233,8 @@ def completes(store: Store) -> None:
     """From here a calm writer ends well, and then `_commits` names the files that count, each part once."""
     disk = Disk(dict(store))
     write(disk, writer=9)
-    commit.mend(disk, "identity", "parquet")  # type: ignore[arg-type]
+    mending = Mending(identity="identity", container="parquet")
+    assert list(by_file(disk, Listing.of(disk), lambda name, said: said, mending))  # type: ignore[arg-type]
     counted = set(commit.files(disk)) - commit.shadowed(commit.files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted
     assert len(counted) == PARTS

@@ -21,9 +21,10 @@ import torch
 
 from pipeline import commit, stats, write_parquet
 from pipeline.cache import read_rows, to_tensor
+from pipeline.clock import Clock
 from pipeline.encode import Compute, Encoded, Replica, Vae, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import Clock, Encoder, fill, read
+from pipeline.flow import Encoder, fill, read
 from pipeline.layout import Columns, Layout
 from pipeline.limits import Limits
 from pipeline.records import Attempt, Picture, Record, Unit
@@ -196,7 +197,8 @@ def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, t
         data = (tmp_path / "c" / part["file"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert content["parts"][0]["rejects"] == {"not_a_picture": 1}
-    assert (content["run"], set(content["seconds"])) == ("a run", {"read", "open", "encode", "write"})
+    stages = {"read", "open", "starved", "queue", "encode", "write"}
+    assert (content["run"], set(content["seconds"])) == ("a run", stages)
 
 
 def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
@@ -608,7 +610,7 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     encoder, cache = worker(tmp_path / "c"), tmp_path / "c"
     encoder.run(unit)
     encoder.run(empty)
-    written = stats.write(Folder(str(cache)), "the identity")
+    written = stats.Summing(Folder(str(cache)), "the identity").write()
     latents = [
         to_tensor(row).double() for path in sorted(cache.glob("data/*")) for row in pq.read_table(path).to_pylist()
     ]
@@ -622,10 +624,10 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     assert written["digest"] == printed.split()[0]
 
     (cache / f"_commits/{unit.name}.json").unlink()
-    assert stats.write(Folder(str(cache)), "the identity") == written
+    assert stats.Summing(Folder(str(cache)), "the identity").write() == written
     next(cache.glob("_empty/*")).unlink()
     with pytest.raises(CacheError, match="is gone, but was committed"):
-        stats.write(Folder(str(cache)), "the identity")
+        stats.Summing(Folder(str(cache)), "the identity").write()
 
 
 def test_of_two_commits_the_first_counts(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""What a job says: lines on standard error, and the same lines kept for the run's log in the cache.
+
+At a terminal lines are plain. Elsewhere each begins with its time and level, as a batch system's log needs them.
+"""
+
+import logging
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LOGGER = logging.getLogger("latentmill")
+PROGRESS = logging.getLogger("latentmill.progress")  # shown, but not kept: the run's record has the counts
+
+FIRST_BYTES, LAST_BYTES = 64 << 10, 192 << 10  # what is kept of a run's messages
+LEAST_SECRET = 6  # characters; a shorter value would hide ordinary words
+
+
+class OnStderr(logging.Handler):
+    """Writes to whatever standard error is at that moment: a progress bar puts its own stream there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = record.getMessage() if sys.stderr.isatty() else timed(record)
+            print(line, file=sys.stderr, flush=True)
+        except Exception:  # a closed pipe, say: the job goes on without its messages
+            self.handleError(record)
+
+
+class Kept(logging.Handler):
+    """Keeps a run's messages as the lines of its log: the first ones and the last ones, at most 256 KiB.
+
+    secrets: texts that are not written down, whoever's message they are in.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.secrets = sorted((text for text in secrets if len(text) >= LEAST_SECRET), key=len, reverse=True)
+        self._first: list[bytes] = []
+        self._last: deque[bytes] = deque()
+        self._room = FIRST_BYTES
+        self._last_bytes = self._left_out = 0
+        self.addFilter(lambda record: record.name != PROGRESS.name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = timed(record, utc=True)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        line = text.encode(errors="backslashreplace")[: FIRST_BYTES - 1] + b"\n"
+        if self._room >= len(line):
+            self._first.append(line)
+            self._room -= len(line)
+            return
+        self._room = 0
+        self._last.append(line)
+        self._last_bytes += len(line)
+        while self._last_bytes > LAST_BYTES:
+            self._last_bytes -= len(self._last.popleft())
+            self._left_out += 1
+
+    def add(self, text: str, level: int = logging.INFO) -> None:
+        """Keep a line that is not shown."""
+        self.handle(LOGGER.makeRecord(LOGGER.name, level, "", 0, text, (), None))
+
+    @property
+    def content(self) -> bytes:
+        """The log's bytes."""
+        with self.lock:  # type: ignore[union-attr]
+            gap = [f"... {self._left_out} lines left out ...\n".encode()] if self._left_out else []
+            return b"".join([*self._first, *gap, *self._last])
+
+
+def secrets_in(options: Mapping[str, Any]) -> set[str]:
+    """The texts that must not be written down: values of storage options, and what the environment has for stores."""
+    found = {value for name, value in os.environ.items() if re.search("SECRET|TOKEN|PASSWORD|ACCOUNT_KEY", name)}
+    left: list[Any] = list(options.values())
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, str) and "://" not in value:  # an endpoint is no secret
+            found.add(value)
+    return found
+
+
+def timed(record: logging.LogRecord, utc: bool = False) -> str:
+    """A message with its time (local, or in UTC with a Z) and its level."""
+    convert, zone = (time.gmtime, "Z") if utc else (time.localtime, "")
+    at = time.strftime("%Y-%m-%d %H:%M:%S", convert(record.created))
+    return f"{at}{zone} {record.levelname} {record.getMessage()}"
+
+
+def level() -> int:
+    """The least level of what is shown."""
+    return _ours.level
+
+
+def show(verbose: bool) -> None:
+    """Show messages on standard error. verbose: those for debugging and the warnings of other libraries, too."""
+    _ours.setLevel(logging.DEBUG if verbose else logging.INFO)
+    _others.setLevel(logging.WARNING if verbose else logging.CRITICAL + 1)
+    logging.captureWarnings(True)
+
+
+_ours, _others = OnStderr(logging.INFO), OnStderr(logging.CRITICAL + 1)
+LOGGER.addHandler(_ours)
+LOGGER.setLevel(logging.DEBUG)
+LOGGER.propagate = False
+logging.getLogger().addHandler(_others)  # without one, Python would print them

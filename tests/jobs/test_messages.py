@@ -1,0 +1,183 @@
+"""What a job says: with times in batch use, plain at a terminal, and kept beside the run's record."""
+
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import encode, messages
+from jobs.messages import Kept
+from jobs.progress import PROGRESS, say, say_each
+from pipeline.errors import StorageError
+from tests.conftest import img2dataset_members, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+
+ROOT = Path(__file__).parents[2]
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+
+
+@pytest.fixture
+def job(micro_vae: Path, tmp_path: Path) -> list[object]:
+    """Two shards, one of them cut off."""
+    for number in range(2):
+        write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 8, height=64, width=64))
+    whole = (tmp_path / "s/1.tar").read_bytes()
+    (tmp_path / "s/1.tar").write_bytes(whole[: len(whole) // 2])
+    return ["encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+
+
+def log_of(cache: Path) -> str:
+    (path,) = cache.glob("_runs/*.log")
+    return path.read_text()
+
+
+def test_in_batch_use_each_message_has_its_time_and_level(latentmill: Command, job: list[object]) -> None:
+    _, _, err = latentmill(*job)
+    assert err
+    assert [line for line in err.splitlines() if not re.match(rf"{STAMP} (INFO|WARNING|ERROR) \S", line)] == []
+    assert re.search(rf"^{STAMP} WARNING damaged: .*1\.tar is cut off", err, re.MULTILINE)
+
+
+def test_at_a_terminal_messages_are_plain(job: list[object], tmp_path: Path) -> None:
+    """Standard error is a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "jobs.encode", *map(str, job[1:])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, cwd=tmp_path) as running:
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                said += os.read(ours, 1 << 16)
+            except OSError:  # the other end was closed
+                break
+        assert running.wait() == 3
+    os.close(ours)
+    assert b"damaged: " in said
+    assert not re.search(rf"{STAMP} \w+ damaged".encode(), said)
+
+
+def test_what_a_run_said_is_kept_beside_its_record(latentmill: Command, job: list[object], tmp_path: Path) -> None:
+    _, _, err = latentmill(*job)
+    lines = log_of(tmp_path / "c").splitlines()
+    assert [line for line in lines if not re.match(rf"{STAMP}Z (INFO|WARNING|ERROR) \S", line)] == []
+    said = [re.sub(rf"^{STAMP} ", "", line) for line in err.splitlines()]
+    kept = [re.sub(rf"^{STAMP}Z ", "", line) for line in lines]
+    assert "INFO encode with latentmill" in kept[0]
+    assert kept[1] == "INFO 2 units are planned, 2 of them are not done"
+    assert kept[2:-1] == said
+    assert kept[-1] == "INFO done, exit code 3"
+    assert latentmill("status", tmp_path / "c")[0] == 0
+    _, out, _ = latentmill("verify", tmp_path / "c")
+    assert "_runs" not in out, out
+
+
+def test_an_error_that_ends_a_run_is_in_its_log(
+    latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> None:
+        raise StorageError("cannot list it: no answer")
+
+    monkeypatch.setattr(encode, "check_commits", refused)
+    code, _, err = latentmill(*job)
+    assert (code, "latentmill: cannot list it: no answer" in err) == (1, True)
+    assert re.search(rf"^{STAMP}Z ERROR cannot list it: no answer$", log_of(tmp_path / "c"), re.MULTILINE)
+
+
+def test_a_log_that_was_changed_is_named(latentmill: Command, job: list[object], tmp_path: Path) -> None:
+    latentmill(*job)
+    (path,) = (tmp_path / "c").glob("_runs/*.log")
+    path.write_text(path.read_text().replace("damaged", "sound"))
+    code, out, _ = latentmill("verify", tmp_path / "c")
+    assert (code, f"_runs/{path.name}: it was changed" in out) == (1, True), out
+
+
+def test_verbose_tells_what_became_of_each_unit(latentmill: Command, job: list[object], tmp_path: Path) -> None:
+    _, out, err = latentmill(*job, "--json", "-v")
+    json.loads(out)
+    for shard in "01":
+        assert re.search(rf"^{STAMP} DEBUG unit {shard}-[0-9a-f]{{16}}: \d+ rows, ", err, re.MULTILINE)
+    assert " DEBUG unit 0-" in log_of(tmp_path / "c")
+    assert " DEBUG " not in latentmill(*job)[2], "nor does the next command in this process"
+
+
+def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
+    latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pytest replaces how warnings are shown; a process of its own has it as users do."""
+    script = (
+        "import logging, sys, warnings\n"
+        "from jobs import encode\n"
+        "from jobs.entry import run_as_script\n"
+        "real = encode.finish\n"
+        "def finish(*given):\n"
+        "    warnings.warn('an old driver')\n"
+        "    logging.getLogger('botocore').warning('a slow store')\n"
+        "    return real(*given)\n"
+        "encode.finish = finish\n"
+        "run_as_script(encode.main)\n"
+    )
+    (tmp_path / "warned.py").write_text(script)
+
+    def run(*more: str) -> str:
+        command = [sys.executable, "warned.py", *map(str, job[1:]), *more]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stderr
+
+    quiet, log = run(), log_of(tmp_path / "c")
+    assert "an old driver" not in quiet and "a slow store" not in quiet
+    assert "UserWarning: an old driver" in log and "WARNING a slow store" in log
+    verbose = run("--verbose")
+    assert "UserWarning: an old driver" in verbose and "WARNING a slow store" in verbose
+
+
+def test_a_log_is_bounded_and_keeps_its_beginning_and_its_end() -> None:
+    kept = Kept()
+    for number in range(20_000):
+        kept.add(f"message {number} {'x' * 50}")
+    text = kept.content.decode()
+    assert len(text) < 257 << 10
+    numbers = [int(number) for number in re.findall(r"message (\d+)", text)]
+    assert (numbers[0], numbers[-1]) == (0, 19_999)
+    assert numbers == sorted(set(numbers))
+    (left_out,) = re.findall(r"\.\.\. (\d+) lines left out", text)
+    assert len(numbers) + int(left_out) == 20_000
+    kept.add("y" * 1_000_000)
+    assert len(kept.content) < 257 << 10
+
+
+def test_progress_is_not_kept() -> None:
+    kept = Kept()
+    messages.LOGGER.addHandler(kept)
+    PROGRESS.addHandler(kept)
+    try:
+        PROGRESS.info(" 10%% of it")
+        say("a note")
+    finally:
+        messages.LOGGER.removeHandler(kept)
+        PROGRESS.removeHandler(kept)
+    assert kept.content.count(b"\n") == 1
+
+
+def test_no_secret_is_kept_whoever_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pl4nted-s3cret")
+    options = {"key": "an-account", "client_kwargs": {"token": "another-s3cret"}, "endpoint_url": "http://store:9000"}
+    kept = Kept(messages.secrets_in(options))
+    kept.add("refused: pl4nted-s3cret, another-s3cret of an-account at http://store:9000")
+    assert kept.content.decode().endswith("refused: ***, *** of *** at http://store:9000\n")
+
+
+def test_many_messages_of_one_kind_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    say_each([f"failed: unit {number}" for number in range(3000)], logging.ERROR)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert lines[-1].endswith("ERROR ... and 2,980 more like these")
