@@ -15,11 +15,12 @@ from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_opt
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from jobs.standing import finish
-from pipeline import commit, identity, listing, plan, stats, storage, survey
+from pipeline import commit, identity, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import REST, JobError, SourceError, UsageError
 from pipeline.layout import Columns
-from pipeline.records import Seconds, Shard, Unit, UnitReport
+from pipeline.listing import Listing, list_sources
+from pipeline.records import Seconds, Unit, UnitReport
 from pipeline.runs import Run
 from pipeline.storage import Folder
 from vae.load import is_single_file
@@ -84,20 +85,20 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
         raise UsageError(f"--vae-config is for single files: {options.vae} has a config.json of its own")
     vae = load_vae(options.vae, cache.options, options.vae_config or (standing and standing["vae"]["config"]))
     settings.check(options, vae)
-    shards, columns = look_at_sources(options, cache)
+    listing, columns = look_at_sources(options, cache)
     with place(options) as where:
         content = identity.settle(cache, settings.describe(options, vae, where, standing, columns))
-        outcome = encode(options, cache, content, vae, shards, where, signals)
+        outcome = encode(options, cache, content, vae, listing, where, signals)
     tell(options, cache, outcome)
     return outcome.code
 
 
-def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard], Columns]:
+def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Columns]:
     """The files of the sources, and the columns that come along."""
-    noticed: list[str] = []
-    shards = listing.list_shards(options.source, cache.options, cache.url, noticed)
-    for line in noticed:
+    listing = list_sources(options.source, cache.options, cache.url)
+    for line in listing.noticed:
         say(f"note: {line}")
+    shards = listing.shards
     units = plan.units_of(shards)
     if not units:
         raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
@@ -105,7 +106,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
     wanted = settings.wanted_columns(options)
-    return shards, survey.columns_of(
+    return listing, survey.columns_of(
         shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
     )
 
@@ -115,15 +116,17 @@ def encode(
     cache: Folder,
     content: Mapping[str, Any],
     vae: Vae,
-    shards: list[Shard],
+    listing: Listing,
     where: Place,
     signals: Signals,
 ) -> Outcome:
     """Do what is missing in a cache."""
-    units, noticed = plan.extend(cache, shards)
+    units, noticed = plan.extend(cache, listing.shards, listing.sources, options.new_source, options.same_source)
     units = units[: options.max_shards or None]
     finished = commit.finished(cache)
     pending = [unit for unit in units if unit.name not in finished]
+    if options.same_source:  # whatever ETags or times say, on the workers' disks as well
+        pending = [dataclasses.replace(unit, etag="") for unit in pending]
     for line in noticed:
         say(f"note: {line}")
     weak, totals = not cache.promises(), Totals()

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
+    tasks = retry.tasks(units(options.source, cache, options.same_source).values(), rejecting(cache))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
     log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})

@@ -242,6 +242,12 @@ def commits(cache: Folder) -> dict[str, dict[str, Any]]:
     return found
 
 
+def begun(cache: Folder) -> set[str]:
+    """The names of the units of which anything stands: a part, or that they are done."""
+    stems = (stem_of(file).partition("/")[2] for file in files(cache))
+    return {_RETRIED.sub("", stem) if is_retry(stem) else stem.rpartition("-")[0] for stem in stems} | finished(cache)
+
+
 def finished(cache: Folder) -> set[str]:
     """The names of the units that are done."""
     stems = (stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json"))
