@@ -125,8 +125,6 @@ def some(names: Collection[str]) -> str:
 
 def _check_name(source: Source, others: Sequence[Source]) -> None:
     """Raise SourceError if another source has this name and another root."""
-    if not source.name:
-        raise SourceError(f"the source {source.given} has no name: give it one, as NAME={source.given}")
     for other in others:
         if other.name == source.name and not same_root(other.root, source.root):
             free = free_name(source.name, {one.name for one in others})
@@ -183,6 +181,9 @@ def _expand(
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
             root, patterns = _fixed_directory(path), _alternatives(path)
+        name = name or PurePosixPath(root).name
+        if not name:
+            raise SourceError(f"the source {source} has no name: give it one, as NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         for pattern in patterns:
             matches = _matches(fs, pattern)
@@ -200,12 +201,12 @@ def _expand(
             del files[file]
         wanted = _without_ours(fs, files, source, options, cache, passed)
     found = Source(
-        name=name or PurePosixPath(root).name,
+        name=name,
         given=source,
         root=full_url(fs, root),
         patterns=tuple(text_of(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return found, list(_shards(fs, wanted, root, found.name))
+    return found, list(_shards(fs, wanted, root, name))
 
 
 def _shards(fs: Any, files: Found, root: str, name: str) -> Iterator[Shard]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 MADE_BY = "latentmill decode"  # what a report of previews says
 REPORT = "report.json"
 CACHE = "cache.json"
-LIMIT = 64 << 20  # bytes of a file that is looked at
+LIMIT = 1 << 30  # bytes of a file that is looked at: a report names every preview
 
 IN_CACHE = re.compile(
     r"(.*)/(?:data/[^/]+-[0-9a-f]{16}-\d{5}(?:r\d+)?\.(?:parquet|tar)|_plan/\d{5}\.parquet)", re.DOTALL

@@ -168,13 +168,15 @@ def names_in(cache: Folder) -> list[str]:
 
 
 def read(cache: Folder) -> list[Unit]:
-    """All planned units, in the order in which they were planned first, each in its source where that was last."""
-    return sources.in_latest_roots(read_files(cache, names_in(cache)))
+    """All planned units, in the order in which they were planned first."""
+    return read_files(cache, names_in(cache))
 
 
 def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
-    """The units in these files of the plan, as they were planned last."""
-    return list(current([_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names))
+    """The units in these files of the plan, as they were planned last, each in its source where that was last."""
+    files = [[_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names]
+    roots = sources.roots_of(itertools.chain.from_iterable(files))
+    return [sources.at_root(unit, roots[unit.source]) for unit in current(files)]
 
 
 def current(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
@@ -257,7 +259,7 @@ def extend(
     """
     while True:
         names = names_in(cache)
-        planned = sources.in_latest_roots(read_files(cache, names))
+        planned = read_files(cache, names)
         new, units, noticed = compare(cache, shards, planned, named, new_source, same_source)
         if not new:
             if not planned:

@@ -66,12 +66,6 @@ def roots_of(units: Iterable[Unit]) -> dict[str, str]:
     return {unit.source: unit.root for unit in units}
 
 
-def in_latest_roots(units: Sequence[Unit]) -> list[Unit]:
-    """The same units, each in its source where that was last."""
-    roots = roots_of(units)
-    return [at_root(unit, roots[unit.source]) for unit in units]
-
-
 def is_as_planned(file: File, now: Shard, same_source: bool) -> bool:
     """same_source: the user says that a file of this path and size is the one that was planned."""
     return file.bytes == now.bytes and (same_source or same_etag(file.etag, now.etag))
@@ -249,6 +243,7 @@ def check_renamed(
 ) -> list[str]:
     """Raise SourceError if new files are mostly planned ones under another name, by relative path and size.
 
+    ETags and times do not count: those of a copy differ on most storage.
     missing: planned files that no source lists now. in_place: the new files that are known to be planned ones, and are
     not read a second time. otherwise: what to do if it is another source.
     Returns a note of what is alike, if it is too little for that.
@@ -296,13 +291,11 @@ def _alike(new: Sequence[Shard], missing: Mapping[str, File]) -> Iterator[tuple[
         fresh[below(shard.path), shard.bytes].append(shard)
         for head, tail in _splits(below(shard.path)):
             for file in planned.get((tail, shard.bytes), ()):
-                if _may_be(file, shard):
-                    yield (name_of(shard.path), name_of(file.path), f"+{head}"), (shard.path, file.path)
+                yield (name_of(shard.path), name_of(file.path), f"+{head}"), (shard.path, file.path)
     for file in missing.values():
         for head, tail in _splits(below(file.path)):
             for shard in fresh.get((tail, file.bytes), ()) if head else ():
-                if _may_be(file, shard):
-                    yield (name_of(shard.path), name_of(file.path), f"-{head}"), (shard.path, file.path)
+                yield (name_of(shard.path), name_of(file.path), f"-{head}"), (shard.path, file.path)
 
 
 def _splits(path: str) -> Iterator[tuple[str, str]]:
@@ -312,13 +305,6 @@ def _splits(path: str) -> Iterator[tuple[str, str]]:
     while place >= 0:
         yield path[:place], path[place + 1 :]
         place = path.find("/", place + 1)
-
-
-def _may_be(file: File, shard: Shard) -> bool:
-    """Whether ETags leave it open that these are one content: times change in a copy, and so do those of uploads in
-    several parts."""
-    told_by_content = not any(etag.startswith("m") or "-" in etag for etag in (file.etag, shard.etag))
-    return not told_by_content or same_etag(file.etag, shard.etag)
 
 
 def _advice(vote: Vote, roots: Mapping[str, str]) -> str:

@@ -230,15 +230,16 @@ def test_both_sources_named_at_once_are_two(extend: Extend, tmp_path: Path) -> N
     assert len(extend(tmp_path / "cats", tmp_path / "dogs")[0]) == 4
 
 
-def test_contents_that_a_store_tells_apart_are_not_a_renamed_source(cache: Folder) -> None:
+@pytest.mark.parametrize("etag", ["", "aa", "bb", "cc-2", "m5"])
+def test_etags_do_not_tell_that_a_source_was_not_renamed(cache: Folder, etag: str) -> None:
+    """On Azure and Google, and on S3 with keys of its own, the ETag of a copy is another one."""
+
     def tar(name: str, etag: str) -> Shard:
         return Shard(url=f"s3://b/{name}/0.tar", root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag)
 
     plan.extend(cache, [tar("cats", "aa")])
-    assert len(plan.extend(cache, [tar("dogs", "bb")])[0]) == 2
-    for etag in ("aa", "", "cc-2"):
-        with pytest.raises(SourceError, match=r"as files of the source (cats|dogs)"):
-            plan.extend(cache, [tar("birds", etag)])
+    with pytest.raises(SourceError, match="as files of the source cats"):
+        plan.extend(cache, [tar("birds", etag)])
 
 
 def test_a_few_files_that_look_planned_are_noted(extend: Extend, tmp_path: Path) -> None:
@@ -376,6 +377,15 @@ def test_a_time_that_is_unknown_is_not_changed(cache: Folder) -> None:
         folder = Folder(f"{cache.url}{planned}")
         plan.extend(folder, [tar(planned)])
         assert plan.extend(folder, [tar(now)])[1] == []
+
+
+def test_a_source_lies_where_the_last_file_of_the_plan_says(cache: Folder) -> None:
+    def tar(root: str, number: int) -> Shard:
+        return Shard(url=f"{root}/{number}.tar", root=root, path=f"s/{number}.tar", bytes=1, etag="")
+
+    plan.write(cache, 0, plan.units_of([tar("/a/s", 0), tar("/a/s", 1)]))
+    plan.write(cache, 1, plan.units_of([tar("/b/s", 0)]))
+    assert [unit.url for unit in plan.read(cache)] == ["/b/s/0.tar", "/b/s/1.tar"]
 
 
 def test_however_many_changed_the_note_is_one_line(extend: Extend, tmp_path: Path) -> None:

@@ -63,8 +63,10 @@ def test_a_source_without_a_name_is_told_to_have_one(monkeypatch: pytest.MonkeyP
     with pytest.raises(SourceError, match="names no source"):
         listed("a=")
     put("memory://", "zero.tar")
-    with pytest.raises(SourceError, match="has no name: give it one, as NAME="):
-        listed("memory://zero.tar")
+    for source in ("memory://zero.tar", "/"):
+        with pytest.raises(SourceError, match="has no name: give it one, as NAME="):
+            listed(source)
+    assert paths("m=memory://zero.tar") == ["m/zero.tar"]
 
 
 @pytest.mark.parametrize(
