@@ -41,9 +41,8 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Draw the sheets on the replicas, then write the report and say what was drawn."""
     out = Folder(storage.absolute(options.to), cache.folder.options)
-    write_report(
-        out, {"made_by": MADE_BY, "cache": options.cache, "finished": False}
-    )  # marks what is drawn from now on
+    begun = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
+    write_report(out, begun)  # marks what is drawn, also if this is cut short
     done: list[RenderReport] = []
     meter = Meter("decoded", sum(len(task.rows) for task in tasks))
 

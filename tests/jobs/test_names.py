@@ -185,6 +185,15 @@ def test_a_tar_that_is_rewritten_in_the_same_size_is_noticed_and_done_by_the_nex
     assert status["bytes"]["planned"] == sum(path.stat().st_size for path in shards.iterdir())
 
 
+def test_a_unit_that_is_planned_twice_as_it_is_is_a_damaged_plan(
+    encode: Command, latentmill: Command, tmp_path: Path
+) -> None:
+    assert encode(tar(tmp_path / "s/0.tar", 0))[0] == 0
+    shutil.copy(tmp_path / "c/_plan/00000.parquet", tmp_path / "c/_plan/00001.parquet")
+    code, out, _ = latentmill("verify", tmp_path / "c")
+    assert (code, "_plan/00001.parquet: the unit 0-" in out, " is planned twice" in out) == (1, True, True)
+
+
 def test_a_touch_between_two_runs_leaves_a_cache_that_can_be_finished(encode: Command, tmp_path: Path) -> None:
     shards = tar(tmp_path / "s/0.tar", 0).parent
     tar(shards / "1.tar", 10)
