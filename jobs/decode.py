@@ -18,10 +18,9 @@ from pipeline import identity, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
 from pipeline.errors import CacheError, UsageError
+from pipeline.outputs import MADE_BY, REPORT
 from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
 from pipeline.storage import Folder
-
-REPORT = "report.json"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,6 +45,8 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Draw the sheets on the replicas, then write the report and say what was drawn."""
     out = Folder(storage.absolute(options.to), cache.folder.options)
+    begun = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
+    write_report(out, begun)  # marks what is drawn, also if this is cut short
     done: list[RenderReport] = []
     meter = Meter("decoded", sum(len(task.rows) for task in tasks))
 
@@ -79,9 +80,14 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
         with meter.shown():
             driven = drive(tasks, engine, signals, on_done, on_tick, probe, options.patience)
     report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), driven.failures)
-    out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_report(out, report)
     tell(options, out, report)
     return 1 if driven.failures else 0
+
+
+def write_report(out: Folder, report: dict[str, Any]) -> None:
+    """Write report.json. A source in which it lies is encoded without what was drawn."""
+    out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Sequence[Failure]) -> dict[str, Any]:
@@ -89,7 +95,9 @@ def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Se
     pictures: list[Rendered] = [picture for sheet in sheets for picture in sheet.pictures]
     measured = [picture.psnr for picture in pictures if picture.psnr is not None]
     return {
+        "made_by": MADE_BY,
         "cache": options.cache,
+        "finished": True,
         "pictures": [dataclasses.asdict(picture) for picture in pictures],
         "sheets": [sheet.sheet for sheet in sheets],
         "psnr": spread(measured),

@@ -20,11 +20,12 @@ from jobs.place import Place, place
 from jobs.progress import Meter, say, say_each, say_unit
 from jobs.scheduler import Failure
 from jobs.standing import finish
-from pipeline import commit, compressed, identity, listing, plan, stats, storage, survey
+from pipeline import commit, compressed, identity, plan, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import REST, JobError, SourceError, UsageError
 from pipeline.layout import Columns
-from pipeline.records import Seconds, Shard, Unit, UnitReport
+from pipeline.listing import Listing, list_sources
+from pipeline.records import Seconds, Unit, UnitReport
 from pipeline.runs import Run
 from pipeline.storage import Folder
 from vae.load import is_single_file
@@ -110,19 +111,19 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
         raise UsageError(f"--vae-config is for single files: {options.vae} has a config.json of its own")
     vae = load_vae(options.vae, cache.options, options.vae_config or (standing and standing["vae"]["config"]))
     settings.check(options, vae)
-    shards, columns = look_at_sources(options, cache)
+    listing, columns = look_at_sources(options, cache)
     with place(options) as where:
         content = identity.settle(cache, settings.describe(options, vae, where, standing, columns))
-        outcome = encode(options, cache, content, vae, shards, where, signals)
+        outcome = encode(options, cache, content, vae, listing, where, signals)
     tell(options, cache, outcome)
     return outcome.code
 
 
-def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard], Columns]:
+def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Columns]:
     """The files of the sources, and the columns that come along."""
-    noticed: list[str] = []
-    shards = listing.list_shards(options.source, cache.options, cache.url, noticed)
-    say_each([f"note: {line}" for line in noticed])
+    listing = list_sources(options.source, cache.options, cache.url)
+    say_each([f"note: {line}" for line in listing.noticed])
+    shards = listing.shards
     units = plan.units_of(shards)
     archives = compressed.not_read(shards)
     if not units:
@@ -136,7 +137,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
     wanted = settings.wanted_columns(options)
-    return shards, survey.columns_of(
+    return listing, survey.columns_of(
         shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
     )
 
@@ -146,7 +147,7 @@ def encode(
     cache: Folder,
     content: Mapping[str, Any],
     vae: Vae,
-    shards: list[Shard],
+    listing: Listing,
     where: Place,
     signals: Signals,
 ) -> Outcome:
@@ -156,10 +157,12 @@ def encode(
     failures: Sequence[Failure] = ()
     with log.kept():
         log.begin(weak)
-        units, noticed = plan.extend(cache, shards)
+        units, noticed = plan.extend(cache, listing.shards, listing.sources, options.new_source, options.same_source)
         units = units[: options.max_shards or None]
         finished = commit.finished(cache)
         pending = [unit for unit in units if unit.name not in finished]
+        if options.same_source:  # whatever ETags or times say, on the workers' disks as well
+            pending = [dataclasses.replace(unit, etag="") for unit in pending]
         say_each([f"note: {line}" for line in noticed])
         log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))

@@ -30,6 +30,8 @@ def option(
 REQUIRED: Any = dataclasses.MISSING
 INPUT_LIMIT = f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)"
 VERBOSE = "also show messages for debugging: what became of each unit, and warnings of other libraries"
+SAME_SOURCE = "files of the same path and size are those of before, whatever their time or ETag says (a copied source)"
+NOW = "where the inputs are now, as SOURCE or NAME=SOURCE; unset: where they were"
 ALL = "all"
 
 
@@ -61,11 +63,16 @@ class EncodeOptions(Common):
 
     source: tuple[str, ...] = option(
         REQUIRED,
-        "tar shards, Parquet files with pictures, folders of pictures: files, directories, globs, brace ranges",
+        "tar shards, Parquet files with pictures, folders of pictures: files, directories, globs, brace ranges; "
+        "NAME=SOURCE names one that does not go by the name of its directory",
         "SOURCE",
         True,
     )
     to: str = option(REQUIRED, "where the cache is, or is to be", "CACHE")
+    new_source: bool = option(
+        False, "encode sources as new ones although most of their files have path and size of files in the cache"
+    )
+    same_source: bool = option(False, SAME_SOURCE)
     vae: str = option(
         REQUIRED,
         "a directory as diffusers saves it (or one with a vae/ in it), a single file (.safetensors, .ckpt), the URL of "
@@ -121,7 +128,7 @@ class DecodeOptions(Common):
     to: str = option(REQUIRED, "where the previews go", "OUT")
     limit: int = option(48, "how many pictures, spread evenly over the cache; 0: all", "N")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
-    source: tuple[str, ...] = option((), "where the originals are now; unset: where they were", "SOURCE")
+    source: tuple[str, ...] = option((), NOW, "SOURCE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +137,8 @@ class RetryOptions(Common):
 
     cache: str = option(REQUIRED, "the cache", "CACHE", True)
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
-    source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
+    source: tuple[str, ...] = option((), NOW, "SOURCE")
+    same_source: bool = option(False, SAME_SOURCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +159,7 @@ class VerifyOptions(StatsOptions):
 
     recount: bool = option(False, "read the inputs to their end: their samples must be those that were encoded")
     reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
-    source: tuple[str, ...] = option((), "where the inputs are now; unset: where they were", "SOURCE")
+    source: tuple[str, ...] = option((), NOW, "SOURCE")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
     input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     rebuild: bool = option(False, "write _commits, _rejects and stats.json again where the files with rows are sound")

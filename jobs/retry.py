@@ -34,7 +34,8 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     parts = list(stats.parts(cache.folder, cache.content["identity_sha256"]))
-    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache, parts), begun(parts))
+    planned = units(options.source, cache, options.same_source).values()
+    tasks = retry.tasks(planned, rejecting(cache, parts), begun(parts))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
     run = Run(cache.folder, "retry", as_record(options))

@@ -1,14 +1,14 @@
 """What jobs need of a cache that stands: its VAE, its inputs and files as they are now, its statistics made anew."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline import commit, listing, plan, report, stats
+from pipeline import commit, plan, report, sources, stats
 from pipeline.cache import Cache
 from pipeline.commits import Mending
 from pipeline.encode import Vae, load_vae
-from pipeline.errors import CacheError, SourceError, VaeError
+from pipeline.errors import CacheError, VaeError
+from pipeline.listing import list_sources
 from pipeline.records import Unit
 from pipeline.runs import versions
 from pipeline.storage import Folder
@@ -25,16 +25,15 @@ def matching_vae(given: str, cache: Cache) -> Vae:
     return vae
 
 
-def units(source: tuple[str, ...], cache: Cache) -> dict[str, Unit]:
-    """The cache's units by name, their inputs where `--source` says they are now."""
+def units(source: tuple[str, ...], cache: Cache, same_source: bool = True) -> dict[str, Unit]:
+    """The cache's units by name, their inputs where `--source` says they are now.
+
+    same_source: files of a planned path and size are taken for the planned ones, whatever their time or ETag.
+    """
     planned = plan.read(cache.folder)
     if source:
-        shards = listing.list_shards(source, cache.folder.options, but=cache.folder.url)
-        roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
-        urls = roots | {shard.path: shard.url for shard in shards}
-        planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]
-        if not any(unit.path in urls for unit in planned):
-            raise SourceError(f"none of the cache's inputs is at {' '.join(source)}")
+        listing = list_sources(source, cache.folder.options, but=cache.folder.url)
+        planned = sources.found_at(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 
 

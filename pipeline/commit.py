@@ -262,6 +262,12 @@ def read_each(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[s
         yield stem_of(name), content
 
 
+def begun(cache: Folder) -> set[str]:
+    """The names of the units of which anything stands: a part, or that they are done."""
+    stems = (stem_of(file).partition("/")[2] for file in files(cache))
+    return {_RETRIED.sub("", stem) if is_retry(stem) else stem.rpartition("-")[0] for stem in stems} | finished(cache)
+
+
 def finished(cache: Folder) -> set[str]:
     """The names of the units that are done."""
     return {name for name in names(cache) if not is_retry(name)}

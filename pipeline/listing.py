@@ -1,83 +1,276 @@
 """Which files the sources name: files, directories, globs and brace ranges, on any storage."""
 
+import contextlib
+import fnmatch
 import glob
-from collections.abc import Iterator, Mapping
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 from braceexpand import braceexpand
 
-from pipeline.errors import SourceError
+from pipeline import outputs
+from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import shown, text_of
-from pipeline.records import Shard
-from pipeline.storage import connect, etag_of, full_url, is_local, parent
+from pipeline.records import PICTURE_EXTENSIONS, Shard
+from pipeline.storage import connect, etag_of, full_url, is_local, parent, read_file_if_there
 from pipeline.stream import naming
-from pipeline.walk import Walk
+from pipeline.walk import Walk, second_paths
 
 WILDCARDS = frozenset("*?[{")
-NAMED = 5  # of what is passed over
+NAMED = 5  # of many files, in a note
+SYSTEM = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # thumbnails and rubbish of systems
+INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in PICTURE_EXTENSIONS)})
 
 Found = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the user named.
+
+    name: the first step of its files' paths. given: as it was written, without its name. root: the URL of its last
+    directory without a wildcard. patterns: what below the root it lists; an empty one is all of it.
+    """
+
+    name: str
+    given: str
+    root: str
+    patterns: tuple[str, ...]
+
+    def covers(self, path: str) -> bool:
+        """Whether it would list a file of this path, if there was one."""
+        name, _, below = path.partition("/")
+        return name == self.name and any(_matches_pattern(below, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of all sources, sorted by path. noticed: a line for each kind of what was left out."""
+
+    shards: list[Shard]
+    sources: tuple[Source, ...]
+    noticed: list[str] = field(default_factory=list)
 
 
 def list_shards(
     sources: tuple[str, ...], options: Mapping[str, Any], but: str, noticed: list[str] | None = None
 ) -> list[Shard]:
-    """The files that the sources name, sorted by path; those below the URL `but` (the cache) are left out.
+    """The files of `list_sources`. noticed: its notes are put in there."""
+    listing = list_sources(sources, options, but)
+    if noticed is not None:
+        noticed += listing.noticed
+    return listing.shards
 
-    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range.
-    noticed: a line is put in there for what is no file, and for folders that may not be entered.
-    Raises SourceError for a source that names nothing, two files with one path, and a shard whose name is not UTF-8.
+
+def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -> Listing:
+    """The files that the sources name; those below the URL `but` (the cache) are left out.
+
+    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range; `NAME=SOURCE` gives
+    it another name than its root's. Noted is what is no file, folders that may not be entered, links to files that are
+    listed themselves, and what latentmill wrote.
+    Raises SourceError for a source that names nothing, two with one name, and a shard whose name is not UTF-8.
     """
     fs, inside = connect(but, options)
     cache = full_url(fs, inside).rstrip("/") + "/"
-    found: dict[str, Shard] = {}
-    others: list[str] = []
     local = inside if is_local(fs) else None
-    for source in sources:
-        for shard in _expand(source, options, local, others):
-            twin = found.setdefault(shard.path, shard)
-            if twin.url != shard.url:
-                raise SourceError(
-                    f"two inputs have the path {shard.path}: {twin.url} and {shard.url}; rename one of their folders"
-                )
-    if others and noticed is not None:
-        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
-        names = ", ".join(shown(text_of(path)) for path in sorted(others)[:NAMED])
-        noticed.append(f"passed over what is no file, or a folder that may not be entered: {names}{more}")
-    shards = [found[path] for path in sorted(found)]
-    return [shard for shard in shards if not shard.url.startswith(cache)]
+    found: dict[str, Shard] = {}
+    named: list[Source] = []
+    passed = Passed()
+    for given in sources:
+        source, shards = _expand(given, options, local, cache, passed)
+        _check_name(source, named)
+        named.append(source)
+        for shard in shards:
+            found.setdefault(shard.path, shard)
+    return Listing([found[path] for path in sorted(found)], tuple(named), passed.notes())
 
 
-def _expand(source: str, options: Mapping[str, Any], but: str | None, others: list[str]) -> Iterator[Shard]:
+@dataclass(slots=True)
+class Passed:
+    """What the sources have and is no input.
+
+    others: no files. system: in folders that systems make. links: to files that are listed themselves. ours: what
+    latentmill wrote, by what it belongs to.
+    """
+
+    others: set[str] = field(default_factory=set)
+    system: set[str] = field(default_factory=set)
+    links: set[str] = field(default_factory=set)
+    ours: dict[str, set[str]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """A line for each kind."""
+        notes = []
+        if self.others:
+            notes.append(f"passed over what is no file, or a folder that may not be entered: {some(self.others)}")
+        if self.system:
+            notes.append(f"files of the system, left out: {len(self.system):,} ({some(self.system)})")
+        if self.links:
+            notes.append(f"links to files of the same source, left out: {len(self.links):,} ({some(self.links)})")
+        for what, files in self.ours.items():
+            if files:
+                notes.append(f"files of {shown(text_of(what))}, left out: {len(files):,}")
+        return notes
+
+
+def some(names: Collection[str]) -> str:
+    """A few names in their order, and how many more there are."""
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(shown(text_of(name)) for name in sorted(names)[:NAMED]) + more
+
+
+def _check_name(source: Source, others: Sequence[Source]) -> None:
+    """Raise SourceError if another source has this name and another root."""
+    for other in others:
+        if other.name == source.name and not same_root(other.root, source.root):
+            free = free_name(source.name, {one.name for one in others})
+            raise SourceError(
+                f"two sources have the name {source.name}: {other.root} and {source.root}; give one of them another: "
+                f"{shlex.quote(f'{free}={source.given}')}"
+            )
+
+
+def same_root(one: str, other: str) -> bool:
+    """Whether two roots are one directory; local ones may lead there through links."""
+    if one == other or "://" in one or "://" in other:
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """A name like this one that no other source has."""
+    number = 2
+    while f"{name}{number}" in taken:
+        number += 1
+    return f"{name}{number}"
+
+
+def name_and_source(given: str) -> tuple[str, str]:
+    """`NAME=SOURCE` in its two parts; an empty name if there is none. A path with `=` in it that exists is a path."""
+    name, equals, source = given.partition("=")
+    if not equals or "/" in name or ("://" not in given and _names_something(given)):
+        return "", given
+    if not name or name in (".", "..") or "%" in name or not name.isprintable() or text_of(name) != name:
+        raise SourceError(
+            f"{shown(text_of(given))}: the name before `=` must be plain, without `/`, `%` and control characters; "
+            f"for a path with `=` in it, write ./{shown(text_of(given))}"
+        )
+    if not source:
+        raise SourceError(f"{given} names no source: write {name}=SOURCE")
+    return name, source
+
+
+def _names_something(path: str) -> bool:
+    """Whether a local path, or one of its alternatives, is there."""
+    local = connect(path, {})[1]
+    return any(os.path.lexists(each) or glob.glob(each) for each in _alternatives(local))
+
+
+def _expand(
+    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: Passed
+) -> tuple[Source, list[Shard]]:
+    name, source = name_and_source(given)
     fs, path = connect(source, options)
+    path = _plain(path) if is_local(fs) else path.rstrip("/")
     with naming(source, "list"):
         if fs.exists(path):
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
             root, patterns = _fixed_directory(path), _alternatives(path)
+        name = name or PurePosixPath(root).name
+        if not name:
+            raise SourceError(f"the source {source} has no name: give it one, as NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         for pattern in patterns:
             matches = _matches(fs, pattern)
             if not matches:
                 raise SourceError(f"there is no source at {source}: nothing is called {full_url(fs, pattern)}")
-            below = _files_of(fs, matches, root, but, others)
+            below = _files_of(fs, matches, root, but, passed.others)
             if not below:
                 raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
             files.update(below)
-    root = root.rstrip("/")
-    name = PurePosixPath(root).name
+        root = root.rstrip("/")
+        files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
+        system = {file for file in files if not SYSTEM.isdisjoint(file[len(root) + 1 :].split("/"))}
+        passed.system |= system
+        for file in system:
+            del files[file]
+        wanted = _without_ours(fs, files, source, options, cache, passed)
+    found = Source(
+        name=name,
+        given=source,
+        root=full_url(fs, root),
+        patterns=tuple(text_of(pattern[len(root) + 1 :]) for pattern in patterns),
+    )
+    return found, list(_shards(fs, wanted, root, name))
+
+
+def _shards(fs: Any, files: Found, root: str, name: str) -> Iterator[Shard]:
+    """The files as shards, sorted by path."""
     for file in sorted(files):
-        path = file[len(root) + 1 :]
-        if not any(step.startswith(".") for step in path.split("/")):
-            _check_utf8(file, root)
-            yield Shard(
-                url=text_of(full_url(fs, file)),
-                root=full_url(fs, root),
-                path=text_of(f"{name}/{path}"),
-                bytes=int(files[file].get("size") or 0),
-                etag=etag_of(files[file]),
-            )
+        _check_utf8(file, root)
+        yield Shard(
+            url=text_of(full_url(fs, file)),
+            root=full_url(fs, root),
+            path=text_of(f"{name}/{file[len(root) + 1 :]}"),
+            bytes=int(files[file].get("size") or 0),
+            etag=etag_of(files[file]),
+            file=files[file].get("file", ""),
+        )
+
+
+def _is_shown(below: str) -> bool:
+    """Whether nothing of a path is hidden."""
+    return not (below.startswith(".") or "/." in below)
+
+
+def _without_ours(fs: Any, files: Found, source: str, options: Mapping[str, Any], cache: str, passed: Passed) -> Found:
+    """The files without those of the cache, those that latentmill wrote, and second paths to one of them.
+
+    Raises SourceError if latentmill wrote all there is.
+    """
+    files = {file: info for file, info in files.items() if not full_url(fs, file).startswith(cache)}
+
+    def read(path: str) -> bytes | None:
+        with contextlib.suppress(StorageError, Rejected):  # what cannot be read is no mark of ours
+            return read_file_if_there(full_url(fs, path), options, outputs.LIMIT)
+        return None
+
+    ours = outputs.written_by_us(files, read)
+    left_out = {file for some_files in ours.values() for file in some_files}
+    if files and left_out >= files.keys():
+        raise SourceError(f"there is no source at {source}: latentmill wrote what is there, {', '.join(ours)}")
+    for what, some_files in ours.items():
+        passed.ours.setdefault(what, set()).update(some_files)
+    inputs = [file for file in files if os.path.splitext(file)[1].lower() in INPUTS and file not in left_out]
+    links = second_paths(files, inputs)
+    passed.links |= links
+    return {file: info for file, info in files.items() if file not in left_out and file not in links}
+
+
+def _plain(path: str) -> str:
+    """A local path without `.`, `..` and `//`. What `..` leads to is asked of the disk: a link may stand before it."""
+    steps = path.split("/")
+    if ".." in steps:
+        last = len(steps) - steps[::-1].index("..")
+        path = "/".join([os.path.realpath("/".join(steps[:last])), *steps[last:]])
+    return re.sub(r"/(\.?/)+", "/", path).removesuffix("/.").rstrip("/") or "/"
+
+
+def _matches_pattern(below: str, pattern: str) -> bool:
+    """Whether a path is one that a pattern lists: it fits, or lies in a directory that does."""
+    if not pattern or below == pattern or below.startswith(f"{pattern}/"):
+        return True
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(below, pattern)
+    steps, wanted = below.split("/"), pattern.split("/")
+    pairs = zip(steps, wanted, strict=False)
+    return len(steps) >= len(wanted) and all(fnmatch.fnmatchcase(step, want) for step, want in pairs)
 
 
 def _matches(fs: Any, pattern: str) -> Found:
@@ -89,11 +282,12 @@ def _matches(fs: Any, pattern: str) -> Found:
     return cast(Found, fs.glob(pattern, detail=True))
 
 
-def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: list[str]) -> Found:
+def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: set[str]) -> Found:
     """The files among these paths, and those below directories."""
     if is_local(fs):
-        walk = Walk(root or "/", but, others=others)
+        walk = Walk(root or "/", but)
         walk.run(paths)
+        others.update(walk.others)
         return walk.found
     found: dict[str, Mapping[str, Any]] = {}
     for path, info in paths.items():
@@ -103,7 +297,7 @@ def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: list[st
 
 def _check_utf8(file: str, root: str) -> None:
     """Raise SourceError where the name of a shard is not UTF-8. (A picture's is a bad key.)"""
-    is_shard = PurePosixPath(file).suffix.lower() in (".tar", ".parquet")
+    is_shard = file.lower().endswith((".tar", ".parquet"))
     if text_of(root) != root or (is_shard and text_of(file) != file):
         raise SourceError(f"the name of {shown(text_of(file))} is not UTF-8: rename it, or the folder that it lies in")
 

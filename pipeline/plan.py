@@ -1,25 +1,29 @@
 """From shards to units, and the plan of a cache: `_plan/NNNNN.parquet`, append-only.
 
 A run lists the sources, subtracts what is planned and creates a further file if anything is left; of two runs that
-do so at once one wins, and the other reads again.
+do so at once one wins, and the other reads again. A later file supersedes what earlier ones say of an input.
 """
 
 import hashlib
 import io
 import itertools
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import commit, sources
 from pipeline.errors import CacheError, SourceError
 from pipeline.limits import shown
-from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, VERIFY, Shard, Unit, canonical_json
+from pipeline.listing import Source, some
+from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, VERIFY, File, Shard, Unit, canonical_json
 from pipeline.storage import Folder
 
 PICTURES_PER_UNIT = 256
@@ -36,12 +40,15 @@ SCHEMA = pa.schema(
         ("paths", pa.list_(pa.string())),
         ("bytes", pa.int64()),
         ("etag", pa.string()),
+        ("files", pa.string()),
+        ("root", pa.string()),
     ]
 )
 
 
 def extension(path: str) -> str:
-    return PurePosixPath(path).suffix.lower().removeprefix(".")
+    """Of a file's name, in small letters, without its dot."""
+    return os.path.splitext(path)[1][1:].lower()
 
 
 def unit_name(stem: str, identity: object) -> str:
@@ -55,11 +62,9 @@ def units_of(shards: Sequence[Shard]) -> list[Unit]:
 
     A Parquet file beside a tar of its name is img2dataset's metadata, and no unit; nor is `is_tables_own`.
     """
+    shards = inputs_among(shards)
     tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
-    beside = {_stem(unit.path) for unit in tars}
-    parquets = [
-        s for s in shards if extension(s.path) == "parquet" and _stem(s.path) not in beside and not is_tables_own(s)
-    ]
+    parquets = [shard for shard in shards if extension(shard.path) == "parquet"]
     ranges = [unit for shard in parquets for unit in parquet_units(shard)]
     pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
     by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
@@ -69,6 +74,19 @@ def units_of(shards: Sequence[Shard]) -> list[Unit]:
 def is_tables_own(shard: Shard) -> bool:
     """Whether Delta Lake or Spark keeps a Parquet file for itself: logs, changes, and rows not yet committed."""
     return extension(shard.path) == "parquet" and not TABLES_OWN.isdisjoint(shard.path.split("/")[1:-1])
+
+
+def inputs_among(shards: Sequence[Shard]) -> list[Shard]:
+    """Those of the files that units are made of."""
+    beside = {_stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
+
+    def is_input(shard: Shard) -> bool:
+        kind = extension(shard.path)
+        if kind == "parquet":
+            return _stem(shard.path) not in beside and not is_tables_own(shard)
+        return kind == "tar" or kind in PICTURE_EXTENSIONS
+
+    return [shard for shard in shards if is_input(shard)]
 
 
 def passed_over(shards: Sequence[Shard]) -> Counter[str]:
@@ -96,6 +114,7 @@ def tar_unit(shard: Shard) -> Unit:
         path=shard.path,
         bytes=shard.bytes,
         etag=shard.etag,
+        root=shard.root,
     )
 
 
@@ -112,6 +131,7 @@ def parquet_units(shard: Shard) -> list[Unit]:
             range=(k, count),
             bytes=shard.bytes,
             etag=shard.etag,
+            root=shard.root,
         )
         for k in range(count)
     ]
@@ -139,19 +159,13 @@ def folder_unit(pictures: list[Shard]) -> Unit:
         url=root,
         path=folder,
         paths=paths,
-        bytes=sum(shard.bytes for shard in pictures),
-        etag=etag_of_all(pictures),
+        root=root,
+        **sources.pinned(pictures),
     )
 
 
-def etag_of_all(pictures: Iterable[Shard]) -> str:
-    """What changes with the size or the ETag of any of these."""
-    listed = [[shard.path, shard.bytes, shard.etag] for shard in pictures]
-    return hashlib.sha256(canonical_json(listed)).hexdigest()
-
-
 def _stem(path: str) -> str:
-    return path[: len(path) - len(PurePosixPath(path).suffix)]
+    return os.path.splitext(path)[0]
 
 
 def hashes(cache: Folder) -> dict[str, str]:
@@ -165,28 +179,47 @@ def names_in(cache: Folder) -> list[str]:
 
 
 def read(cache: Folder) -> list[Unit]:
-    """All planned units, in the order in which they were planned."""
+    """All planned units, in the order in which they were planned first."""
     return read_files(cache, names_in(cache))
 
 
 def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
-    """The units in these files of the plan."""
-    units: list[Unit] = []
-    for name in names:
-        for row in _rows(cache, f"{FOLDER}/{name}"):
-            units.append(
-                Unit(
-                    name=row["unit"],
-                    kind=row["kind"],
-                    url=row["url"],
-                    path=row["path"],
-                    range=tuple(row["range"]) if row["range"] else None,
-                    paths=tuple(row["paths"] or ()),
-                    bytes=row["bytes"],
-                    etag=row["etag"],
-                )
-            )
-    return units
+    """The units in these files of the plan, as they were planned last, each in its source where that was last."""
+    files = [[_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names]
+    roots = sources.roots_of(itertools.chain.from_iterable(files))
+    return [sources.at_root(unit, roots[unit.source]) for unit in current(files)]
+
+
+def current(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
+    """The units of the plan's files: of those that read the same input, the ones of the last file that has any."""
+    latest: dict[str, list[Unit]] = {}
+    for units in files:
+        here: dict[str, list[Unit]] = {}
+        for unit in units:
+            here.setdefault(input_of(unit), []).append(unit)
+        latest.update(here)
+    return (unit for units in latest.values() for unit in units)
+
+
+def input_of(unit: Unit) -> str:
+    """What later rows of the plan supersede: a file by its path, pictures of a folder by the unit's name."""
+    return unit.name if unit.kind == "folder" else unit.path
+
+
+def _unit(row: Mapping[str, Any]) -> Unit:
+    """A row of the plan as a unit."""
+    return Unit(
+        name=row["unit"],
+        kind=row["kind"],
+        url=row["url"],
+        path=row["path"],
+        range=tuple(row["range"]) if row["range"] else None,
+        paths=tuple(row["paths"] or ()),
+        bytes=row["bytes"],
+        etag=row["etag"],
+        files=row["files"] or "",
+        root=row["root"],
+    )
 
 
 def _rows(cache: Folder, name: str) -> list[dict[str, Any]]:
@@ -212,6 +245,8 @@ def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
             "paths": list(unit.paths),
             "bytes": unit.bytes,
             "etag": unit.etag,
+            "files": unit.files or None,
+            "root": unit.root,
         }
         for unit in units
     ]
@@ -220,53 +255,127 @@ def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
     return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
 
 
-def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str]]:
-    """Plan what is not planned yet. Returns all units, and what was noticed: a line each.
+def extend(
+    cache: Folder,
+    shards: Sequence[Shard],
+    named: Sequence[Source] = (),
+    new_source: bool = False,
+    same_source: bool = False,
+) -> tuple[list[Unit], list[str]]:
+    """Plan what is not planned yet. Returns all units, and what was noticed: a line for each kind.
 
-    Raises SourceError where there is nothing to plan at all.
+    named: the sources that list the shards. new_source: they are new ones, whatever planned files they resemble.
+    same_source: a file of a planned path and size is what was planned, whatever its ETag.
+    Raises SourceError if there is nothing to plan at all, and if the sources are not those that were planned.
     """
     while True:
         names = names_in(cache)
         planned = read_files(cache, names)
-        new, noticed = unplanned(shards, planned)
+        new, units, noticed = compare(cache, shards, planned, named, new_source, same_source)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
-            return planned, noticed
+            return units, noticed
         number = int(names[-1][:5]) + 1 if names else 0
         if write(cache, number, new):
-            return planned + new, noticed
+            return list(current([units, new])), noticed
         if names_in(cache) == names:
             raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
 
 
-def changed_pictures(shards: Sequence[Shard], planned: Sequence[Unit]) -> Iterator[str]:
-    """A line for every unit of pictures that are all there still, and not all as they were."""
+def compare(
+    cache: Folder,
+    shards: Sequence[Shard],
+    planned: Sequence[Unit],
+    named: Sequence[Source],
+    new_source: bool,
+    same_source: bool,
+) -> tuple[list[Unit], list[Unit], list[str]]:
+    """Hold the sources against the plan. Returns the units to be added, the planned ones as they are now, and notes."""
     listed = {shard.path: shard for shard in shards}
+    named = named or [Source(name, root, root, ()) for name, root in {_place(s): None for s in shards}]
+    before = list(planned)
+    planned, noticed = sources.relocated(planned, listed, named, same_source)
+    files = {file.path: file for unit in planned for file in sources.inputs_of(unit)}
+    again, more = planned_anew(cache, planned, listed, same_source)
+    noticed += more
+    if gone := sources.gone(files, listed, named):
+        noticed.append(f"planned inputs that are gone: {len(gone):,} ({some(gone)}); what was encoded of them stays")
+    if same_source:
+        told = {input_of(unit) for unit in again}
+        now = [sources.with_etags(unit, listed) for unit in planned]
+        again += [unit for unit, old in zip(now, before, strict=True) if unit != old and input_of(unit) not in told]
+    new, more = unplanned(shards, planned, files)
+    noticed += more
+    fresh = inputs_among(new)
+    twice = sources.seen_before(fresh, listed, files, sources.roots_of(planned)) if fresh else {}
+    if not new_source:
+        names = {source.name for source in named}
+        lost = set(gone)
+        missing = {p: f for p, f in files.items() if p in lost or (p not in listed and sources.name_of(p) not in names)}
+        noticed += sources.check_renamed(fresh, missing, twice)
+    if twice:
+        pairs = some([f"{path} is {other}" for path, other in twice.items()])
+        noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
+    return again + units_of([shard for shard in new if shard.path not in twice]), planned, noticed
+
+
+def _place(shard: Shard) -> tuple[str, str]:
+    return sources.name_of(shard.path), shard.root
+
+
+def planned_anew(
+    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], same_source: bool
+) -> tuple[list[Unit], list[str]]:
+    """New units for inputs that have changed and of which nothing is in the cache, and notes of all that have."""
+    changed = sources.changed(planned, listed, same_source)
+    if not changed:
+        return [], []
+    begun, finished = commit.begun(cache), commit.finished(cache)
+    kept = {input_of(unit) for unit in planned if unit.name in begun}
+    anew = {input_of(unit): unit for unit in planned if unit.name in changed and input_of(unit) not in kept}
+    said: dict[str, set[str]] = {"kept": set(), "anew": set(), "half": set()}
     for unit in planned:
-        pictures = [listed[path] for path in unit.paths if path in listed]
-        if unit.paths and len(pictures) == len(unit.paths) and etag_of_all(pictures) != unit.etag:
-            yield (
-                f"of {len(pictures)} pictures from {pictures[0].url} on, one or more have changed since they were "
-                "planned; the cache keeps what they were"
-            )
+        what = "anew" if input_of(unit) in anew else "kept" if unit.name in finished else "half"
+        said[what].update(changed.get(unit.name, ()))
+    ends = {
+        "kept": "the cache keeps what they were",
+        "anew": "nothing of them was encoded yet, and they are planned anew",
+        "half": "a part of them is encoded: put them back as they were, or move away the parts of their units in data/ "
+        "and _empty/, and run this again",
+    }
+    notes = [
+        f"inputs that have changed since they were planned: {len(paths):,} ({some(paths)}); {ends[what]}"
+        for what, paths in said.items()
+        if paths
+    ]
+    return [new for unit in anew.values() for new in as_listed(unit, listed)], notes
 
 
-def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
-    """The units that are to be added for these shards, and a line for every shard that has changed since."""
-    files = {unit.path: unit for unit in planned if unit.kind != "folder"}
+def as_listed(unit: Unit, listed: Mapping[str, Shard]) -> list[Unit]:
+    """What a unit's input gives as it is now. Of a folder: with the same pictures, those that are gone as they were."""
+    if unit.kind == "tar":
+        return [tar_unit(listed[unit.path])]
+    if unit.kind == "parquet":
+        return parquet_units(listed[unit.path])
+    return [replace(unit, **sources.pinned([listed.get(file.path, file) for file in sources.inputs_of(unit)]))]
+
+
+def unplanned(
+    shards: Sequence[Shard], planned: Sequence[Unit], files: Mapping[str, File]
+) -> tuple[list[Shard], list[str]]:
+    """The files that are not planned, and a note of those that must not be. files: all planned ones, by path."""
     beside = {_stem(unit.path) for unit in planned if unit.kind == "tar"}
-    pictures = {path for unit in planned for path in unit.paths}
-    stems = {_stem(path) for path in pictures}
+    stems = {_stem(path) for unit in planned for path in unit.paths}
     new: list[Shard] = []
-    noticed = list(changed_pictures(shards, planned))
+    namesakes: list[str] = []
     for shard in shards:
-        if before := files.get(shard.path):
-            if (before.bytes, before.etag) != (shard.bytes, shard.etag):
-                noticed.append(f"{shard.url} has changed since it was planned; the cache keeps what it was")
-        elif shard.path not in pictures:
+        if shard.path not in files:
             if extension(shard.path) in PICTURE_EXTENSIONS and _stem(shard.path) in stems:
-                noticed.append(f"{shard.url} is left out: the cache has another picture of its name; rename it")
+                namesakes.append(shard.path)
             elif extension(shard.path) != "parquet" or _stem(shard.path) not in beside:
                 new.append(shard)
-    return units_of(new), noticed
+    if not namesakes:
+        return new, []
+    left_out = f"pictures that are left out: {len(namesakes):,} ({some(namesakes)})"
+    return new, [f"{left_out}; the cache has another picture of their name: rename them"]

@@ -48,12 +48,23 @@ class Shard:
     """An input file as it was listed.
 
     url: where it is, without credentials. root: URL of the source's last directory without a wildcard.
-    path: its path from the root's own name on, the same on every disk, mount and bucket.
-    etag: what the store says of its content's version; empty where it says nothing.
+    path: its path below the root, after the name of the source: the same on every disk, mount and bucket.
+    etag: the version of its content (`storage.etag_of`); empty if it is unknown.
+    file: equal for two paths that lead to one file of a local disk (`walk.file_id`); empty elsewhere.
     """
 
     url: str
     root: str
+    path: str
+    bytes: int
+    etag: str
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file as it was planned: what of it must not change. path: as that of a `Shard`."""
+
     path: str
     bytes: int
     etag: str
@@ -65,6 +76,7 @@ class Unit:
 
     name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
     `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
+    root: of the source. files: of a folder, size and ETag of each picture (`sources.packed`); `etag` is its sha256.
     """
 
     name: str
@@ -75,6 +87,13 @@ class Unit:
     paths: tuple[str, ...] = ()
     bytes: int = 0
     etag: str = ""
+    files: str = ""
+    root: str = ""
+
+    @property
+    def source(self) -> str:
+        """The name of its source."""
+        return self.path.split("/", 1)[0]
 
     @property
     def share(self) -> int:

@@ -30,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DamagedError, Rejected, SourceError, StorageError, UsageError
+from pipeline.etags import same_version
 from pipeline.overlap import in_order
 from pipeline.records import Unit
 from pipeline.stream import NOT_THERE, Stream, naming
@@ -92,9 +93,12 @@ def open_stream(
     """
     with naming(url, "read"):
         fs, path = connect(url, options)
-        info = fs.info(path) if planned is not None else {}
-        if planned and (info["size"], etag_of(info)) != (planned.bytes, planned.etag or etag_of(info)):
-            raise SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")
+        before = version_of(fs, path) if planned is not None else (0, "")
+        if planned and not same_version((planned.bytes, planned.etag), before):
+            what = "its time or ETag" if before[0] == planned.bytes else f"{planned.bytes} bytes then, {before[0]} now"
+            raise SourceError(
+                f"{url} has changed since it was planned ({what}); the same command again says what to do"
+            )
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
         how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
         file = fs.open(path, "rb", **how)
@@ -102,8 +106,8 @@ def open_stream(
     def check() -> None:
         if planned is not None:
             with naming(url, "read"):
-                after = fs.info(path)
-            if any(after.get(name) != info.get(name) for name in ("size", "mtime", "ETag", "etag")):
+                after = version_of(fs, path)
+            if after != before:
                 raise SourceError(f"{url} has changed while it was read")
 
     stream = Stream(file, url, planned.bytes if planned else getattr(file, "size", None), check)
@@ -127,8 +131,8 @@ def as_it_is(unit: Unit, options: Mapping[str, Any]) -> Unit:
         return unit
     with naming(unit.url, "read"):
         fs, path = connect(unit.url, options)
-        info = fs.info(path)
-    return replace(unit, bytes=info["size"], etag=etag_of(info))
+        size, etag = version_of(fs, path)
+    return replace(unit, bytes=size, etag=etag)
 
 
 def exists(url: str, options: Mapping[str, Any]) -> bool:
@@ -185,7 +189,23 @@ def _copy(fs: Any, path: str, size: int | None, local: str) -> None:
 
 
 def etag_of(info: Mapping[str, Any]) -> str:
-    return str(info.get("ETag") or info.get("etag") or "").strip('"')
+    """The version of a file's content, by what its storage says of it; empty if it says nothing.
+
+    A store's ETag, the hub's blob id; of a local file `m` and its mtime in nanoseconds.
+    """
+    if "mtime_ns" in info:
+        return f"m{info['mtime_ns']}"
+    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
+
+
+def version_of(fs: Any, path: str) -> tuple[int, str]:
+    """Size and ETag of a file."""
+    if is_local(fs):
+        stat = os.stat(path)
+        info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    else:
+        info = fs.info(path)
+    return int(info["size"] or 0), etag_of(info)
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:

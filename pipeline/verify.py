@@ -127,18 +127,19 @@ def check_content(cache: Cache) -> Iterator[Problem]:
 
 
 def check_plan(folder: Folder, found: Found) -> None:
-    """The plan's files: as the runs saw them, each unit named after what it reads, none twice."""
+    """The plan's files: as the runs saw them, each unit named after what it reads, none twice as it is."""
     vouched: dict[str, set[str]] = {}
     for run in runs.told(folder).values():
         if isinstance(worked_by := run.get("plan"), dict):
             for name, sha256 in worked_by.items():
                 vouched.setdefault(name, set()).add(str(sha256))
-    names = plan.names_in(folder)
+    names, files = plan.names_in(folder), list[list[Unit]]()
     for name in names:
         file = f"{plan.FOLDER}/{name}"
         if name in vouched and hashlib.sha256(folder.read(file)).hexdigest() not in vouched[name]:
             found.problems.append(Problem(file, "it is not the file that the runs worked by", RESTORE))
-        found.problems += understood(file, RESTORE, check_plan_file(folder, name, found))
+        found.problems += understood(file, RESTORE, check_plan_file(folder, name, found, files))
+    found.units = {unit.name: unit for unit in plan.current(files)}
     gone = sorted(vouched.keys() - set(names))
     for name in gone:
         found.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is gone, but runs worked by it", RESTORE))
@@ -146,19 +147,22 @@ def check_plan(folder: Folder, found: Found) -> None:
         found.problems.append(Problem(plan.FOLDER, "there are no units in it", RESTORE))
 
 
-def check_plan_file(folder: Folder, name: str, found: Found) -> Iterator[Problem]:
-    """The units in a file of the plan; what they are is put into `found`."""
+def check_plan_file(folder: Folder, name: str, found: Found, files: list[list[Unit]]) -> Iterator[Problem]:
+    """The units in a file of the plan; they are put into `files`. A later file may plan a unit anew, in another way."""
     file = f"{plan.FOLDER}/{name}"
     try:
         units = plan.read_files(folder, [name])
     except CacheError as error:
         yield Problem(file, str(error), RESTORE)
         return
+    files.append(units)
+    here: set[str] = set()
     for unit in units:
         if unit.name != plan.name_of(unit):
             yield Problem(file, f"the unit {unit.name} does not read what it is named after", RESTORE)
-        if unit.name in found.units:
+        if unit.name in here or found.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
+        here.add(unit.name)
         found.units[unit.name] = unit
 
 

@@ -12,9 +12,9 @@ from typing import Any
 class Walk:
     """A walk from some paths on, all in the directory `top` or that itself; what is hidden is left out, and `but`.
 
-    found: the files, by path, with their `size`. others: what is neither file nor directory, and directories that may
-    not be entered. Links to directories are followed, but no directory is entered twice: under its own name, where it
-    has one here.
+    found: the files, by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: what is neither file
+    nor directory, and directories that may not be entered. Links to directories are followed, but no directory is
+    entered twice: under its own name, where it has one here.
     """
 
     top: str
@@ -59,7 +59,11 @@ class Walk:
                 self.found[path] = {"size": 0}
                 continue
             if stat.S_ISREG(info.st_mode):
-                self.found[path] = {"size": info.st_size}
+                self.found[path] = {
+                    "size": info.st_size,
+                    "mtime_ns": info.st_mtime_ns,
+                    "file": file_id(path, info),
+                }
             elif not stat.S_ISDIR(info.st_mode):
                 self.others.append(path)
             elif os.path.islink(path):
@@ -67,6 +71,42 @@ class Walk:
             else:
                 self._folders.append(path)
         self._links.sort(reverse=True)  # of two links to one directory the first by name counts, on any disk
+
+
+def file_id(path: str, info: os.stat_result) -> str:
+    """A text that is equal for two paths to one file: through links, mounts, or names in other letters.
+
+    Hard links are files of their own: backups and tools that save space make them of equal files. Size and time are a
+    part of it, because some network disks give numbers that are not unique.
+    """
+    if info.st_nlink > 1 or not info.st_ino:
+        return os.path.realpath(path)
+    return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
+
+
+def file_id_at(path: str) -> str:
+    """The same of a path; empty if there is no such file, or none that one may look at."""
+    try:
+        return file_id(path, os.stat(path))
+    except (OSError, ValueError):
+        return ""
+
+
+def second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> set[str]:
+    """Those of the paths that lead to a file which another of them names without a link.
+
+    Several links to a file that none of them names so are files of their own: stores that go by content (git-annex,
+    the hub's cache) link equal files to one.
+    """
+    by_file: dict[str, list[str]] = {}
+    for path in paths:
+        if file := files[path].get("file"):
+            by_file.setdefault(file, []).append(path)
+    second: set[str] = set()
+    for twins in by_file.values():
+        if len(twins) > 1 and (own := [path for path in twins if not os.path.islink(path)]):
+            second.update(path for path in twins if path != min(own))
+    return second
 
 
 def _is_in(path: str, folder: str | None) -> bool:

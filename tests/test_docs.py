@@ -24,6 +24,7 @@ from jobs.options import (
     make_parser,
 )
 from jobs.progress import Meter
+from pipeline import plan
 from pipeline.errors import REASONS
 from pipeline.layout import Layout
 from pipeline.limits import Limits
@@ -171,6 +172,13 @@ def test_the_format_page_names_every_stage_and_what_bounds_a_run() -> None:
     bounds = Totals(seconds=Seconds(**dict.fromkeys(stages, 1.0))).shares
     for name in [*stages, *bounds, *facts(Totals()), *Meter("encoded", 1).facts]:
         assert name in ("counts", "rejects") or f"`{name}`" in page, name
+
+
+def test_the_format_page_names_every_column_of_the_plan() -> None:
+    page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"^- `_plan/NNNNN.parquet`: (.*?)^- ", page, re.MULTILINE | re.DOTALL)
+    for name in plan.SCHEMA.names:
+        assert f"`{name}`" in entry, name
 
 
 if __name__ == "__main__":

@@ -68,10 +68,13 @@ def test_a_plan_only_grows(tmp_path: Path) -> None:
     (source / "0.tar").write_bytes(b"changed")
     units, noticed = extend()
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
-    assert units[0] == first[0]
+    assert (units[0].name, units[0].bytes) == (first[0].name, 7)
     assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
-    assert len(noticed) == 1
-    assert "0.tar has changed since it was planned" in noticed[0]
+    assert plan.read(cache) == units
+    assert noticed == [
+        "inputs that have changed since they were planned: 1 (data/0.tar); nothing of them was encoded yet, and they "
+        "are planned anew"
+    ]
 
 
 def test_of_two_planners_the_second_reads_what_the_first_planned(
@@ -99,18 +102,19 @@ def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) ->
     plan.extend(cache, [shard("data/a.jpg")])
     units, noticed = plan.extend(cache, [shard("data/a.jpg"), shard("data/a.png")])
     assert len(units) == 1
-    assert "another picture of its name" in noticed[0]
+    assert "left out: 1 (data/a.png); the cache has another picture of their name" in noticed[0]
 
 
 def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
     cache, pictures = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
     first, _ = plan.extend(cache, pictures)
+    cache.create(f"_commits/{first[0].name}.json", b"{}")
     assert plan.extend(cache, pictures) == (first, [])
     assert plan.extend(cache, pictures[:2]) == (first, []), "a part of the source"
     pictures[1] = shard("data/1.jpg", size=2)
     units, (line,) = plan.extend(cache, pictures)
     assert units == first
-    assert "of 3 pictures from /disk/data/0.jpg on, one or more have changed since they were planned" in line
+    assert line == ("inputs that have changed since they were planned: 1 (data/1.jpg); the cache keeps what they were")
 
 
 def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
@@ -161,7 +165,9 @@ def test_a_parquet_file_beside_a_tar_of_its_name_is_its_metadata(tmp_path: Path)
 
 
 def test_a_parquet_file_that_changed_is_noticed(tmp_path: Path) -> None:
-    plan.extend(Folder(str(tmp_path)), [shard("data/a.parquet")])
-    units, (line,) = plan.extend(Folder(str(tmp_path)), [shard("data/a.parquet", size=2)])
-    assert len(units) == 1
-    assert "a.parquet has changed since it was planned" in line
+    cache = Folder(str(tmp_path))
+    first, _ = plan.extend(cache, [shard("data/a.parquet")])
+    cache.create(f"_commits/{first[0].name}.json", b"{}")
+    units, (line,) = plan.extend(cache, [shard("data/a.parquet", size=2)])
+    assert units == first
+    assert "planned: 1 (data/a.parquet); the cache keeps what they were" in line

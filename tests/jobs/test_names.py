@@ -1,0 +1,270 @@
+"""Which data set is it? Sources of one name, renamed, moved, overlapping, edited: through the command line."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import plan
+from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.jobs.test_sources import by_key, table_of, write_parquet
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Command:
+    """`latentmill encode ... --to c` at 64 px with the micro model, in this process."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        fixed = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+        return latentmill("encode", *argv, *fixed)
+
+    return run
+
+
+def photos(folder: Path, seeds: range) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(seeds):
+        (folder / f"{number:05}.jpg").write_bytes(encoded(smooth(seed), quality=90))
+    return folder
+
+
+def tar(path: Path, first: int) -> Path:
+    """Of one size, whatever is in it."""
+    return write_tar(path, {name: data.ljust(9000, b"\0") for name, data in img2dataset_members(first, 2).items()})
+
+
+def rows(cache: Path) -> int:
+    return int(json.loads((cache / "stats.json").read_text())["count"])
+
+
+def test_two_folders_of_one_name_go_into_one_cache_under_two(
+    encode: Command, latentmill: Command, tmp_path: Path
+) -> None:
+    cats, dogs = photos(tmp_path / "cats/images", range(3)), photos(tmp_path / "dogs/images", range(50, 52))
+    assert encode(cats)[0] == 0
+    code, _, err = encode(dogs)
+    assert (code, f"give it a name: images2={dogs};" in err) == (2, True)
+    assert rows(tmp_path / "c") == 3
+    assert encode(f"images2={dogs}")[0] == 0
+    assert set(table_of(tmp_path / "c")["shard"].to_pylist()) == {"images", "images2"}
+    assert rows(tmp_path / "c") == 5
+    for given in ((cats,), (f"images2={dogs}",), (cats, f"images2={dogs}")):
+        code, out, err = encode(*given)
+        assert (code, err, "encoded 0 pictures" in out) == (0, "", True)
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+
+
+def test_two_sources_of_one_name_are_refused_before_anything_is_written(encode: Command, tmp_path: Path) -> None:
+    cats, dogs = tar(tmp_path / "cats/shards/00000.tar", 0), tar(tmp_path / "dogs/shards/00000.tar", 10)
+    code, _, err = encode(cats.parent, dogs.parent)
+    assert (code, f"give one of them another: shards2={dogs.parent}" in err) == (2, True)
+    assert not (tmp_path / "c").exists()
+    assert encode(cats.parent, f"shards2={dogs.parent}")[0] == 0
+    assert rows(tmp_path / "c") == 4
+
+
+def test_padded_tars_of_one_path_and_size_are_two(encode: Command, tmp_path: Path) -> None:
+    cats, dogs = tar(tmp_path / "cats/shards/00000.tar", 0), tar(tmp_path / "dogs/shards/00000.tar", 10)
+    assert cats.stat().st_size == dogs.stat().st_size
+    assert encode(cats.parent)[0] == 0
+    code, _, err = encode(dogs.parent)
+    assert (code, f"shards2={dogs.parent}" in err) == (2, True)
+
+
+def test_parquet_files_of_the_hub_with_one_name_are_two(encode: Command, tmp_path: Path) -> None:
+    for name, seeds in (("cats", range(3)), ("dogs", range(50, 60))):
+        images = [encoded(smooth(seed), quality=90) for seed in seeds]
+        write_parquet(tmp_path / name / "data/train-00000-of-00001.parquet", images, text=[name] * len(images))
+    assert encode(tmp_path / "cats/data")[0] == 0
+    code, _, err = encode(tmp_path / "dogs/data")
+    assert (code, "data2=" in err) == (2, True)
+    assert encode(f"dogs={tmp_path}/dogs/data")[0] == 0
+    assert table_of(tmp_path / "c")["text"].to_pylist().count("dogs") == 10
+
+
+def test_names_stand_in_yaml_too(encode: Command, tmp_path: Path) -> None:
+    sources = [
+        f"{name}={photos(tmp_path / name / 'images', seeds)}" for name, seeds in (("a", range(2)), ("b", range(5, 7)))
+    ]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"source": sources}))
+    assert encode("--config", tmp_path / "job.yaml")[0] == 0
+    assert set(table_of(tmp_path / "c")["shard"].to_pylist()) == {"a", "b"}
+
+
+def test_a_source_that_is_named_in_another_way_is_never_encoded_twice(encode: Command, tmp_path: Path) -> None:
+    source = photos(tmp_path / "data/photos", range(2))
+    assert encode(source)[0] == 0
+    code, _, err = encode(source.parent)
+    assert (code, f"If it is that source, say so: photos={source}. " in err) == (2, True)
+    pics = source.rename(tmp_path / "data/pics")
+    code, _, err = encode(pics)
+    assert (code, f"say so: photos={pics}. If it is another one: --new-source" in err) == (2, True)
+    assert rows(tmp_path / "c") == 2
+    code, out, err = encode(f"photos={pics}")
+    assert (code, "encoded 0 pictures" in out, "note: the source photos has moved from " in err) == (0, True, True)
+    assert encode(pics, "--new-source")[0] == 0
+    assert rows(tmp_path / "c") == 4
+
+
+def test_a_folder_and_one_inside_it_are_read_once(encode: Command, tmp_path: Path) -> None:
+    photos(tmp_path / "photos", range(1))
+    best = photos(tmp_path / "photos/best", range(7, 8))
+    code, _, err = encode(best, tmp_path / "photos")
+    assert (code, "read once: 1 (best/00000.jpg is photos/best/00000.jpg)" in err) == (0, True)
+    assert sorted(by_key(tmp_path / "c", "shard").items()) == [("00000", "photos"), ("best/00000", "photos")]
+
+
+def test_what_latentmill_wrote_into_its_source_is_not_encoded(
+    encode: Command, latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> None:
+    source = photos(tmp_path / "photos", range(2))
+    argv = ("--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    assert latentmill("encode", source, "--to", source / "latents", *argv)[0] == 0
+    assert latentmill("decode", source / "latents", "--to", source / "previews", "--workers", 0)[0] == 0
+    assert latentmill("decode", source / "latents", "--to", source, "--workers", 0)[0] == 0
+    code, out, err = encode(source)
+    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert f"note: files of the cache {source}/latents, left out: " in err
+    assert f"note: files of the previews {source}/previews, left out: 4\n" in err
+    assert f"note: files of the previews {source}, left out: 4\n" in err
+    code, _, err = latentmill("encode", source / "previews", "--to", tmp_path / "d", *argv)
+    assert (code, f"latentmill wrote what is there, the previews {source}/previews" in err) == (2, True)
+
+
+def test_previews_are_marked_before_the_first_is_drawn(
+    encode: Command, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = photos(tmp_path / "photos", range(2))
+    assert encode(source)[0] == 0
+    seen = []
+
+    def fail(*given: Any) -> None:
+        seen.append(json.loads((tmp_path / "p/report.json").read_text()))
+        raise OSError
+
+    monkeypatch.setattr("pipeline.sheet.png", fail)
+    assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--workers", 0)[0] == 1
+    assert (seen[0]["made_by"], seen[0]["finished"]) == ("latentmill decode", False)
+
+
+def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Let a change come between planning and reading."""
+    extend = plan.extend
+
+    def extend_then_change(*given: Any) -> Any:
+        planned = extend(*given)
+        change()
+        return planned
+
+    monkeypatch.setattr(plan, "extend", extend_then_change)
+
+
+def test_a_tar_that_is_rewritten_in_the_same_size_is_noticed_and_done_by_the_next_run(
+    encode: Command, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tar(tmp_path / "s/0.tar", 0).parent
+    tar(shards / "1.tar", 10)
+    with monkeypatch.context() as patch:
+        rewritten(patch, lambda: tar(shards / "0.tar", 20))
+        code, _, err = encode(shards)
+    assert (code, "s/0.tar has changed since it was planned (its time or ETag); " in err) == (1, True)
+    code, _, err = encode(shards)
+    assert code == 0
+    assert "note: inputs that have changed since they were planned: 1 (s/0.tar); nothing of them was encoded yet" in err
+    assert sorted(by_key(tmp_path / "c", "key")) == ["000000010", "000000011", "000000020", "000000021"]
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+    status = json.loads(latentmill("status", tmp_path / "c", "--json")[1])
+    assert (status["state"], status["units"]) == ("done", {"planned": 2, "done": 2})
+    assert status["bytes"]["planned"] == sum(path.stat().st_size for path in shards.iterdir())
+
+
+def test_a_unit_that_is_planned_twice_as_it_is_is_a_damaged_plan(
+    encode: Command, latentmill: Command, tmp_path: Path
+) -> None:
+    assert encode(tar(tmp_path / "s/0.tar", 0))[0] == 0
+    shutil.copy(tmp_path / "c/_plan/00000.parquet", tmp_path / "c/_plan/00001.parquet")
+    code, out, _ = latentmill("verify", tmp_path / "c")
+    assert (code, "_plan/00001.parquet: the unit 0-" in out, " is planned twice" in out) == (1, True, True)
+
+
+def test_a_touch_between_two_runs_leaves_a_cache_that_can_be_finished(encode: Command, tmp_path: Path) -> None:
+    shards = tar(tmp_path / "s/0.tar", 0).parent
+    tar(shards / "1.tar", 10)
+    assert encode(shards, "--max-shards", 1)[0] == 0
+    for path in shards.iterdir():
+        os.utime(path, (1, 1))
+    code, out, err = encode(shards)
+    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert "planned: 1 (s/0.tar); the cache keeps what they were" in err
+    assert "planned: 1 (s/1.tar); nothing of them was encoded yet" in err
+    assert encode(shards, "--same-source")[2] == encode(shards)[2] == ""
+
+
+def test_a_unit_that_is_half_done_and_has_changed_is_said(
+    encode: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tar(tmp_path / "s/0.tar", 0).parent
+    assert encode(shards, "--rows-per-part", 1)[0] == 0
+    first, second = sorted((tmp_path / "c/data").iterdir())
+    second.unlink()
+    next((tmp_path / "c/_commits").iterdir()).unlink()
+    tar(shards / "0.tar", 20)
+    code, _, err = encode(shards)
+    assert (code, "a part of them is encoded: put them back as they were, or move away" in err) == (1, True)
+    first.unlink()
+    assert encode(shards)[0] == 0
+    assert sorted(by_key(tmp_path / "c", "key")) == ["000000020", "000000021"]
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy without the times of its files."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    return target
+
+
+def test_a_copy_goes_on_where_the_first_run_stopped(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    shards = tar(tmp_path / "s/0.tar", 0).parent
+    tar(shards / "1.tar", 10)
+    assert encode(shards, "--max-shards", 1)[0] == 0
+    elsewhere = copied(shards, tmp_path / "copy/s")
+    shutil.rmtree(shards)
+    code, _, err = encode(elsewhere)
+    assert (code, "--same-source" in err) == (2, True)
+    code, out, _ = encode(elsewhere, "--same-source")
+    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert encode(elsewhere)[2] == ""
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+
+
+def test_other_verbs_find_a_source_by_its_name(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", range(2))
+    assert encode(source, "--input-limit", "picture_bytes=1", "--max-reject-rate", 1)[0] == 0
+    pics = copied(source, tmp_path / "copy/pics")
+    shutil.rmtree(source)
+    argv = (tmp_path / "c", "--workers", 0)
+    code, _, err = latentmill("retry", *argv, "--source", pics)
+    assert (code, f"say so: photos={pics}" in err) == (2, True)
+    code, _, err = latentmill("retry", *argv, "--source", f"photos={pics}")
+    assert (code, "holds other files" in err, err.rstrip().endswith("--same-source")) == (2, True, True)
+    assert latentmill("retry", *argv, "--source", f"photos={pics}", "--same-source")[0] == 0
+    assert rows(tmp_path / "c") == 2
+    assert latentmill("verify", tmp_path / "c", "--recount", "--source", f"photos={pics}")[0] == 0
+    previews = ("--to", tmp_path / "p", "--json", "--source", f"photos={pics}")
+    assert json.loads(latentmill("decode", *argv, *previews)[1])["psnr"] is not None
+
+
+def test_retry_does_not_take_another_source_for_the_one_of_its_name(
+    encode: Command, latentmill: Command, tmp_path: Path
+) -> None:
+    cats, dogs = photos(tmp_path / "cats/images", range(2)), photos(tmp_path / "dogs/images", range(50, 52))
+    assert encode(cats, "--input-limit", "picture_bytes=1", "--max-reject-rate", 1)[0] == 0
+    for more in ((), ("--same-source",)):
+        code, _, err = latentmill("retry", tmp_path / "c", "--workers", 0, "--source", dogs, *more)
+        assert (code, "holds other files" in err) == (2, True)
