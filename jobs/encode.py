@@ -127,6 +127,7 @@ def encode(
     for line in noticed:
         say(f"note: {line}")
     weak, totals = not cache.promises(), Totals()
+    cache = dataclasses.replace(cache, exclusive=not weak)  # on the workers' machines, too
     run = Run(cache, "encode", as_record(options))
     log = Logbook(run, signals, lambda: facts(totals))
     failures: list[Failure] = []

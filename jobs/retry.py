@@ -1,5 +1,6 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
+    cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not weak))
     log = Logbook(Run(cache.folder, "retry", as_record(options)), signals, lambda: {"counts": dict(counts)})
     with log.kept():
         log.begin(weak, units=len(tasks))

@@ -4,8 +4,8 @@ A `Folder` is where a cache or previews are written, by names relative to it. `c
 something that must never change, `replace` the one for what is rewritten. There is no open-for-write: an fsspec file
 that is closed by an exception publishes half of its content.
 
-What can be promised of `create`: on local disks and in memory, of any number of writers one wins and no reader
-sees a part of a file. On object stores it is one conditional request, where the store honours it (`promises`).
+What can be promised of `create`: in memory and on most local disks, of any number of writers one wins and no reader
+sees a part of a file. On object stores it is one conditional request. `promises` tries whether disk or store keep it.
 Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIES`); what fails then fails the unit.
 """
 
@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +30,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline import disk
 from pipeline.errors import LatentmillError, Rejected, SourceError, StorageError, UsageError
 from pipeline.records import Unit
 
@@ -224,10 +225,14 @@ def parent(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory on any storage that is written to. Light: it can be sent to another process."""
+    """A directory on any storage that is written to. Light: it can be sent to another process.
+
+    exclusive: `promises` has said so elsewhere, and a local disk that cannot keep it here is an error.
+    """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    exclusive: bool = False
 
     def _on(self, name: str) -> tuple[Any, str]:
         fs, root = connect(self.url, self.options)
@@ -299,7 +304,7 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
-                return self._link(path, data)
+                return disk.create(path, data, self._on("_tmp")[1], self.exclusive)
             if isinstance(fs, MemoryFileSystem):
                 with _memory_lock, contextlib.suppress(FileExistsError):
                     fs.pipe_file(path, data, mode="create")
@@ -308,16 +313,20 @@ class Folder:
             return _put_once(fs, path, data)
 
     def promises(self) -> bool:
-        """Whether this storage lets one writer win. A store that can is tried, with a file that is removed again."""
+        """Whether this storage lets one writer win. One that may is tried, with a file that is removed again."""
         fs, _ = self._on("")
-        if isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        if isinstance(fs, MemoryFileSystem):
             return True
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-        if not protocols & CONDITIONAL:
+        if not is_local(fs) and not protocols & CONDITIONAL:
             return False
+        tried = replace(self, exclusive=True)
         for _ in range(PROBES):
             name = f"_tmp/probe-{uuid.uuid4().hex}"
-            first, second = self.create(name, b"probe"), self.create(name, b"probe")
+            try:
+                first, second = tried.create(name, b"probe"), tried.create(name, b"probe")
+            except disk.NotExclusive:
+                return False
             with naming(self.at(name), "remove"):
                 fs.rm_file(self._on(name)[1])
             if first:  # else an answer was lost, and what was asked for again is refused
@@ -329,29 +338,9 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
-                os.makedirs(parent(path), exist_ok=True)
-                os.replace(_spool(parent(path), data), path)
+                disk.replace(path, data)
             else:
                 fs.pipe_file(path, data)
-
-    def _link(self, path: str, data: bytes) -> bool:
-        """Local create. `os.link` refuses a name that is taken; `os.rename` would overwrite it."""
-        os.makedirs(parent(path), exist_ok=True)
-        _, folder = self._on("_tmp")
-        os.makedirs(folder, exist_ok=True)
-        spooled = _spool(folder, data)
-        try:
-            os.link(spooled, path)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(spooled)
-        directory = os.open(parent(path), os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return True
 
 
 def _put_once(fs: Any, path: str, data: bytes) -> bool:
@@ -379,18 +368,3 @@ def _checksum(fs: Any, data: bytes) -> dict[str, str]:
     if "s3" not in protocols:
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
-
-
-def _spool(folder: str, data: bytes) -> str:
-    """Write a hidden local file under a name of its own in `folder`, safe on the disk when this returns."""
-    path = f"{folder}/.{uuid.uuid4().hex}"
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:  # a signal, too
-        if os.path.exists(path):
-            os.unlink(path)
-        raise
-    return path
