@@ -23,6 +23,8 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from jobs.progress import say
+from jobs.reach import SECONDS, cluster_named, in_time, knock
+from jobs.scratch import directory_for_ray
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
@@ -38,8 +40,8 @@ def connected(address: str) -> Iterator[None]:
 
     Meanwhile standard output is standard error: Ray prints there when a worker dies, and ours is for results.
     """
-    standing = address or os.environ.get("RAY_ADDRESS")
-    with redirect_stdout(sys.stderr), _existing(address) if standing else _local():
+    named = cluster_named(address)
+    with redirect_stdout(sys.stderr), _existing(named) if named else _local():
         try:
             yield
         finally:
@@ -48,18 +50,37 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def _existing(address: str) -> Iterator[None]:
+    """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
+    where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
+    say(f"connecting to the Ray cluster at {where}")
+
+    def connect() -> None:
+        knock(address)
+        ray.init(
+            address=address,
+            runtime_env=_our_code(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
     try:
-        with _our_signals():
-            ray.init(
-                address=address or None,
-                runtime_env=_our_code(),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
-        raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}{hint}") from error
+        in_time(connect, SECONDS)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
     yield
+
+
+def _unreachable(error: Exception) -> str:
+    """Why a cluster cannot be reached, and what to do."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {SECONDS:g} s; is it running, and is this the address of its head (HOST:6379)?"
+    if isinstance(error, OSError) and error.errno:
+        said = (error.strerror or str(error)).lower()
+        return f"{said}; start it, correct the address, or leave it out for a local Ray"
+    said = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+    if isinstance(error, ConnectionError | RayError):
+        said += "; where it asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    return said
 
 
 def _our_code() -> dict[str, Any]:
@@ -77,7 +98,7 @@ def _local() -> Iterator[None]:
     2.5 s later: the workers that Ray starts ahead cannot be used then.)
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="latentmill-") as empty:
+    with directory_for_ray() as folder, tempfile.TemporaryDirectory(prefix="latentmill-", dir=folder) as empty:
         with chdir(empty), _our_packages_on_path(), _our_signals():
             ray.init(
                 address="local",
@@ -132,7 +153,7 @@ def _available() -> dict[str, float]:
 
 def can_grow(address: str) -> bool:
     """Whether more nodes may join: not a Ray of our own."""
-    return bool(address or os.environ.get("RAY_ADDRESS"))
+    return bool(cluster_named(address))
 
 
 def gpus() -> float:
