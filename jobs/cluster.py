@@ -5,6 +5,7 @@ runs calls again, because the driver knows better what is left to do. What a los
 (`pipeline.commit`).
 """
 
+import json
 import logging
 import os
 import signal
@@ -54,20 +55,19 @@ def _existing(address: str) -> Iterator[None]:
     where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
     say(f"connecting to the Ray cluster at {where}")
 
+    code = _our_code()
+
     def connect() -> None:
         knock(address)
-        ray.init(
-            address=address,
-            runtime_env=_our_code(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
 
-    try:
-        in_time(connect, SECONDS)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
-    yield
+    with _among_ours() as ours:
+        try:
+            with chdir(ours):
+                in_time(connect, SECONDS)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
+        yield
 
 
 def _unreachable(error: Exception) -> str:
@@ -84,22 +84,37 @@ def _unreachable(error: Exception) -> str:
 
 
 def _our_code() -> dict[str, Any]:
-    """What sends our packages along, so that workers run the driver's; a submitted job's working directory has them."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return {}
+    """What sends our packages along, so that workers run the driver's; not where a submitted working directory has."""
     root = Path(__file__).resolve().parents[1]
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "null"))
+    if submitted is not None:
+        sent = submitted.get("runtime_env", {}).get("working_dir")
+        if not sent or root == Path.cwd():
+            return {}
     return {"py_modules": [str(root / name) for name in OURS]}
 
 
 @contextmanager
-def _local() -> Iterator[None]:
-    """A local Ray, started from an empty directory: Ray puts the driver's first on its workers' path, where a user's
-    `vae.py` or folder `jobs/` would be taken for ours. (A runtime_env with an empty working_dir does the same, but
-    2.5 s later: the workers that Ray starts ahead cannot be used then.)
+def _among_ours(below: str | None = None) -> Iterator[str]:
+    """A directory with nothing in it but links to our packages.
+
+    Ray puts the driver's current directory first on its workers' path, where a user's `vae.py` or folder `jobs/` would
+    be taken for ours. (A runtime_env with an empty working_dir does the same, but 2.5 s later: the workers that Ray
+    starts ahead cannot be used then.)
     """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="latentmill-", dir=below) as directory:
+        for name in OURS:
+            Path(directory, name).symlink_to(root / name)
+        yield directory
+
+
+@contextmanager
+def _local() -> Iterator[None]:
+    """A local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with directory_for_ray() as folder, tempfile.TemporaryDirectory(prefix="latentmill-", dir=folder) as empty:
-        with chdir(empty), _our_packages_on_path(), _our_signals():
+    with directory_for_ray() as free, _among_ours(free) as ours:
+        with chdir(ours), _our_signals():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -124,23 +139,6 @@ def _our_signals() -> Iterator[None]:
         signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, ours)
-
-
-@contextmanager
-def _our_packages_on_path() -> Iterator[None]:
-    """PYTHONPATH for the processes that are started meanwhile: a checkout must be on it, site-packages need not."""
-    root = Path(__file__).resolve().parents[1]
-    before = os.environ.get("PYTHONPATH")
-    if root.name in ("site-packages", "dist-packages"):
-        yield
-        return
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
 
 
 def _resources() -> dict[str, float]:
