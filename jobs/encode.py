@@ -11,7 +11,7 @@ from jobs import settings
 from jobs.drive import Failure, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
-from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
+from jobs.options import EncodeOptions, as_record, limits_of, parse, source_options, storage_options
 from jobs.place import Place, place
 from jobs.progress import Meter, say
 from jobs.standing import finish
@@ -95,7 +95,8 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
 def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard], Columns]:
     """The files of the sources, and the columns that come along."""
     noticed: list[str] = []
-    shards = listing.list_shards(options.source, cache.options, cache.url, noticed)
+    where = source_options(options)
+    shards = listing.list_shards(options.source, where, cache.url, noticed)
     for line in noticed:
         say(f"note: {line}")
     units = plan.units_of(shards)
@@ -106,7 +107,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
     wanted = settings.wanted_columns(options)
     return shards, survey.columns_of(
-        shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
+        shards, units, where, options.image_column or None, wanted, limits_of(options.input_limit)
     )
 
 
@@ -165,7 +166,15 @@ def encode_units(
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
-    job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
+    job = settings.encode_job(
+        cache,
+        content,
+        compute,
+        options.input_limit,
+        options.cpus_per_worker,
+        log.run.name,
+        source_options(options),
+    )
     retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)

@@ -9,7 +9,7 @@ from jobs import settings
 from jobs.drive import Driven, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
-from jobs.options import RetryOptions, as_record, parse, storage_options
+from jobs.options import RetryOptions, as_record, parse, source_options, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say
 from jobs.standing import finish, matching_vae, units
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
-    tasks = retry.tasks(units(options.source, cache).values(), rejecting(cache))
+    tasks = retry.tasks(units(options, cache).values(), rejecting(cache))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not weak))
@@ -90,7 +90,9 @@ def encode(
     with place(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
         limits, threads = options.input_limit, options.cpus_per_worker
-        encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, log.run.name)
+        encoding = settings.encode_job(
+            cache.folder, cache.content, compute, limits, threads, log.run.name, source_options(options)
+        )
         job = retry.RetryJob(encoding)
         engine = where.start(job, vae, len(tasks), log.signals.stop)
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, source_options
 from pipeline import commit, listing, plan, report, stats
 from pipeline.cache import Cache
 from pipeline.encode import Vae, load_vae
@@ -24,11 +25,11 @@ def matching_vae(given: str, cache: Cache) -> Vae:
     return vae
 
 
-def units(source: tuple[str, ...], cache: Cache) -> dict[str, Unit]:
+def units(options: DecodeOptions | RetryOptions | VerifyOptions, cache: Cache) -> dict[str, Unit]:
     """The cache's units by name, their inputs where `--source` says they are now."""
-    planned = plan.read(cache.folder)
+    planned, source = plan.read(cache.folder), options.source
     if source:
-        shards = listing.list_shards(source, cache.folder.options, but=cache.folder.url)
+        shards = listing.list_shards(source, source_options(options), but=cache.folder.url)
         roots = {shard.path.split("/", 1)[0]: shard.root for shard in shards}  # folders' units go by their root
         urls = roots | {shard.path: shard.url for shard in shards}
         planned = [dataclasses.replace(unit, url=urls.get(unit.path, unit.url)) for unit in planned]

@@ -10,7 +10,7 @@ from braceexpand import braceexpand
 from pipeline.errors import SourceError
 from pipeline.limits import shown, text_of
 from pipeline.records import Shard
-from pipeline.storage import connect, etag_of, full_url, is_local, naming, parent
+from pipeline.storage import connect, etag_of, full_url, is_local, naming, parent, url_as_listed
 from pipeline.walk import Walk
 
 WILDCARDS = frozenset("*?[{")
@@ -28,11 +28,10 @@ def list_shards(
     noticed: a line is put in there for what is no file, and for folders that may not be entered.
     Raises SourceError for a source that names nothing, two files with one path, and a shard whose name is not UTF-8.
     """
-    fs, inside = connect(but, options)
-    cache = full_url(fs, inside).rstrip("/") + "/"
+    cache = url_as_listed(but).rstrip("/")
     found: dict[str, Shard] = {}
     others: list[str] = []
-    local = inside if is_local(fs) else None
+    local = None if "://" in cache else cache
     for source in sources:
         for shard in _expand(source, options, local, others):
             twin = found.setdefault(shard.path, shard)
@@ -45,7 +44,7 @@ def list_shards(
         names = ", ".join(shown(text_of(path)) for path in sorted(others)[:NAMED])
         noticed.append(f"passed over what is no file, or a folder that may not be entered: {names}{more}")
     shards = [found[path] for path in sorted(found)]
-    return [shard for shard in shards if not shard.url.startswith(cache)]
+    return [shard for shard in shards if not shard.url.startswith(f"{cache}/")]
 
 
 def _expand(source: str, options: Mapping[str, Any], but: str | None, others: list[str]) -> Iterator[Shard]:

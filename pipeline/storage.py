@@ -101,6 +101,15 @@ def full_url(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else cast(str, fs.unstrip_protocol(path))
 
 
+def url_as_listed(url: str) -> str:
+    """A URL or a path as `full_url` writes it; nothing is connected to, as the store may have options of its own."""
+    kind = fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
+    path = cast(str, kind._strip_protocol(url))
+    if kind is LocalFileSystem:
+        return path
+    return f"{kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]}://{path}"
+
+
 class Stream:
     """A file open for reading whose errors name its URL; the same in all else."""
 
