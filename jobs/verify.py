@@ -68,9 +68,9 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
     )
     where = units(options, cache)
     if options.recount:
+        parts = found.parts_of_units
         for unit in where.values():
-            parts = [part for part in found.parts if part.record.unit == unit.name and not part.record.round]
-            yield from recount(unit, parts, job)
+            yield from recount(unit, parts.get(unit.name, []), job)
     if options.reencode:
         wanted = [row for sheet in choose(files(cache, where), options.reencode) for row in sheet.rows]
         yield from reencode(cache, wanted, job.build(matching_vae(options.vae, cache), threading.Event()))

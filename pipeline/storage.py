@@ -253,11 +253,14 @@ class Folder:
 
     def names(self, below: str = "") -> list[str]:
         """The files directly in the sub-folder `below`, sorted, hidden ones left out; none where it does not exist."""
-        return sorted(name for name, is_file in self._entries(below) if is_file and not name.startswith("."))
+        return self.listed(below)[0]
 
-    def other_names(self, below: str) -> list[str]:
-        """What else is in that sub-folder: folders, hidden files, links that lead nowhere."""
-        return sorted(name for name, is_file in self._entries(below) if not is_file or name.startswith("."))
+    def listed(self, below: str) -> tuple[list[str], list[str]]:
+        """The same, and what else is in that sub-folder: folders, hidden files, links that lead nowhere."""
+        files, others = list[str](), list[str]()
+        for name, is_file in sorted(self._entries(below)):
+            (files if is_file and not name.startswith(".") else others).append(name)
+        return files, others
 
     def _entries(self, below: str) -> list[tuple[str, bool]]:
         fs, path = self._on(below)
@@ -285,7 +288,7 @@ class Folder:
         """All of a file. Raises StorageError, also where there is none."""
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
-            return cast(bytes, fs.cat_file(path))
+            return _whole(fs, path)
 
     def read_all(self, folder: str) -> dict[str, bytes]:
         """The whole files of a folder by name, in order; many at once, as stores are slow to answer."""
@@ -298,7 +301,7 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "read"):
             try:
-                return cast(bytes, fs.cat_file(path))
+                return _whole(fs, path)
             except FileNotFoundError:
                 return None
 
@@ -350,6 +353,12 @@ class Folder:
                 disk.replace(path, data)
             else:
                 fs.pipe_file(path, data)
+
+
+def _whole(fs: Any, path: str) -> bytes:
+    """All of a file in one request: s3fs asks for its size first, and fetches several ranges at once."""
+    at_once = {"max_concurrency": 1} if "s3" in fs.protocol else {}
+    return cast(bytes, fs.cat_file(path, **at_once))
 
 
 def _put_once(fs: Any, path: str, data: bytes) -> bool:
