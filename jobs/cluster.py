@@ -24,7 +24,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jobs.drive import IN_FLIGHT, Done, Job, Worker, error_line
 from jobs.progress import say
-from jobs.reach import SECONDS, cluster_named, in_time, knock
+from jobs.reach import SECONDS, check_listens, cluster_named, in_time
 from jobs.scratch import directory_for_ray
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
@@ -54,11 +54,10 @@ def _existing(address: str) -> Iterator[None]:
     """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
     where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
     say(f"connecting to the Ray cluster at {where}")
-
     code = _our_code()
 
     def connect() -> None:
-        knock(address)
+        check_listens(address)
         ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
 
     with _among_ours() as ours:

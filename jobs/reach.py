@@ -1,4 +1,4 @@
-"""The way to a Ray cluster, before Ray goes it: which cluster, whether anything listens there, and not for ever.
+"""Reaching a Ray cluster: which one is meant, whether anything listens there, and an end to the wait.
 
 Ray itself tries a dead address for minutes, without a word, and in C++, where no signal ends it.
 """
@@ -23,7 +23,7 @@ def cluster_named(address: str) -> str:
     return "" if named == "local" else named
 
 
-def knock(address: str) -> None:
+def check_listens(address: str) -> None:
     """Raise OSError where nothing listens at HOST:PORT, UsageError for what is no address."""
     if address == "auto":
         return

@@ -80,9 +80,9 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     if found.problems:  # what everything else is held against cannot be trusted
         return found
     check_plan(cache.folder, found)
-    listed = {below: cache.folder.listed(below) for below in SUFFIXES}
+    listed = {below: cache.folder.listed(below) for below in reversed([*SUFFIXES])}  # commits before parts
     found.problems += check_strangers(listed)
-    names = {below: [name for name in files if name.endswith(SUFFIXES[below])] for below, (files, _) in listed.items()}
+    names = {below: [name for name in listed[below][0] if name.endswith(end)] for below, end in SUFFIXES.items()}
     files = [f"{below}/{name}" for below in (commit.EMPTY, commit.DATA) for name in names[below]]
     hidden = commit.shadowed(files)
     what = "its part stands in data/ too, with rows, and that one counts"
@@ -140,9 +140,10 @@ def check_strangers(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -
 
     listed: of each folder the files, and what else is there.
     """
-    for below, (files, others) in listed.items():
+    for below, suffixes in SUFFIXES.items():
+        files, others = listed[below]
         for name in files:
-            if not name.endswith(SUFFIXES[below]):
+            if not name.endswith(suffixes):
                 yield Problem(f"{below}/{name}", "it is no file of a cache", AWAY)
         for name in others:
             if not name.startswith("."):
@@ -237,7 +238,7 @@ def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -
     whole = {part.file for part in sound}
     named = {problem.file for problem in found.problems}  # what is wrong with these has been said
     stems = {PurePosixPath(commit.stem_of(file)).name for file in named}
-    spoken_of = {stem.rpartition("-")[0] for stem in stems}
+    units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
     for one in said:
         name = one.name
@@ -246,7 +247,7 @@ def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -
         if not complete and one.commit is None:
             unfinished += 1
             continue
-        problems = list(check_numbers(name, parts, stems, name in spoken_of))
+        problems = list(check_numbers(name, parts, stems, name in units))
         problems += check_commit(one, parts, whole, named)
         if complete and (one.rejects or b"") != commit.reject_lines(parts):
             what = "it does not say what the unit's records say"
@@ -259,10 +260,10 @@ def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -
         found.problems.append(Problem(plan.FOLDER, what, "the encode command goes on"))
 
 
-def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], spoken_of: bool) -> Iterator[Problem]:
+def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], is_named: bool) -> Iterator[Problem]:
     """A finished unit's parts: each number once, the last one last.
 
-    stems: of the files of which something has been said. spoken_of: whether one of the unit's is among them.
+    stems: of the files of which something has been said. is_named: whether one of the unit's is among them.
     """
     file = f"{commit.COMMITS}/{unit}.json"
     do = f"move {file} away, and run the encode command again"
@@ -271,7 +272,7 @@ def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], spoken_
         stem = f"{unit}-{number:05d}"
         if counts[number] != 1 and stem not in stems:
             yield Problem(f"{commit.DATA}/{stem}", f"part {number} is there {counts[number]} times", do)
-    if parts and not spoken_of and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
+    if parts and not is_named and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
         yield Problem(file, f"the unit's last part is gone, or is not the last: there are {len(parts)}", do)
 
 

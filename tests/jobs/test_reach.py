@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.reach import cluster_named, in_time, knock
+from jobs.reach import check_listens, cluster_named, in_time
 from pipeline.errors import UsageError
 from tests.servers import free_port
 
@@ -61,14 +61,14 @@ def test_which_cluster_is_meant(
 @pytest.mark.parametrize("address", ["host", "host:", ":6379", "host:port", "host:0", "host:65536", "http://host:8265"])
 def test_what_is_no_address_is_wrong_usage(address: str) -> None:
     with pytest.raises(UsageError, match=f"must be HOST:PORT .*, not '{address}'"):
-        knock(address)
+        check_listens(address)
 
 
-def test_a_knock_is_heard_where_something_listens(silent: str) -> None:
-    knock(silent)
-    knock(f"ray://{silent}")
+def test_what_listens_is_found(silent: str) -> None:
+    check_listens(silent)
+    check_listens(f"ray://{silent}")
     with pytest.raises(ConnectionRefusedError):
-        knock(f"[::ffff:127.0.0.1]:{free_port()}")
+        check_listens(f"[::ffff:127.0.0.1]:{free_port()}")
 
 
 def test_a_call_that_takes_too_long_is_left_behind() -> None:
