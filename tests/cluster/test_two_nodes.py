@@ -169,7 +169,8 @@ def test_a_users_modules_do_not_break_a_job_of_the_cluster(
     if submitted:
         await_agent(dashboard)
         entry = ["sh", "-c", f"PYTHONPATH=$PYTHONPATH:{ROOT} exec python -m {shlex.join(argv)}"]
-        job = start([*submission(dashboard)[:-2], *entry], tmp_path / "project")
+        line = submission(dashboard)
+        job = start([*line[: line.index("--") + 1], *entry], tmp_path / "project")
         out, _ = job.communicate(timeout=300)
     else:
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'project'}{os.pathsep}{ROOT}"}
