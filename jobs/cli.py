@@ -48,5 +48,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command() -> None:
-    """The entry point of the `latentmill` command."""
+    """The `latentmill` command, once the front door has found us."""
     run_as_script(main)

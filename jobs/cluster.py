@@ -5,6 +5,7 @@ runs calls again, because the driver knows better what is left to do. What a los
 (`pipeline.commit`).
 """
 
+import json
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.engine import IN_FLIGHT, Done, Job, Worker, failed
 from jobs.progress import say
+from jobs.reach import SECONDS, check_listens, cluster_named, in_time
+from jobs.scratch import directory_for_ray
 from jobs.slots import Slot, Slots
 from pipeline.encode import Vae
 from pipeline.errors import JobError, UsageError
@@ -41,8 +44,8 @@ def connected(address: str) -> Iterator[None]:
 
     Meanwhile standard output is standard error: Ray prints there when a worker dies, and ours is for results.
     """
-    standing = address or os.environ.get("RAY_ADDRESS")
-    with redirect_stdout(sys.stderr), _existing(address) if standing else _local():
+    named = cluster_named(address)
+    with redirect_stdout(sys.stderr), _existing(named) if named else _local():
         try:
             yield
         finally:
@@ -52,37 +55,69 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def _existing(address: str) -> Iterator[None]:
-    try:
-        with _our_signals():
-            ray.init(
-                address=address or None,
-                runtime_env=_our_code(),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        hint = "" if "RAY_AUTH_MODE" in os.environ else "; where it asks for a token, set RAY_AUTH_MODE=token"
-        raise UsageError(f"cannot reach the Ray cluster: {str(error).splitlines()[0]}{hint}") from error
-    yield
+    """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
+    where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
+    say(f"connecting to the Ray cluster at {where}")
+    code = _our_code()
+
+    def connect() -> None:
+        check_listens(address)
+        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+
+    with _among_ours() as ours:
+        try:
+            with chdir(ours):
+                in_time(connect, SECONDS)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
+        yield
+
+
+def _unreachable(error: Exception) -> str:
+    """Why a cluster cannot be reached, and what to do."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {SECONDS:g} s; is it running, and is this the address of its head (HOST:6379)?"
+    if isinstance(error, OSError) and error.errno:
+        said = (error.strerror or str(error)).lower()
+        return f"{said}; start it, correct the address, or leave it out for a local Ray"
+    said = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+    if isinstance(error, ConnectionError | RayError):
+        said += "; where it asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    return said
 
 
 def _our_code() -> dict[str, Any]:
-    """What sends our packages along, so that workers run the driver's; a submitted job's working directory has them."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return {}
+    """What sends our packages along, so that workers run the driver's; not where a submitted working directory has."""
     root = Path(__file__).resolve().parents[1]
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "null"))
+    if submitted is not None:
+        sent = submitted.get("runtime_env", {}).get("working_dir")
+        if not sent or root == Path.cwd():
+            return {}
     return {"py_modules": [str(root / name) for name in OURS]}
 
 
 @contextmanager
-def _local() -> Iterator[None]:
-    """A local Ray, started from an empty directory: Ray puts the driver's first on its workers' path, where a user's
-    `vae.py` or folder `jobs/` would be taken for ours. (A runtime_env with an empty working_dir does the same, but
-    2.5 s later: the workers that Ray starts ahead cannot be used then.)
+def _among_ours(below: str | None = None) -> Iterator[str]:
+    """A directory with nothing in it but links to our packages.
+
+    Ray puts the driver's current directory first on its workers' path, where a user's `vae.py` or folder `jobs/` would
+    be taken for ours. (A runtime_env with an empty working_dir does the same, but 2.5 s later: the workers that Ray
+    starts ahead cannot be used then.)
     """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="latentmill-", dir=below) as directory:
+        for name in OURS:
+            Path(directory, name).symlink_to(root / name)
+        yield directory
+
+
+@contextmanager
+def _local() -> Iterator[None]:
+    """A local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="latentmill-") as empty:
-        with chdir(empty), _our_packages_on_path(), _our_signals():
+    with directory_for_ray() as free, _among_ours(free) as ours:
+        with chdir(ours), _our_signals():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -111,23 +146,6 @@ def _our_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, ours)
 
 
-@contextmanager
-def _our_packages_on_path() -> Iterator[None]:
-    """PYTHONPATH for the processes that are started meanwhile: a checkout must be on it, site-packages need not."""
-    root = Path(__file__).resolve().parents[1]
-    before = os.environ.get("PYTHONPATH")
-    if root.name in ("site-packages", "dist-packages"):
-        yield
-        return
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *([before] if before else [])])
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
 def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
@@ -143,7 +161,7 @@ def _nodes() -> set[str]:
 
 def can_grow(address: str) -> bool:
     """Whether more nodes may join: not a Ray of our own."""
-    return bool(address or os.environ.get("RAY_ADDRESS"))
+    return bool(cluster_named(address))
 
 
 def gpus() -> float:

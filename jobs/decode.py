@@ -9,7 +9,7 @@ from typing import Any
 from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
-from jobs.options import DecodeOptions, limits_of, parse, storage_options
+from jobs.options import DecodeOptions, limits_of, parse, source_options, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say_each
 from jobs.scheduler import Failure
@@ -36,7 +36,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     vae = matching_vae(options.vae, cache)
-    tasks = choose(files(cache, units(options.source, cache)), options.limit)
+    tasks = choose(files(cache, units(options, cache)), options.limit)
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet")
     return render(options, cache, vae, tasks, signals)
@@ -58,7 +58,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
         job = RenderJob(
             cache=cache.folder,
             out=out,
-            source_options=cache.folder.options,
+            source_options=source_options(options),
             transform=identity.transform_of(cache.content["identity"]),
             layout=cache.layout,
             image_column=cache.content["identity"]["image_column"],

@@ -13,7 +13,7 @@ from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.messages import secrets_in, show
-from jobs.options import EncodeOptions, as_record, limits_of, parse, storage_options
+from jobs.options import EncodeOptions, as_record, limits_of, parse, source_options, storage_options
 from jobs.pace import WorkerTime
 from jobs.passed_over import PassedOver
 from jobs.place import Place, place
@@ -121,7 +121,8 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
 
 def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Columns]:
     """The files of the sources, and the columns that come along."""
-    listing = list_sources(options.source, cache.options, cache.url)
+    where = source_options(options)
+    listing = list_sources(options.source, where, cache.url)
     say_each([f"note: {line}" for line in listing.noticed])
     shards = listing.shards
     units = plan.units_of(shards)
@@ -138,7 +139,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Col
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
     wanted = settings.wanted_columns(options)
     return listing, survey.columns_of(
-        shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
+        shards, units, where, options.image_column or None, wanted, limits_of(options.input_limit)
     )
 
 
@@ -153,7 +154,9 @@ def encode(
 ) -> Outcome:
     """Do what is missing in a cache."""
     weak, totals = not cache.promises(), Totals()
-    log = Logbook(Run(cache, "encode", as_record(options)), signals, secrets_in(cache.options))
+    cache = dataclasses.replace(cache, exclusive=not weak)  # on the workers' machines, too
+    secrets = secrets_in(cache.options, source_options(options))
+    log = Logbook(Run(cache, "encode", as_record(options)), signals, secrets)
     failures: Sequence[Failure] = ()
     with log.kept():
         log.begin(weak)
@@ -201,7 +204,8 @@ def encode_units(
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
     settings.note_differences(content["compute"], dataclasses.asdict(compute))
     settings.note_versions(cache, log.run.name)
-    job = settings.encode_job(cache, content, compute, options.input_limit, options.cpus_per_worker, log.run.name)
+    limits, threads = options.input_limit, options.cpus_per_worker
+    job = settings.encode_job(cache, content, compute, limits, threads, log.run.name, source_options(options))
     retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
@@ -225,7 +229,7 @@ def encode_units(
 
     def probe(unit: Unit) -> None:
         storage.check_answers(cache.at(identity.NAME), cache.options)
-        storage.check_answers(unit.url, cache.options)
+        storage.check_answers(unit.url, source_options(options))
 
     with meter.shown():
         try:

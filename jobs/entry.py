@@ -5,14 +5,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from pipeline.errors import LatentmillError
+from pipeline.errors import LatentmillError, UsageError
+
+
+def check_platform() -> None:
+    """Raise UsageError where Python does not have what Linux and macOS have."""
+    if any(find_spec(name) is None for name in ("resource", "fcntl")):
+        raise UsageError(f"it runs on Linux and macOS, not on {sys.platform}; on Windows it runs in WSL")
 
 
 def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a job; the exit code. Errors of ours become one line on standard error, anything else is a bug of ours."""
     try:
+        check_platform()
         return main(argv)
     except LatentmillError as error:
         print(f"latentmill: {error}", file=sys.stderr)

@@ -47,10 +47,11 @@ class Logbook:
         if not weak:
             return
         url = self.run.cache.url
-        say(f"note: {url} has no conditional creates: one job at a time, and parts are read again at the end")
+        has_no = "conditional creates" if "://" in url else "hard links"
+        say(f"note: {url} has no {has_no}: one job at a time, and parts are read again at the end")
         if others := runs.alive(self.run.cache, but=self.run.name):
             raise JobError(
-                f"a run that started {others[0]} is at work on {url}, whose store keeps two jobs not apart; "
+                f"a run that started {others[0]} is at work on {url}, whose storage does not keep two jobs apart; "
                 f"wait for its end, or {runs.SILENT} s after it died"
             )
 

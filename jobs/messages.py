@@ -73,10 +73,10 @@ class Kept(logging.Handler):
             return b"".join([*self._first, *gap, *self._last])
 
 
-def secrets_in(options: Mapping[str, Any]) -> set[str]:
+def secrets_in(*options: Mapping[str, Any]) -> set[str]:
     """The texts that must not be written down: values of storage options, and what the environment has for stores."""
     found = {value for name, value in os.environ.items() if re.search("SECRET|TOKEN|PASSWORD|ACCOUNT_KEY", name)}
-    left: list[Any] = list(options.values())
+    left: list[Any] = list(options)
     while left:
         value = left.pop()
         if isinstance(value, Mapping):

@@ -28,6 +28,7 @@ def option(
 
 
 REQUIRED: Any = dataclasses.MISSING
+SOURCE_OPTION = "for the storage of the sources, in place of --storage-option; unset: those are for the sources, too"
 INPUT_LIMIT = f"what an input may be at most: {', '.join(Limits.__dataclass_fields__)} (docs/limits.md)"
 VERBOSE = "also show messages for debugging: what became of each unit, and warnings of other libraries"
 SAME_SOURCE = "files of the same path and size are those of before, whatever their time or ETag says (a copied source)"
@@ -52,6 +53,7 @@ class Common:
     storage_option: tuple[str, ...] = option(
         (), "for the storage behind a URL; KEY=env:NAME takes it from the environment", "KEY=VALUE"
     )
+    source_option: tuple[str, ...] = option((), SOURCE_OPTION, "KEY=VALUE")
     input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     json: bool = option(False, "print one JSON object on standard output, and nothing else")
     verbose: bool = option(False, VERBOSE, short="-v")
@@ -160,6 +162,7 @@ class VerifyOptions(StatsOptions):
     recount: bool = option(False, "read the inputs to their end: their samples must be those that were encoded")
     reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
     source: tuple[str, ...] = option((), NOW, "SOURCE")
+    source_option: tuple[str, ...] = option((), SOURCE_OPTION, "KEY=VALUE")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
     input_limit: tuple[str, ...] = option((), INPUT_LIMIT, "NAME=N")
     rebuild: bool = option(False, "write _commits, _rejects and stats.json again where the files with rows are sound")
@@ -317,26 +320,33 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def storage_options(given: Sequence[str]) -> dict[str, Any]:
+def storage_options(given: Sequence[str], flag: str = "--storage-option") -> dict[str, Any]:
     """`KEY=VALUE` pairs as a dict, `env:NAME` taken from the environment; true, false and {...} as JSON has them."""
     options: dict[str, Any] = {}
     for pair in given:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise UsageError(f"--storage-option must be KEY=VALUE, not '{pair}'")
+            raise UsageError(f"{flag} must be KEY=VALUE, not '{pair}'")
         if value.startswith("env:"):
             name = value.removeprefix("env:")
             if name not in os.environ:
-                raise UsageError(f"--storage-option {key}: there is no environment variable {name}")
+                raise UsageError(f"{flag} {key}: there is no environment variable {name}")
             options[key] = os.environ[name]
         elif value in ("true", "false") or value.startswith("{"):
             try:
                 options[key] = json.loads(value)
             except ValueError as error:
-                raise UsageError(f"--storage-option {key}: {value} is not JSON") from error
+                raise UsageError(f"{flag} {key}: {value} is not JSON") from error
         else:
             options[key] = value
     return options
+
+
+def source_options(options: "Common | VerifyOptions") -> dict[str, Any]:
+    """The options for the storage of the sources: their own, otherwise those for all storage."""
+    if options.source_option:
+        return storage_options(options.source_option, "--source-option")
+    return storage_options(options.storage_option)
 
 
 def limits_of(given: Sequence[str]) -> Limits:
@@ -357,10 +367,11 @@ def limits_of(given: Sequence[str]) -> Limits:
 def as_record(options: Any) -> dict[str, Any]:
     """Options as a run's record keeps them: values of storage options only where they name an environment variable."""
     fields = dataclasses.asdict(options)
-    fields["storage_option"] = [
-        pair if pair.partition("=")[2].startswith("env:") else pair.partition("=")[0] + "=(not kept)"
-        for pair in fields.get("storage_option", ())
-    ]
+    for name in ("storage_option", "source_option"):
+        fields[name] = [
+            pair if pair.partition("=")[2].startswith("env:") else pair.partition("=")[0] + "=(not kept)"
+            for pair in fields.get(name, ())
+        ]
     return fields
 
 

@@ -1,5 +1,6 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from jobs.drive import Driven, Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.messages import secrets_in, show
-from jobs.options import RetryOptions, as_record, parse, storage_options
+from jobs.options import RetryOptions, as_record, parse, source_options, storage_options
 from jobs.place import place
 from jobs.progress import Meter, say_each, say_unit
 from jobs.standing import finish, matching_vae, units
@@ -34,12 +35,13 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, storage_options(options.storage_option))
     parts = list(stats.parts(cache.folder, cache.content["identity_sha256"]))
-    planned = units(options.source, cache, options.same_source).values()
+    planned = units(options, cache, options.same_source).values()
     tasks = retry.tasks(planned, rejecting(cache, parts), begun(parts))
     vae = matching_vae(options.vae, cache)
     weak, counts = not cache.folder.promises(), Counter[str]()
+    cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not weak))
     run = Run(cache.folder, "retry", as_record(options))
-    log = Logbook(run, signals, secrets_in(cache.folder.options))
+    log = Logbook(run, signals, secrets_in(cache.folder.options, source_options(options)))
     with log.kept():
         log.begin(weak)
         log.tell(units=len(tasks))
@@ -106,7 +108,9 @@ def encode(
         compute = where.compute(cache.content["identity"]["precision"])
         settings.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
-        encoding = settings.encode_job(cache.folder, cache.content, compute, limits, threads, log.run.name)
+        encoding = settings.encode_job(
+            cache.folder, cache.content, compute, limits, threads, log.run.name, source_options(options)
+        )
         job = retry.RetryJob(encoding)
         engine = where.start(job, vae, len(tasks), log.signals.stop)
 
@@ -116,7 +120,7 @@ def encode(
 
         def probe(task: retry.RetryTask) -> None:
             storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
-            storage.check_answers(task.unit.url, cache.folder.options)
+            storage.check_answers(task.unit.url, source_options(options))
 
         with meter.shown():
             return drive(tasks, engine, log.signals, on_done, on_tick, probe, options.patience)

@@ -172,13 +172,19 @@ def note_versions(cache: Folder, run: str) -> None:
 
 
 def encode_job(
-    cache: Folder, content: Mapping[str, Any], compute: Compute, limits: Sequence[str], open_threads: int, run: str
+    cache: Folder,
+    content: Mapping[str, Any],
+    compute: Compute,
+    limits: Sequence[str],
+    open_threads: int,
+    run: str,
+    source_options: Mapping[str, Any],
 ) -> EncodeJob:
     """What workers must know to encode into a cache. content: its cache.json. limits: `--input-limit`."""
     settings = content["identity"]
     return EncodeJob(
         cache=cache,
-        source_options=cache.options,
+        source_options=source_options,
         identity=content["identity_sha256"],
         transform=identity.transform_of(settings),
         dtype=settings["dtype"],

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, source_options
 from pipeline import commit, plan, report, sources, stats
 from pipeline.cache import Cache
 from pipeline.commits import Mending
@@ -25,14 +26,16 @@ def matching_vae(given: str, cache: Cache) -> Vae:
     return vae
 
 
-def units(source: tuple[str, ...], cache: Cache, same_source: bool = True) -> dict[str, Unit]:
+def units(
+    options: DecodeOptions | RetryOptions | VerifyOptions, cache: Cache, same_source: bool = True
+) -> dict[str, Unit]:
     """The cache's units by name, their inputs where `--source` says they are now.
 
     same_source: files of a planned path and size are taken for the planned ones, whatever their time or ETag.
     """
     planned = plan.read(cache.folder)
-    if source:
-        listing = list_sources(source, cache.folder.options, but=cache.folder.url)
+    if options.source:
+        listing = list_sources(options.source, source_options(options), but=cache.folder.url)
         planned = sources.found_at(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 

@@ -9,7 +9,7 @@ import torch
 
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
-from jobs.options import VerifyOptions, parse, storage_options
+from jobs.options import VerifyOptions, parse, source_options, storage_options
 from jobs.progress import Meter, say
 from jobs.settings import encode_job
 from jobs.standing import files, finish, matching_vae, units
@@ -67,8 +67,10 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
         batch_size=1,
         threads=cache.content["compute"]["threads"],
     )
-    job: EncodeJob = encode_job(cache.folder, cache.content, compute, options.input_limit, 1, run="")
-    where = units(options.source, cache)
+    job: EncodeJob = encode_job(
+        cache.folder, cache.content, compute, options.input_limit, 1, "", source_options(options)
+    )
+    where = units(options, cache)
     if options.recount:
         left = uncounted(found)
         by_unit: dict[str, list[Standing]] = {}

@@ -17,7 +17,7 @@ from pipeline import outputs
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import shown, text_of
 from pipeline.records import PICTURE_EXTENSIONS, Shard
-from pipeline.storage import connect, etag_of, full_url, is_local, parent, read_file_if_there
+from pipeline.storage import connect, etag_of, full_url, is_local, parent, read_file_if_there, url_as_listed
 from pipeline.stream import naming
 from pipeline.walk import Walk, second_paths
 
@@ -75,9 +75,8 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -
     listed themselves, and what latentmill wrote.
     Raises SourceError for a source that names nothing, two with one name, and a shard whose name is not UTF-8.
     """
-    fs, inside = connect(but, options)
-    cache = full_url(fs, inside).rstrip("/") + "/"
-    local = inside if is_local(fs) else None
+    cache = url_as_listed(but).rstrip("/") + "/"
+    local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
     passed = Passed()

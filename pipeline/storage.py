@@ -4,8 +4,8 @@ A `Folder` is where a cache or previews are written, by names relative to it. `c
 something that must never change, `replace` the one for what is rewritten. There is no open-for-write: an fsspec file
 that is closed by an exception publishes half of its content.
 
-What can be promised of `create`: on local disks and in memory, of any number of writers one wins and no reader
-sees a part of a file. On object stores it is one conditional request, where the store honours it (`promises`).
+What can be promised of `create`: in memory and on most local disks, of any number of writers one wins and no reader
+sees a part of a file. On object stores it is one conditional request. `promises` tries whether disk or store keep it.
 Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIES`); what fails then fails the unit.
 """
 
@@ -29,6 +29,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline import disk
 from pipeline.errors import DamagedError, Rejected, SourceError, StorageError, UsageError
 from pipeline.etags import same_version
 from pipeline.overlap import in_order
@@ -80,6 +81,15 @@ def is_local(fs: Any) -> bool:
 def full_url(fs: Any, path: str) -> str:
     """A path on a filesystem as a URL that any machine understands; local paths stay paths."""
     return path if isinstance(fs, LocalFileSystem) else cast(str, fs.unstrip_protocol(path))
+
+
+def url_as_listed(url: str) -> str:
+    """A URL or a path as `full_url` writes it; nothing is connected to, as the store may have options of its own."""
+    kind = fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
+    path = cast(str, kind._strip_protocol(url))
+    if kind is LocalFileSystem:
+        return path
+    return f"{kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]}://{path}"
 
 
 @contextmanager
@@ -257,10 +267,14 @@ def parent(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory on any storage that is written to. Light: it can be sent to another process."""
+    """A directory on any storage that is written to. Light: it can be sent to another process.
+
+    exclusive: `promises` has said so elsewhere, and a local disk that cannot keep it here is an error.
+    """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    exclusive: bool = False
 
     def _on(self, name: str) -> tuple[Any, str]:
         fs, root = connect(self.url, self.options)
@@ -272,11 +286,14 @@ class Folder:
 
     def names(self, below: str = "") -> list[str]:
         """The files directly in the sub-folder `below`, sorted, hidden ones left out; none where it does not exist."""
-        return sorted(name for name, is_file in self._entries(below) if is_file and not name.startswith("."))
+        return self.listed(below)[0]
 
-    def other_names(self, below: str) -> list[str]:
-        """What else is in that sub-folder: folders, hidden files, links that lead nowhere."""
-        return sorted(name for name, is_file in self._entries(below) if not is_file or name.startswith("."))
+    def listed(self, below: str) -> tuple[list[str], list[str]]:
+        """The same, and what else is in that sub-folder: folders, hidden files, links that lead nowhere."""
+        files, others = list[str](), list[str]()
+        for name, is_file in sorted(self._entries(below)):
+            (files if is_file and not name.startswith(".") else others).append(name)
+        return files, others
 
     def _entries(self, below: str) -> list[tuple[str, bool]]:
         fs, path = self._on(below)
@@ -331,7 +348,7 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
-                return self._link(path, data)
+                return disk.create(path, data, self._on("_tmp")[1], self.exclusive)
             if isinstance(fs, MemoryFileSystem):
                 with _memory_lock, contextlib.suppress(FileExistsError):
                     fs.pipe_file(path, data, mode="create")
@@ -340,15 +357,19 @@ class Folder:
             return _put_once(fs, path, data)
 
     def promises(self) -> bool:
-        """Whether this storage lets one writer win. A store that can is tried, with a file that is removed again."""
+        """Whether this storage lets one writer win. One that may is tried, with a file that is removed again."""
         fs, _ = self._on("")
-        if isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        if isinstance(fs, MemoryFileSystem):
             return True
-        if not _protocols(fs) & CONDITIONAL:
+        if not is_local(fs) and not _protocols(fs) & CONDITIONAL:
             return False
+        tried = replace(self, exclusive=True)
         for _ in range(PROBES):
             name = f"_tmp/probe-{uuid.uuid4().hex}"
-            first, second = self.create(name, b"probe"), self.create(name, b"probe")
+            try:
+                first, second = tried.create(name, b"probe"), tried.create(name, b"probe")
+            except disk.NotExclusive:
+                return False
             with naming(self.at(name), "remove"):
                 fs.rm_file(self._on(name)[1])
             if first:  # else an answer was lost, and what was asked for again is refused
@@ -360,29 +381,9 @@ class Folder:
         fs, path = self._on(name)
         with naming(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
-                os.makedirs(parent(path), exist_ok=True)
-                os.replace(_spool(parent(path), data), path)
+                disk.replace(path, data)
             else:
                 fs.pipe_file(path, data)
-
-    def _link(self, path: str, data: bytes) -> bool:
-        """Local create. `os.link` refuses a name that is taken; `os.rename` would overwrite it."""
-        os.makedirs(parent(path), exist_ok=True)
-        _, folder = self._on("_tmp")
-        os.makedirs(folder, exist_ok=True)
-        spooled = _spool(folder, data)
-        try:
-            os.link(spooled, path)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(spooled)
-        directory = os.open(parent(path), os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        return True
 
 
 def _whole(fs: Any, path: str, url: str) -> bytes:
@@ -426,18 +427,3 @@ def _in_one_request(fs: Any) -> dict[str, int]:
 
 def _protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-
-
-def _spool(folder: str, data: bytes) -> str:
-    """Write a hidden local file under a name of its own in `folder`, safe on the disk when this returns."""
-    path = f"{folder}/.{uuid.uuid4().hex}"
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:  # a signal, too
-        if os.path.exists(path):
-            os.unlink(path)
-        raise
-    return path

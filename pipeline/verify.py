@@ -6,9 +6,11 @@ by file, with what to do. Two further proofs need more than the cache: `pipeline
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,7 +24,8 @@ from pipeline.records import Standing, Unit, canonical_json, sealed
 from pipeline.storage import Folder
 from pipeline.verify_part import Checked, Problem, again, check_part
 
-AT_ONCE = 4  # files that are held and read
+AT_ONCE = 4  # files with rows that are held and read
+SMALL_AT_ONCE = 16  # other files: stores are slow to answer
 REBUILD = "latentmill verify --rebuild writes it again"
 RESTORE = "restore it from a copy: nothing else in the cache says what stood there"
 REWRITE = "the encode command writes it again"
@@ -51,6 +54,24 @@ class Found:
     parts: list[Standing] = field(default_factory=list)
     rebuildable: list[str] = field(default_factory=list)
 
+    @property
+    def parts_of_units(self) -> dict[str, list[Standing]]:
+        """The parts by unit, in their order; without those that `retry` wrote."""
+        by_unit: dict[str, list[Standing]] = {}
+        for part in sorted(self.parts, key=lambda part: part.record.part):
+            if not part.record.round:
+                by_unit.setdefault(part.record.unit, []).append(part)
+        return by_unit
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What stands under a name in `_commits` and in `_rejects`; None where nothing does."""
+
+    name: str
+    commit: bytes | None
+    rejects: bytes | None
+
 
 def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     """Check everything in a cache. on_file is called after each file with rows."""
@@ -59,8 +80,10 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     if found.problems:  # what everything else is held against cannot be trusted
         return found
     check_plan(cache.folder, found)
-    found.problems += check_strangers(cache.folder)
-    files = [file for file in commit.files(cache.folder) if file.endswith(SUFFIXES[file.partition("/")[0]])]
+    listed = {below: cache.folder.listed(below) for below in reversed([*SUFFIXES])}  # commits before parts
+    found.problems += check_strangers(listed)
+    names = {below: [name for name in listed[below][0] if name.endswith(end)] for below, end in SUFFIXES.items()}
+    files = [f"{below}/{name}" for below in (commit.EMPTY, commit.DATA) for name in names[below]]
     hidden = commit.shadowed(files)
     what = "its part stands in data/ too, with rows, and that one counts"
     found.problems += [Problem(file, what, f"{AWAY}, and run the encode command again") for file in sorted(hidden)]
@@ -75,8 +98,17 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     found.parts = [one.standing for one in checked if one.standing is not None]
     sound = [one.standing for one in checked if one.standing is not None and not one.problems]
     found.problems += check_keys(checked)
-    check_units(cache.folder, found, sound)
-    found.problems += check_retries(cache.folder, found, sound)
+    committed = {PurePosixPath(name).stem for name in names[commit.COMMITS]}
+    rejected = {PurePosixPath(name).stem for name in names[commit.REJECTS]}
+
+    def said(names: Iterable[str]) -> Iterator[Said]:
+        with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
+            read = partial(read_said, cache.folder, committed, rejected)
+            yield from in_order(pool, read, names, window=SMALL_AT_ONCE)
+
+    found.problems += check_names(found.units, committed, rejected)
+    check_units(said(found.units), found, sound)
+    found.problems += check_retries(said, committed, rejected, found, sound)
     if not any(problem.do != REBUILD for problem in found.problems):  # else they differ as a matter of course
         found.problems += understood(stats.NAME, REWRITE, check_statistics(cache, found.parts))
     found.problems += check_runs(cache.folder)
@@ -94,13 +126,26 @@ def understood(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
         return [Problem(file, f"it cannot be understood: {said:.200}", do)]
 
 
-def check_strangers(folder: Folder) -> Iterator[Problem]:
-    """What is in a cache's folders and is no file of it, by its name: some readers would take it for one."""
+def read_said(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> Said:
+    """What is said under a name: only files that are listed are asked for."""
+    return Said(
+        name,
+        folder.read_if_there(f"{commit.COMMITS}/{name}.json") if name in committed else None,
+        folder.read_if_there(f"{commit.REJECTS}/{name}.jsonl") if name in rejected else None,
+    )
+
+
+def check_strangers(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
+    """What is in a cache's folders and is no file of it, by its name: some readers would take it for one.
+
+    listed: of each folder the files, and what else is there.
+    """
     for below, suffixes in SUFFIXES.items():
-        for name in folder.names(below):
+        files, others = listed[below]
+        for name in files:
             if not name.endswith(suffixes):
                 yield Problem(f"{below}/{name}", "it is no file of a cache", AWAY)
-        for name in folder.other_names(below):
+        for name in others:
             if not name.startswith("."):
                 yield Problem(f"{below}/{name}", "it is a folder, or a link that leads nowhere", AWAY)
 
@@ -183,29 +228,32 @@ def check_keys(checked: Iterable[Checked]) -> Iterator[Problem]:
                 seen = np.concatenate([seen, one.keys])
 
 
-def check_units(folder: Folder, found: Found, sound: Sequence[Standing]) -> None:
-    """Each unit: all parts, one of each, and `_commits` and `_rejects` that say the same."""
-    by_unit: dict[str, list[Standing]] = {}
-    for part in found.parts:
-        if not part.record.round:
-            by_unit.setdefault(part.record.unit, []).append(part)
+def check_names(units: Collection[str], committed: Set[str], rejected: Set[str]) -> Iterator[Problem]:
+    """Files of `_commits` and `_rejects` whose units are not planned."""
+    for name in sorted(name for name in committed if name not in units and not commit.is_retry(name)):
+        yield Problem(f"{commit.COMMITS}/{name}.json", "its unit is not in the plan", AWAY)
+    for name in sorted(name for name in rejected if name not in units and not commit.is_retry(name)):
+        yield Problem(f"{commit.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY)
+
+
+def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -> None:
+    """Each unit: all parts, one of each, and `_commits` and `_rejects` that say the same. said: in the units' order."""
+    by_unit = found.parts_of_units
     whole = {part.file for part in sound}
     named = {problem.file for problem in found.problems}  # what is wrong with these has been said
-    finished = commit.finished(folder)
-    for name in sorted(finished - found.units.keys()):
-        found.problems.append(Problem(f"{commit.COMMITS}/{name}.json", "its unit is not in the plan", AWAY))
-    rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS) if name.endswith(".jsonl")}
-    for name in sorted(name for name in rejected - found.units.keys() if not commit.is_retry(name)):
-        found.problems.append(Problem(f"{commit.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY))
+    stems = {PurePosixPath(commit.stem_of(file)).name for file in named}
+    units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
-    for name in found.units:
-        parts = sorted(by_unit.get(name, []), key=lambda part: part.record.part)
+    for one in said:
+        name = one.name
+        parts = by_unit.get(name, [])
         complete = [p.record.part for p in parts] == list(range(len(parts))) and parts and parts[-1].record.last
-        if not complete and name not in finished:
+        if not complete and one.commit is None:
             unfinished += 1
             continue
-        problems = list(check_numbers(name, parts, named)) + check_commit(folder, name, parts, whole, named)
-        problems += check_rejects(folder, name, parts) if complete else []
+        problems = list(check_numbers(name, parts, stems, name in units))
+        problems += check_commit(one, parts, whole, named)
+        problems += check_rejects(one, parts) if complete else []
         found.problems += problems
         if complete and problems and all(p.do == REBUILD for p in problems) and all(p.file in whole for p in parts):
             found.rebuildable.append(name)
@@ -214,36 +262,40 @@ def check_units(folder: Folder, found: Found, sound: Sequence[Standing]) -> None
         found.problems.append(Problem(plan.FOLDER, what, "the encode command goes on"))
 
 
-def check_numbers(unit: str, parts: Sequence[Standing], named: Collection[str]) -> Iterator[Problem]:
-    """A finished unit's parts: each number once, the last one last. named: files of which something has been said."""
+def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], is_named: bool) -> Iterator[Problem]:
+    """A finished unit's parts: each number once, the last one last.
+
+    stems: of the files of which something has been said. is_named: whether one of the unit's is among them.
+    """
     file = f"{commit.COMMITS}/{unit}.json"
     do = f"move {file} away, and run the encode command again"
-    said = {PurePosixPath(commit.stem_of(name)).name for name in named}
-    numbers = [part.record.part for part in parts]
-    for number in range(max(numbers, default=-1) + 1):
+    counts = Counter(part.record.part for part in parts)
+    for number in range(max(counts, default=-1) + 1):
         stem = f"{unit}-{number:05d}"
-        if numbers.count(number) != 1 and stem not in said:
-            what = f"part {number} is there {numbers.count(number)} times"
-            yield Problem(f"{commit.DATA}/{stem}", what, do)
-    is_said = any(stem.rpartition("-")[0] == unit for stem in said)
-    if parts and not is_said and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
-        yield Problem(file, f"the unit's last part is gone, or is not the last: there are {len(numbers)}", do)
+        if counts[number] != 1 and stem not in stems:
+            yield Problem(f"{commit.DATA}/{stem}", f"part {number} is there {counts[number]} times", do)
+    if parts and not is_named and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
+        yield Problem(file, f"the unit's last part is gone, or is not the last: there are {len(parts)}", do)
 
 
-def check_retries(folder: Folder, found: Found, sound: Sequence[Standing]) -> Iterator[Problem]:
+def check_retries(
+    read: Callable[[Iterable[str]], Iterable[Said]],
+    committed: Set[str],
+    rejected: Set[str],
+    found: Found,
+    sound: Sequence[Standing],
+) -> Iterator[Problem]:
     """The parts that `retry` wrote: each with its own commit, and in place of rejects that there are."""
     whole = {part.file for part in sound}
     named = {problem.file for problem in found.problems}
     retries = {commit.name_of([part]): part for part in found.parts if part.record.round}
-    committed = {PurePosixPath(name).stem for name in folder.names(commit.COMMITS) if name.endswith(".json")}
-    for name in sorted(retries.keys() | set(filter(commit.is_retry, committed))):
-        part = retries.get(name)
-        problems = check_commit(folder, name, [part] if part else [], whole, named)
-        problems += check_rejects(folder, name, [part]) if part else []
+    for one in read(sorted(retries.keys() | set(filter(commit.is_retry, committed)))):
+        part = retries.get(one.name)
+        problems = check_commit(one, [part] if part else [], whole, named)
+        problems += check_rejects(one, [part]) if part else []
         yield from problems
         if part and problems and all(problem.do == REBUILD for problem in problems) and part.file in whole:
-            found.rebuildable.append(name)
-    rejected = {PurePosixPath(name).stem for name in folder.names(commit.REJECTS) if name.endswith(".jsonl")}
+            found.rebuildable.append(one.name)
     for name in sorted(set(filter(commit.is_retry, rejected)) - retries.keys()):
         yield Problem(f"{commit.REJECTS}/{name}.jsonl", "its part is gone", AWAY)
     left = {
@@ -256,23 +308,21 @@ def check_retries(folder: Folder, found: Found, sound: Sequence[Standing]) -> It
         left -= mine
 
 
-def check_rejects(folder: Folder, name: str, parts: Sequence[Standing]) -> list[Problem]:
+def check_rejects(said: Said, parts: Sequence[Standing]) -> list[Problem]:
     """What `_rejects` has under a name, against the parts."""
-    file = f"{commit.REJECTS}/{name}.jsonl"
-    if (folder.read_if_there(file) or b"") == commit.reject_lines(parts):
+    if (said.rejects or b"") == commit.reject_lines(parts):
         return []
-    return [Problem(file, "it does not say what the unit's records say", REBUILD)]
+    return [Problem(f"{commit.REJECTS}/{said.name}.jsonl", "it does not say what the unit's records say", REBUILD)]
 
 
 def check_commit(
-    folder: Folder, name: str, parts: Sequence[Standing], whole: Collection[str], named: Collection[str]
+    said: Said, parts: Sequence[Standing], whole: Collection[str], named: Collection[str]
 ) -> list[Problem]:
     """What `_commits` has under a name, against the parts. whole: the files that nothing is known against."""
-    file = f"{commit.COMMITS}/{name}.json"
-    data = folder.read_if_there(file)
-    if data is None:
+    file = f"{commit.COMMITS}/{said.name}.json"
+    if said.commit is None:
         return [Problem(file, "it is gone, or was never written", REBUILD)]
-    found = understood(file, REBUILD, _against_parts(file, name, data, parts, whole))
+    found = understood(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
     return [problem for problem in found if problem.file not in named]
 
 
@@ -342,9 +392,9 @@ def check_runs(folder: Folder) -> Iterator[Problem]:
 
 def rebuild(cache: Cache, found: Found) -> list[str]:
     """Write `_commits` and `_rejects` again of the units where the parts are sound. Returns the units' names."""
+    by_name = found.parts_of_units | {commit.name_of([part]): [part] for part in found.parts if part.record.round}
     for name in found.rebuildable:
-        parts = [part for part in found.parts if commit.name_of([part]) == name]
-        commit.rebuild(cache.folder, sorted(parts, key=lambda part: part.record.part))
+        commit.rebuild(cache.folder, by_name[name])
     return found.rebuildable
 
 

@@ -41,6 +41,7 @@ class Proxy:
     after: Callable[[Request], None] = lambda request: None  # called when the upstream has answered
     seen: list[Request] = field(default_factory=list)
     puts: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)  # path, headers and body of each
+    signed: set[str] = field(default_factory=set)  # the paths of requests with somebody's signature
 
     @property
     def url(self) -> str:
@@ -72,6 +73,8 @@ class Proxy:
             def pass_on(self) -> None:
                 body = self.body()
                 request = proxy.note(self.command, self.path, len(body))
+                if "Authorization" in self.headers:
+                    proxy.signed.add(self.path)
                 if self.command == "PUT":
                     proxy.puts.append((self.path, dict(self.headers), body))
                 fault = proxy.rule(request)

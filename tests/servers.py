@@ -12,6 +12,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -58,6 +59,13 @@ def endpoint() -> Iterator[str]:
     if wanted != "moto":
         yield wanted
         return
+    with moto() as url:
+        yield url
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    """The URL of a server of its own."""
     port = free_port()
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

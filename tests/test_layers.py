@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("vae", "pipeline", "jobs")
+ROOMS = ("latentmill", "vae", "pipeline", "jobs")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 STEPS = {"read_tar", "read_folder", "pixels", "transform", "batches", "encode", "write_parquet", "write_tar"}
@@ -27,12 +27,17 @@ def tree(path: Path) -> ast.Module:
 def imports(path: Path) -> Iterator[str]:
     """The modules that a file imports, anywhere in it: ours by their full name."""
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}: imports are absolute"
-            inner = [f"{node.module}.{name.name}" for name in node.names]
-            yield from (name if name in MODULES else node.module for name in inner)
+        yield from imported(node)
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The modules that one statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module, "imports are absolute"
+        inner = [f"{node.module}.{name.name}" for name in node.names]
+        yield from (name if name in MODULES else node.module for name in inner)
 
 
 def importers(package: str) -> set[str]:
@@ -50,8 +55,16 @@ def test_the_rooms_are_found() -> None:
 
 
 def test_imports_run_from_jobs_to_pipeline_to_vae() -> None:
-    assert {module.split(".")[0] for module in importers("jobs")} <= {"jobs"}
+    assert {module for module in importers("jobs") if not module.startswith("jobs.")} == {"latentmill.__main__"}
     assert {module.split(".")[0] for module in importers("pipeline")} <= {"jobs", "pipeline"}
+    assert importers("latentmill") == set()
+
+
+def test_the_front_door_imports_nothing_of_ours_before_it_can_find_it() -> None:
+    for module, path in MODULES.items():
+        if module.split(".")[0] == "latentmill":
+            names = {name for node in tree(path).body for name in imported(node)}
+            assert not {name.split(".")[0] for name in names} & {"vae", "pipeline", "jobs"}, module
 
 
 @pytest.mark.parametrize(

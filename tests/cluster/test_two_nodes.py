@@ -158,6 +158,31 @@ def test_a_stopped_job_leaves_a_cache_that_the_same_submission_goes_on_from(
     assert_whole(objects(f"{bucket}/c"), calm)
 
 
+@pytest.mark.parametrize("submitted", [True, False], ids=["submitted", "connected"])
+def test_a_users_modules_do_not_break_a_job_of_the_cluster(
+    cluster: Cluster, dashboard: int, source: Path, calm: str, micro_vae: Path, tmp_path: Path, submitted: bool
+) -> None:
+    (tmp_path / "project/jobs").mkdir(parents=True)
+    for name in ("pipeline.py", "vae.py", "jobs/__init__.py"):
+        (tmp_path / "project" / name).write_text("raise SystemExit('a module of the user')\n")
+    argv = ["latentmill", "encode", str(source), "--to", str(tmp_path / "c"), *options(micro_vae)]
+    if submitted:
+        await_agent(dashboard)
+        entry = ["sh", "-c", f"PYTHONPATH=$PYTHONPATH:{ROOT} exec python -m {shlex.join(argv)}"]
+        line = submission(dashboard)
+        job = start([*line[: line.index("--") + 1], *entry], tmp_path / "project")
+        out, _ = job.communicate(timeout=300)
+    else:
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'project'}{os.pathsep}{ROOT}"}
+        command = [sys.executable, "-m", *argv, "--address", cluster.address]
+        done = subprocess.run(
+            command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, timeout=300
+        )
+        job, out = done, done.stderr
+    assert job.returncode == 0, out
+    assert_whole(account.files(tmp_path / "c"), calm)
+
+
 def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
     cluster: Cluster, source: Path, calm: str, micro_vae: Path, tmp_path: Path
 ) -> None:

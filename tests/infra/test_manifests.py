@@ -200,7 +200,7 @@ def test_the_image_is_made_of_what_is_there() -> None:
     lines = (INFRA / "Containerfile").read_text(encoding="utf-8").splitlines()
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[2:-1]]
     let_in = (INFRA / "Containerfile.dockerignore").read_text(encoding="utf-8").splitlines()
-    assert {"vae", "pipeline", "jobs", "pyproject.toml", "constraints.txt"} <= set(copied)
+    assert {"latentmill", "vae", "pipeline", "jobs", "pyproject.toml", "constraints.txt"} <= set(copied)
     for name in copied:
         assert (ROOT / name).exists(), name
         assert f"!{name}" in let_in, name

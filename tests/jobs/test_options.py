@@ -83,7 +83,14 @@ def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.M
 
 
 def test_the_record_of_a_run_keeps_no_secret() -> None:
-    options = EncodeOptions(source=("in",), to="out", vae="demo", storage_option=("key=hush", "secret=env:NAME"))
+    options = EncodeOptions(
+        source=("in",),
+        to="out",
+        vae="demo",
+        storage_option=("key=hush", "secret=env:NAME"),
+        source_option=("key=shh", "secret=env:MINE"),
+    )
     record = as_record(options)
     assert record["storage_option"] == ["key=(not kept)", "secret=env:NAME"]
+    assert record["source_option"] == ["key=(not kept)", "secret=env:MINE"]
     assert set(record) == {field.name for field in dataclasses.fields(EncodeOptions)}

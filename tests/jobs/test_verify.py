@@ -4,7 +4,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.records import canonical_json, sealed
+from pipeline import commit as commits
+from pipeline import verify
+from pipeline.cache import Cache
+from pipeline.records import Standing, canonical_json, sealed
+from pipeline.storage import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -255,6 +260,23 @@ def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Pat
     assert {name: content["parts"] for name, content in after.items()} == {
         name: content["parts"] for name, content in before.items()
     }
+
+
+def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many units: to look for the parts of each among all parts took minutes."""
+    count, real, asked = 300, commits.name_of, list[str]()
+    one = verify.verify(Cache.open(str(cache))).parts[0]
+    parts = [replace(one, record=replace(one.record, unit=f"u-{number}")) for number in range(count)]
+
+    def name_of(standing: Sequence[Standing]) -> str:
+        asked.append(real(standing))
+        return asked[-1]
+
+    monkeypatch.setattr(commits, "name_of", name_of)
+    found = verify.Found(parts=parts, rebuildable=[part.record.unit for part in parts])
+    assert verify.rebuild(Cache(Folder(str(tmp_path / "again")), {}), found) == found.rebuildable
+    assert len(list((tmp_path / "again/_commits").iterdir())) == count
+    assert len(asked) <= 2 * count
 
 
 def test_damaged_rows_are_never_made_good_by_a_new_commit(latentmill: Command, cache: Path) -> None:

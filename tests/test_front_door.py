@@ -1,0 +1,105 @@
+"""The command where a user's own modules are called as ours are, and where Python lacks what we need."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import encoded, smooth
+
+ROOT = Path(__file__).parents[1]
+WRONG = "raise SystemExit('a module of the user')\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's folder: modules of our names, and pictures in files and in Parquet (whose footer a child reads)."""
+    folder = tmp_path / "project"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "vae").mkdir()
+    for name in ("pipeline.py", "jobs/__init__.py", "vae/__init__.py"):
+        (folder / name).write_text(WRONG)
+    (folder / "pictures").mkdir()
+    (folder / "pictures/0.png").write_bytes(encoded(smooth(0), "PNG"))
+    table = pa.table({"image": [encoded(smooth(number)) for number in (1, 2)]})
+    pq.write_table(table, folder / "pictures/1.parquet")
+    return folder
+
+
+def run(command: Sequence[object], folder: Path, *path: Path) -> "subprocess.CompletedProcess[str]":
+    """A command in a folder, with these on PYTHONPATH."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=110
+    )
+
+
+def encode_argv(micro_vae: Path, *more: object) -> list[object]:
+    return ["encode", "pictures", "--to", "c", "--vae", micro_vae, "--resolution", 64, "--json", *more]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
+def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path, workers: int) -> None:
+    command = [sys.executable, "-m", "latentmill", *encode_argv(micro_vae, "--workers", workers)]
+    job = run(command, project, project, ROOT)
+    assert job.returncode == 0, job.stderr
+    assert json.loads(job.stdout)["stats"]["count"] == 3
+
+
+@pytest.mark.ray
+def test_a_users_modules_on_the_path_do_not_break_a_job_from_a_checkout(project: Path, micro_vae: Path) -> None:
+    argv = encode_argv(micro_vae, "--workers", 1)[1:]
+    argv[0], argv[2] = project / "pictures", project / "c"
+    job = run([sys.executable, "-m", "jobs.encode", *argv], ROOT, project)
+    assert job.returncode == 0, job.stderr
+    assert json.loads(job.stdout)["stats"]["count"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_users_modules_do_not_break_what_is_installed(project: Path, micro_vae: Path, tmp_path: Path) -> None:
+    """The built wheel in an environment of its own, beside the libraries of this one."""
+    sources, wheels, environment = tmp_path / "sources", tmp_path / "wheels", tmp_path / "environment"
+    for name in ("latentmill", "vae", "pipeline", "jobs"):
+        shutil.copytree(ROOT / name, sources / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, sources],
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin/python"
+    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    (site,) = environment.glob("lib/*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    where = run([python, "-c", "import latentmill; print(latentmill.__file__, latentmill.__version__)"], tmp_path)
+    assert where.stdout.split() == [str(site / "latentmill/__init__.py"), "0.1.0"]
+    for workers, command in ((0, [environment / "bin/latentmill"]), (1, [python, "-m", "latentmill"])):
+        argv = encode_argv(micro_vae, "--workers", workers)
+        argv[3] = f"c{workers}"
+        job = run([*command, *argv], project, project)
+        assert job.returncode == 0, job.stderr
+        assert json.loads(job.stdout)["stats"]["count"] == 3
+
+
+@pytest.mark.parametrize("command", ["latentmill", "jobs.status"])
+@pytest.mark.parametrize("missing", ["resource", "fcntl"])
+def test_where_python_lacks_what_is_needed_it_is_said(tmp_path: Path, command: str, missing: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    argv = ["status", "cache"] if command == "latentmill" else ["cache"]
+    job = run([sys.executable, "-m", command, *argv], tmp_path, tmp_path, ROOT)
+    said = f"latentmill: it runs on Linux and macOS, not on {sys.platform}; on Windows it runs in WSL\n"
+    assert (job.returncode, job.stdout, job.stderr) == (2, "", said)
