@@ -10,13 +10,25 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.beside import (
+    Beside,
+    as_listed,
+    differences,
+    extension,
+    is_image,
+    match,
+    packed,
+    some,
+    stem,
+    unpacked,
+)
 from pipeline.errors import CacheError, SourceError
 from pipeline.limits import shown
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, VERIFY, Shard, Unit, canonical_json
@@ -35,12 +47,9 @@ SCHEMA = pa.schema(
         ("paths", pa.list_(pa.string())),
         ("bytes", pa.int64()),
         ("etag", pa.string()),
+        ("files", pa.string()),
     ]
 )
-
-
-def extension(path: str) -> str:
-    return PurePosixPath(path).suffix.lower().removeprefix(".")
 
 
 def unit_name(stem: str, identity: object) -> str:
@@ -49,28 +58,30 @@ def unit_name(stem: str, identity: object) -> str:
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def units_of(shards: Sequence[Shard]) -> list[Unit]:
+def units_of(shards: Sequence[Shard], beside: Beside | None = None) -> list[Unit]:
     """The units of these shards: tars, Parquet files, pictures, each in the order of the paths; others are passed over.
 
     A Parquet file beside a tar of its name is img2dataset's metadata, and no unit.
+    beside: the texts of images, where they are known already, or others than captions and metadata come along.
     """
+    texts = (beside or match(shards, TEXT_EXTENSIONS)).texts
     tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
-    beside = {_stem(unit.path) for unit in tars}
-    parquets = [s for s in shards if extension(s.path) == "parquet" and _stem(s.path) not in beside]
+    of_tars = {stem(unit.path) for unit in tars}
+    parquets = [s for s in shards if extension(s.path) == "parquet" and stem(s.path) not in of_tars]
     ranges = [unit for shard in parquets for unit in parquet_units(shard)]
-    pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
-    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
-    return tars + ranges + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+    pictures = [shard for shard in shards if is_image(shard.path)]
+    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
+    groups = [group for _, below in by_root for group in picture_groups(list(below))]
+    return tars + ranges + [folder_unit(group, texts) for group in groups]
 
 
-def passed_over(shards: Sequence[Shard]) -> Counter[str]:
-    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar."""
-    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS}
-    others = Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
-    # texts are looked for beside each picture, by one name: `.TXT` is not found
-    suffixes = (PurePosixPath(shard.path).suffix.removeprefix(".") for shard in shards)
-    others += Counter(name for name in suffixes if name != name.lower() and name.lower() in TEXT_EXTENSIONS)
-    return Counter({shown(name): count for name, count in others.items()})
+def passed_over(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
+    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar.
+
+    texts: extensions of the files beside a picture that come along.
+    """
+    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
+    return Counter(shown(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
 
 
 def name_of(unit: Unit) -> str:
@@ -112,7 +123,7 @@ def parquet_units(shard: Shard) -> list[Unit]:
 def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
     """Up to 256 pictures each, in order; pictures that differ in their extension only stay together."""
     group: list[Shard] = []
-    for _, twins in itertools.groupby(pictures, key=lambda shard: _stem(shard.path)):
+    for _, twins in itertools.groupby(pictures, key=lambda shard: stem(shard.path)):
         same = list(twins)
         if group and len(group) + len(same) > PICTURES_PER_UNIT:
             yield group
@@ -122,9 +133,10 @@ def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
         yield group
 
 
-def folder_unit(pictures: list[Shard]) -> Unit:
+def folder_unit(pictures: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
     root, paths = pictures[0].root, tuple(shard.path for shard in pictures)
     folder = paths[0].split("/", 1)[0]
+    files = packed(pictures, texts)
     return Unit(
         name=unit_name(folder, list(paths)),
         kind="folder",
@@ -132,18 +144,9 @@ def folder_unit(pictures: list[Shard]) -> Unit:
         path=folder,
         paths=paths,
         bytes=sum(shard.bytes for shard in pictures),
-        etag=etag_of_all(pictures),
+        etag=hashlib.sha256(files.encode()).hexdigest(),
+        files=files,
     )
-
-
-def etag_of_all(pictures: Iterable[Shard]) -> str:
-    """What changes with the size or the ETag of any of these."""
-    listed = [[shard.path, shard.bytes, shard.etag] for shard in pictures]
-    return hashlib.sha256(canonical_json(listed)).hexdigest()
-
-
-def _stem(path: str) -> str:
-    return path[: len(path) - len(PurePosixPath(path).suffix)]
 
 
 def hashes(cache: Folder) -> dict[str, str]:
@@ -176,6 +179,7 @@ def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
                     paths=tuple(row["paths"] or ()),
                     bytes=row["bytes"],
                     etag=row["etag"],
+                    files=row["files"] or "",
                 )
             )
     return units
@@ -204,6 +208,7 @@ def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
             "paths": list(unit.paths),
             "bytes": unit.bytes,
             "etag": unit.etag,
+            "files": unit.files or None,
         }
         for unit in units
     ]
@@ -212,15 +217,19 @@ def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
     return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
 
 
-def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str]]:
+def extend(
+    cache: Folder, shards: Sequence[Shard], texts: Collection[str] = TEXT_EXTENSIONS
+) -> tuple[list[Unit], list[str]]:
     """Plan what is not planned yet. Returns all units, and what was noticed: a line each.
 
+    texts: extensions of the files beside a picture that come along.
     Raises SourceError where there is nothing to plan at all.
     """
+    beside = match(shards, texts)
     while True:
         names = names_in(cache)
         planned = read_files(cache, names)
-        new, noticed = unplanned(shards, planned)
+        new, noticed = unplanned(shards, planned, beside)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
@@ -232,33 +241,42 @@ def extend(cache: Folder, shards: Sequence[Shard]) -> tuple[list[Unit], list[str
             raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
 
 
-def changed_pictures(shards: Sequence[Shard], planned: Sequence[Unit]) -> Iterator[str]:
-    """A line for every unit of pictures that are all there still, and not all as they were."""
-    listed = {shard.path: shard for shard in shards}
+def changed_files(listed: Mapping[str, Shard], planned: Iterable[Unit], beside: Beside) -> Iterator[str]:
+    """The paths of images, and of texts beside images, that are not what was planned; images that are gone are none."""
     for unit in planned:
         pictures = [listed[path] for path in unit.paths if path in listed]
-        if unit.paths and len(pictures) == len(unit.paths) and etag_of_all(pictures) != unit.etag:
-            yield (
-                f"of {len(pictures)} pictures from {pictures[0].url} on, one or more have changed since they were "
-                "planned; the cache keeps what they were"
-            )
+        if not pictures or (len(pictures) == len(unit.paths) and packed(pictures, beside.texts) == unit.files):
+            continue
+        for before in unpacked(unit):
+            if before.image.path in listed:
+                yield from differences(before, as_listed(listed[before.image.path], beside.texts))
 
 
-def unplanned(shards: Sequence[Shard], planned: Sequence[Unit]) -> tuple[list[Unit], list[str]]:
+def unplanned(shards: Sequence[Shard], planned: Sequence[Unit], beside: Beside) -> tuple[list[Unit], list[str]]:
     """The units that are to be added for these shards, and a line for every shard that has changed since."""
     files = {unit.path: unit for unit in planned if unit.kind != "folder"}
-    beside = {_stem(unit.path) for unit in planned if unit.kind == "tar"}
+    tars = {stem(unit.path) for unit in planned if unit.kind == "tar"}
     pictures = {path for unit in planned for path in unit.paths}
-    stems = {_stem(path) for path in pictures}
+    stems = {stem(path) for path in pictures}
     new: list[Shard] = []
-    noticed = list(changed_pictures(shards, planned))
+    noticed: list[str] = []
+    if changed := sorted(set(changed_files({shard.path: shard for shard in shards}, planned, beside))):
+        noticed.append(
+            f"{len(changed):,} images or texts beside them were edited, added or removed since they were planned: "
+            f"{some(changed)}; the cache keeps what they were"
+        )
+    if beside.unused:
+        noticed.append(
+            f"{len(beside.unused):,} texts belong to no image, or to several, or another text counts in their place: "
+            f"{some(beside.unused)}"
+        )
     for shard in shards:
         if before := files.get(shard.path):
             if (before.bytes, before.etag) != (shard.bytes, shard.etag):
                 noticed.append(f"{shard.url} has changed since it was planned; the cache keeps what it was")
         elif shard.path not in pictures:
-            if extension(shard.path) in PICTURE_EXTENSIONS and _stem(shard.path) in stems:
+            if is_image(shard.path) and stem(shard.path) in stems:
                 noticed.append(f"{shard.url} is left out: the cache has another picture of its name; rename it")
-            elif extension(shard.path) != "parquet" or _stem(shard.path) not in beside:
+            elif extension(shard.path) != "parquet" or stem(shard.path) not in tars:
                 new.append(shard)
-    return units_of(new), noticed
+    return units_of(new, beside), noticed

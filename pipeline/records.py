@@ -59,12 +59,22 @@ class Shard:
     etag: str
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """An image of a folder, or a text beside one, as it was listed. path: from the root's own name on."""
+
+    path: str
+    bytes: int
+    etag: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """What one task does: a whole tar, a range of a Parquet file, or up to 256 pictures of a folder.
 
     name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
     `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
+    files: of a folder, what its images and their texts were (`pipeline.beside` packs them); `etag` is the sha256 of it.
     """
 
     name: str
@@ -75,6 +85,7 @@ class Unit:
     paths: tuple[str, ...] = ()
     bytes: int = 0
     etag: str = ""
+    files: str = ""
 
     @property
     def share(self) -> int:
@@ -280,7 +291,7 @@ class UnitReport:
     """What a finished unit tells the driver: counts, never pixels.
 
     adopted: parts that stood there already. encoded: rows of the others. again: pictures that overflowed and were
-    encoded again in float32.
+    encoded again in float32. texts: by text column, how many of the encoded rows have that text.
     damage: what is wrong with the shard, where its rest was rejected.
     """
 
@@ -294,6 +305,7 @@ class UnitReport:
     adopted: int = 0
     encoded: int = 0
     again: int = 0
+    texts: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     damage: str = ""
     seconds: Seconds = field(default_factory=Seconds)

@@ -39,11 +39,15 @@ def test_other_files_are_passed_over() -> None:
     assert plan.units_of([shard("data/a.txt"), shard("data/a_stats.json")]) == []
 
 
-def test_other_files_and_texts_that_are_not_looked_for_are_counted() -> None:
+def test_other_files_and_texts_that_are_not_looked_for_are_counted(tmp_path: Path) -> None:
     shards = [
         shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
     ]
-    assert plan.passed_over(shards) == {"TXT": 1, "Json": 1, "tiff": 2, "\\x1b": 1}
+    assert plan.passed_over(shards) == {"tiff": 2, "\\x1b": 1}
+    assert plan.passed_over(shards, ("tiff",)) == {"\\x1b": 1}
+    _, (line,) = plan.extend(Folder(str(tmp_path)), shards)
+    assert line.startswith("2 texts belong to no image")
+    assert "data/b.TXT, data/c.Json" in line
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -110,7 +114,9 @@ def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
     pictures[1] = shard("data/1.jpg", size=2)
     units, (line,) = plan.extend(cache, pictures)
     assert units == first
-    assert "of 3 pictures from /disk/data/0.jpg on, one or more have changed since they were planned" in line
+    assert line.startswith(
+        "1 images or texts beside them were edited, added or removed since they were planned: data/1.jpg;"
+    )
 
 
 def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
