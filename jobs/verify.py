@@ -12,7 +12,7 @@ from jobs.options import VerifyOptions, parse, storage_options
 from jobs.progress import Meter, say
 from jobs.settings import encode_job
 from jobs.standing import files, finish, matching_vae, units
-from pipeline import identity, verify
+from pipeline import commit, identity, verify
 from pipeline.cache import Cache
 from pipeline.encode import Compute
 from pipeline.errors import CacheError, UsageError
@@ -65,6 +65,8 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
     )
     job: EncodeJob = encode_job(cache.folder, cache.content, compute, options.input_limit, 1, run="")
     where = units(options.source, cache)
+    retried = commit.superseded(cache.folder, cache.content["identity_sha256"], set(where))
+    job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         for unit in where.values():
             parts = [part for part in found.parts if part.record.unit == unit.name and not part.record.round]

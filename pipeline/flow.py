@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +27,7 @@ from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits, check_columns
 from pipeline.overlap import Peekable, in_order
-from pipeline.read_folder import read_folder
+from pipeline.read_folder import read_unit
 from pipeline.read_parquet import read_beside, read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.records import (
@@ -63,6 +63,8 @@ class Reading(Protocol):
     def key_column(self) -> str | None: ...
     @property
     def limits(self) -> Limits: ...
+    @property
+    def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +192,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     samples = Peekable(watched(reading, tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
+    texts: Counter[str] = Counter()
     for number in itertools.count():
         part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
@@ -197,6 +200,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             some = itertools.islice(samples, job.rows_per_part)
             filled, behind = fill(unit, some, tools, clock, job.superseded.get(unit.name, {})), 0
             encoded, again = encoded + len(filled.rows), again + filled.again
+            texts += tally.with_texts(filled.rows, job.layout.columns.texts)
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows, job.layout)
@@ -207,11 +211,14 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             break
     commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
-    return replace(report, encoded=encoded, again=again, damage="".join(damage))
+    return replace(report, encoded=encoded, again=again, texts=texts, damage="".join(damage))
 
 
-def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
-    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for."""
+def read(unit: Unit, job: Reading, mended: Container[int] | None = None) -> Iterator[Sample | Reject]:
+    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
+
+    mended: positions at which files of a folder may be others than were planned; those that a retry has, if not given.
+    """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
         beside = read_beside_tar(unit, job)
@@ -228,13 +235,8 @@ def read(unit: Unit, job: Reading) -> Iterator[Sample | Reject]:
                 stream, unit.url, unit.bytes, part, job.image_column, job.key_column, columns.schema, job.limits
             )
     elif unit.kind == "folder":
-        yield from read_folder(
-            unit.paths,
-            lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, job.limits.picture_bytes),
-            lambda below: storage.check_has_files(storage.parent(f"{unit.url}/{below}"), options),
-            columns.texts,
-            job.limits,
-        )
+        retried = job.superseded.get(unit.name, ())
+        yield from read_unit(unit, options, columns.texts, job.limits, retried if mended is None else mended)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
 

@@ -101,7 +101,7 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
     job, clock, unit = tools.job, Clock(), task.unit
     wanted = {position for rejects in task.rejected.values() for position in rejects}
-    readable = to_the_damage(read(unit, job), [])
+    readable = to_the_damage(read(unit, job, mended=range(len(unit.paths))), [])
     samples = (sample for sample in watched(readable, tools, clock) if sample.position in wanted)
     standing: list[Standing] = []
     for number, some in itertools.groupby(samples, key=lambda sample: sample.position // job.rows_per_part):
