@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from braceexpand import braceexpand
 
+from pipeline.beside import is_image, near
 from pipeline.errors import SourceError
 from pipeline.limits import shown, text_of
 from pipeline.records import Shard
@@ -24,7 +25,8 @@ def list_shards(
 ) -> list[Shard]:
     """The files that the sources name, sorted by path; those below the URL `but` (the cache) are left out.
 
-    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range.
+    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range; what has the name of
+    an image, but for its extension, comes with it.
     noticed: a line is put in there for what is no file, and for folders that may not be entered.
     Raises SourceError for a source that names nothing, two files with one path, and a shard whose name is not UTF-8.
     """
@@ -56,6 +58,7 @@ def _expand(source: str, options: Mapping[str, Any], but: str | None, others: li
         else:
             root, patterns = _fixed_directory(path), _alternatives(path)
         files: dict[str, Mapping[str, Any]] = {}
+        named: dict[str, set[str]] = {}
         for pattern in patterns:
             matches = _matches(fs, pattern)
             if not matches:
@@ -64,15 +67,20 @@ def _expand(source: str, options: Mapping[str, Any], but: str | None, others: li
             if not below:
                 raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
             files.update(below)
+            if images := {path for path in matches if path in below and is_image(path)}:
+                place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
+                named.setdefault(place, set()).update(images)
+        for place, images in named.items():
+            files.update(_beside(fs, place, images, root, but, others))
     root = root.rstrip("/")
-    name = PurePosixPath(root).name
+    name, url = PurePosixPath(root).name, full_url(fs, root)
     for file in sorted(files):
         path = file[len(root) + 1 :]
         if not any(step.startswith(".") for step in path.split("/")):
             _check_utf8(file, root)
             yield Shard(
                 url=text_of(full_url(fs, file)),
-                root=full_url(fs, root),
+                root=url,
                 path=text_of(f"{name}/{path}"),
                 bytes=int(files[file].get("size") or 0),
                 etag=etag_of(files[file]),
@@ -98,6 +106,22 @@ def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: list[st
     for path, info in paths.items():
         found.update(fs.find(path, detail=True) if info["type"] == "directory" else {path: info})
     return found
+
+
+def _beside(fs: Any, place: str, images: set[str], root: str, but: str | None, others: list[str]) -> Found:
+    """The files beside images that were named one by one, or by their extension, and not with all of their folder.
+
+    place: that folder with a `/` at its end, or the pattern of all that lies there.
+    """
+    if place.endswith("/"):
+        there = {str(entry["name"]): entry for entry in fs.ls(place, detail=True)}
+    else:
+        there = dict(_matches(fs, place))
+    texts = {path: there[path] for path in near(there, images)}
+    texts = {
+        path: info for path, info in texts.items() if not (info["type"] == "directory" if info else fs.isdir(path))
+    }
+    return _files_of(fs, texts, root, but, others)
 
 
 def _check_utf8(file: str, root: str) -> None:
