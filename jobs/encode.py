@@ -32,12 +32,14 @@ class Totals:
     seconds: Seconds = field(default_factory=Seconds)
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
+    texts: Counter[str] = field(default_factory=Counter)
     wall: float = 0.0  # seconds from the start of the replicas to the end of the last unit
     working: float = 0.0  # the same from the moment the first replica was ready
 
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
+        self.texts.update(done.texts)
         names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
@@ -45,6 +47,13 @@ class Totals:
     def rate(self) -> float:
         """Pictures encoded a second, once replicas were ready."""
         return self.counts["encoded"] / (self.working or self.wall or 1.0)
+
+    @property
+    def without(self) -> str:
+        """How many of the encoded pictures have no text of a kind that others have; empty where that is none."""
+        encoded = self.counts["encoded"]
+        lacking = {name: encoded - count for name, count in self.texts.items() if count < encoded}
+        return ", ".join(f"{count:,} of {encoded:,} pictures have no {name}" for name, count in lacking.items())
 
     @property
     def bounded_by(self) -> str:
@@ -101,10 +110,10 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[list[Shard],
     units = plan.units_of(shards)
     if not units:
         raise SourceError(f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}")
-    if others := plan.passed_over(shards):
+    wanted = settings.wanted_columns(options)
+    if others := plan.passed_over(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
-    wanted = settings.wanted_columns(options)
     return shards, survey.columns_of(
         shards, units, cache.options, options.image_column or None, wanted, limits_of(options.input_limit)
     )
@@ -120,7 +129,7 @@ def encode(
     signals: Signals,
 ) -> Outcome:
     """Do what is missing in a cache."""
-    units, noticed = plan.extend(cache, shards)
+    units, noticed = plan.extend(cache, shards, identity.layout_of(content).columns.texts)
     units = units[: options.max_shards or None]
     finished = commit.finished(cache)
     pending = [unit for unit in units if unit.name not in finished]
@@ -217,6 +226,7 @@ def facts(totals: Totals) -> dict[str, Any]:
     return {
         "counts": dict(totals.counts),
         "rejects": dict(totals.rejects),
+        "texts": dict(totals.texts),
         "seconds": dataclasses.asdict(totals.seconds),
         "images_per_second": totals.rate,
     }
@@ -249,6 +259,8 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    if totals.without:
+        lines.append(f"  texts      {totals.without}")
     if counts["again"]:
         lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
     spent = dataclasses.asdict(totals.seconds)
