@@ -22,6 +22,7 @@ from jobs.options import (
     flag,
     make_parser,
 )
+from pipeline import plan
 from pipeline.errors import REASONS
 from pipeline.layout import Layout
 from pipeline.limits import Limits
@@ -159,6 +160,12 @@ def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
     for field in schema_of(Layout()):
         assert f"`{field.name}`" in page, field.name
+
+
+def test_the_format_page_names_every_column_of_the_plan() -> None:
+    page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"^- `_plan/NNNNN.parquet`: .*?(?=^- )", page, re.DOTALL | re.MULTILINE)
+    assert [name for name in plan.SCHEMA.names if f"`{name}`" not in entry] == []
 
 
 if __name__ == "__main__":
