@@ -117,10 +117,8 @@ def _beside(fs: Any, place: str, images: set[str], root: str, but: str | None, o
         there = {str(entry["name"]): entry for entry in fs.ls(place, detail=True)}
     else:
         there = dict(_matches(fs, place))
-    texts = {path: there[path] for path in near(there, images)}
-    texts = {
-        path: info for path, info in texts.items() if not (info["type"] == "directory" if info else fs.isdir(path))
-    }
+    folders = fs.isdir if is_local(fs) else lambda path: there[path]["type"] == "directory"
+    texts = {path: there[path] for path in near(there, images) if not folders(path)}
     return _files_of(fs, texts, root, but, others)
 
 
