@@ -14,7 +14,7 @@ from jobs.place import place
 from jobs.progress import Meter, say_each
 from jobs.scheduler import Failure
 from jobs.standing import files, matching_vae, units
-from pipeline import identity, storage
+from pipeline import commit, identity, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
 from pipeline.errors import CacheError, UsageError
@@ -54,6 +54,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
         done.append(sheet)
         meter.task_done(len(sheet.pictures), len(sheet.pictures), 0)
 
+    drawn = {row.unit.name for task in tasks for row in task.rows}
     with place(options) as where:
         job = RenderJob(
             cache=cache.folder,
@@ -67,6 +68,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             limits=limits_of(options.input_limit),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
+            superseded=commit.superseded(cache.folder, cache.content["identity_sha256"], drawn),
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
 

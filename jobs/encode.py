@@ -38,6 +38,7 @@ class Totals:
     seconds: Seconds = field(default_factory=Seconds)
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
+    texts: Counter[str] = field(default_factory=Counter)
     wall: float = 0.0  # seconds from the start of the replicas to the end of the last unit
     working: float = 0.0  # the same from the moment the first replica was ready
     worker_seconds: float = 0.0  # for which replicas were ready, summed over the replicas
@@ -45,6 +46,7 @@ class Totals:
     def add(self, done: UnitReport) -> None:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
+        self.texts.update(done.texts)
         names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
@@ -66,6 +68,13 @@ class Totals:
         }
         whole = sum(parts.values())
         return {name: seconds / whole for name, seconds in parts.items()} if whole else {}
+
+    @property
+    def without(self) -> str:
+        """How many of the encoded pictures have no text of a kind that others have; empty where that is none."""
+        encoded = self.counts["encoded"]
+        lacking = {name: encoded - count for name, count in self.texts.items() if count < encoded}
+        return ", ".join(f"{count:,} of {encoded:,} pictures have no {name}" for name, count in lacking.items())
 
     @property
     def bounded_by(self) -> str:
@@ -134,10 +143,10 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Col
         say(f"note: {archives}")
     if count := sum(map(plan.is_tables_own, shards)):
         say(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    if others := plan.passed_over(shards):
+    wanted = settings.wanted_columns(options)
+    if others := plan.passed_over(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
-    wanted = settings.wanted_columns(options)
     return listing, survey.columns_of(
         shards, units, where, options.image_column or None, wanted, limits_of(options.input_limit)
     )
@@ -160,7 +169,14 @@ def encode(
     failures: Sequence[Failure] = ()
     with log.kept():
         log.begin(weak)
-        units, noticed = plan.extend(cache, listing.shards, listing.sources, options.new_source, options.same_source)
+        units, noticed = plan.extend(
+            cache,
+            listing.shards,
+            listing.sources,
+            options.new_source,
+            options.same_source,
+            texts=identity.layout_of(content).columns.texts,
+        )
         units = units[: options.max_shards or None]
         finished = commit.finished(cache)
         pending = [unit for unit in units if unit.name not in finished]
@@ -268,6 +284,7 @@ def facts(totals: Totals) -> dict[str, Any]:
     return {
         "counts": dict(totals.counts),
         "rejects": dict(totals.rejects),
+        "texts": dict(totals.texts),
         "seconds": dataclasses.asdict(totals.seconds),
         "bounded_by": totals.bounded_by,
         "device_busy": totals.device_busy,
@@ -301,6 +318,8 @@ def tell(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    if totals.without:
+        lines.append(f"  texts      {totals.without}")
     if counts["again"]:
         lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
     if totals.shares:

@@ -13,7 +13,7 @@ from jobs.options import VerifyOptions, parse, source_options, storage_options
 from jobs.progress import Meter, say
 from jobs.settings import encode_job
 from jobs.standing import files, finish, matching_vae, units
-from pipeline import identity, verify
+from pipeline import commit, identity, verify
 from pipeline.cache import Cache
 from pipeline.damage import rests
 from pipeline.encode import Compute
@@ -71,6 +71,8 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
         cache.folder, cache.content, compute, options.input_limit, 1, "", source_options(options)
     )
     where = units(options, cache)
+    retried = commit.superseded(cache.folder, cache.content["identity_sha256"], set(where))
+    job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         left = uncounted(found)
         by_unit: dict[str, list[Standing]] = {}

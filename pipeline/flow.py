@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
@@ -28,7 +28,7 @@ from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits, check_columns, check_share
 from pipeline.overlap import Peekable, in_order
-from pipeline.read_folder import read_folder
+from pipeline.read_folder import read_unit
 from pipeline.read_parquet import read_beside, read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.records import (
@@ -64,6 +64,8 @@ class Reading(Protocol):
     def key_column(self) -> str | None: ...
     @property
     def limits(self) -> Limits: ...
+    @property
+    def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     samples = Peekable(watched(before_the_rest(reading, superseded), tools, clock))
     standing: list[Standing] = []
     adopted = behind = encoded = again = 0
+    texts: Counter[str] = Counter()
     for number in itertools.count():
         part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
@@ -191,6 +194,7 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
                 some = iter([rest_alone(unit.url, number * job.rows_per_part, damage)])
             filled, behind = fill(unit, some, tools, clock, superseded), 0
             encoded, again = encoded + len(filled.rows), again + filled.again
+            texts += tally.with_texts(filled.rows, job.layout.columns.texts)
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
                 part = commit.publish(job.cache, record, filled.rows, job.layout)
@@ -201,16 +205,22 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
             break
     commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
-    return replace(report, encoded=encoded, again=again, damage="".join(damage), passed_over=passed)
+    damaged = "".join(damage)
+    return replace(report, encoded=encoded, again=again, texts=texts, damage=damaged, passed_over=passed)
 
 
 def read(
-    unit: Unit, job: Reading, passed: Counter[str] | None = None, on_piece: Callable[[], None] = lambda: None
+    unit: Unit,
+    job: Reading,
+    passed: Counter[str] | None = None,
+    on_piece: Callable[[], None] = lambda: None,
+    mended: Container[int] | None = None,
 ) -> Iterator[Sample | Reject]:
     """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
 
     passed: what is no part of a sample is counted there, by kind.
     on_piece: called again and again while what follows a damage is read. A DamagedError is raised after that.
+    mended: positions at which files of a folder may be others than were planned; those that a retry has, if not given.
     """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
@@ -231,13 +241,8 @@ def read(
             )
             yield from after_all_bytes(samples, stream, on_piece)
     elif unit.kind == "folder":
-        yield from read_folder(
-            unit.paths,
-            lambda below: storage.read_file_if_there(f"{unit.url}/{below}", options, job.limits.picture_bytes),
-            lambda below: storage.check_has_files(storage.parent(f"{unit.url}/{below}"), options),
-            columns.texts,
-            job.limits,
-        )
+        retried = job.superseded.get(unit.name, ())
+        yield from read_unit(unit, options, columns.texts, job.limits, retried if mended is None else mended)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
 

@@ -93,12 +93,15 @@ def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> Non
 
 
 def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:
-    """The text in a file beside a picture; None of None. Raises Rejected where it is too long, or none."""
+    """The text in a file beside a picture, without a byte-order mark; None of None.
+
+    Raises Rejected where it is too long, or none.
+    """
     if data is None:
         return None
     if len(data) > limits.text_bytes:
         raise Rejected("read", "text_too_long", name, limits.text_bytes)
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Rejected("read", "bad_text", name) from None

@@ -14,6 +14,7 @@ from typing import Any, cast
 from braceexpand import braceexpand
 
 from pipeline import outputs
+from pipeline.beside import is_image, near
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import shown, text_of
 from pipeline.records import PICTURE_EXTENSIONS, Shard
@@ -70,9 +71,10 @@ def list_shards(
 def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -> Listing:
     """The files that the sources name; those below the URL `but` (the cache) are left out.
 
-    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range; `NAME=SOURCE` gives
-    it another name than its root's. Noted is what is no file, folders that may not be entered, links to files that are
-    listed themselves, and what latentmill wrote.
+    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range; what has the name of
+    an image, but for its extension, comes with it. `NAME=SOURCE` gives it another name than its root's.
+    Noted is what is no file, folders that may not be entered, links to files that are listed themselves, and what
+    latentmill wrote.
     Raises SourceError for a source that names nothing, two with one name, and a shard whose name is not UTF-8.
     """
     cache = url_as_listed(but).rstrip("/") + "/"
@@ -185,6 +187,7 @@ def _expand(
         if not name:
             raise SourceError(f"the source {source} has no name: give it one, as NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
+        named: dict[str, set[str]] = {}
         for pattern in patterns:
             matches = _matches(fs, pattern)
             if not matches:
@@ -193,6 +196,11 @@ def _expand(
             if not below:
                 raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
             files.update(below)
+            if images := {path for path in matches if path in below and is_image(path)}:
+                place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
+                named.setdefault(place, set()).update(images)
+        for place, images in named.items():
+            files.update(_beside(fs, place, images, root, but, passed.others))
         root = root.rstrip("/")
         files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
         system = {file for file in files if not SYSTEM.isdisjoint(file[len(root) + 1 :].split("/"))}
@@ -292,6 +300,20 @@ def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: set[str
     for path, info in paths.items():
         found.update(fs.find(path, detail=True) if info["type"] == "directory" else {path: info})
     return found
+
+
+def _beside(fs: Any, place: str, images: set[str], root: str, but: str | None, others: set[str]) -> Found:
+    """The files beside images that were named one by one, or by their extension, and not with all of their folder.
+
+    place: that folder with a `/` at its end, or the pattern of all that lies there.
+    """
+    if place.endswith("/"):
+        there = {str(entry["name"]): entry for entry in fs.ls(place, detail=True)}
+    else:
+        there = dict(_matches(fs, place))
+    folders = fs.isdir if is_local(fs) else lambda path: there[path]["type"] == "directory"
+    texts = {path: there[path] for path in near(there, images) if not folders(path)}
+    return _files_of(fs, texts, root, but, others)
 
 
 def _check_utf8(file: str, root: str) -> None:

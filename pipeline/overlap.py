@@ -15,17 +15,23 @@ def in_order(
     items: Iterable[In],
     window: int,
     wait: Callable[["Future[Out]"], Out] = Future.result,
+    weight: Callable[[In], int] = lambda item: 0,
+    budget: int = 0,
 ) -> Iterator[Out]:
     """`map(function, items)` with up to `window` calls under way: the same results, in the same order.
 
-    Items are taken in the caller's thread, one whenever a result is handed out, so memory is bounded by `window`.
+    Items are taken in the caller's thread, one whenever a result is handed out, so memory is bounded by `window`; and
+    by `budget`, which the weights of all but the last item under way do not exceed together.
     wait: gets a call's result, once the call has ended.
     """
     running: deque[Future[Out]] = deque()
+    weights: deque[int] = deque()
     try:
         for item in items:
             running.append(pool.submit(function, item))
-            if len(running) >= window:
+            weights.append(weight(item))
+            while len(running) >= window or sum(weights) > budget:
+                weights.popleft()
                 yield wait(running.popleft())
         while running:
             yield wait(running.popleft())

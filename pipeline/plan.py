@@ -8,10 +8,9 @@ import hashlib
 import io
 import itertools
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import commit, sources
+from pipeline.beside import Beside, extension, files_of, is_image, match, pinned, stem, unpacked
 from pipeline.errors import CacheError, SourceError
 from pipeline.limits import shown
 from pipeline.listing import Source, some
@@ -46,29 +46,27 @@ SCHEMA = pa.schema(
 )
 
 
-def extension(path: str) -> str:
-    """Of a file's name, in small letters, without its dot."""
-    return os.path.splitext(path)[1][1:].lower()
-
-
-def unit_name(stem: str, identity: object) -> str:
+def unit_name(name: str, identity: object) -> str:
     """A file-name-safe stem, a dash, and 16 hex digits of the sha256 of what the unit reads (canonical JSON)."""
-    safe = re.sub(r"[^A-Za-z0-9_]+", "_", stem).strip("_")[:64] or "unit"
+    safe = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:64] or "unit"
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def units_of(shards: Sequence[Shard]) -> list[Unit]:
+def units_of(shards: Sequence[Shard], beside: Beside | None = None) -> list[Unit]:
     """The units of these shards: tars, Parquet files, pictures, each in the order of the paths; others are passed over.
 
     A Parquet file beside a tar of its name is img2dataset's metadata, and no unit; nor is `is_tables_own`.
+    beside: the texts of images, if they are known already, or others than captions and metadata come along.
     """
+    texts = (beside or match(shards, TEXT_EXTENSIONS)).texts
     shards = inputs_among(shards)
     tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
     parquets = [shard for shard in shards if extension(shard.path) == "parquet"]
     ranges = [unit for shard in parquets for unit in parquet_units(shard)]
-    pictures = [shard for shard in shards if extension(shard.path) in PICTURE_EXTENSIONS]
-    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, _stem(s.path), s.path)), key=lambda s: s.root)
-    return tars + ranges + [folder_unit(group) for _, below in by_root for group in picture_groups(list(below))]
+    pictures = [shard for shard in shards if is_image(shard.path)]
+    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
+    groups = [group for _, below in by_root for group in picture_groups(list(below))]
+    return tars + ranges + [folder_unit(group, texts) for group in groups]
 
 
 def is_tables_own(shard: Shard) -> bool:
@@ -78,25 +76,24 @@ def is_tables_own(shard: Shard) -> bool:
 
 def inputs_among(shards: Sequence[Shard]) -> list[Shard]:
     """Those of the files that units are made of."""
-    beside = {_stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
+    beside = {stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
 
     def is_input(shard: Shard) -> bool:
         kind = extension(shard.path)
         if kind == "parquet":
-            return _stem(shard.path) not in beside and not is_tables_own(shard)
-        return kind == "tar" or kind in PICTURE_EXTENSIONS
+            return stem(shard.path) not in beside and not is_tables_own(shard)
+        return kind == "tar" or is_image(shard.path)
 
     return [shard for shard in shards if is_input(shard)]
 
 
-def passed_over(shards: Sequence[Shard]) -> Counter[str]:
-    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar."""
-    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS}
-    others = Counter(extension(shard.path) for shard in shards if extension(shard.path) not in known)
-    # texts are looked for beside each picture, by one name: `.TXT` is not found
-    suffixes = (PurePosixPath(shard.path).suffix.removeprefix(".") for shard in shards)
-    others += Counter(name for name in suffixes if name != name.lower() and name.lower() in TEXT_EXTENSIONS)
-    return Counter({shown(name): count for name, count in others.items()})
+def passed_over(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
+    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar.
+
+    texts: extensions of the files beside a picture that come along.
+    """
+    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
+    return Counter(shown(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
 
 
 def name_of(unit: Unit) -> str:
@@ -121,10 +118,10 @@ def tar_unit(shard: Shard) -> Unit:
 def parquet_units(shard: Shard) -> list[Unit]:
     """A unit for each range k of n, n from the file's size alone."""
     count = max(1, math.ceil(shard.bytes / RANGE_BYTES))
-    stem = PurePosixPath(shard.path).stem
+    name = PurePosixPath(shard.path).stem
     return [
         Unit(
-            name=unit_name(stem, [shard.path, [k, count]]),
+            name=unit_name(name, [shard.path, [k, count]]),
             kind="parquet",
             url=shard.url,
             path=shard.path,
@@ -140,7 +137,7 @@ def parquet_units(shard: Shard) -> list[Unit]:
 def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
     """Up to 256 pictures each, in order; pictures that differ in their extension only stay together."""
     group: list[Shard] = []
-    for _, twins in itertools.groupby(pictures, key=lambda shard: _stem(shard.path)):
+    for _, twins in itertools.groupby(pictures, key=lambda shard: stem(shard.path)):
         same = list(twins)
         if group and len(group) + len(same) > PICTURES_PER_UNIT:
             yield group
@@ -150,7 +147,7 @@ def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
         yield group
 
 
-def folder_unit(pictures: list[Shard]) -> Unit:
+def folder_unit(pictures: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
     root, paths = pictures[0].root, tuple(shard.path for shard in pictures)
     folder = paths[0].split("/", 1)[0]
     return Unit(
@@ -160,12 +157,8 @@ def folder_unit(pictures: list[Shard]) -> Unit:
         path=folder,
         paths=paths,
         root=root,
-        **sources.pinned(pictures),
+        **pinned([files_of(picture, texts) for picture in pictures]),
     )
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
 
 
 def hashes(cache: Folder) -> dict[str, str]:
@@ -261,17 +254,20 @@ def extend(
     named: Sequence[Source] = (),
     new_source: bool = False,
     same_source: bool = False,
+    texts: Collection[str] = TEXT_EXTENSIONS,
 ) -> tuple[list[Unit], list[str]]:
     """Plan what is not planned yet. Returns all units, and what was noticed: a line for each kind.
 
     named: the sources that list the shards. new_source: they are new ones, whatever planned files they resemble.
     same_source: a file of a planned path and size is what was planned, whatever its ETag.
+    texts: extensions of the files beside an image that come along.
     Raises SourceError if there is nothing to plan at all, and if the sources are not those that were planned.
     """
+    beside = match(shards, texts)
     while True:
         names = names_in(cache)
         planned = read_files(cache, names)
-        new, units, noticed = compare(cache, shards, planned, named, new_source, same_source)
+        new, units, noticed = compare(cache, shards, beside, planned, named, new_source, same_source)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
@@ -286,6 +282,7 @@ def extend(
 def compare(
     cache: Folder,
     shards: Sequence[Shard],
+    beside: Beside,
     planned: Sequence[Unit],
     named: Sequence[Source],
     new_source: bool,
@@ -297,8 +294,11 @@ def compare(
     before = list(planned)
     planned, noticed = sources.relocated(planned, listed, named, same_source)
     files = {file.path: file for unit in planned for file in sources.inputs_of(unit)}
-    again, more = planned_anew(cache, planned, listed, same_source)
+    again, more = planned_anew(cache, planned, listed, beside, same_source)
     noticed += more
+    if beside.unused:
+        what = "texts that belong to no image, or to several, or in whose place another one counts"
+        noticed.append(f"{what}: {len(beside.unused):,} ({some(beside.unused)})")
     if gone := sources.gone(files, listed, named):
         noticed.append(f"planned inputs that are gone: {len(gone):,} ({some(gone)}); what was encoded of them stays")
     if same_source:
@@ -317,7 +317,7 @@ def compare(
     if twice:
         pairs = some([f"{path} is {other}" for path, other in twice.items()])
         noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
-    return again + units_of([shard for shard in new if shard.path not in twice]), planned, noticed
+    return again + units_of([shard for shard in new if shard.path not in twice], beside), planned, noticed
 
 
 def _place(shard: Shard) -> tuple[str, str]:
@@ -325,10 +325,10 @@ def _place(shard: Shard) -> tuple[str, str]:
 
 
 def planned_anew(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], same_source: bool
+    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], beside: Beside, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
     """New units for inputs that have changed and of which nothing is in the cache, and notes of all that have."""
-    changed = sources.changed(planned, listed, same_source)
+    changed = sources.changed(planned, listed, beside, same_source)
     if not changed:
         return [], []
     begun, finished = commit.begun(cache), commit.finished(cache)
@@ -349,31 +349,35 @@ def planned_anew(
         for what, paths in said.items()
         if paths
     ]
-    return [new for unit in anew.values() for new in as_listed(unit, listed)], notes
+    return [new for unit in anew.values() for new in as_listed(unit, listed, beside)], notes
 
 
-def as_listed(unit: Unit, listed: Mapping[str, Shard]) -> list[Unit]:
+def as_listed(unit: Unit, listed: Mapping[str, Shard], beside: Beside) -> list[Unit]:
     """What a unit's input gives as it is now. Of a folder: with the same pictures, those that are gone as they were."""
     if unit.kind == "tar":
         return [tar_unit(listed[unit.path])]
     if unit.kind == "parquet":
         return parquet_units(listed[unit.path])
-    return [replace(unit, **sources.pinned([listed.get(file.path, file) for file in sources.inputs_of(unit)]))]
+    now = [
+        files_of(listed[before.image.path], beside.texts) if before.image.path in listed else before
+        for before in unpacked(unit)
+    ]
+    return [replace(unit, **pinned(now))]
 
 
 def unplanned(
     shards: Sequence[Shard], planned: Sequence[Unit], files: Mapping[str, File]
 ) -> tuple[list[Shard], list[str]]:
     """The files that are not planned, and a note of those that must not be. files: all planned ones, by path."""
-    beside = {_stem(unit.path) for unit in planned if unit.kind == "tar"}
-    stems = {_stem(path) for unit in planned for path in unit.paths}
+    tars = {stem(unit.path) for unit in planned if unit.kind == "tar"}
+    stems = {stem(path) for unit in planned for path in unit.paths}
     new: list[Shard] = []
     namesakes: list[str] = []
     for shard in shards:
         if shard.path not in files:
-            if extension(shard.path) in PICTURE_EXTENSIONS and _stem(shard.path) in stems:
+            if is_image(shard.path) and stem(shard.path) in stems:
                 namesakes.append(shard.path)
-            elif extension(shard.path) != "parquet" or _stem(shard.path) not in beside:
+            elif extension(shard.path) != "parquet" or stem(shard.path) not in tars:
                 new.append(shard)
     if not namesakes:
         return new, []

@@ -63,7 +63,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file as it was planned: what of it must not change. path: as that of a `Shard`."""
+    """An image of a folder, or a text beside one, as it was listed. path: from the root's own name on."""
 
     path: str
     bytes: int
@@ -76,7 +76,8 @@ class Unit:
 
     name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
     `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
-    root: of the source. files: of a folder, size and ETag of each picture (`sources.packed`); `etag` is its sha256.
+    root: of the source. files: of a folder, what its images and their texts were (`pipeline.beside` packs them), of
+    which `etag` is the sha256.
     """
 
     name: str
@@ -326,7 +327,7 @@ class UnitReport:
     """What a finished unit tells the driver: counts, never pixels.
 
     adopted: parts that stood there already. encoded: rows of the others. again: pictures that overflowed and were
-    encoded again in float32.
+    encoded again in float32. texts: by text column, how many of the encoded rows have that text.
     damage: what is wrong with the shard, where its rest was rejected.
     passed_over: how much of the input was read as no part of a sample, by kind (`jobs.passed_over`).
     """
@@ -341,6 +342,7 @@ class UnitReport:
     adopted: int = 0
     encoded: int = 0
     again: int = 0
+    texts: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     damage: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def recount(unit: Unit, parts: Sequence[Standing], rest: int | None, job: Encode
     """
     found, damage = bytearray(), ""
     try:
-        for sample in flow.read(storage.as_it_is(unit, job.source_options), job):
+        for sample in flow.read(storage.as_it_is(unit, job.source_options), job, mended=range(len(unit.paths))):
             found += inputs.digest_of(sample)
     except DamagedError as error:
         damage = str(error)
@@ -68,7 +68,7 @@ def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterat
         left = {row["key"]: (one.file, row) for one, row in rows if one.unit.name == unit.name}
         rejected: dict[str, str] = {}
         try:
-            for sample in flow.read(storage.as_it_is(unit, job.source_options), job):
+            for sample in flow.read(storage.as_it_is(unit, job.source_options), job, mended=range(len(unit.paths))):
                 if isinstance(sample, Sample) and sample.key in left:
                     file, row = left.pop(sample.key)
                     yield from _compare(unit, sample, file, row, encoder)

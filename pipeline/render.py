@@ -83,6 +83,7 @@ class RenderJob:
     limits: Limits
     compute: Compute
     with_source: bool
+    superseded: Mapping[str, Mapping[int, str]]
 
     def build(self, vae: Vae, stop: threading.Event) -> "Renderer":
         """The worker, its replica loaded."""

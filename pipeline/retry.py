@@ -201,7 +201,8 @@ def reading(task: RetryTask, left: Left, tools: Tools, damage: list[str]) -> Ite
             f"{unit.url} has {now.bytes} bytes, {unit.bytes} when it was planned: its ranges would have other rows; "
             "encode it into another cache"
         )
-    samples = to_the_damage(read(now, job, on_piece=tools.on_piece), tools.damaged_at, damage)
+    readable = read(now, job, on_piece=tools.on_piece, mended=range(len(unit.paths)))
+    samples = to_the_damage(readable, tools.damaged_at, damage)
     if is_as_planned:
         return samples
     parts = commit.as_they_stand(job.cache, unit.name, job.identity, job.layout.container)

@@ -4,45 +4,27 @@ A source is known by its name, the first step of its files' paths; where it lies
 its size and its ETag are.
 """
 
-import hashlib
-import json
 import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from pipeline.errors import CacheError, SourceError
-from pipeline.etags import same_etag
+from pipeline.beside import Beside, ImageFiles, differences, files_of, pinned, same, unpacked
+from pipeline.errors import SourceError
 from pipeline.listing import Listing, Source, free_name, same_root, some
-from pipeline.records import VERIFY, File, Shard, Unit, canonical_json
+from pipeline.records import File, Shard, Unit
 from pipeline.walk import file_id_at
 
 OTHERWISE = ". If it is another one: --new-source"
 Vote = tuple[str, str, str]  # of a new file: the name of its source, the planned one's, and what lies between the roots
 
 
-def packed(pictures: Iterable[Shard | File]) -> str:
-    """Size and ETag of each picture, as canonical JSON: one text a unit, because there may be millions of them."""
-    return canonical_json([[picture.bytes, picture.etag] for picture in pictures]).decode()
-
-
-def pinned(pictures: Sequence[Shard | File]) -> dict[str, Any]:
-    """What a folder's unit says of the content of its pictures."""
-    files = packed(pictures)
-    size = sum(picture.bytes for picture in pictures)
-    return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
-
-
 def inputs_of(unit: Unit) -> list[File]:
-    """The files that a unit reads, as they were planned."""
+    """The files that a unit reads, as they were planned; without the texts beside images."""
     if unit.kind != "folder":
         return [File(unit.path, unit.bytes, unit.etag)]
-    try:
-        return [File(path, *facts) for path, facts in zip(unit.paths, json.loads(unit.files), strict=True)]
-    except (ValueError, TypeError) as error:
-        raise CacheError(f"the plan does not say what the files of the unit {unit.name} are; {VERIFY}") from error
+    return [files.image for files in unpacked(unit)]
 
 
 def name_of(path: str) -> str:
@@ -64,11 +46,6 @@ def at_root(unit: Unit, root: str) -> Unit:
 def roots_of(units: Iterable[Unit]) -> dict[str, str]:
     """Where each source lies, by its name: where it lay when something of it was planned last."""
     return {unit.source: unit.root for unit in units}
-
-
-def is_as_planned(file: File, now: Shard, same_source: bool) -> bool:
-    """same_source: the user says that a file of this path and size is the one that was planned."""
-    return file.bytes == now.bytes and (same_source or same_etag(file.etag, now.etag))
 
 
 def relocated(
@@ -126,7 +103,7 @@ def _holds(files: Sequence[File], listed: Mapping[str, Shard], sources: Sequence
     If the user says that it is the same source, half of them by path and size are enough.
     """
     there = [file for file in files if file.path in listed]
-    equal = [file for file in there if is_as_planned(file, listed[file.path], same_source)]
+    equal = [file for file in there if same(file, listed[file.path], same_source)]
     if same_source:
         return bool(equal) and 2 * len(equal) >= len(there)
     gone = (file for file in files if file.path not in listed)
@@ -141,7 +118,7 @@ def _covers(sources: Iterable[Source], path: str) -> bool:
 def _refuse_moved(
     files: Sequence[File], listed: Mapping[str, Shard], source: Source, roots: Mapping[str, str], same_source: bool
 ) -> None:
-    differ = [f.path for f in files if f.path not in listed or not is_as_planned(f, listed[f.path], same_source)]
+    differ = [f.path for f in files if f.path not in listed or not same(f, listed[f.path], same_source)]
     named = argument(free_name(source.name, {*roots, *map(name_of, listed)}), source.given)
     what = f"of {len(files):,} planned files {len(differ):,} are missing or differ ({some(differ)})"
     if not differ:
@@ -160,24 +137,32 @@ def argument(name: str, source: str) -> str:
 
 def with_etags(unit: Unit, listed: Mapping[str, Shard]) -> Unit:
     """The same unit with the ETags that its files have now, if their sizes are what was planned."""
-    files = inputs_of(unit)
-    now = [
-        replace(file, etag=listed[file.path].etag)
-        if file.path in listed and listed[file.path].bytes == file.bytes
-        else file
-        for file in files
-    ]
-    if now == files:
-        return unit
-    return replace(unit, **pinned(now)) if unit.kind == "folder" else replace(unit, etag=now[0].etag)
+
+    def as_now(file: File) -> File:
+        now = listed.get(file.path)
+        return replace(file, etag=now.etag) if now and now.bytes == file.bytes else file
+
+    if unit.kind != "folder":
+        return replace(unit, etag=as_now(inputs_of(unit)[0]).etag)
+    files = [ImageFiles(as_now(each.image), tuple(map(as_now, each.texts))) for each in unpacked(unit)]
+    return replace(unit, **pinned(files))
 
 
-def changed(planned: Iterable[Unit], listed: Mapping[str, Shard], same_source: bool) -> dict[str, list[str]]:
-    """By unit, the paths of its files that are there and not what was planned."""
+def changed(
+    planned: Iterable[Unit], listed: Mapping[str, Shard], beside: Beside, same_source: bool
+) -> dict[str, list[str]]:
+    """By unit, the paths of its files that are there and not what was planned: with the texts beside its images."""
     found = {}
     for unit in planned:
-        files = (file for file in inputs_of(unit) if file.path in listed)
-        if paths := [file.path for file in files if not is_as_planned(file, listed[file.path], same_source)]:
+        if unit.kind == "folder":
+            there = (files for files in unpacked(unit) if files.image.path in listed)
+            now = ((files, files_of(listed[files.image.path], beside.texts)) for files in there)
+            paths = [path for pair in now for path in differences(*pair, same_source)]
+        else:
+            file = inputs_of(unit)[0]
+            is_other = file.path in listed and not same(file, listed[file.path], same_source)
+            paths = [file.path] if is_other else []
+        if paths:
             found[unit.name] = paths
     return found
 

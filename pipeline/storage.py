@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +39,7 @@ from pipeline.stream import NOT_THERE, Stream, naming
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
 RETRIES = {"mode": "standard", "max_attempts": 8}  # botocore's, for 500, 503, resets: about a minute
+CONNECTIONS = 64  # to one S3 server: botocore's own 10 would make the readers of folders wait for each other
 PROBES = 3
 AT_ONCE = 16  # small files that are read together
 CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
@@ -55,8 +56,9 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         return local, cast(str, local._strip_protocol(url))
     protocol = url.partition("://")[0]
     extra: dict[str, Any] = {}
-    if protocol in ("s3", "s3a") and "AWS_MAX_ATTEMPTS" not in os.environ:
-        extra["config_kwargs"] = {"retries": RETRIES}
+    if protocol in ("s3", "s3a"):
+        retries = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": RETRIES}
+        extra["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **retries}
     try:
         kind = fsspec.get_filesystem_class(protocol)
         fs = kind(**{**kind._get_kwargs_from_urls(url), "use_listings_cache": False, **extra, **options})
@@ -76,6 +78,11 @@ def absolute(url: str) -> str:
 def is_local(fs: Any) -> bool:
     """Whether it is this machine's: with links, pipes and permissions."""
     return isinstance(fs, LocalFileSystem)
+
+
+def protocols_of(fs: Any) -> set[str]:
+    """What the URLs of a filesystem may begin with."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def full_url(fs: Any, path: str) -> str:
@@ -232,8 +239,13 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
 
 def read_file_if_there(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
     """The same; None where there is no such file. Raises Rejected for a local file that one may not read."""
+    return if_there(url, options, lambda: read_file(url, options, limit, size))
+
+
+def if_there(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
+    """What `read` gives of a file; None where there is no such file. Raises Rejected for one that one may not read."""
     try:
-        return read_file(url, options, limit, size)
+        return read()
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
@@ -361,7 +373,7 @@ class Folder:
         fs, _ = self._on("")
         if isinstance(fs, MemoryFileSystem):
             return True
-        if not is_local(fs) and not _protocols(fs) & CONDITIONAL:
+        if not is_local(fs) and not protocols_of(fs) & CONDITIONAL:
             return False
         tried = replace(self, exclusive=True)
         for _ in range(PROBES):
@@ -403,8 +415,7 @@ def _put_once(fs: Any, path: str, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            response = getattr(error.__cause__, "response", None) or {}
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            status = http_status(error)
             if status == 412:
                 return False
             if status != 409 or attempt == 5:  # another writer's request is under way: it may yet fail
@@ -413,16 +424,25 @@ def _put_once(fs: Any, path: str, data: bytes) -> bool:
     return False
 
 
+def http_status(error: BaseException | None) -> int | None:
+    """What a store answered, if that is where an error comes from."""
+    while error is not None:
+        if response := getattr(error, "response", None):
+            return cast(int | None, response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        error = error.__cause__
+    return None
+
+
 def _checksum(fs: Any, data: bytes) -> dict[str, str]:
     """What lets S3 refuse a body that was damaged on its way. (GCS's library does so by itself.)"""
-    if "s3" not in _protocols(fs):
+    if "s3" not in protocols_of(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
 def _in_one_request(fs: Any) -> dict[str, int]:
     """What keeps s3fs from asking for a file's size before it asks for the file."""
-    return {"max_concurrency": 1} if "s3" in _protocols(fs) else {}
+    return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}
 
 
 def _protocols(fs: Any) -> set[str]:

@@ -13,10 +13,10 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline import read_parquet, storage
+from pipeline.beside import extension
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
 from pipeline.layout import OURS, Columns
 from pipeline.limits import Limits
-from pipeline.plan import extension
 from pipeline.read_tar import read_members
 from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit
 

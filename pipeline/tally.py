@@ -6,6 +6,7 @@ the result the same to the last bit.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -26,6 +27,11 @@ def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTa
     for row in rows:
         buckets.setdefault(bucket_name(*row.picture.bucket), []).append(row.latent)
     return {name: tally(buckets[name]) for name in sorted(buckets)}
+
+
+def with_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
+    """How many of the rows have each of these texts."""
+    return Counter(name for row in rows for name in names if row.picture.columns.get(name) is not None)
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:

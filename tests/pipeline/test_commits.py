@@ -41,6 +41,7 @@ def made_record(unit: str, part: int, last: bool, draw: random.Random, round: in
         enlarged=draw.randint(0, 2),
         rejects=(),
         tally=tallies,
+        inputs="",
         round=round,
         supersedes=((0, "corrupt"),) if round else (),
     )

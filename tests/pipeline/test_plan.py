@@ -39,11 +39,15 @@ def test_other_files_are_passed_over() -> None:
     assert plan.units_of([shard("data/a.txt"), shard("data/a_stats.json")]) == []
 
 
-def test_other_files_and_texts_that_are_not_looked_for_are_counted() -> None:
+def test_other_files_and_texts_that_are_not_looked_for_are_counted(tmp_path: Path) -> None:
     shards = [
         shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
     ]
-    assert plan.passed_over(shards) == {"TXT": 1, "Json": 1, "tiff": 2, "\\x1b": 1}
+    assert plan.passed_over(shards) == {"tiff": 2, "\\x1b": 1}
+    assert plan.passed_over(shards, ("tiff",)) == {"\\x1b": 1}
+    _, (line,) = plan.extend(Folder(str(tmp_path)), shards)
+    assert line.startswith("2 texts belong to no image")
+    assert "data/b.TXT, data/c.Json" in line
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:

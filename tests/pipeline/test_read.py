@@ -2,6 +2,9 @@
 
 import io
 import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,10 +12,11 @@ import pytest
 import webdataset
 
 from pipeline import read_tar
-from pipeline.errors import DamagedError, Rejected, ShardError
+from pipeline.beside import ImageFiles
+from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
 from pipeline.limits import Limits
-from pipeline.read_folder import folder_key, read_folder
-from pipeline.records import Reject, Sample
+from pipeline.read_folder import BYTES_AHEAD, IMAGES_AHEAD, below_root, folder_key, read_folder
+from pipeline.records import File, Reject, Sample
 from tests.conftest import img2dataset_members, write_tar
 
 
@@ -261,11 +265,31 @@ def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
     assert folder_key(path) == key
 
 
-def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def images(*names: str) -> Iterator[ImageFiles]:
+    """A folder `p` as it was planned: each image, and the texts named after it behind it, by a space."""
+    for name in names:
+        image, *texts = (File(f"p/{part}", 1, "") for part in name.split())
+        yield ImageFiles(image, tuple(texts))
+
+
+def test_a_folders_pictures_come_with_their_sidecars_or_their_reason(pool: Executor) -> None:
     files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
-    paths = ("p/a.jpg", "p/a.png", "p/b.v2.png", "p/c.jpg", "p/gone.jpg")
+    planned = images("a.jpg a.txt", "a.png a.txt", "b.v2.png b.v2.json", "c.jpg c.txt", "gone.jpg gone.txt")
     missing: list[str] = []
-    items = list(read_folder(paths, files.get, missing.append))
+    items = list(
+        read_folder(
+            planned,
+            lambda file, limit: files.get(below_root(file.path)),
+            lambda file: missing.append(below_root(file.path)),
+            pool,
+        )
+    )
     assert [outcome(item) for item in items] == [
         (0, "a", b"1"),
         (1, "a", "duplicate_key"),
@@ -278,13 +302,82 @@ def test_a_folders_pictures_come_with_their_sidecars_or_their_reason() -> None:
     assert missing == ["gone.jpg"]
 
 
-def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject() -> None:
+def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject(pool: Executor) -> None:
     files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
 
-    def read_but(below: str) -> bytes | None:
+    def read_but(file: File, limit: int) -> bytes | None:
+        below = below_root(file.path)
         if below in ("a.jpg", "b.txt"):
             raise Rejected("read", "unreadable")
         return files.get(below)
 
-    items = list(read_folder(("p/a.jpg", "p/b.jpg", "p/c.jpg"), read_but, lambda below: None))
+    items = list(read_folder(images("a.jpg", "b.jpg b.txt", "c.jpg"), read_but, lambda below: None, pool))
     assert [outcome(item) for item in items] == [(0, "a", "unreadable"), (1, "b", "unreadable"), (2, "c", b"3")]
+
+
+def test_a_folder_is_read_ahead_by_several_threads_but_not_without_bounds(pool: Executor) -> None:
+    """Four files are on their way at once; no more images are held than the bounds let."""
+    together = threading.Barrier(4, timeout=20)
+    asked: list[str] = []
+
+    def read_four(file: File, limit: int) -> bytes:
+        asked.append(file.path)
+        together.wait()
+        return b"x"
+
+    names = [f"{n:03d}.jpg" for n in range(400)]
+    items = read_folder(images(*names), read_four, lambda file: None, pool)
+    assert outcome(next(items)) == (0, "000", b"x")
+    assert len(asked) <= IMAGES_AHEAD
+    assert [item.key for item in items] == [name[:3] for name in names[1:]]
+    assert len(asked) == 400
+
+
+def test_large_images_are_read_ahead_up_to_their_bytes(pool: Executor) -> None:
+    large = [ImageFiles(File(f"p/{n}.jpg", BYTES_AHEAD // 2, ""), ()) for n in range(20)]
+    asked: list[str] = []
+
+    def read(file: File, limit: int) -> bytes:
+        asked.append(file.path)
+        return b"x"
+
+    items = read_folder(large, read, lambda file: None, pool)
+    next(items)
+    pool.submit(lambda: None).result()
+    assert len(asked) <= 3
+    assert len(list(items)) == 19
+
+
+def test_what_fails_in_a_thread_fails_the_folder_in_its_place(pool: Executor) -> None:
+    def read(file: File, limit: int) -> bytes:
+        if file.path == "p/b.jpg":
+            raise StorageError("cannot read p/b.jpg: no answer")
+        return b"x"
+
+    items = read_folder(images("a.jpg", "b.jpg", "c.jpg"), read, lambda file: None, pool)
+    assert outcome(next(items)) == (0, "a", b"x")
+    with pytest.raises(StorageError, match=r"p/b\.jpg"):
+        next(items)
+
+
+def test_each_kind_of_file_is_read_up_to_its_own_limit(pool: Executor) -> None:
+    asked: dict[str, int] = {}
+
+    def read(file: File, limit: int) -> bytes:
+        asked[file.path] = limit
+        return b"x" * (limit + 1)
+
+    limits = Limits(picture_bytes=1000, text_bytes=100)
+    (item,) = read_folder(images("a.jpg a.txt"), read, lambda file: None, pool, limits=limits)
+    assert asked == {"p/a.jpg": 1000, "p/a.txt": 100}
+    assert outcome(item)[2] == "text_too_long"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(pool: Executor) -> None:
+    text = b"\xef\xbb\xbfcaf\xc3\xa9 \xef\xbb\xbf"
+    (sample,) = read(tar({"a.jpg": b"1", "a.txt": text}))
+    files = {"a.jpg": b"1", "a.txt": text}
+    (other,) = read_folder(images("a.jpg a.txt"), lambda f, n: files[below_root(f.path)], lambda file: None, pool)
+    assert isinstance(sample, Sample)
+    assert isinstance(other, Sample)
+    assert sample.columns["txt"] == other.columns["txt"] == "caf\u00e9 \ufeff"

@@ -51,6 +51,27 @@ def test_a_name_with_wildcards_in_it_is_itself(root: str) -> None:
     assert paths(f"{root}/a[1]{{2") == ["a[1]{2/x.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("data/*.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json"]),
+        ("data/a.jpg", ["a.JPG.Txt", "a.jpg", "a.txt"]),
+        ("data/{b,a}.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json"]),
+        ("data/**/*.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json", "sub/c.jpg", "sub/c.txt"]),
+        ("data/?.tar", ["0.tar"]),
+    ],
+)
+def test_what_stands_beside_images_that_are_named_comes_along(root: str, source: str, expected: list[str]) -> None:
+    put(root, "data/a.jpg", "data/a.txt", "data/b.jpg", "data/b.jpg.json", "data/a.png", "data/c.txt", "data/a.JPG.Txt")
+    put(root, "data/sub/c.jpg", "data/sub/c.txt", "data/0.tar", "data/0.txt", "data/b.txt/d.txt")
+    assert paths(f"{root}/{source}") == [f"data/{name}" for name in expected]
+
+
+def test_texts_of_images_in_a_folder_with_wildcards_in_its_name_come_along(root: str) -> None:
+    put(root, "a[1]/x.jpg", "a[1]/x.txt")
+    assert paths(f"{root}/a[1]/x.jpg") == ["a[1]/x.jpg", "a[1]/x.txt"]
+
+
 def test_two_colons_are_a_part_of_a_name(root: str) -> None:
     """fsspec would take them for a chain of filesystems, and read another file."""
     put(root, "data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar")

@@ -1,0 +1,188 @@
+"""Texts beside images, as people's tools write them: found, or named, and what is missing is counted."""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+
+from pipeline import plan
+from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Command:
+    """`latentmill encode` into `c`, at 64 px with the micro model, in this process."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        settings = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+        return latentmill("encode", *argv, *settings)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return folder(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
+
+
+def folder(path: Path, *names: str) -> Path:
+    path.mkdir(exist_ok=True)
+    for number, name in enumerate(names):
+        (path / name).write_bytes(encoded(smooth(number)))
+    return path
+
+
+def column(cache: Path, name: str) -> dict[str, Any]:
+    table = ds.dataset(cache / "data").to_table(columns=["key", name])
+    return dict(zip(table["key"].to_pylist(), table[name].to_pylist(), strict=True))
+
+
+def test_texts_are_found_as_tools_name_them(encode: Command, source: Path, tmp_path: Path) -> None:
+    folder(source, "d.jpg", unicodedata.normalize("NFC", "caf\u00e9") + ".jpg", "f.png")
+    (source / "a.jpg.txt").write_text("gallery-dl")
+    (source / "a.jpg.json").write_text("{}")
+    (source / "b.TXT").write_text("DOS")
+    (source / "C.txt").write_text("another case")
+    (source / "d.txt").write_bytes(b"\xef\xbb\xbfNotepad")
+    (source / (unicodedata.normalize("NFD", "caf\u00e9") + ".txt")).write_text("macOS")
+    code, out, err = encode(source)
+    assert code == 0, err
+    assert column(tmp_path / "c", "txt") == {
+        "a": "gallery-dl",
+        "b": "DOS",
+        "c": "another case",
+        "d": "Notepad",
+        unicodedata.normalize("NFC", "caf\u00e9"): "macOS",
+        "f": None,
+    }
+    assert column(tmp_path / "c", "json")["a"] == "{}"
+    assert "  texts      1 of 6 pictures have no txt, 5 of 6 pictures have no json" in out
+    assert "note" not in err
+
+
+def test_texts_of_no_image_are_named(encode: Command, source: Path) -> None:
+    for name in ("a.txt", "a.jpg.txt", "x.txt", "y.txt"):
+        (source / name).write_text("t")
+    _, _, err = encode(source)
+    assert (
+        "note: 3 texts belong to no image, or to several, or another text counts in their place: "
+        "photos/a.txt, photos/x.txt, photos/y.txt\n" in err
+    )
+
+
+def test_images_without_a_text_are_counted_where_others_have_one(encode: Command, source: Path) -> None:
+    (source / "a.txt").write_text("one")
+    _, out, _ = encode(source, "--json")
+    run = json.loads(out)["run"]
+    assert (run["counts"]["encoded"], run["texts"]) == (3, {"txt": 1})
+
+
+def test_where_no_image_has_a_text_nothing_is_said_of_texts(encode: Command, source: Path) -> None:
+    _, out, _ = encode(source)
+    assert "texts" not in out
+
+
+def test_samples_of_tars_without_a_text_are_counted_too(encode: Command, tmp_path: Path) -> None:
+    members = img2dataset_members(0, 4)
+    del members["000000002.txt"]
+    write_tar(tmp_path / "tars/0.tar", members)
+    _, out, _ = encode(tmp_path / "tars")
+    assert "  texts      1 of 4 pictures have no txt\n" in out
+
+
+def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command, source: Path) -> None:
+    (source / "a.txt").write_text("one")
+    (source / "b.txt").write_text("two")
+    assert encode(source)[0] == 0
+    assert "edited" not in encode(source)[2]
+    (source / "a.txt").write_text("another caption")
+    (source / "b.txt").unlink()
+    (source / "c.txt").write_text("new")
+    code, out, err = encode(source)
+    assert (code, "encoded 0 pictures" in out) == (0, True)
+    assert (
+        "note: 3 images or texts beside them were edited, added or removed since they were planned: "
+        "photos/a.txt, photos/b.txt, photos/c.txt; the cache keeps what they were" in err
+    )
+
+
+def test_a_caption_that_changes_between_plan_and_work_fails_its_unit(
+    encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "a.txt").write_text("one")
+    extend = plan.extend
+
+    def extend_and_edit(*given: Any) -> Any:
+        planned = extend(*given)
+        (source / "a.txt").write_text("edited")
+        return planned
+
+    monkeypatch.setattr(plan, "extend", extend_and_edit)
+    code, _, err = encode(source)
+    assert code == 1
+    assert f"{source}/a.txt has changed since it was planned (then 3 bytes)" in err
+
+
+def test_other_texts_are_planned_where_they_are_asked_for(encode: Command, source: Path, tmp_path: Path) -> None:
+    (source / "a.caption").write_text("kohya")
+    (source / "b.jpg.caption").write_text("of the whole name")
+    (source / "c.txt").write_text("not wanted")
+    (source / "x.caption").write_text("of none")
+    code, out, err = encode(source, "--columns", "caption")
+    assert code == 0, err
+    assert column(tmp_path / "c", "caption") == {"a": "kohya", "b": "of the whole name", "c": None}
+    assert "1 of 3 pictures have no caption" in out
+    assert "note: 1 texts belong to no image" in err
+    assert ".caption" not in err.replace("x.caption", "")
+    (source / "c.txt").write_text("edited, but the cache has no such column")
+    (source / "a.caption").write_text("edited")
+    _, _, err = encode(source, "--columns", "caption")
+    assert "since they were planned: photos/a.caption;" in err
+
+
+@pytest.mark.parametrize("pattern", ["*.jpg", "{a,b,c}.jpg"])
+def test_captions_come_with_images_that_are_named_by_a_pattern(
+    encode: Command, source: Path, tmp_path: Path, pattern: str
+) -> None:
+    (source / "a.txt").write_text("one")
+    assert encode(f"{source}/{pattern}")[0] == 0
+    assert column(tmp_path / "c", "txt") == {"a": "one", "b": None, "c": None}
+    _, out, err = encode(source)
+    assert "encoded 0 pictures" in out
+    assert "note" not in err
+
+
+def test_a_caption_that_is_a_link_to_nowhere_rejects_its_image(encode: Command, source: Path, tmp_path: Path) -> None:
+    os.symlink("nowhere", source / "a.txt")
+    code, out, _ = encode(source, "--max-reject-rate", 0.5)
+    assert (code, "1 picture_elsewhere" in out) == (0, True)
+
+
+def test_an_image_that_was_mended_and_retried_is_what_the_cache_holds(
+    encode: Command, latentmill: Command, source: Path, tmp_path: Path
+) -> None:
+    """Its caption, too; the plan says what they were. All else must still be as it was planned."""
+    (source / "b.txt").write_bytes(b"caf\xe9")
+    (source / "c.txt").write_text("c")
+    whole = (source / "a.jpg").read_bytes()
+    (source / "a.jpg").write_bytes(whole[:-100])
+    assert encode(source, "--max-reject-rate", 1)[0] == 0
+    (source / "a.jpg").write_bytes(whole)
+    (source / "b.txt").write_text("caf\u00e9", encoding="utf-8")
+    cache = tmp_path / "c"
+    assert latentmill("retry", cache, "--workers", 0)[0] == 0
+    assert column(cache, "txt") == {"a": None, "b": "caf\u00e9", "c": "c"}
+    code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 3)
+    assert code == 0, out
+    code, out, _ = latentmill("decode", cache, "--to", tmp_path / "out", "--workers", 0, "--json")
+    assert (code, all(picture["psnr"] for picture in json.loads(out)["pictures"])) == (0, True)
+    (source / "c.txt").write_text("edited")
+    code, out, _ = latentmill("verify", cache, "--recount")
+    assert (code, f"{source}/c.txt has changed since it was planned" in out) == (1, True)
