@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
 In = TypeVar("In")
@@ -23,8 +23,7 @@ def in_order(pool: Executor, function: Callable[[In], Out], items: Iterable[In],
         while running:
             yield running.popleft().result()
     finally:
-        for future in running:
-            future.cancel()
+        wait([future for future in running if not future.cancel()])  # what they use may be closed next
 
 
 class Peekable(Iterator[In]):
