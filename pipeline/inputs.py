@@ -51,11 +51,11 @@ def of_record(record: Record, found: bytes | bytearray) -> str:
 def proven(items: Iterator[Sample | Reject], records: Sequence[Record], url: str) -> Iterator[Sample | Reject]:
     """The same items. Raises SourceError before the first one that follows a part which was made from other ones.
 
-    records: of a unit's parts, in order.
+    records: of a unit's parts.
     """
-    found, left = bytearray(), list(records)
+    found, left = bytearray(), sorted(records, key=_end)
     for item in items:
-        while left and item.position > left[0].last_position:
+        while left and item.position >= _end(left[0]):
             _check(left.pop(0), found, url)
         found += digest_of(item) if left else b""
         yield item
@@ -63,11 +63,16 @@ def proven(items: Iterator[Sample | Reject], records: Sequence[Record], url: str
         _check(record, found, url)
 
 
+def _end(record: Record) -> int:
+    """The position after the last sample of a part."""
+    return max(record.counted, default=-1) + 1
+
+
 def _check(record: Record, found: bytearray, url: str) -> None:
     if of_record(record, found) != record.inputs:
         raise SourceError(
-            f"{url} has changed since it was planned, and not in its damage alone: part {record.part} of {record.unit} "
-            "was made from other samples; encode it into another cache"
+            f"{url} has changed since it was planned, and not in its damage alone: {record.stem} was made from "
+            "other samples; give the --input-limit that it was encoded with, or encode it into another cache"
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
 In = TypeVar("In")
@@ -36,8 +36,7 @@ def in_order(
         while running:
             yield wait(running.popleft())
     finally:
-        for future in running:
-            future.cancel()
+        wait([future for future in running if not future.cancel()])  # what they use may be closed next
 
 
 class Peekable(Iterator[In]):

@@ -257,10 +257,10 @@ class Record:
         return sorted(solved + rest)
 
     @property
-    def last_position(self) -> int:
-        """Of the last sample that was read: a damaged shard's rest is none."""
-        rest = [reject.position for reject in self.rejects if reject.reason == REST]
-        return min([self.first + self.samples, *rest]) - 1
+    def counted(self) -> list[int]:
+        """The positions of its samples: a damaged shard's rest is none."""
+        rests = {reject.position for reject in self.rejects if reject.reason == REST}
+        return [position for position in self.positions if position not in rests]
 
     def to_dict(self) -> dict[str, Any]:
         fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}

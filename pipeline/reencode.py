@@ -10,7 +10,7 @@ from pipeline import flow, inputs, storage
 from pipeline.cache import Cache, to_tensor
 from pipeline.errors import REST, DamagedError, LatentmillError
 from pipeline.flow import EncodeJob, Encoder
-from pipeline.records import Picture, Record, Reject, Sample, Standing, Unit
+from pipeline.records import Picture, Reject, Sample, Standing, Unit
 from pipeline.render import Wanted, wanted_rows
 from pipeline.verify_part import Problem
 
@@ -40,11 +40,11 @@ def recount(unit: Unit, parts: Sequence[Standing], rest: int | None, job: Encode
         yield Problem(unit.url, f"it cannot be counted: {error}", SOURCE)
         return
     rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST]
-    recorded = len(set().union(*(counted(part.record) for part in parts)))
+    recorded = len(set().union(*(part.record.counted for part in parts)))
     count = len(found) // inputs.SIZE
     if damage and not rejects:
         yield Problem(unit.url, f"it was sound when it was encoded: {damage}", RUN)
-    elif rest is not None and count > rest:
+    elif rest is not None and (count > rest or not damage):
         yield Problem(unit.url, f"it has {count} samples, it was damaged after {rest}", REST_READABLE)
     elif count != recorded:
         yield Problem(unit.url, f"it has {count} samples, {recorded} are recorded of {unit.name}", RUN)
@@ -53,11 +53,6 @@ def recount(unit: Unit, parts: Sequence[Standing], rest: int | None, job: Encode
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         what = f"its images or their columns are not those of which {', '.join(wrong[:SHOWN])}{more} were made"
         yield Problem(unit.url, what, CHANGED)
-
-
-def counted(record: Record) -> set[int]:
-    """The positions of a part's samples: a damaged shard's rest is none."""
-    return set(record.positions) - {reject.position for reject in record.rejects if reject.reason == REST}
 
 
 def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ what no such part supersedes. The rest of a damaged shard is taken up part by pa
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from pipeline import commit, inputs, storage
@@ -26,14 +26,16 @@ class RetryTask:
     """A unit with rejects that count.
 
     rejected, superseded: by all of its parts, as position and reason. rounds: how many retries stand of each part.
-    any_size: whether the input may have another size than it was planned with.
+    rests: the records of those that have a part of what followed a damage. any_size: whether the input may have another
+    size than it was planned with.
     """
 
     unit: Unit
     rejected: Set[tuple[int, str]]
     superseded: Set[tuple[int, str]]
     rounds: Mapping[int, int]
-    any_size: bool = True
+    rests: Sequence[Record]
+    any_size: bool
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ def tasks(units: Iterable[Unit], parts: Iterable[Standing], begun: Set[str] = fr
         if rejected - superseded:
             # which range of a Parquet file has which rows depends on its size
             any_size = unit.range in (None, (0, 1)) or unit.path not in begun
-            found.append(RetryTask(unit, rejected, superseded, rounds, any_size))
+            rests = [replace(record, tally={}) for record in records if REST in {why for _, why in record.supersedes}]
+            found.append(RetryTask(unit, rejected, superseded, rounds, rests, any_size))
     return found
 
 
@@ -206,7 +209,7 @@ def reading(task: RetryTask, left: Left, tools: Tools, damage: list[str]) -> Ite
     if is_as_planned:
         return samples
     parts = commit.as_they_stand(job.cache, unit.name, job.identity, job.layout.container)
-    return inputs.proven(samples, [part.record for part in parts], unit.url)
+    return inputs.proven(samples, [*(part.record for part in parts), *task.rests], unit.url)
 
 
 def adopt(unit: Unit, number: int, left: Left, job: EncodeJob) -> None:

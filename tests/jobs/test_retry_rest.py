@@ -233,7 +233,7 @@ def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: byte
     before = case.stats
     other = whole.replace(b"picture 2", b"picture 7", 1)
     for content, said in (
-        (other, "has changed since it was planned, and not in its damage alone: part 0 of"),
+        (other, "has changed since it was planned, and not in its damage alone: 0-"),
         (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not in its damage alone"),
         (whole[: place_of(whole, 3)] + bytes(1024), "has changed since it was planned, and not in its damage alone"),
     ):
@@ -242,6 +242,24 @@ def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: byte
         assert (code, case.stats["digest"]) == (1, before["digest"])
         assert said in err
         assert case.verify()[0] == 0
+
+
+def test_nor_is_one_that_differs_in_what_a_retry_took(case: Case, whole: bytes) -> None:
+    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    case.encode()
+    other = whole.replace(b"picture 9", b"picture 8", 1)
+    assert other != whole
+    case.shard.write_bytes(other[: place_of(whole, 15) + 700])
+    assert case.retry()[0] == 0
+    before = case.stats
+    case.shard.write_bytes(whole)
+    code, _, err = case.retry()
+    assert (code, case.stats["digest"]) == (1, before["digest"])
+    assert "-00002r1 was made from other samples" in err
+    case.shard.write_bytes(other)
+    assert case.retry()[0] == 0
+    assert "rest_of_shard" not in case.rejected
+    assert case.verify("--recount")[0] == 0
 
 
 def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, calm: Path) -> None:

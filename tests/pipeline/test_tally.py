@@ -83,3 +83,25 @@ def test_moments_have_the_spread_of_the_latents_that_are_drawn_from_them() -> No
     np.testing.assert_allclose(tally.std(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
     np.testing.assert_allclose(tally.over_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
     assert merged.variance == pytest.approx(logvars.exp().mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
+
+
+def test_nothing_runs_on_when_an_exception_has_ended_it() -> None:
+    """What the calls use is closed next: a process that opens images, say, which they would start again."""
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    ended = []
+
+    def slow(number: int) -> None:
+        if number == 0:
+            raise ValueError("the first one")
+        time.sleep(0.2)
+        ended.append(number)
+
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ValueError, match="the first one"):
+            list(in_order(pool, slow, range(9), window=9))
+        before = list(ended)
+        time.sleep(0.5)
+        assert ended == before
+        assert len(ended) < 5
