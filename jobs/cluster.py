@@ -5,12 +5,10 @@ runs calls again, because the driver knows better what is left to do. What a los
 (`pipeline.commit`).
 """
 
-import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -18,7 +16,6 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,6 +23,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.engine import IN_FLIGHT, Done, Job, Worker, failed
+from jobs.packages import among_our_packages, code_for_workers
 from jobs.progress import say
 from jobs.reach import SECONDS, check_listens, cluster_named, in_time
 from jobs.scratch import directory_for_ray
@@ -35,7 +33,6 @@ from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 
 LAST_LINES = 20  # of a lost worker's log
-OURS = ("vae", "pipeline", "jobs")
 
 
 @contextmanager
@@ -58,13 +55,13 @@ def _existing(address: str) -> Iterator[None]:
     """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
     where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
     say(f"connecting to the Ray cluster at {where}")
-    code = _our_code()
+    code = code_for_workers()
 
     def connect() -> None:
         check_listens(address)
         ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
 
-    with _among_ours() as ours:
+    with among_our_packages() as ours:
         try:
             with chdir(ours):
                 in_time(connect, SECONDS)
@@ -86,37 +83,11 @@ def _unreachable(error: Exception) -> str:
     return said
 
 
-def _our_code() -> dict[str, Any]:
-    """What sends our packages along, so that workers run the driver's; not where a submitted working directory has."""
-    root = Path(__file__).resolve().parents[1]
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "null"))
-    if submitted is not None:
-        sent = submitted.get("runtime_env", {}).get("working_dir")
-        if not sent or root == Path.cwd():
-            return {}
-    return {"py_modules": [str(root / name) for name in OURS]}
-
-
-@contextmanager
-def _among_ours(below: str | None = None) -> Iterator[str]:
-    """A directory with nothing in it but links to our packages.
-
-    Ray puts the driver's current directory first on its workers' path, where a user's `vae.py` or folder `jobs/` would
-    be taken for ours. (A runtime_env with an empty working_dir does the same, but 2.5 s later: the workers that Ray
-    starts ahead cannot be used then.)
-    """
-    root = Path(__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory(prefix="latentmill-", dir=below) as directory:
-        for name in OURS:
-            Path(directory, name).symlink_to(root / name)
-        yield directory
-
-
 @contextmanager
 def _local() -> Iterator[None]:
     """A local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with directory_for_ray() as free, _among_ours(free) as ours:
+    with directory_for_ray() as free, among_our_packages(free) as ours:
         with chdir(ours), _our_signals():
             ray.init(
                 address="local",

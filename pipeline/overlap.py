@@ -1,8 +1,9 @@
 """The one place where steps run at the same time: a bounded look-ahead on a pool of threads."""
 
+import concurrent.futures
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 In = TypeVar("In")
@@ -36,7 +37,9 @@ def in_order(
         while running:
             yield wait(running.popleft())
     finally:
-        wait([future for future in running if not future.cancel()])  # what they use may be closed next
+        concurrent.futures.wait(
+            [future for future in running if not future.cancel()]
+        )  # what they use may be closed next
 
 
 class Peekable(Iterator[In]):
