@@ -37,9 +37,8 @@ def in_order(
         while running:
             yield wait(running.popleft())
     finally:
-        concurrent.futures.wait(
-            [future for future in running if not future.cancel()]
-        )  # what they use may be closed next
+        left = [each for each in running if not each.cancel()]
+        concurrent.futures.wait(left)  # what they use may be closed next
 
 
 class Peekable(Iterator[In]):
