@@ -170,6 +170,12 @@ class Filled:
     digests: dict[int, bytes] = field(default_factory=dict)
 
     @property
+    def digests_in_order(self) -> list[bytes]:
+        """The digest of each sample; of one that was rejected, also later than when it was read, that of its reject."""
+        digests = self.digests | {reject.position: inputs.digest_of(reject) for reject in self.rejects}
+        return [digests[position] for position in sorted(digests)]
+
+    @property
     def samples(self) -> int:
         return len(self.rows) + len(self.rejects) + self.filtered
 
@@ -297,8 +303,7 @@ def fill(
 
     def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
-        when_read = item if isinstance(item, Reject) and item.stage == "read" else sample
-        filled.digests[sample.position] = inputs.digest_of(when_read)
+        filled.digests[sample.position] = inputs.digest_of(sample)
         try:
             check_share(item.columns if isinstance(item, Picture) else {}, job.rows_per_part, job.limits)
         except Rejected as why:
@@ -407,7 +412,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         rows=len(filled.rows),
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
-        inputs=inputs.of_digests(filled.digests[position] for position in sorted(filled.digests)),
+        inputs=inputs.of_digests(filled.digests_in_order),
         rejects=tuple(filled.rejects),
         tally=tally.tally_rows(filled.rows, tools.job.layout.store),
     )

@@ -15,7 +15,7 @@ SIZE = 32  # bytes of a digest
 
 
 def digest_of(item: Sample | Reject) -> bytes:
-    """The digest of a sample as it was read, or of one that was rejected when it was read."""
+    """The digest of a sample as it was read, or of one that was rejected."""
     if isinstance(item, Reject):
         return _sha256("reject", str(item.position), item.reason)
     columns = ((name, value_bytes(item.columns[name])) for name in sorted(item.columns))
@@ -41,10 +41,10 @@ def of_digests(digests: Iterable[bytes]) -> str:
 def of_record(record: Record, found: bytes | bytearray) -> str:
     """What `inputs` of this part would be by the samples that a unit's input has now.
 
-    found: their digests, one after the other from position 0 on. What the record rejected when it was read is taken as
-    it was recorded: other limits may let it pass now, and a damaged shard's rest cannot be read at all.
+    found: their digests, one after the other from position 0 on. What the record rejected is taken as it was recorded:
+    it may have been mended since, other limits may let it pass now, and a damaged shard's rest cannot be read at all.
     """
-    rejected = {reject.position: digest_of(reject) for reject in record.rejects if reject.stage == "read"}
+    rejected = {reject.position: digest_of(reject) for reject in record.rejects}
     return of_digests(rejected.get(p, bytes(found[SIZE * p : SIZE * (p + 1)])) for p in record.positions)
 
 

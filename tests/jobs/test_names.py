@@ -158,8 +158,8 @@ def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> 
     """Let a change come between planning and reading."""
     extend = plan.extend
 
-    def extend_then_change(*given: Any) -> Any:
-        planned = extend(*given)
+    def extend_then_change(*given: Any, **named: Any) -> Any:
+        planned = extend(*given, **named)
         change()
         return planned
 

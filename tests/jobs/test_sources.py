@@ -226,8 +226,8 @@ def test_a_folder_that_has_gone_since_it_was_planned_fails_its_unit(
         (source / f"a/{name}.jpg").write_bytes(data)
     argv = ("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
 
-    def extend_and_unmount(*given: Any) -> Any:
-        planned = extend(*given)
+    def extend_and_unmount(*given: Any, **named: Any) -> Any:
+        planned = extend(*given, **named)
         source.rename(tmp_path / "away")
         return planned
 

@@ -119,9 +119,13 @@ def test_a_text_that_comes_or_goes_is_noticed(tmp_path: Path, before: str, after
     first, noticed = plan.extend(cache, listed(*before.split(), "b.jpg", "b.txt"))
     assert noticed == []
     units, noticed = plan.extend(cache, listed(*after.split(), "b.jpg", "b.txt"))
-    assert units == first
-    said = f"{len(changed)} images or texts beside them were edited, added or removed since they were planned: "
-    assert noticed[0] == f"{said}{', '.join(changed)}; the cache keeps what they were"
+    assert [unit.name for unit in units] == [unit.name for unit in first]
+    texts = {f"p/{name}" for name in after.split() if name.endswith("txt")} - {
+        "p/a.txt" if "a.jpg.txt" in after else ""
+    }
+    assert {text.path for files in unpacked(units[0]) for text in files.texts} == texts | {"p/b.txt"}
+    said = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
+    assert noticed[0] == f"{said}nothing of them was encoded yet, and they are planned anew"
 
 
 def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
@@ -129,7 +133,7 @@ def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) 
     plan.extend(cache, listed(*names))
     edited = [shard if shard.path.endswith("jpg") else edit(shard) for shard in listed(*names)]
     _, (line,) = plan.extend(cache, edited)
-    assert line.startswith("8 images or texts beside them were edited")
+    assert line.startswith("inputs that have changed since they were planned: 8 (")
     assert "p/0.txt, p/1.txt, p/2.txt, p/3.txt, p/4.txt and 3 more" in line
 
 

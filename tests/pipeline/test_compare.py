@@ -423,5 +423,5 @@ def test_the_plan_says_what_each_picture_was(extend: Extend, cache: Folder, tmp_
     os.utime(tmp_path / "photos/1.png", ns=(5, 1_700_000_000_000_000_001))
     extend(tmp_path / "photos")
     (unit,) = plan.read(cache)
-    assert json.loads(unit.files)[1] == [11, "m1700000000000000001"]
+    assert json.loads(unit.files)[1] == [11, "m1700000000000000001", []]
     assert (unit.root, unit.source) == (f"{tmp_path}/photos", "photos")

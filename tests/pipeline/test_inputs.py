@@ -71,7 +71,7 @@ def test_it_is_what_the_page_says(worker: Make, tmp_path: Path, container: Any, 
     encoder = worker(tmp_path / "c", layout=layout, open_threads=threads, transform=transform)
     encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     assert [record.inputs for record in records(tmp_path / "c")] == [
-        together(of_tar(members, 0, 4)),
+        together([*of_tar(members, 0, 2), reject(2, "not_a_picture"), *of_tar(members, 3, 1)]),
         together([*of_tar(members, 4, 1), reject(5, "bad_text")]),
     ]
 
