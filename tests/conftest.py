@@ -17,6 +17,8 @@ from vae import AutoencoderKL
 
 pytest_plugins = ["tests.servers"]
 
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"  # of a message
+
 MICRO = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,

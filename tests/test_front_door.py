@@ -95,7 +95,7 @@ def test_a_users_modules_do_not_break_what_is_installed(project: Path, micro_vae
         assert json.loads(job.stdout)["stats"]["count"] == 3
 
 
-@pytest.mark.parametrize("command", ["latentmill", "jobs.status"])
+@pytest.mark.parametrize("command", ["latentmill", "jobs.status", "jobs.encode"])
 @pytest.mark.parametrize("missing", ["resource", "fcntl"])
 def test_where_python_lacks_what_is_needed_it_is_said(tmp_path: Path, command: str, missing: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")

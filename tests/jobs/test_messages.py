@@ -17,12 +17,11 @@ from jobs import encode, messages
 from jobs.messages import Kept
 from jobs.progress import PROGRESS, say, say_each
 from pipeline.errors import StorageError
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import STAMP, img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 
 ROOT = Path(__file__).parents[2]
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
 @pytest.fixture

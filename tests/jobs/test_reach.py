@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from jobs.reach import check_listens, cluster_named, in_time
 from pipeline.errors import UsageError
+from tests.conftest import STAMP
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -93,11 +95,12 @@ def test_where_nothing_listens_it_is_said_at_once(
     assert (code, out) == (2, "")
     assert time.monotonic() - start < 20  # to import Ray, on a busy machine
     shown = where if by == "--address" else f"{where} (RAY_ADDRESS)"
-    assert err.splitlines() == [
-        f"connecting to the Ray cluster at {shown}",
+    message, error = err.splitlines()
+    assert re.fullmatch(rf"{STAMP} INFO " + re.escape(f"connecting to the Ray cluster at {shown}"), message)
+    assert error == (
         f"latentmill: cannot reach the Ray cluster at {shown}: {os.strerror(errno.ECONNREFUSED).lower()}; start it, "
-        "correct the address, or leave it out for a local Ray",
-    ]
+        "correct the address, or leave it out for a local Ray"
+    )
     assert not (tmp_path / "c").exists()
 
 
@@ -132,7 +135,8 @@ def test_where_nobody_answers_the_wait_has_an_end(argv: list[str], silent: str) 
 def test_a_signal_ends_the_wait(argv: list[str], silent: str, sign: signal.Signals, code: int) -> None:
     with start([*argv, "--address", silent], 60) as job:
         assert job.stderr is not None
-        assert job.stderr.readline() == f"connecting to the Ray cluster at {silent}\n"
+        connecting = re.escape(f"connecting to the Ray cluster at {silent}\n")
+        assert re.fullmatch(rf"{STAMP} INFO {connecting}", job.stderr.readline())
         time.sleep(3)  # it is deep in Ray's own attempts by then
         asked = time.monotonic()
         job.send_signal(sign)

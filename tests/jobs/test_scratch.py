@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from jobs import scratch
 from jobs.scratch import directory_for_ray, unfit
 from pipeline.errors import UsageError
+from tests.conftest import STAMP
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +83,7 @@ def test_where_ray_cannot_live_it_gets_a_directory_of_ours(
     assert not os.path.exists(ours)
     assert os.environ.get("RAY_TMPDIR") == (usual if name == "RAY_TMPDIR" else None)
     said = capsys.readouterr().err
-    assert said.startswith(f"note: Ray's files are in {ours}: {name} {usual} ")
+    assert re.match(rf"{STAMP} INFO " + re.escape(f"note: Ray's files are in {ours}: {name} {usual} "), said)
     assert said.endswith(why + "\n")
 
 
@@ -119,6 +121,6 @@ def test_a_job_runs_in_such_a_directory_and_leaves_nothing(
         timeout=100,
     )
     assert job.returncode == 0, job.stderr
-    (note,) = [line for line in job.stderr.splitlines() if line.startswith("note: Ray's files are in ")]
-    assert not Path(note.split()[5].rstrip(":")).exists()
+    (ours,) = re.findall(rf"^{STAMP} INFO note: Ray's files are in (\S+): ", job.stderr, re.MULTILINE)
+    assert not Path(ours).exists()
     assert list(long.iterdir()) == []
