@@ -229,9 +229,18 @@ def retried(cache: Folder, identity: str, units: Set[str] | None = None) -> list
     return [part for part in found if part is not None]
 
 
-def _unit_of(retried: str) -> str:
-    """The unit of a part that `retry` wrote, by its file."""
-    return _RETRIED.sub("", stem_of(retried).partition("/")[2])
+def of_unit(cache: Folder, unit: str, identity: str) -> list[Standing]:
+    """All parts of a unit that stand, also those that `retry` wrote. unit: its name."""
+    names = files(cache)
+    hidden = shadowed(names)
+    found = (inspect(cache, name, identity) for name in names if _unit_of(name) == unit and name not in hidden)
+    return [part for part in found if part is not None]
+
+
+def _unit_of(file: str) -> str:
+    """The unit of a part, by its file."""
+    stem = stem_of(file).partition("/")[2]
+    return _RETRIED.sub("", stem) if is_retry(stem) else stem.rpartition("-")[0]
 
 
 def superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
@@ -264,8 +273,7 @@ def read_each(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[s
 
 def begun(cache: Folder) -> set[str]:
     """The names of the units of which anything stands: a part, or that they are done."""
-    stems = (stem_of(file).partition("/")[2] for file in files(cache))
-    return {_RETRIED.sub("", stem) if is_retry(stem) else stem.rpartition("-")[0] for stem in stems} | finished(cache)
+    return {_unit_of(file) for file in files(cache)} | finished(cache)
 
 
 def finished(cache: Folder) -> set[str]:

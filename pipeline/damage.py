@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 from pipeline.errors import REST, DamagedError, Rejected, ShardError
-from pipeline.records import Record, Reject, Sample
+from pipeline.records import Filtered, Picture, Record, Reject, Sample
 
 AT_ONCE = 1 << 20  # bytes of what is read past
+RETRIED = "it was rejected when it was first read; a part that latentmill retry wrote has it"
 
 
 def after_all_bytes(
@@ -74,6 +75,18 @@ def before_the_rest(samples: Iterator[Sample | Reject], superseded: Mapping[int,
             yield rest_from(rest)
             return
         yield sample
+
+
+def rejected_again(
+    sample: Sample | Reject, item: Picture | Reject | Filtered, reason: str | None
+) -> Picture | Reject | Filtered:
+    """What became of a sample; where a part of `retry` has it, a reject as it was, so that no sample is in two parts.
+
+    reason: why it was rejected before; None where no such part has it.
+    """
+    if reason is None or (isinstance(item, Reject) and item.reason in (reason, REST)):
+        return item
+    return Reject(sample.position, sample.key, "open", reason, RETRIED)
 
 
 def rests(records: Iterable[Record]) -> dict[str, set[int]]:

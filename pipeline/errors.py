@@ -3,6 +3,7 @@
 LatentmillError            one line for the user: what happened, where, what to do
 |-- UsageError             the command cannot work as it was given; exit code 2
 |   |-- SourceError        no such source, an empty one, or one that changed
+|   |   `-- ChangedError   an input is not what was planned; nothing of it was read
 |   |-- VaeError           no AutoencoderKL where one was asked for
 |   `-- IdentityError      the cache was made with other settings
 |-- CacheError             a folder that is not a cache, or a broken one; exit code 1
@@ -59,6 +60,10 @@ class UsageError(LatentmillError):
 
 class SourceError(UsageError):
     """A source is missing, empty, ambiguous, or no longer what was planned."""
+
+
+class ChangedError(SourceError):
+    """An input is no longer what was planned, which was found before anything of it was read."""
 
 
 class VaeError(UsageError):

@@ -21,9 +21,9 @@ from pipeline import commit, inputs, parquet_keys, pixels, storage, tally
 from pipeline.batches import batches
 from pipeline.careful import Opener
 from pipeline.clock import Clock
-from pipeline.damage import after_all_bytes, before_the_rest, rest_alone, to_the_damage
+from pipeline.damage import after_all_bytes, before_the_rest, rejected_again, rest_alone, to_the_damage
 from pipeline.encode import Compute, Replica, Vae
-from pipeline.errors import REST, DamagedError, Rejected, ShardError, Stopped
+from pipeline.errors import ChangedError, DamagedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits, check_columns, check_share
@@ -47,8 +47,6 @@ from pipeline.records import (
 )
 from pipeline.storage import Folder
 from pipeline.transform import Transform
-
-RETRIED = "it was rejected when it was first read; a part that latentmill retry wrote has it"
 
 
 class Reading(Protocol):
@@ -181,8 +179,27 @@ class Filled:
 
 
 def process(unit: Unit, tools: Tools) -> UnitReport:
-    """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole."""
+    """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole.
+
+    An input with another time or ETag than was planned is read as it is now, if it has the samples of which the parts
+    that stand were made. All of it is read for that before anything is written.
+    """
     job, clock = tools.job, Clock()
+    try:
+        return encode_missing(unit, tools, clock)
+    except ChangedError:
+        now = storage.as_it_is(unit, job.source_options)
+        records = [part.record for part in commit.of_unit(job.cache, unit.name, job.identity)]
+        if now.bytes != unit.bytes or not records:
+            raise
+        samples = to_the_damage(read(now, job, on_piece=tools.on_piece), tools.damaged_at, [])
+        drain(inputs.proven(watched(samples, tools, clock), records, unit.url))
+    return encode_missing(now, tools, clock)
+
+
+def encode_missing(unit: Unit, tools: Tools, clock: Clock) -> UnitReport:
+    """The same, of an input that is as it was planned. Raises ChangedError if it is not."""
+    job = tools.job
     damage: list[str] = []
     passed = Counter[str]()
     superseded = job.superseded.get(unit.name, {})
@@ -324,18 +341,6 @@ def fill(
     filled.rows.sort(key=lambda row: (row.picture.bucket, row.picture.position))
     filled.rejects.sort(key=lambda reject: reject.position)
     return filled
-
-
-def rejected_again(
-    sample: Sample | Reject, item: Picture | Reject | Filtered, reason: str | None
-) -> Picture | Reject | Filtered:
-    """What became of a sample; where a part of `retry` has it, a reject as it was, so that no sample is in two parts.
-
-    reason: why it was rejected before; None where no such part has it.
-    """
-    if reason is None or (isinstance(item, Reject) and item.reason in (reason, REST)):
-        return item
-    return Reject(sample.position, sample.key, "open", reason, RETRIED)
 
 
 def pictures(

@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import disk
-from pipeline.errors import DamagedError, Rejected, SourceError, StorageError, UsageError
+from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError, UsageError
 from pipeline.etags import same_version
 from pipeline.overlap import in_order
 from pipeline.records import Unit
@@ -105,7 +105,7 @@ def open_stream(
 ) -> Iterator[BinaryIO]:
     """A file to read from start to end, a block at a time; or here and there, as it is asked for (`seeking`).
 
-    Raises SourceError where it is not what was planned any more, by its size or its ETag, or changes meanwhile;
+    Raises ChangedError where it is not what was planned, by its size or its ETag; SourceError if it changes meanwhile;
     StorageError where fewer bytes come than it has, whatever its reader made of that.
     """
     with naming(url, "read"):
@@ -113,7 +113,7 @@ def open_stream(
         before = version_of(fs, path) if planned is not None else (0, "")
         if planned and not same_version((planned.bytes, planned.etag), before):
             what = "its time or ETag" if before[0] == planned.bytes else f"{planned.bytes} bytes then, {before[0]} now"
-            raise SourceError(
+            raise ChangedError(
                 f"{url} has changed since it was planned ({what}); the same command again says what to do"
             )
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times

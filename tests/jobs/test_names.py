@@ -217,10 +217,49 @@ def test_a_unit_that_is_half_done_and_has_changed_is_said(
     next((tmp_path / "c/_commits").iterdir()).unlink()
     tar(shards / "0.tar", 20)
     code, _, err = encode(shards)
-    assert (code, "a part of them is encoded: put them back as they were, or move away" in err) == (1, True)
+    assert (code, "a part of them is encoded, " in err, first.stem + " was made from other samples" in err) == (
+        1,
+        True,
+        True,
+    )
+    assert "If its unit fails: put them back as they were, or move away" in err
+    assert list((tmp_path / "c/data").iterdir()) == [first]
     first.unlink()
     assert encode(shards)[0] == 0
     assert sorted(by_key(tmp_path / "c", "key")) == ["000000020", "000000021"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_unit_that_is_half_done_goes_on_if_its_samples_are_those_of_the_parts_that_stand(
+    encode: Command, latentmill: Command, tmp_path: Path, kind: str, lost: int
+) -> None:
+    """Nothing is written, not even a part in front of those that stand, as long as one of these has other samples."""
+    path = tar(tmp_path / "s/0.tar", 0)
+    if kind == "parquet":
+        path.unlink()
+        images = [encoded(smooth(seed), quality=90).ljust(9000, b"\0") for seed in range(2)]
+        path = write_parquet(tmp_path / "s/0.parquet", images, text=["first", "second"])
+    whole = path.read_bytes()
+    assert encode(path.parent, "--rows-per-part", 1)[0] == 0
+    table = table_of(tmp_path / "c").sort_by("key")
+    parts = sorted((tmp_path / "c/data").iterdir())
+    parts.pop(lost).unlink()
+    next((tmp_path / "c/_commits").iterdir()).unlink()
+
+    other = bytearray(whole)
+    place = [at for at in range(len(whole)) if whole.startswith(b"\xff\xd9\0", at)][1 - lost]
+    other[place + 2] = 1  # the padding behind an image of the part that stands
+    path.write_bytes(other)
+    code, _, err = encode(path.parent)
+    assert (code, f"{parts[0].stem} was made from other samples" in err) == (1, True), err
+    assert list((tmp_path / "c/data").iterdir()) == parts
+
+    path.write_bytes(whole)
+    code, out, err = encode(path.parent)
+    assert (code, "encoded 1 pictures" in out) == (0, True), err
+    assert table_of(tmp_path / "c").sort_by("key") == table
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
 def copied(source: Path, target: Path) -> Path:
