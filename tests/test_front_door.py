@@ -46,7 +46,7 @@ def encode_argv(micro_vae: Path, *more: object) -> list[object]:
     return ["encode", "pictures", "--to", "c", "--vae", micro_vae, "--resolution", 64, "--json", *more]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path, workers: int) -> None:
     command = [sys.executable, "-m", "latentmill", *encode_argv(micro_vae, "--workers", workers)]
     job = run(command, project, project, ROOT)
@@ -54,6 +54,7 @@ def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path
     assert json.loads(job.stdout)["stats"]["count"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_users_modules_on_the_path_do_not_break_a_job_from_a_checkout(project: Path, micro_vae: Path) -> None:
     argv = encode_argv(micro_vae, "--workers", 1)[1:]

@@ -61,7 +61,7 @@ def test_a_signal_ends_the_job_wherever_it_is(
 
     def struck(*given: Any, **named: Any) -> Any:
         os.kill(os.getpid(), sign)
-        return real(*given, **named)
+        return real(*given)
 
     monkeypatch.setattr(module, name, struck)
     returned, out, err = latentmill(*argv)
@@ -177,10 +177,10 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
     module, name = module_and_name
     real, seen = getattr(module, name), list[list[str]]()
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*given: Any, **named: Any) -> Any:
         time.sleep(3.6)
         seen.append(runs.alive(Folder(str(tmp_path / "c")), but=""))
-        return real(*given)
+        return real(*given, **named)
 
     monkeypatch.setattr(module, name, slowly)
     assert latentmill(*argv)[0] == 0

@@ -109,6 +109,7 @@ def test_verbose_tells_what_became_of_each_unit(latentmill: Command, job: list[o
     assert " DEBUG " not in latentmill(*job)[2], "nor does the next command in this process"
 
 
+@pytest.mark.slow
 def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
     latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow.EncodeJob, "build", built)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hold_up", "what", "least", "most"),
     [

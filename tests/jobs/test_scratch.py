@@ -107,6 +107,7 @@ def test_where_there_is_no_place_it_is_said(long: Path, monkeypatch: pytest.Monk
         directory_for_ray().__enter__()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_job_runs_in_such_a_directory_and_leaves_nothing(
     shards: Path, micro_vae: Path, tmp_path: Path, long: Path

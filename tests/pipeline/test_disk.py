@@ -205,6 +205,7 @@ def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
     assert "the disk has neither hard links nor exclusive renames on this machine" in err
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("kept", [True, False], ids=["exclusive renames", "neither"])
 def test_workers_of_ray_agree_with_the_driver_on_such_a_disk(argv: list[object], tmp_path: Path, kept: bool) -> None:

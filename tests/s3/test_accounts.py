@@ -40,6 +40,7 @@ def flags(name: str, options: list[str]) -> list[str]:
     return [word for pair in options for word in (name, pair)]
 
 
+@pytest.mark.slow
 def test_every_verb_reads_sources_on_an_account_of_their_own(
     latentmill: Command, micro_vae: Path, bucket: str, public: Proxy, private: list[str], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_every_verb_reads_sources_on_an_account_of_their_own(
         assert SECRET.encode() not in fs.cat_file(name)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_read_sources_on_an_account_of_their_own(
     latentmill: Command, micro_vae: Path, bucket: str, public: Proxy, private: list[str], tmp_path: Path

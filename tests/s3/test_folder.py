@@ -87,6 +87,7 @@ def test_another_content_of_the_same_size_is_noticed(bucket: str) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [500, pytest.param(503, marks=pytest.mark.slow), "reset"])
 def test_a_burst_of_errors_is_waited_for(bucket: str, proxy: Proxy, fault: int | str) -> None:
     folder = Folder(bucket)
