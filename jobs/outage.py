@@ -27,10 +27,11 @@ class Outage:
     ) -> None:
         self.probe, self.patience, self.clock = probe, patience, clock
         self.failures: list[tuple[float, str]] = []  # when, on which worker, since the last success there
-        self.first = 0.0  # failure since the last success anywhere
+        self.first = 0.0  # failure of this outage, since the last success anywhere
         self.error = ""
         self.is_on = False
         self._task: Task | None = None
+        self._last = 0.0  # failure
         self._probes = 0
         self._next_probe = 0.0
         self._asked: list[bool] | None = None  # takes the answer of the probe that is under way
@@ -43,7 +44,9 @@ class Outage:
     def failed(self, done: Done, workers: int) -> None:
         """Take in a task that failed because of the storage. workers: how many are ready."""
         now = self.clock()
-        self.first = self.first or now
+        if not self.is_on and (not self.first or now - self._last > WINDOW):
+            self.first = now  # one of long ago was none of this outage's
+        self._last = now
         self.error, self._task = str(done.error), done.task
         self.failures = [(at, worker) for at, worker in self.failures if now - at <= WINDOW] + [(now, done.worker)]
         failing = {worker for _, worker in self.failures}

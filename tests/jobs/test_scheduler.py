@@ -329,6 +329,23 @@ def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
     assert away.engine.now < 20 + 60 + 300 + 120
 
 
+@pytest.mark.usefixtures("probes_at_once")
+def test_patience_does_not_count_from_a_failure_of_long_ago() -> None:
+    """Tasks of half an hour: nothing was done since a single failure at the start, and then the storage is away."""
+    away = Away(since=700.0, until=760.0)
+    watch = outage.Outage(away.probe, patience=600.0, clock=lambda: away.engine.now)
+    away.engine.now = 1.0
+    watch.failed(Done(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
+    for worker in ("0.0", "1.0"):
+        away.engine.now = 710.0
+        watch.failed(Done(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
+    assert watch.holds()
+    away.engine.now = 720.0
+    assert watch.holds()
+    away.engine.now = 770.0
+    assert not watch.holds()
+
+
 def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
     engine = Simulation(
         4, lambda worker, *_: Failing("cannot read", "storage", after=1.0) if worker.startswith("2.0") else None
