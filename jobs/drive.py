@@ -109,9 +109,14 @@ def drive(
     with signals.looked_at():
         while scheduler.waiting or scheduler.under_way:
             signals.check()
+            if not outage.holds():
+                for worker, why in list(scheduler.sick(engine.workers)):
+                    engine.replace(worker, why)
+            elif outage.is_certain:
+                scheduler.forget_strikes()
             workers = engine.workers
             ready = ready or (time.perf_counter() if workers else 0.0)
-            while not outage.holds() and (given := scheduler.next(workers, engine.starting)):
+            while not outage.is_on and (given := scheduler.next(workers, engine.starting)):
                 engine.submit(given.task, given.attempt, given.worker)
             for done in engine.wait(1.0, scheduler.waiting):
                 if done.error is None:
@@ -120,8 +125,6 @@ def drive(
                     on_done(done.report)
                 else:
                     take_failure(done, scheduler, outage, len(workers), signals)
-            for worker, why in list(scheduler.sick(engine.workers)):
-                engine.replace(worker, why)
             on_tick()
             driven.seconds = time.perf_counter() - ready if ready else 0.0
     signals.check()
@@ -133,7 +136,9 @@ def take_failure(done: Done, scheduler: Scheduler, outage: Outage, workers: int,
     is_tried_again = scheduler.failed(done)
     if done.cause == "storage":
         outage.failed(done, workers)
-    if outage.is_on:  # said once
+    if outage.is_certain:
         scheduler.forget_strikes()
-    elif is_tried_again and done.cause != "returned" and not signals.stop.is_set():  # if it is, the task was stopped
+    if outage.is_on or signals.stop.is_set():  # an outage is said once; with a stop, the task was stopped
+        return
+    if is_tried_again and done.cause != "returned":
         say(f"to be tried again: {done.task.name}: {done.error}")

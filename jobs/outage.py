@@ -30,6 +30,7 @@ class Outage:
         self.first = 0.0  # failure of this outage, since the last success anywhere
         self.error = ""
         self.is_on = False
+        self.is_certain = False  # a probe has failed, too: it is not the workers
         self._task: Task | None = None
         self._last = 0.0  # failure
         self._probes = 0
@@ -54,7 +55,6 @@ class Outage:
         if not self.is_on and several and len(failing) >= SHARE * workers:
             self.is_on = True
             self._rest()
-            say(f"the storage does not answer, and no further task is started until it does: {self.error}")
 
     def holds(self) -> bool:
         """Whether no task is to be started now. Probes the storage, with growing pauses.
@@ -66,8 +66,9 @@ class Outage:
         seconds = self.clock() - self.first
         answered = self._answer(at_once=seconds > self.patience)
         if answered:
-            self.is_on, self.failures = False, []
-            say(f"the storage answers again, after {duration(seconds)}")
+            if self.is_certain:
+                say(f"the storage answers again, after {duration(seconds)}")
+            self.is_on, self.is_certain, self.failures = False, False, []
         elif seconds > self.patience + (HANGS if answered is None else 0.0):
             raise JobError(
                 f"the storage has failed for {duration(seconds)} (--patience): {self.error}; "
@@ -84,6 +85,9 @@ class Outage:
             return None
         (answered,), self._asked = self._asked, None
         if not answered:
+            if not self.is_certain:
+                say(f"the storage does not answer, and no further task is started until it does: {self.error}")
+            self.is_certain = True
             self._rest()
         return answered
 

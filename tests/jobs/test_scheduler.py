@@ -333,7 +333,7 @@ def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
 def test_patience_does_not_count_from_a_failure_of_long_ago() -> None:
     """Tasks of half an hour: nothing was done since a single failure at the start, and then the storage is away."""
     away = Away(since=700.0, until=760.0)
-    watch = outage.Outage(away.probe, patience=600.0, clock=lambda: away.engine.now)
+    watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.engine.now)
     away.engine.now = 1.0
     watch.failed(Done(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
@@ -352,6 +352,24 @@ def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
     )
     result = run(engine, NAMES)
     assert (len(result.done), result.failed, engine.replaced) == (400, [], ["2.0"])
+
+
+@pytest.mark.usefixtures("probes_at_once")
+@pytest.mark.parametrize(("sick", "workers"), [(1, 1), (2, 4), (4, 8)])
+def test_workers_without_their_storage_are_replaced_though_they_are_many(
+    sick: int, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node whose network is broken: the storage answers the driver at once, so it is no outage."""
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        is_sick = slot_of(worker) < sick and worker.endswith(".0")
+        return Failing("cannot read", "storage", after=1.0) if is_sick else None
+
+    engine = Simulation(workers, behaviour)
+    result = run(engine, NAMES[:200])
+    assert (len(result.done), result.failed) == (200, [])
+    assert sorted(engine.replaced) == [f"{slot}.0" for slot in range(sick)]
+    assert capsys.readouterr().err.count("the storage does not answer") <= 1
 
 
 def test_a_single_file_that_can_never_be_read_is_given_up_and_nothing_else() -> None:
