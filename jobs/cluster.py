@@ -335,6 +335,7 @@ class RayEngine:
         except RayTaskError as error:  # the actor lives
             if remote.starting is None:  # a mistake of ours, which would come again
                 raise JobError(f"a worker failed: {_cause(error)}") from error
+            self._learn_home(remote, 1.0)
             self._lose(slot, remote, _cause(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):

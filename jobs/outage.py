@@ -4,14 +4,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from jobs.engine import Done, Task
+from jobs.engine import Done, Task, error_line
 from jobs.progress import duration, say
 from jobs.scheduler import pause
-from pipeline.errors import JobError, LatentmillError
+from pipeline.errors import JobError
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
 LONGEST_PAUSE = 30.0  # seconds between two probes
-HANGS = 60.0  # seconds that the last probe may take
+HANGS = 60.0  # seconds that a probe may take
 SHARE = 0.5  # of the workers have failed: then it is the storage, and not some of them
 
 
@@ -36,6 +36,7 @@ class Outage:
         self._probes = 0
         self._next_probe = 0.0
         self._asked: list[bool] | None = None  # takes the answer of the probe that is under way
+        self._asked_at = 0.0
 
     def succeeded(self, worker: str) -> None:
         """Take in a task that was done."""
@@ -79,11 +80,12 @@ class Outage:
     def _answer(self, at_once: bool) -> bool | None:
         """What a probe has found; None if none has ended. Starts one if it is time."""
         if self._asked is None and (at_once or self.clock() >= self._next_probe):
-            self._asked = []
+            self._asked, self._asked_at = [], self.clock()
             threading.Thread(target=self._ask, args=(self._task, self._asked), daemon=True).start()
-        if not self._asked:
+        if not self._asked and self.clock() - self._asked_at <= HANGS:
             return None
-        (answered,), self._asked = self._asked, None
+        answered = self._asked == [True]  # one that hangs is let go
+        self._asked = None
         if not answered:
             if not self.is_certain:
                 say(f"the storage does not answer, and no further task is started until it does: {self.error}")
@@ -95,8 +97,8 @@ class Outage:
         try:
             self.probe(task)
             answer.append(True)
-        except LatentmillError as error:
-            self.error = str(error)
+        except Exception as error:  # whatever it is, the storage does not answer as it should
+            self.error = error_line(error)
             answer.append(False)
 
     def _rest(self) -> None:

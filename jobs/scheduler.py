@@ -17,6 +17,7 @@ from pipeline.records import Attempt
 TRIES = 3
 PARDONS = 10  # failures of a task that were not its fault; but a task may also be what kills workers
 STRIKES = 2  # failures in a row
+RESTS = 5  # strikes after which a worker rests; more of them, and it is rather the tasks
 PAUSE = 2.0  # seconds before a task, or a worker that failed, is tried again; doubled each time
 LONGEST_PAUSE = 60.0
 AWAIT = 120.0  # seconds that a task waits for another worker to start than those on which it failed
@@ -26,13 +27,14 @@ AWAIT = 120.0  # seconds that a task waits for another worker to start than thos
 class TaskState:
     """What is known of a task. failed_on: the workers on which it failed and that are not known to be sick.
 
-    avoided: all workers on which it failed. pardons: failures that were not its fault.
+    avoided: all workers on which it failed. pardons: failures that were not its fault, `device_errors` among them.
     """
 
     task: Task
     failed_on: list[str] = field(default_factory=list)
     avoided: list[str] = field(default_factory=list)
     pardons: int = 0
+    device_errors: int = 0
     careful: bool = False
     damaged_at: int | None = None
     failed_at: float = 0.0
@@ -41,17 +43,23 @@ class TaskState:
 
 @dataclass(slots=True)
 class WorkerState:
-    """What is known of a worker. strikes: tasks that failed on it since its last success, and on no other.
+    """What is known of a worker. strikes: tasks that failed on it since its last success, with their errors.
 
-    is_to_blame: one of them was done by another worker. device_error: what its accelerator reported.
+    failures: how often that was. is_to_blame: one of these tasks was done by another worker.
+    device_error: what its accelerator reported.
     """
 
     tasks: set[str] = field(default_factory=set)
     alone: bool = False
     strikes: dict[str, str] = field(default_factory=dict)
+    failures: int = 0
     is_to_blame: bool = False
     device_error: str = ""
     rests_until: float = 0.0
+
+    def clear(self) -> None:
+        """Hold nothing against it any more."""
+        self.strikes, self.failures, self.is_to_blame, self.rests_until = {}, 0, False, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +123,7 @@ class Scheduler:
         worker = self.workers.setdefault(name, WorkerState())
         if worker.alone or worker.device_error:
             return False
-        if worker.strikes and workers > 1:  # a task at a time, and not at once: it may be sick
+        if 0 < len(worker.strikes) <= RESTS and workers > 1:  # a task at a time, and not at once: it may be sick
             return not worker.tasks and worker.rests_until <= now
         return len(worker.tasks) < IN_FLIGHT
 
@@ -145,11 +153,11 @@ class Scheduler:
     def succeeded(self, done: Done) -> None:
         """Take in a task that was done."""
         self._take_back(done)
-        worker = self.workers.setdefault(done.worker, WorkerState())
-        worker.strikes, worker.is_to_blame, worker.rests_until = {}, False, 0.0
-        if bool(getattr(done.report, "damage", None)):  # what failed on the others was the shard
-            self._take_off(done.task)
+        self.workers.setdefault(done.worker, WorkerState()).clear()
+        is_damaged = bool(getattr(done.report, "damage", None))  # then what failed on the others was the shard
         for other in self.workers.values():
+            if is_damaged:
+                other.strikes.pop(done.task.name, None)
             other.is_to_blame |= done.task.name in other.strikes
 
     def failed(self, done: Done) -> bool:
@@ -169,10 +177,12 @@ class Scheduler:
             state.careful = True
             self.workers.pop(done.worker, None)
         elif done.cause == "device":
+            state.careful = True  # alone with its worker: it may be what the device fails of
+            state.device_errors += 1
             self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
-        elif not self._is_its_own_fault(state):
+        else:
             self._strike(done)
-        if len(state.failed_on) >= TRIES or state.pardons >= PARDONS:
+        if max(len(state.failed_on), state.device_errors) >= TRIES or state.pardons >= PARDONS:
             self.failures.append(Failure(done.task.name, str(done.error)))
             return False
         failures = len(state.failed_on) + (state.pardons if done.cause == "storage" else 0)
@@ -187,21 +197,10 @@ class Scheduler:
             worker.alone = False
         return self.failing.pop(done.task.name)
 
-    def _is_its_own_fault(self, state: TaskState) -> bool:
-        """Whether a task has failed on several workers: then it is no strike against any of them."""
-        if len(set(state.avoided)) < 2:
-            return False
-        self._take_off(state.task)
-        return True
-
-    def _take_off(self, task: Task) -> None:
-        """Hold a task that failed against no worker."""
-        for worker in self.workers.values():
-            worker.strikes.pop(task.name, None)
-
     def _strike(self, done: Done) -> None:
         worker = self.workers.setdefault(done.worker, WorkerState())
         worker.strikes[done.task.name] = str(done.error)
+        worker.failures += 1
         worker.rests_until = self.clock() + pause(len(worker.strikes))
 
     def sick(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -213,7 +212,9 @@ class Scheduler:
             if worker.device_error:
                 del self.workers[name]
                 yield name, worker.device_error
-            elif len(worker.strikes) >= STRIKES and (worker.is_to_blame or (len(workers) == 1 and self.can_replace)):
+                continue
+            is_alone = len(workers) == 1 and self.can_replace and worker.failures >= STRIKES
+            if is_alone or (worker.is_to_blame and len(worker.strikes) >= STRIKES):
                 del self.workers[name]
                 if worker.is_to_blame:
                     self._pardon(name, worker)
@@ -230,9 +231,9 @@ class Scheduler:
     def forget_strikes(self) -> None:
         """Hold nothing against any worker: what failed lately was the storage."""
         for worker in self.workers.values():
-            worker.strikes, worker.is_to_blame, worker.rests_until = {}, False, 0.0
+            worker.clear()
 
 
 def pause(failures: int) -> float:
     """Seconds before something is tried again that has failed so many times in a row."""
-    return float(min(PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
+    return float(min(PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE))

@@ -228,10 +228,39 @@ def test_many_bad_tasks_do_not_have_the_workers_replaced_again_and_again() -> No
     assert engine.replaced == []
 
 
-def test_the_only_worker_is_replaced_when_it_fails_twice_in_a_row() -> None:
+@pytest.mark.parametrize("tasks", [1, 20])
+def test_the_only_worker_is_replaced_when_it_fails_twice_in_a_row(tasks: int) -> None:
     engine = Simulation(1, lambda worker, *_: Failing("broken") if worker == "0.0" else None)
-    result = run(engine, NAMES[:20])
-    assert (len(result.done), result.failed, engine.replaced) == (20, [], ["0.0"])
+    result = run(engine, NAMES[:tasks])
+    assert (len(result.done), result.failed, engine.replaced) == (tasks, [], ["0.0"])
+
+
+@pytest.mark.parametrize("sick", [4, 6])
+def test_a_majority_of_sick_workers_is_replaced(sick: int) -> None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        return Failing("broken") if worker.endswith(".0") and slot_of(worker) < sick else None
+
+    engine = Simulation(8, behaviour)
+    result = run(engine, NAMES)
+    assert sorted(engine.replaced) == [f"{slot}.0" for slot in range(sick)]
+    assert len(result.failed) <= (0 if sick == 4 else 8), result.failed
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: int) -> None:
+    alone: list[bool] = []
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        if task.name == "u007":
+            alone.append(attempt.careful)
+            return Failing("CUDA error: device-side assert triggered", "device", after=1.0)
+        return None
+
+    engine = Simulation(slots, behaviour)
+    result = run(engine, NAMES[:40])
+    assert (len(result.done), result.failed) == (39, ["u007"])
+    assert len(engine.replaced) in (2, 3), "the last one only if there is something left to do"
+    assert alone[0] is False and all(alone[2:])
 
 
 def test_a_worker_that_fails_now_and_then_is_kept() -> None:
@@ -289,7 +318,7 @@ class Away:
             raise StorageError("cannot read s3://b/cache.json: no answer", may_pass=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes are answered in the thread that asks: the clock is virtual."""
 
@@ -304,7 +333,6 @@ def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-@pytest.mark.usefixtures("probes_at_once")
 def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     away = Away(since=20.0, until=20.0 + 580.0)
     away.engine.slots = workers
@@ -320,7 +348,28 @@ def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: 
     assert said.count("to be tried again") <= workers
 
 
-@pytest.mark.usefixtures("probes_at_once")
+def test_a_probe_that_hangs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Hanging:
+        """A thread whose first probe never ends."""
+
+        def __init__(self, target: Callable[..., None], args: tuple[object, ...], daemon: bool) -> None:
+            self.target, self.args = target, args
+
+        def start(self) -> None:
+            asked.append(away.engine.now)
+            if len(asked) > 1:
+                self.target(*self.args)
+
+    monkeypatch.setattr(outage.threading, "Thread", Hanging)
+    away = Away(since=20.0, until=120.0)
+    away.engine.slots = 4
+    result = run(away.engine, NAMES[:100], away.probe)
+    assert (len(result.done), result.failed) == (100, [])
+    assert len(asked) > 1
+
+
 def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
     away = Away(since=20.0, until=math.inf)
     away.engine.slots = 4
@@ -329,7 +378,6 @@ def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
     assert away.engine.now < 20 + 60 + 300 + 120
 
 
-@pytest.mark.usefixtures("probes_at_once")
 def test_patience_does_not_count_from_a_failure_of_long_ago() -> None:
     """Tasks of half an hour: nothing was done since a single failure at the start, and then the storage is away."""
     away = Away(since=700.0, until=760.0)
@@ -354,7 +402,6 @@ def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
     assert (len(result.done), result.failed, engine.replaced) == (400, [], ["2.0"])
 
 
-@pytest.mark.usefixtures("probes_at_once")
 @pytest.mark.parametrize(("sick", "workers"), [(1, 1), (2, 4), (4, 8)])
 def test_workers_without_their_storage_are_replaced_though_they_are_many(
     sick: int, workers: int, capsys: pytest.CaptureFixture[str]
