@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileOpener
@@ -31,7 +31,8 @@ from fsspec.implementations.local import LocalFileOpener
 from bench import account
 from bench.make_shards import MICRO, make_shards
 from pipeline import commit, flow
-from pipeline.encode import Vae
+from pipeline.clock import Clock
+from pipeline.encode import Replica, Vae
 from pipeline.errors import StorageError
 from pipeline.flow import EncodeJob, Encoder
 from vae import AutoencoderKL
@@ -88,19 +89,23 @@ class SoakJob(EncodeJob):
 
     def build(self, vae: Vae, stop: threading.Event) -> Encoder:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, finish, read = flow.Clock.stage, flow.open_sample, commit.finish, LocalFileOpener.read
-        names = {"read": "reading", "encode": "encoding", "write": "publishing"}
+        stage, open_sample, finish, read = Clock.stage, flow.open_sample, commit.finish, LocalFileOpener.read
+        encode, names = Replica.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
-        def staged(clock: flow.Clock, name: str) -> Iterator[None]:
-            with board.doing(names[name]), stage(clock, name):
-                if name == "encode" and board.sickness == "device":
-                    raise RuntimeError("CUDA error: unspecified launch failure")
-                if name == "encode" and board.sickness == "unknown":
-                    raise ValueError("an error that nobody knows")
+        def staged(clock: Clock, name: str) -> Iterator[None]:
+            with board.doing(names[name]) if name in names else nullcontext(), stage(clock, name):
                 if name == "write" and board.sickness == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
                 yield
+
+        def encoded(*arguments: object) -> object:
+            with board.doing("encoding"):
+                if board.sickness == "device":
+                    raise RuntimeError("CUDA error: unspecified launch failure")
+                if board.sickness == "unknown":
+                    raise ValueError("an error that nobody knows")
+                return encode(*arguments)  # type: ignore[arg-type]
 
         def read_half(file: LocalFileOpener, size: int = -1) -> bytes:
             is_cut = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
@@ -115,7 +120,8 @@ class SoakJob(EncodeJob):
                 finish(*arguments)  # type: ignore[arg-type]
 
         LocalFileOpener.read = read_half
-        flow.Clock.stage = staged  # type: ignore[method-assign, assignment]
+        Clock.stage = staged  # type: ignore[method-assign, assignment]
+        Replica.encode = encoded  # type: ignore[method-assign, assignment]
         flow.open_sample = opened  # type: ignore[assignment]
         commit.finish = finished  # type: ignore[assignment]
         return EncodeJob.build(self, vae, stop)
