@@ -317,7 +317,7 @@ def compare(
     if twice:
         pairs = some([f"{path} is {other}" for path, other in twice.items()])
         noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
-    return again + units_of([shard for shard in new if shard.path not in twice], beside), planned, noticed
+    return again + units_of([shard for shard in fresh if shard.path not in twice], beside), planned, noticed
 
 
 def _place(shard: Shard) -> tuple[str, str]:

@@ -289,6 +289,14 @@ def test_a_file_that_another_source_has_in_the_plan_is_read_once(extend: Extend,
     assert extend(folder / "photos", folder / inner)[0] == paths
 
 
+def test_metadata_beside_tars_that_are_read_once_are_no_files_of_images(extend: Extend, tmp_path: Path) -> None:
+    """Without its tar in the list, img2dataset's Parquet file would be planned by itself."""
+    put(tmp_path, "shards/0.tar", "shards/0.parquet")
+    expected = ["shards/0.tar"]
+    assert extend(tmp_path / "shards", f"x={tmp_path}/shards")[0] == expected
+    assert extend(f"x={tmp_path}/shards", tmp_path / "shards")[0] == expected
+
+
 def test_a_file_on_a_store_is_read_once(extend: Extend) -> None:
     for name in ("a.tar", "best/b.tar"):
         Folder("memory://overlap/photos").replace(name, b"x")
