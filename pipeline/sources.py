@@ -7,7 +7,7 @@ its size and its ETag are.
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.beside import Beside, ImageFiles, differences, files_of, pinned, same, unpacked
@@ -94,7 +94,7 @@ def found_at(planned: Sequence[Unit], listing: Listing, same_source: bool) -> li
     now, _ = relocated(planned, listed, listing.sources, same_source, whole=False)
     pairs = zip(planned, now, strict=True)
     there = ((old, unit, any(file.path in listed for file in inputs_of(unit))) for old, unit in pairs)
-    return [(replace(unit, etag="") if same_source else unit) if found else old for old, unit, found in there]
+    return [(without_etags(unit) if same_source else unit) if found else old for old, unit, found in there]
 
 
 def _holds(files: Sequence[File], listed: Mapping[str, Shard], sources: Sequence[Source], same_source: bool) -> bool:
@@ -142,9 +142,18 @@ def with_etags(unit: Unit, listed: Mapping[str, Shard]) -> Unit:
         now = listed.get(file.path)
         return replace(file, etag=now.etag) if now and now.bytes == file.bytes else file
 
+    return _with_files(unit, as_now)
+
+
+def without_etags(unit: Unit) -> Unit:
+    """The same unit, its files told by their sizes alone."""
+    return _with_files(unit, lambda file: replace(file, etag=""))
+
+
+def _with_files(unit: Unit, change: Callable[[File], File]) -> Unit:
     if unit.kind != "folder":
-        return replace(unit, etag=as_now(inputs_of(unit)[0]).etag)
-    files = [ImageFiles(as_now(each.image), tuple(map(as_now, each.texts))) for each in unpacked(unit)]
+        return replace(unit, etag=change(inputs_of(unit)[0]).etag)
+    files = [ImageFiles(change(each.image), tuple(map(change, each.texts))) for each in unpacked(unit)]
     return replace(unit, **pinned(files))
 
 

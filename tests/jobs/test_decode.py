@@ -1,6 +1,8 @@
 """Previews and statistics, through the command line, without Ray."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def test_without_the_source_the_pictures_stand_alone(
     found = ("--source", tmp_path / "elsewhere/photos")
     _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
     assert json.loads(out)["psnr"] is not None
+
+
+def test_originals_are_found_in_a_copy_without_times(
+    latentmill: Command, cache: Path, photos: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy" / photos.name
+    shutil.copytree(photos, copy)
+    for image in copy.rglob("*.*"):
+        os.utime(image, (1, 1))
+    found = ("--source", copy)
+    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
+    assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
 def test_previews_may_stand_in_the_cache(latentmill: Command, cache: Path) -> None:
