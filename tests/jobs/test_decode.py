@@ -76,6 +76,17 @@ def test_originals_are_found_in_a_copy_without_times(
     assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
+def test_an_original_is_drawn_though_its_caption_was_edited(
+    latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    source, cache = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "cache"
+    (source / "a/1.txt").write_text("one")
+    latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    (source / "a/1.txt").write_text("another caption")
+    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json")
+    assert (err, json.loads(out)["psnr"] is None) == ("", False)
+
+
 def test_previews_may_stand_in_the_cache(latentmill: Command, cache: Path) -> None:
     assert latentmill("decode", cache, "--to", cache / "previews", "--workers", 0)[0] == 0
     assert size_of(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
