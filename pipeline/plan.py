@@ -313,7 +313,8 @@ def compare(
         names = {source.name for source in named}
         lost = set(gone)
         missing = {p: f for p, f in files.items() if p in lost or (p not in listed and sources.name_of(p) not in names)}
-        noticed += sources.check_renamed(fresh, missing, twice)
+        still = {sources.name_of(path) for path in files if path in listed}
+        noticed += sources.check_renamed(fresh, missing, twice, still)
     if twice:
         pairs = some([f"{path} is {other}" for path, other in twice.items()])
         noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
