@@ -343,8 +343,8 @@ def planned_anew(
         "kept": "the cache keeps what they were",
         "anew": "nothing of them was encoded yet, and they are planned anew",
         "half": "a part of them is encoded, the rest of a tar or a Parquet file is too if its samples are the same. "
-        "If its unit fails: put them back as they were, or move away the parts of their units in data/ and _empty/, "
-        "and run this again",
+        "If its unit fails: put them back as they were, or move away all that data/, _empty/, _commits/ and "
+        "_rejects/ have of their units, and run this again",
     }
     notes = [
         f"inputs that have changed since they were planned: {len(paths):,} ({some(paths)}); {ends[what]}"
