@@ -441,7 +441,3 @@ def _checksum(fs: Any, data: bytes) -> dict[str, str]:
 def _in_one_request(fs: Any) -> dict[str, int]:
     """What keeps s3fs from asking for a file's size before it asks for the file."""
     return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}
-
-
-def _protocols(fs: Any) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
