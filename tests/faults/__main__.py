@@ -19,7 +19,8 @@ PAGE = ROOT / "docs/faults.md"
 HEAD = """\
 # Faults that were tried
 
-Written by `LATENTMILL_TEST_S3={store} python -m tests.faults --times {times}{once}` on {date}, {machine}, Python {python}.
+Written by `LATENTMILL_TEST_S3={store} python -m tests.faults --times {times}{once}` on {date}, {machine},
+Python {python}.
 Each row is one or more tests that bring the fault about while a job runs: over HTTP on an S3 server ({store}) with a
 proxy before it, on Ray clusters of one or two nodes, or on disk. After each the cache must have every sample once, as a
 row or a reject, by a count with pyarrow and tarfile alone, every file must be what was committed, and the digest that
