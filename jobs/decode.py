@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
@@ -18,9 +20,12 @@ from pipeline import commit, identity, storage
 from pipeline.cache import Cache
 from pipeline.encode import Vae
 from pipeline.errors import CacheError, UsageError
+from pipeline.layout import Columns
 from pipeline.outputs import MADE_BY, REPORT
 from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
 from pipeline.storage import Folder
+
+NO_COLUMNS = Columns(pa.schema([]), ())  # originals are drawn without them, whatever became of their captions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,7 +66,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             out=out,
             source_options=source_options(options),
             transform=identity.transform_of(cache.content["identity"]),
-            layout=cache.layout,
+            layout=dataclasses.replace(cache.layout, columns=NO_COLUMNS),
             image_column=cache.content["identity"]["image_column"],
             key_column=cache.content["identity"]["key_column"],
             tile_above=cache.content["identity"]["tile_above"],

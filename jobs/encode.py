@@ -20,7 +20,7 @@ from jobs.place import Place, place
 from jobs.progress import Meter, say, say_each, say_unit
 from jobs.scheduler import Failure
 from jobs.standing import finish
-from pipeline import commit, compressed, identity, plan, stats, storage, survey
+from pipeline import commit, compressed, identity, plan, sources, stats, storage, survey
 from pipeline.encode import Vae, load_vae
 from pipeline.errors import REST, JobError, SourceError, UsageError
 from pipeline.layout import Columns
@@ -181,7 +181,7 @@ def encode(
         finished = commit.finished(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # whatever ETags or times say, on the workers' disks as well
-            pending = [dataclasses.replace(unit, etag="") for unit in pending]
+            pending = [sources.without_etags(unit) for unit in pending]
         say_each([f"note: {line}" for line in noticed])
         log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))

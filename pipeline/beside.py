@@ -75,14 +75,19 @@ def names_for(image: str) -> tuple[str, str]:
     return image, stem(image)
 
 
-def near(names: Iterable[str], images: Iterable[str]) -> Iterator[str]:
-    """Those of these names of files that could be of texts of one of the images."""
+def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Those of these names of files that could be of texts of images, by what they have in common with an image's."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if not is_image(name) and extension(name) not in SHARDS:
+            found[loosened(stem(name))].append(name)
+    return found
+
+
+def near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
+    """Those of `possible_texts` that could be of one of the images."""
     called = {loosened(name) for image in images for name in names_for(image)}
-    return (
-        name
-        for name in names
-        if not is_image(name) and extension(name) not in SHARDS and loosened(stem(name)) in called
-    )
+    return (text for name in called for text in texts.get(name, ()))
 
 
 def match(shards: Sequence[Shard], wanted: Collection[str]) -> Beside:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from braceexpand import braceexpand
 
 from pipeline import outputs
-from pipeline.beside import is_image, near
+from pipeline.beside import is_image, near, possible_texts
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import shown, text_of
 from pipeline.records import PICTURE_EXTENSIONS, Shard
@@ -28,6 +28,7 @@ SYSTEM = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # thumbn
 INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in PICTURE_EXTENSIONS)})
 
 Found = Mapping[str, Mapping[str, Any]]
+Places = dict[str, tuple[Found, Mapping[str, list[str]]]]  # what lies in folders, and which of it may be texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,9 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -
     local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
-    passed = Passed()
+    passed, places = Passed(), Places()
     for given in sources:
-        source, shards = _expand(given, options, local, cache, passed)
+        source, shards = _expand(given, options, local, cache, passed, places)
         _check_name(source, named)
         named.append(source)
         for shard in shards:
@@ -173,7 +174,7 @@ def _names_something(path: str) -> bool:
 
 
 def _expand(
-    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: Passed
+    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: Passed, places: Places
 ) -> tuple[Source, list[Shard]]:
     name, source = name_and_source(given)
     fs, path = connect(source, options)
@@ -200,7 +201,7 @@ def _expand(
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
         for place, images in named.items():
-            files.update(_beside(fs, place, images, root, but, passed.others))
+            files.update(_beside(fs, place, images, root, but, passed.others, places))
         root = root.rstrip("/")
         files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
         system = {file for file in files if not SYSTEM.isdisjoint(file[len(root) + 1 :].split("/"))}
@@ -302,17 +303,22 @@ def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: set[str
     return found
 
 
-def _beside(fs: Any, place: str, images: set[str], root: str, but: str | None, others: set[str]) -> Found:
+def _beside(
+    fs: Any, place: str, images: set[str], root: str, but: str | None, others: set[str], places: Places
+) -> Found:
     """The files beside images that were named one by one, or by their extension, and not with all of their folder.
 
     place: that folder with a `/` at its end, or the pattern of all that lies there.
+    places: those that were listed before. A shell makes many sources of one pattern.
     """
-    if place.endswith("/"):
-        there = {str(entry["name"]): entry for entry in fs.ls(place, detail=True)}
-    else:
-        there = dict(_matches(fs, place))
+    url = full_url(fs, place)
+    if url not in places:
+        is_folder = place.endswith("/")
+        found: Found = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _matches(fs, place)
+        places[url] = found, possible_texts(found)
+    there, by_name = places[url]
     folders = fs.isdir if is_local(fs) else lambda path: there[path]["type"] == "directory"
-    texts = {path: there[path] for path in near(there, images) if not folders(path)}
+    texts = {path: there[path] for path in near(by_name, images) if not folders(path)}
     return _files_of(fs, texts, root, but, others)
 
 

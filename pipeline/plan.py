@@ -313,11 +313,12 @@ def compare(
         names = {source.name for source in named}
         lost = set(gone)
         missing = {p: f for p, f in files.items() if p in lost or (p not in listed and sources.name_of(p) not in names)}
-        noticed += sources.check_renamed(fresh, missing, twice)
+        still = {sources.name_of(path) for path in files if path in listed}
+        noticed += sources.check_renamed(fresh, missing, twice, still)
     if twice:
         pairs = some([f"{path} is {other}" for path, other in twice.items()])
         noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
-    return again + units_of([shard for shard in new if shard.path not in twice], beside), planned, noticed
+    return again + units_of([shard for shard in fresh if shard.path not in twice], beside), planned, noticed
 
 
 def _place(shard: Shard) -> tuple[str, str]:
@@ -342,8 +343,8 @@ def planned_anew(
         "kept": "the cache keeps what they were",
         "anew": "nothing of them was encoded yet, and they are planned anew",
         "half": "a part of them is encoded, the rest of a tar or a Parquet file is too if its samples are the same. "
-        "If its unit fails: put them back as they were, or move away the parts of their units in data/ and _empty/, "
-        "and run this again",
+        "If its unit fails: put them back as they were, or move away all that data/, _empty/, _commits/ and "
+        "_rejects/ have of their units, and run this again",
     }
     notes = [
         f"inputs that have changed since they were planned: {len(paths):,} ({some(paths)}); {ends[what]}"

@@ -169,7 +169,7 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
     job, clock, left = tools.job, Clock(), Left(task)
     damage: list[str] = []
-    samples = Peekable(wanted(watched(reading(task, left, tools, damage), tools, clock), left))
+    samples = Peekable(wanted(watched(reading(task, tools, damage), tools, clock), left))
     standing: list[Standing] = []
 
     def write(number: int, filled: Filled, positions: list[int]) -> None:
@@ -194,10 +194,10 @@ def retry(task: RetryTask, tools: Tools) -> UnitReport:
     return summed(task.unit, standing, 0, clock.seconds)
 
 
-def reading(task: RetryTask, left: Left, tools: Tools, damage: list[str]) -> Iterator[Sample | Reject]:
-    """The samples of a task's unit. Of a damaged shard as it is now, where it begins with what was read before."""
+def reading(task: RetryTask, tools: Tools, damage: list[str]) -> Iterator[Sample | Reject]:
+    """The samples of a task's unit, as its input is now: if that has the samples of which the other parts were made."""
     unit, job = task.unit, tools.job
-    now = unit if left.rest is None else storage.as_it_is(unit, job.source_options)
+    now = storage.as_it_is(unit, job.source_options)
     is_as_planned = (now.bytes, now.etag) == (unit.bytes, unit.etag or now.etag)
     if not is_as_planned and now.bytes != unit.bytes and not task.any_size:
         raise SourceError(

@@ -7,7 +7,7 @@ its size and its ETag are.
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.beside import Beside, ImageFiles, differences, files_of, pinned, same, unpacked
@@ -17,6 +17,9 @@ from pipeline.records import File, Shard, Unit
 from pipeline.walk import file_id_at
 
 OTHERWISE = ". If it is another one: --new-source"
+MOVED_INSIDE = (
+    "If they were moved inside it, move them back. To encode them once more, under their new paths: --new-source"
+)
 Vote = tuple[str, str, str]  # of a new file: the name of its source, the planned one's, and what lies between the roots
 
 
@@ -89,12 +92,12 @@ def found_at(planned: Sequence[Unit], listing: Listing, same_source: bool) -> li
     if not any(file.path in listed for unit in planned for file in inputs_of(unit)):
         given = " ".join(source.given for source in listing.sources)
         missing = {file.path: file for unit in planned for file in inputs_of(unit)}
-        check_renamed(listing.shards, missing, (), "")
+        check_renamed(listing.shards, missing, (), otherwise="")
         raise SourceError(f"none of the cache's inputs is at {given}")
     now, _ = relocated(planned, listed, listing.sources, same_source, whole=False)
     pairs = zip(planned, now, strict=True)
     there = ((old, unit, any(file.path in listed for file in inputs_of(unit))) for old, unit in pairs)
-    return [(replace(unit, etag="") if same_source else unit) if found else old for old, unit, found in there]
+    return [(without_etags(unit) if same_source else unit) if found else old for old, unit, found in there]
 
 
 def _holds(files: Sequence[File], listed: Mapping[str, Shard], sources: Sequence[Source], same_source: bool) -> bool:
@@ -142,9 +145,18 @@ def with_etags(unit: Unit, listed: Mapping[str, Shard]) -> Unit:
         now = listed.get(file.path)
         return replace(file, etag=now.etag) if now and now.bytes == file.bytes else file
 
+    return _with_files(unit, as_now)
+
+
+def without_etags(unit: Unit) -> Unit:
+    """The same unit, its files told by their sizes alone."""
+    return _with_files(unit, lambda file: replace(file, etag=""))
+
+
+def _with_files(unit: Unit, change: Callable[[File], File]) -> Unit:
     if unit.kind != "folder":
-        return replace(unit, etag=as_now(inputs_of(unit)[0]).etag)
-    files = [ImageFiles(as_now(each.image), tuple(map(as_now, each.texts))) for each in unpacked(unit)]
+        return replace(unit, etag=change(inputs_of(unit)[0]).etag)
+    files = [ImageFiles(change(each.image), tuple(map(change, each.texts))) for each in unpacked(unit)]
     return replace(unit, **pinned(files))
 
 
@@ -224,13 +236,18 @@ def _rank(shard: Shard) -> tuple[bool, int, str]:
 
 
 def check_renamed(
-    new: Sequence[Shard], missing: Mapping[str, File], in_place: Collection[str], otherwise: str = OTHERWISE
+    new: Sequence[Shard],
+    missing: Mapping[str, File],
+    in_place: Collection[str],
+    still: Collection[str] = (),
+    otherwise: str = OTHERWISE,
 ) -> list[str]:
     """Raise SourceError if new files are mostly planned ones under another name, by relative path and size.
 
     ETags and times do not count: those of a copy differ on most storage.
     missing: planned files that no source lists now. in_place: the new files that are known to be planned ones, and are
-    not read a second time. otherwise: what to do if it is another source.
+    not read a second time. still: the names of sources that have other planned files where they were. otherwise: what
+    to do if it is another source.
     Returns a note of what is alike, if it is too little for that.
     """
     if not new or not missing:
@@ -249,7 +266,7 @@ def check_renamed(
             raise SourceError(
                 f"{len(pairs):,} of {totals[name]:,} files in {roots[name]} are in this cache already, by relative "
                 f"path and size, as files of the source {old}: {_some_pairs(pairs)}. "
-                f"If it is that source, {_advice(vote, roots)}{otherwise}"
+                f"{MOVED_INSIDE if name == old and name in still else _advice(vote, roots) + otherwise}"
             )
         if doubled and not notes:
             notes.append(
@@ -295,9 +312,9 @@ def _splits(path: str) -> Iterator[tuple[str, str]]:
 def _advice(vote: Vote, roots: Mapping[str, str]) -> str:
     """How the source is named so that it goes on as the planned one."""
     name, old, between = vote
-    root, folders = roots[name].rstrip("/"), between[1:]
+    root, folders, say_so = roots[name].rstrip("/"), between[1:], "If it is that source, say so:"
     if between.startswith("+"):
-        return f"say so: {argument(old, f'{root}/{folders}' if folders else root)}"
+        return f"{say_so} {argument(old, f'{root}/{folders}' if folders else root)}"
     if root.endswith(f"/{folders}"):
-        return f"say so: {argument(old, root.removesuffix(f'/{folders}'))}"
-    return f"put its files into {folders}/ of a folder, and name that: {argument(old, 'FOLDER')}"
+        return f"{say_so} {argument(old, root.removesuffix(f'/{folders}'))}"
+    return f"If it is that source, put its files into {folders}/ of a folder, and name that: {argument(old, 'FOLDER')}"

@@ -113,9 +113,7 @@ def open_stream(
         before = version_of(fs, path) if planned is not None else (0, "")
         if planned and not same_version((planned.bytes, planned.etag), before):
             what = "its time or ETag" if before[0] == planned.bytes else f"{planned.bytes} bytes then, {before[0]} now"
-            raise ChangedError(
-                f"{url} has changed since it was planned ({what}); the same command again says what to do"
-            )
+            raise ChangedError(f"{url} has changed since it was planned ({what}); latentmill encode says what to do")
         # with blocks, two columns of a Parquet file read in turn would fetch each byte many times
         how = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
         file = fs.open(path, "rb", **how)
@@ -443,7 +441,3 @@ def _checksum(fs: Any, data: bytes) -> dict[str, str]:
 def _in_one_request(fs: Any) -> dict[str, int]:
     """What keeps s3fs from asking for a file's size before it asks for the file."""
     return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}
-
-
-def _protocols(fs: Any) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)

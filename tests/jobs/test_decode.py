@@ -1,6 +1,8 @@
 """Previews and statistics, through the command line, without Ray."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,29 @@ def test_without_the_source_the_pictures_stand_alone(
     found = ("--source", tmp_path / "elsewhere/photos")
     _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
     assert json.loads(out)["psnr"] is not None
+
+
+def test_originals_are_found_in_a_copy_without_times(
+    latentmill: Command, cache: Path, photos: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy" / photos.name
+    shutil.copytree(photos, copy)
+    for image in copy.rglob("*.*"):
+        os.utime(image, (1, 1))
+    found = ("--source", copy)
+    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
+    assert (err, json.loads(out)["psnr"] is None) == ("", False)
+
+
+def test_an_original_is_drawn_though_its_caption_was_edited(
+    latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
+) -> None:
+    source, cache = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "cache"
+    (source / "a/1.txt").write_text("one")
+    latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    (source / "a/1.txt").write_text("another caption")
+    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json")
+    assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
 def test_previews_may_stand_in_the_cache(latentmill: Command, cache: Path) -> None:

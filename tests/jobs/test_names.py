@@ -299,6 +299,21 @@ def test_other_verbs_find_a_source_by_its_name(encode: Command, latentmill: Comm
     assert json.loads(latentmill("decode", *argv, *previews)[1])["psnr"] is not None
 
 
+def test_retry_takes_an_image_that_was_mended_in_its_tar(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    members = {name: data.ljust(9000, b"\0") for name, data in img2dataset_members(0, 3).items()}
+    damaged = {name: data if name != "000000001.jpg" else b"no image" for name, data in members.items()}
+    shards = write_tar(tmp_path / "s/0.tar", damaged).parent
+    assert encode(shards, "--max-reject-rate", 1)[0] == 0
+    others = write_tar(tmp_path / "s/0.tar", members | {"000000002.jpg": encoded(smooth(99))})
+    code, _, err = latentmill("retry", tmp_path / "c", "--workers", 0)
+    assert (code, f"{others} has changed since it was planned, and not in its damage alone" in err) == (1, True)
+    assert rows(tmp_path / "c") == 2
+    write_tar(tmp_path / "s/0.tar", members)
+    assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    assert rows(tmp_path / "c") == 3
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+
+
 def test_retry_does_not_take_another_source_for_the_one_of_its_name(
     encode: Command, latentmill: Command, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Shards that were damaged and restored: `retry` takes up what follows the damage, and every sample is there once."""
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -91,6 +92,26 @@ def calm(case: Case, whole: bytes, tmp_path: Path) -> Path:
     case.shard.write_bytes(whole)
     assert case.encode(tmp_path / "calm")[0] == 0
     return tmp_path / "calm"
+
+
+def test_a_restored_shard_is_encoded_anew_where_all_of_it_was_moved_away(
+    case: Case, whole: bytes, calm: Path, tmp_path: Path
+) -> None:
+    """As the note says of a unit whose first part was lost, if the cut file of which it was made is no more."""
+    case.shard.write_bytes(whole[: place_of(whole, 9)])
+    assert case.encode()[0] == 3
+    case.shard.write_bytes(whole)
+    assert case.retry()[0] == 0
+    next((case.cache / "data").glob("*-00000.*")).unlink()
+    (unit,) = plan.read(Folder(str(case.cache)))
+    (case.cache / f"_commits/{unit.name}.json").unlink()
+    _, _, err = case.encode()
+    (said,) = re.findall("move away all that (.*) have of their units", err)
+    for folder in re.findall(r"\w+", said.replace("and ", "")):
+        for path in (case.cache / folder).glob(f"{unit.name}*"):
+            path.unlink()
+    assert case.encode()[0] == 0
+    case.is_all_there(calm)
 
 
 @pytest.mark.parametrize("sample", [1, 5, 7, 9, 22])

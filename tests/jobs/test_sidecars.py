@@ -113,6 +113,23 @@ def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command
     )
 
 
+def test_workers_may_read_copies_with_times_of_their_own_if_the_user_says_so(
+    encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "a.txt").write_text("one")
+    extend = plan.extend
+
+    def extend_and_touch(*given: Any, **named: Any) -> Any:
+        planned = extend(*given, **named)
+        for path in source.iterdir():
+            os.utime(path, (1, 1))
+        return planned
+
+    monkeypatch.setattr(plan, "extend", extend_and_touch)
+    code, out, err = encode(source, "--same-source")
+    assert (code, err, "encoded 3 pictures" in out) == (0, "", True)
+
+
 def test_a_caption_that_changes_between_plan_and_work_fails_its_unit(
     encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

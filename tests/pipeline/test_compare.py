@@ -208,6 +208,18 @@ def test_a_source_that_was_renamed_and_is_named_lower_down(extend: Extend, tmp_p
     assert "put its files into photos/ of a folder, and name that: data=FOLDER" in refusal(extend, tmp_path / "pics")
 
 
+def test_files_that_were_moved_inside_a_source_do_not_make_it_another_one(extend: Extend, tmp_path: Path) -> None:
+    images(tmp_path / "photos", 4)
+    first, _ = extend(tmp_path / "photos")
+    (tmp_path / "photos/2026").mkdir()
+    (tmp_path / "photos/0.png").rename(tmp_path / "photos/2026/0.png")
+    said = refusal(extend, tmp_path / "photos")
+    assert arguments(said) == [], "no other name of the source would help"
+    assert "photos/2026/0.png is photos/0.png. If they were moved inside it, move them back. " in said
+    assert said.endswith("--new-source")
+    assert extend(tmp_path / "photos", new_source=True)[0] == [*first, "photos/2026/0.png"]
+
+
 def test_an_argument_can_be_pasted_into_a_shell(extend: Extend, tmp_path: Path) -> None:
     images(tmp_path / "my photos")
     extend(tmp_path / "my photos")
@@ -287,6 +299,14 @@ def test_a_file_that_another_source_has_in_the_plan_is_read_once(extend: Extend,
     assert paths == [planned, "photos/a.png"]
     assert notes == [f"files that are in two sources, and are read once: 1 (photos/best/b.png is {planned})"]
     assert extend(folder / "photos", folder / inner)[0] == paths
+
+
+def test_metadata_beside_tars_that_are_read_once_are_no_files_of_images(extend: Extend, tmp_path: Path) -> None:
+    """Without its tar in the list, img2dataset's Parquet file would be planned by itself."""
+    put(tmp_path, "shards/0.tar", "shards/0.parquet")
+    expected = ["shards/0.tar"]
+    assert extend(tmp_path / "shards", f"x={tmp_path}/shards")[0] == expected
+    assert extend(f"x={tmp_path}/shards", tmp_path / "shards")[0] == expected
 
 
 def test_a_file_on_a_store_is_read_once(extend: Extend) -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import outputs
 from pipeline.errors import SourceError
@@ -161,6 +164,27 @@ def test_only_files_that_look_like_ours_cost_a_look(tmp_path: Path) -> None:
     files += [f"/s/data/{UNIT}-{n:05d}.parquet" for n in range(100)]
     assert outputs.written_by_us(files, read) == {}
     assert looked == ["/s/cache.json"]
+
+
+@pytest.mark.parametrize("root", ["memory://shell", ""])
+def test_a_folder_of_images_that_are_named_one_by_one_is_listed_once(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell does with `photos/*.jpg`: to list it for each of them takes minutes for thousands."""
+    folder = f"{root or tmp_path}/photos"
+    names = [f"{number}.{end}" for number in range(9) for end in ("jpg", "txt")]
+    put(folder, *names)
+    asked: list[str] = []
+    for kind in (MemoryFileSystem, LocalFileSystem):
+
+        def ls(self: Any, path: str, *given: Any, ls: Any = kind.ls, **named: Any) -> Any:
+            asked.append(path)
+            return ls(self, path, *given, **named)
+
+        monkeypatch.setattr(kind, "ls", ls)
+    found = paths(*(f"{folder}/{number}.jpg" for number in range(9)))
+    assert found == [f"photos/{name}" for name in names]
+    assert len(asked) == 1
 
 
 def test_thumbnails_of_a_disk_station_are_left_out(tmp_path: Path) -> None:
