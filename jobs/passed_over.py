@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.limits import shown
+from pipeline.metadata import NO_METADATA
 from pipeline.read_parquet import NO_IMAGES
 from pipeline.records import UnitReport
 from pipeline.tar_members import APART, HIDDEN, STRAY
@@ -36,6 +37,11 @@ class PassedOver:
             found.append(
                 f"{self.counts[APART]:,} images do not stand next to their texts in their tars, and are encoded "
                 "without them: the files of a sample must follow each other (tar --sort=name)"
+            )
+        if self.counts[NO_METADATA]:
+            found.append(
+                f"tars that have no metadata (.parquet) beside them, although columns of the cache come from there: "
+                f"{self.counts[NO_METADATA]:,}; their samples are encoded without these columns"
             )
         if self.files:
             more = f" and {len(self.files) - NAMED} more" if len(self.files) > NAMED else ""

@@ -23,13 +23,14 @@ from pipeline.careful import Opener
 from pipeline.clock import Clock
 from pipeline.damage import after_all_bytes, before_the_rest, rejected_again, rest_alone, to_the_damage
 from pipeline.encode import Compute, Replica, Vae
-from pipeline.errors import ChangedError, DamagedError, Rejected, ShardError, Stopped
+from pipeline.errors import ChangedError, Rejected, ShardError, Stopped
 from pipeline.identity import FORMAT
 from pipeline.layout import Layout
 from pipeline.limits import Limits, check_columns, check_share
+from pipeline.metadata import joined, read_beside_tar
 from pipeline.overlap import Peekable, in_order
 from pipeline.read_folder import read_unit
-from pipeline.read_parquet import read_beside, read_parquet
+from pipeline.read_parquet import read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.records import (
     FIRST,
@@ -247,7 +248,7 @@ def read(
     """
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
-        beside = read_beside_tar(unit, job)
+        beside = read_beside_tar(unit.url, options, columns.from_parquet, job.limits, passed)
         with storage.open_stream(unit.url, options, unit) as stream:
             samples = read_tar(stream, unit.url, columns.texts, job.limits, passed)
             for sample in after_all_bytes(samples, stream, on_piece):
@@ -268,26 +269,6 @@ def read(
         yield from read_unit(unit, options, columns.texts, job.limits, retried if mended is None else mended)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
-
-
-def joined(sample: Sample, more: Mapping[str, object]) -> Sample | Reject:
-    """The sample with more columns; a reject where one of them is."""
-    for value in more.values():
-        if isinstance(value, Rejected):
-            return Reject.of(sample.position, sample.key, value)
-    return replace(sample, columns={**more, **sample.columns})
-
-
-def read_beside_tar(unit: Unit, job: Reading) -> dict[str, dict[str, object]]:
-    """Columns by key from img2dataset's metadata beside a tar; none where there is none, or none are wanted."""
-    url, wanted = storage.beside(unit.url), job.layout.columns.from_parquet
-    if not wanted.names or not storage.exists(url, job.source_options):
-        return {}
-    try:
-        with storage.open_stream(url, job.source_options, seeking=True) as stream:
-            return read_beside(stream, url, wanted, job.limits)
-    except DamagedError as error:  # no damage of the tar, of which nothing must be rejected for it
-        raise ShardError(f"{error}; mend it, or move it away: {unit.url} goes without its columns then") from error
 
 
 def watched(samples: Iterator[Sample | Reject], tools: Tools, clock: Clock) -> Iterator[Sample | Reject]:

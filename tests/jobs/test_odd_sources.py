@@ -242,3 +242,16 @@ def test_images_in_a_form_that_is_not_read_are_never_passed_over(encode: Command
     put(tmp_path / "s/01.parquet", image=["aGVsbG8="])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "failed: unit 01-" in err, "image is string, not binary" in err) == (1, True, True), err
+
+
+def test_a_tar_whose_metadata_have_gone_is_counted(encode: Command, tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(2 * number, 2))
+        put(tmp_path / f"s/{number}.parquet", key=[f"{2 * number + n:09d}" for n in range(2)], score=[0.5, 1.5])
+    code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--max-shards", 1)
+    assert (code, "metadata" in err) == (0, False)
+    (tmp_path / "s/1.parquet").unlink()
+    code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+    assert code == 0
+    said = "tars that have no metadata (.parquet) beside them, although columns of the cache come from there: 1;"
+    assert f"note: {said}" in err
