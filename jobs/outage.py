@@ -82,7 +82,7 @@ class Outage:
         if self._asked is None and (at_once or self.clock() >= self._next_probe):
             self._asked, self._asked_at = [], self.clock()
             threading.Thread(target=self._ask, args=(self._task, self._asked), daemon=True).start()
-        if not self._asked and self.clock() - self._asked_at <= HANGS:
+        if self._asked is None or (not self._asked and self.clock() - self._asked_at <= HANGS):
             return None
         answered = self._asked == [True]  # one that hangs is let go
         self._asked = None

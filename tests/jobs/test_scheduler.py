@@ -348,6 +348,16 @@ def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: 
     assert said.count("to be tried again") <= workers
 
 
+@pytest.mark.parametrize("quiet", [0.0, 1000.0])
+def test_the_first_probe_comes_soon_however_long_nothing_was_wrong(quiet: float) -> None:
+    away = Away(since=quiet, until=quiet + 150.0)
+    away.engine.slots = 2
+    names = [f"u{number:04}" for number in range(1500)]
+    result = run(away.engine, names, away.probe)
+    assert (len(result.done), result.failed) == (1500, [])
+    assert away.probes[0] < quiet + 60 + 10, "failures take a minute to come"
+
+
 def test_a_probe_that_hangs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
