@@ -46,7 +46,7 @@ class WorkerState:
     """What is known of a worker. strikes: tasks that failed on it since its last success, with their errors.
 
     failures: how often that was. is_to_blame: one of these tasks was done by another worker.
-    device_error: what its accelerator reported.
+    is_proven: it has done a task. device_error: what its accelerator reported.
     """
 
     tasks: set[str] = field(default_factory=set)
@@ -54,6 +54,7 @@ class WorkerState:
     strikes: dict[str, str] = field(default_factory=dict)
     failures: int = 0
     is_to_blame: bool = False
+    is_proven: bool = False
     device_error: str = ""
     rests_until: float = 0.0
 
@@ -128,10 +129,18 @@ class Scheduler:
         return len(worker.tasks) < IN_FLIGHT
 
     def _worker_for(self, state: TaskState, free: Sequence[str], workers: Sequence[str], starting: int) -> str | None:
-        """A worker on which the task has not failed, also if one must be waited for; then any other than the last."""
+        """A worker on which the task has not failed, also if one must be waited for; then any other than the last.
+
+        A task that has failed is not for a worker that has done nothing yet, as long as fresh tasks can prove it: on a
+        sick node every new worker fails.
+        """
         chosen: Sequence[str] = free
         if state.avoided:
             soon = starting and self.clock() - state.failed_at < AWAIT
+            proven = [worker for worker in workers if self.workers[worker].is_proven]
+            if proven or self.fresh:
+                free = [worker for worker in free if worker in proven]
+                workers = proven
             chosen = [worker for worker in free if worker not in state.avoided]
             if not chosen and (soon or set(workers) - set(state.avoided)):
                 return None
@@ -153,7 +162,9 @@ class Scheduler:
     def succeeded(self, done: Done) -> None:
         """Take in a task that was done."""
         self._take_back(done)
-        self.workers.setdefault(done.worker, WorkerState()).clear()
+        worker = self.workers.setdefault(done.worker, WorkerState())
+        worker.clear()
+        worker.is_proven = True
         is_damaged = bool(getattr(done.report, "damage", None))  # then what failed on the others was the shard
         for other in self.workers.values():
             if is_damaged:

@@ -246,6 +246,15 @@ def test_a_majority_of_sick_workers_is_replaced(sick: int) -> None:
     assert len(result.failed) <= (0 if sick == 4 else 8), result.failed
 
 
+@pytest.mark.parametrize("cause", ["task", "device"])
+@pytest.mark.parametrize("start", [0.5, 30.0])
+def test_a_node_on_which_every_worker_fails_costs_no_task(cause: Cause, start: float) -> None:
+    """Its new workers are idle, and the others are not."""
+    engine = Simulation(2, lambda worker, *_: Failing("broken", cause) if slot_of(worker) == 1 else None, start=start)
+    result = run(engine, NAMES[:100])
+    assert (len(result.done), result.failed) == (100, [])
+
+
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: int) -> None:
     alone: list[bool] = []
