@@ -131,16 +131,15 @@ class Scheduler:
     def _worker_for(self, state: TaskState, free: Sequence[str], workers: Sequence[str], starting: int) -> str | None:
         """A worker on which the task has not failed, also if one must be waited for; then any other than the last.
 
-        A task that has failed is not for a worker that has done nothing yet, as long as fresh tasks can prove it: on a
-        sick node every new worker fails.
+        A task that has failed is not for a worker that has done nothing yet, if another one is left for it, or fresh
+        tasks can prove it: on a sick node every new worker fails.
         """
         chosen: Sequence[str] = free
         if state.avoided:
             soon = starting and self.clock() - state.failed_at < AWAIT
             proven = [worker for worker in workers if self.workers[worker].is_proven]
-            if proven or self.fresh:
-                free = [worker for worker in free if worker in proven]
-                workers = proven
+            if self.fresh or set(proven) - set(state.avoided):
+                workers, free = proven, [worker for worker in free if worker in proven]
             chosen = [worker for worker in free if worker not in state.avoided]
             if not chosen and (soon or set(workers) - set(state.avoided)):
                 return None
@@ -179,9 +178,11 @@ class Scheduler:
             return True
         state.avoided.append(done.worker)
         state.failed_at = self.clock()
+        counts = self._counts(done.worker)
         if done.cause in ("task", "damage"):
-            state.failed_on.append(done.worker)
             state.damaged_at = done.damaged_at
+        if done.cause in ("task", "damage") and counts:
+            state.failed_on.append(done.worker)
         else:
             state.pardons += 1
         if done.cause == "lost":
@@ -189,7 +190,7 @@ class Scheduler:
             self.workers.pop(done.worker, None)
         elif done.cause == "device":
             state.careful = True  # alone with its worker: it may be what the device fails of
-            state.device_errors += 1
+            state.device_errors += counts
             self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
         else:
             self._strike(done)
@@ -200,6 +201,11 @@ class Scheduler:
         state.rests_until = self.clock() + pause(failures) if failures else 0.0
         self.again.append(state)
         return True
+
+    def _counts(self, name: str) -> bool:
+        """Whether a failure on a worker is held against its task: not if others have done tasks, and it has not."""
+        proven = {name for name, worker in self.workers.items() if worker.is_proven}
+        return not proven or name in proven
 
     def _take_back(self, done: Done) -> TaskState:
         self.under_way -= 1

@@ -255,6 +255,19 @@ def test_a_node_on_which_every_worker_fails_costs_no_task(cause: Cause, start: f
     assert (len(result.done), result.failed) == (100, [])
 
 
+def test_a_new_worker_gets_what_failed_on_one_that_has_become_sick() -> None:
+    """Nothing else is left: the sick one has done something, the new one has not."""
+
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+        if now > 10.0 and worker == "0.0":
+            return Failing("broken")
+        return Failing("lost bus", "device") if now > 10.0 and worker == "1.0" else None
+
+    engine = Simulation(2, behaviour, start=20.0)
+    result = run(engine, NAMES[:20])
+    assert (len(result.done), result.failed) == (20, [])
+
+
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: int) -> None:
     alone: list[bool] = []
