@@ -53,7 +53,7 @@ class Slots(list[Slot]):
         slot.failed += 1
         everywhere = all(slot.failed >= FAILED for slot in self)
         if everywhere and (self.succeeded is None or now - self.succeeded > self.patience):
-            raise JobError(f"workers cannot start, or fail in all they do: {why}")
+            raise JobError(f"workers fail in all they do, or workers cannot start: {why}")
         if slot.failed > 1:
             slot.rests_until = now + (pause(slot.failed - 1) if self.succeeded is None else AVOID)
         if node:
