@@ -93,10 +93,14 @@ class Scheduler:
         self.can_replace = can_replace
         self.fresh = deque(random.sample(list(tasks), len(tasks)))
         self.again: list[TaskState] = []
-        self.failing: dict[str, TaskState] = {}
+        self.assigned: dict[str, TaskState] = {}
         self.workers: dict[str, WorkerState] = {}
         self.failures: list[Failure] = []
-        self.under_way = 0
+
+    @property
+    def under_way(self) -> int:
+        """How many tasks workers have."""
+        return len(self.assigned)
 
     @property
     def waiting(self) -> int:
@@ -139,7 +143,7 @@ class Scheduler:
             soon = starting and self.clock() - state.failed_at < AWAIT
             proven = [worker for worker in workers if self.workers[worker].is_proven]
             if self.fresh or set(proven) - set(state.avoided):
-                workers, free = proven, [worker for worker in free if worker in proven]
+                workers, free = proven, [worker for worker in free if self.workers[worker].is_proven]
             chosen = [worker for worker in free if worker not in state.avoided]
             if not chosen and (soon or set(workers) - set(state.avoided)):
                 return None
@@ -154,8 +158,7 @@ class Scheduler:
         worker, task = self.workers[name], state.task
         worker.tasks.add(task.name)
         worker.alone = state.careful
-        self.failing[task.name] = state
-        self.under_way += 1
+        self.assigned[task.name] = state
         return Assignment(task, Attempt(careful=state.careful, damaged_at=state.damaged_at), name)
 
     def succeeded(self, done: Done) -> None:
@@ -204,15 +207,14 @@ class Scheduler:
 
     def _counts(self, name: str) -> bool:
         """Whether a failure on a worker is held against its task: not if others have done tasks, and it has not."""
-        proven = {name for name, worker in self.workers.items() if worker.is_proven}
+        proven = {each for each, worker in self.workers.items() if worker.is_proven}
         return not proven or name in proven
 
     def _take_back(self, done: Done) -> TaskState:
-        self.under_way -= 1
         if worker := self.workers.get(done.worker):
             worker.tasks.discard(done.task.name)
             worker.alone = False
-        return self.failing.pop(done.task.name)
+        return self.assigned.pop(done.task.name)
 
     def _strike(self, done: Done) -> None:
         worker = self.workers.setdefault(done.worker, WorkerState())
@@ -239,7 +241,7 @@ class Scheduler:
 
     def _pardon(self, name: str, worker: WorkerState) -> None:
         """Take a sick worker's failures off its tasks."""
-        for state in [*self.again, *self.failing.values()]:
+        for state in [*self.again, *self.assigned.values()]:
             if state.task.name in worker.strikes and name in state.failed_on:
                 state.failed_on.remove(name)
                 state.pardons += 1
