@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from contextlib import chdir, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -23,7 +23,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.engine import IN_FLIGHT, Done, Job, Worker, failed
-from jobs.packages import among_our_packages, code_for_workers
+from jobs.packages import among_our_packages, code_for_workers, working_in
 from jobs.progress import say
 from jobs.reach import SECONDS, check_listens, cluster_named, in_time
 from jobs.scratch import directory_for_ray
@@ -63,7 +63,7 @@ def _existing(address: str) -> Iterator[None]:
 
     with among_our_packages() as ours:
         try:
-            with chdir(ours):
+            with working_in(ours):
                 in_time(connect, SECONDS)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
@@ -88,7 +88,7 @@ def _local() -> Iterator[None]:
     """A local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with directory_for_ray() as free, among_our_packages(free) as ours:
-        with chdir(ours), _our_signals():
+        with working_in(ours), _our_signals():
             ray.init(
                 address="local",
                 include_dashboard=False,

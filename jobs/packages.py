@@ -3,12 +3,16 @@
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UsageError
+
 OURS = ("vae", "pipeline", "jobs")
+RENEWED = 10.0  # seconds for a directory that Ray replaces to be there again
 
 
 def code_for_workers() -> dict[str, Any]:
@@ -35,3 +39,26 @@ def among_our_packages(below: str | None = None) -> Iterator[str]:
         for name in OURS:
             Path(directory, name).symlink_to(root / name)
         yield directory
+
+
+@contextmanager
+def working_in(directory: str) -> Iterator[None]:
+    """Change the current directory for a while.
+
+    The directory before it may be gone for a moment at the end: Ray removes the working directory of a submitted job
+    and unpacks it again if a second node on the same machine needs it, too. Raises UsageError if it stays away.
+    """
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        end = time.monotonic() + RENEWED
+        while not os.path.isdir(before) and time.monotonic() < end:
+            time.sleep(0.05)
+        try:
+            os.chdir(before)
+        except OSError as error:
+            raise UsageError(
+                f"the current directory {before} is gone ({error.strerror}); start the job in one that stays"
+            ) from error
