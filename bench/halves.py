@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from bench.make_shards import read_pictures
-from pipeline.encode import Compute, Replica, load_vae
-from pipeline.pixels import open_pixels
+from pipeline.encoder import Compute, Replica
+from pipeline.images.decode import open_pixels
+from pipeline.images.transform import Transform
 from pipeline.records import Picture
-from pipeline.transform import Transform
+from pipeline.weights import load_vae
 
 CORES, SIDE = 2, 256
 SECONDS, SAMPLE, PATIENCE = 8.0, 64, 120

@@ -30,11 +30,13 @@ from fsspec.implementations.local import LocalFileOpener
 
 from bench import account
 from bench.make_shards import MICRO, make_shards
-from pipeline import commit, flow
+from pipeline import flow
+from pipeline.cache import commits
 from pipeline.clock import Clock
-from pipeline.encode import Replica, Vae
+from pipeline.encoder import Replica
 from pipeline.errors import StorageError
 from pipeline.flow import EncodeJob, Encoder
+from pipeline.weights import Vae
 from vae import AutoencoderKL
 
 PHASES = ("idle", "reading", "opening", "encoding", "publishing", "recording")
@@ -89,7 +91,7 @@ class SoakJob(EncodeJob):
 
     def build(self, vae: Vae, stop: threading.Event) -> Encoder:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, finish, read = Clock.stage, flow.open_sample, commit.finish, LocalFileOpener.read
+        stage, open_sample, finish, read = Clock.stage, flow.open_sample, commits.finish, LocalFileOpener.read
         encode, names = Replica.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
@@ -123,16 +125,16 @@ class SoakJob(EncodeJob):
         Clock.stage = staged  # type: ignore[method-assign, assignment]
         Replica.encode = encoded  # type: ignore[method-assign, assignment]
         flow.open_sample = opened  # type: ignore[assignment]
-        commit.finish = finished  # type: ignore[assignment]
+        commits.finish = finished  # type: ignore[assignment]
         return EncodeJob.build(self, vae, stop)
 
 
 def run_job(argv: list[str]) -> int:
     """The encode job with telling workers: what a child process of the soak runs."""
-    from jobs import encode, settings, slots
+    from jobs import cache_spec, encode, slots
 
     slots.AVOID = AVOID
-    settings.EncodeJob = SoakJob  # type: ignore[misc]
+    cache_spec.EncodeJob = SoakJob  # type: ignore[misc]
     return encode.main(argv)
 
 

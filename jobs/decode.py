@@ -8,22 +8,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.drive import Signals, drive, until_stopped
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
+from jobs.open_cache import files, matching_vae, units
 from jobs.options import DecodeOptions, limits_of, parse, source_options, storage_options
-from jobs.place import place
 from jobs.progress import Meter, say_each
+from jobs.resources import place
+from jobs.run_units import Signals, drive, until_stopped
 from jobs.scheduler import Failure
-from jobs.standing import files, matching_vae, units
-from pipeline import commit, identity, storage
-from pipeline.cache import Cache
-from pipeline.encode import Vae
+from pipeline.cache import identity, parts
+from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, UsageError
-from pipeline.layout import Columns
-from pipeline.outputs import MADE_BY, REPORT
-from pipeline.render import Rendered, RenderJob, RenderReport, RenderTask, choose
-from pipeline.storage import Folder
+from pipeline.formats.schema import Columns
+from pipeline.preview.render import Rendered, RenderJob, RenderReport, RenderTask, choose
+from pipeline.sources.own_outputs import MADE_BY, REPORT
+from pipeline.storage import store
+from pipeline.storage.store import Folder
+from pipeline.weights import Vae
 
 NO_COLUMNS = Columns(pa.schema([]), ())  # originals are drawn without them, whatever became of their captions
 
@@ -49,7 +50,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 
 def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Draw the sheets on the replicas, then write the report and say what was drawn."""
-    out = Folder(storage.absolute(options.to), cache.folder.options)
+    out = Folder(store.absolute(options.to), cache.folder.options)
     begun = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, begun)  # marks what is drawn, also if this is cut short
     done: list[RenderReport] = []
@@ -73,7 +74,7 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             limits=limits_of(options.input_limit),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
-            superseded=commit.superseded(cache.folder, cache.content["identity_sha256"], drawn),
+            superseded=parts.superseded(cache.folder, cache.content["identity_sha256"], drawn),
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
 
@@ -81,8 +82,8 @@ def render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTas
             meter.tick(engine.pictures, engine.waiting_for)
 
         def probe(task: RenderTask) -> None:
-            storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
-            storage.check_answers(out.url, out.options)
+            store.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
+            store.check_answers(out.url, out.options)
 
         with meter.shown():
             driven = drive(tasks, engine, signals, on_done, on_tick, probe, options.patience)

@@ -8,26 +8,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs import settings
-from jobs.drive import Signals, drive, until_stopped
+from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.messages import secrets_in, show
+from jobs.open_cache import finish
 from jobs.options import EncodeOptions, as_record, limits_of, parse, source_options, storage_options
 from jobs.pace import WorkerTime
 from jobs.passed_over import PassedOver
-from jobs.place import Place, place
 from jobs.progress import Meter, say, say_each, say_unit
+from jobs.resources import Place, place
+from jobs.run_units import Signals, drive, until_stopped
 from jobs.scheduler import Failure
-from jobs.standing import finish
-from pipeline import commit, compressed, identity, plan, sources, stats, storage, survey
-from pipeline.encode import Vae, load_vae
+from pipeline.cache import commits, identity, plan, stats
+from pipeline.cache.parts import superseded
+from pipeline.cache.runs import Run
 from pipeline.errors import REST, JobError, SourceError, UsageError
-from pipeline.layout import Columns
-from pipeline.listing import Listing, list_sources
+from pipeline.formats.schema import Columns
+from pipeline.readers import compression
 from pipeline.records import Seconds, Unit, UnitReport
-from pipeline.runs import Run
-from pipeline.storage import Folder
+from pipeline.sources import changes
+from pipeline.sources import units as unit_files
+from pipeline.sources.columns import columns_of
+from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.units import is_tables_own, units_of
+from pipeline.storage import store
+from pipeline.storage.store import Folder
+from pipeline.weights import Vae, load_vae
 from vae.load import is_single_file
 
 
@@ -112,17 +119,17 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give one of them")
-    cache = Folder(storage.absolute(options.to), storage_options(options.storage_option))
+    cache = Folder(store.absolute(options.to), storage_options(options.storage_option))
     standing = identity.read(cache)
     if standing is not None:
-        options = settings.adopt(options, given, standing["identity"])
+        options = cache_spec.adopt(options, given, standing["identity"])
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files: {options.vae} has a config.json of its own")
     vae = load_vae(options.vae, cache.options, options.vae_config or (standing and standing["vae"]["config"]))
-    settings.check(options, vae)
+    cache_spec.check(options, vae)
     listing, columns = look_at_sources(options, cache)
     with place(options) as where:
-        content = identity.settle(cache, settings.describe(options, vae, where, standing, columns))
+        content = identity.settle(cache, cache_spec.describe(options, vae, where, standing, columns))
         outcome = encode(options, cache, content, vae, listing, where, signals)
     tell(options, cache, outcome)
     return outcome.code
@@ -134,20 +141,20 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Col
     listing = list_sources(options.source, where, cache.url)
     say_each([f"note: {line}" for line in listing.noticed])
     shards = listing.shards
-    units = plan.units_of(shards)
-    archives = compressed.not_read(shards)
+    units = units_of(shards)
+    archives = compression.not_read(shards)
     if not units:
         nothing = f"there are no tar shards, Parquet files or pictures in {' '.join(options.source)}"
         raise SourceError(f"{nothing}: {archives}" if archives else nothing)
     if archives:
         say(f"note: {archives}")
-    if count := sum(map(plan.is_tables_own, shards)):
+    if count := sum(map(is_tables_own, shards)):
         say(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    wanted = settings.wanted_columns(options)
-    if others := plan.passed_over(shards, wanted or ()):
+    wanted = cache_spec.wanted_columns(options)
+    if others := unit_files.passed_over(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         say(f"note: passed over files that are neither shards nor pictures: {counts}")
-    return listing, survey.columns_of(
+    return listing, columns_of(
         shards, units, where, options.image_column or None, wanted, limits_of(options.input_limit)
     )
 
@@ -178,10 +185,10 @@ def encode(
             texts=identity.layout_of(content).columns.texts,
         )
         units = units[: options.max_shards or None]
-        finished = commit.finished(cache)
+        finished = commits.finished(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # whatever ETags or times say, on the workers' disks as well
-            pending = [sources.without_etags(unit) for unit in pending]
+            pending = [changes.without_etags(unit) for unit in pending]
         say_each([f"note: {line}" for line in noticed])
         log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hashes(cache))
@@ -218,11 +225,11 @@ def encode_units(
 ) -> Sequence[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
     compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
-    settings.note_differences(content["compute"], dataclasses.asdict(compute))
-    settings.note_versions(cache, log.run.name)
+    cache_spec.note_differences(content["compute"], dataclasses.asdict(compute))
+    cache_spec.note_versions(cache, log.run.name)
     limits, threads = options.input_limit, options.cpus_per_worker
-    job = settings.encode_job(cache, content, compute, limits, threads, log.run.name, source_options(options))
-    retried = commit.superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
+    job = cache_spec.encode_job(cache, content, compute, limits, threads, log.run.name, source_options(options))
+    retried = superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
@@ -244,8 +251,8 @@ def encode_units(
         log.tell(**{**facts(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
-        storage.check_answers(cache.at(identity.NAME), cache.options)
-        storage.check_answers(unit.url, source_options(options))
+        store.check_answers(cache.at(identity.NAME), cache.options)
+        store.check_answers(unit.url, source_options(options))
 
     with meter.shown():
         try:
@@ -260,7 +267,7 @@ def encode_units(
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     """Raise JobError where a unit that is done is not in the cache: the workers do not see the same storage as we."""
-    missing = {unit.name for unit in units} - commit.finished(cache)
+    missing = {unit.name for unit in units} - commits.finished(cache)
     if missing:
         raise JobError(
             f"{len(missing)} units were done, but are not in {cache.url}: the workers run on machines that see another "

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pipeline.encode import Vae, is_device_error
+from pipeline.encoder import is_device_error
 from pipeline.errors import DamagedError, LatentmillError, Stopped, StorageError
 from pipeline.records import Attempt
+from pipeline.weights import Vae
 
 IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, opens and writes
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.drive import Signals
 from jobs.engine import error_line
 from jobs.messages import LOGGER, Kept, level
 from jobs.progress import say
-from pipeline import runs
+from jobs.run_units import Signals
+from pipeline.cache import runs
+from pipeline.cache.runs import Run
 from pipeline.errors import JobError, LatentmillError, Stopped, StorageError
-from pipeline.runs import Run
 
 SECONDS_BETWEEN = 30.0  # signs of life
 SECONDS_BETWEEN_NOTES = 600.0  # that the record cannot be written

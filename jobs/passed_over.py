@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pipeline.limits import shown
-from pipeline.metadata import NO_METADATA
-from pipeline.read_parquet import NO_IMAGES
+from pipeline.readers.metadata import NO_METADATA
+from pipeline.readers.parquet import NO_IMAGES
+from pipeline.readers.tar_members import APART, HIDDEN, STRAY
 from pipeline.records import UnitReport
-from pipeline.tar_members import APART, HIDDEN, STRAY
 
 NAMED = 3  # files
 

@@ -6,21 +6,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs import settings
-from jobs.drive import Driven, Signals, drive, until_stopped
+from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import Logbook
 from jobs.messages import secrets_in, show
+from jobs.open_cache import finish, matching_vae, units
 from jobs.options import RetryOptions, as_record, parse, source_options, storage_options
-from jobs.place import place
 from jobs.progress import Meter, say_each, say_unit
-from jobs.standing import finish, matching_vae, units
-from pipeline import commit, identity, retry, stats, storage
-from pipeline.cache import Cache
-from pipeline.encode import Vae
+from jobs.resources import place
+from jobs.run_units import Driven, Signals, drive, until_stopped
+from pipeline.cache import stats
+from pipeline.cache.identity import NAME
+from pipeline.cache.parts import inspect
+from pipeline.cache.reader import Cache
+from pipeline.cache.runs import Run
 from pipeline.errors import REST
-from pipeline.records import Standing, UnitReport
-from pipeline.runs import Run
+from pipeline.formats.record import Standing
+from pipeline.maintenance import retry
+from pipeline.records import UnitReport
+from pipeline.storage import store
+from pipeline.weights import Vae
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +81,7 @@ def rejecting(cache: Cache, parts: Sequence[stats.Part]) -> list[Standing]:
     """Those parts of a cache that have rejects, or supersede some."""
     identity = cache.content["identity_sha256"]
     wanted = [part.file for part in parts if part.rejects or part.supersedes]
-    found = (commit.inspect(cache.folder, file, identity) for file in wanted)
+    found = (inspect(cache.folder, file, identity) for file in wanted)
     return [part for part in found if part is not None]
 
 
@@ -106,9 +111,9 @@ def encode(
 
     with place(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
-        settings.note_versions(cache.folder, log.run.name)
+        cache_spec.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
-        encoding = settings.encode_job(
+        encoding = cache_spec.encode_job(
             cache.folder, cache.content, compute, limits, threads, log.run.name, source_options(options)
         )
         job = retry.RetryJob(encoding)
@@ -119,8 +124,8 @@ def encode(
             log.tell(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
-            storage.check_answers(cache.folder.at(identity.NAME), cache.folder.options)
-            storage.check_answers(task.unit.url, source_options(options))
+            store.check_answers(cache.folder.at(NAME), cache.folder.options)
+            store.check_answers(task.unit.url, source_options(options))
 
         with meter.shown():
             return drive(tasks, engine, log.signals, on_done, on_tick, probe, options.patience)

@@ -6,8 +6,8 @@ from typing import Any
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
 from jobs.options import StatsOptions, parse, storage_options
-from pipeline import stats
-from pipeline.cache import Cache
+from pipeline.cache import stats
+from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
 
 

@@ -8,8 +8,8 @@ from jobs.entry import print_json, run_as_script
 from jobs.messages import show
 from jobs.options import StatusOptions, parse, storage_options
 from jobs.progress import duration
-from pipeline.cache import Cache
-from pipeline.status import status
+from pipeline.cache.reader import Cache
+from pipeline.maintenance.status import status
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def lines(content: Mapping[str, Any]) -> list[str]:
-    """What a person reads. content: as `pipeline.status` gives it."""
+    """What a person reads. content: as `pipeline.maintenance.status` gives it."""
     units, size = content["units"], content["bytes"]
     share = size["done"] / size["planned"] if size["planned"] else 0.0
     rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"

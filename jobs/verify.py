@@ -7,23 +7,23 @@ from contextlib import suppress
 
 import torch
 
+from jobs.cache_spec import encode_job
 from jobs.entry import print_json, run_as_script
 from jobs.messages import show
+from jobs.open_cache import files, finish, matching_vae, units
 from jobs.options import VerifyOptions, parse, source_options, storage_options
 from jobs.progress import Meter, say
-from jobs.settings import encode_job
-from jobs.standing import files, finish, matching_vae, units
-from pipeline import commit, identity, verify
-from pipeline.cache import Cache
-from pipeline.damage import rests
-from pipeline.encode import Compute
+from pipeline.cache import identity, parts
+from pipeline.cache.reader import Cache
+from pipeline.encoder import Compute
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeJob
-from pipeline.records import Standing
-from pipeline.reencode import recount, reencode
-from pipeline.render import choose
-from pipeline.verify import Found
-from pipeline.verify_part import Problem
+from pipeline.formats.record import Standing, rests
+from pipeline.maintenance import verify
+from pipeline.maintenance.reencode import recount, reencode
+from pipeline.maintenance.verify import Found
+from pipeline.maintenance.verify_part import Problem
+from pipeline.preview.render import choose
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +71,7 @@ def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterat
         cache.folder, cache.content, compute, options.input_limit, 1, "", source_options(options)
     )
     where = units(options, cache)
-    retried = commit.superseded(cache.folder, cache.content["identity_sha256"], set(where))
+    retried = parts.superseded(cache.folder, cache.content["identity_sha256"], set(where))
     job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         left = uncounted(found)

@@ -17,37 +17,29 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import commit, inputs, parquet_keys, pixels, storage, tally
-from pipeline.batches import batches
-from pipeline.careful import Opener
+from pipeline.batching import batches
+from pipeline.cache import commits, input_hash, parts, tally
+from pipeline.cache.identity import FORMAT
 from pipeline.clock import Clock
-from pipeline.damage import after_all_bytes, before_the_rest, rejected_again, rest_alone, to_the_damage
-from pipeline.encode import Compute, Replica, Vae
+from pipeline.encoder import Compute, Replica
 from pipeline.errors import ChangedError, Rejected, ShardError, Stopped
-from pipeline.identity import FORMAT
-from pipeline.layout import Layout
+from pipeline.formats.record import Record, Standing
+from pipeline.formats.schema import Layout
+from pipeline.images import decode
+from pipeline.images.sandbox import Opener
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_columns, check_share
-from pipeline.metadata import joined, read_beside_tar
-from pipeline.overlap import Peekable, in_order
-from pipeline.read_folder import read_unit
-from pipeline.read_parquet import read_parquet
-from pipeline.read_tar import read_tar
-from pipeline.records import (
-    FIRST,
-    Attempt,
-    Filtered,
-    Picture,
-    Record,
-    Reject,
-    Row,
-    Sample,
-    Seconds,
-    Standing,
-    Unit,
-    UnitReport,
-)
-from pipeline.storage import Folder
-from pipeline.transform import Transform
+from pipeline.prefetch import Peekable, in_order
+from pipeline.readers import parquet_keys
+from pipeline.readers.damage import after_all_bytes, before_the_rest, rejected_again, rest_alone, to_the_damage
+from pipeline.readers.folder import read_unit
+from pipeline.readers.metadata import joined, read_beside_tar
+from pipeline.readers.parquet import read_parquet
+from pipeline.readers.tar import read_tar
+from pipeline.records import FIRST, Attempt, Filtered, Picture, Reject, Row, Sample, Seconds, Unit, UnitReport
+from pipeline.storage import store
+from pipeline.storage.store import Folder
+from pipeline.weights import Vae
 
 
 class Reading(Protocol):
@@ -119,7 +111,7 @@ class Tools:
     pool: ThreadPoolExecutor
     stop: threading.Event
     seen: Counter[str] = field(default_factory=Counter)
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
     damaged_at: int | None = None
 
     def on_piece(self) -> None:
@@ -171,7 +163,7 @@ class Filled:
     @property
     def digests_in_order(self) -> list[bytes]:
         """The digest of each sample; of one that was rejected, also later than when it was read, that of its reject."""
-        digests = self.digests | {reject.position: inputs.digest_of(reject) for reject in self.rejects}
+        digests = self.digests | {reject.position: input_hash.digest_of(reject) for reject in self.rejects}
         return [digests[position] for position in sorted(digests)]
 
     @property
@@ -189,12 +181,12 @@ def process(unit: Unit, tools: Tools) -> UnitReport:
     try:
         return encode_missing(unit, tools, clock)
     except ChangedError:
-        now = storage.as_it_is(unit, job.source_options)
-        records = [part.record for part in commit.of_unit(job.cache, unit.name, job.identity)]
+        now = store.as_it_is(unit, job.source_options)
+        records = [part.record for part in parts.of_unit(job.cache, unit.name, job.identity)]
         if now.bytes != unit.bytes or not records:
             raise
         samples = to_the_damage(read(now, job, on_piece=tools.on_piece), tools.damaged_at, [])
-        drain(inputs.proven(watched(samples, tools, clock), records, unit.url))
+        drain(input_hash.proven(watched(samples, tools, clock), records, unit.url))
     return encode_missing(now, tools, clock)
 
 
@@ -210,7 +202,7 @@ def encode_missing(unit: Unit, tools: Tools, clock: Clock) -> UnitReport:
     adopted = behind = encoded = again = 0
     texts: Counter[str] = Counter()
     for number in itertools.count():
-        part = commit.find(job.cache, unit.name, number, job.identity, job.layout.container)
+        part = parts.find(job.cache, unit.name, number, job.identity, job.layout.container)
         if part is None:
             drain(itertools.islice(samples, behind * job.rows_per_part))  # what the parts that stood there hold
             some: Iterator[Sample | Reject] = itertools.islice(samples, job.rows_per_part)
@@ -221,13 +213,13 @@ def encode_missing(unit: Unit, tools: Tools, clock: Clock) -> UnitReport:
             texts += tally.with_texts(filled.rows, job.layout.columns.texts)
             record = make_record(unit, number, filled, samples.is_done, tools)
             with clock.stage("write"):
-                part = commit.publish(job.cache, record, filled.rows, job.layout)
+                part = parts.publish(job.cache, record, filled.rows, job.layout)
         else:
             adopted, behind = adopted + 1, behind + 1
         standing.append(part)
         if part.record.last:
             break
-    commit.finish(job.cache, standing, run_facts(tools, clock.seconds))
+    commits.finish(job.cache, standing, run_facts(tools, clock.seconds))
     report = summed(unit, standing, adopted, clock.seconds)
     damaged = "".join(damage)
     return replace(report, encoded=encoded, again=again, texts=texts, damage=damaged, passed_over=passed)
@@ -249,7 +241,7 @@ def read(
     options, columns = job.source_options, job.layout.columns
     if unit.kind == "tar":
         beside = read_beside_tar(unit.url, options, columns.from_parquet, job.limits, passed)
-        with storage.open_stream(unit.url, options, unit) as stream:
+        with store.open_stream(unit.url, options, unit) as stream:
             samples = read_tar(stream, unit.url, columns.texts, job.limits, passed)
             for sample in after_all_bytes(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in beside:
@@ -257,7 +249,7 @@ def read(
                 else:
                     yield sample
     elif unit.kind == "parquet":
-        with storage.open_stream(unit.url, options, unit, seeking=True) as stream:
+        with store.open_stream(unit.url, options, unit, seeking=True) as stream:
             part, image, key = unit.range or (0, 1), job.image_column, job.key_column
             known = parquet_keys.of_file(unit.url, unit.bytes, unit.etag, key)
             samples = read_parquet(
@@ -301,7 +293,7 @@ def fill(
 
     def opened_once(sample: Sample | Reject) -> tuple[Picture | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, job.transform, job.limits, tools.open_pixels)
-        filled.digests[sample.position] = inputs.digest_of(sample)
+        filled.digests[sample.position] = input_hash.digest_of(sample)
         try:
             check_share(item.columns if isinstance(item, Picture) else {}, job.rows_per_part, job.limits)
         except Rejected as why:
@@ -343,7 +335,7 @@ def open_sample(
     sample: Sample | Reject,
     transform: Transform,
     limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = pixels.open_pixels,
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
 ) -> tuple[Picture | Reject | Filtered, float]:
     """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
     start = time.perf_counter()
@@ -398,7 +390,7 @@ def make_record(unit: Unit, number: int, filled: Filled, last: bool, tools: Tool
         rows=len(filled.rows),
         filtered=filled.filtered,
         enlarged=sum(row.picture.enlarged for row in filled.rows),
-        inputs=inputs.of_digests(filled.digests_in_order),
+        inputs=input_hash.of_digests(filled.digests_in_order),
         rejects=tuple(filled.rejects),
         tally=tally.tally_rows(filled.rows, tools.job.layout.store),
     )

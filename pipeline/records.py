@@ -1,12 +1,10 @@
 """The things that flow through the pipeline, as plain data. The words are those of docs/cache-format.md."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import REST, CacheError, Rejected
+from pipeline.errors import Rejected
 
 if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
     from torch import Tensor
@@ -17,30 +15,7 @@ Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
-VERIFY = "latentmill verify says what to do"
 TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
-
-
-def canonical_json(value: Any) -> bytes:
-    """UTF-8, keys sorted, no spaces, floats as their shortest repr, no NaN: equal values, equal bytes."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """An object that a cache's file holds as JSON. Raises CacheError, which names the file, for anything else."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CacheError(f"{where} cannot be understood: it is damaged; {VERIFY}")
-    return content
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's content with the `sha256` of all else in it, by which `verify` finds a byte that has changed."""
-    rest = {name: value for name, value in content.items() if name != "sha256"}
-    return {**rest, "sha256": hashlib.sha256(canonical_json(rest)).hexdigest()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +51,8 @@ class Unit:
 
     name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
     `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
-    root: of the source. files: of a folder, what its images and their texts were (`pipeline.beside` packs them), of
-    which `etag` is the sha256.
+    root: of the source. files: of a folder, what its images and texts were (`readers.sidecars` packs them); `etag` is
+    their sha256.
     """
 
     name: str
@@ -192,114 +167,6 @@ class Row:
     latent: "Tensor"
 
 
-@dataclass(slots=True)
-class BucketTally:
-    """Running statistics of the latents of one bucket, a list entry a channel, in float64.
-
-    Where moments are stored: of the means; `variance` is the mean of the variances then, and None else.
-    """
-
-    samples: int
-    values: int
-    mean: list[float]
-    m2: list[float]
-    min: list[float]
-    max: list[float]
-    variance: list[float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a record holds it: without `variance` where there is none."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """What a part says of itself, inside its own file. Nothing in it depends on the run.
-
-    inputs: sha256 over the part's samples as they were read (`pipeline.inputs`).
-    round, supersedes: of a part that `retry` wrote beside the one of its number: which retry it was, and the rejects
-    that do not count any more, as position and reason. Both are left out of other parts' records.
-    """
-
-    format: int
-    identity: str
-    unit: str
-    part: int
-    last: bool
-    source: str
-    source_bytes: int
-    range: tuple[int, int] | None
-    first: int
-    samples: int
-    rows: int
-    filtered: int
-    enlarged: int
-    inputs: str
-    rejects: tuple[Reject, ...]
-    tally: Mapping[str, BucketTally]
-    round: int = 0
-    supersedes: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def stem(self) -> str:
-        """The file name of the part, without its folder and extension."""
-        return f"{self.unit}-{self.part:05d}" + (f"r{self.round}" if self.round else "")
-
-    @property
-    def positions(self) -> list[int]:
-        """Those that the part accounts for, in order. Of a part that `retry` wrote: of the rejects that it supersedes,
-        and, where a `rest_of_shard` is among them, as many from there on as it has samples."""
-        if not self.round:
-            return list(range(self.first, self.first + self.samples))
-        solved = [position for position, reason in self.supersedes if reason != REST]
-        starts = [position for position, reason in self.supersedes if reason == REST]
-        rest = [start + number for start in starts[:1] for number in range(self.samples - len(solved))]
-        return sorted(solved + rest)
-
-    @property
-    def counted(self) -> list[int]:
-        """The positions of its samples: a damaged shard's rest is none."""
-        rests = {reject.position for reject in self.rejects if reject.reason == REST}
-        return [position for position in self.positions if position not in rests]
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
-        if not self.round:
-            del fields["round"], fields["supersedes"]
-        return fields
-
-    def to_json(self) -> bytes:
-        return canonical_json(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: bytes) -> "Record":
-        """Raises ValueError, KeyError or TypeError for what is not a record."""
-        fields = json.loads(text)
-        fields["range"] = tuple(fields["range"]) if fields["range"] else None
-        fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
-        fields["tally"] = {bucket: BucketTally(**tally) for bucket, tally in fields["tally"].items()}
-        fields["supersedes"] = tuple((position, reason) for position, reason in fields.get("supersedes", ()))
-        return cls(**fields)
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A part that stands in the cache: its record, and its file's name, size and sha256."""
-
-    record: Record
-    file: str
-    bytes: int
-    sha256: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `_commits` holds it: rejects as counts by reason, and where the rest of a damaged shard begins."""
-        fields = self.record.to_dict()
-        reasons = [reject.reason for reject in self.record.rejects]
-        fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST]
-        return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
-
-
 @dataclass(frozen=True, slots=True)
 class Seconds:
     """Where the time of a unit went, in seconds.
@@ -347,3 +214,19 @@ class UnitReport:
     damage: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
+
+
+def stem(path: str) -> str:
+    """A path without its extension."""
+    dot = path.rfind(".")
+    return path[:dot] if path.rfind("/") + 1 < dot < len(path) - 1 else path
+
+
+def extension(path: str) -> str:
+    """In small letters, without its dot."""
+    return path[len(stem(path)) + 1 :].lower()
+
+
+def is_image(path: str) -> bool:
+    """By its extension."""
+    return extension(path) in PICTURE_EXTENSIONS

@@ -24,12 +24,12 @@ from jobs.options import (
     make_parser,
 )
 from jobs.progress import Meter
-from pipeline import plan
+from pipeline.cache import plan
 from pipeline.errors import REASONS
-from pipeline.layout import Layout
+from pipeline.formats.parquet import schema_of
+from pipeline.formats.schema import Layout
 from pipeline.limits import Limits
 from pipeline.records import Seconds
-from pipeline.write_parquet import schema_of
 from vae.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

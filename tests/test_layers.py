@@ -14,7 +14,20 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("latentmill", "vae", "pipeline", "jobs")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-STEPS = {"read_tar", "read_folder", "pixels", "transform", "batches", "encode", "write_parquet", "write_tar"}
+# From below: a room (a file or a folder of pipeline/) imports rooms of its own floor and of lower ones.
+FLOORS: tuple[set[str], ...] = (
+    {"errors", "values"},
+    {"canonical_json", "records", "limits", "prefetch", "clock", "subprocess_server", "batching"},
+    {"storage"},
+    {"formats", "images", "weights"},
+    {"readers", "encoder"},
+    {"sources"},
+    {"cache"},
+    {"flow"},
+    {"preview"},
+    {"maintenance"},
+)
+STEP_ROOMS = ("readers", "images", "formats")  # what a sample goes through; flow alone puts them together
 MAX_FUNCTION = 60
 MAX_FILE = 450
 
@@ -50,8 +63,10 @@ def importers(package: str) -> set[str]:
 
 
 def test_the_rooms_are_found() -> None:
-    assert {"vae.model", "pipeline.flow", "jobs.cluster"} <= set(MODULES)
-    assert {f"pipeline.{step}" for step in STEPS} <= set(MODULES)
+    assert {"vae.model", "pipeline.flow", "jobs.ray_executor"} <= set(MODULES)
+    assert {f"pipeline.{room}" for floor in FLOORS for room in floor} == {
+        ".".join(module.split(".")[:2]) for module in MODULES if module.startswith("pipeline.")
+    }
 
 
 def test_imports_run_from_jobs_to_pipeline_to_vae() -> None:
@@ -70,8 +85,8 @@ def test_the_front_door_imports_nothing_of_ours_before_it_can_find_it() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"jobs.cluster"}),
-        ("fsspec", {"pipeline.storage"}),
+        ("ray", {"jobs.ray_executor"}),
+        ("fsspec", {"pipeline.storage.store"}),
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),
@@ -91,15 +106,31 @@ def test_what_is_installed_with_us_is_what_we_import() -> None:
     assert {called.get(name, name) for name in names} <= imported | {"s3fs"}
 
 
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of pipeline/ that a file imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+
+
 def test_only_some_of_the_pipeline_know_the_model() -> None:
     knowing = {module for module in importers("vae") if module.startswith("pipeline.")}
-    assert knowing <= {f"pipeline.{name}" for name in ("encode", "render", "cache", "identity")}
+    assert knowing <= {
+        f"pipeline.{name}" for name in ("encoder", "weights", "preview.render", "cache.reader", "cache.identity")
+    }
+
+
+def test_a_room_of_the_pipeline_imports_those_below_it() -> None:
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    for module, path in MODULES.items():
+        if module.startswith("pipeline."):
+            room = module.split(".")[1]
+            above = {name for name in rooms_imported(path) - {room} if floor_of[name] >= floor_of[room]}
+            assert not {name for name in above if floor_of[name] > floor_of[room]}, (module, above)
 
 
 def test_steps_do_not_import_each_other() -> None:
-    steps = {f"pipeline.{step}" for step in STEPS}
-    for step in steps:
-        assert not steps & set(imports(MODULES[step])), step
+    for room in STEP_ROOMS:
+        for path in (ROOT / "pipeline" / room).glob("*.py"):
+            assert not rooms_imported(path) & (set(STEP_ROOMS) - {room}) - {"formats"}, path
 
 
 def test_there_is_no_import_cycle() -> None:

@@ -218,11 +218,11 @@ def test_a_signal_ends_the_job_before_and_after_its_units(
 def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, micro_vae: Path, tmp_path: Path) -> None:
     script = (
         "from pipeline import flow\n"
-        "from jobs import encode, settings\n"
+        "from jobs import cache_spec, encode\n"
         "from jobs.entry import run_as_script\n"
         "class Broken(flow.EncodeJob):\n"
         "    def build(self, vae, stop): raise MemoryError('no room for the model')\n"
-        "settings.EncodeJob = Broken\n"
+        "cache_spec.EncodeJob = Broken\n"
         "run_as_script(encode.main)\n"
     )
     (tmp_path / "broken.py").write_text(script)

@@ -264,7 +264,7 @@ def test_a_cluster_that_dies_leaves_what_another_goes_on_from(
 # A job whose model fails for ever on nodes that have SICK in their environment.
 SICK = """
 import os, time
-from jobs import encode, settings
+from jobs import cache_spec, encode
 from jobs.entry import run_as_script
 from pipeline.flow import EncodeJob
 
@@ -282,7 +282,7 @@ class Sick(EncodeJob):
         encoder.tools.replica.encode = encode
         return encoder
 
-settings.EncodeJob = Sick
+cache_spec.EncodeJob = Sick
 run_as_script(encode.main)
 """
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.ray]
 # A job whose first worker does something once, when it starts or when it encodes, and never comes back from it.
 SCRIPT = """
 import os, sys, time
-from jobs import encode, settings
+from jobs import cache_spec, encode
 from jobs.entry import run_as_script
 from pipeline.flow import EncodeJob
 
@@ -84,7 +84,7 @@ class Sick(EncodeJob):
         replica.encode = encode
         return encoder
 
-settings.EncodeJob = Sick
+cache_spec.EncodeJob = Sick
 run_as_script(encode.main)
 """
 

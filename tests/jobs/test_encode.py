@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cache import Cache, to_tensor
-from pipeline.encode import to_model
-from pipeline.pixels import open_pixels
-from pipeline.transform import Transform
+from pipeline.cache.reader import Cache, to_tensor
+from pipeline.encoder import to_model
+from pipeline.images.decode import open_pixels
+from pipeline.images.transform import Transform
 from tests.conftest import MICRO, encoded, img2dataset_members, smooth, write_tar
 from vae import AutoencoderKL
 

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs import encode, logbook, place, retry, standing
-from jobs.drive import Signals
-from jobs.inline import InlineEngine
+from jobs import encode, logbook, open_cache, resources, retry
+from jobs.local_executor import InlineEngine
 from jobs.logbook import Logbook
-from pipeline import plan, runs, stats
+from jobs.run_units import Signals
+from pipeline.cache import plan, runs, stats
+from pipeline.cache.runs import Run
 from pipeline.errors import JobError, StorageError
-from pipeline.runs import Run
-from pipeline.storage import Folder
+from pipeline.storage.store import Folder
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -131,7 +131,7 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
 
     monkeypatch.setattr(stats, "as_bytes", slow)
     cache = json.loads((tmp_path / "c/cache.json").read_text())
-    assert standing.finish(Folder(str(tmp_path / "c")), cache, weak=False)["count"] == 18
+    assert open_cache.finish(Folder(str(tmp_path / "c")), cache, weak=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
@@ -140,7 +140,7 @@ def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_writt
 ) -> None:
     monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.05)
     written: list[tuple[float, str]] = []
-    write, finish, slow = Run.write, standing.finish, list[tuple[float, float]]()
+    write, finish, slow = Run.write, open_cache.finish, list[tuple[float, float]]()
 
     def noted(self: Run, **facts: Any) -> None:
         write(self, **facts)
@@ -242,7 +242,7 @@ class Recorded(InlineEngine):
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happened: engines that were closed, and ends that were begun."""
     Recorded.order.clear()
-    monkeypatch.setattr(place, "InlineEngine", Recorded)
+    monkeypatch.setattr(resources, "InlineEngine", Recorded)
     for module in (encode, retry):
         monkeypatch.setattr(module, "finish", recorded(module.finish))
     return Recorded.order

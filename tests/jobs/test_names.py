@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import plan
+from pipeline.cache import plan
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 from tests.jobs.test_sources import by_key, table_of, write_parquet
 
@@ -149,7 +149,7 @@ def test_previews_are_marked_before_the_first_is_drawn(
         seen.append(json.loads((tmp_path / "p/report.json").read_text()))
         raise OSError
 
-    monkeypatch.setattr("pipeline.sheet.png", fail)
+    monkeypatch.setattr("pipeline.preview.contact_sheet.png", fail)
     assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--workers", 0)[0] == 1
     assert (seen[0]["made_by"], seen[0]["finished"]) == ("latentmill decode", False)
 

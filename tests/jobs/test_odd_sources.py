@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.storage import store
 from tests.conftest import img2dataset_members, write_tar
 from tests.jobs.test_sources import by_key, pictures, table_of
 
@@ -88,7 +88,7 @@ def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
     """By its permissions, say: root reads all the same, so the disk's answer is made here."""
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(number, 1))
-    open_stream = storage.open_stream
+    open_stream = store.open_stream
 
     @contextmanager
     def refusing(url: str, *given: Any, **how: Any) -> Iterator[BinaryIO]:
@@ -97,7 +97,7 @@ def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
         with open_stream(url, *given, **how) as stream:
             yield stream
 
-    monkeypatch.setattr(storage, "open_stream", refusing)
+    monkeypatch.setattr(store, "open_stream", refusing)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 1 pictures" in out, "1.tar: permission denied" in err) == (1, True, True), err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cache import Cache, to_tensor
+from pipeline.cache.reader import Cache, to_tensor
 from tests.conftest import encoded, smooth
 
 Command = Callable[..., tuple[int, str, str]]

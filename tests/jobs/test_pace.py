@@ -17,12 +17,13 @@ from torch import Tensor
 from jobs import logbook, pace
 from jobs.pace import Pace, WorkerTime
 from jobs.progress import Meter
-from pipeline import flow, pixels
-from pipeline.encode import Encoded, Replica
+from pipeline import flow
+from pipeline.encoder import Encoded, Replica
+from pipeline.images import decode
 from pipeline.limits import Limits
+from pipeline.maintenance.status import seconds_left, status
 from pipeline.records import Picture
-from pipeline.status import seconds_left, status
-from pipeline.storage import Folder
+from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -153,7 +154,7 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(0.1)
-        return pixels.open_pixels(data, limits)
+        return decode.open_pixels(data, limits)
 
     def built(*given: Any) -> flow.Encoder:
         encoder = build(*given)

@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commit, plan
-from pipeline.cache import read_rows
+from pipeline.cache import parts, plan
+from pipeline.cache.reader import read_rows
 from pipeline.errors import StorageError
-from pipeline.storage import Folder
+from pipeline.maintenance import retry
+from pipeline.sources import units
+from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -174,7 +176,7 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
     case.encode()
     case.shard.write_bytes(whole)
     shutil.copytree(case.cache, tmp_path / "copy")
-    publish, count = commit.publish, 0
+    publish, count = parts.publish, 0
 
     def failing(*argv: Any) -> Any:
         nonlocal count
@@ -184,7 +186,7 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
         return publish(*argv)
 
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "publish", failing)
+        patch.setattr(retry, "publish", failing)
         assert case.retry()[0] == (0 if again else 1)
     if not again:
         assert case.rejected["rest_of_shard"] == 1
@@ -288,8 +290,8 @@ def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, ca
     case.encode()
     case.shard.write_bytes(whole)
     from jobs import retry as job
-    from jobs.drive import Signals
     from jobs.options import RetryOptions, parse
+    from jobs.run_units import Signals
 
     codes: list[int] = []
 
@@ -327,7 +329,7 @@ class TestParquet:
 
     @pytest.fixture
     def parquet(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> bytes:
-        monkeypatch.setattr(plan, "RANGE_BYTES", 20_000)
+        monkeypatch.setattr(units, "RANGE_BYTES", 20_000)
         jpegs = [d for name, d in img2dataset_members(0, COUNT, height=64, width=64).items() if name.endswith("jpg")]
         table = pa.table({"jpg": jpegs, "caption": [f"caption {n}" for n in range(COUNT)]})
         case.shard = case.shard.with_name("0.parquet")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from jobs import outage, scheduler
-from jobs.drive import Driven, Signals, drive
 from jobs.engine import Cause, Done
+from jobs.run_units import Driven, Signals, drive
 from jobs.scheduler import Scheduler
 from pipeline.errors import JobError, StorageError
 from pipeline.records import Attempt

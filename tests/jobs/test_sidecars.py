@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from pipeline import plan
+from pipeline.cache import plan
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

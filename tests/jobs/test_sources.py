@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import plan
-from pipeline.cache import Cache
+from pipeline.cache import plan
+from pipeline.cache.reader import Cache
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

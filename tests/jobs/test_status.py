@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.status import status
-from pipeline.storage import Folder
+from pipeline.maintenance.status import status
+from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

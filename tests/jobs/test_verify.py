@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import commit as commits
-from pipeline import verify
-from pipeline.cache import Cache
-from pipeline.records import Standing, canonical_json, sealed
-from pipeline.storage import Folder
+from pipeline.cache import commits as commit_files
+from pipeline.cache.reader import Cache
+from pipeline.canonical_json import canonical_json, sealed
+from pipeline.formats.record import Standing
+from pipeline.maintenance import verify
+from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -264,7 +265,7 @@ def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Pat
 
 def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many units: to look for the parts of each among all parts took minutes."""
-    count, real, asked = 300, commits.name_of, list[str]()
+    count, real, asked = 300, commit_files.name_of, list[str]()
     one = verify.verify(Cache.open(str(cache))).parts[0]
     parts = [replace(one, record=replace(one.record, unit=f"u-{number}")) for number in range(count)]
 
@@ -272,7 +273,7 @@ def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, mo
         asked.append(real(standing))
         return asked[-1]
 
-    monkeypatch.setattr(commits, "name_of", name_of)
+    monkeypatch.setattr(commit_files, "name_of", name_of)
     found = verify.Found(parts=parts, rebuildable=[part.record.unit for part in parts])
     assert verify.rebuild(Cache(Folder(str(tmp_path / "again")), {}), found) == found.rebuildable
     assert len(list((tmp_path / "again/_commits").iterdir())) == count

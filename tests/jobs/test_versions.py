@@ -17,7 +17,7 @@ def test_a_run_with_other_versions_than_before_says_so(
         write_tar(tmp_path / f"s/{number}.tar", {"1.jpg": encoded(smooth(number, 64, 64)), "2.jpg": b"no picture"})
     job = ("encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
     assert "earlier runs of this cache had" not in latentmill(*job, "--max-shards", 1)[2]
-    monkeypatch.setattr("pipeline.runs.version", lambda name: "0.9" if name == "pillow" else "1.0")
+    monkeypatch.setattr("pipeline.cache.runs.version", lambda name: "0.9" if name == "pillow" else "1.0")
     _, _, err = latentmill(*job)
     notes = [line.partition("note: ")[2] for line in err.splitlines() if "earlier runs of this cache had" in line]
     assert [note.split(" this one")[0].split(" had ")[1].split()[0] for note in notes] == ["torch", "pyarrow", "pillow"]

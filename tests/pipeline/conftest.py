@@ -9,15 +9,16 @@ import pytest
 from fsspec.implementations.local import LocalFileOpener
 from fsspec.implementations.memory import MemoryFile
 
-from pipeline import plan
-from pipeline.encode import Compute, Vae, load_vae
+from pipeline.encoder import Compute
 from pipeline.flow import EncodeJob, Encoder
-from pipeline.layout import Layout
+from pipeline.formats.schema import Layout
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.listing import list_shards
 from pipeline.records import Unit
-from pipeline.storage import Folder
-from pipeline.transform import Transform
+from pipeline.sources import units
+from pipeline.sources.listing import list_shards
+from pipeline.storage.store import Folder
+from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
 
 CPU = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
@@ -57,7 +58,7 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
 
 
 def unit_of(source: Path) -> Unit:
-    (unit,) = plan.units_of(list_shards((str(source),), {}, "nowhere"))
+    (unit,) = units.units_of(list_shards((str(source),), {}, "nowhere"))
     return unit
 
 

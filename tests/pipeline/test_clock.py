@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from pipeline import pixels
 from pipeline.flow import Encoder
+from pipeline.images import decode
 from pipeline.limits import Limits
 from pipeline.records import Picture, Seconds
 from tests.conftest import img2dataset_members, write_tar
@@ -63,7 +63,7 @@ def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
 ) -> None:
     def slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(SLOW)
-        return pixels.open_pixels(data, limits)
+        return decode.open_pixels(data, limits)
 
     encoder = worker(tmp_path / "c", rows_per_part=100)
     encoder.tools = replace(encoder.tools, open_pixels=slowly)

@@ -19,17 +19,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import commit, stats, write_parquet
-from pipeline.cache import read_rows, to_tensor
+from pipeline.cache import commits, stats
+from pipeline.cache.reader import read_rows, to_tensor
 from pipeline.clock import Clock
-from pipeline.encode import Compute, Encoded, Replica, Vae, is_out_of_memory
+from pipeline.encoder import Compute, Encoded, Replica, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import Encoder, fill, read
-from pipeline.layout import Columns, Layout
+from pipeline.formats import parquet
+from pipeline.formats.record import Record
+from pipeline.formats.schema import Columns, Layout
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.records import Attempt, Picture, Record, Unit
-from pipeline.storage import Folder
-from pipeline.transform import Transform
+from pipeline.records import Attempt, Picture, Unit
+from pipeline.storage.store import Folder
+from pipeline.weights import Vae
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
@@ -85,7 +88,7 @@ def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., Encoder]
 
 
 def test_a_row_group_holds_few_columns(worker: Callable[..., Encoder], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(write_parquet, "ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4000)
     members = img2dataset_members(0, 8, height=64, width=64)
     members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
     worker(tmp_path / "c", rows_per_part=8).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
@@ -153,7 +156,7 @@ def rows_in(cache: Path) -> list[dict[str, Any]]:
 
 
 def records(cache: Path) -> list[Record]:
-    return [write_parquet.read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
+    return [parquet.read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
 
 
 def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
@@ -397,7 +400,7 @@ def test_every_sample_and_every_tile_is_a_sign_of_life(
 def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
-    assert file.schema_arrow.equals(write_parquet.schema_of(Layout()))
+    assert file.schema_arrow.equals(parquet.schema_of(Layout()))
     group = file.metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     assert columns["latent"].compression == "UNCOMPRESSED"
@@ -411,7 +414,7 @@ def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Un
 def test_row_groups_hold_one_bucket_and_are_capped(
     monkeypatch: pytest.MonkeyPatch, worker: Any, unit: Unit, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(write_parquet, "ROW_GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
+    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
     worker(tmp_path / "c", rows_per_part=100).run(unit)
     (path,) = (tmp_path / "c/data").iterdir()
     metadata = pq.read_metadata(path)
@@ -634,4 +637,4 @@ def test_of_two_commits_the_first_counts(worker: Callable[..., Encoder], unit: U
     worker(tmp_path / "c", run="first").run(unit)
     worker(tmp_path / "c", run="second").run(unit)
     assert json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())["run"] == "first"
-    assert commit.finished(Folder(str(tmp_path / "c"))) == {unit.name}
+    assert commits.finished(Folder(str(tmp_path / "c"))) == {unit.name}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan
 from pipeline.errors import SourceError, StorageError
-from pipeline.listing import list_shards
-from pipeline.read_folder import READERS, read_unit
+from pipeline.readers.folder import READERS, read_unit
 from pipeline.records import Reject, Sample, Unit
-from pipeline.storage import Folder
+from pipeline.sources import units
+from pipeline.sources.listing import list_shards
+from pipeline.storage.store import Folder
 from tests.proxy import Proxy, Request
 
 
@@ -29,7 +29,7 @@ def images(bucket: str) -> Folder:
 
 
 def planned(folder: Folder) -> Unit:
-    (unit,) = plan.units_of(list_shards((folder.url,), {}, "nowhere"))
+    (unit,) = units.units_of(list_shards((folder.url,), {}, "nowhere"))
     return unit
 
 
@@ -146,7 +146,7 @@ def test_a_reader_that_is_left_asks_for_no_more(images: Folder, proxy: Proxy) ->
 @pytest.mark.parametrize("source", ["photos/*.jpg", "photos/{00..01}.jpg", "photos/00.jpg", "ph*s/0?.jpg"])
 def test_texts_come_with_images_that_are_named(images: Folder, bucket: str, source: str, tmp_path: Path) -> None:
     shards = list_shards((f"{bucket}/{source}",), {}, "nowhere")
-    (unit,) = plan.units_of(shards)
+    (unit,) = units.units_of(shards)
     first = next(read_unit(unit, {}))
     assert isinstance(first, Sample)
     assert first.columns == {"txt": "caption 00", "json": "{}"}

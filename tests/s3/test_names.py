@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from pipeline import plan
+from pipeline.cache import plan
 from pipeline.errors import SourceError
-from pipeline.listing import Listing, list_sources
-from pipeline.storage import Folder
+from pipeline.sources.listing import Listing, list_sources
+from pipeline.storage.store import Folder
 from tests.proxy import Proxy
 
 

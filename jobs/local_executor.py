@@ -1,0 +1,55 @@
+"""The engine of `--workers 0`: one replica in this process, without Ray."""
+
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from jobs.engine import IN_FLIGHT, Done, Job, error_line, failed
+from pipeline.errors import JobError
+from pipeline.records import Attempt
+from pipeline.weights import Vae
+
+
+class InlineEngine:
+    """Two tasks at a time in threads of this process."""
+
+    waiting_for = ""
+    workers = ("inline",)
+    starting = 0
+    can_replace = False
+
+    def __init__(self, job: Job, vae: Vae, stop: threading.Event) -> None:
+        self.worker = job.build(vae, stop)
+        self.stop = stop
+        self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="unit")
+        self.running: dict[Future[Any], Any] = {}
+
+    @property
+    def pictures(self) -> int:
+        return self.worker.pictures
+
+    def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
+        self.running[self.pool.submit(self.worker.run, task, attempt)] = task
+
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
+        if not self.running:  # all tasks that are left rest
+            time.sleep(min(seconds, 0.05))
+        ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
+        return [self._done(future, self.running.pop(future)) for future in ready]
+
+    def _done(self, future: Future[Any], task: Any) -> Done:
+        error = future.exception()
+        if error is None:
+            return Done(task=task, worker=self.workers[0], report=future.result())
+        if not isinstance(error, Exception):
+            return Done(task=task, worker=self.workers[0], error=error_line(error))
+        return failed(task, self.workers[0], error)
+
+    def replace(self, worker: str, why: str) -> None:
+        raise JobError(f"the device fails, and this process cannot replace it: {why}; the same command goes on")
+
+    def close(self) -> None:
+        """Let the threads end at their next sample, and wait for them."""
+        self.stop.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)

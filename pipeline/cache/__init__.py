@@ -1,0 +1,1 @@
+"""What stands on disk: the identity, the plan, parts and their commits, statistics, runs."""

@@ -1,0 +1,73 @@
+"""README.md of a cache: the data-set card, with what a reader must know and what `datasets` needs to find data/."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.cache.reader import Cache
+
+NAME = "README.md"
+
+_CARD = """\
+---
+configs:
+- config_name: default
+  data_files: data/*
+  version: 0.0.{parts}
+---
+# Latents of {rows:,} pictures
+
+Made by latentmill {version}. Each row has the latent of one picture, *raw*, as the VAE's encoder puts it out.
+
+| | |
+|---|---|
+| VAE | `{vae}`, weights sha256 `{weights}` |
+| latents | {channels} channels, 1/{downscale} of the picture's height and width, {dtype}, {store} of the posterior |
+| pictures | {pictures} |
+| rows | {rows:,} in {parts:,} files; {rejected:,} rejected, {filtered:,} filtered, {enlarged:,} enlarged |
+| digest | `{digest}` |
+
+What a diffusion model sees is `(latent - shift) * scale`, with
+
+    shift = {shift}
+    scale = {scale}
+
+`export LC_ALL=C; sha256sum _empty/* data/* 2>/dev/null | sha256sum` prints the digest. Rejected samples are in
+`_rejects/`, with the reason of each; statistics in `stats.json`.
+"""
+
+
+def _pictures(settings: Mapping[str, Any]) -> str:
+    """What was done to the pictures, in a few words."""
+    cut = "cut from the middle" if settings["crop"] == "center" else "cut at a random place"
+    mirrored = ", half of them mirrored" if settings["flip"] == "random" else ""
+    buckets = settings["buckets"]
+    size = f"{settings['resolution']} px"
+    if buckets:
+        size = f"one of {len(buckets)} buckets of about {size} squared"
+    return f"resized to {size} ({settings['interpolation']}), {cut}{mirrored}"
+
+
+def card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
+    """The card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
+    identity, downscale = cache.content["identity"], cache.config.downscale
+    shift, scale = (
+        ", ".join(f"{value:g}" for value in values) for values in (cache.scaling.shift, cache.scaling.scale)
+    )
+    return _CARD.format(
+        rows=stats["count"],
+        parts=len(cache.files()),
+        version=version,
+        vae=cache.content["vae"]["reference"],
+        weights=identity["weights"],
+        channels=cache.config.latent_channels,
+        downscale=downscale,
+        dtype=identity["dtype"],
+        store=identity["store"],
+        pictures=_pictures(identity["preprocessing"]),
+        rejected=sum(stats["rejected"].values()),
+        filtered=stats["filtered"],
+        enlarged=stats["enlarged"],
+        digest=stats["digest"],
+        shift=shift,
+        scale=scale,
+    ).encode()

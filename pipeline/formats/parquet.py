@@ -1,0 +1,128 @@
+"""Rows to the bytes of one Parquet part, its record inside the footer as the file metadata `latentmill`.
+
+Equal rows and records give equal bytes: what could vary (compression, row groups, statistics) is fixed here.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.errors import CacheError
+from pipeline.formats.record import Record
+from pipeline.formats.schema import OURS, Layout
+from pipeline.records import Row
+from pipeline.values import for_python, size_of
+
+SUFFIX = ".parquet"
+RECORD_KEY = b"latentmill"
+ROW_GROUP_BYTES = 32 << 20
+COMPRESSION = "zstd"
+
+_LATENT = "latent"  # latents do not compress, repeat or sort; everything else does
+
+
+def schema_of(layout: Layout) -> pa.Schema:
+    """The columns of every part."""
+    return pa.schema([*OURS, *layout.columns.schema])
+
+
+def schema_as_json(layout: Layout) -> list[dict[str, str]]:
+    """The columns as cache.json names them."""
+    return [{"name": field.name, "type": str(field.type)} for field in schema_of(layout)]
+
+
+def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
+    """The file of a part. rows: at least one, by bucket and then position."""
+    schema, sink = schema_of(layout), io.BytesIO()
+    others = [path for field in schema if field.name != _LATENT for path in _paths(field.name, field.type)]
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        compression=dict.fromkeys(others, COMPRESSION) | {_LATENT: "none"},
+        use_dictionary=others,
+        write_statistics=others,
+        write_page_checksum=True,
+    ) as writer:
+        for group in _row_groups(rows):
+            writer.write_table(_table(group, record, schema), row_group_size=len(group))
+        writer.add_key_value_metadata({RECORD_KEY.decode(): record.to_json().decode()})
+    return sink.getvalue()
+
+
+def read_record(data: bytes, name: str) -> Record:
+    """The record inside a part's bytes. Raises CacheError, which names the file, where there is none."""
+    try:
+        metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
+        return Record.from_json(metadata[RECORD_KEY])
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
+
+
+def read_rows(
+    stream: BinaryIO, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a part as dicts, in order: all, or those at the `wanted` indexes. A row group is held at a time.
+
+    Without pyarrow's threads: a process that ends at once, while they and torch's are about, is aborted.
+    """
+    parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
+    for group in range(parquet.num_row_groups):
+        count = parquet.metadata.row_group(group).num_rows
+        here = [index - start for index in wanted or () if start <= index < start + count]
+        if wanted is None or here:
+            table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
+            some = table if wanted is None else table.take(here)
+            for values in zip(*map(for_python, some.columns), strict=True):
+                yield dict(zip(some.column_names, values, strict=True))
+        start += count
+
+
+def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    latents = columns = 0
+    for row in rows:
+        more = sum(map(size_of, row.picture.columns.values()))
+        is_full = latents + row.latent.nbytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
+        if group and (row.picture.bucket != group[0].picture.bucket or is_full):
+            yield group
+            group, latents, columns = [], 0, 0
+        group.append(row)
+        latents, columns = latents + row.latent.nbytes, columns + more
+    yield group
+
+
+def _table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([_columns(row, record.source) for row in rows], schema=schema)
+
+
+def _paths(name: str, kind: pa.DataType) -> list[str]:
+    """A column's leaves as Parquet names them."""
+    if pa.types.is_struct(kind):
+        return [path for field in kind for path in _paths(f"{name}.{field.name}", field.type)]
+    if pa.types.is_map(kind):
+        return [f"{name}.key_value.key", *_paths(f"{name}.key_value.value", kind.item_type)]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _paths(f"{name}.list.element", kind.value_type)
+    return [name]
+
+
+def _columns(row: Row, shard: str) -> dict[str, Any]:
+    picture = row.picture
+    return {
+        "key": picture.key,
+        "shard": shard,
+        "latent": _bytes(row.latent),
+        "shape": list(row.latent.shape),
+        "dtype": str(row.latent.dtype).removeprefix("torch."),
+        **picture.geometry,
+        **picture.columns,
+    }
+
+
+def _bytes(latent: torch.Tensor) -> bytes:
+    """A latent's values in C order. Flat first: one of 1 x 1 counts as contiguous whatever its strides are."""
+    return latent.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,1 @@
+"""The way back: latents to images that a person can look at."""

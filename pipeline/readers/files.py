@@ -1,0 +1,56 @@
+"""Single files of a folder: each read whole, by one request on a store, and held against what was planned."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pipeline.errors import SourceError, StorageError
+from pipeline.readers.sidecars import same
+from pipeline.records import File
+from pipeline.storage.store import connect, http_status, is_local, protocols_of, version_of
+from pipeline.storage.stream import naming
+
+
+def read_planned(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:
+    """At most `limit` + 1 bytes of a file: one too many tells that there are more.
+
+    Raises SourceError where it is not what was planned any more; StorageError where it is, but came incomplete.
+    """
+    with naming(url, "read"):
+        fs, path = connect(url, options)
+        expected = min(planned.bytes, limit + 1)
+        if is_local(fs):
+            with fs.open(path, "rb") as file:
+                data = cast(bytes, file.read(limit + 1))
+            if not planned.bytes and not planned.etag:  # a link that led nowhere: nobody knows what it was
+                return data
+        elif not planned.bytes:
+            data = b""  # stores refuse a range of nothing
+        elif planned.etag and "s3" in protocols_of(fs) and not fs.local_expiry_check:
+            data = _read_version(fs, path, url, planned, expected)
+        else:
+            data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
+        in_doubt = is_local(fs) or not planned.bytes or len(data) != expected
+        if in_doubt and not same(planned, File(planned.path, *version_of(fs, path))):
+            raise _changed(url, planned)
+        if len(data) != expected:
+            text = f"cannot read {url}: {len(data)} of its {planned.bytes} bytes were delivered"
+            raise StorageError(text, may_pass=True)
+        return data
+
+
+def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> bytes:
+    """The first bytes of an object on S3, if its ETag is the planned one: by a single GET with that condition."""
+    with fs.open(path, "rb", size=count, cache_type="none") as file:
+        # what s3fs would find out by a HEAD is known from the listing
+        file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
+        file.read_kw = {**file.read_kw, "IfMatch": f'"{planned.etag}"'}
+        try:
+            return cast(bytes, file.read())
+        except OSError as error:
+            if http_status(error) == 412:
+                raise _changed(url, planned) from error
+            raise
+
+
+def _changed(url: str, planned: File) -> SourceError:
+    return SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")

@@ -1,0 +1,1 @@
+"""Where all bytes come from and go to."""

@@ -1,0 +1,120 @@
+"""The driver's loop with an engine that is a few lines long."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from jobs.engine import Done, error_line, failed
+from jobs.run_units import Signals, drive
+from pipeline.errors import DamagedError, ShardError, Stopped
+from pipeline.records import Attempt
+
+
+@dataclass
+class Task:
+    name: str
+
+
+@dataclass
+class Scripted:
+    """An engine of one worker that fails each task as often as it is told to. A worker that is lost has a successor."""
+
+    failures: dict[str, int]
+    lost: bool = False
+    pictures: int = 0
+    waiting_for: str = ""
+    can_replace: bool = False
+    starting: int = 0
+    generation: int = 0
+    running: list[tuple[Task, str]] = field(default_factory=list)
+    started: Counter[str] = field(default_factory=Counter)
+    attempts: list[tuple[str, Attempt]] = field(default_factory=list)
+    most: int = 0
+    losses: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def workers(self) -> list[str]:
+        return [str(self.generation)]
+
+    def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
+        assert worker in self.workers
+        self.started[task.name] += 1
+        self.running.append((task, worker))
+        self.attempts.append((task.name, attempt))
+        self.most = max(self.most, len(self.running))
+
+    def wait(self, seconds: float, waiting: int) -> list[Done]:
+        if not self.running:
+            return []
+        task, worker = self.running.pop(0)
+        if self.losses[task.name] + self.failed[task.name] >= self.failures.get(task.name, 0):
+            return [Done(task=task, worker=worker, report=task.name)]
+        if not self.lost:
+            self.failed[task.name] += 1
+            return [Done(task=task, worker=worker, error="it broke")]
+        self.losses[task.name] += 1
+        self.generation += 1
+        others, self.running = self.running, []
+        back = [Done(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
+        return [Done(task=task, worker=worker, error="it broke", cause="lost"), *back]
+
+    def replace(self, worker: str, why: str) -> None:
+        raise AssertionError("the only worker there can be")
+
+    def close(self) -> None:
+        self.running.clear()
+
+
+def run(engine: Scripted, count: int) -> tuple[list[str], list[str]]:
+    done: list[str] = []
+    driven = drive([Task(str(n)) for n in range(count)], engine, Signals(), done.append, lambda: None)
+    return sorted(done), [failure.name for failure in driven.failures]
+
+
+def test_every_task_is_done_once_and_never_more_at_once_than_a_worker_takes() -> None:
+    engine = Scripted({})
+    assert run(engine, 9) == ([str(n) for n in range(9)], [])
+    assert set(engine.started.values()) == {1}
+    assert engine.most == 2
+
+
+def test_a_task_that_fails_is_tried_three_times() -> None:
+    engine = Scripted({"1": 2, "2": 99})
+    assert run(engine, 4) == (["0", "1", "3"], ["2"])
+    assert engine.started == {"0": 1, "1": 3, "2": 3, "3": 1}
+
+
+def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> None:
+    engine = Scripted({"1": 9, "2": 99}, lost=True)
+    assert run(engine, 4) == (["0", "1", "3"], ["2"])
+    assert engine.losses == {"1": 9, "2": 10}
+
+
+def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
+    losing = Scripted({"0": 2}, lost=True)
+    run(losing, 1)
+    assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
+
+
+def test_a_task_that_found_a_damage_says_where() -> None:
+    told = failed(Task("0"), "w", DamagedError("it is cut off", at=7))
+    assert (told.error, told.cause, told.damaged_at) == ("it is cut off", "damage", 7)
+    assert failed(Task("0"), "w", ShardError("x")).damaged_at is None
+
+
+def test_a_signal_stops_the_loop() -> None:
+    signals = Signals()
+    signals.stop.set()
+    with pytest.raises(Stopped):
+        drive([Task("a")], Scripted({}), signals, lambda report: None, lambda: None)
+
+
+def test_an_error_is_one_line() -> None:
+    assert error_line(ShardError("the shard is cut off")) == "the shard is cut off"
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        assert error_line(error).startswith("ValueError: two (")
+        assert "test_run_units.py" in error_line(error)

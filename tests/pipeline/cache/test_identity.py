@@ -1,0 +1,101 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cache import identity
+from pipeline.cache.identity import Identity
+from pipeline.canonical_json import sealed
+from pipeline.errors import CacheError, IdentityError
+from pipeline.formats.schema import TEXTS
+from pipeline.images.transform import Transform
+from pipeline.storage.store import Folder
+from tests.conftest import MICRO
+from vae import AutoencoderKLConfig
+
+ONE = Identity(
+    weights="w",
+    config={"latent_channels": 4},
+    preprocessing=identity.preprocessing(Transform(resolution=64)),
+    store="mode",
+    dtype="float16",
+    precision="fp32",
+    tile_above=None,
+    rows_per_part=10,
+    seed=0,
+    container="parquet",
+    columns=None,
+    image_column=None,
+    key_column=None,
+)
+
+
+def content(of: Identity) -> dict[str, Any]:
+    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256, "columns": TEXTS.to_dict()}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
+def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    other = dataclasses.replace(ONE, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
+    assert other.sha256 != ONE.sha256
+    assert identity.settle(cache, content(ONE)) == sealed(content(ONE))
+    with pytest.raises(IdentityError, match=f"this job has {field}"):
+        identity.settle(cache, content(other))
+    assert json.loads((tmp_path / "cache.json").read_text()) == sealed(content(ONE))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is not a latentmill cache: its cache.json cannot be understood"),
+        ("not json", "is not a latentmill cache"),
+        ('{"format": 2}', "has cache format 2; this version knows 1"),
+        (json.dumps({**content(ONE), "identity_sha256": "0" * 64}), "was changed by hand"),
+    ],
+)
+def test_a_broken_cache_json_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(CacheError, match=message):
+        identity.read(Folder(str(tmp_path)))
+
+
+def test_scaling_is_no_part_of_the_identity() -> None:
+    plain = AutoencoderKLConfig(**MICRO)
+    scaled = dataclasses.replace(plain, scaling_factor=0.5, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    deeper = dataclasses.replace(plain, layers_per_block=2)
+    assert identity.raw_config(plain) == identity.raw_config(scaled)
+    assert identity.raw_config(plain) != identity.raw_config(deeper)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "dtype", "store", "rows"),
+    [
+        (256, "float16", "mode", 4096),
+        (2048, "float16", "mode", 512),
+        (2048, "bfloat16", "moments", 256),
+        (2048, "float32", "sample", 256),
+    ],
+)
+def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
+    assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
+
+
+def test_the_transform_is_found_again() -> None:
+    transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
+    content = {"preprocessing": identity.preprocessing(transform), "seed": 7}
+    assert identity.transform_of(json.loads(json.dumps(content))) == transform
+
+
+def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, is_empty = Folder(str(tmp_path)), Folder.is_empty
+
+    def late(self: Folder) -> bool:
+        cache.create(identity.NAME, b'{"format": 99}')
+        return is_empty(self)
+
+    monkeypatch.setattr(Folder, "is_empty", late)
+    with pytest.raises(CacheError, match="has cache format 99"):
+        identity.read(cache)

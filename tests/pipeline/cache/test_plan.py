@@ -1,0 +1,178 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import plan
+from pipeline.errors import CacheError, SourceError
+from pipeline.records import Shard, Unit
+from pipeline.sources.listing import list_shards
+from pipeline.sources.units import RANGE_BYTES, passed_over, tar_unit, units_of
+from pipeline.storage.store import Folder
+
+
+def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:
+    return Shard(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
+
+
+def test_a_tars_unit_has_the_same_name_wherever_it_lies() -> None:
+    here, there = (tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
+    assert here.name == there.name
+    assert here.name.startswith("00_0-")
+    assert len(here.name) == len("00_0-") + 16
+    assert here.name != tar_unit(shard("other/00 0?.tar")).name
+
+
+def test_a_folders_units_have_up_to_256_pictures() -> None:
+    units = units_of([shard(f"data/{n:04}.jpg") for n in range(600)])
+    assert [len(unit.paths) for unit in units] == [256, 256, 88]
+    assert {unit.kind for unit in units} == {"folder"}
+    assert len({unit.name for unit in units}) == 3
+
+
+def test_pictures_of_one_name_stay_together() -> None:
+    names = [f"data/{n:04}.jpg" for n in range(255)] + ["data/0255.jpg", "data/0255.png"]
+    units = units_of([shard(name) for name in names])
+    assert [len(unit.paths) for unit in units] == [255, 2]
+
+
+def test_other_files_are_passed_over() -> None:
+    assert units_of([shard("data/a.txt"), shard("data/a_stats.json")]) == []
+
+
+def test_other_files_and_texts_that_are_not_looked_for_are_counted(tmp_path: Path) -> None:
+    shards = [
+        shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
+    ]
+    assert passed_over(shards) == {"tiff": 2, "\\x1b": 1}
+    assert passed_over(shards, ("tiff",)) == {"\\x1b": 1}
+    _, (line,) = plan.extend(Folder(str(tmp_path)), shards)
+    assert line.startswith("texts that belong to no image")
+    assert line.endswith(": 2 (data/b.TXT, data/c.Json)")
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    units = units_of([shard("data/0.tar", size=7), shard("data/1.jpg", size=3)])
+    assert plan.write(cache, 0, units)
+    assert plan.read(cache) == units
+    assert not plan.write(cache, 0, [])
+
+
+def test_a_plan_only_grows(tmp_path: Path) -> None:
+    cache, source = Folder(str(tmp_path / "c")), tmp_path / "data"
+    source.mkdir()
+    (source / "0.tar").write_bytes(b"x")
+
+    def extend() -> tuple[list[Unit], list[str]]:
+        return plan.extend(cache, list_shards((str(source),), {}, cache.url))
+
+    first, _ = extend()
+    assert extend() == (first, [])
+    (source / "1.tar").write_bytes(b"y")
+    (source / "0.tar").write_bytes(b"changed")
+    units, noticed = extend()
+    assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
+    assert (units[0].name, units[0].bytes) == (first[0].name, 7)
+    assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
+    assert plan.read(cache) == units
+    assert noticed == [
+        "inputs that have changed since they were planned: 1 (data/0.tar); nothing of them was encoded yet, and they "
+        "are planned anew"
+    ]
+
+
+def test_of_two_planners_the_second_reads_what_the_first_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, shards = Folder(str(tmp_path)), [shard("data/0.tar")]
+    original = plan.read_files
+    calls = []
+
+    def read_then_lose(folder: Folder, names: Sequence[str]) -> list[Unit]:
+        units = original(folder, names)
+        if not calls:
+            plan.write(cache, 0, units_of(shards))  # another run is quicker
+        calls.append(units)
+        return units
+
+    monkeypatch.setattr(plan, "read_files", read_then_lose)
+    units, _ = plan.extend(cache, shards)
+    assert [unit.path for unit in units] == ["data/0.tar"]
+    assert cache.names("_plan") == ["00000.parquet"]
+
+
+def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    plan.extend(cache, [shard("data/a.jpg")])
+    units, noticed = plan.extend(cache, [shard("data/a.jpg"), shard("data/a.png")])
+    assert len(units) == 1
+    assert "left out: 1 (data/a.png); the cache has another picture of their name" in noticed[0]
+
+
+def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
+    cache, pictures = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
+    first, _ = plan.extend(cache, pictures)
+    cache.create(f"_commits/{first[0].name}.json", b"{}")
+    assert plan.extend(cache, pictures) == (first, [])
+    assert plan.extend(cache, pictures[:2]) == (first, []), "a part of the source"
+    pictures[1] = shard("data/1.jpg", size=2)
+    units, (line,) = plan.extend(cache, pictures)
+    assert units == first
+    assert line == ("inputs that have changed since they were planned: 1 (data/1.jpg); the cache keeps what they were")
+
+
+def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    for number in range(3):
+        plan.extend(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
+    (tmp_path / "_plan/00000.parquet").unlink()
+    units, _ = plan.extend(cache, [shard(f"data/{n}.tar") for n in range(4)])
+    assert cache.names("_plan") == ["00001.parquet", "00002.parquet", "00003.parquet"]
+    assert sorted(unit.path for unit in units) == [f"data/{n}.tar" for n in range(4)]
+
+
+def test_a_name_that_is_taken_by_no_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "_plan/00000.parquet").mkdir(parents=True)
+    with pytest.raises(CacheError, match=r"00000.parquet is no file, but its name is taken"):
+        plan.extend(Folder(str(tmp_path)), [shard("data/0.tar")])
+
+
+def test_a_plan_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "_plan").mkdir()
+    (tmp_path / "_plan/00000.parquet").write_bytes(b"no plan")
+    with pytest.raises(CacheError, match=r"00000.parquet cannot be read as a plan"):
+        plan.read(Folder(str(tmp_path)))
+
+
+def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="the source is empty"):
+        plan.extend(Folder(str(tmp_path)), [])
+
+
+def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
+    units = units_of([shard("data/a.parquet", size=3 * RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
+    assert [(unit.path, unit.range) for unit in units] == [
+        *(("data/a.parquet", (k, 3)) for k in range(3)),
+        ("data/b.parquet", (0, 1)),
+    ]
+    assert len({unit.name for unit in units}) == 4
+    assert sum(unit.share for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
+
+
+def test_a_parquet_file_beside_a_tar_of_its_name_is_its_metadata(tmp_path: Path) -> None:
+    shards = [shard(f"data/0.{kind}") for kind in ("tar", "parquet")] + [shard("data/0_stats.json")]
+    assert [unit.kind for unit in units_of(shards)] == ["tar"]
+    plan.extend(Folder(str(tmp_path)), shards[:1])
+    units, noticed = plan.extend(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
+    assert [unit.path for unit in units] == ["data/0.tar", "data/1.parquet"]
+    assert noticed == []
+
+
+def test_a_parquet_file_that_changed_is_noticed(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    first, _ = plan.extend(cache, [shard("data/a.parquet")])
+    cache.create(f"_commits/{first[0].name}.json", b"{}")
+    units, (line,) = plan.extend(cache, [shard("data/a.parquet", size=2)])
+    assert units == first
+    assert "planned: 1 (data/a.parquet); the cache keeps what they were" in line

@@ -1,0 +1,52 @@
+"""What opening a cache by its digest proves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import stats
+from pipeline.cache.reader import Cache
+from pipeline.errors import IdentityError
+from pipeline.storage.store import Folder
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cache(latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path) -> str:
+    job = ("encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    assert latentmill(*job, "--max-shards", 2)[0] == 0
+    return str(tmp_path / "c")
+
+
+def digest_of(cache: str) -> str:
+    return str((stats.read(Folder(cache)) or {})["digest"])
+
+
+def test_a_whole_cache_is_proved(cache: str) -> None:
+    assert Cache.open(cache, digest=digest_of(cache), verify=True).files()
+    assert Cache.open(cache, verify=True).files()
+    with pytest.raises(IdentityError, match=r"has the digest [0-9a-f]{64}, not abc"):
+        Cache.open(cache, digest="abc")
+
+
+def test_a_byte_that_changed_is_found_where_every_file_is_read(cache: str) -> None:
+    path = Path(cache, Cache.open(cache).files()[0])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert Cache.open(cache, digest=digest_of(cache)), "that is not looked at"
+    with pytest.raises(IdentityError, match=r"the files of the cache .* have the digest .*: they were changed"):
+        Cache.open(cache, digest=digest_of(cache), verify=True)
+
+
+def test_files_that_came_after_the_statistics_are_found(cache: str, latentmill: Command, shards: Path) -> None:
+    """A job was killed while it added shards."""
+    written = {name: Path(cache, name).read_bytes() for name in ("stats.json", "README.md")}
+    vae = Cache.open(cache).content["vae"]["reference"]
+    assert latentmill("encode", shards, "--to", cache, "--vae", vae, "--workers", 0)[0] == 0
+    for name, data in written.items():
+        Path(cache, name).write_bytes(data)
+    with pytest.raises(IdentityError, match=r"has 3 files, its stats\.json is of 2: a job is at work on it, or was"):
+        Cache.open(cache, digest=digest_of(cache))

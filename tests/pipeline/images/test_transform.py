@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.images import transform as module
+from pipeline.images.buckets import grid
+from pipeline.images.transform import Transform, resize, resize_cut
+from tests.conftest import smooth
+
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "corner", "enlarged"),
+    [
+        ((96, 128), (64, 85), (0, 10), False),
+        ((128, 96), (85, 64), (10, 0), False),
+        ((64, 64), (64, 64), (0, 0), False),
+        ((50, 100), (64, 128), (0, 32), True),
+        ((1000, 65), (985, 64), (460, 0), False),
+    ],
+)
+def test_the_short_side_is_resized_and_the_middle_cut_out(
+    size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int], enlarged: bool
+) -> None:
+    fit = Transform(resolution=64).fit(*size)
+    assert fit is not None
+    assert ((fit.height, fit.width), (fit.top, fit.left), fit.enlarged) == (resized, corner, enlarged)
+
+
+def test_pixels_are_those_of_pillows_resize_and_crop() -> None:
+    pixels, transform = smooth(1, 96, 128), Transform(resolution=64)
+    fit = transform.fit(96, 128)
+    assert fit is not None
+    done = transform.apply(pixels, fit)
+    expected = Image.fromarray(pixels).resize((85, 64), Image.Resampling.BICUBIC).crop((10, 0, 74, 64))
+    assert (done.dtype, done.shape, done.is_contiguous()) == (torch.uint8, (3, 64, 64), True)
+    assert np.abs(done.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_small_pictures_are_left_out() -> None:
+    assert Transform(resolution=64, min_size=50).fit(49, 500) is None
+    assert Transform(resolution=64, min_size=50).fit(50, 500) is not None
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_resizing_equals_pillows_within_one(name: str) -> None:
+    draw = np.random.default_rng(0)
+    for turn in range(60):
+        height, width = (int(side) for side in draw.integers(20, 500, 2))
+        # noise is the hardest picture: every value overshoots, and is clamped between the passes
+        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        scale = draw.uniform(0.1, 1.0) if turn % 4 else draw.uniform(1.0, 2.0)
+        target = (max(1, round(height * scale)), max(1, round(width * scale)))
+        ours = resize(pixels, *target, name).numpy().astype(int)  # type: ignore[arg-type]
+        theirs = np.asarray(Image.fromarray(pixels).resize(target[::-1], FILTERS[name]))
+        assert np.abs(ours - theirs).max() <= 1, (height, width, target)
+
+
+@pytest.mark.parametrize("size", [(64, 100), (100, 64)])
+def test_a_random_crop_lies_anywhere_and_is_the_samples_own(size: tuple[int, int]) -> None:
+    transform = Transform(resolution=64, crop="random", seed=3)
+    fits = [transform.fit(*size, "s.tar", str(key)) for key in range(2000)]
+    places = np.array([(fit.top, fit.left) for fit in fits if fit])
+    counts = np.bincount(places.max(axis=1), minlength=37)
+    assert len(counts) == 37, "from 0 to the excess"
+    assert counts.min() > 25
+    assert places.min() == 0
+    assert (places.min(axis=1) == 0).all(), "the short side has no excess"
+    assert transform.fit(*size, "s.tar", "7") == fits[7]
+    assert any(transform.fit(*size, "t.tar", str(key)) != fits[key] for key in range(9)), "the shard counts too"
+
+
+def test_a_random_flip_mirrors_half_of_the_pictures() -> None:
+    transform = Transform(resolution=64, flip="random")
+    fits = [transform.fit(64, 64, "s.tar", str(key)) for key in range(1000)]
+    assert 450 < sum(fit.flipped for fit in fits if fit) < 550
+    pixels = smooth(1, 64, 64)
+    mirrored, plain = (next(fit for fit in fits if fit and fit.flipped == flipped) for flipped in (True, False))
+    assert torch.equal(transform.apply(pixels, mirrored).flip(2), transform.apply(pixels, plain))
+    assert transform.apply(pixels, mirrored).is_contiguous()
+
+
+LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
+
+
+@pytest.mark.parametrize("size", LINES)
+@pytest.mark.parametrize("buckets", [(), grid(1024, 64)])
+def test_a_line_of_pixels_takes_no_more_memory_than_a_picture(
+    size: tuple[int, int], buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    pillows = Image.Image.resize
+
+    def watched(image: Image.Image, to: tuple[int, int], *more: object) -> Image.Image:
+        made.append(to)
+        return pillows(image, to, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    ramp = (np.arange(max(size)) >> 8).astype(np.uint8)
+    pixels = np.broadcast_to(ramp[:, None] if size[0] > size[1] else ramp, size)[..., None].repeat(3, 2)
+    transform = Transform(resolution=1024, buckets=buckets)
+    fit = transform.fit(*size)
+    assert fit is not None
+    done = transform.apply(pixels, fit)
+    assert made == [(fit.out_width, fit.out_height)]
+    assert (fit.top, fit.left) == ((fit.height - fit.out_height) // 2, (fit.width - fit.out_width) // 2)
+    # what is seen is the middle of the line
+    assert abs(done.float().mean() - (max(size) // 2 >> 8)) < 1
+
+
+def test_what_is_made_alone_is_what_would_be_cut_out() -> None:
+    draw = np.random.default_rng(1)
+    for name in FILTERS:
+        for crop in ("center", "random"):
+            for size in ((2, 300), (300, 7), (90, 500), (400, 130)):
+                pixels = smooth(int(draw.integers(1000)), *size)
+                transform = Transform(resolution=64, interpolation=name, crop=crop)  # type: ignore[arg-type]
+                fit = transform.fit(*size, "s.tar", "k")
+                assert fit is not None
+                whole = resize(pixels, fit.height, fit.width, name).int()  # type: ignore[arg-type]
+                cut = whole[fit.top : fit.top + 64, fit.left : fit.left + 64]
+                assert (resize_cut(pixels, fit, name).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
+
+
+def test_ordinary_pictures_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "resize_cut", None)
+    for resolution, size in ((64, (64, 64)), (64, (1000, 65)), (64, (130, 20_000)), (2048, (20, 300))):
+        transform = Transform(resolution=resolution)
+        fit = transform.fit(*size)
+        assert fit is not None
+        assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (3, resolution, resolution)

@@ -1,0 +1,102 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.cache import card as card_module
+from pipeline.cache import runs
+from pipeline.cache.reader import Cache
+from pipeline.preview.contact_sheet import SIDE, Cell, contact_sheet
+from pipeline.preview.render import PICTURES_PER_SHEET, choose, file_name, psnr
+from pipeline.records import Unit
+from pipeline.storage.store import Folder
+from tests.conftest import smooth
+
+UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
+
+
+def chosen(limit: int, *rows: int) -> list[tuple[str, int]]:
+    files = [(f"f{n}", count, UNIT) for n, count in enumerate(rows)]
+    return [(wanted.file, wanted.index) for task in choose(files, limit) for wanted in task.rows]
+
+
+def test_rows_are_chosen_evenly_over_the_cache() -> None:
+    assert chosen(4, 3, 5) == [("f0", 0), ("f0", 2), ("f1", 1), ("f1", 3)]
+    assert chosen(0, 2, 1) == [("f0", 0), ("f0", 1), ("f1", 0)]
+    assert chosen(9, 1, 1) == [("f0", 0), ("f1", 0)]
+    assert chosen(3) == []
+
+
+def test_a_task_is_a_sheet() -> None:
+    tasks = choose([("f", 30, UNIT)], 0)
+    assert [len(task.rows) for task in tasks] == [PICTURES_PER_SHEET, PICTURES_PER_SHEET, 6]
+    assert [task.name for task in tasks] == ["sheet 0", "sheet 1", "sheet 2"]
+
+
+def test_psnr_is_its_definition() -> None:
+    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
+    assert psnr(black, grey) == pytest.approx(20 * np.log10(255 / 51))
+    assert psnr(grey, black) == psnr(black, grey)
+    assert psnr(grey, grey) == 100.0
+
+
+@pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
+def test_a_key_becomes_one_safe_file_name(key: str) -> None:
+    name = file_name(key)
+    assert "/" not in name
+    assert "\0" not in name
+    assert len(name) <= 150
+    assert file_name(key + "!") != name
+
+
+def test_a_sheet_has_a_cell_for_every_picture() -> None:
+    cells = [Cell((smooth(n, 40, 80), smooth(n, 40, 80)), f"key {n}", "remark " * 50) for n in range(4)]
+    with Image.open(io.BytesIO(contact_sheet(cells, "a heading"))) as page:
+        assert page.width == 12 + 3 * (2 * SIDE + 4 + 12)
+        assert page.height > 2 * SIDE
+        pixels = np.asarray(page)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
+    content = {
+        "identity": {
+            "weights": "w" * 64,
+            "dtype": "float16",
+            "store": "mode",
+            "preprocessing": {
+                "resolution": 64,
+                "interpolation": "bicubic",
+                "crop": "center",
+                "flip": "none",
+                "buckets": None,
+            },
+        },
+        "vae": {"reference": "demo", "config": {"latent_channels": 4, "scaling_factor": 0.5}},
+    }
+    stats = {"count": 1234, "rejected": {"corrupt": 2}, "filtered": 0, "enlarged": 5, "digest": "d" * 64}
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / f"data/{number}.parquet").touch()
+    card = card_module.card(Cache(Folder(str(tmp_path)), content), stats, "0.1.0").decode()
+    assert "scale = 0.5" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
+    assert "1,234 rows" not in card.split("---")[1]
+    assert "# Latents of 1,234 pictures" in card
+    assert "2 rejected, 0 filtered, 5 enlarged" in card
+
+
+def test_a_run_is_written_from_its_start_to_its_end(tmp_path: Path) -> None:
+    run = runs.Run(Folder(str(tmp_path)), "encode", {"resolution": 64})
+    run.write(units=3)
+    (path,) = (tmp_path / "_runs").iterdir()
+    assert yaml.safe_load(path.read_text())["outcome"] == "running"
+    run.end("done", 0)
+    content = yaml.safe_load(path.read_text())
+    assert (content["outcome"], content["exit_code"], content["units"]) == ("done", 0, 3)
+    assert content["started"] <= content["alive"] <= content["ended"]
+    assert set(content["versions"]) == {"latentmill", "python", "torch", "pyarrow", "pillow"}

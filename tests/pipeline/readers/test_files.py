@@ -1,0 +1,168 @@
+"""Files of a folder, read as they were planned."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Container
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import SourceError, StorageError
+from pipeline.limits import Limits
+from pipeline.readers.files import read_planned
+from pipeline.readers.folder import read_unit
+from pipeline.readers.sidecars import unpacked
+from pipeline.records import File, Reject, Sample, Unit
+from pipeline.sources import units
+from pipeline.sources.listing import list_shards
+from pipeline.storage.store import Folder
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty place, on disk and in memory."""
+    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
+
+
+def planned(root: str, **files: bytes) -> Unit:
+    """A folder `data` with these files, their names with `_` for the dot, and its unit."""
+    for name, data in files.items():
+        Folder(f"{root}/data").replace(name.replace("_", "."), data)
+    (unit,) = units.units_of(list_shards((f"{root}/data",), {}, "nowhere"))
+    return unit
+
+
+def read(unit: Unit, mended: Container[int] = ()) -> list[Sample | Reject]:
+    return list(read_unit(unit, {}, mended=mended))
+
+
+def change(root: str, name: str, data: bytes) -> None:
+    Folder(f"{root}/data").replace(name, data)
+
+
+def copy(root: str, name: str, data: bytes) -> None:
+    """The file `data/name`, which holds this, in the folder `other`; on disks with its time."""
+    Folder(f"{root}/other").replace(name, data)
+    if "://" not in root:
+        shutil.copystat(f"{root}/data/{name}", f"{root}/other/{name}")
+
+
+def test_a_folder_is_read_as_it_was_planned(root: str) -> None:
+    assert read(planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"", b_json=b"")) == [
+        Sample(0, "a", b"1", {"txt": "one", "json": None}),
+        Sample(1, "b", b"", {"txt": None, "json": ""}),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
+@pytest.mark.parametrize("data", [b"larger than before", b"?", b""])
+def test_a_file_of_another_size_fails_its_unit_by_name(root: str, name: str, data: bytes) -> None:
+    unit = planned(root, a_jpg=b"11", a_txt=b"one")
+    change(root, name, data)
+    with pytest.raises(SourceError, match=rf"data/{name} has changed since it was planned"):
+        read(unit)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
+def test_a_file_of_a_store_that_was_empty_and_is_not_fails_its_unit(name: str) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    unit = planned(root, a_jpg=b"", a_txt=b"")
+    change(root, name, b"?")
+    with pytest.raises(SourceError, match=rf"data/{name} has changed since it was planned"):
+        read(unit)
+
+
+def test_a_text_that_has_gone_fails_its_unit_by_name(root: str) -> None:
+    unit = planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2")
+    (shorter,) = units.units_of([s for s in list_shards((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"])
+    whole = replace(unit, url=f"{root}/other")
+    for name, data in (("a.jpg", b"1"), ("b.jpg", b"2")):
+        copy(root, name, data)
+    with pytest.raises(SourceError, match=r"other/a\.txt has gone since it was planned; its image has not"):
+        read(whole)
+    assert len(read(replace(shorter, url=f"{root}/other"))) == 2
+
+
+def test_an_image_that_has_gone_with_its_text_is_one_reject(root: str) -> None:
+    unit = replace(planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2"), url=f"{root}/other")
+    copy(root, "b.jpg", b"2")
+    gone, there = read(unit)
+    assert isinstance(gone, Reject)
+    assert (gone.key, gone.reason) == ("a", "no_picture")
+    assert isinstance(there, Sample)
+
+
+def test_what_was_mended_is_read_as_it_is_now(root: str) -> None:
+    unit = planned(root, a_jpg=b"1", a_txt=b"\xff", b_jpg=b"2")
+    change(root, "a.txt", b"mended")
+    change(root, "b.jpg", b"another")
+    samples = read(unit, mended=range(2))
+    assert [(s.image, s.columns["txt"]) for s in samples if isinstance(s, Sample)] == [
+        (b"1", "mended"),
+        (b"another", None),
+    ]
+    with pytest.raises(SourceError, match=r"b\.jpg has changed since it was planned"):
+        read(unit, mended={0})
+
+
+def test_a_text_that_was_deleted_to_mend_its_image_is_none(tmp_path: Path) -> None:
+    unit = planned(str(tmp_path), a_jpg=b"1", a_txt=b"\xff")
+    (tmp_path / "data/a.txt").unlink()
+    (sample,) = read(unit, mended=range(2))
+    assert isinstance(sample, Sample)
+    assert sample.columns == {"txt": None, "json": None}
+
+
+def test_a_text_that_is_a_link_to_nowhere_is_a_reject_and_read_once_it_leads_somewhere(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").symlink_to(tmp_path / "captions")
+    unit = planned(str(tmp_path), a_jpg=b"1")
+    (reject,) = read(unit)
+    assert isinstance(reject, Reject)
+    assert (reject.key, reject.reason) == ("a", "picture_elsewhere")
+    (tmp_path / "captions").write_text("here")
+    (sample,) = read(unit)
+    assert isinstance(sample, Sample)
+    assert sample.columns["txt"] == "here"
+
+
+def test_no_more_than_the_limit_is_read(root: str) -> None:
+    unit = planned(root, a_jpg=b"x" * 1000, a_txt=b"t" * 100)
+    ((files),) = unpacked(unit)
+    assert len(read_planned(f"{root}/data/a.jpg", {}, 10, files.image)) == 11
+    (reject,) = read_unit(unit, {}, limits=Limits(text_bytes=99))
+    assert isinstance(reject, Reject)
+    assert reject.reason == "text_too_long"
+
+
+def test_another_content_of_the_same_size_is_noticed_by_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"old")
+    before = File("data/a.jpg", 3, f"m{path.stat().st_mtime_ns}")
+    assert read_planned(str(path), {}, 9, before) == b"old"
+    path.write_bytes(b"new")
+    os.utime(path, (1, 1))
+    with pytest.raises(SourceError, match=r"a\.jpg has changed since it was planned"):
+        read_planned(str(path), {}, 9, before)
+
+
+def test_fewer_bytes_than_the_file_has_are_a_storage_error(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of that size whose reader gave up early: no damage of the image, and no change."""
+    unit = planned(root, a_jpg=b"12345")
+
+    class Short:
+        def __enter__(self) -> "Short":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def read(self, size: int) -> bytes:
+            return b"123"
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", lambda *given, **how: Short())
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", lambda *given, **how: b"123")
+    with pytest.raises(StorageError, match=r"cannot read .*data/a\.jpg: 3 of its 5 bytes were delivered"):
+        read(unit)

@@ -1,0 +1,383 @@
+"""The two readers: tar shards and folders."""
+
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import webdataset
+
+from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
+from pipeline.limits import Limits
+from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, below_root, folder_key, read_folder
+from pipeline.readers.sidecars import ImageFiles
+from pipeline.readers.tar import Member, _by_key, read_tar
+from pipeline.records import File, Reject, Sample
+from tests.conftest import img2dataset_members, write_tar
+
+
+def read(data: bytes) -> list[Sample | Reject]:
+    return list(read_tar(io.BytesIO(data), "s.tar"))
+
+
+def tar(members: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=form) as archive:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def outcome(item: Sample | Reject) -> tuple[int, str, object]:
+    return item.position, item.key, item.image if isinstance(item, Sample) else item.reason
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", img2dataset_members(0, 5))
+    expected = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    with open(path, "rb") as stream:
+        samples = list(read_tar(stream, "s.tar"))
+    for sample, other in zip(samples, expected, strict=True):
+        assert isinstance(sample, Sample)
+        assert (sample.key, sample.image) == (other["__key__"], other["jpg"])
+        assert sample.columns == {"txt": other["txt"].decode(), "json": other["json"].decode()}
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_dialect_of_tar_is_read(form: int) -> None:
+    names = ["a.jpg", "folder/b.jpg", "x" * 90 + "/" + "y" * 90 + ".jpg"]
+    if form != tarfile.USTAR_FORMAT:
+        names += ["ü/" + "z" * 300 + ".png", "deep/" * 60 + "c.webp"]
+    items = read(tar({name: name.encode() for name in names}, form))
+    assert [outcome(item) for item in items] == [
+        (n, name.rsplit(".", 1)[0], name.encode()) for n, name in enumerate(names)
+    ]
+
+
+def test_the_key_ends_at_the_first_dot_of_the_base_name() -> None:
+    items = read(tar({"v1.0/a.b.jpg": b"", "v1.0/a.JPG": b"1", "v1.0/a.txt": b"t"}))
+    assert [outcome(item) for item in items] == [(0, "v1.0/a", b"1")]
+
+
+def test_twins_and_captions_alone_are_rejects() -> None:
+    members = {"a.jpg": b"1", "a.png": b"2", "b.txt": b"", "c.jpg": b"3", "a.jpeg": b"4", "d.jpg": b"5"}
+    assert [outcome(item) for item in read(tar(members))] == [
+        (0, "a", b"1"),
+        (1, "a", "duplicate_key"),
+        (2, "b", "no_picture"),
+        (3, "c", b"3"),
+        (4, "a", "duplicate_key"),
+        (5, "d", b"5"),
+    ]
+
+
+def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
+    (item,) = read(tar({"a.jpg": b"1", "a.txt": b"\xff"}))
+    assert isinstance(item, Reject)
+    assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text, or there are two")
+
+
+def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for number, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)):
+            header = tarfile.TarInfo(f"{number}.jpg")
+            header.type, header.linkname = kind, "/etc/passwd"
+            archive.addfile(header)
+    items = [outcome(item) for item in read(sink.getvalue())]
+    assert items == [(n, str(n + 1), "picture_elsewhere") for n in range(3)]
+
+
+def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
+    """No data follows them, by POSIX and for Python's tarfile."""
+    data = b""
+    for name, kind in (("h.jpg", b"1"), ("s.jpg", b"2"), ("p.jpg", b"6"), ("d", b"5"), ("old/", b"\0")):
+        header = tarfile.TarInfo(name)
+        header.type, header.size = kind, 700
+        data += header.tobuf(tarfile.USTAR_FORMAT)
+    items = [outcome(item) for item in read(data + tar({"9.jpg": b"9"}))]
+    assert items == [*((n, key, "picture_elsewhere") for n, key in enumerate("hsp")), (3, "9", b"9")]
+
+
+def test_no_text_is_dropped_silently() -> None:
+    """A text that is a link has no content here; of two, nobody knows which is the picture's."""
+    link = tarfile.TarInfo("a.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
+    data = tar({"a.jpg": b"1"})[:1024] + link.tobuf() + tar({"b.jpg": b"2", "b.txt": b"one", "b.TXT": b"two"})
+    assert [outcome(item)[1:] for item in read(data)] == [("a", "picture_elsewhere"), ("b", "bad_text")]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_is_not_utf8_costs_one_sample(form: int) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=form, encoding="latin-1") as archive:
+        for name in ("a.jpg", "caf\u00e9" + "x" * (150 if form == tarfile.GNU_FORMAT else 0) + ".jpg", "b.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    data = sink.getvalue()
+    if form == tarfile.PAX_FORMAT:
+        data = data.replace(b"path=caf\xc3\xa9", b"path=caf\xe9\xe8")
+    items = [outcome(item) for item in read(data)]
+    assert [(key[:7], what) for _, key, what in items] == [("a", b""), ("caf\\xe9", "bad_key"), ("b", b"")]
+    items[1][1].encode()  # a record can hold it
+
+
+def test_of_many_members_with_one_key_few_are_held() -> None:
+    """The bytes of pictures that are rejected anyway would fill the memory."""
+    names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
+    members = [Member(name, 2, b"xx") for name in names]
+    ((key, group),) = _by_key(iter(members))
+    assert key == "k"
+    assert [member.name for member in group] == names
+    assert [n for n, member in enumerate(group) if member.data is not None][:2] == [0, 1]
+    assert all(member.data is None for member in group if member.extension in ("png", "jpg") and member is not group[0])
+    assert group[-1].data is None
+
+
+def test_archives_that_were_appended_to_one_another_are_all_read() -> None:
+    """tarfile and webdataset end silently after the first."""
+    one, two = tar({"a.jpg": b"1"}), tar({"b.jpg": b"2", "a.jpg": b"3"})
+    assert [outcome(item) for item in read(one + two)] == [(0, "a", b"1"), (1, "b", b"2"), (2, "a", "duplicate_key")]
+    assert [outcome(item)[1] for item in read(one[:2048] + two[:3072])] == ["a", "b", "a"]
+    assert len(read(one + bytes(77))) == 1, "what is padded is whole"
+
+
+def test_what_follows_an_end_mark_and_is_no_tar_is_damage() -> None:
+    one = tar({"a.jpg": b"1"})
+    for rest in (b"x", b"x" * 512, tar({"b.jpg": b"2"})[:700]):
+        with pytest.raises(DamagedError):
+            read(one + rest)
+
+
+def test_extended_headers_are_read_record_by_record() -> None:
+    """A value may look like another record, and the length of a number is not believed."""
+
+    def with_pax(data: bytes) -> bytes:
+        header = tarfile.TarInfo("x")
+        header.type, header.size = tarfile.XHDTYPE, len(data)
+        return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512) + tar({"a.jpg": b"1"})
+
+    comment = b"comment=\n11 path=no\n"
+    record = b"%d " % (len(comment) + 3) + comment
+    assert [outcome(item) for item in read(with_pax(record))] == [(0, "a", b"1")]
+    for data in (
+        b"12 size=" + b"9" * 5000 + b"\n",
+        b"99 path=b\n",
+        b"9 path=bb\n",
+        b"nonsense",
+        b"4010 size=" + b"9" * 3999 + b"\n",
+    ):
+        with pytest.raises(DamagedError, match="extended header at byte 0"):
+            read(with_pax(data))
+    with pytest.raises(DamagedError, match="cut off"):
+        read(with_pax(b"17 size=99999999\n"))
+
+
+def test_an_empty_tar_has_no_samples() -> None:
+    assert read(tar({})) == []
+
+
+def test_a_tar_that_is_cut_anywhere_is_never_taken_for_a_whole_one() -> None:
+    whole = tar({"a.jpg": b"x" * 700, "b.jpg": b"y" * 512, "c.txt": b"z"})
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for length in [*range(0, end + 1024, 512), 1, 511, 513, 1300, end + 1, end + 1023]:
+        if length < end + 1024:
+            with pytest.raises(ShardError, match=r"s\.tar is (cut off|damaged)"):
+                read(whole[:length])
+    assert len(read(whole[: end + 1024])) == 3
+
+
+@pytest.mark.parametrize("place", [0, 100, 148, 156, 600 + 512])
+def test_a_damaged_header_is_named(place: int) -> None:
+    whole = bytearray(tar({"a.jpg": b"x" * 100, "b.jpg": b"y"}))
+    whole[place] ^= 0x15
+    if place >= 1024 or place < 512:
+        with pytest.raises(ShardError, match="the header at byte"):
+            read(bytes(whole))
+
+
+def test_what_is_too_large_is_a_reject_and_the_rest_is_read() -> None:
+    members = {"a.jpg": b"x" * 1001, "b.jpg": b"y", "b.txt": b"z" * 101, "b.mp4": b"v" * 5000, "c.jpg": b"w"}
+    stream = io.BytesIO(tar(members))
+    limits = Limits(picture_bytes=1000, text_bytes=100)
+    items = list(read_tar(stream, "s.tar", limits=limits))
+    assert [outcome(item)[2] for item in items] == ["too_many_bytes", "text_too_long", b"w"]
+    assert [item.detail for item in items if isinstance(item, Reject)] == [
+        "the picture has 1001 bytes, the limit is 1000",
+        "the txt has more than 100 bytes",
+    ]
+
+
+def test_a_shard_has_a_limit_of_members() -> None:
+    with pytest.raises(ShardError, match="more than 2 members; --input-limit members=N reads more"):
+        list(read_tar(io.BytesIO(tar(dict.fromkeys("abc", b""))), "s.tar", limits=Limits(members=2)))
+
+
+def test_a_header_of_a_name_has_a_limit() -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(tarfile.TarInfo("x" * 3000 + ".jpg"))
+    with pytest.raises(DamagedError, match=r"a header of 3... bytes at byte 0: that is more than is read"):
+        list(read_tar(io.BytesIO(sink.getvalue()), "s.tar", limits=Limits(header_bytes=2000)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "a/../../x", "/etc/x", "/x", "././x", "a/./x", "", "a/", "__x__/a", "k" * 513, "\u00e9" * 257),
+        *("a\nb", "a\x7f", "a\x85b", "a\x9b31m", "a\u2028b", "a\u2029b", "a\u202egpj", "a\u2066b"),
+    ],
+)
+def test_keys_that_could_lead_astray_are_rejected(name: str) -> None:
+    (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
+    assert outcome(item)[2] == "bad_key"
+    assert len(item.key) <= 512
+    assert item.key.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a/b..c/d", "k" * 512, "a b", "%2E", "\u732b", "__x__", "a/__x__/b"])
+def test_keys_may_have_folders_and_any_letters(name: str) -> None:
+    (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
+    assert outcome(item) == (0, name, b"x")
+
+
+def test_a_stream_may_give_less_than_was_asked_for() -> None:
+    class Trickle(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            return super().read(min(count or 0, 100))
+
+    stream: BinaryIO = Trickle(tar({"a.jpg": b"x" * 5000}))
+    (item,) = read_tar(stream, "s.tar")
+    assert outcome(item) == (0, "a", b"x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [("p/a.jpg", "a"), ("p/b/a.v1.jpg", "b/a%2Ev1"), ("p/100%.png", "100%25"), ("p/x.y/a.gif", "x%2Ey/a")],
+)
+def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
+    assert folder_key(path) == key
+
+
+@pytest.fixture
+def pool() -> Iterator[Executor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+def images(*names: str) -> Iterator[ImageFiles]:
+    """A folder `p` as it was planned: each image, and the texts named after it behind it, by a space."""
+    for name in names:
+        image, *texts = (File(f"p/{part}", 1, "") for part in name.split())
+        yield ImageFiles(image, tuple(texts))
+
+
+def test_a_folders_pictures_come_with_their_sidecars_or_their_reason(pool: Executor) -> None:
+    files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
+    planned = images("a.jpg a.txt", "a.png a.txt", "b.v2.png b.v2.json", "c.jpg c.txt", "gone.jpg gone.txt")
+    missing: list[str] = []
+    items = list(
+        read_folder(
+            planned,
+            lambda file, limit: files.get(below_root(file.path)),
+            lambda file: missing.append(below_root(file.path)),
+            pool,
+        )
+    )
+    assert [outcome(item) for item in items] == [
+        (0, "a", b"1"),
+        (1, "a", "duplicate_key"),
+        (2, "b%2Ev2", b"2"),
+        (3, "c", "bad_text"),
+        (4, "gone", "no_picture"),
+    ]
+    columns = [item.columns for item in items if isinstance(item, Sample)]
+    assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]
+    assert missing == ["gone.jpg"]
+
+
+def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject(pool: Executor) -> None:
+    files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
+
+    def read_but(file: File, limit: int) -> bytes | None:
+        below = below_root(file.path)
+        if below in ("a.jpg", "b.txt"):
+            raise Rejected("read", "unreadable")
+        return files.get(below)
+
+    items = list(read_folder(images("a.jpg", "b.jpg b.txt", "c.jpg"), read_but, lambda below: None, pool))
+    assert [outcome(item) for item in items] == [(0, "a", "unreadable"), (1, "b", "unreadable"), (2, "c", b"3")]
+
+
+def test_a_folder_is_read_ahead_by_several_threads_but_not_without_bounds(pool: Executor) -> None:
+    """Four files are on their way at once; no more images are held than the bounds let."""
+    together = threading.Barrier(4, timeout=20)
+    asked: list[str] = []
+
+    def read_four(file: File, limit: int) -> bytes:
+        asked.append(file.path)
+        together.wait()
+        return b"x"
+
+    names = [f"{n:03d}.jpg" for n in range(400)]
+    items = read_folder(images(*names), read_four, lambda file: None, pool)
+    assert outcome(next(items)) == (0, "000", b"x")
+    assert len(asked) <= IMAGES_AHEAD
+    assert [item.key for item in items] == [name[:3] for name in names[1:]]
+    assert len(asked) == 400
+
+
+def test_large_images_are_read_ahead_up_to_their_bytes(pool: Executor) -> None:
+    large = [ImageFiles(File(f"p/{n}.jpg", BYTES_AHEAD // 2, ""), ()) for n in range(20)]
+    asked: list[str] = []
+
+    def read(file: File, limit: int) -> bytes:
+        asked.append(file.path)
+        return b"x"
+
+    items = read_folder(large, read, lambda file: None, pool)
+    next(items)
+    pool.submit(lambda: None).result()
+    assert len(asked) <= 3
+    assert len(list(items)) == 19
+
+
+def test_what_fails_in_a_thread_fails_the_folder_in_its_place(pool: Executor) -> None:
+    def read(file: File, limit: int) -> bytes:
+        if file.path == "p/b.jpg":
+            raise StorageError("cannot read p/b.jpg: no answer")
+        return b"x"
+
+    items = read_folder(images("a.jpg", "b.jpg", "c.jpg"), read, lambda file: None, pool)
+    assert outcome(next(items)) == (0, "a", b"x")
+    with pytest.raises(StorageError, match=r"p/b\.jpg"):
+        next(items)
+
+
+def test_each_kind_of_file_is_read_up_to_its_own_limit(pool: Executor) -> None:
+    asked: dict[str, int] = {}
+
+    def read(file: File, limit: int) -> bytes:
+        asked[file.path] = limit
+        return b"x" * (limit + 1)
+
+    limits = Limits(picture_bytes=1000, text_bytes=100)
+    (item,) = read_folder(images("a.jpg a.txt"), read, lambda file: None, pool, limits=limits)
+    assert asked == {"p/a.jpg": 1000, "p/a.txt": 100}
+    assert outcome(item)[2] == "text_too_long"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(pool: Executor) -> None:
+    text = b"\xef\xbb\xbfcaf\xc3\xa9 \xef\xbb\xbf"
+    (sample,) = read(tar({"a.jpg": b"1", "a.txt": text}))
+    files = {"a.jpg": b"1", "a.txt": text}
+    (other,) = read_folder(images("a.jpg a.txt"), lambda f, n: files[below_root(f.path)], lambda file: None, pool)
+    assert isinstance(sample, Sample)
+    assert isinstance(other, Sample)
+    assert sample.columns["txt"] == other.columns["txt"] == "caf\u00e9 \ufeff"

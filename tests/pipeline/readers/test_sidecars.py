@@ -1,0 +1,158 @@
+"""Which text belongs to which image, and how a plan keeps them."""
+
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import plan
+from pipeline.errors import CacheError
+from pipeline.readers.sidecars import Beside, ImageFiles, match, unpacked
+from pipeline.records import TEXT_EXTENSIONS, File, Shard
+from pipeline.sources.units import units_of
+from pipeline.storage.store import Folder
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+
+
+def listed(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
+    """Files of a folder `p`; sizes by the stem of a name, else 1."""
+    return [
+        Shard(
+            url=f"{root}/{name}",
+            root=root,
+            path=f"p/{name}",
+            bytes=sizes.get(name.partition(".")[0], 1),
+            etag=f"e-{name}",
+        )
+        for name in sorted(names)
+    ]
+
+
+def found(beside: Beside) -> dict[str, list[str]]:
+    return {image[2:]: sorted(text.path[2:] for text in texts) for image, texts in beside.texts.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("a.jpg a.txt a.json", {"a.jpg": ["a.json", "a.txt"]}),
+        ("a.jpg a.jpg.txt b.png b.png.json", {"a.jpg": ["a.jpg.txt"], "b.png": ["b.png.json"]}),
+        ("a.v2.jpg a.v2.txt", {"a.v2.jpg": ["a.v2.txt"]}),
+        ("x/a.jpg x/a.txt y/a.jpg y/a.json", {"x/a.jpg": ["x/a.txt"], "y/a.jpg": ["y/a.json"]}),
+        ("a.jpg a.png a.txt", {"a.jpg": ["a.txt"], "a.png": ["a.txt"]}),
+        ("a.JPG a.txt", {"a.JPG": ["a.txt"]}),
+        ("a.jpg a.TXT", {"a.jpg": ["a.TXT"]}),
+        ("a.jpg A.txt", {"a.jpg": ["A.txt"]}),
+        ("a.jpg A.JPG.Txt", {"a.jpg": ["A.JPG.Txt"]}),
+        (f"{COMPOSED}.jpg {DECOMPOSED}.txt", {f"{COMPOSED}.jpg": [f"{DECOMPOSED}.txt"]}),
+        (f"{DECOMPOSED}.jpg {COMPOSED}.TXT", {f"{DECOMPOSED}.jpg": [f"{COMPOSED}.TXT"]}),
+        ("A.jpg a.jpg A.txt a.txt", {"A.jpg": ["A.txt"], "a.jpg": ["a.txt"]}),
+    ],
+)
+def test_a_text_has_the_name_of_its_image(names: str, expected: dict[str, list[str]]) -> None:
+    beside = match(listed(*names.split()), TEXT_EXTENSIONS)
+    assert found(beside) == expected
+    assert list(beside.unused) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "unused"),
+    [
+        ("a.jpg a.txt a.jpg.txt", {"a.jpg": ["a.jpg.txt"]}, ["a.txt"]),
+        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, ["a.TXT"]),
+        ("a.jpg a.Txt a.TXT", {}, ["a.TXT", "a.Txt"]),
+        ("A.jpg a.jpg a.txt", {"a.jpg": ["a.txt"]}, []),
+        ("IMG.jpg Img.jpg img.txt", {}, ["img.txt"]),
+        ("a.jpg b.txt README.txt", {}, ["README.txt", "b.txt"]),
+        ("images/a.jpg captions/a.txt", {}, ["captions/a.txt"]),
+    ],
+)
+def test_a_text_that_is_not_used_is_named(names: str, expected: dict[str, list[str]], unused: list[str]) -> None:
+    beside = match(listed(*names.split()), TEXT_EXTENSIONS)
+    assert found(beside) == expected
+    assert [path[2:] for path in beside.unused] == unused
+
+
+def test_the_metadata_of_shards_is_no_text_of_an_image() -> None:
+    shards = listed("tars/0.tar", "tars/0_stats.json", "photos/a.jpg", "photos/b.txt")
+    assert list(match(shards, TEXT_EXTENSIONS).unused) == ["p/photos/b.txt"]
+    assert list(match(listed("0.tar", "0_stats.json", "a.txt"), TEXT_EXTENSIONS).unused) == []
+
+
+def test_only_the_wanted_kinds_of_texts_are_looked_for() -> None:
+    beside = match(listed("a.jpg", "a.txt", "a.caption", "b.caption"), ("caption",))
+    assert found(beside) == {"a.jpg": ["a.caption"]}
+    assert list(beside.unused) == ["p/b.caption"]
+
+
+def test_a_plan_knows_each_file_of_a_folder(tmp_path: Path) -> None:
+    cache = Folder(str(tmp_path))
+    plan.extend(cache, listed("x/a.jpg", "x/a.txt", "x/a.jpg.json", "b.png", a=7, b=9))
+    (unit,) = plan.read(cache)
+    assert unit.paths == ("p/b.png", "p/x/a.jpg")
+    assert unpacked(unit) == [
+        ImageFiles(File("p/b.png", 9, "e-b.png"), ()),
+        ImageFiles(
+            File("p/x/a.jpg", 1, "e-x/a.jpg"),
+            (File("p/x/a.jpg.json", 1, "e-x/a.jpg.json"), File("p/x/a.txt", 1, "e-x/a.txt")),
+        ),
+    ]
+
+
+def test_texts_do_not_change_the_name_of_a_unit() -> None:
+    with_text, without = (units_of(listed(*names.split())) for names in ("a.jpg a.txt", "a.jpg"))
+    assert with_text[0].name == without[0].name
+    assert with_text[0].etag != without[0].etag
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ("a.jpg a.txt", "a.jpg", ["p/a.txt"]),
+        ("a.jpg", "a.jpg a.txt", ["p/a.txt"]),
+        ("a.jpg a.txt", "a.jpg a.txt a.jpg.txt", ["p/a.jpg.txt", "p/a.txt"]),
+    ],
+)
+def test_a_text_that_comes_or_goes_is_noticed(tmp_path: Path, before: str, after: str, changed: list[str]) -> None:
+    cache = Folder(str(tmp_path))
+    first, noticed = plan.extend(cache, listed(*before.split(), "b.jpg", "b.txt"))
+    assert noticed == []
+    units, noticed = plan.extend(cache, listed(*after.split(), "b.jpg", "b.txt"))
+    assert [unit.name for unit in units] == [unit.name for unit in first]
+    texts = {f"p/{name}" for name in after.split() if name.endswith("txt")} - {
+        "p/a.txt" if "a.jpg.txt" in after else ""
+    }
+    assert {text.path for files in unpacked(units[0]) for text in files.texts} == texts | {"p/b.txt"}
+    said = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
+    assert noticed[0] == f"{said}nothing of them was encoded yet, and they are planned anew"
+
+
+def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
+    cache, names = Folder(str(tmp_path)), [f"{n}.{kind}" for n in range(8) for kind in ("jpg", "txt")]
+    plan.extend(cache, listed(*names))
+    edited = [shard if shard.path.endswith("jpg") else edit(shard) for shard in listed(*names)]
+    _, (line,) = plan.extend(cache, edited)
+    assert line.startswith("inputs that have changed since they were planned: 8 (")
+    assert "p/0.txt, p/1.txt, p/2.txt, p/3.txt, p/4.txt and 3 more" in line
+
+
+def edit(shard: Shard) -> Shard:
+    return Shard(url=shard.url, root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
+
+
+def test_an_etag_that_is_unknown_is_not_a_change(tmp_path: Path) -> None:
+    cache, shards = Folder(str(tmp_path)), listed("a.jpg", "a.txt")
+    unknown = [Shard(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
+    plan.extend(cache, shards)
+    assert plan.extend(cache, unknown)[1] == []
+    plan.extend(Folder(str(tmp_path / "other")), unknown)
+    assert plan.extend(Folder(str(tmp_path / "other")), shards)[1] == []
+
+
+@pytest.mark.parametrize("files", ["", "[]", "[[1]]", "{}", '[[1,"e",[1]]]'])
+def test_a_plan_that_does_not_say_what_its_files_are_is_named(files: str) -> None:
+    (unit,) = units_of(listed("a.jpg"))
+    with pytest.raises(CacheError, match=r"the plan does not say what the files of the unit p-\w+ are"):
+        unpacked(replace(unit, files=files))

@@ -1,0 +1,201 @@
+"""Tars as people make them: what is no part of a sample, and what is said of one without an image."""
+
+import gzip
+import io
+import json
+import unicodedata
+from collections import Counter
+
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from pipeline.errors import DamagedError, ShardError
+from pipeline.readers.tar import read_tar
+from pipeline.readers.tar_members import APART, HIDDEN, STRAY
+from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
+from tests.pipeline.readers.test_read import outcome, tar
+
+APPLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+
+
+def read(
+    members: dict[str, bytes], texts: tuple[str, ...] = TEXT_EXTENSIONS
+) -> tuple[list[Sample | Reject], Counter[str]]:
+    passed = Counter[str]()
+    return list(read_tar(io.BytesIO(tar(members)), "s.tar", texts, passed=passed)), passed
+
+
+def rows(items: list[Sample | Reject]) -> list[tuple[str, bytes, dict[str, object]]]:
+    return [(item.key, item.image, dict(item.columns)) for item in items if isinstance(item, Sample)]
+
+
+MAC = {
+    name: data
+    for n in range(2)
+    for name, data in (
+        (f"./._{n}.jpg", APPLE),
+        (f"./{n}.jpg", b"%d" % n),
+        (f"./._{n}.txt", APPLE),
+        (f"./{n}.txt", b"caption"),
+    )
+}
+WINDOWS = {
+    "Thumbs.db": b"",
+    "d/0.jpg": b"0",
+    "d/desktop.ini": b"",
+    "d/0.txt": b"zero",
+    "__MACOSX/d/._0.jpg": APPLE,
+    "__MACOSX/d/0.jpg": b"no image",
+    "d/.DS_Store": b"\0",
+    "d/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg": b"a thumbnail",
+    "d/.ipynb_checkpoints/0.jpg": b"a copy",
+    "d/.jpg.swp": b"",
+}
+STRAYS = {
+    "README": b"",
+    "README.txt": b"",
+    "a/LICENSE.md": b"",
+    "0.jpg": b"0",
+    "0.txt": b"zero",
+    "shard.idx": b"",
+    "shard.tar.idx": b"",
+    "captions.tsv": b"",
+    "SHA256SUMS": b"",
+    "0000.sha256": b"",
+    "dataset_info.json": b"{}",
+    "__meta__/note.json": b"{}",
+}
+
+
+def test_what_macos_adds_is_no_sample_and_splits_none() -> None:
+    items, passed = read(MAC)
+    assert rows(items) == [("0", b"0", {"txt": "caption"}), ("1", b"1", {"txt": "caption"})]
+    assert (len(items), passed) == (2, {HIDDEN: 4, APART: 0})
+
+
+def test_what_other_systems_add_is_none_either() -> None:
+    items, passed = read(WINDOWS)
+    assert rows(items) == [("d/0", b"0", {"txt": "zero"})]
+    assert (len(items), passed[HIDDEN], passed[STRAY]) == (1, 8, 0)
+
+
+def test_documents_and_indexes_are_no_rejects() -> None:
+    items, passed = read(STRAYS)
+    assert rows(items) == [("0", b"0", {"txt": "zero"})]
+    assert (len(items), passed[HIDDEN], passed[STRAY]) == (1, 0, 10)
+
+
+@pytest.mark.parametrize("members", [MAC, WINDOWS, STRAYS], ids=["mac", "windows", "strays"])
+def test_the_samples_are_those_of_webdataset(members: dict[str, bytes]) -> None:
+    """But for what is an operating system's: webdataset makes samples of it, and lets it split one."""
+    system = ("__MACOSX/", "d/@eaDir/", "d/.ipynb_checkpoints/", "d/desktop.ini")
+    data = tar({name: data for name, data in members.items() if not name.startswith(system)})
+    files = ({**file, "__url__": "s.tar"} for file in tar_file_iterator(io.BytesIO(data)))
+    theirs = [
+        (sample["__key__"].removeprefix("./"), sample["jpg"], {"txt": sample["txt"].decode()})
+        for sample in group_by_keys(files)
+        if "jpg" in sample
+    ]
+    assert rows(read(members)[0]) == theirs
+
+
+def test_what_may_be_left_of_a_sample_is_a_reject() -> None:
+    """Of many samples, each without its image, none is passed over: the tar may hold formats that are not read."""
+    members = {"0.txt": b"", "1.json": b"", "2.tiff": b"", "3": b"", "4.cls": b"", "5.mp4": b"", "6.jfif": b""}
+    items, passed = read(members)
+    assert [outcome(item)[1:] for item in items] == [(str(n), "no_picture") for n in range(7)]
+    assert not passed[STRAY]
+
+
+def test_an_extension_that_is_wanted_is_no_index() -> None:
+    members = {"0.jpg": b"0", "0.tsv": b"zero", "1.tsv": b"one"}
+    items, _ = read(members, ("tsv",))
+    assert [outcome(item)[1:] for item in items] == [("0", b"0"), ("1", "no_picture")]
+    assert rows(items)[0][2] == {"tsv": "zero"}
+
+
+def test_an_image_whose_whole_name_is_its_extension_is_a_bad_key() -> None:
+    items, passed = read({"d/.jpg": b"0", ".jpeg": b"1"})
+    assert [outcome(item)[2] for item in items] == ["bad_key", "bad_key"]
+    assert not passed[HIDDEN]
+
+
+def detail(members: dict[str, bytes]) -> str:
+    (reject,) = (item for item in read(members)[0] if isinstance(item, Reject))
+    assert reject.reason == "no_picture"
+    return reject.detail
+
+
+def test_a_sample_without_an_image_says_what_it_has() -> None:
+    dots = " (a key ends at the first dot of a file's name)"
+    assert detail({"v1.0.jpg": b"", "v1.1.jpg": b"", "v1": b""}) == (
+        f"the sample has no picture: its files end in .0.jpg, .1.jpg, nothing{dots}"
+    )
+    many = {f"0.{n}.jpg": b"" for n in range(9)}
+    assert detail(many).endswith(f"its files end in .0.jpg, .1.jpg, .2.jpg, .3.jpg, .4.jpg and 4 more{dots}")
+
+
+def test_what_a_reject_says_of_names_is_short_and_safe() -> None:
+    said = detail({f"0.{n}\x1b[31m\u202e{'x' * 80}": b"" for n in range(9)})
+    assert said.isprintable()
+    assert len(said) < 300
+    json.dumps(said).encode()
+
+
+def test_texts_that_stand_apart_from_their_images_are_named() -> None:
+    images, texts = {f"{n}.jpg": b"%d" % n for n in range(3)}, {f"{n}.txt": b"" for n in range(3)}
+    for members in (images | texts, texts | images):
+        items, passed = read(members)
+        assert [columns for _, _, columns in rows(items)] == [{}] * 3
+        assert passed[APART] == 3
+    details = {item.detail for item in read(images | texts)[0] if isinstance(item, Reject)}
+    assert [said.split("; ")[1] for said in details] == [
+        "its image stands elsewhere in the tar: the files of a sample must follow each other"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ("\u00e9.jpg", unicodedata.normalize("NFD", "\u00e9.txt")),
+        (unicodedata.normalize("NFD", "\u00e9.jpg"), "\u00e9.txt"),
+        ("IMG_1.JPG", "img_1.txt"),
+        ("img_1.jpg", "IMG_1.txt"),
+    ],
+)
+def test_a_text_that_is_spelled_otherwise_than_its_image_is_named(image: str, text: str) -> None:
+    assert detail({image: b"0", text: b"zero"}).endswith(
+        "; an image's key differs from it in the case of letters or in Unicode normalization only: rename one of them"
+    )
+
+
+def test_the_case_of_an_extension_does_not_matter() -> None:
+    items, _ = read({"B.JPEG": b"0", "B.TXT": b"zero", "B.Json": b"{}"})
+    assert rows(items) == [("B", b"0", {"txt": "zero", "json": "{}"})]
+
+
+def test_backslashes_of_windows_are_slashes() -> None:
+    items, _ = read({"v1.0\\a.jpg": b"0", "v1.0\\a.txt": b"zero", ".\\b.jpg": b"1", "..\\c.jpg": b"2"})
+    assert [outcome(item)[1:] for item in items] == [("v1.0/a", b"0"), ("b", b"1"), ("../c", "bad_key")]
+    assert rows(items)[0][2] == {"txt": "zero"}
+
+
+@pytest.mark.parametrize("members", [{}, {"0.jpg": bytes(5000)}])
+def test_a_tar_that_is_compressed_is_said_at_once(members: dict[str, bytes]) -> None:
+    data = gzip.compress(tar(members))
+    with pytest.raises(ShardError, match=r"s\.tar is not a tar but gzip; decompress it \(gunzip") as error:
+        list(read_tar(io.BytesIO(data), "s.tar"))
+    assert not isinstance(error.value, DamagedError), "a damage is read up to, and the rest rejected"
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")],
+)
+def test_so_are_other_archives(start: bytes, kind: str) -> None:
+    with pytest.raises(ShardError, match=f"is not a tar but {kind}"):
+        list(read_tar(io.BytesIO(start + bytes(2000)), "s.tar"))
+
+
+def test_a_name_may_begin_like_an_archive() -> None:
+    assert [outcome(item)[1:] for item in read({"BZh.jpg": b"0"})[0]] == [("BZh", b"0")]

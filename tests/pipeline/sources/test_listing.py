@@ -1,0 +1,211 @@
+"""Names of sources, and what in a source is no input: second paths to one file, and what latentmill wrote."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.errors import SourceError
+from pipeline.sources import own_outputs
+from pipeline.sources.listing import Listing, list_sources
+from pipeline.storage.store import Folder
+
+IMAGE = b"x"
+UNIT = "photos-0123456789abcdef"
+CACHE_JSON = json.dumps({"format": 1, "identity": {}, "identity_sha256": "", "vae": {}}).encode()
+REPORT = json.dumps({"made_by": own_outputs.MADE_BY}).encode()
+
+
+def put(folder: Path | str, *names: str, data: bytes = IMAGE) -> None:
+    for name in names:
+        Folder(str(folder)).replace(name, data)
+
+
+def listed(*sources: object) -> Listing:
+    return list_sources([str(source) for source in sources], {}, "nowhere/at/all")
+
+
+def paths(*sources: object) -> list[str]:
+    return [shard.path for shard in listed(*sources).shards]
+
+
+def test_a_source_has_the_name_that_it_is_given(tmp_path: Path) -> None:
+    put(tmp_path, "dogs/images/a/1.jpg", "dogs/images/2.jpg")
+    for source in ("dogs/images", "dogs/images/", "dogs/images/*", "dogs/images/{2.jpg,a}"):
+        assert paths(f"images2={tmp_path}/{source}") == ["images2/2.jpg", "images2/a/1.jpg"]
+    assert paths(f"the set={tmp_path}/dogs/images/2.jpg") == ["the set/2.jpg"]
+    (source,) = listed(f"images2={tmp_path}/dogs/images/*").sources
+    assert (source.name, source.root) == ("images2", f"{tmp_path}/dogs/images")
+
+
+def test_a_store_is_named_too() -> None:
+    put("memory://named", "data/0.tar")
+    assert paths("b=memory://named/data") == ["b/0.tar"]
+
+
+def test_a_path_with_an_equals_sign_that_is_there_stays_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "year=2024/0.tar", "year=2025/0.tar")
+    monkeypatch.chdir(tmp_path)
+    assert paths("year=2024") == ["year=2024/0.tar"]
+    assert paths(f"{tmp_path}/year=2024/*.tar") == ["year=2024/0.tar"]
+    assert len(paths("year={2024,2025}/*.tar")) == len(paths("year=*/*.tar")) == 2
+    assert paths("new=year=2024") == ["new/0.tar"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a%b", "a\nb", "a\x1bb"])
+def test_a_name_must_be_plain(name: str) -> None:
+    with pytest.raises(SourceError, match="the name before `=` must be plain"):
+        listed(f"{name}=photos")
+
+
+def test_a_source_without_a_name_is_told_to_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="names no source"):
+        listed("a=")
+    put("memory://", "zero.tar")
+    for source in ("memory://zero.tar", "/"):
+        with pytest.raises(SourceError, match="has no name: give it one, as NAME="):
+            listed(source)
+    assert paths("m=memory://zero.tar") == ["m/zero.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("data/./photos", "photos"), ("data//photos/", "photos"), ("data/x/../photos", "photos")]
+)
+def test_however_a_directory_is_spelled_it_has_one_name(tmp_path: Path, source: str, name: str) -> None:
+    put(tmp_path, "data/photos/1.jpg", "data/x/2.jpg")
+    (shard,) = listed(f"{tmp_path}/{source}", f"file://{tmp_path}/data/photos", tmp_path / "data/photos/1.jpg").shards
+    assert (shard.path, shard.url) == (f"{name}/1.jpg", f"{tmp_path}/data/photos/1.jpg")
+
+
+def test_the_folder_above_a_link_is_the_one_on_the_disk(tmp_path: Path) -> None:
+    put(tmp_path, "real/photos/1.jpg", "real/sub/2.jpg", "photos/3.jpg")
+    (tmp_path / "link").symlink_to("real/sub")
+    assert paths(f"{tmp_path}/link/../photos") == ["photos/1.jpg"]
+
+
+def test_roots_that_are_one_through_links_are_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "real/photos/1.jpg")
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    assert paths(tmp_path / "real/photos", tmp_path / "link/photos", "link/photos/*") == ["photos/1.jpg"]
+
+
+def test_links_to_files_of_the_source_are_left_out_and_counted(tmp_path: Path) -> None:
+    put(tmp_path, "data/a.jpg", "data/a.txt", "pool/x.jpg")
+    for link, target in {
+        "b.jpg": "a.jpg",
+        "b.txt": "a.txt",
+        "c.jpg": "../pool/x.jpg",
+        "d.jpg": "../pool/x.jpg",
+    }.items():
+        (tmp_path / "data" / link).symlink_to(target)
+    os.link(tmp_path / "data/a.jpg", tmp_path / "data/hard.jpg")
+    found = listed(tmp_path / "data")
+    assert [shard.path for shard in found.shards] == [
+        *("data/a.jpg", "data/a.txt", "data/b.txt", "data/c.jpg", "data/d.jpg", "data/hard.jpg")
+    ], "texts stay; equal files that a store by content links to one are files of their own, and so are hard links"
+    assert found.noticed == [f"links to files of the same source, left out: 1 ({tmp_path}/data/b.jpg)"]
+
+
+@pytest.mark.parametrize("root", ["disk", "memory"])
+def test_caches_and_previews_in_a_source_are_left_out(root: str, tmp_path: Path) -> None:
+    place = str(tmp_path) if root == "disk" else "memory://outputs"
+    put(place, "photos/a.jpg", "photos/data/b.jpg", "photos/sheets/c.png", "photos/pictures/d.png")
+    put(place, "photos/latents/cache.json", data=CACHE_JSON)
+    put(place, f"photos/latents/data/{UNIT}-00000.parquet", f"photos/latents/data/{UNIT}-00001r1.parquet")
+    put(place, "photos/latents/_plan/00000.parquet", "photos/latents/stats.json")
+    put(place, "photos/previews/report.json", data=REPORT)
+    put(place, f"photos/previews/pictures/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
+    found = listed(f"{place}/photos")
+    assert [shard.path.removeprefix("photos/") for shard in found.shards] == [
+        *("a.jpg", "data/b.jpg", "pictures/d.png", "previews/mine.png", "sheets/c.png")
+    ]
+    cache, previews = found.noticed
+    assert cache.endswith("photos/latents, left out: 5")
+    assert previews.endswith("photos/previews, left out: 3")
+    assert paths(f"{place}/photos/*/*.png") == [
+        "photos/pictures/d.png",
+        "photos/previews/mine.png",
+        "photos/sheets/c.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "source", ["latents", "latents/data", "latents/data/*.parquet", "previews/pictures", "previews"]
+)
+def test_what_latentmill_wrote_is_no_source(tmp_path: Path, source: str) -> None:
+    put(tmp_path, "latents/cache.json", data=CACHE_JSON)
+    put(tmp_path, "previews/report.json", data=REPORT)
+    put(tmp_path, f"latents/data/{UNIT}-00000.parquet", f"previews/pictures/{UNIT}/1.png")
+    with pytest.raises(SourceError, match=r"latentmill wrote what is there, the (cache|previews) "):
+        listed(tmp_path / source)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"format": 1}', b"\xff", b'{"made_by": "someone"}'])
+def test_files_that_are_called_like_ours_are_not_ours(tmp_path: Path, content: bytes) -> None:
+    names = (f"data/{UNIT}-00000.parquet", f"pictures/{UNIT}/1.png", "sheets/00000.png")
+    put(tmp_path / "x", "cache.json", "report.json", data=content)
+    put(tmp_path / "x", *names)
+    assert set(paths(tmp_path / "x")) >= {f"x/{name}" for name in names}
+
+
+def test_only_files_that_look_like_ours_cost_a_look(tmp_path: Path) -> None:
+    looked: list[str] = []
+
+    def read(path: str) -> bytes | None:
+        looked.append(path)
+        return None
+
+    files = [f"/s/{n}/{name}" for n in range(100) for name in ("cache.json", "report.json", "data/0-00001.parquet")]
+    files += [f"/s/data/{UNIT}-{n:05d}.parquet" for n in range(100)]
+    assert own_outputs.written_by_us(files, read) == {}
+    assert looked == ["/s/cache.json"]
+
+
+@pytest.mark.parametrize("root", ["memory://shell", ""])
+def test_a_folder_of_images_that_are_named_one_by_one_is_listed_once(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell does with `photos/*.jpg`: to list it for each of them takes minutes for thousands."""
+    folder = f"{root or tmp_path}/photos"
+    names = [f"{number}.{end}" for number in range(9) for end in ("jpg", "txt")]
+    put(folder, *names)
+    asked: list[str] = []
+    for kind in (MemoryFileSystem, LocalFileSystem):
+
+        def ls(self: Any, path: str, *given: Any, ls: Any = kind.ls, **named: Any) -> Any:
+            asked.append(path)
+            return ls(self, path, *given, **named)
+
+        monkeypatch.setattr(kind, "ls", ls)
+    found = paths(*(f"{folder}/{number}.jpg" for number in range(9)))
+    assert found == [f"photos/{name}" for name in names]
+    assert len(asked) == 1
+
+
+def test_thumbnails_of_a_disk_station_are_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
+    found = listed(tmp_path / "photos")
+    assert [shard.path for shard in found.shards] == ["photos/0.png"]
+    assert found.noticed[0].startswith("files of the system, left out: 2 (")
+
+
+@pytest.mark.parametrize(
+    ("source", "covered", "others"),
+    [
+        ("s", ["s/0.tar", "s/a/b/0.tar"], ["t/0.tar"]),
+        ("s/*.tar", ["s/9.tar"], ["s/a/9.tar", "s/9.jpg"]),
+        ("s/{0..3}.tar", ["s/2.tar"], ["s/9.tar"]),
+        ("s/0.tar", ["s/0.tar"], ["s/1.tar"]),
+        ("s/**/*.tar", ["s/a/b/9.tar"], ["s/a/9.jpg"]),
+        ("s/*", ["s/a/9.jpg"], []),
+    ],
+)
+def test_a_source_knows_what_it_would_list(tmp_path: Path, source: str, covered: list[str], others: list[str]) -> None:
+    put(tmp_path, *(f"s/{n}.tar" for n in range(4)), "s/a/5.tar")
+    (found,) = listed(f"{tmp_path}/{source}").sources
+    assert [path for path in [*covered, *others] if found.covers(path)] == covered

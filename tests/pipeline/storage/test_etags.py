@@ -1,0 +1,71 @@
+"""What pins an input: its size, and its ETag or its time."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import SourceError
+from pipeline.sources.listing import list_shards
+from pipeline.sources.units import tar_unit
+from pipeline.storage.etags import same_etag
+from pipeline.storage.store import etag_of, open_stream
+
+
+def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    path = tmp_path / "s/0.tar"
+    path.write_bytes(b"old")
+    os.utime(path, ns=(1, 1_700_000_000_123_456_789))
+    (shard,) = list_shards((str(tmp_path / "s"),), {}, "nowhere")
+    assert shard.etag == "m1700000000123456789"
+    with open_stream(shard.url, {}, tar_unit(shard)) as stream:
+        assert stream.read() == b"old"
+    path.write_bytes(b"new")
+    changed = pytest.raises(SourceError, match=r"0.tar has changed since it was planned \(its time or ETag\)")
+    with changed, open_stream(shard.url, {}, tar_unit(shard)):
+        pass
+
+
+def test_a_file_that_is_rewritten_in_its_size_while_it_is_read_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    path.write_bytes(b"old")
+    (shard,) = list_shards((str(path),), {}, "nowhere")
+    changed = pytest.raises(SourceError, match=r"0.tar has changed while it was read")
+    with changed, open_stream(shard.url, {}, tar_unit(shard)) as stream:
+        path.write_bytes(b"new")
+        stream.read()
+
+
+@pytest.mark.parametrize(
+    ("info", "etag"),
+    [
+        ({"ETag": '"ab"'}, "ab"),
+        ({"etag": "ab"}, "ab"),
+        ({"blob_id": "ab"}, "ab"),  # the hub
+        ({"mtime_ns": 7}, "m7"),
+        ({"size": 1}, ""),
+    ],
+)
+def test_what_storage_says_of_a_version(info: dict[str, object], etag: str) -> None:
+    assert etag_of(info) == etag
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("m1700000000123456789", "m1700000000123456789", True),
+        ("m1700000000123456789", "m1700000000123456788", False),
+        ("m1700000000123456789", "m1700000000000000000", True),  # a disk, or tar, with whole seconds
+        ("m1700000000123456789", "m1700000001000000000", False),
+        ("m1700000000123456789", "m1700000000123456000", True),
+        ("m1700000000123456789", "m1700000000123455000", False),
+        ("m1700000000123456789", "d41d8cd9", False),
+        ("d41d8cd9", "d41d8cd8", False),
+        ("", "m1700000000123456789", True),
+        ("d41d8cd9", "", True),
+    ],
+)
+def test_etags_that_can_be_of_one_content(one: str, other: str, same: bool) -> None:
+    assert same_etag(one, other) is same
+    assert same_etag(other, one) is same

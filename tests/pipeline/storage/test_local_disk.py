@@ -1,0 +1,225 @@
+"""Disks that do not have all calls: what is promised there, and that it is said where it is not."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage import local_disk
+from pipeline.storage.store import Folder
+
+ROOT = Path(__file__).parents[2]
+Command = Callable[..., tuple[int, str, str]]
+
+# what makes a process's disk one without links, and one without exclusive renames either
+NO_LINKS = """
+import errno, os
+def link(file, path, **how):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(file), None, str(path))
+os.link = link
+"""
+NO_EXCLUSIVE_RENAMES = "from pipeline.storage import local_disk; local_disk._renameat2 = lambda: None\n"
+
+
+def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int = errno.EPERM, within: bool = True) -> None:
+    """A disk that links from one directory to another, or not within one either (`within`)."""
+    real = os.link
+
+    def link(file: str, path: str) -> None:
+        if within or os.path.dirname(file) != os.path.dirname(path):
+            raise OSError(number, os.strerror(number), file, None, path)
+        real(file, path)
+
+    monkeypatch.setattr(os, "link", link)
+
+
+def refuse_exclusive_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_disk, "_renameat2", lambda: None)
+
+
+def winners(folder: Folder) -> list[int]:
+    """Those of 16 writers at once that are told that they won. A reader never sees anything but one whole file."""
+    barrier, won = threading.Barrier(17), list[int]()
+
+    def create(number: int) -> None:
+        barrier.wait()
+        if folder.create("data/x", bytes([number]) * 100_000):
+            won.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    while any(thread.is_alive() for thread in threads):
+        seen = folder.read_if_there("data/x")
+        assert seen is None or (len(seen), len(set(seen))) == (100_000, 1)
+        assert folder.names("data") in ([], ["x"])
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in Path(folder.url).rglob("*") if path.is_file()] == ["x"], "nothing else is left"
+    return won
+
+
+@pytest.mark.parametrize("number", sorted(local_disk.REFUSED), ids=lambda number: errno.errorcode[number])
+def test_without_links_an_exclusive_rename_lets_one_writer_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refuse_links(monkeypatch, number)
+    folder = Folder(str(tmp_path / "c"))
+    assert folder.promises()
+    (won,) = winners(folder)
+    assert folder.read("data/x") == bytes([won]) * 100_000
+
+
+def test_a_disk_that_links_within_a_directory_only_keeps_the_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_links(monkeypatch, errno.EXDEV, within=False)
+    refuse_exclusive_renames(monkeypatch)
+    folder = Folder(str(tmp_path / "c"))
+    assert folder.promises()
+    assert len(winners(folder)) == 1
+
+
+def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_links(monkeypatch)
+    refuse_exclusive_renames(monkeypatch)
+    folder = Folder(str(tmp_path / "c"))
+    assert not folder.promises()
+    assert winners(folder)
+    assert not folder.create("data/x", b"late")
+    assert folder.read("data/x") != b"late"
+
+
+def test_a_rename_that_overwrites_all_the_same_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filesystem of FUSE that does not look at the flags."""
+    refuse_links(monkeypatch)
+    monkeypatch.setattr(local_disk, "_renameat2", lambda: lambda at, file, into, path, flags: os.replace(file, path))
+    assert not Folder(str(tmp_path)).promises()
+
+
+def test_where_the_driver_was_promised_more_a_worker_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_links(monkeypatch)
+    refuse_exclusive_renames(monkeypatch)
+    with pytest.raises(StorageError, match=r"cannot write .*/data/x: the disk has neither hard links nor exclusive"):
+        Folder(str(tmp_path), exclusive=True).create("data/x", b"1")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE, errno.EROFS])
+def test_other_errors_of_a_link_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    refuse_links(monkeypatch, number)
+    with pytest.raises(StorageError, match=f"cannot write .*/x: {os.strerror(number).lower()}"):
+        Folder(str(tmp_path)).create("x", b"1")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_link_whose_answer_was_lost_has_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS asks again, and is told that the name is taken."""
+    real = os.link
+
+    def link(file: str, path: str) -> None:
+        real(file, path)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), file, None, path)
+
+    monkeypatch.setattr(os, "link", link)
+    assert Folder(str(tmp_path)).create("x", b"1")
+    monkeypatch.undo()
+    assert not Folder(str(tmp_path)).create("x", b"2")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_without_fsync_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """An fsync that fails is one."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(StorageError, match="input/output error"):
+            Folder(str(tmp_path)).create("x", b"1")
+    else:
+        assert Folder(str(tmp_path)).create("x", b"1")
+        Folder(str(tmp_path)).replace("x", b"2")
+
+
+@pytest.fixture
+def argv(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
+    return ["encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64]
+
+
+def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
+    latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_links(monkeypatch)
+    refuse_exclusive_renames(monkeypatch)
+    code, _, err = latentmill(*argv, "--workers", 0)
+    assert code == 0, err
+    assert f"note: {tmp_path}/c has no hard links: one job at a time" in err
+    (run,) = (tmp_path / "c/_runs").glob("*.json")
+    record = json.loads(run.read_text())
+    assert record["conditional_creates"] is False
+    assert latentmill("verify", tmp_path / "c")[0] == 0
+    run.write_text(json.dumps({**record, "outcome": "running"}))
+    for again in (argv, ["retry", tmp_path / "c"]):
+        code, _, err = latentmill(*again, "--workers", 0)
+        assert code == 1
+        assert f"a run that started {record['started']} is at work on" in err
+
+
+@pytest.mark.parametrize("verb", ["encode", "retry"])
+def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
+    latentmill: Command,
+    argv: list[object],
+    micro_vae: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    if verb == "retry":
+        assert latentmill(*argv, "--workers", 0, "--input-limit", "pixels=9000", "--max-reject-rate", 1)[0] == 0
+        argv = ["retry", tmp_path / "c"]
+    promises = Folder.promises
+
+    def then_refuse(folder: Folder) -> bool:
+        kept = promises(folder)
+        refuse_links(monkeypatch)
+        refuse_exclusive_renames(monkeypatch)
+        return kept
+
+    monkeypatch.setattr(Folder, "promises", then_refuse)
+    code, _, err = latentmill(*argv, "--workers", 0)
+    assert code == 1
+    assert "the disk has neither hard links nor exclusive renames on this machine" in err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("kept", [True, False], ids=["exclusive renames", "neither"])
+def test_workers_of_ray_agree_with_the_driver_on_such_a_disk(argv: list[object], tmp_path: Path, kept: bool) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(NO_LINKS + ("" if kept else NO_EXCLUSIVE_RENAMES))
+    job = subprocess.run(
+        [sys.executable, "-m", "jobs.encode", *map(str, argv[1:]), "--workers", "1", "--json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}/site{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert job.returncode == 0, job.stderr
+    assert json.loads(job.stdout)["stats"]["count"] == 18
+    assert ("has no hard links" in job.stderr) is not kept
+    assert sorted(path.name for path in (tmp_path / "c").rglob(".*")) == []

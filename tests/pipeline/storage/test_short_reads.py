@@ -1,0 +1,158 @@
+"""Readers that get fewer bytes than a file has: an error of the storage, never damage, and never the end of a file."""
+
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import DamagedError, SourceError, StorageError
+from pipeline.flow import Encoder
+from pipeline.formats.schema import Columns, Layout
+from pipeline.records import Unit
+from pipeline.storage import store
+from pipeline.storage.store import Folder, open_stream, read_file
+from tests.conftest import img2dataset_members, write_tar
+from tests.pipeline.conftest import unit_of
+
+Cut = Callable[[str, int | None], None]
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def url(root: str) -> str:
+    Folder(root).replace("x.tar", CONTENT)
+    return f"{root}/x.tar"
+
+
+def planned(url: str) -> Unit:
+    return Unit(name="u", kind="tar", url=url, path="x.tar", bytes=len(CONTENT))
+
+
+SAID = re.escape(f"x.tar ended at byte 9000, but has {len(CONTENT)}: it was cut short on its way")
+
+
+@pytest.mark.parametrize("seeking", [False, True])
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_a_stream_that_ends_early_is_an_error_of_the_storage(
+    short_reads: Cut, url: str, seeking: bool, is_planned: bool
+) -> None:
+    short_reads("x.tar", 9000)
+    unit = planned(url) if is_planned else None
+    for read in (lambda file: file.read(), lambda file: [file.read(512) for _ in range(30)]):
+        with pytest.raises(StorageError, match=SAID), open_stream(url, {}, unit, seeking) as stream:
+            read(stream)
+
+
+def test_at_a_place_inside_the_file_nothing_is_not_the_end(short_reads: Cut, url: str) -> None:
+    short_reads("x.tar", 9000)
+    with pytest.raises(StorageError, match="ended at byte 9500"), open_stream(url, {}, planned(url), True) as stream:
+        assert stream.seek(0, 2) == len(CONTENT)
+        assert stream.read() == b""
+        stream.seek(9500)
+        stream.read(10)
+
+
+def test_what_is_asked_for_in_pieces_comes_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may give less than was asked for, as pipes and sockets do."""
+    for opened in (store.LocalFileSystem, store.MemoryFileSystem):
+        original = opened.open
+
+        def open_raw(self: Any, path: str, mode: str, original: Callable[..., Any] = original, **how: Any) -> Any:
+            file = original(self, path, mode, **how)
+            read = file.read
+            monkeypatch.setattr(file, "read", lambda size=-1: read(min(size, 700) if size >= 0 else 700))
+            return file
+
+        monkeypatch.setattr(opened, "open", open_raw)
+    with open_stream(url, {}, planned(url)) as stream:
+        assert stream.read(5000) + stream.read() == CONTENT
+        assert stream.read(1) == b""
+
+
+@pytest.mark.parametrize("made", [DamagedError("it is damaged", at=3), OSError("what?"), None])
+def test_whatever_the_reader_makes_of_it(short_reads: Cut, url: str, made: Exception | None) -> None:
+    short_reads("x.tar", 9000)
+    with pytest.raises(StorageError, match=SAID), open_stream(url, {}, planned(url)) as stream:
+        try:
+            stream.read()
+        except StorageError:
+            if made is not None:
+                raise made from None
+
+
+def test_a_file_that_has_become_shorter_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(bytes(20 << 20))
+    unit = Unit(name="u", kind="tar", url=str(path), path="x.tar", bytes=20 << 20)
+    with (
+        pytest.raises(SourceError, match=r"x\.tar has changed while it was read"),
+        open_stream(str(path), {}, unit) as stream,
+    ):
+        stream.read(100)
+        path.write_bytes(b"short")
+        stream.read()
+
+
+def test_a_damage_of_a_file_that_changes_while_it_is_read_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(CONTENT)
+    with (
+        pytest.raises(SourceError, match=r"x\.tar has changed while it was read"),
+        open_stream(str(path), {}, planned(str(path))),
+    ):
+        path.write_bytes(CONTENT[::-1] + b"x")
+        raise DamagedError("it is damaged", at=3)
+
+
+def test_files_that_are_read_whole(short_reads: Cut, root: str, url: str) -> None:
+    assert read_file(url, {}, 1 << 20) == read_file(url, {}, 1 << 20, len(CONTENT)) == CONTENT
+    assert read_file(url, {}, 99, len(CONTENT)) == CONTENT[:100]
+    with pytest.raises(SourceError, match=r"x\.tar has changed since it was planned \(then 7 bytes\)"):
+        read_file(url, {}, 1 << 20, 7)
+    short_reads("x.tar", 9000)
+    with pytest.raises(StorageError, match=SAID):
+        read_file(url, {}, 1 << 20)
+    if "://" not in root:  # stores' libraries check the length of their answers
+        for read in (Folder(root).read, Folder(root).read_if_there):
+            with pytest.raises(StorageError, match=SAID):
+                read("x.tar")
+    with pytest.raises(StorageError, match=SAID), Folder(root).open("x.tar") as stream:
+        stream.read()
+
+
+def test_a_copy_of_a_checkpoint_is_whole(short_reads: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    Folder(root).replace("vae/x.safetensors", CONTENT)
+    with store.fetched(f"{root}/vae", {}, re.compile(r".*\.safetensors")) as local:
+        assert Path(local, "x.safetensors").read_bytes() == CONTENT
+    short_reads("x.safetensors", 9000)
+    for ref in (f"{root}/vae", f"{root}/vae/x.safetensors"):
+        with (
+            pytest.raises(StorageError, match=r"memory://.*x\.safetensors ended at byte 9000, but has 10240"),
+            store.fetched(ref, {}, re.compile(r".*\.safetensors")),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("end", [0, 100, 3000, -9, -1])
+def test_metadata_beside_a_tar_that_came_short_fail_its_unit(
+    worker: Callable[..., Encoder], short_reads: Cut, tmp_path: Path, end: int
+) -> None:
+    tar = write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 3, height=64, width=64))
+    pq.write_table(pa.table({"key": [f"{n:09d}" for n in range(3)], "url": ["u" * 2000] * 3}), tmp_path / "s/0.parquet")
+    layout = Layout(columns=Columns(pa.schema([("url", pa.string())]), ()))
+    short_reads("0.parquet", end % (tmp_path / "s/0.parquet").stat().st_size)
+    with pytest.raises(StorageError, match=r"0\.parquet ended at byte"):
+        worker(tmp_path / "c", layout=layout).run(unit_of(tar))
+    short_reads("0.parquet", None)
+    assert worker(tmp_path / "c", layout=layout).run(unit_of(tar)).rows == 3
