@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-PICTURES = (".jpg", ".png")
+IMAGES = (".jpg", ".png")
 
 
 def samples_of(shards: Path) -> int:
-    """How many pictures the tars of a folder have."""
-    return sum(_pictures(path) for path in shards.glob("*.tar"))
+    """How many images the tars of a folder have."""
+    return sum(_images(path) for path in shards.glob("*.tar"))
 
 
-def _pictures(tar: Path) -> int:
+def _images(tar: Path) -> int:
     with tarfile.open(tar) as archive:
-        return sum(name.endswith(PICTURES) for name in archive.getnames())
+        return sum(name.endswith(IMAGES) for name in archive.getnames())
 
 
 def wrongs(cache: Mapping[str, bytes], samples: int) -> Iterator[str]:

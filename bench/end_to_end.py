@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from bench.halves import CORES, SIDE, encoder, on_both_cores, opener
-from bench.make_shards import make_model, make_shards, read_pictures
+from bench.make_shards import make_model, make_shards, read_images
 
 TIMES_RAY_DATA, SHARE_OF_BOUND, SAME = 2.0, 0.80, 1e-2
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def header(folder: Path, images: int) -> str:
     """What was measured, on what."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    sizes = [len(data) for data in read_pictures(folder / "shards", images)]
+    sizes = [len(data) for data in read_images(folder / "shards", images)]
     names = ("latentmill", "torch", "pillow", "ray", "diffusers", "pyarrow")
     return (
         f"{models[0] if models else platform.machine()}, {CORES} of {os.cpu_count()} cores\n"

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from bench.make_shards import read_pictures
-from pipeline.encoder import Compute, Replica
+from bench.make_shards import read_images
+from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.images.decode import open_pixels
 from pipeline.images.transform import Transform
-from pipeline.records import Picture
+from pipeline.records import PreparedImage
 from pipeline.weights import load_vae
 
 CORES, SIDE = 2, 256
@@ -51,24 +51,24 @@ def alone(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
 
 
 def encoder(folder: Path) -> Callable[[], object]:
-    """A step that encodes a picture which is open already, as the job does on CPUs."""
-    compute = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
-    replica = Replica(load_vae(str(folder / "vae")), compute, "float16")
+    """A step that encodes an image which is open already, as the job does on CPUs."""
+    compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+    latent_encoder = LatentEncoder(load_vae(str(folder / "vae")), compute, "float16")
     transform = Transform(resolution=SIDE)
-    pixels = [opened(data, transform) for data in read_pictures(folder / "shards", SAMPLE)]
-    endless = cycle([as_picture(p) for p in pixels])
-    return lambda: replica.encode([next(endless)])
+    pixels = [opened(data, transform) for data in read_images(folder / "shards", SAMPLE)]
+    endless = cycle([as_image(p) for p in pixels])
+    return lambda: latent_encoder.encode([next(endless)])
 
 
 def opener(folder: Path) -> Callable[[], object]:
     """A step that opens a JPEG which is in memory and brings it to size."""
-    transform, endless = Transform(resolution=SIDE), cycle(read_pictures(folder / "shards", SAMPLE))
+    transform, endless = Transform(resolution=SIDE), cycle(read_images(folder / "shards", SAMPLE))
     return lambda: opened(next(endless), transform)
 
 
-def as_picture(pixels: torch.Tensor) -> Picture:
+def as_image(pixels: torch.Tensor) -> PreparedImage:
     """What the encoder takes; it looks at the pixels only."""
-    return Picture(
+    return PreparedImage(
         position=0,
         key="",
         columns={},

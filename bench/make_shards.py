@@ -35,12 +35,12 @@ def make_shards(folder: Path, shards: int, images: int) -> None:
             for index in range(number * images // shards, (number + 1) * images // shards):
                 caption = f"a piece of {PHOTOGRAPHS[index % len(PHOTOGRAPHS)]}"
                 facts = {"key": f"{index:09d}", "caption": caption, "url": None, "status": "success"}
-                add(tar, f"{index:09d}.jpg", picture(photographs[index % len(photographs)], index))
+                add(tar, f"{index:09d}.jpg", image(photographs[index % len(photographs)], index))
                 add(tar, f"{index:09d}.txt", caption.encode())
                 add(tar, f"{index:09d}.json", json.dumps(facts).encode())
 
 
-def picture(photograph: Image.Image, seed: int) -> bytes:
+def image(photograph: Image.Image, seed: int) -> bytes:
     """A JPEG of a random piece of a photograph: a third of them upright, the others lying."""
     draw = np.random.default_rng(seed)
     width, height = (SHORT, LONG) if draw.random() < 1 / 3 else (LONG, SHORT)
@@ -62,7 +62,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(header, io.BytesIO(content))
 
 
-def read_pictures(folder: Path, count: int) -> list[bytes]:
+def read_images(folder: Path, count: int) -> list[bytes]:
     """The JPEGs of the first `count` samples."""
     found: list[bytes] = []
     for path in sorted(folder.glob("*.tar")):

@@ -14,7 +14,7 @@ import ray
 from PIL import Image
 
 SIDE = 256
-# The best of what was measured on two cores with 512 pictures (seconds, whole process): actors x CPUs each, batch
+# The best of what was measured on two cores with 512 images (seconds, whole process): actors x CPUs each, batch
 #   2 x 0.5   batch 4: 35   8: 31   16: 35   32: 45; 2 x 0.25 and another number of blocks: no better
 #   1 x 1     batch 16: 44
 #   2 x 1     never ends: actors take all CPUs, none is left to read with (ray-project/ray issue 44687)
@@ -22,7 +22,7 @@ SIDE = 256
 ACTORS, CPUS_EACH, BATCH = 2, 0.5, 8
 
 
-def open_picture(row: dict[str, Any]) -> dict[str, Any]:
+def open_image(row: dict[str, Any]) -> dict[str, Any]:
     """JPEG to pixels in [-1, 1], float32 [3, SIDE, SIDE]: short side resized, the middle cut out."""
     image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
     scale = SIDE / min(image.size)
@@ -67,7 +67,7 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     (
         ray.data.read_webdataset(options.shards, decoder=None)
-        .map(open_picture)
+        .map(open_image)
         .map_batches(
             Encoder,
             fn_constructor_args=[options.vae],

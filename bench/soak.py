@@ -32,10 +32,10 @@ from bench import account
 from bench.make_shards import MICRO, make_shards
 from pipeline import flow
 from pipeline.cache import commits
-from pipeline.clock import Clock
-from pipeline.encoder import Replica
+from pipeline.clock import StageClock
+from pipeline.encoder import LatentEncoder
 from pipeline.errors import StorageError
-from pipeline.flow import EncodeJob, Encoder
+from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 
@@ -84,18 +84,23 @@ class Board:
                 self.write()
 
 
-class SoakJob(EncodeJob):
+class SoakJob(EncodeSpec):
     """An encode job whose worker tells its phases."""
 
     __slots__ = ()
 
-    def build(self, vae: Vae, stop: threading.Event) -> Encoder:
+    def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, finish, read = Clock.stage, flow.open_sample, commits.finish, LocalFileOpener.read
-        encode, names = Replica.encode, {"read": "reading", "write": "publishing"}
+        stage, open_sample, finish, read = (
+            StageClock.stage,
+            flow.open_sample,
+            commits.write_commit,
+            LocalFileOpener.read,
+        )
+        encode, names = LatentEncoder.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
-        def staged(clock: Clock, name: str) -> Iterator[None]:
+        def staged(clock: StageClock, name: str) -> Iterator[None]:
             with board.doing(names[name]) if name in names else nullcontext(), stage(clock, name):
                 if name == "write" and board.sickness == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
@@ -122,11 +127,11 @@ class SoakJob(EncodeJob):
                 finish(*arguments)  # type: ignore[arg-type]
 
         LocalFileOpener.read = read_half
-        Clock.stage = staged  # type: ignore[method-assign, assignment]
-        Replica.encode = encoded  # type: ignore[method-assign, assignment]
+        StageClock.stage = staged  # type: ignore[method-assign, assignment]
+        LatentEncoder.encode = encoded  # type: ignore[method-assign, assignment]
         flow.open_sample = opened  # type: ignore[assignment]
-        commits.finish = finished  # type: ignore[assignment]
-        return EncodeJob.build(self, vae, stop)
+        commits.write_commit = finished  # type: ignore[assignment]
+        return EncodeSpec.build(self, vae, stop)
 
 
 def run_job(argv: list[str]) -> int:
@@ -134,7 +139,7 @@ def run_job(argv: list[str]) -> int:
     from jobs import cache_spec, encode, slots
 
     slots.AVOID = AVOID
-    cache_spec.EncodeJob = SoakJob  # type: ignore[misc]
+    cache_spec.EncodeSpec = SoakJob  # type: ignore[misc]
     return encode.main(argv)
 
 
@@ -238,7 +243,7 @@ def run_calm(argv: list[str]) -> int:
 
 
 def spoil(tar: Path) -> None:
-    """Make one picture of a tar none, at its place."""
+    """Make one image of a tar none, at its place."""
     data = bytearray(tar.read_bytes())
     start = data.index(b"\xff\xd8\xff")
     data[start : start + 3] = b"no!"

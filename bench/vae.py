@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae import AutoencoderKL
-from vae.fast import keep_freed_memory, quicken
+from vae.fast import disable_malloc_trim, optimize_for_cpu
 
 SD: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -73,7 +73,7 @@ class Measured:
 def build(case: Case) -> tuple[nn.Module, torch.memory_format]:
     """The variant's model with random weights on its device."""
     if case.variant.startswith("ours"):
-        keep_freed_memory()
+        disable_malloc_trim()
         model: nn.Module = AutoencoderKL(**MODELS[case.model])
     else:
         from diffusers import AutoencoderKL as Reference
@@ -82,7 +82,7 @@ def build(case: Case) -> tuple[nn.Module, torch.memory_format]:
     layout = torch.contiguous_format if case.variant == "diffusers" else torch.channels_last
     model.to(case.device, getattr(torch, case.dtype), memory_format=layout)  # type: ignore[call-overload]
     if case.variant == "ours" and (case.device, case.dtype) == ("cpu", "float32"):
-        quicken(model)
+        optimize_for_cpu(model)
     return model.eval().requires_grad_(False), layout
 
 

@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.options import ALL, EncodeOptions, limits_of
-from jobs.progress import say
-from jobs.resources import Place
+from jobs.options import ALL, EncodeOptions, parse_limits
+from jobs.progress import log_info
+from jobs.resources import ResourcePlan
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import Identity
-from pipeline.cache.runs import versions
-from pipeline.encoder import Compute
+from pipeline.cache.runs import library_versions
+from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
-from pipeline.flow import EncodeJob
-from pipeline.formats.schema import Columns, Layout
+from pipeline.flow import EncodeSpec
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
 from pipeline.storage.store import Folder
@@ -22,7 +22,7 @@ from pipeline.weights import Vae
 COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
 
 
-def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
+def inherit_unset(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
     """The options, those that the user left open taken from the identity of the cache that is there."""
     settings = standing["preprocessing"]
     kept = {
@@ -42,7 +42,7 @@ def adopt(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) 
     return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
 
 
-def check(options: EncodeOptions, vae: Vae) -> None:
+def check_options(options: EncodeOptions, vae: Vae) -> None:
     """Raise UsageError for values that cannot work."""
     name = "multiple_of" if options.buckets else "resolution"
     value = getattr(options, name)
@@ -72,8 +72,12 @@ def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
-def describe(
-    options: EncodeOptions, vae: Vae, where: Place, standing: Mapping[str, Any] | None, columns: Columns
+def describe_cache(
+    options: EncodeOptions,
+    vae: Vae,
+    where: ResourcePlan,
+    standing: Mapping[str, Any] | None,
+    columns: PassthroughColumns,
 ) -> dict[str, Any]:
     """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
     precision = resolved_precision(options, vae, where)
@@ -91,7 +95,7 @@ def describe(
     wanted = Identity(
         weights=vae.sha256,
         config=identity.raw_config(vae.config),
-        preprocessing=identity.preprocessing(transform),
+        preprocessing=identity.describe_transform(transform),
         store=options.store,
         dtype=options.dtype,
         precision=precision,
@@ -105,7 +109,7 @@ def describe(
         key_column=options.key_column or None,
     )
     if standing is not None:
-        note_columns(identity.layout_of(standing).columns, columns)
+        note_columns(identity.parse_schema(standing).columns, columns)
         note_constants(standing["vae"], vae)
         return {**standing, "identity": wanted.to_dict()}
     config = vae.config.to_dict()
@@ -116,17 +120,17 @@ def describe(
         "identity_sha256": wanted.sha256,
         "compute": {name: value for name, value in dataclasses.asdict(compute).items() if name in COMPUTE},
         "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in identity.CONSTANTS}},
-        "schema": parts.schema_as_json(Layout(container=options.format, store=options.store, columns=columns)),
+        "schema": parts.schema_as_json(OutputSchema(container=options.format, store=options.store, columns=columns)),
         "columns": columns.to_dict(),
     }
 
 
-def resolved_precision(options: EncodeOptions, vae: Vae, where: Place) -> str:
+def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) -> str:
     """What is computed in. A VAE whose configuration says force_upcast overflows in fp16, and is run in fp32."""
     if options.precision == "auto":
         return "fp32" if where.device != "cuda" else "bf16"
     if options.precision == "fp16" and vae.config.force_upcast:
-        say(
+        log_info(
             "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
         )
         return "fp32"
@@ -138,67 +142,67 @@ def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
     offered = vae.config.to_dict()
     for name in identity.CONSTANTS:
         if standing[name] != offered[name]:
-            say(
+            log_info(
                 f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"
             )
 
 
-def note_columns(standing: Columns, offered: Columns) -> None:
+def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> None:
     """Say what the sources have that the cache, begun before, has no place for."""
     if new := [name for name in offered.schema.names if name not in standing.schema.names]:
-        say(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
+        log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
 def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Say where this run computes otherwise than the one that made the cache."""
     for name, value in standing.items():
         if ours[name] != value:
-            say(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+            log_info(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
     """Say where earlier runs of the cache had other versions of what decides bytes. run: the name of this one."""
-    ours = versions()
+    ours = library_versions()
     earlier: dict[str, set[str]] = {name: set() for name in ours if name != "python"}
-    for name, told in runs.told(cache).items():
+    for name, told in runs.read_runs(cache).items():
         theirs = told.get("versions")
         if name != run and isinstance(theirs, Mapping):
             for library in earlier:
                 earlier[library] |= {str(theirs[library])} - {ours[library]} if library in theirs else set()
     for library, others in earlier.items():
         if others:
-            say(
+            log_info(
                 f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
                 f"{ours[library]}; the bytes of images or files may differ"
             )
 
 
-def encode_job(
+def make_encode_spec(
     cache: Folder,
     content: Mapping[str, Any],
-    compute: Compute,
+    compute: ComputeConfig,
     limits: Sequence[str],
     open_threads: int,
     run: str,
     source_options: Mapping[str, Any],
-) -> EncodeJob:
+) -> EncodeSpec:
     """What workers must know to encode into a cache. content: its cache.json. limits: `--input-limit`."""
     settings = content["identity"]
-    return EncodeJob(
+    return EncodeSpec(
         cache=cache,
         source_options=source_options,
         identity=content["identity_sha256"],
-        transform=identity.transform_of(settings),
+        transform=identity.parse_transform(settings),
         dtype=settings["dtype"],
-        layout=identity.layout_of(content),
+        layout=identity.parse_schema(content),
         image_column=settings["image_column"],
         key_column=settings["key_column"],
         seed=settings["seed"],
         rows_per_part=settings["rows_per_part"],
         tile_above=settings["tile_above"],
-        limits=limits_of(limits),
+        limits=parse_limits(limits),
         compute=compute,
         open_threads=open_threads,
         run=run,
-        versions=versions(),
+        versions=library_versions(),
     )

@@ -4,12 +4,12 @@ import importlib
 from collections.abc import Sequence
 
 from jobs.entry import run_as_script
-from jobs.options import VERSION, nearest
+from jobs.options import VERSION, suggest
 from pipeline.errors import UsageError
 
 VERBS = {
-    "encode": "encode pictures into a cache of latents; the same command again does only what is missing",
-    "decode": "render previews from a cache: pictures and contact sheets, beside the originals",
+    "encode": "encode images into a cache of latents; the same command again does only what is missing",
+    "decode": "render previews from a cache: images and contact sheets, beside the originals",
     "retry": "run the rejected samples of a cache again; what now succeeds is added to it",
     "verify": "prove a cache: every file, every row, the statistics; on request against inputs and VAE",
     "status": "say how far a cache is, from the cache alone, on any machine",
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         print(VERSION)
         return 0
     if argv[0] not in VERBS:
-        raise UsageError(f"there is no verb '{argv[0]}'{nearest(argv[0], list(VERBS))}; see latentmill --help")
+        raise UsageError(f"there is no verb '{argv[0]}'{suggest(argv[0], list(VERBS))}; see latentmill --help")
     job = importlib.import_module(f"jobs.{argv[0]}")
     return int(job.main(argv[1:]))
 

@@ -17,13 +17,13 @@ SECONDS = 60.0  # for a cluster to answer
 Answer = TypeVar("Answer")
 
 
-def cluster_named(address: str) -> str:
+def resolve_address(address: str) -> str:
     """The address of the cluster to use: `--address`, otherwise RAY_ADDRESS; empty for a local Ray."""
     named = address if address not in ("", "auto") else os.environ.get("RAY_ADDRESS") or address
     return "" if named == "local" else named
 
 
-def check_listens(address: str) -> None:
+def check_listening(address: str) -> None:
     """Raise OSError where nothing listens at HOST:PORT, UsageError for what is no address."""
     if address == "auto":
         return
@@ -33,7 +33,7 @@ def check_listens(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
 
 
-def in_time(call: Callable[[], Answer], seconds: float) -> Answer:
+def call_with_timeout(call: Callable[[], Answer], seconds: float) -> Answer:
     """What a call returns that no signal ends: it runs in a thread, which is left behind where it takes too long.
 
     Signals are obeyed meanwhile. Raises TimeoutError.

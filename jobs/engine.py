@@ -37,7 +37,7 @@ class Worker(Protocol):
     def run(self, task: Any, attempt: Attempt) -> Any: ...
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Images that went through the model so far: for the progress bar."""
         ...
 
@@ -47,18 +47,18 @@ class Worker(Protocol):
         ...
 
 
-class Job(Protocol):
+class WorkerSpec(Protocol):
     """A light description that travels to a worker's process and becomes the worker there."""
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
-    def in_smaller_slices(self) -> "Job":
+    def with_smaller_slices(self) -> "WorkerSpec":
         """The same job, for workers that ran out of their machine's memory."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class TaskResult:
     """A task that ended. worker: the id of the worker that had it. report: None if the task failed.
 
     error: why it failed, in one line; None if it did not. damaged_at: the byte at which its shard is damaged.
@@ -72,7 +72,7 @@ class Done:
     damaged_at: int | None = None
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """Where tasks run."""
 
     @property
@@ -86,7 +86,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def pictures(self) -> int: ...
+    def images(self) -> int: ...
 
     @property
     def waiting_for(self) -> str:
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Start a task on a worker that is ready."""
         ...
 
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         """Tasks that ended, after at most `seconds`. waiting: how many tasks no worker has yet."""
         ...
 
@@ -116,13 +116,15 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def failed(task: Any, worker: str, error: Exception) -> Done:
+def failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
     """How a task ended that raised an error in a worker."""
     damaged_at = error.at if isinstance(error, DamagedError) else None
-    return Done(task=task, worker=worker, error=error_line(error), cause=cause_of(error), damaged_at=damaged_at)
+    return TaskResult(
+        task=task, worker=worker, error=format_error(error), cause=find_cause(error), damaged_at=damaged_at
+    )
 
 
-def cause_of(error: BaseException) -> Cause:
+def find_cause(error: BaseException) -> Cause:
     """What an error in a worker says about its cause."""
     if isinstance(error, DamagedError):
         return "damage"
@@ -131,7 +133,7 @@ def cause_of(error: BaseException) -> Cause:
     return "device" if is_device_error(error) else "task"
 
 
-def error_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Why a task failed, in one line; for an error that is not ours, with the line of code."""
     if isinstance(error, Stopped):
         return "it was stopped"

@@ -17,7 +17,7 @@ def check_platform() -> None:
         raise UsageError(f"it runs on Linux and macOS, not on {sys.platform}; on Windows it runs in WSL")
 
 
-def guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def run_guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a job; the exit code. Errors of ours become one line on standard error, anything else is a bug of ours."""
     try:
         check_platform()
@@ -40,7 +40,7 @@ def run_as_script(main: Callable[[Sequence[str]], int]) -> NoReturn:
     is 0.7 s.
     """
     try:
-        code = guarded(main, sys.argv[1:])
+        code = run_guarded(main, sys.argv[1:])
     except SystemExit as asked:  # --help
         code = int(asked.code or 0)
     for stream in (sys.stdout, sys.stderr):

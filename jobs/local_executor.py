@@ -5,13 +5,13 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.engine import IN_FLIGHT, Done, Job, error_line, failed
+from jobs.engine import IN_FLIGHT, TaskResult, WorkerSpec, failed_result, format_error
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
 
-class InlineEngine:
+class LocalExecutor:
     """Two tasks at a time in threads of this process."""
 
     waiting_for = ""
@@ -19,32 +19,32 @@ class InlineEngine:
     starting = 0
     can_replace = False
 
-    def __init__(self, job: Job, vae: Vae, stop: threading.Event) -> None:
+    def __init__(self, job: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
         self.worker = job.build(vae, stop)
         self.stop = stop
         self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="unit")
         self.running: dict[Future[Any], Any] = {}
 
     @property
-    def pictures(self) -> int:
-        return self.worker.pictures
+    def images(self) -> int:
+        return self.worker.images
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         self.running[self.pool.submit(self.worker.run, task, attempt)] = task
 
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         if not self.running:  # all tasks that are left rest
             time.sleep(min(seconds, 0.05))
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
         return [self._done(future, self.running.pop(future)) for future in ready]
 
-    def _done(self, future: Future[Any], task: Any) -> Done:
+    def _done(self, future: Future[Any], task: Any) -> TaskResult:
         error = future.exception()
         if error is None:
-            return Done(task=task, worker=self.workers[0], report=future.result())
+            return TaskResult(task=task, worker=self.workers[0], report=future.result())
         if not isinstance(error, Exception):
-            return Done(task=task, worker=self.workers[0], error=error_line(error))
-        return failed(task, self.workers[0], error)
+            return TaskResult(task=task, worker=self.workers[0], error=format_error(error))
+        return failed_result(task, self.workers[0], error)
 
     def replace(self, worker: str, why: str) -> None:
         raise JobError(f"the device fails, and this process cannot replace it: {why}; the same command goes on")

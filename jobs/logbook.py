@@ -11,48 +11,50 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.engine import error_line
-from jobs.messages import LOGGER, Kept, level
-from jobs.progress import say
+from jobs.engine import format_error
+from jobs.messages import LOGGER, RunLogHandler, shown_level
+from jobs.progress import log_info
 from jobs.run_units import Signals
 from pipeline.cache import runs
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, LatentmillError, Stopped, StorageError
 
-SECONDS_BETWEEN = 30.0  # signs of life
-SECONDS_BETWEEN_NOTES = 600.0  # that the record cannot be written
+HEARTBEAT_SECONDS = 30.0  # signs of life
+SECONDS_BETWEEN_WARNINGS = 600.0  # that the record cannot be written
 
 
-class Logbook:
+class RunRecorder:
     """Writes a run's record and its log. secrets: texts that the log must not hold."""
 
     def __init__(self, run: Run, signals: Signals, secrets: Iterable[str] = ()) -> None:
         self.run, self.signals = run, signals
-        self._messages = Kept(secrets)
+        self._messages = RunLogHandler(secrets)
         self._log_written = b""
         self._facts: dict[str, Any] = {}
         self._writing = threading.Lock()
         self._over = threading.Event()
         self._noted: float | None = None
 
-    def begin(self, weak: bool) -> None:
-        """Write the first entry, and from now on one every 30 seconds. weak: the store lets several writers win.
+    def begin(self, single_writer: bool) -> None:
+        """Write the first entry, then one every 30 seconds.
+
+        single_writer: the store does not support concurrent writers.
 
         Raises JobError where another run is at work on such a store. Both say so first, and then look.
         """
         self._messages.add(f"{self.run.content['verb']} with latentmill {self.run.content['versions']['latentmill']}")
         with self._writing:
-            self.run.write(conditional_creates=not weak)
+            self.run.write(conditional_creates=not single_writer)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        if not weak:
+        if not single_writer:
             return
         url = self.run.cache.url
         has_no = "conditional creates" if "://" in url else "hard links"
-        say(f"note: {url} has no {has_no}: one job at a time, and parts are read again at the end")
-        if others := runs.alive(self.run.cache, but=self.run.name):
+        log_info(f"note: {url} has no {has_no}: one job at a time, and parts are read again at the end")
+        if others := runs.find_alive(self.run.cache, but=self.run.name):
             raise JobError(
                 f"a run that started {others[0]} is at work on {url}, whose storage does not keep two jobs apart; "
-                f"wait for its end, or {runs.SILENT} s after it died"
+                f"wait for its end, or {runs.DEAD_AFTER} s after it died"
             )
 
     def tell(self, **facts: Any) -> None:
@@ -79,7 +81,7 @@ class Logbook:
         What is said in the block goes into the run's log.
         """
         sources = (LOGGER, logging.getLogger())  # other libraries' messages, too
-        self._messages.setLevel(level())
+        self._messages.setLevel(shown_level())
         for source in sources:
             source.addHandler(self._messages)
         try:
@@ -88,7 +90,7 @@ class Logbook:
             self.ended("stopped", self.signals.exit_code)
             raise
         except BaseException as error:
-            self._messages.add(error_line(error), logging.ERROR)
+            self._messages.add(format_error(error), logging.ERROR)
             self.ended("failed", error.exit_code if isinstance(error, LatentmillError) else 1)
             raise
         finally:
@@ -97,7 +99,7 @@ class Logbook:
                 source.removeHandler(self._messages)
 
     def _beat(self) -> None:
-        while not self._over.wait(SECONDS_BETWEEN):
+        while not self._over.wait(HEARTBEAT_SECONDS):
             with self._writing:
                 if self._over.is_set():  # the end was written while this waited
                     return
@@ -119,6 +121,6 @@ class Logbook:
         try:
             yield
         except StorageError as error:
-            if self._noted is None or time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
+            if self._noted is None or time.monotonic() - self._noted > SECONDS_BETWEEN_WARNINGS:
                 self._noted = time.monotonic()
-                say(f"note: {error}")
+                log_info(f"note: {error}")

@@ -19,18 +19,18 @@ FIRST_BYTES, LAST_BYTES = 64 << 10, 192 << 10  # what is kept of a run's message
 LEAST_SECRET = 6  # characters; a shorter value would hide ordinary words
 
 
-class OnStderr(logging.Handler):
+class StderrHandler(logging.Handler):
     """Writes to whatever standard error is at that moment: a progress bar puts its own stream there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = record.getMessage() if sys.stderr.isatty() else timed(record)
+            line = record.getMessage() if sys.stderr.isatty() else format_line(record)
             print(line, file=sys.stderr, flush=True)
         except Exception:  # a closed pipe, say: the job goes on without its messages
             self.handleError(record)
 
 
-class Kept(logging.Handler):
+class RunLogHandler(logging.Handler):
     """Keeps a run's messages as the lines of its log: the first ones and the last ones, at most 256 KiB.
 
     secrets: texts that are not written down, whoever's message they are in.
@@ -46,7 +46,7 @@ class Kept(logging.Handler):
         self.addFilter(lambda record: record.name != PROGRESS.name)
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = timed(record, utc=True)
+        text = format_line(record, utc=True)
         for secret in self.secrets:
             text = text.replace(secret, "***")
         line = text.encode(errors="backslashreplace")[: FIRST_BYTES - 1] + b"\n"
@@ -73,7 +73,7 @@ class Kept(logging.Handler):
             return b"".join([*self._first, *gap, *self._last])
 
 
-def secrets_in(*options: Mapping[str, Any]) -> set[str]:
+def collect_secrets(*options: Mapping[str, Any]) -> set[str]:
     """The texts that must not be written down: values of storage options, and what the environment has for stores."""
     found = {value for name, value in os.environ.items() if re.search("SECRET|TOKEN|PASSWORD|ACCOUNT_KEY", name)}
     left: list[Any] = list(options)
@@ -86,26 +86,26 @@ def secrets_in(*options: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def timed(record: logging.LogRecord, utc: bool = False) -> str:
+def format_line(record: logging.LogRecord, utc: bool = False) -> str:
     """A message with its time (local, or in UTC with a Z) and its level."""
     convert, zone = (time.gmtime, "Z") if utc else (time.localtime, "")
     at = time.strftime("%Y-%m-%d %H:%M:%S", convert(record.created))
     return f"{at}{zone} {record.levelname} {record.getMessage()}"
 
 
-def level() -> int:
+def shown_level() -> int:
     """The least level of what is shown."""
     return _ours.level
 
 
-def show(verbose: bool) -> None:
+def configure_logging(verbose: bool) -> None:
     """Show messages on standard error. verbose: those for debugging and the warnings of other libraries, too."""
     _ours.setLevel(logging.DEBUG if verbose else logging.INFO)
     _others.setLevel(logging.WARNING if verbose else logging.CRITICAL + 1)
     logging.captureWarnings(True)
 
 
-_ours, _others = OnStderr(logging.INFO), OnStderr(logging.CRITICAL + 1)
+_ours, _others = StderrHandler(logging.INFO), StderrHandler(logging.CRITICAL + 1)
 LOGGER.addHandler(_ours)
 LOGGER.setLevel(logging.DEBUG)
 LOGGER.propagate = False

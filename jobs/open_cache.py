@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, source_options
+from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
 from pipeline.cache import card, parts, plan, stats
-from pipeline.cache.commit_reader import Mending
+from pipeline.cache.commit_reader import Repair
 from pipeline.cache.reader import Cache
-from pipeline.cache.runs import versions
+from pipeline.cache.runs import library_versions
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
 from pipeline.sources import changes
@@ -18,7 +18,7 @@ from pipeline.weights import Vae, load_vae
 ROUNDS = 3  # a job that goes on beside us sums up after us anyway
 
 
-def matching_vae(given: str, cache: Cache) -> Vae:
+def load_matching_vae(given: str, cache: Cache) -> Vae:
     """The VAE that `--vae` names, or the cache. Raises VaeError where its weights are not those that made the cache."""
     ref = given or cache.content["vae"]["reference"]
     vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
@@ -27,24 +27,24 @@ def matching_vae(given: str, cache: Cache) -> Vae:
     return vae
 
 
-def units(
+def read_units(
     options: DecodeOptions | RetryOptions | VerifyOptions, cache: Cache, same_source: bool = True
 ) -> dict[str, Unit]:
     """The cache's units by name, their inputs where `--source` says they are now.
 
     same_source: files of a planned path and size are taken for the planned ones, whatever their time or ETag.
     """
-    planned = plan.read(cache.folder)
+    planned = plan.read_plan(cache.folder)
     if options.source:
-        listing = list_sources(options.source, source_options(options), but=cache.folder.url)
-        planned = changes.found_at(planned, listing, same_source)
+        listing = list_sources(options.source, parse_source_options(options), but=cache.folder.url)
+        planned = changes.find_units_at(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 
 
-def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
+def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     """The files with rows: name, rows, unit."""
     found = []
-    for part in stats.parts(cache.folder, cache.content["identity_sha256"]):
+    for part in stats.read_parts(cache.folder, cache.content["identity_sha256"]):
         if part.unit not in units:
             raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
@@ -52,18 +52,18 @@ def files(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     return found
 
 
-def finish(cache: Folder, content: Mapping[str, Any], weak: bool) -> dict[str, Any]:
+def finalize_cache(cache: Folder, content: Mapping[str, Any], single_writer: bool) -> dict[str, Any]:
     """Statistics and card, from all that stands in the cache; `_commits` is mended on the way.
 
-    weak: a writer may have overwritten another's part.
+    single_writer: a writer may have overwritten another's part.
     """
     identity = content["identity_sha256"]
-    mending = Mending(identity=identity, container=content["identity"]["container"], again=weak)
-    summing = stats.Summing(cache, identity, mending)
+    mending = Repair(identity=identity, container=content["identity"]["container"], again=single_writer)
+    summing = stats.StatsWriter(cache, identity, mending)
     for _ in range(ROUNDS):
         written = summing.write()
-        cache.replace(card.NAME, card.card(Cache(cache, content), written, versions()["latentmill"]))
+        cache.replace(card.NAME, card.render_card(Cache(cache, content), written, library_versions()["latentmill"]))
         # otherwise another job wrote parts meanwhile, and perhaps its statistics before us
-        if tuple(parts.files(cache)) == summing.files:
+        if tuple(parts.list_part_files(cache)) == summing.files:
             break
     return written

@@ -44,10 +44,14 @@ class Common:
     workers: str = option(
         "auto", "replicas; auto: one a GPU, or one a CPU; 0: in this process, without Ray", "N|auto|0"
     )
-    gpus_per_worker: float = option(1.0, "GPUs that Ray sets aside for a replica, where replicas run on GPUs", "N")
-    cpus_per_worker: int = option(1, "CPUs of a replica: threads that open pictures, and threads of a CPU model", "N")
+    gpus_per_worker: float = option(
+        1.0, "GPUs that Ray sets aside for a latent_encoder, where replicas run on GPUs", "N"
+    )
+    cpus_per_worker: int = option(
+        1, "CPUs of a latent_encoder: threads that open images, and threads of a CPU model", "N"
+    )
     address: str = option("", "the Ray cluster to use; unset: RAY_ADDRESS, else a local Ray", "HOST:PORT")
-    patience: float = option(
+    stall_timeout: float = option(
         600.0, "replace a worker that makes no progress, and end a job whose storage fails, after so long", "SECONDS"
     )
     storage_option: tuple[str, ...] = option(
@@ -61,11 +65,11 @@ class Common:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(Common):
-    """Encode pictures into a cache of latents. The same command again does only what is missing."""
+    """Encode images into a cache of latents. The same command again does only what is missing."""
 
     source: tuple[str, ...] = option(
         REQUIRED,
-        "tar shards, Parquet files with pictures, folders of pictures: files, directories, globs, brace ranges; "
+        "tar shards, Parquet files with images, folders of images: files, directories, globs, brace ranges; "
         "NAME=SOURCE names one that does not go by the name of its directory",
         "SOURCE",
         True,
@@ -91,10 +95,10 @@ class EncodeOptions(Common):
         0, "instead: sizes of many shapes, each of about this area's side squared; 0: squares only", "PX"
     )
     multiple_of: int = option(64, "what the sides of buckets are multiples of", "PX")
-    min_size: int = option(0, "leave out pictures whose shorter side has fewer pixels", "PX")
-    interpolation: Interpolation = option("bicubic", "how pictures are resized; always antialiased")
+    min_size: int = option(0, "leave out images whose shorter side has fewer pixels", "PX")
+    interpolation: Interpolation = option("bicubic", "how images are resized; always antialiased")
     crop: Crop = option("center", "where the square is cut out; random: drawn by --seed, shard and key")
-    flip: Flip = option("none", "random: mirror half of the pictures, drawn by --seed, shard and key")
+    flip: Flip = option("none", "random: mirror half of the images, drawn by --seed, shard and key")
     store: Store = option(
         "mode", "what is kept of the posterior: its mode, a sample drawn by --seed, shard and key, or its moments"
     )
@@ -104,7 +108,7 @@ class EncodeOptions(Common):
     columns: str = option(
         ALL, "what comes along of each sample: text members and Parquet columns; '': nothing", "NAME[,NAME...]"
     )
-    image_column: str = option("", "where Parquet files have their pictures; unset: the column with bytes", "NAME")
+    image_column: str = option("", "where Parquet files have their images; unset: the column with bytes", "NAME")
     key_column: str = option("", "where Parquet files have their keys; unset: the number of the row", "NAME")
     max_shards: int = option(
         0, "only the first N shards: a trial, which the same command without it goes on from; 0: all", "N"
@@ -112,23 +116,23 @@ class EncodeOptions(Common):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "what is computed in; auto: fp32 on CPUs, bf16 on GPUs"
     )
-    batch_size: int = option(0, "pictures handed to the device at once; 0: one slice", "N")
-    slice_size: int = option(0, "pictures the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
+    batch_size: int = option(0, "images handed to the device at once; 0: one slice", "N")
+    slice_size: int = option(0, "images the model runs on at once; 0: 1 on CPUs, 8 on GPUs", "N")
     compile: bool = option(False, "run the encoder through torch.compile: slow to start, for long jobs on GPUs")
     tile_above: int = option(
-        0, "encode pictures with a longer side in tiles of this many pixels: less memory, other numbers; 0: never", "PX"
+        0, "encode images with a longer side in tiles of this many pixels: less memory, other numbers; 0: never", "PX"
     )
-    rows_per_part: int = option(0, "pictures in an output file; 0: up to 4096 and about 256 MiB", "N")
+    rows_per_part: int = option(0, "images in an output file; 0: up to 4096 and about 256 MiB", "N")
     max_reject_rate: float = option(0.05, "end with exit code 3 where a larger share of the samples is rejected", "R")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Common):
-    """Render previews from a cache: pictures and contact sheets, beside the originals where these can be read."""
+    """Render previews from a cache: images and contact sheets, beside the originals where these can be read."""
 
     cache: str = option(REQUIRED, "the cache", "CACHE", True)
     to: str = option(REQUIRED, "where the previews go", "OUT")
-    limit: int = option(48, "how many pictures, spread evenly over the cache; 0: all", "N")
+    limit: int = option(48, "how many images, spread evenly over the cache; 0: all", "N")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
     source: tuple[str, ...] = option((), NOW, "SOURCE")
 
@@ -160,7 +164,7 @@ class VerifyOptions(StatsOptions):
     """Prove a cache: every file against its record, the plan, the statistics; on request against inputs and VAE."""
 
     recount: bool = option(False, "read the inputs to their end: their samples must be those that were encoded")
-    reencode: int = option(0, "encode N pictures again, spread evenly over the cache, and compare", "N")
+    reencode: int = option(0, "encode N images again, spread evenly over the cache, and compare", "N")
     source: tuple[str, ...] = option((), NOW, "SOURCE")
     source_option: tuple[str, ...] = option((), SOURCE_OPTION, "KEY=VALUE")
     vae: str = option("", "the VAE; unset: the one that the cache names", "REF")
@@ -188,7 +192,7 @@ def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options,
     values = {**(read_config(kind, config) if config else {}), **given}
     for item in dataclasses.fields(kind):
         if item.default is REQUIRED and item.name not in values:
-            raise UsageError(f"{flag(item)} is missing; see latentmill {verb} --help")
+            raise UsageError(f"{flag_of(item)} is missing; see latentmill {verb} --help")
     return kind(**values), set(values)
 
 
@@ -199,7 +203,7 @@ class Parser(argparse.ArgumentParser):
         words = message.split(": ", 1)[-1].split()
         if message.startswith("unrecognized arguments"):
             known = [text for action in self._actions for text in action.option_strings]
-            raise UsageError(f"unknown option {words[0]}{nearest(words[0].split('=')[0], known)}")
+            raise UsageError(f"unknown option {words[0]}{suggest(words[0].split('=')[0], known)}")
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
@@ -207,7 +211,9 @@ def make_parser(kind: type[Any], verb: str) -> Parser:
     """A parser whose flags are the fields of a dataclass; what is not given is not in its result."""
     required = [item for item in dataclasses.fields(kind) if item.default is REQUIRED]
     shown = [
-        text if text[0] != "-" else f"{text} {item.metadata['metavar']}" for item in required for text in [flag(item)]
+        text if text[0] != "-" else f"{text} {item.metadata['metavar']}"
+        for item in required
+        for text in [flag_of(item)]
     ]
     parser = Parser(
         prog=f"latentmill {verb}",
@@ -234,16 +240,16 @@ def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
     else:
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         arguments["metavar"] = "|".join(choices) or item.metadata["metavar"]
-        arguments["type"] = converter(item.name, hint)
+        arguments["type"] = make_converter(item.name, hint)
     if item.metadata["positional"]:
         arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
     elif hint == tuple[str, ...]:
         arguments["action"] = "append"
-    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), flag(item)]
+    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), flag_of(item)]
     group.add_argument(*names, **arguments)
 
 
-def flag(item: "dataclasses.Field[Any]") -> str:
+def flag_of(item: "dataclasses.Field[Any]") -> str:
     """How a field is called on the command line."""
     if item.metadata["positional"]:
         return str(item.metadata["metavar"])
@@ -256,14 +262,14 @@ def help_of(item: "dataclasses.Field[Any]") -> str:
     return f"{text} (default: {item.default})" if shown else text
 
 
-def converter(name: str, hint: Any) -> Any:
+def make_converter(name: str, hint: Any) -> Any:
     """A function from the text of a flag to a field's value, whose ValueError argparse turns into its message."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
 
         def choose(text: str) -> str:
             if text not in choices:
-                near = nearest(text, choices)
+                near = suggest(text, choices)
                 raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(choices)}{near}")
             return text
 
@@ -295,7 +301,7 @@ def read_config(kind: type[Any], path: str) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UsageError(f"--config {path} has the unknown key '{key}'{nearest(name, known)}")
+            raise UsageError(f"--config {path} has the unknown key '{key}'{suggest(name, known)}")
         values[name] = config_value(name, hints[name], value, path)
     return values
 
@@ -309,18 +315,18 @@ def config_value(name: str, hint: Any, value: Any, path: str) -> Any:
     if hint == tuple[str, ...]:
         return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     try:
-        return converter(name, hint)(str(value))
+        return make_converter(name, hint)(str(value))
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{name} in --config {path}: {error}") from None
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
     """A hint for a word that is not known."""
     near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def storage_options(given: Sequence[str], flag: str = "--storage-option") -> dict[str, Any]:
+def parse_storage_options(given: Sequence[str], flag: str = "--storage-option") -> dict[str, Any]:
     """`KEY=VALUE` pairs as a dict, `env:NAME` taken from the environment; true, false and {...} as JSON has them."""
     options: dict[str, Any] = {}
     for pair in given:
@@ -342,21 +348,21 @@ def storage_options(given: Sequence[str], flag: str = "--storage-option") -> dic
     return options
 
 
-def source_options(options: "Common | VerifyOptions") -> dict[str, Any]:
+def parse_source_options(options: "Common | VerifyOptions") -> dict[str, Any]:
     """The options for the storage of the sources: their own, otherwise those for all storage."""
     if options.source_option:
-        return storage_options(options.source_option, "--source-option")
-    return storage_options(options.storage_option)
+        return parse_storage_options(options.source_option, "--source-option")
+    return parse_storage_options(options.storage_option)
 
 
-def limits_of(given: Sequence[str]) -> Limits:
+def parse_limits(given: Sequence[str]) -> Limits:
     """`--input-limit NAME=N` pairs, over the defaults. Raises UsageError."""
     numbers: dict[str, int] = {}
     for pair in given:
         name, _, value = pair.partition("=")
         if name not in Limits.__dataclass_fields__:
             raise UsageError(
-                f"--input-limit {pair}: there is no limit '{name}'{nearest(name, list(Limits.__dataclass_fields__))}"
+                f"--input-limit {pair}: there is no limit '{name}'{suggest(name, list(Limits.__dataclass_fields__))}"
             )
         if not value.isdigit() or not int(value):
             raise UsageError(f"--input-limit {pair}: it must be {name}=N, a whole number above 0")
@@ -364,7 +370,7 @@ def limits_of(given: Sequence[str]) -> Limits:
     return Limits(**numbers)
 
 
-def as_record(options: Any) -> dict[str, Any]:
+def options_as_record(options: Any) -> dict[str, Any]:
     """Options as a run's record keeps them: values of storage options only where they name an environment variable."""
     fields = dataclasses.asdict(options)
     for name in ("storage_option", "source_option"):

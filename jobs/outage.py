@@ -4,9 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from jobs.engine import Done, Task, error_line
-from jobs.progress import duration, say
-from jobs.scheduler import pause
+from jobs.engine import Task, TaskResult, format_error
+from jobs.progress import format_duration, log_info
+from jobs.scheduler import backoff
 from pipeline.errors import JobError
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
@@ -19,13 +19,13 @@ class Outage:
     """Watches for failures of the storage, on several workers within a short time.
 
     probe: asks the storage that a task needs, and raises LatentmillError if it does not answer.
-    patience: seconds after which the job ends if the storage still does not answer.
+    stall_timeout: seconds after which the job ends if the storage still does not answer.
     """
 
     def __init__(
-        self, probe: Callable[[Task], None], patience: float, clock: Callable[[], float] = time.monotonic
+        self, probe: Callable[[Task], None], stall_timeout: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.probe, self.patience, self.clock = probe, patience, clock
+        self.probe, self.stall_timeout, self.clock = probe, stall_timeout, clock
         self.failures: list[tuple[float, str]] = []  # when, on which worker, since the last success there
         self.first = 0.0  # failure of this outage, since the last success anywhere
         self.error = ""
@@ -43,7 +43,7 @@ class Outage:
         self.failures = [(at, failed) for at, failed in self.failures if failed != worker]
         self.first, self._probes = (self.clock() if self.is_on else 0.0), 0
 
-    def failed(self, done: Done, workers: int) -> None:
+    def failed(self, done: TaskResult, workers: int) -> None:
         """Take in a task that failed because of the storage. workers: how many are ready."""
         now = self.clock()
         if not self.is_on and (not self.first or now - self._last > WINDOW):
@@ -60,19 +60,19 @@ class Outage:
     def holds(self) -> bool:
         """Whether no task is to be started now. Probes the storage, with growing pauses.
 
-        Raises JobError if it has failed for longer than `patience`, and still does.
+        Raises JobError if it has failed for longer than `stall_timeout`, and still does.
         """
         if not self.is_on:
             return False
         seconds = self.clock() - self.first
-        answered = self._answer(at_once=seconds > self.patience)
+        answered = self._answer(at_once=seconds > self.stall_timeout)
         if answered:
             if self.is_certain:
-                say(f"the storage answers again, after {duration(seconds)}")
+                log_info(f"the storage answers again, after {format_duration(seconds)}")
             self.is_on, self.is_certain, self.failures = False, False, []
-        elif seconds > self.patience + (HANGS if answered is None else 0.0):
+        elif seconds > self.stall_timeout + (HANGS if answered is None else 0.0):
             raise JobError(
-                f"the storage has failed for {duration(seconds)} (--patience): {self.error}; "
+                f"the storage has failed for {format_duration(seconds)} (--stall-timeout): {self.error}; "
                 "the same command goes on once it answers"
             )
         return self.is_on
@@ -88,7 +88,7 @@ class Outage:
         self._asked = None
         if not answered:
             if not self.is_certain:
-                say(f"the storage does not answer, and no further task is started until it does: {self.error}")
+                log_info(f"the storage does not answer, and no further task is started until it does: {self.error}")
             self.is_certain = True
             self._rest()
         return answered
@@ -98,9 +98,9 @@ class Outage:
             self.probe(task)
             answer.append(True)
         except Exception as error:  # whatever it is, the storage does not answer as it should
-            self.error = error_line(error)
+            self.error = format_error(error)
             answer.append(False)
 
     def _rest(self) -> None:
         self._probes += 1
-        self._next_probe = self.clock() + min(pause(self._probes), LONGEST_PAUSE)
+        self._next_probe = self.clock() + min(backoff(self._probes), LONGEST_PAUSE)

@@ -6,7 +6,7 @@ from collections import deque
 WINDOW = 60.0  # seconds
 
 
-class Pace:
+class Throughput:
     """Images a second over about the last minute, from counts that only grow."""
 
     def __init__(self) -> None:

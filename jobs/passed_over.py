@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.limits import shown
+from pipeline.limits import printable
 from pipeline.readers.metadata import NO_METADATA
 from pipeline.readers.parquet import NO_IMAGES
 from pipeline.readers.tar_members import APART, HIDDEN, STRAY
@@ -13,7 +13,7 @@ NAMED = 3  # files
 
 
 @dataclass
-class PassedOver:
+class SkippedInputs:
     """Counts by kind. files: those without images."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -45,7 +45,7 @@ class PassedOver:
             )
         if self.files:
             more = f" and {len(self.files) - NAMED} more" if len(self.files) > NAMED else ""
-            names = ", ".join(map(shown, sorted(self.files)[:NAMED]))
+            names = ", ".join(map(printable, sorted(self.files)[:NAMED]))
             found.append(
                 f"passed over {len(self.files):,} Parquet files without images, their columns with them: {names}{more}"
             )

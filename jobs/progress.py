@@ -14,64 +14,64 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jobs.messages import LOGGER, PROGRESS
-from jobs.pace import Pace
+from jobs.pace import Throughput
 from pipeline.records import UnitReport
 
 SECONDS_BETWEEN_LINES = 5.0
 AT_MOST = 20  # messages of one kind
 
 
-class Meter:
-    """Counts, and says how far the job is. A task's size is in whatever unit the job measures (bytes, pictures)."""
+class ProgressMeter:
+    """Counts, and says how far the job is. A task's size is in whatever unit the job measures (bytes, images)."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what = what
         self.total = max(total, 1)
         self.finished = 0
-        self.finished_pictures = 0
-        self.pictures = 0
+        self.finished_images = 0
+        self.images = 0
         self.rejects = 0
-        self.pace = Pace()
+        self.pace = Throughput()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
-    def task_done(self, size: int, pictures: int, rejects: int) -> None:
+    def task_done(self, size: int, images: int, rejects: int) -> None:
         """Count a task that ended."""
         self.finished += size
-        self.finished_pictures += pictures
+        self.finished_images += images
         self.rejects += rejects
 
     @property
     def share(self) -> float:
-        """How much is done, from 0 to 1: by the tasks that ended, and by the pictures of those under way."""
+        """How much is done, from 0 to 1: by the tasks that ended, and by the images of those under way."""
         share = self.finished / self.total
-        if self.finished_pictures:
-            under_way = max(self.pictures - self.finished_pictures, 0)
-            share += under_way * self.finished / self.finished_pictures / self.total
+        if self.finished_images:
+            under_way = max(self.images - self.finished_images, 0)
+            share += under_way * self.finished / self.finished_images / self.total
         return min(share, 1.0)
 
     @property
     def seconds_left(self) -> int | None:
         """How long it takes at the pace of the last minute; None as long as nothing tells."""
         rate, share = self.pace.rate, self.share
-        return round(self.pictures / share * (1 - share) / rate) if rate and share else None
+        return round(self.images / share * (1 - share) / rate) if rate and share else None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a run's record says of its pace: the same as the line does."""
-        return {"images": self.pictures, "images_per_second": self.pace.rate, "seconds_left": self.seconds_left}
+        return {"images": self.images, "images_per_second": self.pace.rate, "seconds_left": self.seconds_left}
 
     @property
     def line(self) -> str:
         seconds = self.seconds_left
-        left = "" if seconds is None or self.share == 1 else f", {duration(seconds)} left"
-        return f"{self.pictures:,} pictures {self.what}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
+        left = "" if seconds is None or self.share == 1 else f", {format_duration(seconds)} left"
+        return f"{self.images:,} images {self.what}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
-    def tick(self, pictures: int, waiting_for: str) -> None:
+    def tick(self, images: int, waiting_for: str) -> None:
         """Show how far the job is; to be called about once a second."""
-        self.pictures = max(self.pictures, self.finished_pictures, pictures)
+        self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready is no part of the pace
-            self.pace.note(self.pictures)
+            self.pace.note(self.images)
         text = f"waiting for {waiting_for}" if waiting_for else self.line
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)
@@ -93,29 +93,31 @@ class Meter:
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
 
 
-def say(text: str, level: int = logging.INFO) -> None:
+def log_info(text: str, level: int = logging.INFO) -> None:
     """A line for the user: on standard error, and in the run's log."""
     LOGGER.log(level, "%s", text)
 
 
-def say_each(texts: Sequence[str], level: int = logging.INFO) -> None:
+def log_each(texts: Sequence[str], level: int = logging.INFO) -> None:
     """A line for each of these messages of one kind, as long as they are few; otherwise how many more there are."""
     for text in texts[:AT_MOST]:
-        say(text, level)
+        log_info(text, level)
     if len(texts) > AT_MOST:
-        say(f"... and {len(texts) - AT_MOST:,} more like these", level)
+        log_info(f"... and {len(texts) - AT_MOST:,} more like these", level)
 
 
-def say_unit(done: UnitReport) -> None:
+def log_unit(done: UnitReport) -> None:
     """Say what became of a unit: its damage always, the rest for debugging."""
     if done.damage:
-        say(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected", logging.WARNING)
+        log_info(
+            f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected", logging.WARNING
+        )
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
     rejects = sum(done.rejects.values())
-    say(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})", logging.DEBUG)
+    log_info(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})", logging.DEBUG)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as a person says them."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

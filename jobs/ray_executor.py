@@ -1,4 +1,4 @@
-"""The engine on Ray: actors that each hold a replica, on this machine or on a cluster. The only module that knows ray.
+"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module imports ray.
 
 An actor that is lost is replaced by a new one, and its tasks go back to the driver: Ray neither restarts actors nor
 runs calls again, because the driver knows better what is left to do. What a lost actor may still write is harmless
@@ -22,12 +22,12 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.connect import SECONDS, check_listens, cluster_named, in_time
-from jobs.engine import IN_FLIGHT, Done, Job, Worker, failed
-from jobs.progress import say
+from jobs.connect import SECONDS, call_with_timeout, check_listening, resolve_address
+from jobs.engine import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
+from jobs.progress import log_info
 from jobs.ray_temp import directory_for_ray
 from jobs.slots import Slot, Slots
-from jobs.worker_packages import among_our_packages, code_for_workers, working_in
+from jobs.worker_packages import make_runtime_env, package_directory, working_in
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
@@ -36,12 +36,12 @@ LAST_LINES = 20  # of a lost worker's log
 
 
 @contextmanager
-def connected(address: str) -> Iterator[None]:
+def connect(address: str) -> Iterator[None]:
     """A connection to the cluster at `address` or RAY_ADDRESS; without either, a local Ray for as long as this lasts.
 
     Meanwhile standard output is standard error: Ray prints there when a worker dies, and ours is for results.
     """
-    named = cluster_named(address)
+    named = resolve_address(address)
     with redirect_stdout(sys.stderr), _existing(named) if named else _local():
         try:
             yield
@@ -54,17 +54,17 @@ def connected(address: str) -> Iterator[None]:
 def _existing(address: str) -> Iterator[None]:
     """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
     where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
-    say(f"connecting to the Ray cluster at {where}")
-    code = code_for_workers()
+    log_info(f"connecting to the Ray cluster at {where}")
+    code = make_runtime_env()
 
     def connect() -> None:
-        check_listens(address)
+        check_listening(address)
         ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
 
-    with among_our_packages() as ours:
+    with package_directory() as ours:
         try:
             with working_in(ours):
-                in_time(connect, SECONDS)
+                call_with_timeout(connect, SECONDS)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
         yield
@@ -87,7 +87,7 @@ def _unreachable(error: Exception) -> str:
 def _local() -> Iterator[None]:
     """A local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with directory_for_ray() as free, among_our_packages(free) as ours:
+    with directory_for_ray() as free, package_directory(free) as ours:
         with working_in(ours), _our_signals():
             ray.init(
                 address="local",
@@ -132,7 +132,7 @@ def _nodes() -> set[str]:
 
 def can_grow(address: str) -> bool:
     """Whether more nodes may join: not a Ray of our own."""
-    return bool(cluster_named(address))
+    return bool(resolve_address(address))
 
 
 def gpus() -> float:
@@ -146,7 +146,7 @@ def cpus() -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class WorkerLocation:
     """Where a worker runs. node: Ray's id of it. log: the file that its standard error goes to; empty if unknown."""
 
     node: str
@@ -155,38 +155,38 @@ class Home:
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
-class Actor:
+class RayWorker:
     """A process with one worker. Several of its calls run at once, in threads."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
 
-    def home(self) -> Home:
+    def home(self) -> WorkerLocation:
         """Answers as soon as the process runs."""
         try:
             log = os.readlink("/proc/self/fd/2")
         except OSError:  # not Linux
             log = ""
-        return Home(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
+        return WorkerLocation(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
 
-    def load(self, job: Job, vae: Vae) -> None:
+    def load(self, job: WorkerSpec, vae: Vae) -> None:
         """Returns once the model is loaded."""
         self.worker = job.build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
         """Images, and steps of any kind. Answers while the model is loaded, too: so its process is seen to run."""
-        return (self.worker.pictures, self.worker.steps) if self.worker else (0, 0)
+        return (self.worker.images, self.worker.steps) if self.worker else (0, 0)
 
-    def run(self, task: Any, attempt: Attempt, name: str) -> Done:
+    def run(self, task: Any, attempt: Attempt, name: str) -> TaskResult:
         assert self.worker is not None  # tasks are for those that are loaded
         try:
-            return Done(task=task, worker=name, report=self.worker.run(task, attempt))
+            return TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
         except Exception as error:  # whatever it was, the driver decides what becomes of the task
-            return failed(task, name, error)
+            return failed_result(task, name, error)
 
 
 @dataclass(slots=True, eq=False)
-class Remote:
+class WorkerHandle:
     """What the driver knows of an actor: the calls under way, and how far it has come.
 
     starting: the call that loads the model, until it has. homing: the call that asks where it runs, until it is known.
@@ -199,48 +199,48 @@ class Remote:
     starting: Any
     homing: Any
     elsewhere: frozenset[str]
-    home: Home | None = None
+    home: WorkerLocation | None = None
     tasks: dict[Any, Any] = field(default_factory=dict)
     asked: Any = None
-    pictures: int = 0
+    images: int = 0
     steps: int = 0
     moved: float = 0.0
 
 
-class RayEngine:
+class RayExecutor:
     """`workers` actors, each with two tasks under way.
 
     grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
     would be used, and nodes that join are.
-    patience: seconds without any progress (`Worker.steps`) after which an actor that loads or has tasks is hung.
+    stall_timeout: seconds without any progress (`Worker.steps`) after which an actor that loads or has tasks is hung.
     """
 
     can_replace = True
 
     def __init__(
-        self, job: Job, vae: Vae, workers: int, gpus: float, cpus: int, patience: float, grows: bool = False
+        self, job: WorkerSpec, vae: Vae, workers: int, gpus: float, cpus: int, stall_timeout: float, grows: bool = False
     ) -> None:
         self.grows = grows
-        self.patience = patience
-        self.job, self.vae = job, ray.put(vae)
+        self.stall_timeout = stall_timeout
+        self.spec, self.vae = job, ray.put(vae)
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
-        self.ended: list[Done] = []
-        self.lost_pictures = 0
+        self.ended: list[TaskResult] = []
+        self.lost_images = 0
         self._numbers = count()
-        self.slots = Slots(workers, patience)
+        self.slots = Slots(workers, stall_timeout)
         self._start_missing()
 
     @property
-    def remotes(self) -> list[Remote]:
+    def remotes(self) -> list[WorkerHandle]:
         """The actors, also those that are starting."""
         return [slot.worker for slot in self.slots if slot.worker is not None]
 
-    def _start(self, elsewhere: Set[str]) -> Remote:
+    def _start(self, elsewhere: Set[str]) -> WorkerHandle:
         where = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(elsewhere))})"}} if elsewhere else {}
         options = {"max_concurrency": IN_FLIGHT + 2, **self.resources, **where}
-        actor = Actor.options(**options).remote()  # type: ignore[attr-defined]
-        starting, homing = actor.load.remote(self.job, self.vae), actor.home.remote()
-        return Remote(f"worker-{next(self._numbers)}", actor, starting, homing, frozenset(elsewhere))
+        actor = RayWorker.options(**options).remote()  # type: ignore[attr-defined]
+        starting, homing = actor.load.remote(self.spec, self.vae), actor.home.remote()
+        return WorkerHandle(f"worker-{next(self._numbers)}", actor, starting, homing, frozenset(elsewhere))
 
     def _start_missing(self) -> None:
         """Start workers in slots that are free, and again those that wait, but not for a node that may be used."""
@@ -258,8 +258,8 @@ class RayEngine:
         return [remote.name for remote in self.remotes if remote.starting is None]
 
     @property
-    def pictures(self) -> int:
-        return self.lost_pictures + sum(remote.pictures for remote in self.remotes)
+    def images(self) -> int:
+        return self.lost_images + sum(remote.images for remote in self.remotes)
 
     @property
     def starting(self) -> int:
@@ -283,7 +283,7 @@ class RayEngine:
         remote.tasks[remote.actor.run.remote(task, attempt, worker)] = task
         remote.moved = time.monotonic()
 
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
         if self.grows:
             self._follow_demand(waiting)
@@ -300,7 +300,7 @@ class RayEngine:
                 self._look_after(slot, slot.worker, ready)
         return self._take_ended()
 
-    def _take_ended(self) -> list[Done]:
+    def _take_ended(self) -> list[TaskResult]:
         done, self.ended = self.ended, []
         return done
 
@@ -315,7 +315,7 @@ class RayEngine:
                     ray.kill(slot.worker.actor)
                 self.slots.remove(slot)
 
-    def _look_after(self, slot: Slot, remote: Remote, ready: list[Any]) -> None:
+    def _look_after(self, slot: Slot, remote: WorkerHandle, ready: list[Any]) -> None:
         """Take in what a worker has finished; replace it if it is lost."""
         try:
             if remote.starting in ready:
@@ -330,8 +330,8 @@ class RayEngine:
                     self.slots.note_success(slot, remote.home.node if remote.home else "")
             self._ask(remote)
             busy = remote.moved and (remote.tasks or remote.starting is not None)
-            if busy and time.monotonic() - remote.moved > self.patience:
-                self._lose(slot, remote, f"it stood still for {self.patience:g} s")
+            if busy and time.monotonic() - remote.moved > self.stall_timeout:
+                self._lose(slot, remote, f"it stood still for {self.stall_timeout:g} s")
         except RayTaskError as error:  # the actor lives
             if remote.starting is None:  # a mistake of ours, which would come again
                 raise JobError(f"a worker failed: {_cause(error)}") from error
@@ -339,10 +339,10 @@ class RayEngine:
             self._lose(slot, remote, _cause(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
-                self.job = self.job.in_smaller_slices()  # of all workers that start from now on
+                self.spec = self.spec.with_smaller_slices()  # of all workers that start from now on
             self._lose(slot, remote, _cause(error), with_node=_died_with_its_node(error))
 
-    def _ask(self, remote: Remote) -> None:
+    def _ask(self, remote: WorkerHandle) -> None:
         """Keep one question for its progress under way, and learn where it runs."""
         if remote.home is None:
             self._learn_home(remote, 0)
@@ -350,49 +350,49 @@ class RayEngine:
             answered, _ = ray.wait([remote.asked], timeout=0)
             if not answered:
                 return
-            remote.pictures, steps = ray.get(remote.asked)
+            remote.images, steps = ray.get(remote.asked)
             if steps != remote.steps or not remote.moved:
                 remote.steps, remote.moved = steps, time.monotonic()
         remote.asked = remote.actor.progress.remote()
 
-    def _learn_home(self, remote: Remote, seconds: float) -> None:
+    def _learn_home(self, remote: WorkerHandle, seconds: float) -> None:
         if ray.wait([remote.homing], timeout=seconds)[0]:
             remote.home = ray.get(remote.homing)
 
-    def _lose(self, slot: Slot, remote: Remote, why: str, with_node: bool = False) -> None:
+    def _lose(self, slot: Slot, remote: WorkerHandle, why: str, with_node: bool = False) -> None:
         """Give back the tasks of a worker that is lost, and start another. A start that failed counts as a failure."""
         self.ended += [
-            Done(task=task, worker=remote.name, error=f"its worker was lost ({why})", cause="lost")
+            TaskResult(task=task, worker=remote.name, error=f"its worker was lost ({why})", cause="lost")
             for task in remote.tasks.values()
         ]
         if not with_node:
             for line in _last_lines(remote.home):
-                say(f"  {remote.name}: {line}")
+                log_info(f"  {remote.name}: {line}")
         if remote.starting is not None:
             if not with_node:
                 self._note_failure(slot, remote, why)
-            say(f"a worker is started again: {why}")
+            log_info(f"a worker is started again: {why}")
         self._end(slot, remote)
 
     def replace(self, worker: str, why: str) -> None:
         slot, remote = next((s, s.worker) for s in self.slots if s.worker is not None and s.worker.name == worker)
         host = f" on {remote.home.host}" if remote.home else ""
-        say(f"a worker{host} is replaced, because it fails: {why}")
+        log_info(f"a worker{host} is replaced, because it fails: {why}")
         self.ended += [
-            Done(task=task, worker=worker, error=f"its worker was replaced ({why})", cause="returned")
+            TaskResult(task=task, worker=worker, error=f"its worker was replaced ({why})", cause="returned")
             for task in remote.tasks.values()
         ]
         self._note_failure(slot, remote, why)
         self._end(slot, remote)
 
-    def _end(self, slot: Slot, remote: Remote) -> None:
+    def _end(self, slot: Slot, remote: WorkerHandle) -> None:
         """End a worker; the next one in its slot starts as soon as it may."""
-        self.lost_pictures += remote.pictures
+        self.lost_images += remote.images
         ray.kill(remote.actor)
         slot.worker = None
 
-    def _note_failure(self, slot: Slot, remote: Remote, why: str) -> None:
-        home = remote.home or Home("", "", "")
+    def _note_failure(self, slot: Slot, remote: WorkerHandle, why: str) -> None:
+        home = remote.home or WorkerLocation("", "", "")
         self.slots.note_failure(slot, home.node, home.host, why)
 
     def close(self) -> None:
@@ -409,7 +409,7 @@ def _died_with_its_node(error: RayError) -> bool:
     )
 
 
-def _last_lines(home: Home | None) -> Sequence[str]:
+def _last_lines(home: WorkerLocation | None) -> Sequence[str]:
     """What a worker wrote last on its standard error: read here, or by a task on its node."""
     if home is None or not home.log:
         return []

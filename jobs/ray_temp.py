@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.progress import say
+from jobs.progress import log_info
 from pipeline.errors import UsageError
 
 BELOW = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"  # as Ray names it
@@ -29,20 +29,20 @@ def directory_for_ray() -> Iterator[str]:
     """
     name = next((name for name in NAMED_BY if name in os.environ), "")
     usual = os.environ[name] if name else "/tmp"
-    why = unfit(usual)
+    why = why_unfit(usual)
     if why is None:
         yield usual
         return
     said = f"{name} {usual} {why}".lstrip()
     others = ("/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", ""), os.path.expanduser("~"))
-    fit = next((other for other in others if unfit(other, OURS) is None), None)
+    fit = next((other for other in others if why_unfit(other, OURS) is None), None)
     if fit is None:
         raise UsageError(
             f"there is no place for the files of a local Ray: {said}; set RAY_TMPDIR to a directory whose path has at "
             f"most {LONGEST} bytes, or work without Ray: --workers 0"
         )
     ours = tempfile.mkdtemp(prefix="lm-", dir=fit)
-    say(f"note: Ray's files are in {ours}: {said}")
+    log_info(f"note: Ray's files are in {ours}: {said}")
     before = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = ours
     try:
@@ -54,7 +54,7 @@ def directory_for_ray() -> Iterator[str]:
         shutil.rmtree(ours, ignore_errors=True)  # Ray's processes may still be ending
 
 
-def unfit(directory: str, below: str = "") -> str | None:
+def why_unfit(directory: str, below: str = "") -> str | None:
     """Why Ray cannot keep its files in a directory, or `below` it; None where it can."""
     if not os.path.isabs(directory):
         return "is not an absolute path"

@@ -9,22 +9,22 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from jobs.engine import Engine, Job
-from jobs.local_executor import InlineEngine
+from jobs.engine import Executor, WorkerSpec
+from jobs.local_executor import LocalExecutor
 from jobs.options import Common
-from pipeline.encoder import Compute
+from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.weights import Vae
 
 GPU_SLICE, CPU_SLICE = 8, 1  # measured on CPUs (docs/benchmarks.md); on GPUs to be measured
 
 
-class Place:
+class ResourcePlan:
     """What the options say of where to run, worked out against what is there."""
 
     def __init__(self, options: Common, stack: ExitStack) -> None:
         self.options = options
-        self.workers = worker_count(options.workers)
+        self.workers = parse_worker_count(options.workers)
         self._stack = stack
         self._device: str | None = None
 
@@ -39,12 +39,14 @@ class Place:
             self._device = self._inline_device() if self.is_inline else self._cluster_device()
         return self._device
 
-    def compute(self, precision: str, slice_size: int = 0, batch_size: int = 0, compiled: bool = False) -> Compute:
+    def compute(
+        self, precision: str, slice_size: int = 0, batch_size: int = 0, compiled: bool = False
+    ) -> ComputeConfig:
         """How replicas run here; 0 stands for the default."""
         slices = slice_size or (CPU_SLICE if self.device == "cpu" else GPU_SLICE)
         if batch_size % slices:
             raise UsageError(f"--batch-size {batch_size} is not a multiple of --slice-size {slices}")
-        return Compute(
+        return ComputeConfig(
             device=self.device,
             precision=precision,
             slice_size=slices,
@@ -53,10 +55,10 @@ class Place:
             compile=compiled,
         )
 
-    def start(self, job: Job, vae: Vae, tasks: int, stop: threading.Event) -> Engine:
+    def start(self, job: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """An engine with as many replicas as were asked for, or as there is room and work for."""
         if self.is_inline:
-            return self._closing(InlineEngine(job, vae, stop))
+            return self._closing(LocalExecutor(job, vae, stop))
         from jobs import ray_executor
 
         on_gpu = self.device == "cuda"
@@ -66,14 +68,16 @@ class Place:
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
         grows = self.workers is None and ray_executor.can_grow(self.options.address)
         return self._closing(
-            ray_executor.RayEngine(job, vae, workers, gpus, self.options.cpus_per_worker, self.options.patience, grows)
+            ray_executor.RayExecutor(
+                job, vae, workers, gpus, self.options.cpus_per_worker, self.options.stall_timeout, grows
+            )
         )
 
     def close(self) -> None:
         """End what was started: the engine, and a Ray of our own. Then others can have the devices."""
         self._stack.close()
 
-    def _closing(self, engine: Engine) -> Engine:
+    def _closing(self, engine: Executor) -> Executor:
         self._stack.callback(engine.close)
         return engine
 
@@ -88,7 +92,7 @@ class Place:
     def _cluster_device(self) -> str:
         from jobs import ray_executor
 
-        self._stack.enter_context(ray_executor.connected(self.options.address))
+        self._stack.enter_context(ray_executor.connect(self.options.address))
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")
@@ -98,15 +102,15 @@ class Place:
 
 
 @contextmanager
-def place(options: Common) -> Iterator[Place]:
+def plan_resources(options: Common) -> Iterator[ResourcePlan]:
     """The place for a job; what was started is ended with the block."""
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
         raise UsageError("--cpus-per-worker must be at least 1, --gpus-per-worker more than 0")
     with ExitStack() as stack:
-        yield Place(options, stack)
+        yield ResourcePlan(options, stack)
 
 
-def worker_count(text: str) -> int | None:
+def parse_worker_count(text: str) -> int | None:
     """`--workers`: None for auto."""
     if text == "auto":
         return None

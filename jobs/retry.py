@@ -8,20 +8,20 @@ from typing import Any
 
 from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
-from jobs.logbook import Logbook
-from jobs.messages import secrets_in, show
-from jobs.open_cache import finish, matching_vae, units
-from jobs.options import RetryOptions, as_record, parse, source_options, storage_options
-from jobs.progress import Meter, say_each, say_unit
-from jobs.resources import place
-from jobs.run_units import Driven, Signals, drive, until_stopped
+from jobs.logbook import RunRecorder
+from jobs.messages import collect_secrets, configure_logging
+from jobs.open_cache import finalize_cache, load_matching_vae, read_units
+from jobs.options import RetryOptions, options_as_record, parse, parse_source_options, parse_storage_options
+from jobs.progress import ProgressMeter, log_each, log_unit
+from jobs.resources import plan_resources
+from jobs.run_units import RunResult, Signals, run_tasks, run_with_signals
 from pipeline.cache import stats
 from pipeline.cache.identity import NAME
-from pipeline.cache.parts import inspect
+from pipeline.cache.parts import inspect_part
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
-from pipeline.errors import REST
-from pipeline.formats.record import Standing
+from pipeline.errors import REST_OF_SHARD
+from pipeline.formats.record import PartInfo
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import store
@@ -31,36 +31,36 @@ from pipeline.weights import Vae
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(RetryOptions, "retry", argv)
-    show(options.verbose)
+    configure_logging(options.verbose)
     told = "what succeeded is in the cache, the same command goes on"
-    return until_stopped(lambda signals: run_job(options, signals), told)
+    return run_with_signals(lambda signals: run_job(options, signals), told)
 
 
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
-    cache = Cache.open(options.cache, storage_options(options.storage_option))
-    parts = list(stats.parts(cache.folder, cache.content["identity_sha256"]))
-    planned = units(options, cache, options.same_source).values()
-    tasks = retry.tasks(planned, rejecting(cache, parts), begun(parts))
-    vae = matching_vae(options.vae, cache)
-    weak, counts = not cache.folder.promises(), Counter[str]()
-    cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not weak))
-    run = Run(cache.folder, "retry", as_record(options))
-    log = Logbook(run, signals, secrets_in(cache.folder.options, source_options(options)))
+    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    parts = list(stats.read_parts(cache.folder, cache.content["identity_sha256"]))
+    planned = read_units(options, cache, options.same_source).values()
+    tasks = retry.make_tasks(planned, parts_with_rejects(cache, parts), started_inputs(parts))
+    vae = load_matching_vae(options.vae, cache)
+    single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
+    cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
+    run = Run(cache.folder, "retry", options_as_record(options))
+    log = RunRecorder(run, signals, collect_secrets(cache.folder.options, parse_source_options(options)))
     with log.kept():
-        log.begin(weak)
+        log.begin(single_writer)
         log.tell(units=len(tasks))
-        driven = encode(options, cache, vae, tasks, log, counts)  # its engine is closed by now
+        driven = run_retry(options, cache, vae, tasks, log, counts)  # its engine is closed by now
         log.tell(counts=dict(counts), images_per_second=0.0, seconds_left=None)
-        say_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
-        written = finish(cache.folder, cache.content, weak)
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
+        written = finalize_cache(cache.folder, cache.content, single_writer)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)
-    tell(options, tasks, counts, written)
+    print_summary(options, tasks, counts, written)
     return code
 
 
-def tell(
+def print_summary(
     options: RetryOptions, tasks: Sequence[retry.RetryTask], counts: Counter[str], written: Mapping[str, Any]
 ) -> None:
     """The summary: what was tried, and what the cache holds now."""
@@ -69,7 +69,7 @@ def tell(
         print_json({"cache": options.cache, "rows": counts["rows"], **content})
         return
     left = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
-    tried = Counter(reason == REST for task in tasks for _, reason in task.rejected - task.superseded)
+    tried = Counter(reason == REST_OF_SHARD for task in tasks for _, reason in task.rejected - task.superseded)
     rests = f", and what follows the damage of {tried[True]:,} shards" if tried[True] else ""
     print(f"retried {tried[False]:,} rejected samples{rests}")
     print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
@@ -77,58 +77,58 @@ def tell(
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def rejecting(cache: Cache, parts: Sequence[stats.Part]) -> list[Standing]:
+def parts_with_rejects(cache: Cache, parts: Sequence[stats.Part]) -> list[PartInfo]:
     """Those parts of a cache that have rejects, or supersede some."""
     identity = cache.content["identity_sha256"]
     wanted = [part.file for part in parts if part.rejects or part.supersedes]
-    found = (inspect(cache.folder, file, identity) for file in wanted)
+    found = (inspect_part(cache.folder, file, identity) for file in wanted)
     return [part for part in found if part is not None]
 
 
-def begun(parts: Sequence[stats.Part]) -> set[str]:
+def started_inputs(parts: Sequence[stats.Part]) -> set[str]:
     """The paths of the inputs of which the encode command read anything before a damage."""
     first = (part for part in parts if not part.supersedes)
-    return {part.source for part in first if part.rows or part.filtered or part.rejects.keys() - {REST}}
+    return {part.source for part in first if part.rows or part.filtered or part.rejects.keys() - {REST_OF_SHARD}}
 
 
-def encode(
+def run_retry(
     options: RetryOptions,
     cache: Cache,
     vae: Vae,
     tasks: Sequence[retry.RetryTask],
-    log: Logbook,
+    log: RunRecorder,
     counts: Counter[str],
-) -> Driven:
+) -> RunResult:
     """Run the tasks on the replicas."""
     if not tasks:
-        return Driven()
-    meter = Meter("encoded", len(tasks))
+        return RunResult()
+    meter = ProgressMeter("encoded", len(tasks))
 
     def on_done(done: UnitReport) -> None:
-        say_unit(done)
+        log_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(1, done.rows, 0)
 
-    with place(options) as where:
+    with plan_resources(options) as where:
         compute = where.compute(cache.content["identity"]["precision"])
         cache_spec.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
-        encoding = cache_spec.encode_job(
-            cache.folder, cache.content, compute, limits, threads, log.run.name, source_options(options)
+        encoding = cache_spec.make_encode_spec(
+            cache.folder, cache.content, compute, limits, threads, log.run.name, parse_source_options(options)
         )
-        job = retry.RetryJob(encoding)
+        job = retry.RetrySpec(encoding)
         engine = where.start(job, vae, len(tasks), log.signals.stop)
 
         def on_tick() -> None:
-            meter.tick(engine.pictures, engine.waiting_for)
+            meter.tick(engine.images, engine.waiting_for)
             log.tell(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
-            store.check_answers(cache.folder.at(NAME), cache.folder.options)
-            store.check_answers(task.unit.url, source_options(options))
+            store.check_reachable(cache.folder.at(NAME), cache.folder.options)
+            store.check_reachable(task.unit.url, parse_source_options(options))
 
         with meter.shown():
-            return drive(tasks, engine, log.signals, on_done, on_tick, probe, options.patience)
+            return run_tasks(tasks, engine, log.signals, on_done, on_tick, probe, options.stall_timeout)
 
 
 if __name__ == "__main__":

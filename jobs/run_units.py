@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from jobs.engine import Done, Engine, Task
+from jobs.engine import Executor, Task, TaskResult
 from jobs.outage import Outage
-from jobs.progress import say
+from jobs.progress import log_info
 from jobs.scheduler import Failure, Scheduler
 from pipeline.errors import Stopped
 
 
 @dataclass(slots=True)
-class Driven:
+class RunResult:
     """How a drive went. seconds: from the moment the first worker was ready to the end of the last task."""
 
     failures: Sequence[Failure] = ()
@@ -75,37 +75,37 @@ class Signals:
             self._looking = False
 
 
-def until_stopped(job: Callable[[Signals], int], told: str) -> int:
+def run_with_signals(job: Callable[[Signals], int], told: str) -> int:
     """Run a job; its exit code, or the one of the signal that ended it. told: what is said then."""
     signals = Signals()
     try:
         with signals.caught():
             return job(signals)
     except Stopped:
-        say(f"stopped; {told}")
+        log_info(f"stopped; {told}")
         return signals.exit_code
 
 
-def drive(
+def run_tasks(
     tasks: Sequence[Task],
-    engine: Engine,
+    engine: Executor,
     signals: Signals,
     on_done: Callable[[Any], None],
     on_tick: Callable[[], None],
     probe: Callable[[Any], None] = lambda task: None,
-    patience: float = 600.0,
+    stall_timeout: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
-) -> Driven:
+) -> RunResult:
     """Run all tasks. Which one runs where, and what a failure means, is for the scheduler.
 
     on_done gets the report of each task that succeeded; on_tick is called about once a second.
     probe: asks the storage that a task needs, and raises LatentmillError if it does not answer. While it does not, no
-    task is started, for at most `patience` seconds.
+    task is started, for at most `stall_timeout` seconds.
     Returns the tasks that were given up, and the time it took.
     Raises Stopped if a signal asked for it, JobError if no worker or no storage works.
     """
-    scheduler, outage = Scheduler(tasks, engine.can_replace, clock), Outage(probe, patience, clock)
-    driven, ready = Driven(scheduler.failures), 0.0
+    scheduler, outage = Scheduler(tasks, engine.can_replace, clock), Outage(probe, stall_timeout, clock)
+    driven, ready = RunResult(scheduler.failures), 0.0
     with signals.looked_at():
         while scheduler.waiting or scheduler.under_way:
             signals.check()
@@ -124,14 +124,14 @@ def drive(
                     outage.succeeded(done.worker)
                     on_done(done.report)
                 else:
-                    take_failure(done, scheduler, outage, len(workers), signals)
+                    handle_failure(done, scheduler, outage, len(workers), signals)
             on_tick()
             driven.seconds = time.perf_counter() - ready if ready else 0.0
     signals.check()
     return driven
 
 
-def take_failure(done: Done, scheduler: Scheduler, outage: Outage, workers: int, signals: Signals) -> None:
+def handle_failure(done: TaskResult, scheduler: Scheduler, outage: Outage, workers: int, signals: Signals) -> None:
     """Tell the scheduler of a task that failed, and the user. workers: how many are ready."""
     is_tried_again = scheduler.failed(done)
     if done.cause == "storage":
@@ -141,4 +141,4 @@ def take_failure(done: Done, scheduler: Scheduler, outage: Outage, workers: int,
     if outage.is_on or signals.stop.is_set():  # an outage is said once; with a stop, the task was stopped
         return
     if is_tried_again and done.cause != "returned":
-        say(f"to be tried again: {done.task.name}: {done.error}")
+        log_info(f"to be tried again: {done.task.name}: {done.error}")

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from jobs.engine import IN_FLIGHT, Done, Task
+from jobs.engine import IN_FLIGHT, Task, TaskResult
 from pipeline.records import Attempt
 
 TRIES = 3
 PARDONS = 10  # failures of a task that were not its fault; but a task may also be what kills workers
 STRIKES = 2  # failures in a row
 RESTS = 5  # strikes after which a worker rests; more of them, and it is rather the tasks
-PAUSE = 2.0  # seconds before a task, or a worker that failed, is tried again; doubled each time
+FIRST_PAUSE = 2.0  # seconds before a task, or a worker that failed, is tried again; doubled each time
 LONGEST_PAUSE = 60.0
 AWAIT = 120.0  # seconds that a task waits for another worker to start than those on which it failed
 
@@ -35,7 +35,7 @@ class TaskState:
     avoided: list[str] = field(default_factory=list)
     pardons: int = 0
     device_errors: int = 0
-    careful: bool = False
+    isolated: bool = False
     damaged_at: int | None = None
     failed_at: float = 0.0
     rests_until: float = 0.0
@@ -149,7 +149,7 @@ class Scheduler:
                 return None
             if not chosen:
                 chosen = [worker for worker in free if worker != state.avoided[-1] or len(workers) == 1]
-        if state.careful:
+        if state.isolated:
             chosen = [worker for worker in chosen if not self.workers[worker].tasks]
         states = self.workers
         return min(chosen, key=lambda name: (len(states[name].tasks), len(states[name].strikes)), default=None)
@@ -157,11 +157,11 @@ class Scheduler:
     def _assign(self, state: TaskState, name: str) -> Assignment:
         worker, task = self.workers[name], state.task
         worker.tasks.add(task.name)
-        worker.alone = state.careful
+        worker.alone = state.isolated
         self.assigned[task.name] = state
-        return Assignment(task, Attempt(careful=state.careful, damaged_at=state.damaged_at), name)
+        return Assignment(task, Attempt(isolated=state.isolated, damaged_at=state.damaged_at), name)
 
-    def succeeded(self, done: Done) -> None:
+    def succeeded(self, done: TaskResult) -> None:
         """Take in a task that was done."""
         self._take_back(done)
         worker = self.workers.setdefault(done.worker, WorkerState())
@@ -173,7 +173,7 @@ class Scheduler:
                 other.strikes.pop(done.task.name, None)
             other.is_to_blame |= done.task.name in other.strikes
 
-    def failed(self, done: Done) -> bool:
+    def failed(self, done: TaskResult) -> bool:
         """Take in a task that failed. Returns whether it is tried again."""
         state = self._take_back(done)
         if done.cause == "returned":
@@ -189,10 +189,10 @@ class Scheduler:
         else:
             state.pardons += 1
         if done.cause == "lost":
-            state.careful = True
+            state.isolated = True
             self.workers.pop(done.worker, None)
         elif done.cause == "device":
-            state.careful = True  # alone with its worker: it may be what the device fails of
+            state.isolated = True  # alone with its worker: it may be what the device fails of
             state.device_errors += counts
             self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
         else:
@@ -201,7 +201,7 @@ class Scheduler:
             self.failures.append(Failure(done.task.name, str(done.error)))
             return False
         failures = len(state.failed_on) + (state.pardons if done.cause == "storage" else 0)
-        state.rests_until = self.clock() + pause(failures) if failures else 0.0
+        state.rests_until = self.clock() + backoff(failures) if failures else 0.0
         self.again.append(state)
         return True
 
@@ -210,17 +210,17 @@ class Scheduler:
         proven = {each for each, worker in self.workers.items() if worker.is_proven}
         return not proven or name in proven
 
-    def _take_back(self, done: Done) -> TaskState:
+    def _take_back(self, done: TaskResult) -> TaskState:
         if worker := self.workers.get(done.worker):
             worker.tasks.discard(done.task.name)
             worker.alone = False
         return self.assigned.pop(done.task.name)
 
-    def _strike(self, done: Done) -> None:
+    def _strike(self, done: TaskResult) -> None:
         worker = self.workers.setdefault(done.worker, WorkerState())
         worker.strikes[done.task.name] = str(done.error)
         worker.failures += 1
-        worker.rests_until = self.clock() + pause(len(worker.strikes))
+        worker.rests_until = self.clock() + backoff(len(worker.strikes))
 
     def sick(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
         """The workers that are to be replaced, of those that are ready, and why."""
@@ -253,6 +253,6 @@ class Scheduler:
             worker.clear()
 
 
-def pause(failures: int) -> float:
+def backoff(failures: int) -> float:
     """Seconds before something is tried again that has failed so many times in a row."""
-    return float(min(PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE))
+    return float(min(FIRST_PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE))

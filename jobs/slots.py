@@ -5,8 +5,8 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.progress import say
-from jobs.scheduler import pause
+from jobs.progress import log_info
+from jobs.scheduler import backoff
 from pipeline.errors import JobError
 
 FAILED = 3  # workers in a row that failed in every slot, without any task done, and the job ends
@@ -29,12 +29,12 @@ class Slot:
 class Slots(list[Slot]):
     """The slots of a job, and which of them, and which nodes, are to be left alone for a while.
 
-    patience: seconds without any task done after which the job ends if workers fail in every slot.
+    stall_timeout: seconds without any task done after which the job ends if workers fail in every slot.
     """
 
-    def __init__(self, number: int, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, number: int, stall_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(Slot() for _ in range(number))
-        self.patience, self.clock = patience, clock
+        self.stall_timeout, self.clock = stall_timeout, clock
         self.succeeded: float | None = None  # when a task was last done
         self._failed_on: dict[str, int] = {}  # workers in a row, by node
         self._avoided: dict[str, float] = {}  # until when, by node
@@ -52,15 +52,17 @@ class Slots(list[Slot]):
         now = self.clock()
         slot.failed += 1
         everywhere = all(slot.failed >= FAILED for slot in self)
-        if everywhere and (self.succeeded is None or now - self.succeeded > self.patience):
+        if everywhere and (self.succeeded is None or now - self.succeeded > self.stall_timeout):
             raise JobError(f"workers fail in all they do, or workers cannot start: {why}")
         if slot.failed > 1:
-            slot.rests_until = now + (pause(slot.failed - 1) if self.succeeded is None else AVOID)
+            slot.rests_until = now + (backoff(slot.failed - 1) if self.succeeded is None else AVOID)
         if node:
             self._failed_on[node] = self._failed_on.get(node, 0) + 1
             if self.succeeded is not None and self._failed_on[node] > 1:
                 if self._avoided.get(node, 0.0) <= now:
-                    say(f"two workers in a row failed on {host}: none is started there for {AVOID / 60:g} min: {why}")
+                    log_info(
+                        f"two workers in a row failed on {host}: none is started there for {AVOID / 60:g} min: {why}"
+                    )
                 self._avoided[node] = now + AVOID
                 slot.may_move = True
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.entry import print_json, run_as_script
-from jobs.messages import show
-from jobs.options import StatsOptions, parse, storage_options
+from jobs.messages import configure_logging
+from jobs.options import StatsOptions, parse, parse_storage_options
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
@@ -14,24 +14,24 @@ from pipeline.errors import CacheError
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(StatsOptions, "stats", argv)
-    show(options.verbose)
-    cache = Cache.open(options.cache, storage_options(options.storage_option))
-    content = stats.read(cache.folder)
+    configure_logging(options.verbose)
+    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    content = stats.read_stats(cache.folder)
     if content is None:
         raise CacheError(f"{options.cache} has no {stats.NAME} yet: run the encode job to its end first")
     vae = cache.content["vae"]
     if options.json:
         print_json({**content, "vae": {name: value for name, value in vae.items() if name != "config"}})
     else:
-        print("\n".join(table(content, vae)), flush=True)
+        print("\n".join(format_table(content, vae)), flush=True)
     return 0
 
 
-def table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     """The lines of the table. content: stats.json; vae: what cache.json says of the model."""
     lines = [f"{content['count']:,} latents, raw, made by {vae['reference']}"]
     if content["count"]:
-        lines += ["", *channels(content, vae), "", *constants(content["suggested"], vae)]
+        lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
         lines += [f"{name:<12} {bucket['count']:,}" for name, bucket in content["buckets"].items()]
     rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
@@ -41,7 +41,7 @@ def table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     """A line a channel: measured here, and what the model's configuration says."""
     means, stds = vae["latents_mean"], vae["latents_std"]
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
@@ -55,7 +55,7 @@ def channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def constants(suggested: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_constants(suggested: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     """Scaling and shift over all channels: what these latents would need, and what the model says."""
     lines = [f"{'':<16} {'suggested':>10} {'model':>10}"]
     for name in ("scaling_factor", "shift_factor"):

@@ -5,27 +5,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.entry import print_json, run_as_script
-from jobs.messages import show
-from jobs.options import StatusOptions, parse, storage_options
-from jobs.progress import duration
+from jobs.messages import configure_logging
+from jobs.options import StatusOptions, parse, parse_storage_options
+from jobs.progress import format_duration
 from pipeline.cache.reader import Cache
-from pipeline.maintenance.status import status
+from pipeline.maintenance.status import read_status
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job; the exit code."""
     options, _ = parse(StatusOptions, "status", argv)
-    show(options.verbose)
-    cache = Cache.open(options.cache, storage_options(options.storage_option))
-    content = status(cache.folder, datetime.datetime.now(datetime.UTC))
+    configure_logging(options.verbose)
+    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    content = read_status(cache.folder, datetime.datetime.now(datetime.UTC))
     if options.json:
         print_json(content)
     else:
-        print("\n".join(lines(content)), flush=True)
+        print("\n".join(format_status(content)), flush=True)
     return 0
 
 
-def lines(content: Mapping[str, Any]) -> list[str]:
+def format_status(content: Mapping[str, Any]) -> list[str]:
     """What a person reads. content: as `pipeline.maintenance.status` gives it."""
     units, size = content["units"], content["bytes"]
     share = size["done"] / size["planned"] if size["planned"] else 0.0
@@ -41,7 +41,7 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         found.append(f"  under way  {content['parts_of_units_under_way']:,} files of units that are not done")
     if content["images_per_second"]:
         left = content["seconds_left"]
-        about = "" if left is None else f", about {duration(left)} left"
+        about = "" if left is None else f", about {format_duration(left)} left"
         found.append(f"  pace       {content['images_per_second']:.1f} a second{about}")
     for run in content["runs"]:
         if run["outcome"] == "silent":

@@ -7,121 +7,124 @@ from contextlib import suppress
 
 import torch
 
-from jobs.cache_spec import encode_job
+from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
-from jobs.messages import show
-from jobs.open_cache import files, finish, matching_vae, units
-from jobs.options import VerifyOptions, parse, source_options, storage_options
-from jobs.progress import Meter, say
+from jobs.messages import configure_logging
+from jobs.open_cache import files_with_rows, finalize_cache, load_matching_vae, read_units
+from jobs.options import VerifyOptions, parse, parse_source_options, parse_storage_options
+from jobs.progress import ProgressMeter, log_info
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
-from pipeline.encoder import Compute
+from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
-from pipeline.flow import EncodeJob
-from pipeline.formats.record import Standing, rests
+from pipeline.flow import EncodeSpec
+from pipeline.formats.record import PartInfo, unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
-from pipeline.maintenance.verify import Found
+from pipeline.maintenance.verify import Findings
 from pipeline.maintenance.verify_part import Problem
-from pipeline.preview.render import choose
+from pipeline.preview.render import choose_rows
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job; 0 where nothing is wrong, else 1."""
     options, _ = parse(VerifyOptions, "verify", argv)
-    show(options.verbose)
+    configure_logging(options.verbose)
     if options.reencode < 0:
         raise UsageError("--reencode must not be negative")
     try:
-        cache = Cache.open(options.cache, storage_options(options.storage_option))
+        cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     except CacheError as error:
-        tell(options, Found(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
+        print_findings(options, Findings(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
         return 1
-    meter = Meter("checked", len(cache.files()))
+    meter = ProgressMeter("checked", len(cache.files()))
     with meter.shown():
-        found = verify.verify(cache, lambda: meter.task_done(1, 1, 0))
+        found = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
     rebuilt: list[str] = []
     if options.rebuild and found.rebuildable:
-        rebuilt = verify.rebuild(cache, found)
+        rebuilt = verify.rebuild_records(cache, found)
         with suppress(CacheError):  # what else is wrong is said by the second look
-            finish(cache.folder, cache.content, weak=False)
-        found = verify.verify(cache)
+            finalize_cache(cache.folder, cache.content, single_writer=False)
+        found = verify.verify_cache(cache)
     sound = not found.problems
     if sound:
-        found.problems += against_inputs(options, cache, found)
-    tell(options, found, rebuilt)
+        found.problems += check_against_inputs(options, cache, found)
+    print_findings(options, found, rebuilt)
     if not sound and (options.recount or options.reencode):
-        say("not held against the inputs yet: run this again when the above is mended")
+        log_info("not held against the inputs yet: run this again when the above is mended")
     return 1 if found.problems else 0
 
 
-def against_inputs(options: VerifyOptions, cache: Cache, found: Found) -> Iterator[Problem]:
+def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) -> Iterator[Problem]:
     """The proofs that were asked for: `--recount`, `--reencode`."""
     if not options.recount and not options.reencode:
         return
     settings = cache.content["identity"]
-    compute = Compute(
+    compute = ComputeConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
         precision=settings["precision"],
         slice_size=1,
         batch_size=1,
         threads=cache.content["compute"]["threads"],
     )
-    job: EncodeJob = encode_job(
-        cache.folder, cache.content, compute, options.input_limit, 1, "", source_options(options)
+    job: EncodeSpec = make_encode_spec(
+        cache.folder, cache.content, compute, options.input_limit, 1, "", parse_source_options(options)
     )
-    where = units(options, cache)
-    retried = parts.superseded(cache.folder, cache.content["identity_sha256"], set(where))
+    where = read_units(options, cache)
+    retried = parts.superseded_by_retry(cache.folder, cache.content["identity_sha256"], set(where))
     job = dataclasses.replace(job, superseded=retried)
     if options.recount:
-        left = uncounted(found)
-        by_unit: dict[str, list[Standing]] = {}
+        left = find_uncounted(found)
+        by_unit: dict[str, list[PartInfo]] = {}
         for part in found.parts:
             by_unit.setdefault(part.record.unit, []).append(part)
         for unit in where.values():
             yield from recount(unit, by_unit.get(unit.name, []), left.get(unit.name), job)
     if options.reencode:
-        wanted = [row for sheet in choose(files(cache, where), options.reencode) for row in sheet.rows]
-        yield from reencode(cache, wanted, job.build(matching_vae(options.vae, cache), threading.Event()))
+        wanted = [row for sheet in choose_rows(files_with_rows(cache, where), options.reencode) for row in sheet.rows]
+        yield from reencode(cache, wanted, job.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 
-def uncounted(found: Found) -> dict[str, int]:
+def find_uncounted(found: Findings) -> dict[str, int]:
     """The units whose input is damaged, and how many of its samples stand before that: nobody knows what follows."""
-    return {unit: min(positions) for unit, positions in rests(part.record for part in found.parts).items()}
+    return {unit: min(positions) for unit, positions in unread_rests(part.record for part in found.parts).items()}
 
 
-def tell(options: VerifyOptions, found: Found, rebuilt: Sequence[str]) -> None:
+def print_findings(options: VerifyOptions, found: Findings, rebuilt: Sequence[str]) -> None:
     """What was found, file by file."""
     rows = sum(part.record.rows for part in found.parts)
-    left = [{"unit": unit, "samples": count} for unit, count in sorted(uncounted(found).items())]
+    left = [{"unit": unit, "samples": count} for unit, count in sorted(find_uncounted(found).items())]
     if options.json:
         content = {"problems": [dataclasses.asdict(problem) for problem in found.problems]}
         content |= {"uncounted": left} if options.recount else {}
         print_json({"cache": options.cache, "files": len(found.parts), "rows": rows, **content})
         return
     for name in rebuilt:
-        say(f"written again: what is said of {name}")
+        log_info(f"written again: what is said of {name}")
     for one in left if options.recount else []:
-        say(f"note: the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted")
+        log_info(
+            f"note: the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted"
+        )
     for problem in found.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
-        f"{options.cache}: {_count(len(found.parts), 'file')}, {_count(rows, 'row')}: {verdict(options, found, rows)}"
+        f"{options.cache}: {_count(len(found.parts), 'file')}, {_count(rows, 'row')}: "
+        f"{summarize_findings(options, found, rows)}"
     )
 
 
-def verdict(options: VerifyOptions, found: Found, rows: int) -> str:
+def summarize_findings(options: VerifyOptions, found: Findings, rows: int) -> str:
     """How the proofs that were asked for came out, in a line."""
     if found.problems:
         return _count(len(found.problems), "problem")
     proofs = ["all of it is as it was written"]
     if options.recount:
-        left = len(uncounted(found))
+        left = len(find_uncounted(found))
         but = f", but for what follows the damage of {_count(left, 'input')}" if left else ""
         proofs.append(f"the inputs have the samples that are recorded{but}")
     if options.reencode:
         proofs.append(
-            f"{_count(min(options.reencode, rows), 'picture')} encoded again, with the same latents but for rounding"
+            f"{_count(min(options.reencode, rows), 'image')} encoded again, with the same latents but for rounding"
         )
     return "; ".join(proofs)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from pipeline.errors import UsageError
 
-OURS = ("vae", "pipeline", "jobs")
-RENEWED = 10.0  # seconds for a directory that Ray replaces to be there again
+PACKAGES = ("vae", "pipeline", "jobs")
+RECREATED_WITHIN = 10.0  # seconds for a directory that Ray replaces to be there again
 
 
-def code_for_workers() -> dict[str, Any]:
+def make_runtime_env() -> dict[str, Any]:
     """What sends our packages along, so that workers run the driver's; not where a submitted working directory has."""
     root = Path(__file__).resolve().parents[1]
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "null"))
@@ -23,11 +23,11 @@ def code_for_workers() -> dict[str, Any]:
         sent = submitted.get("runtime_env", {}).get("working_dir")
         if not sent or root == Path.cwd():
             return {}
-    return {"py_modules": [str(root / name) for name in OURS]}
+    return {"py_modules": [str(root / name) for name in PACKAGES]}
 
 
 @contextmanager
-def among_our_packages(below: str | None = None) -> Iterator[str]:
+def package_directory(below: str | None = None) -> Iterator[str]:
     """A directory with nothing in it but links to our packages.
 
     Ray puts the driver's current directory first on its workers' path, where a user's `vae.py` or folder `jobs/` would
@@ -36,7 +36,7 @@ def among_our_packages(below: str | None = None) -> Iterator[str]:
     """
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="latentmill-", dir=below) as directory:
-        for name in OURS:
+        for name in PACKAGES:
             Path(directory, name).symlink_to(root / name)
         yield directory
 
@@ -53,7 +53,7 @@ def working_in(directory: str) -> Iterator[None]:
     try:
         yield
     finally:
-        end = time.monotonic() + RENEWED
+        end = time.monotonic() + RECREATED_WITHIN
         while not os.path.isdir(before) and time.monotonic() < end:
             time.sleep(0.05)
         try:

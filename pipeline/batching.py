@@ -1,16 +1,16 @@
-"""Pictures into batches of one size, so that each can be encoded at one static shape."""
+"""Images into batches of one size, so that each can be encoded at one static shape."""
 
 from collections.abc import Iterable, Iterator
 
-from pipeline.records import Picture
+from pipeline.records import PreparedImage
 
 
-def batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
-    """Lists of up to `size` pictures of one bucket: full ones as soon as they are, the rest at the end."""
-    waiting: dict[tuple[int, int], list[Picture]] = {}
-    for picture in pictures:
-        batch = waiting.setdefault(picture.bucket, [])
-        batch.append(picture)
+def make_batches(images: Iterable[PreparedImage], size: int) -> Iterator[list[PreparedImage]]:
+    """Lists of up to `size` images of one bucket: full ones as soon as they are, the rest at the end."""
+    waiting: dict[tuple[int, int], list[PreparedImage]] = {}
+    for image in images:
+        batch = waiting.setdefault(image.bucket, [])
+        batch.append(image)
         if len(batch) == size:
-            yield waiting.pop(picture.bucket)
+            yield waiting.pop(image.bucket)
     yield from waiting.values()

@@ -12,7 +12,7 @@ from pipeline.records import Seconds
 Out = TypeVar("Out")
 
 
-class Clock:
+class StageClock:
     """Seconds in each stage of a unit's way (`Seconds`)."""
 
     def __init__(self) -> None:

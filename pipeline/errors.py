@@ -20,28 +20,28 @@ from typing import Literal
 
 Stage = Literal["read", "open", "transform", "encode"]
 
-REST = "rest_of_shard"  # no sample: a damaged shard stays damaged
+REST_OF_SHARD = "rest_of_shard"  # no sample: a damaged shard stays damaged
 
 # Why a sample was rejected: a closed set, with the sentence that stands beside it. `{}` are numbers from the bytes.
 REASONS: dict[str, str] = {
-    "no_picture": "the sample has no picture",
-    "duplicate_key": "another picture of the shard has this key",
+    "no_image": "the sample has no image",
+    "duplicate_key": "another image of the shard has this key",
     "no_key": "the key column has no value in this row",
-    "picture_elsewhere": "the sample has the path of a picture or a link to it, not its bytes; or a link to a text",
-    "unreadable": "the picture, or a text beside it, cannot be read: its permissions forbid it",
+    "image_not_embedded": "the sample has the path of an image or a link to it, not its bytes; or a link to a text",
+    "unreadable": "the image, or a text beside it, cannot be read: its permissions forbid it",
     "bad_key": "the key is empty or longer than {} bytes, is not UTF-8, has control characters, or is a path that "
     "leads elsewhere or that readers of tars pass over",
     "bad_text": "the {} is not UTF-8 text, or there are two",
     "text_too_long": "the {} has more than {} bytes",
     "columns_too_large": "the columns take {} bytes, a row's share of its part is {}: --rows-per-part makes it larger",
-    REST: "from here on the shard is damaged, and its samples cannot be counted",
-    "empty": "the picture has no bytes",
-    "too_many_bytes": "the picture has {} bytes, the limit is {}",
-    "too_many_pixels": "the picture is {} x {} pixels, the limit is {} in all and {} a side",
-    "not_a_picture": "the bytes are of no picture format that is read",
-    "corrupt": "the picture is damaged or cut off",
-    "unsafe": "opening the picture ended its process, or took more than {} s or {} bytes of memory",
-    "unsupported_mode": "the picture's pixels are of a kind that has no rule",
+    REST_OF_SHARD: "from here on the shard is damaged, and its samples cannot be counted",
+    "empty": "the image has no bytes",
+    "too_many_bytes": "the image has {} bytes, the limit is {}",
+    "too_many_pixels": "the image is {} x {} pixels, the limit is {} in all and {} a side",
+    "not_an_image": "the bytes are of no image format that is read",
+    "corrupt": "the image is damaged or cut off",
+    "unsafe": "opening the image ended its process, or took more than {} s or {} bytes of memory",
+    "unsupported_mode": "the image's pixels are of a kind that has no rule",
     "not_finite": "the latent is not finite, in float32 either",
 }
 

@@ -14,8 +14,8 @@ Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
-PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
-TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside a picture, as the exact text
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside an image, as the exact text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +47,10 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What one task does: a whole tar, a range of a Parquet file, or up to 256 pictures of a folder.
+    """What one task does: a whole tar, a range of a Parquet file, or up to 256 images of a folder.
 
     name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
-    `paths` lists the pictures, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
+    `paths` lists the images, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
     root: of the source. files: of a folder, what its images and texts were (`readers.sidecars` packs them); `etag` is
     their sha256.
     """
@@ -79,7 +79,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A key with the bytes of a picture and its columns, at a position of the unit's reading order."""
+    """A key with the bytes of an image and its columns, at a position of the unit's reading order."""
 
     position: int
     key: str
@@ -106,15 +106,15 @@ class Reject:
 class Attempt:
     """What is known of a task that is tried again.
 
-    careful: a worker died under it, perhaps because of one of its images.
+    isolated: a worker died under it, perhaps because of one of its images.
     damaged_at: the byte at which another worker found its shard damaged: if this one finds the same, it is believed.
     """
 
-    careful: bool = False
+    isolated: bool = False
     damaged_at: int | None = None
 
 
-FIRST = Attempt()
+FIRST_ATTEMPT = Attempt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Filtered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class PreparedImage:
     """A sample opened and brought to size: pixels is RGB uint8 [3, H, W], with what was done to get there."""
 
     position: int
@@ -141,29 +141,29 @@ class Picture:
 
     @property
     def bucket(self) -> tuple[int, int]:
-        """Height and width of the encoded picture."""
+        """Height and width of the encoded image."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
     @property
     def geometry(self) -> dict[str, int | bool]:
-        """What a row says of how the picture came to its size."""
+        """What a row says of how the image came to its size."""
         names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
         height, width = self.bucket
         return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
 
-    def without_pixels(self) -> "Picture":
+    def drop_pixels(self) -> "PreparedImage":
         """The same, of its pixels their shape alone (as torch's `meta` tensors have it)."""
         return replace(self, pixels=self.pixels.to("meta"))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A picture and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...]).
+    """An image and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...]).
 
-    picture: without its pixels, since a part's rows, thousands of them, are held until it is written.
+    image: without its pixels, since a part's rows, thousands of them, are held until it is written.
     """
 
-    picture: Picture
+    image: PreparedImage
     latent: "Tensor"
 
 
@@ -193,7 +193,7 @@ class Seconds:
 class UnitReport:
     """What a finished unit tells the driver: counts, never pixels.
 
-    adopted: parts that stood there already. encoded: rows of the others. again: pictures that overflowed and were
+    adopted: parts that stood there already. encoded: rows of the others. again: images that overflowed and were
     encoded again in float32. texts: by text column, how many of the encoded rows have that text.
     damage: what is wrong with the shard, where its rest was rejected.
     passed_over: how much of the input was read as no part of a sample, by kind (`jobs.passed_over`).
@@ -229,4 +229,4 @@ def extension(path: str) -> str:
 
 def is_image(path: str) -> bool:
     """By its extension."""
-    return extension(path) in PICTURE_EXTENSIONS
+    return extension(path) in IMAGE_EXTENSIONS

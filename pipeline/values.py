@@ -24,7 +24,7 @@ def has_times(kind: Any) -> bool:
     return pa.types.is_temporal(kind) or any(has_times(inner) for inner in inside)
 
 
-def for_python(array: Any) -> list[Any]:
+def to_python(array: Any) -> list[Any]:
     """The values of a column for Python; as Arrow's own where Python has no such time."""
     if not has_times(array.type):
         return list(array.to_pylist())
@@ -38,7 +38,7 @@ def _for_python(scalar: Any) -> Any:
         return scalar
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """A value as JSON can say it: what is not finite as null, times and decimals as text, bytes as base64."""
     if isinstance(value, pa.Scalar):
         return _plain_scalar(value)
@@ -51,13 +51,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Decimal | UUID):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): to_json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     raise TypeError(f"there is no rule for a {type(value).__name__} in JSON")
 
 
-def size_of(value: Any) -> int:
+def size_in_bytes(value: Any) -> int:
     """The bytes that a value takes in memory, about: of texts and bytes their length, of a number in a list 32."""
     if isinstance(value, str):
         return len(value.encode())
@@ -66,26 +66,26 @@ def size_of(value: Any) -> int:
     if isinstance(value, pa.Scalar):
         return int(pa.array([value], value.type).nbytes)
     if isinstance(value, Mapping):
-        return sum(len(name) + _SLOT + size_of(item) for name, item in value.items())
+        return sum(len(name) + _SLOT + size_in_bytes(item) for name, item in value.items())
     if isinstance(value, list | tuple):
         if value and isinstance(value[0], int | float):  # a column's values are all of one type
             return _SLOT * len(value)
-        return sum(_SLOT + size_of(item) for item in value)
+        return sum(_SLOT + size_in_bytes(item) for item in value)
     return 0
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def iter_texts(value: Any) -> Iterator[str]:
     """The texts in a value: itself, or those in a list, a struct or a map."""
     if isinstance(value, pa.Scalar):
-        value = plain(value)
+        value = to_json_value(value)
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for name, item in value.items():
-            yield from (name, *texts_in(item))
+            yield from (name, *iter_texts(item))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from texts_in(item)
+            yield from iter_texts(item)
 
 
 def _plain_scalar(value: Any) -> Any:
@@ -95,14 +95,14 @@ def _plain_scalar(value: Any) -> Any:
     if pa.types.is_temporal(kind):
         return _time(value)
     if pa.types.is_dictionary(kind):
-        return plain(value.value)
+        return to_json_value(value.value)
     if pa.types.is_struct(kind):
-        return {field.name: plain(value[index]) for index, field in enumerate(kind)}
+        return {field.name: to_json_value(value[index]) for index, field in enumerate(kind)}
     if pa.types.is_map(kind):
-        return [[plain(pair[0]), plain(pair[1])] for pair in value.values]
+        return [[to_json_value(pair[0]), to_json_value(pair[1])] for pair in value.values]
     if kind.num_fields:  # lists of all kinds
-        return [plain(item) for item in value.values]
-    return plain(value.as_py())
+        return [to_json_value(item) for item in value.values]
+    return to_json_value(value.as_py())
 
 
 def _time(value: Any) -> str:

@@ -39,7 +39,7 @@ def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: Setting
     """
     if hub.parse(ref):  # the hub's own library fetches it, and keeps it
         return _load(ref, ref, config)
-    with store.fetched(ref, options or {}, VAE_FILES) as local:
+    with store.fetch(ref, options or {}, VAE_FILES) as local:
         return _load(local, ref, config)
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: a micro model, makers of pictures and shards, and the command line as a function."""
+"""What all tests share: a micro model, makers of images and shards, and the command line as a function."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from jobs import cli
-from jobs.entry import guarded
+from jobs.entry import run_guarded
 from vae import AutoencoderKL
 
 pytest_plugins = ["tests.servers"]
@@ -40,14 +40,14 @@ def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def smooth(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
-    """A picture that no other seed gives, RGB uint8 [height, width, 3]: soft colours, so that JPEG keeps them."""
+    """An image that no other seed gives, RGB uint8 [height, width, 3]: soft colours, so that JPEG keeps them."""
     draw = np.random.default_rng(seed)
     small = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
-    """A picture as a file's bytes."""
+    """An image as a file's bytes."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, kind, **options)
     return sink.getvalue()
@@ -65,11 +65,11 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
 
 
 def img2dataset_members(first: int, count: int, **size: int) -> dict[str, bytes]:
-    """The members of a shard as img2dataset writes it: a picture, its caption and its metadata, a sample each."""
+    """The members of a shard as img2dataset writes it: an image, its caption and its metadata, a sample each."""
     members: dict[str, bytes] = {}
     for index in range(first, first + count):
         members[f"{index:09d}.jpg"] = encoded(smooth(index, **size), quality=90)
-        members[f"{index:09d}.txt"] = f"picture {index}".encode()
+        members[f"{index:09d}.txt"] = f"image {index}".encode()
         members[f"{index:09d}.json"] = json.dumps({"key": f"{index:09d}"}).encode()
     return members
 
@@ -87,7 +87,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `photos` with five pictures in two sub-folders, two of them with captions."""
+    """A folder `photos` with five images in two sub-folders, two of them with captions."""
     folder = tmp_path_factory.mktemp("source") / "photos"
     for index, name in enumerate(("a/1", "a/2", "b/1", "b/2", "b/3")):
         path = folder / f"{name}.{'png' if index % 2 else 'jpg'}"
@@ -104,7 +104,7 @@ def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
 
     def run(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = guarded(cli.main, [str(argument) for argument in argv])
+        code = run_guarded(cli.main, [str(argument) for argument in argv])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -114,4 +114,4 @@ def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that fail in this process are tried again at once."""
-    monkeypatch.setattr("jobs.scheduler.PAUSE", 0.0)
+    monkeypatch.setattr("jobs.scheduler.FIRST_PAUSE", 0.0)

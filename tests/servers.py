@@ -85,7 +85,7 @@ def end_sessions() -> None:
 
 @pytest.fixture
 def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The usual environment of S3 tools, pointing to the server."""
+    """The usual environment of S3 context, pointing to the server."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

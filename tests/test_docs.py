@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
-from jobs.encode import Totals, facts
+from jobs.encode import RunTotals, describe_totals
 from jobs.options import (
     DecodeOptions,
     EncodeOptions,
@@ -20,14 +20,14 @@ from jobs.options import (
     StatsOptions,
     StatusOptions,
     VerifyOptions,
-    flag,
+    flag_of,
     make_parser,
 )
-from jobs.progress import Meter
+from jobs.progress import ProgressMeter
 from pipeline.cache import plan
 from pipeline.errors import REASONS
 from pipeline.formats.parquet import schema_of
-from pipeline.formats.schema import Layout
+from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
 from pipeline.records import Seconds
 from vae.presets import PRESETS
@@ -96,7 +96,7 @@ def test_the_readmes_commands_exist(latentmill: Callable[..., tuple[int, str, st
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
         elif words[0] not in ("export", ".", "ray", ".venv/bin/python"):
             assert words[0] == ".venv/bin/latentmill"
-            flags = {flag(field) for field in OPTIONS[words[1]].__dataclass_fields__.values()}
+            flags = {flag_of(field) for field in OPTIONS[words[1]].__dataclass_fields__.values()}
             assert {word for word in words if word.startswith("--")} <= flags, line
 
 
@@ -127,16 +127,16 @@ def reasons_table() -> str:
 def limits_table() -> str:
     """The table of limits in docs/limits.md."""
     meanings = {
-        "picture_bytes": "bytes of an encoded picture",
-        "pixels": "pixels of a picture",
+        "image_bytes": "bytes of an encoded image",
+        "pixels": "pixels of an image",
         "side": "pixels of its longer side",
-        "text_bytes": "bytes of a caption, or of any other text beside a picture, or inside a list there",
+        "text_bytes": "bytes of a caption, or of any other text beside an image, or inside a list there",
         "columns_bytes": "bytes that the columns of a part's rows take in memory; each row may take an equal share",
         "key_bytes": "bytes of a key",
         "members": "members of a tar",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer",
-        "seconds": "seconds for a picture that is opened by a process of its own",
+        "seconds": "seconds for an image that is opened by a process of its own",
         "memory": "bytes of memory of that process",
     }
     rows = "".join(f"| `{f.name}` | {f.default:,} | {meanings[f.name]} |\n" for f in dataclasses.fields(Limits))
@@ -162,15 +162,15 @@ def test_the_python_of_the_page_of_models_runs() -> None:
 
 def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
-    for field in schema_of(Layout()):
+    for field in schema_of(OutputSchema()):
         assert f"`{field.name}`" in page, field.name
 
 
 def test_the_format_page_names_every_stage_and_what_bounds_a_run() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
     stages = [field.name for field in dataclasses.fields(Seconds)]
-    bounds = Totals(seconds=Seconds(**dict.fromkeys(stages, 1.0))).shares
-    for name in [*stages, *bounds, *facts(Totals()), *Meter("encoded", 1).facts]:
+    bounds = RunTotals(seconds=Seconds(**dict.fromkeys(stages, 1.0))).shares
+    for name in [*stages, *bounds, *describe_totals(RunTotals()), *ProgressMeter("encoded", 1).facts]:
         assert name in ("counts", "rejects") or f"`{name}`" in page, name
 
 

@@ -21,16 +21,16 @@ WRONG = "raise SystemExit('a module of the user')\n"
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A user's folder: modules of our names, and pictures in files and in Parquet (whose footer a child reads)."""
+    """A user's folder: modules of our names, and images in files and in Parquet (whose footer a child reads)."""
     folder = tmp_path / "project"
     (folder / "jobs").mkdir(parents=True)
     (folder / "vae").mkdir()
     for name in ("pipeline.py", "jobs/__init__.py", "vae/__init__.py"):
         (folder / name).write_text(WRONG)
-    (folder / "pictures").mkdir()
-    (folder / "pictures/0.png").write_bytes(encoded(smooth(0), "PNG"))
+    (folder / "images").mkdir()
+    (folder / "images/0.png").write_bytes(encoded(smooth(0), "PNG"))
     table = pa.table({"image": [encoded(smooth(number)) for number in (1, 2)]})
-    pq.write_table(table, folder / "pictures/1.parquet")
+    pq.write_table(table, folder / "images/1.parquet")
     return folder
 
 
@@ -43,7 +43,7 @@ def run(command: Sequence[object], folder: Path, *path: Path) -> "subprocess.Com
 
 
 def encode_argv(micro_vae: Path, *more: object) -> list[object]:
-    return ["encode", "pictures", "--to", "c", "--vae", micro_vae, "--resolution", 64, "--json", *more]
+    return ["encode", "images", "--to", "c", "--vae", micro_vae, "--resolution", 64, "--json", *more]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
@@ -58,7 +58,7 @@ def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path
 @pytest.mark.ray
 def test_a_users_modules_on_the_path_do_not_break_a_job_from_a_checkout(project: Path, micro_vae: Path) -> None:
     argv = encode_argv(micro_vae, "--workers", 1)[1:]
-    argv[0], argv[2] = project / "pictures", project / "c"
+    argv[0], argv[2] = project / "images", project / "c"
     job = run([sys.executable, "-m", "jobs.encode", *argv], ROOT, project)
     assert job.returncode == 0, job.stderr
     assert json.loads(job.stdout)["stats"]["count"] == 3

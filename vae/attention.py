@@ -33,7 +33,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Sliced:
-    """The formula for `size` places at a time: holds [B, size, N], whatever the size of the picture."""
+    """The formula for `size` places at a time: holds [B, size, N], whatever the size of the image."""
 
     size: int = 1024
 

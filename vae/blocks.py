@@ -1,7 +1,7 @@
 """The building blocks of the autoencoder (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
 Diffusion Models", section 3.1 and appendix E; the layout is that of VQGAN, Esser et al. 2021).
 
-Shapes: B pictures, C channels, H and W height and width at the level. Parameter names are those of diffusers'
+Shapes: B images, C channels, H and W height and width at the level. Parameter names are those of diffusers'
 safetensors files, so that these load as they are.
 """
 

@@ -25,7 +25,7 @@ class AutoencoderKLConfig(Mapping[str, Any]):
     block_out_channels: channels of each level, finest first; every level but the last halves height and width.
     layers_per_block: residual blocks a level in the encoder; the decoder has one more.
     latent_channels: channels of a latent; the encoder puts out twice as many, mean and log-variance.
-    sample_size: height and width, in pixels, of the pictures the model was trained on (as a pair where they differ).
+    sample_size: height and width, in pixels, of the images the model was trained on (as a pair where they differ).
     scaling_factor, shift_factor, latents_mean, latents_std: how others normalise latents (`vae.scaling`);
         the model itself neither applies nor needs them.
     force_upcast: half precision overflows: run in float32 (SDXL's original VAE).

@@ -13,12 +13,12 @@ SHAPES = 64  # that are compiled, before torch gives up: a set of buckets has so
 _LARGE = (1 << 30, 32 << 20)  # the C library caps the second on some machines
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Let the C library keep the memory of freed activations for the next ones, instead of returning it to the system.
 
     Each layer allocates and frees megabytes; glibc maps and unmaps these anew every time, and the kernel clears every
-    page: 4,241 page faults a picture at 256 px, half of the micro model's time (38 ms a picture, 21 ms without them).
-    What the process holds stays at its peak, which it reaches again with the next picture anyway.
+    page: 4,241 page faults an image at 256 px, half of the micro model's time (38 ms an image, 21 ms without them).
+    What the process holds stays at its peak, which it reaches again with the next image anyway.
 
     Returns whether the C library understood: it is glibc on Linux.
     """
@@ -41,7 +41,7 @@ def compile_encoder(model: nn.Module) -> None:
     model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
-def quicken(model: nn.Module) -> None:
+def optimize_for_cpu(model: nn.Module) -> None:
     """Make a float32 model on a CPU faster, in place and for inference only: wide 3x3 convolutions by Winograd's way.
 
     The numbers stay within 1e-5, the weights cannot be saved or trained any more.

@@ -17,7 +17,7 @@ from torch import Tensor
 from vae import hub, single_file, tensors
 from vae.config import AutoencoderKLConfig
 from vae.errors import LoadError
-from vae.names import renamed
+from vae.names import rename_keys
 from vae.presets import PRESETS
 
 CONFIG = "config.json"
@@ -139,9 +139,9 @@ def _read_weights(fetch: Fetch, variant: str, where: Path) -> dict[str, Tensor]:
         part_path = fetch(part)
         if part_path is None:
             raise LoadError(f"there is no {part} at {where}, which {name} names")
-        with tensors.opened(part_path) as content:
+        with tensors.open_checkpoint(part_path) as content:
             loaded |= {key: content.get_tensor(key) for key in list(content.keys())}
-    return renamed(loaded)
+    return rename_keys(loaded)
 
 
 def read_index(index: Path) -> list[str]:

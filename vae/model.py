@@ -114,7 +114,7 @@ class AutoencoderKL(nn.Module):
         self.slice_size: int | None = None
         self.use_tiling = False
         size = self.config.sample_size
-        self.tile_sample_min_size = size if isinstance(size, int) else size[0]  # pixels; larger pictures are tiled
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]  # pixels; larger images are tiled
         self.tile_latent_min_size = self.tile_sample_min_size // self.config.downscale
         self.tile_overlap_factor = 0.25
 
@@ -163,7 +163,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(z, return_dict=return_dict)
 
     def enable_slicing(self, slice_size: int = 1) -> None:
-        """Encode and decode `slice_size` pictures at a time: less memory, the same numbers."""
+        """Encode and decode `slice_size` images at a time: less memory, the same numbers."""
         if slice_size < 1:
             raise ValueError(f"slice_size must be at least 1, not {slice_size}")
         self.slice_size = slice_size
@@ -173,14 +173,14 @@ class AutoencoderKL(nn.Module):
         self.slice_size = None
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Run pictures larger than `tile_sample_min_size` in overlapping tiles (`vae.tiling`): memory for a few tiles.
+        """Run images larger than `tile_sample_min_size` in overlapping tiles (`vae.tiling`): memory for a few tiles.
 
-        What comes out differs from the whole picture's, because a tile does not see its neighbours.
+        What comes out differs from the whole image's, because a tile does not see its neighbours.
         """
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
-        """Run every picture whole again."""
+        """Run every image whole again."""
         self.use_tiling = False
 
     @overload
@@ -192,7 +192,7 @@ class AutoencoderKL(nn.Module):
     def tiled_encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`encode` in tiles, whatever the picture's size."""
+        """`encode` in tiles, whatever the image's size."""
         tiles = Tiles.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
         posterior = DiagonalGaussianDistribution(run_in_tiles(self._encode_whole, x, tiles))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)

@@ -27,7 +27,7 @@ _RENAMED = (  # an older step, ours; \1 and \2 are levels and blocks
 )
 
 
-def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by our names, whichever they had; attention's 1x1 convolutions become matrices."""
     coarsest = max((int(match[1]) for name in weights if (match := _UP.match(name))), default=0)
     found = {}

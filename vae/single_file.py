@@ -18,7 +18,7 @@ from torch import Tensor
 from vae import tensors
 from vae.config import AutoencoderKLConfig
 from vae.errors import AssumedConfigWarning, LoadError
-from vae.names import renamed
+from vae.names import rename_keys
 from vae.presets import PRESETS
 
 PREFIXES = ("first_stage_model.", "vae.", "")
@@ -43,14 +43,14 @@ def read(
 
     Raises LoadError where it holds none. Warns (AssumedConfigWarning) where its constants had to be assumed.
     """
-    with tensors.opened(path) as file:
+    with tensors.open_checkpoint(path) as file:
         names = list(file.keys())
         prefix = prefix_of(names, path)
         inside = [name for name in names if name.startswith(tuple(prefix + part for part in PARTS))]
         foreign = [name for name in names if name not in set(inside) and not name.startswith(TRAINING)]
         if not prefix and foreign:
             raise LoadError(f"{path} is not the file of an AutoencoderKL: it has {foreign[0]}")
-        weights = renamed({name.removeprefix(prefix): file.get_tensor(name) for name in inside})
+        weights = rename_keys({name.removeprefix(prefix): file.get_tensor(name) for name in inside})
     if config is None:
         config = recognised(shaped(weights, path), foreign, repository, path)
     return config, weights

@@ -23,7 +23,7 @@ UNPICKLING = 600  # seconds a pickle may take: it is a few gigabytes at most
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_checkpoint(path: Path) -> Iterator[Any]:
     """A file of tensors: `keys()`, and `get_tensor(key)` for each of them; nothing is read before it is asked for.
 
     Raises LoadError where it cannot be read.
@@ -32,7 +32,7 @@ def opened(path: Path) -> Iterator[Any]:
         with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
             converted = Path(folder) / "tensors.safetensors"
             _unpickle(path, converted)
-            with opened(converted) as file:
+            with open_checkpoint(converted) as file:
                 yield file
         return
     try:

@@ -1,6 +1,6 @@
-"""Pictures larger than memory: overlapping tiles, each through the model alone, blended where they overlap.
+"""Images larger than memory: overlapping tiles, each through the model alone, blended where they overlap.
 
-A tile sees nothing beyond its edge, so the numbers are not those of the whole picture; they are those of diffusers'
+A tile sees nothing beyond its edge, so the numbers are not those of the whole image; they are those of diffusers'
 tiling, which is the reference for them.
 """
 

@@ -2,7 +2,7 @@
 
 The objective is the evidence lower bound of the paper (Kingma & Welling 2014, equation 10) with a Gaussian decoder
 of one fixed standard deviation: a reparameterised draw from q(z|x), its reconstruction error, and the divergence of
-q(z|x) from a standard normal. The pictures are the photographs that scikit-image and scikit-learn ship in their
+q(z|x) from a standard normal. The images are the photographs that scikit-image and scikit-learn ship in their
 packages; three of them are held out, and no pixel of those is ever trained on.
 """
 
@@ -112,7 +112,7 @@ def batches(photos: list[Tensor], size: int, count: int, draw: np.random.Generat
 
 
 def negative_elbo(model: AutoencoderKL, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The negative evidence lower bound of pictures x [B, 3, H, W], and its two terms, in nats a pixel value.
+    """The negative evidence lower bound of images x [B, 3, H, W], and its two terms, in nats a pixel value.
 
     Constants of the Gaussian likelihood are left out.
     """

@@ -3,8 +3,8 @@ Convolutional Neural Networks", section 4.1; Winograd 1980): 16 products in plac
 channels. On a CPU, whose library has no such kernel, it pays from 128 channels on.
 
 Its sums are shorter than the direct ones, and its rounding errors smaller: 2e-6 against 1e-5 with 128 to 512 channels.
-A picture is computed alone, band by band, so that the intermediate values stay in the processor's cache, and no bit
-depends on the other pictures of a batch.
+An image is computed alone, band by band, so that the intermediate values stay in the processor's cache, and no bit
+depends on the other images of a batch.
 """
 
 import torch

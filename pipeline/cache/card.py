@@ -14,15 +14,15 @@ configs:
   data_files: data/*
   version: 0.0.{parts}
 ---
-# Latents of {rows:,} pictures
+# Latents of {rows:,} images
 
-Made by latentmill {version}. Each row has the latent of one picture, *raw*, as the VAE's encoder puts it out.
+Made by latentmill {version}. Each row has the latent of one image, *raw*, as the VAE's encoder puts it out.
 
 | | |
 |---|---|
 | VAE | `{vae}`, weights sha256 `{weights}` |
-| latents | {channels} channels, 1/{downscale} of the picture's height and width, {dtype}, {store} of the posterior |
-| pictures | {pictures} |
+| latents | {channels} channels, 1/{downscale} of the image's height and width, {dtype}, {store} of the posterior |
+| images | {images} |
 | rows | {rows:,} in {parts:,} files; {rejected:,} rejected, {filtered:,} filtered, {enlarged:,} enlarged |
 | digest | `{digest}` |
 
@@ -36,8 +36,8 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 """
 
 
-def _pictures(settings: Mapping[str, Any]) -> str:
-    """What was done to the pictures, in a few words."""
+def _size_of_images(settings: Mapping[str, Any]) -> str:
+    """What was done to the images, in a few words."""
     cut = "cut from the middle" if settings["crop"] == "center" else "cut at a random place"
     mirrored = ", half of them mirrored" if settings["flip"] == "random" else ""
     buckets = settings["buckets"]
@@ -47,7 +47,7 @@ def _pictures(settings: Mapping[str, Any]) -> str:
     return f"resized to {size} ({settings['interpolation']}), {cut}{mirrored}"
 
 
-def card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
+def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
     """The card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
     identity, downscale = cache.content["identity"], cache.config.downscale
     shift, scale = (
@@ -63,7 +63,7 @@ def card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         downscale=downscale,
         dtype=identity["dtype"],
         store=identity["store"],
-        pictures=_pictures(identity["preprocessing"]),
+        images=_size_of_images(identity["preprocessing"]),
         rejected=sum(stats["rejected"].values()),
         filtered=stats["filtered"],
         enlarged=stats["enlarged"],

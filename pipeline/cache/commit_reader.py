@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.cache import parts as part_files
-from pipeline.cache.commits import mended, names, read_each
-from pipeline.cache.parts import DATA, is_retry, stem_of
-from pipeline.canonical_json import VERIFY
+from pipeline.cache.commits import commit_names, read_commits, repair_commit
+from pipeline.cache.parts import DATA, is_retry_part, stem_of
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Container
 from pipeline.storage.store import Folder
 
-Said = Mapping[str, Any]
+PartFacts = Mapping[str, Any]
 Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mending:
+class Repair:
     """How commits are mended. again: files may have been overwritten, so that each is read."""
 
     identity: str
@@ -30,34 +30,34 @@ class Mending:
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class CacheListing:
     """The names of a cache's commits and files. Commits were listed first: all that they name is in `files`."""
 
     commits: frozenset[str]
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, cache: Folder) -> "Listing":
-        commits = frozenset(names(cache))
-        return cls(commits, tuple(part_files.files(cache)))
+    def of(cls, cache: Folder) -> "CacheListing":
+        commits = frozenset(commit_names(cache))
+        return cls(commits, tuple(part_files.list_part_files(cache)))
 
 
-def own_name(file: str) -> str:
+def file_name(file: str) -> str:
     """A file's name without its folder: what parts are ordered by."""
     return file.rpartition("/")[2]
 
 
-def commit_of(file: str) -> str:
+def commit_name(file: str) -> str:
     """The name of the commit that has a file's part."""
-    stem = own_name(stem_of(file))
-    return stem if is_retry(stem) else stem.rpartition("-")[0]
+    stem = file_name(stem_of(file))
+    return stem if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def by_file(
+def pair_with_commits(
     cache: Folder,
-    listing: Listing,
-    understand: Callable[[str, Said], Out],
-    mending: Mending | None = None,
+    listing: CacheListing,
+    understand: Callable[[str, PartFacts], Out],
+    mending: Repair | None = None,
     after: str = "",
 ) -> Iterator[tuple[str, Out | None]]:
     """The files in the order of their own names, each with what its commit says of it; None where no commit does.
@@ -69,21 +69,21 @@ def by_file(
     """
     full = {stem_of(file) for file in listing.files if file.startswith(f"{DATA}/")}
     standing = set(listing.files)
-    files = sorted((file for file in listing.files if own_name(file) > after), key=own_name)
-    left = Counter(name for name in map(commit_of, files) if name in listing.commits)
-    without_files = listing.commits - set(map(commit_of, listing.files))
-    reading = read_each(cache, [*left, *sorted(without_files)])
+    files = sorted((file for file in listing.files if file_name(file) > after), key=file_name)
+    left = Counter(name for name in map(commit_name, files) if name in listing.commits)
+    without_files = listing.commits - set(map(commit_name, listing.files))
+    reading = read_commits(cache, [*left, *sorted(without_files)])
 
     def parts_of(name: str, content: dict[str, Any]) -> dict[str, Out]:
         if mending is not None:
-            content = mended(cache, name, content, full, mending.identity, mending.container, mending.again)
+            content = repair_commit(cache, name, content, full, mending.identity, mending.container, mending.again)
         parts = {said["file"]: understand(name, said) for said in content["parts"]}
-        check_standing(cache, parts.keys() - standing)
+        check_files_exist(cache, parts.keys() - standing)
         return parts
 
     held: dict[str, dict[str, Out]] = {}
     for file in files:
-        name = commit_of(file)
+        name = commit_name(file)
         if name not in left:
             yield file, None
             continue
@@ -97,8 +97,8 @@ def by_file(
         parts_of(name, content)
 
 
-def check_standing(cache: Folder, files: Collection[str]) -> None:
+def check_files_exist(cache: Folder, files: Collection[str]) -> None:
     """Raise CacheError for a committed file that was not listed, unless it came after the listing."""
     for file in sorted(files):
         if cache.read_if_there(file) is None:
-            raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged; {VERIFY}")
+            raise CacheError(f"{cache.at(file)} is gone, but was committed: the cache is damaged; {VERIFY_HINT}")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.canonical_json import canonical_json, sealed
+from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, IdentityError
-from pipeline.formats.schema import Columns, Layout
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
 from pipeline.storage.store import Folder
 from vae import AutoencoderKLConfig
@@ -62,7 +62,7 @@ def raw_config(config: AutoencoderKLConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_RAW}
 
 
-def preprocessing(settings: transform.Transform) -> dict[str, Any]:
+def describe_transform(settings: transform.Transform) -> dict[str, Any]:
     """What a transform does to pixels, as the identity names it."""
     return {
         "resolution": settings.resolution,
@@ -76,7 +76,7 @@ def preprocessing(settings: transform.Transform) -> dict[str, Any]:
     }
 
 
-def transform_of(identity: Mapping[str, Any]) -> transform.Transform:
+def parse_transform(identity: Mapping[str, Any]) -> transform.Transform:
     """The transform that a cache's identity describes."""
     preprocessing = identity["preprocessing"]
     return transform.Transform(
@@ -91,11 +91,13 @@ def transform_of(identity: Mapping[str, Any]) -> transform.Transform:
     )
 
 
-def layout_of(content: Mapping[str, Any]) -> Layout:
+def parse_schema(content: Mapping[str, Any]) -> OutputSchema:
     """What the files of a cache look like, from its cache.json."""
     identity = content["identity"]
-    return Layout(
-        container=identity["container"], store=identity["store"], columns=Columns.from_dict(content["columns"])
+    return OutputSchema(
+        container=identity["container"],
+        store=identity["store"],
+        columns=PassthroughColumns.from_dict(content["columns"]),
     )
 
 
@@ -110,7 +112,7 @@ def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: s
     return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latent))
 
 
-def read(cache: Folder) -> dict[str, Any] | None:
+def read_cache_json(cache: Folder) -> dict[str, Any] | None:
     """The content of cache.json; None where there is no cache yet.
 
     Raises CacheError for a folder that holds something else, and for a format that this version does not know.
@@ -128,31 +130,31 @@ def read(cache: Folder) -> dict[str, Any] | None:
             raise CacheError(f"{cache.url} has cache format {content['format']}; this version knows {FORMAT}")
         if hashlib.sha256(canonical_json(content["identity"])).hexdigest() != content["identity_sha256"]:
             raise CacheError(f"{cache.at(NAME)} was changed by hand: its identity does not have its own sha256")
-        layout_of(content)
+        parse_schema(content)
     except (ValueError, KeyError, TypeError, OSError) as error:  # Arrow's errors are of these kinds
         raise CacheError(f"{cache.url} is not a latentmill cache: its {NAME} cannot be understood") from error
     return content  # type: ignore[no-any-return]
 
 
-def settle(cache: Folder, content: Mapping[str, Any]) -> dict[str, Any]:
+def create_or_load(cache: Folder, content: Mapping[str, Any]) -> dict[str, Any]:
     """Create cache.json with this content, or take the one that stands there.
 
     Raises IdentityError, with the first field that differs, where that one is another cache's.
     """
-    cache.create(NAME, as_bytes(sealed(content)))
-    standing = read(cache)
+    cache.create(NAME, encode_json(with_checksum(content)))
+    standing = read_cache_json(cache)
     if standing is None:
         raise CacheError(f"{cache.at(NAME)} was created and has gone again")
-    refuse_difference(cache.url, standing["identity"], content["identity"])
+    check_same_identity(cache.url, standing["identity"], content["identity"])
     return standing
 
 
-def as_bytes(content: Mapping[str, Any]) -> bytes:
+def encode_json(content: Mapping[str, Any]) -> bytes:
     """cache.json with this content."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
-def refuse_difference(url: str, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_identity(url: str, standing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise IdentityError unless the two identities are equal."""
     for field, theirs, ours in _differences(standing, wanted, ""):
         raise IdentityError(

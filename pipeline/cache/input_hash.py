@@ -11,12 +11,12 @@ from pipeline.canonical_json import canonical_json
 from pipeline.errors import SourceError
 from pipeline.formats.record import Record
 from pipeline.records import Reject, Sample
-from pipeline.values import plain
+from pipeline.values import to_json_value
 
-SIZE = 32  # bytes of a digest
+DIGEST_BYTES = 32  # bytes of a digest
 
 
-def digest_of(item: Sample | Reject) -> bytes:
+def hash_sample(item: Sample | Reject) -> bytes:
     """The digest of a sample as it was read, or of one that was rejected."""
     if isinstance(item, Reject):
         return _sha256("reject", str(item.position), item.reason)
@@ -27,7 +27,7 @@ def digest_of(item: Sample | Reject) -> bytes:
 
 def value_bytes(value: Any) -> bytes | None:
     """A column's value as latent.json has it, of a string what is in it; None of a null."""
-    said = plain(value)
+    said = to_json_value(value)
     if isinstance(said, str):
         return said.encode()
     if said is None and not isinstance(value, float):  # a number that is not finite is no null
@@ -35,22 +35,24 @@ def value_bytes(value: Any) -> bytes | None:
     return canonical_json(said)
 
 
-def of_digests(digests: Iterable[bytes]) -> str:
+def combine_digests(digests: Iterable[bytes]) -> str:
     """`inputs` of a part, from its samples' digests in the order of their positions."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def of_record(record: Record, found: bytes | bytearray) -> str:
+def hash_record(record: Record, found: bytes | bytearray) -> str:
     """What `inputs` of this part would be by the samples that a unit's input has now.
 
     found: their digests, one after the other from position 0 on. What the record rejected is taken as it was recorded:
     it may have been mended since, other limits may let it pass now, and a damaged shard's rest cannot be read at all.
     """
-    rejected = {reject.position: digest_of(reject) for reject in record.rejects}
-    return of_digests(rejected.get(p, bytes(found[SIZE * p : SIZE * (p + 1)])) for p in record.positions)
+    rejected = {reject.position: hash_sample(reject) for reject in record.rejects}
+    return combine_digests(
+        rejected.get(p, bytes(found[DIGEST_BYTES * p : DIGEST_BYTES * (p + 1)])) for p in record.positions
+    )
 
 
-def proven(items: Iterator[Sample | Reject], records: Sequence[Record], url: str) -> Iterator[Sample | Reject]:
+def check_inputs(items: Iterator[Sample | Reject], records: Sequence[Record], url: str) -> Iterator[Sample | Reject]:
     """The same items. Raises SourceError before the first one that follows a part which was made from other ones.
 
     records: of a unit's parts.
@@ -59,7 +61,7 @@ def proven(items: Iterator[Sample | Reject], records: Sequence[Record], url: str
     for item in items:
         while left and item.position >= _end(left[0]):
             _check(left.pop(0), found, url)
-        found += digest_of(item) if left else b""
+        found += hash_sample(item) if left else b""
         yield item
     for record in left:
         _check(record, found, url)
@@ -71,7 +73,7 @@ def _end(record: Record) -> int:
 
 
 def _check(record: Record, found: bytearray, url: str) -> None:
-    if of_record(record, found) != record.inputs:
+    if hash_record(record, found) != record.inputs:
         raise SourceError(
             f"{url} has changed since it was planned, and not in its damage alone: {record.stem} was made from "
             "other samples; give the --input-limit that it was encoded with, or encode it into another cache"

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, cast
 
-from pipeline.errors import REST, CacheError, StorageError
+from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import Record, Standing
-from pipeline.formats.schema import Layout
+from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.store import READ_AHEAD, Folder, open_stream
 
@@ -23,12 +23,12 @@ _RETRIED = re.compile(r"-\d{5}r\d+$")
 WRITERS: Mapping[Container, Any] = {"parquet": parquet, "webdataset": webdataset}
 
 
-def schema_as_json(layout: Layout) -> list[dict[str, str]]:
+def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
     """What cache.json says of a row's columns, or of a sample's members."""
     return list(WRITERS[layout.container].schema_as_json(layout))
 
 
-def publish(cache: Folder, record: Record, rows: Sequence[Row], layout: Layout) -> Standing:
+def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
     """Write a part's file, unless somebody was first: then theirs is the one that counts.
 
     A part with rows and one without have different names, and two writers may disagree (by their limits, say): then the
@@ -37,56 +37,58 @@ def publish(cache: Folder, record: Record, rows: Sequence[Row], layout: Layout) 
     writer = WRITERS[layout.container]
     full, bare = f"{DATA}/{record.stem}{writer.SUFFIX}", f"{EMPTY}/{record.stem}.json"
     if not rows:
-        if theirs := inspect(cache, full, record.identity):
+        if theirs := inspect_part(cache, full, record.identity):
             return theirs
         mine = _create(cache, bare, record.to_json(), record)
-        return inspect(cache, full, record.identity) or mine
-    theirs = inspect(cache, bare, record.identity)
-    return theirs or _create(cache, full, writer.part(rows, record, layout), record)
+        return inspect_part(cache, full, record.identity) or mine
+    theirs = inspect_part(cache, bare, record.identity)
+    return theirs or _create(cache, full, writer.serialize_part(rows, record, layout), record)
 
 
-def _create(cache: Folder, name: str, data: bytes, record: Record) -> Standing:
+def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
     try:
         if cache.create(name, data):
-            return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
+            return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
     except StorageError:  # it may stand there all the same, and only the answer was lost
-        if (standing := inspect(cache, name, record.identity)) is None:
+        if (standing := inspect_part(cache, name, record.identity)) is None:
             raise
         return standing
-    if (standing := inspect(cache, name, record.identity)) is None:
+    if (standing := inspect_part(cache, name, record.identity)) is None:
         raise StorageError(f"{cache.at(name)} was there when it was to be written, and has gone since")
     return standing
 
 
-def find(
+def find_part(
     cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet", round: int = 0
-) -> Standing | None:
+) -> PartInfo | None:
     """The part of this number as it stands in the cache; None where it is still to be made. unit: its name.
 
     round: of the retry that wrote it.
     """
     stem = f"{unit}-{number:05d}" + (f"r{round}" if round else "")
     for name in (f"{DATA}/{stem}{WRITERS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
-        standing = inspect(cache, name, identity)
+        standing = inspect_part(cache, name, identity)
         if standing is not None:
             return standing
     return None
 
 
-def inspect(cache: Folder, name: str, identity: str) -> Standing | None:
+def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     """A part as it stands under a name; None where nothing does. Raises CacheError for what belongs elsewhere."""
     data = cache.read_if_there(name)
     if data is None:
         return None
-    record = record_in(data, cache.at(name))
+    record = read_record(data, cache.at(name))
     if record.identity != identity:
         raise CacheError(f"{cache.at(name)} belongs to a cache with another identity; move it away")
-    if place_of(record) != stem_of(name):
-        raise CacheError(f"{cache.at(name)} holds the part {place_of(record)}: it was copied or renamed; move it away")
-    return Standing(record, name, len(data), hashlib.sha256(data).hexdigest())
+    if expected_stem(record) != stem_of(name):
+        raise CacheError(
+            f"{cache.at(name)} holds the part {expected_stem(record)}: it was copied or renamed; move it away"
+        )
+    return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def place_of(record: Record) -> str:
+def expected_stem(record: Record) -> str:
     """Where a part belongs, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
@@ -96,7 +98,7 @@ def stem_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def record_in(data: bytes, name: str) -> Record:
+def read_record(data: bytes, name: str) -> Record:
     """The record that a part's file holds. Raises CacheError, which names the file, where there is none."""
     if not name.endswith(".json"):
         for writer in WRITERS.values():
@@ -109,12 +111,12 @@ def record_in(data: bytes, name: str) -> Record:
         raise CacheError(f"{name} cannot be read as the record of a part") from error
 
 
-def files(cache: Folder) -> list[str]:
+def list_part_files(cache: Folder) -> list[str]:
     """The files with parts, `_empty/` before `data/`, each sorted by name."""
     return [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.names(folder)]
 
 
-def hashes(cache: Folder, files: Iterable[str]) -> dict[str, str]:
+def hash_files(cache: Folder, files: Iterable[str]) -> dict[str, str]:
     """The sha256 of each of these files, read a block at a time."""
     found = {}
     for file in files:
@@ -126,51 +128,53 @@ def hashes(cache: Folder, files: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def shadowed(names: Iterable[str]) -> set[str]:
+def find_empty_duplicates(names: Iterable[str]) -> set[str]:
     """Those of `_empty/` that do not count, because the same part stands in `data/`, with rows."""
     full = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
-    return {name for name in names if twin_of(name) in full}
+    return {name for name in names if data_twin(name) in full}
 
 
-def twin_of(name: str) -> str | None:
+def data_twin(name: str) -> str | None:
     """What the part of a file in `_empty/` is called in `data/`, without the extension; None of other files."""
     return f"{DATA}/{stem_of(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
 
 
-def is_retry(stem: str) -> bool:
+def is_retry_part(stem: str) -> bool:
     """Whether this names a part that `retry` wrote."""
     return _RETRIED.search(stem) is not None
 
 
-def retried(cache: Folder, identity: str, units: Set[str] | None = None) -> list[Standing]:
+def retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
     """The parts that `retry` wrote, in the order of their names. units: only of these, by their names."""
-    names = files(cache)
-    hidden = shadowed(names)
-    wanted = (name for name in names if is_retry(stem_of(name)) and name not in hidden)
-    found = (inspect(cache, name, identity) for name in wanted if units is None or _unit_of(name) in units)
+    names = list_part_files(cache)
+    hidden = find_empty_duplicates(names)
+    wanted = (name for name in names if is_retry_part(stem_of(name)) and name not in hidden)
+    found = (inspect_part(cache, name, identity) for name in wanted if units is None or _unit_name(name) in units)
     return [part for part in found if part is not None]
 
 
-def of_unit(cache: Folder, unit: str, identity: str) -> list[Standing]:
+def parts_of_unit(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
     """All parts of a unit that stand, also those that `retry` wrote. unit: its name."""
-    names = files(cache)
-    hidden = shadowed(names)
-    found = (inspect(cache, name, identity) for name in names if _unit_of(name) == unit and name not in hidden)
+    names = list_part_files(cache)
+    hidden = find_empty_duplicates(names)
+    found = (inspect_part(cache, name, identity) for name in names if _unit_name(name) == unit and name not in hidden)
     return [part for part in found if part is not None]
 
 
-def _unit_of(file: str) -> str:
+def _unit_name(file: str) -> str:
     """The unit of a part, by its file."""
     stem = stem_of(file).partition("/")[2]
-    return _RETRIED.sub("", stem) if is_retry(stem) else stem.rpartition("-")[0]
+    return _RETRIED.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
+def superseded_by_retry(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
     """What parts of `retry` have of these units: why it was rejected, by unit and position."""
     found: dict[str, dict[int, str]] = {}
-    for part in retried(cache, identity, units) if units else []:
+    for part in retry_parts(cache, identity, units) if units else []:
         mine = found.setdefault(part.record.unit, {})
         for position, reason in part.record.supersedes:
-            if mine.get(position) != REST:  # what a retry rejected again, and a later one has, is no other part's
+            if (
+                mine.get(position) != REST_OF_SHARD
+            ):  # what a retry rejected again, and a later one has, is no other part's
                 mine[position] = reason
     return found

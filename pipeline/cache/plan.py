@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import commits
-from pipeline.canonical_json import VERIFY
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
-from pipeline.readers.sidecars import Beside, files_of, match, pinned, unpacked
+from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, stem
 from pipeline.sources import changes
-from pipeline.sources.listing import Source, some
-from pipeline.sources.units import inputs_among, parquet_units, tar_unit, units_of
+from pipeline.sources.listing import Source, abbreviate
+from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.store import Folder
 
 FOLDER = "_plan"
@@ -42,29 +42,29 @@ SCHEMA = pa.schema(
 )
 
 
-def hashes(cache: Folder) -> dict[str, str]:
+def hash_plan_files(cache: Folder) -> dict[str, str]:
     """The sha256 of each file of the plan. Every run keeps them, so that `verify` can tell a file that has changed."""
-    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in names_in(cache)}
+    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in list_plan_files(cache)}
 
 
-def names_in(cache: Folder) -> list[str]:
+def list_plan_files(cache: Folder) -> list[str]:
     """The files of the plan, in order."""
     return [name for name in cache.names(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
 
 
-def read(cache: Folder) -> list[Unit]:
+def read_plan(cache: Folder) -> list[Unit]:
     """All planned units, in the order in which they were planned first."""
-    return read_files(cache, names_in(cache))
+    return read_plan_files(cache, list_plan_files(cache))
 
 
-def read_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
+def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """The units in these files of the plan, as they were planned last, each in its source where that was last."""
     files = [[_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names]
-    roots = changes.roots_of(itertools.chain.from_iterable(files))
-    return [changes.at_root(unit, roots[unit.source]) for unit in current(files)]
+    roots = changes.source_roots(itertools.chain.from_iterable(files))
+    return [changes.move_to_root(unit, roots[unit.source]) for unit in latest_units(files)]
 
 
-def current(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
+def latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
     """The units of the plan's files: of those that read the same input, the ones of the last file that has any."""
     latest: dict[str, list[Unit]] = {}
     for units in files:
@@ -76,7 +76,7 @@ def current(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
 
 
 def input_of(unit: Unit) -> str:
-    """What later rows of the plan supersede: a file by its path, pictures of a folder by the unit's name."""
+    """What later rows of the plan supersede: a file by its path, images of a folder by the unit's name."""
     return unit.name if unit.kind == "folder" else unit.path
 
 
@@ -104,10 +104,10 @@ def _rows(cache: Folder, name: str) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
     except Exception as error:  # Arrow's, of whatever damaged bytes lead it to
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {said:.200}; {VERIFY}") from error
+        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {said:.200}; {VERIFY_HINT}") from error
 
 
-def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
+def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
     """Create the plan's file of this number; False where another run was first."""
     rows = [
         {
@@ -129,7 +129,7 @@ def write(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
     return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
 
 
-def extend(
+def extend_plan(
     cache: Folder,
     shards: Sequence[Shard],
     named: Sequence[Source] = (),
@@ -144,26 +144,26 @@ def extend(
     texts: extensions of the files beside an image that come along.
     Raises SourceError if there is nothing to plan at all, and if the sources are not those that were planned.
     """
-    beside = match(shards, texts)
+    beside = match_sidecars(shards, texts)
     while True:
-        names = names_in(cache)
-        planned = read_files(cache, names)
-        new, units, noticed = compare(cache, shards, beside, planned, named, new_source, same_source)
+        names = list_plan_files(cache)
+        planned = read_plan_files(cache, names)
+        new, units, noticed = compare_with_plan(cache, shards, beside, planned, named, new_source, same_source)
         if not new:
             if not planned:
-                raise SourceError("the source is empty: there are no tar shards, Parquet files or pictures in it")
+                raise SourceError("the source is empty: there are no tar shards, Parquet files or images in it")
             return units, noticed
         number = int(names[-1][:5]) + 1 if names else 0
-        if write(cache, number, new):
-            return list(current([units, new])), noticed
-        if names_in(cache) == names:
+        if write_plan_file(cache, number, new):
+            return list(latest_units([units, new])), noticed
+        if list_plan_files(cache) == names:
             raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
 
 
-def compare(
+def compare_with_plan(
     cache: Folder,
     shards: Sequence[Shard],
-    beside: Beside,
+    beside: SidecarIndex,
     planned: Sequence[Unit],
     named: Sequence[Source],
     new_source: bool,
@@ -171,49 +171,53 @@ def compare(
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Hold the sources against the plan. Returns the units to be added, the planned ones as they are now, and notes."""
     listed = {shard.path: shard for shard in shards}
-    named = named or [Source(name, root, root, ()) for name, root in {_place(s): None for s in shards}]
+    named = named or [Source(name, root, root, ()) for name, root in {_source_of(s): None for s in shards}]
     before = list(planned)
-    planned, noticed = changes.relocated(planned, listed, named, same_source)
-    files = {file.path: file for unit in planned for file in changes.inputs_of(unit)}
-    again, more = planned_anew(cache, planned, listed, beside, same_source)
+    planned, noticed = changes.relocate_units(planned, listed, named, same_source)
+    files = {file.path: file for unit in planned for file in changes.input_files(unit)}
+    again, more = replan_changed(cache, planned, listed, beside, same_source)
     noticed += more
     if beside.unused:
         what = "texts that belong to no image, or to several, or in whose place another one counts"
-        noticed.append(f"{what}: {len(beside.unused):,} ({some(beside.unused)})")
-    if gone := changes.gone(files, listed, named):
-        noticed.append(f"planned inputs that are gone: {len(gone):,} ({some(gone)}); what was encoded of them stays")
+        noticed.append(f"{what}: {len(beside.unused):,} ({abbreviate(beside.unused)})")
+    if gone := changes.find_missing(files, listed, named):
+        noticed.append(
+            f"planned inputs that are gone: {len(gone):,} ({abbreviate(gone)}); what was encoded of them stays"
+        )
     if same_source:
         told = {input_of(unit) for unit in again}
         now = [changes.with_etags(unit, listed) for unit in planned]
         again += [unit for unit, old in zip(now, before, strict=True) if unit != old and input_of(unit) not in told]
-    new, more = unplanned(shards, planned, files)
+    new, more = find_unplanned(shards, planned, files)
     noticed += more
-    fresh = inputs_among(new)
-    twice = changes.seen_before(fresh, listed, files, changes.roots_of(planned)) if fresh else {}
+    fresh = select_inputs(new)
+    twice = changes.find_duplicates(fresh, listed, files, changes.source_roots(planned)) if fresh else {}
     if not new_source:
         names = {source.name for source in named}
         lost = set(gone)
-        missing = {p: f for p, f in files.items() if p in lost or (p not in listed and changes.name_of(p) not in names)}
-        still = {changes.name_of(path) for path in files if path in listed}
+        missing = {
+            p: f for p, f in files.items() if p in lost or (p not in listed and changes.source_name(p) not in names)
+        }
+        still = {changes.source_name(path) for path in files if path in listed}
         noticed += changes.check_renamed(fresh, missing, twice, still)
     if twice:
-        pairs = some([f"{path} is {other}" for path, other in twice.items()])
+        pairs = abbreviate([f"{path} is {other}" for path, other in twice.items()])
         noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
-    return again + units_of([shard for shard in fresh if shard.path not in twice], beside), planned, noticed
+    return again + make_units([shard for shard in fresh if shard.path not in twice], beside), planned, noticed
 
 
-def _place(shard: Shard) -> tuple[str, str]:
-    return changes.name_of(shard.path), shard.root
+def _source_of(shard: Shard) -> tuple[str, str]:
+    return changes.source_name(shard.path), shard.root
 
 
-def planned_anew(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], beside: Beside, same_source: bool
+def replan_changed(
+    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], beside: SidecarIndex, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
     """New units for inputs that have changed and of which nothing is in the cache, and notes of all that have."""
-    changed = changes.changed(planned, listed, beside, same_source)
+    changed = changes.find_changed(planned, listed, beside, same_source)
     if not changed:
         return [], []
-    begun, finished = commits.begun(cache), commits.finished(cache)
+    begun, finished = commits.started_units(cache), commits.finished_units(cache)
     kept = {input_of(unit) for unit in planned if unit.name in begun}
     anew = {input_of(unit): unit for unit in planned if unit.name in changed and input_of(unit) not in kept}
     said: dict[str, set[str]] = {"kept": set(), "anew": set(), "half": set()}
@@ -228,27 +232,27 @@ def planned_anew(
         "_rejects/ have of their units, and run this again",
     }
     notes = [
-        f"inputs that have changed since they were planned: {len(paths):,} ({some(paths)}); {ends[what]}"
+        f"inputs that have changed since they were planned: {len(paths):,} ({abbreviate(paths)}); {ends[what]}"
         for what, paths in said.items()
         if paths
     ]
-    return [new for unit in anew.values() for new in as_listed(unit, listed, beside)], notes
+    return [new for unit in anew.values() for new in units_as_listed(unit, listed, beside)], notes
 
 
-def as_listed(unit: Unit, listed: Mapping[str, Shard], beside: Beside) -> list[Unit]:
-    """What a unit's input gives as it is now. Of a folder: with the same pictures, those that are gone as they were."""
+def units_as_listed(unit: Unit, listed: Mapping[str, Shard], beside: SidecarIndex) -> list[Unit]:
+    """What a unit's input gives as it is now. Of a folder: with the same images, those that are gone as they were."""
     if unit.kind == "tar":
-        return [tar_unit(listed[unit.path])]
+        return [make_tar_unit(listed[unit.path])]
     if unit.kind == "parquet":
-        return parquet_units(listed[unit.path])
+        return make_parquet_units(listed[unit.path])
     now = [
         files_of(listed[before.image.path], beside.texts) if before.image.path in listed else before
-        for before in unpacked(unit)
+        for before in unpack_files(unit)
     ]
-    return [replace(unit, **pinned(now))]
+    return [replace(unit, **pin_files(now))]
 
 
-def unplanned(
+def find_unplanned(
     shards: Sequence[Shard], planned: Sequence[Unit], files: Mapping[str, File]
 ) -> tuple[list[Shard], list[str]]:
     """The files that are not planned, and a note of those that must not be. files: all planned ones, by path."""
@@ -264,5 +268,5 @@ def unplanned(
                 new.append(shard)
     if not namesakes:
         return new, []
-    left_out = f"pictures that are left out: {len(namesakes):,} ({some(namesakes)})"
-    return new, [f"{left_out}; the cache has another picture of their name: rename them"]
+    left_out = f"images that are left out: {len(namesakes):,} ({abbreviate(namesakes)})"
+    return new, [f"{left_out}; the cache has another image of their name: rename them"]

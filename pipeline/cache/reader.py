@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import identity, parts, stats
-from pipeline.canonical_json import VERIFY
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, IdentityError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.schema import Layout
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
 from pipeline.storage.store import Folder, absolute
 from vae import AutoencoderKLConfig
@@ -43,7 +43,7 @@ class Cache:
         Raises CacheError if there is no cache, IdentityError if it has another digest.
         """
         folder = Folder(absolute(url), options or {})
-        content = identity.read(folder)
+        content = identity.read_cache_json(folder)
         if content is None:
             raise CacheError(f"there is no latentmill cache at {url}: it has no {identity.NAME}")
         if digest is not None or verify:
@@ -61,9 +61,9 @@ class Cache:
         return scaling_of(self.config)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> OutputSchema:
         """What the files look like."""
-        return identity.layout_of(self.content)
+        return identity.parse_schema(self.content)
 
     def files(self) -> list[str]:
         """The names of the files with rows, sorted: the cache is their concatenation."""
@@ -79,8 +79,8 @@ def check_digest(folder: Folder, digest: str | None, verify: bool) -> None:
 
     verify: hash every file.
     """
-    content = stats.read(folder) or {}
-    told, files = content.get("digest"), parts.files(folder)
+    content = stats.read_stats(folder) or {}
+    told, files = content.get("digest"), parts.list_part_files(folder)
     if digest not in (None, told):
         raise IdentityError(f"the cache {folder.url} has the digest {told}, not {digest}")
     if len(files) != content.get("files"):
@@ -88,10 +88,10 @@ def check_digest(folder: Folder, digest: str | None, verify: bool) -> None:
             f"the cache {folder.url} has {len(files)} files, its {stats.NAME} is of {content.get('files')}: a job is "
             f"at work on it, or was interrupted; the same encode command ends it"
         )
-    if verify and (found := stats.digest(parts.hashes(folder, files))) != told:
+    if verify and (found := stats.cache_digest(parts.hash_files(folder, files))) != told:
         raise IdentityError(
             f"the files of the cache {folder.url} have the digest {found}, its {stats.NAME} says {told}: they were "
-            f"changed; {VERIFY}"
+            f"changed; {VERIFY_HINT}"
         )
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.cache import commit_reader, commits
-from pipeline.cache.commit_reader import Listing, Mending, Said, own_name
-from pipeline.cache.parts import inspect, shadowed, stem_of
-from pipeline.cache.tally import merge, merge_two, over_channels, std_of
-from pipeline.canonical_json import VERIFY, json_object
-from pipeline.errors import REST, CacheError
+from pipeline.cache.commit_reader import CacheListing, PartFacts, Repair, file_name
+from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
+from pipeline.cache.tally import merge, merge_two, pool_channels, std_of
+from pipeline.canonical_json import VERIFY_HINT, parse_json_object
+from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally
 from pipeline.storage.store import Folder
 
@@ -49,51 +49,51 @@ class Part:
     tally: Mapping[str, BucketTally]
 
 
-def parts(
-    cache: Folder, identity: str, listing: Listing | None = None, mending: Mending | None = None, after: str = ""
+def read_parts(
+    cache: Folder, identity: str, listing: CacheListing | None = None, mending: Repair | None = None, after: str = ""
 ) -> Iterator[Part]:
     """The files of a cache, in the order of their own names (`commits.by_file`).
 
     Raises CacheError for a file that a commit names and that is not there.
     """
-    listing = listing or Listing.of(cache)
-    hidden = shadowed(listing.files)
+    listing = listing or CacheListing.of(cache)
+    hidden = find_empty_duplicates(listing.files)
 
-    def understand(name: str, said: Said) -> Part:
+    def understand(name: str, said: PartFacts) -> Part:
         return _committed(cache, name, said)
 
-    for file, known in commit_reader.by_file(cache, listing, understand, mending, after):
+    for file, known in commit_reader.pair_with_commits(cache, listing, understand, mending, after):
         to_commit = mending is not None and file not in hidden
         part = known or _uncommitted(cache, file, identity, to_commit)
         yield replace(part, **UNCOUNTED) if file in hidden else part
 
 
-def committed(cache: Folder, names: Iterable[str]) -> Iterator[Part]:
+def committed_parts(cache: Folder, names: Iterable[str]) -> Iterator[Part]:
     """What these commits say of their parts."""
-    for name, content in commits.read_each(cache, names):
+    for name, content in commits.read_commits(cache, names):
         for said in content["parts"]:
             yield _committed(cache, name, said)
 
 
-def _committed(cache: Folder, name: str, said: Said) -> Part:
+def _committed(cache: Folder, name: str, said: PartFacts) -> Part:
     try:
-        return part_of(said)
+        return parse_part(said)
     except (KeyError, TypeError, AttributeError) as error:
         file = cache.at(f"{commits.COMMITS}/{name}.json")
-        raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY}") from error
+        raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY_HINT}") from error
 
 
 def _uncommitted(cache: Folder, file: str, identity: str, to_commit: bool) -> Part:
     """What a file says of itself. to_commit: where a retry died before it wrote its part's commit, write it now."""
-    standing = inspect(cache, file, identity)
+    standing = inspect_part(cache, file, identity)
     if standing is None:
         raise CacheError(f"{cache.at(file)} was listed and has gone")
     if to_commit and standing.record.round:
-        commits.finish(cache, [standing])
-    return part_of(standing.to_dict())
+        commits.write_commit(cache, [standing])
+    return parse_part(standing.to_dict())
 
 
-def part_of(fields: Mapping[str, Any]) -> Part:
+def parse_part(fields: Mapping[str, Any]) -> Part:
     """From what a commit, or a record, says of a part."""
     return Part(
         tally={name: BucketTally(**t) for name, t in fields["tally"].items()},
@@ -101,7 +101,7 @@ def part_of(fields: Mapping[str, Any]) -> Part:
     )
 
 
-def digest(hashes: Mapping[str, str]) -> str:
+def cache_digest(hashes: Mapping[str, str]) -> str:
     """The sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache. hashes: sha256 by file."""
     lines = hashlib.sha256()
     for file in sorted(hashes):
@@ -110,7 +110,7 @@ def digest(hashes: Mapping[str, str]) -> str:
 
 
 @dataclass(slots=True)
-class Sums:
+class RunningStats:
     """Statistics of the parts so far. What is added must come in the order of the parts' own names.
 
     begun, taken: where rests of damaged shards stand, and those that a retry has taken up, by unit and position: the
@@ -133,7 +133,7 @@ class Sums:
         self.rejects.update(part.rejects)
         self.rejects.subtract(reason for _, reason in part.supersedes)
         self.begun.update((part.unit, position) for position in part.rests)
-        self.taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST)
+        self.taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST_OF_SHARD)
 
     def add(self, part: Part) -> None:
         """Add a part's counts and tallies."""
@@ -141,7 +141,7 @@ class Sums:
         for name, more in part.tally.items():
             self.buckets[name] = merge_two(self.buckets[name], more) if name in self.buckets else more
 
-    def copy(self) -> "Sums":
+    def copy(self) -> "RunningStats":
         """The same now; the tallies in it are never changed."""
         return replace(
             self,
@@ -155,11 +155,11 @@ class Sums:
     def rejected(self) -> dict[str, int]:
         """How many samples are rejected, by reason: those that no retry has superseded."""
         counts = self.rejects.copy()
-        counts[REST] = len(self.begun - self.taken)
+        counts[REST_OF_SHARD] = len(self.begun - self.taken)
         return {reason: counts[reason] for reason in sorted(+counts)}
 
 
-def summary(sums: Sums, hashes: Mapping[str, str]) -> dict[str, Any]:
+def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
     """The content of stats.json. hashes: sha256 of each file."""
     buckets = {name: sums.buckets[name] for name in sorted(sums.buckets)}
     total = merge(buckets.values())
@@ -172,20 +172,20 @@ def summary(sums: Sums, hashes: Mapping[str, str]) -> dict[str, Any]:
         "enlarged": sums.enlarged,
         "suggested": _suggested(total) if total else None,
         "files": len(hashes),
-        "digest": digest(hashes),
+        "digest": cache_digest(hashes),
     }
 
 
-def summary_of(all_parts: Iterable[Part]) -> dict[str, Any]:
+def summarize_tallies(all_parts: Iterable[Part]) -> dict[str, Any]:
     """The content of stats.json from a cache's parts, in any order."""
-    sums, hashes = Sums(), dict[str, str]()
-    for part in sorted(all_parts, key=lambda part: own_name(part.file)):
+    sums, hashes = RunningStats(), dict[str, str]()
+    for part in sorted(all_parts, key=lambda part: file_name(part.file)):
         sums.add(part)
         hashes[part.file] = part.sha256
-    return summary(sums, hashes)
+    return summarize(sums, hashes)
 
 
-class Summing:
+class StatsWriter:
     """Makes stats.json, and again where files came meanwhile: then only what is behind the first of them is read again.
 
     For that it keeps how the sums stood at some files, and the names and hashes of all.
@@ -193,32 +193,32 @@ class Summing:
 
     MARKS = 32
 
-    def __init__(self, cache: Folder, identity: str, mending: Mending | None = None) -> None:
+    def __init__(self, cache: Folder, identity: str, mending: Repair | None = None) -> None:
         self.cache, self.identity, self.mending = cache, identity, mending
         self.files: tuple[str, ...] = ()
-        self._marks: list[tuple[str, Sums]] = [("", Sums())]
+        self._marks: list[tuple[str, RunningStats]] = [("", RunningStats())]
         self._hashes: dict[str, str] = {}
 
     def write(self) -> dict[str, Any]:
         """Sum up what stands in the cache now, write stats.json, and return its content."""
-        listing = Listing.of(self.cache)
+        listing = CacheListing.of(self.cache)
         after, sums = self._back_to(listing.files)
         every = max(1, len(listing.files) // self.MARKS)
-        for number, part in enumerate(parts(self.cache, self.identity, listing, self.mending, after), 1):
+        for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.mending, after), 1):
             sums.add(part)
             self._hashes[part.file] = part.sha256
             if number % every == 0:
-                self._marks.append((own_name(part.file), sums.copy()))
+                self._marks.append((file_name(part.file), sums.copy()))
         self.files = listing.files
-        content = summary(sums, self._hashes)
-        self.cache.replace(NAME, as_bytes(content))
+        content = summarize(sums, self._hashes)
+        self.cache.replace(NAME, encode_json(content))
         return content
 
-    def _back_to(self, files: Sequence[str]) -> tuple[str, Sums]:
+    def _back_to(self, files: Sequence[str]) -> tuple[str, RunningStats]:
         """Forget what is not before all files that came or went. Returns the last name that is left, and the sums."""
         gone = set(self.files) - set(files)
         changed = set(files) ^ set(self.files)
-        first = min((own_name(stem_of(file)) for file in changed), default="")
+        first = min((file_name(stem_of(file)) for file in changed), default="")
         while changed and self._marks[-1][0] >= first:
             self._marks.pop()
         for file in gone:
@@ -227,7 +227,7 @@ class Summing:
         return name, sums.copy()
 
 
-def doubts(content: Mapping[str, Any]) -> list[str]:
+def find_implausible(content: Mapping[str, Any]) -> list[str]:
     """What in statistics looks like a broken VAE: a line for each channel that is constant, or nearly so.
 
     content: stats.json.
@@ -236,7 +236,7 @@ def doubts(content: Mapping[str, Any]) -> list[str]:
     greatest = max(stds, default=0.0)
     return [
         f"channel {channel} of the latents is {'constant' if not std else 'nearly constant'} (mean {mean:.4g}, std "
-        f"{std:.2g}): is the VAE broken, or every picture the same?"
+        f"{std:.2g}): is the VAE broken, or every image the same?"
         for channel, (mean, std) in enumerate(zip(content.get("mean", []), stds, strict=True))
         if content["count"] > 1 and std <= DEAD * greatest
     ]
@@ -248,7 +248,7 @@ def _channels(t: BucketTally) -> dict[str, list[float]]:
 
 def _suggested(t: BucketTally) -> dict[str, Any]:
     """What would bring these latents to zero mean and unit variance: as one number each, and a channel."""
-    mean, std = over_channels(t)
+    mean, std = pool_channels(t)
     return {
         "scaling_factor": 1 / std if std > 0 else None,
         "shift_factor": mean,
@@ -257,12 +257,12 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
     }
 
 
-def as_bytes(content: Mapping[str, Any]) -> bytes:
+def encode_json(content: Mapping[str, Any]) -> bytes:
     """stats.json with this content."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def read(cache: Folder) -> dict[str, Any] | None:
+def read_stats(cache: Folder) -> dict[str, Any] | None:
     """The content of stats.json; None where no run has come to its end yet."""
     data = cache.read_if_there(NAME)
-    return None if data is None else json_object(data, cache.at(NAME))
+    return None if data is None else parse_json_object(data, cache.at(NAME))

@@ -17,7 +17,7 @@ from pipeline.records import Row, Store
 
 
 def bucket_name(height: int, width: int) -> str:
-    """The name of a bucket: "HxW" of its pictures, in pixels."""
+    """The name of a bucket: "HxW" of its images, in pixels."""
     return f"{height}x{width}"
 
 
@@ -26,13 +26,13 @@ def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTa
     tally = tally_moments if store == "moments" else tally_latents
     buckets: dict[str, list[Tensor]] = {}
     for row in rows:
-        buckets.setdefault(bucket_name(*row.picture.bucket), []).append(row.latent)
+        buckets.setdefault(bucket_name(*row.image.bucket), []).append(row.latent)
     return {name: tally(buckets[name]) for name in sorted(buckets)}
 
 
-def with_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
+def count_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
     """How many of the rows have each of these texts."""
-    return Counter(name for row in rows for name in names if row.picture.columns.get(name) is not None)
+    return Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
@@ -97,7 +97,7 @@ def std_of(tally: BucketTally) -> list[float]:
     return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, inside, strict=True)]
 
 
-def over_channels(tally: BucketTally) -> tuple[float, float]:
+def pool_channels(tally: BucketTally) -> tuple[float, float]:
     """Mean and standard deviation of all values, whichever their channel (every channel has as many)."""
     mean = math.fsum(tally.mean) / len(tally.mean)
     spread = math.fsum((m - mean) ** 2 for m in tally.mean) * tally.values

@@ -13,9 +13,9 @@ import torch
 
 from pipeline.errors import CacheError
 from pipeline.formats.record import Record
-from pipeline.formats.schema import OURS, Layout
+from pipeline.formats.schema import BASE_SCHEMA, OutputSchema
 from pipeline.records import Row
-from pipeline.values import for_python, size_of
+from pipeline.values import size_in_bytes, to_python
 
 SUFFIX = ".parquet"
 RECORD_KEY = b"latentmill"
@@ -25,17 +25,17 @@ COMPRESSION = "zstd"
 _LATENT = "latent"  # latents do not compress, repeat or sort; everything else does
 
 
-def schema_of(layout: Layout) -> pa.Schema:
+def schema_of(layout: OutputSchema) -> pa.Schema:
     """The columns of every part."""
-    return pa.schema([*OURS, *layout.columns.schema])
+    return pa.schema([*BASE_SCHEMA, *layout.columns.schema])
 
 
-def schema_as_json(layout: Layout) -> list[dict[str, str]]:
+def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
     """The columns as cache.json names them."""
     return [{"name": field.name, "type": str(field.type)} for field in schema_of(layout)]
 
 
-def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
+def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
     """The file of a part. rows: at least one, by bucket and then position."""
     schema, sink = schema_of(layout), io.BytesIO()
     others = [path for field in schema if field.name != _LATENT for path in _paths(field.name, field.type)]
@@ -76,7 +76,7 @@ def read_rows(
         if wanted is None or here:
             table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
             some = table if wanted is None else table.take(here)
-            for values in zip(*map(for_python, some.columns), strict=True):
+            for values in zip(*map(to_python, some.columns), strict=True):
                 yield dict(zip(some.column_names, values, strict=True))
         start += count
 
@@ -85,9 +85,9 @@ def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     latents = columns = 0
     for row in rows:
-        more = sum(map(size_of, row.picture.columns.values()))
+        more = sum(map(size_in_bytes, row.image.columns.values()))
         is_full = latents + row.latent.nbytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
-        if group and (row.picture.bucket != group[0].picture.bucket or is_full):
+        if group and (row.image.bucket != group[0].image.bucket or is_full):
             yield group
             group, latents, columns = [], 0, 0
         group.append(row)
@@ -111,15 +111,15 @@ def _paths(name: str, kind: pa.DataType) -> list[str]:
 
 
 def _columns(row: Row, shard: str) -> dict[str, Any]:
-    picture = row.picture
+    image = row.image
     return {
-        "key": picture.key,
+        "key": image.key,
         "shard": shard,
         "latent": _bytes(row.latent),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
-        **picture.geometry,
-        **picture.columns,
+        **image.geometry,
+        **image.columns,
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.canonical_json import canonical_json
-from pipeline.errors import REST
+from pipeline.errors import REST_OF_SHARD
 
 if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
     pass
@@ -77,15 +77,15 @@ class Record:
         and, where a `rest_of_shard` is among them, as many from there on as it has samples."""
         if not self.round:
             return list(range(self.first, self.first + self.samples))
-        solved = [position for position, reason in self.supersedes if reason != REST]
-        starts = [position for position, reason in self.supersedes if reason == REST]
+        solved = [position for position, reason in self.supersedes if reason != REST_OF_SHARD]
+        starts = [position for position, reason in self.supersedes if reason == REST_OF_SHARD]
         rest = [start + number for start in starts[:1] for number in range(self.samples - len(solved))]
         return sorted(solved + rest)
 
     @property
     def counted(self) -> list[int]:
         """The positions of its samples: a damaged shard's rest is none."""
-        rests = {reject.position for reject in self.rejects if reject.reason == REST}
+        rests = {reject.position for reject in self.rejects if reject.reason == REST_OF_SHARD}
         return [position for position in self.positions if position not in rests]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class PartInfo:
     """A part that stands in the cache: its record, and its file's name, size and sha256."""
 
     record: Record
@@ -122,14 +122,14 @@ class Standing:
         fields = self.record.to_dict()
         reasons = [reject.reason for reject in self.record.rejects]
         fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST]
+        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST_OF_SHARD]
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
 
 
-def rests(records: Iterable[Record]) -> dict[str, set[int]]:
+def unread_rests(records: Iterable[Record]) -> dict[str, set[int]]:
     """By unit, the positions from which on its input was never read: what is rejected so, and superseded by nothing."""
     found, taken = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
     for record in records:
-        found[record.unit].update(reject.position for reject in record.rejects if reject.reason == REST)
-        taken[record.unit].update(position for position, reason in record.supersedes if reason == REST)
+        found[record.unit].update(reject.position for reject in record.rejects if reject.reason == REST_OF_SHARD)
+        taken[record.unit].update(position for position, reason in record.supersedes if reason == REST_OF_SHARD)
     return {unit: left for unit, positions in found.items() if (left := positions - taken[unit])}

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.records import TEXT_EXTENSIONS, Container, Store
 
-OURS = pa.schema(
+BASE_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.string()),
@@ -28,14 +28,14 @@ OURS = pa.schema(
 _PREFIX = "source_"
 
 
-def passed_name(name: str) -> str:
+def cache_column_name(name: str) -> str:
     """What a column of a source is called in a cache: `source_` before a name that is ours, or is ours so prefixed."""
-    return _PREFIX + name if _bare(name) in OURS.names else name
+    return _PREFIX + name if _bare(name) in BASE_SCHEMA.names else name
 
 
-def source_name(name: str) -> str:
+def source_column_name(name: str) -> str:
     """What a passed-through column is called in its source."""
-    return name.removeprefix(_PREFIX) if _bare(name) in OURS.names else name
+    return name.removeprefix(_PREFIX) if _bare(name) in BASE_SCHEMA.names else name
 
 
 def _bare(name: str) -> str:
@@ -45,11 +45,11 @@ def _bare(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class PassthroughColumns:
     """The passed-through columns.
 
     schema: their names in the cache, and their types; all may be null. texts: those that are text members of tars and
-    files beside pictures, by their extension; from Parquet files come any.
+    files beside images, by their extension; from Parquet files come any.
     """
 
     schema: pa.Schema
@@ -68,18 +68,18 @@ class Columns:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Columns":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "PassthroughColumns":
         data = base64.b64decode(fields["arrow_schema"])
         return cls(pa.ipc.read_schema(pa.BufferReader(data)), tuple(fields["texts"]))
 
 
-TEXTS = Columns(pa.schema([(name, pa.string()) for name in TEXT_EXTENSIONS]))
+TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEXT_EXTENSIONS]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class OutputSchema:
     """What a part's writer must know."""
 
     container: Container = "parquet"
     store: Store = "mode"
-    columns: Columns = TEXTS
+    columns: PassthroughColumns = TEXT_COLUMNS

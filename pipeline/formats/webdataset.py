@@ -1,7 +1,7 @@
 """Rows to the bytes of one WebDataset shard, its record in front as the PAX global header `LATENTMILL.record`.
 
 A sample is `<key>.latent.npy` (or `<key>.moments.npy`), `<key>.latent.json` with what else is known of it, and the
-texts that came with the picture. Equal rows and records give equal bytes: members have no time and no owner.
+texts that came with the image. Equal rows and records give equal bytes: members have no time and no owner.
 """
 
 import io
@@ -16,9 +16,9 @@ import numpy as np
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
 from pipeline.formats.record import Record
-from pipeline.formats.schema import Layout
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS, Row
-from pipeline.values import plain
+from pipeline.values import to_json_value
 
 # numpy parses headers by `ast`, which Python 3.11 cannot always do in two threads at once (SystemError, gh-106905)
 _one_parser = threading.Lock()
@@ -27,17 +27,17 @@ RECORD_KEY = "LATENTMILL.record"
 INFO = ".latent.json"
 
 
-def schema_as_json(layout: Layout) -> list[dict[str, str]]:
+def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
     """The members of a sample as cache.json names them."""
     texts = [{"name": name, "type": "text"} for name in layout.columns.texts]
     return [{"name": f"{_array(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
 
 
-def _array(layout: Layout) -> str:
+def _array(layout: OutputSchema) -> str:
     return "moments" if layout.store == "moments" else "latent"
 
 
-def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
+def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
     """The file of a part. rows: at least one, by bucket and then position; not bfloat16, which numpy does not know."""
     sink = io.BytesIO()
     headers = {RECORD_KEY: record.to_json().decode()}
@@ -50,24 +50,24 @@ def part(rows: Sequence[Row], record: Record, layout: Layout) -> bytes:
     return sink.getvalue()
 
 
-def _members(row: Row, shard: str, layout: Layout) -> Iterator[tuple[str, bytes]]:
-    picture, latent = row.picture, row.latent.contiguous().numpy()
+def _members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
+    image, latent = row.image, row.latent.contiguous().numpy()
     array = io.BytesIO()
     np.lib.format.write_array(array, latent, version=(1, 0), allow_pickle=False)
     info = {
-        "key": picture.key,
+        "key": image.key,
         "shard": shard,
         "shape": list(latent.shape),
         "dtype": str(latent.dtype),
-        **picture.geometry,
+        **image.geometry,
     }
     texts = layout.columns.texts
-    info |= {name: plain(picture.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
-    yield f"{picture.key}.{_array(layout)}.npy", array.getvalue()
-    yield picture.key + INFO, canonical_json(info)
+    info |= {name: to_json_value(image.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
+    yield f"{image.key}.{_array(layout)}.npy", array.getvalue()
+    yield image.key + INFO, canonical_json(info)
     for name in texts:
-        if (text := picture.columns.get(name)) is not None:
-            yield f"{picture.key}.{name}", text.encode()
+        if (text := image.columns.get(name)) is not None:
+            yield f"{image.key}.{name}", text.encode()
 
 
 def read_record(data: bytes, name: str) -> Record:

@@ -1,4 +1,4 @@
-"""Aspect buckets: the few sizes that pictures of all shapes are encoded at, of about one area.
+"""Aspect buckets: the few sizes that images of all shapes are encoded at, of about one area.
 
 The grid that trainers use since NovelAI's ("Novel AI Improvements on Stable Diffusion", 2022): all pairs of sides that
 are multiples of `multiple_of`, from half to twice `side`, where each side is paired with the longest other whose area
@@ -21,7 +21,7 @@ def grid(side: int, multiple_of: int) -> tuple[Bucket, ...]:
 
 
 def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
-    """The bucket whose aspect ratio is nearest, as a factor, to the picture's; the larger one of two alike."""
+    """The bucket whose aspect ratio is nearest, as a factor, to the image's; the larger one of two alike."""
 
     def distance(bucket: Bucket) -> tuple[float, int]:
         return abs(math.log(bucket[0] * width / (bucket[1] * height))), -bucket[0] * bucket[1]

@@ -1,4 +1,4 @@
-"""Bytes to pixels ("open"), by one rule for every kind of picture.
+"""Bytes to pixels ("open"), by one rule for every kind of image.
 
     orientation   the EXIF orientation is applied; original sizes are counted after it
     animation     the first frame
@@ -18,16 +18,16 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import Rejected
-from pipeline.limits import DEFAULT, Limits
+from pipeline.limits import DEFAULT_LIMITS, Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PNG_TEXT = 64 << 20  # bytes of a PNG's texts and colour profile once they are decompressed
 
 # Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow takes up to 1 MiB of a text or a profile, and calls pictures that have more broken.
+# Pillow takes up to 1 MiB of a text or a profile, and calls images that have more broken.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
-# What Pillow warns of (damaged metadata, mostly) says neither which picture nor what to do. For the process, because
+# What Pillow warns of (damaged metadata, mostly) says neither which image nor what to do. For the process, because
 # `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -43,19 +43,19 @@ _UPRIGHT = {
 }
 
 
-def open_pixels(data: bytes, limits: Limits = DEFAULT) -> np.ndarray:
-    """An encoded picture as RGB uint8 [H, W, 3].
+def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """An encoded image as RGB uint8 [H, W, 3].
 
     Raises Rejected (stage "open") for what cannot be opened: it depends on the bytes alone.
     """
     if not data:
         raise Rejected("open", "empty")
-    if len(data) > limits.picture_bytes:
-        raise Rejected("open", "too_many_bytes", len(data), limits.picture_bytes)
+    if len(data) > limits.image_bytes:
+        raise Rejected("open", "too_many_bytes", len(data), limits.image_bytes)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise Rejected("open", "not_a_picture") from None
+        raise Rejected("open", "not_an_image") from None
     except MemoryError:
         raise
     except Exception:  # Pillow's parsers raise whatever damaged bytes lead them to
@@ -73,7 +73,7 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation asks. Damaged metadata does not spoil a whole picture: it counts as none."""
+    """Turned as its EXIF orientation asks. Damaged metadata does not spoil a whole image: it counts as none."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except MemoryError:

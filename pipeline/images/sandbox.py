@@ -1,7 +1,7 @@
-"""Pictures opened by a process of its own: for a unit whose worker died, where one of its pictures may be the reason.
+"""Images opened by a process of its own: for a unit whose worker died, where one of its images may be the reason.
 
-A picture that ends this process, that takes it too long or too much memory, is rejected by name; a new process opens
-the next one. Normally pictures are opened by threads of the worker (`pipeline.flow`), which cannot be stopped.
+An image that ends this process, that takes it too long or too much memory, is rejected by name; a new process opens
+the next one. Normally images are opened by threads of the worker (`pipeline.flow`), which cannot be stopped.
 """
 
 import json
@@ -17,18 +17,18 @@ from pipeline.limits import Limits
 from pipeline.subprocess_server import Child, limit_itself, serve
 
 
-class Opener(Child):
-    """Opens pictures as `pixels.open_pixels` does, in a process of its own."""
+class SandboxedDecoder(Child):
+    """Opens images as `pixels.open_pixels` does, in a process of its own."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__("pipeline.images.sandbox", json.dumps(asdict(limits)))
         self.limits = limits
 
-    def __enter__(self) -> "Opener":
+    def __enter__(self) -> "SandboxedDecoder":
         return self
 
     def open_pixels(self, data: bytes, limits: Limits) -> np.ndarray:
-        """An encoded picture as RGB uint8 [H, W, 3]. Raises Rejected, `unsafe` for what ends the process."""
+        """An encoded image as RGB uint8 [H, W, 3]. Raises Rejected, `unsafe` for what ends the process."""
         try:
             answer, content = self.ask(data, limits.seconds)
         except ChildProcessError:

@@ -1,15 +1,15 @@
 """Pixels to the size they are encoded at: resize, then crop.
 
-A picture is resized until it just covers its target, the square of `resolution` or the bucket nearest to its shape: to
+An image is resized until it just covers its target, the square of `resolution` or the bucket nearest to its shape: to
 a square, the short side to `resolution` and the long side to `round(long * resolution / short)`. Then the target is cut
 out: the middle, `(excess) // 2` from the top and from the left, or a place drawn evenly from all there are. Half of the
-pictures are mirrored where that is asked for. Resizing is always antialiased and equals Pillow's of the
+images are mirrored where that is asked for. Resizing is always antialiased and equals Pillow's of the
 same name within 1/255 a channel. Reductions to half and less, where it costs most, run in torch, which is three to
-five times faster; the rest runs in Pillow itself: torch's integer weights are off by 2 in one of ten noise pictures
-reduced to more than half, and of a picture about twice as tall as wide Pillow 13 resizes the columns first, which
-clamping between the passes makes another picture.
+five times faster; the rest runs in Pillow itself: torch's integer weights are off by 2 in one of ten noise images
+reduced to more than half, and of an image about twice as tall as wide Pillow 13 resizes the columns first, which
+clamping between the passes makes another image.
 
-A line of pixels becomes a very long picture. Where it would have more than MAX_RESIZED pixels, and more than MAX_TIMES
+A line of pixels becomes a very long image. Where it would have more than MAX_RESIZED pixels, and more than MAX_TIMES
 as many as are cut out, only these are made; they may differ then by what clamping between the passes changes.
 """
 
@@ -30,7 +30,7 @@ from pipeline.records import Crop, Flip, Interpolation
 # Part of a cache's identity: goes up when the same settings give other pixels.
 VERSION = 1
 
-MAX_RESIZED = 1 << 25  # half a GB while it is resized: at 1,024 px a picture 32 times as long as high
+MAX_RESIZED = 1 << 25  # half a GB while it is resized: at 1,024 px an image 32 times as long as high
 MAX_TIMES = 16
 MAX_TALL = 1.9  # height over width up to which Pillow resizes the rows first, as torch does
 
@@ -43,7 +43,7 @@ _PILLOW = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a picture is brought to size: resized to height x width, then out_height x out_width cut from (top, left),
+    """How an image is brought to size: resized to height x width, then out_height x out_width cut from (top, left),
     then mirrored left to right where `flipped`."""
 
     height: int
@@ -61,7 +61,7 @@ class Transform:
     """resolution: height and width of what comes out, in pixels; of buckets the side of the square of their area.
 
     buckets: the sizes that come out, multiples of `multiple_of`; without any, the square of `resolution` alone.
-    min_size: a picture with a shorter side than this is filtered.
+    min_size: an image with a shorter side than this is filtered.
     seed: of the draws that `crop` and `flip` ask for.
     """
 
@@ -75,7 +75,7 @@ class Transform:
     seed: int = 0
 
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
-        """What to do with a picture of this size; None where it is to be left out. Draws follow from shard and key."""
+        """What to do with an image of this size; None where it is to be left out. Draws follow from shard and key."""
         if min(height, width) < self.min_size:
             return None
         square = (self.resolution, self.resolution)
@@ -125,7 +125,7 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpola
 
 
 def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
-    """What `fit` cuts out of the resized picture, uint8 [out_height, out_width, 3], without the rest of it."""
+    """What `fit` cuts out of the resized image, uint8 [out_height, out_width, 3], without the rest of it."""
     rows, top, bottom = _window(fit.top, fit.out_height, fit.height, pixels.shape[0])
     columns, left, right = _window(fit.left, fit.out_width, fit.width, pixels.shape[1])
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
@@ -136,10 +136,10 @@ def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Te
 def _window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
     """What of a side's pixels is seen by `count` of the resized ones, and where in it they begin and end.
 
-    Pillow has boxes in float32: in a picture of 65,535 pixels they would be off by some of the resized ones.
+    Pillow has boxes in float32: in an image of 65,535 pixels they would be off by some of the resized ones.
     """
     step = side / resized
     begin, end = first * step, min((first + count) * step, side)
-    seen = math.ceil(3 * max(step, 1)) + 1  # Lanczos looks three pixels far, of the coarser picture
+    seen = math.ceil(3 * max(step, 1)) + 1  # Lanczos looks three pixels far, of the coarser image
     low, high = max(0, math.floor(begin) - seen), min(side, math.ceil(end) + seen)
     return slice(low, high), begin - low, end - low

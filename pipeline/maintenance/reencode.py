@@ -9,17 +9,17 @@ from torch import Tensor
 from pipeline import flow
 from pipeline.cache import input_hash
 from pipeline.cache.reader import Cache, to_tensor
-from pipeline.errors import REST, DamagedError, LatentmillError
-from pipeline.flow import EncodeJob, Encoder
-from pipeline.formats.record import Standing
+from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
+from pipeline.flow import EncodeSpec, UnitWorker
+from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import Problem
-from pipeline.preview.render import Wanted, wanted_rows
-from pipeline.records import Picture, Reject, Sample, Unit
+from pipeline.preview.render import RowRef, read_refs
+from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.storage import store
 
-NEAR = 0.05  # of a latent's own size: what another device or another slice may change, and no other picture
+TOLERANCE = 0.05  # of a latent's own size: what another device or another slice may change, and no other image
 
-SHOWN = 3  # parts that are named of an input that was exchanged
+SHOWN_EXAMPLES = 3  # parts that are named of an input that was exchanged
 
 LIMITS = "give the --input-limit that it was encoded with; without one, the input was exchanged"
 SOURCE = "say where it is now: --source"
@@ -28,45 +28,49 @@ REST_READABLE = "latentmill retry takes up what follows the damage"
 RUN = "look whether the input, the VAE or the cache was exchanged; encode anew into another folder"
 
 
-def recount(unit: Unit, parts: Sequence[Standing], rest: int | None, job: EncodeJob) -> Iterator[Problem]:
+def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: EncodeSpec) -> Iterator[Problem]:
     """Read a unit's input to its end, as it is now, and hold its samples against the records of the unit's parts.
 
     rest: the position from which on it was damaged, and could not be counted.
     """
     found, damage = bytearray(), ""
     try:
-        for sample in flow.read(store.as_it_is(unit, job.source_options), job, mended=range(len(unit.paths))):
-            found += input_hash.digest_of(sample)
+        for sample in flow.read_samples(
+            store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+        ):
+            found += input_hash.hash_sample(sample)
     except DamagedError as error:
         damage = str(error)
     except LatentmillError as error:
         yield Problem(unit.url, f"it cannot be counted: {error}", SOURCE)
         return
-    rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST]
+    rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST_OF_SHARD]
     recorded = len(set().union(*(part.record.counted for part in parts)))
-    count = len(found) // input_hash.SIZE
+    count = len(found) // input_hash.DIGEST_BYTES
     if damage and not rejects:
         yield Problem(unit.url, f"it was sound when it was encoded: {damage}", RUN)
     elif rest is not None and (count > rest or not damage):
         yield Problem(unit.url, f"it has {count} samples, it was damaged after {rest}", REST_READABLE)
     elif count != recorded:
         yield Problem(unit.url, f"it has {count} samples, {recorded} are recorded of {unit.name}", RUN)
-    wrong = [part.file for part in parts if input_hash.of_record(part.record, found) != part.record.inputs]
+    wrong = [part.file for part in parts if input_hash.hash_record(part.record, found) != part.record.inputs]
     if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        what = f"its images or their columns are not those of which {', '.join(wrong[:SHOWN])}{more} were made"
+        more = f" and {len(wrong) - SHOWN_EXAMPLES} more" if len(wrong) > SHOWN_EXAMPLES else ""
+        what = f"its images or their columns are not those of which {', '.join(wrong[:SHOWN_EXAMPLES])}{more} were made"
         yield Problem(unit.url, what, CHANGED)
 
 
-def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterator[Problem]:
-    """Encode these rows' pictures again, and compare. In slices of its own, so that rounding may differ."""
-    job = encoder.tools.job
-    rows = list(zip(wanted, wanted_rows(cache.folder, wanted), strict=True))
+def reencode(cache: Cache, wanted: Sequence[RowRef], encoder: UnitWorker) -> Iterator[Problem]:
+    """Encode these rows' images again, and compare. In slices of its own, so that rounding may differ."""
+    spec = encoder.context.spec
+    rows = list(zip(wanted, read_refs(cache.folder, wanted), strict=True))
     for unit in {one.unit.name: one.unit for one in wanted}.values():
         left = {row["key"]: (one.file, row) for one, row in rows if one.unit.name == unit.name}
         rejected: dict[str, str] = {}
         try:
-            for sample in flow.read(store.as_it_is(unit, job.source_options), job, mended=range(len(unit.paths))):
+            for sample in flow.read_samples(
+                store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+            ):
                 if isinstance(sample, Sample) and sample.key in left:
                     file, row = left.pop(sample.key)
                     yield from _compare(unit, sample, file, row, encoder)
@@ -84,20 +88,20 @@ def reencode(cache: Cache, wanted: Sequence[Wanted], encoder: Encoder) -> Iterat
             yield Problem(file, f"{unit.url} has no sample {key}, of which there is a row", RUN)
 
 
-def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], encoder: Encoder) -> Iterator[Problem]:
-    job = encoder.tools.job
-    picture, _ = flow.open_sample(unit, sample, job.transform, job.limits)
-    if not isinstance(picture, Picture):
-        why = picture.reason if isinstance(picture, Reject) else "filtered"
+def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], encoder: UnitWorker) -> Iterator[Problem]:
+    spec = encoder.context.spec
+    image, _ = flow.open_sample(unit, sample, spec.transform, spec.limits)
+    if not isinstance(image, PreparedImage):
+        why = image.reason if isinstance(image, Reject) else "filtered"
         yield Problem(file, f"{sample.key} is rejected now ({why}), but has a row", LIMITS)
         return
-    (latent,) = encoder.tools.replica.encode([picture], unit.path).latents
-    different = [name for name, value in picture.geometry.items() if row[name] != value]
+    (latent,) = encoder.context.latent_encoder.encode([image], unit.path).latents
+    different = [name for name, value in image.geometry.items() if row[name] != value]
     if different or not isinstance(latent, Tensor):
         yield Problem(file, f"{sample.key} comes out with another {', '.join(different) or 'latent'}", RUN)
         return
     distance = _distance(to_tensor(row), latent)
-    if distance > NEAR:
+    if distance > TOLERANCE:
         yield Problem(file, f"{sample.key} comes out as another latent: {distance:.0%} away", RUN)
 
 

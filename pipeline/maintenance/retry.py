@@ -11,15 +11,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
-from pipeline.cache.parts import find, publish
-from pipeline.clock import Clock
-from pipeline.errors import REST, ShardError, SourceError, StorageError
-from pipeline.flow import EncodeJob, Encoder, Filled, Tools, fill, make_record, read, summed, watched
-from pipeline.formats.record import Record, Standing
-from pipeline.images.sandbox import Opener
+from pipeline.cache.parts import find_part, publish_part
+from pipeline.clock import StageClock
+from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
+from pipeline.flow import (
+    EncodeSpec,
+    PartBuffer,
+    UnitWorker,
+    WorkerContext,
+    fill_part,
+    instrument,
+    make_record,
+    make_report,
+    read_samples,
+)
+from pipeline.formats.record import PartInfo, Record
+from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.prefetch import Peekable
-from pipeline.readers.damage import rest_from, to_the_damage
-from pipeline.records import FIRST, Attempt, Reject, Sample, Unit, UnitReport
+from pipeline.readers.damage import reject_rest, until_damage
+from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
 from pipeline.storage import store
 from pipeline.weights import Vae
 
@@ -45,7 +55,7 @@ class RetryTask:
         return self.unit.name
 
 
-def tasks(units: Iterable[Unit], parts: Iterable[Standing], begun: Set[str] = frozenset()) -> list[RetryTask]:
+def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], begun: Set[str] = frozenset()) -> list[RetryTask]:
     """What there is to retry. parts: all that have rejects or that a retry wrote.
 
     begun: paths of the inputs of which anything was read before a damage.
@@ -64,12 +74,16 @@ def tasks(units: Iterable[Unit], parts: Iterable[Standing], begun: Set[str] = fr
         if rejected - superseded:
             # which range of a Parquet file has which rows depends on its size
             any_size = unit.range in (None, (0, 1)) or unit.path not in begun
-            rests = [replace(record, tally={}) for record in records if REST in {why for _, why in record.supersedes}]
+            rests = [
+                replace(record, tally={})
+                for record in records
+                if REST_OF_SHARD in {why for _, why in record.supersedes}
+            ]
             found.append(RetryTask(unit, rejected, superseded, rounds, rests, any_size))
     return found
 
 
-class Left:
+class RemainingRejects:
     """What is left to retry of a unit, while parts are written.
 
     reasons: of single samples, by position. rest: where the rest of a damaged shard begins. until: where it ends,
@@ -90,9 +104,9 @@ class Left:
 
     def _count(self) -> None:
         left = self.rejected - self.superseded
-        self.reasons = {position: reason for position, reason in left if reason != REST}
-        self.rest = min((position for position, reason in left if reason == REST), default=None)
-        taken = [position for position, reason in self.superseded if reason == REST]
+        self.reasons = {position: reason for position, reason in left if reason != REST_OF_SHARD}
+        self.rest = min((position for position, reason in left if reason == REST_OF_SHARD), default=None)
+        taken = [position for position, reason in self.superseded if reason == REST_OF_SHARD]
         self.until = min((p for p in taken if self.rest is not None and p > self.rest), default=None)
 
     def is_in_rest(self, position: int) -> bool:
@@ -100,7 +114,7 @@ class Left:
 
     def wants(self, item: Sample | Reject) -> bool:
         """Whether a sample is to be tried: not the rest of a shard that is damaged where it was."""
-        still_damaged = item.position == self.rest and isinstance(item, Reject) and item.reason == REST
+        still_damaged = item.position == self.rest and isinstance(item, Reject) and item.reason == REST_OF_SHARD
         return item.position in self.reasons or (self.is_in_rest(item.position) and not still_damaged)
 
     def next_round(self, number: int) -> int:
@@ -108,36 +122,36 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
-class RetryJob:
+class RetrySpec:
     """What a worker must know; `build` makes the tools on arrival."""
 
-    job: EncodeJob
+    spec: EncodeSpec
 
-    def build(self, vae: Vae, stop: threading.Event) -> "Retrier":
+    def build(self, vae: Vae, stop: threading.Event) -> "RetryWorker":
         """The worker, its replica loaded."""
-        return Retrier(self.job.build(vae, stop))
+        return RetryWorker(self.spec.build(vae, stop))
 
-    def in_smaller_slices(self) -> "RetryJob":
+    def with_smaller_slices(self) -> "RetrySpec":
         """The same job for less memory."""
-        return RetryJob(self.job.in_smaller_slices())
+        return RetrySpec(self.spec.with_smaller_slices())
 
 
-class Retrier:
+class RetryWorker:
     """A worker that tries rejects again. Threads may call `run` together."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: UnitWorker) -> None:
         self.encoder = encoder
 
-    def run(self, task: RetryTask, attempt: Attempt = FIRST) -> UnitReport:
-        """Always carefully: a picture may have been rejected because it ended a process."""
-        tools = self.encoder.tools
-        with Opener(tools.job.limits) as opener:
-            return retry(task, replace(tools, open_pixels=opener.open_pixels, damaged_at=attempt.damaged_at))
+    def run(self, task: RetryTask, attempt: Attempt = FIRST_ATTEMPT) -> UnitReport:
+        """Always carefully: an image may have been rejected because it ended a process."""
+        context = self.encoder.context
+        with SandboxedDecoder(context.spec.limits) as opener:
+            return retry_unit(task, replace(context, open_pixels=opener.open_pixels, damaged_at=attempt.damaged_at))
 
     @property
-    def pictures(self) -> int:
-        """Pictures encoded so far."""
-        return self.encoder.pictures
+    def images(self) -> int:
+        """Images encoded so far."""
+        return self.encoder.images
 
     @property
     def steps(self) -> int:
@@ -145,15 +159,17 @@ class Retrier:
         return self.encoder.steps
 
 
-def wanted(samples: Iterable[Sample | Reject], left: Left) -> Iterator[Sample | Reject]:
+def select_rejects(samples: Iterable[Sample | Reject], left: RemainingRejects) -> Iterator[Sample | Reject]:
     """Those of a unit's samples that are to be tried; where another part goes on, one reject for the rest."""
     for sample in samples:
         left.end = sample.position + 1
         if left.wants(sample):
-            yield rest_from(sample.position) if sample.position == left.until else sample
+            yield reject_rest(sample.position) if sample.position == left.until else sample
 
 
-def of_part(samples: Peekable[Sample | Reject], number: int, size: int, left: Left) -> Iterator[Sample | Reject]:
+def samples_of_part(
+    samples: Peekable[Sample | Reject], number: int, size: int, left: RemainingRejects
+) -> Iterator[Sample | Reject]:
     """The next samples, as long as they are of this part and still to be tried."""
     while (sample := samples.peek()) is not None and sample.position // size == number:
         next(samples)
@@ -161,75 +177,75 @@ def of_part(samples: Peekable[Sample | Reject], number: int, size: int, left: Le
             yield sample
 
 
-def noted(samples: Iterable[Sample | Reject], positions: list[int]) -> Iterator[Sample | Reject]:
+def record_positions(samples: Iterable[Sample | Reject], positions: list[int]) -> Iterator[Sample | Reject]:
     """The same samples, their positions put aside: an input may have fewer than it had."""
     for sample in samples:
         positions.append(sample.position)
         yield sample
 
 
-def retry(task: RetryTask, tools: Tools) -> UnitReport:
+def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
-    job, clock, left = tools.job, Clock(), Left(task)
+    spec, clock, left = context.spec, StageClock(), RemainingRejects(task)
     damage: list[str] = []
-    samples = Peekable(wanted(watched(reading(task, tools, damage), tools, clock), left))
-    standing: list[Standing] = []
+    samples = Peekable(select_rejects(instrument(read_for_retry(task, context, damage), context, clock), left))
+    standing: list[PartInfo] = []
 
-    def write(number: int, filled: Filled, positions: list[int]) -> None:
-        if record := record_of(task.unit, number, filled, positions, left, samples.peek(), tools):
+    def write(number: int, filled: PartBuffer, positions: list[int]) -> None:
+        if record := make_retry_record(task.unit, number, filled, positions, left, samples.peek(), context):
             with clock.stage("write"):
-                standing.append(published(record, filled, left, job))
+                standing.append(publish_retry_part(record, filled, left, spec))
 
     while (first := samples.peek()) is not None:
-        number = first.position // job.rows_per_part
-        adopt(task.unit, number, left, job)
+        number = first.position // spec.rows_per_part
+        take_existing_parts(task.unit, number, left, spec)
         positions: list[int] = []
-        some = of_part(samples, number, job.rows_per_part, left)
-        filled = fill(task.unit, noted(some, positions), tools, clock, {})
+        some = samples_of_part(samples, number, spec.rows_per_part, left)
+        filled = fill_part(task.unit, record_positions(some, positions), context, clock, {})
         if positions:
             write(number, filled, positions)
     if left.rest is not None and not damage:
         if left.end < left.rest:
             raise ShardError(f"{task.unit.url} has {left.end} samples, but {left.rest} were read before its damage")
-        adopt(task.unit, left.rest // job.rows_per_part, left, job)
+        take_existing_parts(task.unit, left.rest // spec.rows_per_part, left, spec)
         if left.rest is not None:  # nothing follows where it was damaged
-            write(left.rest // job.rows_per_part, Filled(), [])
-    return summed(task.unit, standing, 0, clock.seconds)
+            write(left.rest // spec.rows_per_part, PartBuffer(), [])
+    return make_report(task.unit, standing, 0, clock.seconds)
 
 
-def reading(task: RetryTask, tools: Tools, damage: list[str]) -> Iterator[Sample | Reject]:
+def read_for_retry(task: RetryTask, context: WorkerContext, damage: list[str]) -> Iterator[Sample | Reject]:
     """The samples of a task's unit, as its input is now: if that has the samples of which the other parts were made."""
-    unit, job = task.unit, tools.job
-    now = store.as_it_is(unit, job.source_options)
+    unit, spec = task.unit, context.spec
+    now = store.current_version(unit, spec.source_options)
     is_as_planned = (now.bytes, now.etag) == (unit.bytes, unit.etag or now.etag)
     if not is_as_planned and now.bytes != unit.bytes and not task.any_size:
         raise SourceError(
             f"{unit.url} has {now.bytes} bytes, {unit.bytes} when it was planned: its ranges would have other rows; "
             "encode it into another cache"
         )
-    readable = read(now, job, on_piece=tools.on_piece, mended=range(len(unit.paths)))
-    samples = to_the_damage(readable, tools.damaged_at, damage)
+    readable = read_samples(now, spec, on_piece=context.on_piece, mended=range(len(unit.paths)))
+    samples = until_damage(readable, context.damaged_at, damage)
     if is_as_planned:
         return samples
-    parts = commits.as_they_stand(job.cache, unit.name, job.identity, job.layout.container)
-    return input_hash.proven(samples, [*(part.record for part in parts), *task.rests], unit.url)
+    parts = commits.inspect_committed(spec.cache, unit.name, spec.identity, spec.layout.container)
+    return input_hash.check_inputs(samples, [*(part.record for part in parts), *task.rests], unit.url)
 
 
-def adopt(unit: Unit, number: int, left: Left, job: EncodeJob) -> None:
+def take_existing_parts(unit: Unit, number: int, left: RemainingRejects, spec: EncodeSpec) -> None:
     """Take in the parts of this number that were written since the task was made: by another worker, or an attempt."""
-    form = job.layout.container
-    while part := find(job.cache, unit.name, number, job.identity, form, left.next_round(number)):
+    form = spec.layout.container
+    while part := find_part(spec.cache, unit.name, number, spec.identity, form, left.next_round(number)):
         left.take(part.record)
 
 
-def record_of(
+def make_retry_record(
     unit: Unit,
     number: int,
-    filled: Filled,
+    filled: PartBuffer,
     positions: list[int],
-    left: Left,
+    left: RemainingRejects,
     following: Sample | Reject | None,
-    tools: Tools,
+    context: WorkerContext,
 ) -> Record | None:
     """The record of what has succeeded; None where nothing has. What has not is taken out of `filled`.
 
@@ -239,11 +255,11 @@ def record_of(
     superseded = [(p, left.reasons[p]) for p in positions if p in left.reasons and p not in failed]
     rest = [position for position in positions if left.is_in_rest(position)]
     if left.rest is not None and (rest or not positions):
-        superseded.append((left.rest, REST))
+        superseded.append((left.rest, REST_OF_SHARD))
         if following is not None and left.is_in_rest(following.position):
-            chained = rest_from(following.position)
+            chained = reject_rest(following.position)
             filled.rejects.append(chained)
-            filled.digests[chained.position] = input_hash.digest_of(chained)
+            filled.digests[chained.position] = input_hash.hash_sample(chained)
             rest.append(chained.position)
     if not superseded:
         return None
@@ -251,18 +267,18 @@ def record_of(
     filled.rejects = [reject for reject in filled.rejects if reject.position in rest]
     filled.digests = {position: digest for position, digest in filled.digests.items() if position in kept}
     return replace(
-        make_record(unit, number, filled, last=False, tools=tools),
+        make_record(unit, number, filled, last=False, context=context),
         first=min(position for position, _ in superseded),
         round=left.next_round(number),
         supersedes=tuple(sorted(superseded)),
     )
 
 
-def published(record: Record, filled: Filled, left: Left, job: EncodeJob) -> Standing:
+def publish_retry_part(record: Record, filled: PartBuffer, left: RemainingRejects, spec: EncodeSpec) -> PartInfo:
     """Write a part and its commit. Raises StorageError where another retry was first with one of other samples."""
-    part = publish(job.cache, record, filled.rows, job.layout)
-    commits.finish(job.cache, [part])
+    part = publish_part(spec.cache, record, filled.rows, spec.layout)
+    commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
-        raise StorageError(f"{job.cache.at(part.file)} was written by another retry, of other samples")
+        raise StorageError(f"{spec.cache.at(part.file)} was written by another retry, of other samples")
     left.take(part.record)
     return part

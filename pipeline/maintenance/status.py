@@ -6,26 +6,26 @@ from typing import Any
 
 from pipeline.cache import parts, plan, stats
 from pipeline.cache import runs as runs_module
-from pipeline.cache.commits import names
-from pipeline.cache.runs import is_alive, silence
+from pipeline.cache.commits import commit_names
+from pipeline.cache.runs import is_alive, seconds_since_heartbeat
 from pipeline.storage.store import Folder
 
 
-def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
+def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     """What is done and what is left. now: an aware time, which signs of life are held against.
 
     state: `done`; `running`; `silent`, where a run that did not end gives no sign of life; else how the last run ended
     (`failed`, `stopped`), or `planned`. images_per_second (over the last minute) and seconds_left are what the living
     runs say, null without any.
     """
-    units = {unit.name: unit.share for unit in plan.read(cache)}
-    commits = names(cache)
-    finished = {name for name in commits if not parts.is_retry(name)}
-    sums, known = stats.Sums(), set[str]()
-    for part in stats.committed(cache, sorted(commits)):
+    units = {unit.name: unit.share for unit in plan.read_plan(cache)}
+    commits = commit_names(cache)
+    finished = {name for name in commits if not parts.is_retry_part(name)}
+    sums, known = stats.RunningStats(), set[str]()
+    for part in stats.committed_parts(cache, sorted(commits)):
         sums.count(part)
         known.add(part.file)
-    told = [run_of(run, now) for run in runs_module.told(cache).values()]
+    told = [describe_run(run, now) for run in runs_module.read_runs(cache).values()]
     alive = [run for run in told if run["outcome"] == "running"]
     done_bytes = sum(units.get(unit, 0) for unit in finished)
     rate = sum(run["images_per_second"] for run in alive) or None
@@ -34,7 +34,7 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         "state": _state(told, undone=len(units.keys() - finished)),
         "units": {"planned": len(units), "done": len(finished)},
         "bytes": {"planned": sum(units.values()), "done": done_bytes},
-        "parts_of_units_under_way": len(set(parts.files(cache)) - known),
+        "parts_of_units_under_way": len(set(parts.list_part_files(cache)) - known),
         "rows": sums.rows,
         "rejected": sums.rejected,
         "filtered": sums.filtered,
@@ -44,13 +44,13 @@ def status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     }
 
 
-def run_of(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
+def describe_run(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
     """A run as its record tells it; one that did not end and is silent has the outcome `silent`."""
     lost = content["outcome"] == "running" and not is_alive(content, now)
     return {
         **{name: content[name] for name in ("verb", "started", "alive", "ended", "exit_code")},
         "outcome": "silent" if lost else content["outcome"],
-        "silent_seconds": silence(content, now) if content["ended"] is None else 0,
+        "silent_seconds": seconds_since_heartbeat(content, now) if content["ended"] is None else 0,
         "images_per_second": content.get("images_per_second") or 0.0,
         "seconds_left": content.get("seconds_left"),
     }

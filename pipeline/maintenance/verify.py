@@ -19,15 +19,15 @@ import numpy as np
 from pipeline.cache import card as card_module
 from pipeline.cache import commits, identity, plan, runs, stats
 from pipeline.cache.card import NAME
-from pipeline.cache.parts import DATA, EMPTY, is_retry, schema_as_json, shadowed, stem_of, twin_of
+from pipeline.cache.parts import DATA, EMPTY, data_twin, find_empty_duplicates, is_retry_part, schema_as_json, stem_of
 from pipeline.cache.reader import Cache
-from pipeline.canonical_json import canonical_json, sealed
+from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
-from pipeline.formats.record import Standing
-from pipeline.maintenance.verify_part import Checked, Problem, again, check_part
+from pipeline.formats.record import PartInfo
+from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, redo_hint
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
-from pipeline.sources.units import name_of
+from pipeline.sources.units import unit_name_of
 from pipeline.storage.store import Folder
 
 AT_ONCE = 4  # files with rows that are held and read
@@ -49,7 +49,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(slots=True)
-class Found:
+class Findings:
     """All that was found.
 
     units: those of the plan, by name. rebuildable: the units whose parts are sound, but not what is said of them.
@@ -57,13 +57,13 @@ class Found:
 
     problems: list[Problem] = field(default_factory=list)
     units: dict[str, Unit] = field(default_factory=dict)
-    parts: list[Standing] = field(default_factory=list)
+    parts: list[PartInfo] = field(default_factory=list)
     rebuildable: list[str] = field(default_factory=list)
 
     @property
-    def parts_of_units(self) -> dict[str, list[Standing]]:
+    def parts_of_units(self) -> dict[str, list[PartInfo]]:
         """The parts by unit, in their order; without those that `retry` wrote."""
-        by_unit: dict[str, list[Standing]] = {}
+        by_unit: dict[str, list[PartInfo]] = {}
         for part in sorted(self.parts, key=lambda part: part.record.part):
             if not part.record.round:
                 by_unit.setdefault(part.record.unit, []).append(part)
@@ -71,7 +71,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class CommitStatements:
     """What stands under a name in `_commits` and in `_rejects`; None where nothing does."""
 
     name: str
@@ -79,22 +79,22 @@ class Said:
     rejects: bytes | None
 
 
-def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
+def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Findings:
     """Check everything in a cache. on_file is called after each file with rows."""
-    found = Found()
-    found.problems += understood(identity.NAME, RESTORE, check_content(cache))
+    found = Findings()
+    found.problems += parse_part_info(identity.NAME, RESTORE, check_content(cache))
     if found.problems:  # what everything else is held against cannot be trusted
         return found
     check_plan(cache.folder, found)
     listed = {below: cache.folder.listed(below) for below in reversed([*SUFFIXES])}  # commits before parts
-    found.problems += check_strangers(listed)
+    found.problems += check_unexpected_files(listed)
     names = {below: [name for name in listed[below][0] if name.endswith(end)] for below, end in SUFFIXES.items()}
     files = [f"{below}/{name}" for below in (EMPTY, DATA) for name in names[below]]
-    hidden = shadowed(files)
+    hidden = find_empty_duplicates(files)
     what = "its part stands in data/ too, with rows, and that one counts"
     found.problems += [Problem(file, what, f"{AWAY}, and run the encode command again") for file in sorted(hidden)]
     files = [file for file in files if file not in hidden]
-    checked: list[Checked] = []
+    checked: list[PartCheck] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for one in in_order(pool, lambda file: check_part(cache, file, found.units), files, window=AT_ONCE):
             checked.append(one)
@@ -107,21 +107,21 @@ def verify(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Found:
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 
-    def said(names: Iterable[str]) -> Iterator[Said]:
+    def said(names: Iterable[str]) -> Iterator[CommitStatements]:
         with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
-            read = partial(read_said, cache.folder, committed, rejected)
+            read = partial(read_commit_statements, cache.folder, committed, rejected)
             yield from in_order(pool, read, names, window=SMALL_AT_ONCE)
 
     found.problems += check_names(found.units, committed, rejected)
     check_units(said(found.units), found, sound)
     found.problems += check_retries(said, committed, rejected, found, sound)
     if not any(problem.do != REBUILD for problem in found.problems):  # else they differ as a matter of course
-        found.problems += understood(stats.NAME, REWRITE, check_statistics(cache, found.parts))
+        found.problems += parse_part_info(stats.NAME, REWRITE, check_statistics(cache, found.parts))
     found.problems += check_runs(cache.folder)
     return found
 
 
-def understood(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
+def parse_part_info(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
     """A check's problems; or one, where a file's content leads the check astray."""
     try:
         return list(check)
@@ -132,16 +132,16 @@ def understood(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
         return [Problem(file, f"it cannot be understood: {said:.200}", do)]
 
 
-def read_said(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> Said:
+def read_commit_statements(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitStatements:
     """What is said under a name: only files that are listed are asked for."""
-    return Said(
+    return CommitStatements(
         name,
         folder.read_if_there(f"{commits.COMMITS}/{name}.json") if name in committed else None,
         folder.read_if_there(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
     )
 
 
-def check_strangers(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
+def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
     """What is in a cache's folders and is no file of it, by its name: some readers would take it for one.
 
     listed: of each folder the files, and what else is there.
@@ -165,7 +165,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
         yield Problem(identity.NAME, f"the VAE's configuration cannot be: {error}", RESTORE)
         return
     data = cache.folder.read(identity.NAME)
-    if content.get("sha256") != sealed(content)["sha256"] or data != identity.as_bytes(content):
+    if content.get("sha256") != with_checksum(content)["sha256"] or data != identity.encode_json(content):
         yield Problem(identity.NAME, "it was changed after it was written: it does not have its own sha256", RESTORE)
     vae = content["vae"]
     constants = {name: vae["config"].get(name) for name in identity.CONSTANTS}
@@ -177,20 +177,20 @@ def check_content(cache: Cache) -> Iterator[Problem]:
         yield Problem(identity.NAME, "the schema is not the one of the identity and the columns", RESTORE)
 
 
-def check_plan(folder: Folder, found: Found) -> None:
+def check_plan(folder: Folder, found: Findings) -> None:
     """The plan's files: as the runs saw them, each unit named after what it reads, none twice as it is."""
     vouched: dict[str, set[str]] = {}
-    for run in runs.told(folder).values():
+    for run in runs.read_runs(folder).values():
         if isinstance(worked_by := run.get("plan"), dict):
             for name, sha256 in worked_by.items():
                 vouched.setdefault(name, set()).add(str(sha256))
-    names, files = plan.names_in(folder), list[list[Unit]]()
+    names, files = plan.list_plan_files(folder), list[list[Unit]]()
     for name in names:
         file = f"{plan.FOLDER}/{name}"
         if name in vouched and hashlib.sha256(folder.read(file)).hexdigest() not in vouched[name]:
             found.problems.append(Problem(file, "it is not the file that the runs worked by", RESTORE))
-        found.problems += understood(file, RESTORE, check_plan_file(folder, name, found, files))
-    found.units = {unit.name: unit for unit in plan.current(files)}
+        found.problems += parse_part_info(file, RESTORE, check_plan_file(folder, name, found, files))
+    found.units = {unit.name: unit for unit in plan.latest_units(files)}
     gone = sorted(vouched.keys() - set(names))
     for name in gone:
         found.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is gone, but runs worked by it", RESTORE))
@@ -198,18 +198,18 @@ def check_plan(folder: Folder, found: Found) -> None:
         found.problems.append(Problem(plan.FOLDER, "there are no units in it", RESTORE))
 
 
-def check_plan_file(folder: Folder, name: str, found: Found, files: list[list[Unit]]) -> Iterator[Problem]:
+def check_plan_file(folder: Folder, name: str, found: Findings, files: list[list[Unit]]) -> Iterator[Problem]:
     """The units in a file of the plan; they are put into `files`. A later file may plan a unit anew, in another way."""
     file = f"{plan.FOLDER}/{name}"
     try:
-        units = plan.read_files(folder, [name])
+        units = plan.read_plan_files(folder, [name])
     except CacheError as error:
         yield Problem(file, str(error), RESTORE)
         return
     files.append(units)
     here: set[str] = set()
     for unit in units:
-        if unit.name != name_of(unit):
+        if unit.name != unit_name_of(unit):
             yield Problem(file, f"the unit {unit.name} does not read what it is named after", RESTORE)
         if unit.name in here or found.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
@@ -217,9 +217,9 @@ def check_plan_file(folder: Folder, name: str, found: Found, files: list[list[Un
         found.units[unit.name] = unit
 
 
-def check_keys(checked: Iterable[Checked]) -> Iterator[Problem]:
+def check_keys(checked: Iterable[PartCheck]) -> Iterator[Problem]:
     """Rows with one key in one input, whichever of its files they are in."""
-    by_source: dict[str, list[Checked]] = {}
+    by_source: dict[str, list[PartCheck]] = {}
     for one in checked:
         if one.standing is not None and len(one.keys):
             by_source.setdefault(one.standing.record.source, []).append(one)
@@ -230,19 +230,19 @@ def check_keys(checked: Iterable[Checked]) -> Iterator[Problem]:
             seen = np.zeros(0, np.uint64)
             for one in files:
                 if len(np.unique(one.keys)) < len(one.keys) or np.isin(one.keys, seen).any():
-                    yield Problem(one.file, f"rows of {source} stand here a second time", again(one.file))
+                    yield Problem(one.file, f"rows of {source} stand here a second time", redo_hint(one.file))
                 seen = np.concatenate([seen, one.keys])
 
 
 def check_names(units: Collection[str], committed: Set[str], rejected: Set[str]) -> Iterator[Problem]:
     """Files of `_commits` and `_rejects` whose units are not planned."""
-    for name in sorted(name for name in committed if name not in units and not is_retry(name)):
+    for name in sorted(name for name in committed if name not in units and not is_retry_part(name)):
         yield Problem(f"{commits.COMMITS}/{name}.json", "its unit is not in the plan", AWAY)
-    for name in sorted(name for name in rejected if name not in units and not is_retry(name)):
+    for name in sorted(name for name in rejected if name not in units and not is_retry_part(name)):
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY)
 
 
-def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -> None:
+def check_units(said: Iterable[CommitStatements], found: Findings, sound: Sequence[PartInfo]) -> None:
     """Each unit: all parts, one of each, and `_commits` and `_rejects` that say the same. said: in the units' order."""
     by_unit = found.parts_of_units
     whole = {part.file for part in sound}
@@ -257,7 +257,7 @@ def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -
         if not complete and one.commit is None:
             unfinished += 1
             continue
-        problems = list(check_numbers(name, parts, stems, name in units))
+        problems = list(check_part_numbers(name, parts, stems, name in units))
         problems += check_commit(one, parts, whole, named)
         problems += check_rejects(one, parts) if complete else []
         found.problems += problems
@@ -268,7 +268,7 @@ def check_units(said: Iterable[Said], found: Found, sound: Sequence[Standing]) -
         found.problems.append(Problem(plan.FOLDER, what, "the encode command goes on"))
 
 
-def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], is_named: bool) -> Iterator[Problem]:
+def check_part_numbers(unit: str, parts: Sequence[PartInfo], stems: Set[str], is_named: bool) -> Iterator[Problem]:
     """A finished unit's parts: each number once, the last one last.
 
     stems: of the files of which something has been said. is_named: whether one of the unit's is among them.
@@ -285,24 +285,24 @@ def check_numbers(unit: str, parts: Sequence[Standing], stems: Set[str], is_name
 
 
 def check_retries(
-    read: Callable[[Iterable[str]], Iterable[Said]],
+    read: Callable[[Iterable[str]], Iterable[CommitStatements]],
     committed: Set[str],
     rejected: Set[str],
-    found: Found,
-    sound: Sequence[Standing],
+    found: Findings,
+    sound: Sequence[PartInfo],
 ) -> Iterator[Problem]:
     """The parts that `retry` wrote: each with its own commit, and in place of rejects that there are."""
     whole = {part.file for part in sound}
     named = {problem.file for problem in found.problems}
-    retries = {commits.name_of([part]): part for part in found.parts if part.record.round}
-    for one in read(sorted(retries.keys() | set(filter(is_retry, committed)))):
+    retries = {commits.commit_name([part]): part for part in found.parts if part.record.round}
+    for one in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
         part = retries.get(one.name)
         problems = check_commit(one, [part] if part else [], whole, named)
         problems += check_rejects(one, [part]) if part else []
         yield from problems
         if part and problems and all(problem.do == REBUILD for problem in problems) and part.file in whole:
             found.rebuildable.append(one.name)
-    for name in sorted(set(filter(is_retry, rejected)) - retries.keys()):
+    for name in sorted(set(filter(is_retry_part, rejected)) - retries.keys()):
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its part is gone", AWAY)
     left = {
         (part.record.unit, reject.position, reject.reason) for part in found.parts for reject in part.record.rejects
@@ -310,36 +310,36 @@ def check_retries(
     for part in sorted(retries.values(), key=lambda part: part.record.round):
         mine = {(part.record.unit, position, why) for position, why in part.record.supersedes}
         if not mine <= left and part.file not in named:
-            yield Problem(part.file, "it supersedes rejects that there are not, or not any more", again(part.file))
+            yield Problem(part.file, "it supersedes rejects that there are not, or not any more", redo_hint(part.file))
         left -= mine
 
 
-def check_rejects(said: Said, parts: Sequence[Standing]) -> list[Problem]:
+def check_rejects(said: CommitStatements, parts: Sequence[PartInfo]) -> list[Problem]:
     """What `_rejects` has under a name, against the parts."""
-    if (said.rejects or b"") == commits.reject_lines(parts):
+    if (said.rejects or b"") == commits.rejects_as_jsonl(parts):
         return []
     return [Problem(f"{commits.REJECTS}/{said.name}.jsonl", "it does not say what the unit's records say", REBUILD)]
 
 
 def check_commit(
-    said: Said, parts: Sequence[Standing], whole: Collection[str], named: Collection[str]
+    said: CommitStatements, parts: Sequence[PartInfo], whole: Collection[str], named: Collection[str]
 ) -> list[Problem]:
     """What `_commits` has under a name, against the parts. whole: the files that nothing is known against."""
     file = f"{commits.COMMITS}/{said.name}.json"
     if said.commit is None:
         return [Problem(file, "it is gone, or was never written", REBUILD)]
-    found = understood(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
+    found = parse_part_info(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
     return [problem for problem in found if problem.file not in named]
 
 
 def _against_parts(
-    file: str, name: str, data: bytes, parts: Sequence[Standing], whole: Collection[str]
+    file: str, name: str, data: bytes, parts: Sequence[PartInfo], whole: Collection[str]
 ) -> Iterator[Problem]:
     content = _json(data)
-    if content != sealed(content) or data != canonical_json(content):
+    if content != with_checksum(content) or data != canonical_json(content):
         yield Problem(file, "it was changed after it was written", REBUILD)
         return
-    command = "latentmill retry" if is_retry(name) else "the encode command again"
+    command = "latentmill retry" if is_retry_part(name) else "the encode command again"
     standing = {part.file: part for part in parts}
     committed = {part["file"]: part for part in content["parts"]}
     if not committed:
@@ -347,13 +347,13 @@ def _against_parts(
     if len(committed) != len(content["parts"]) or any(part.record.unit != content["unit"] for part in parts):
         yield Problem(file, "it names parts twice, or another unit", REBUILD)
     full = {stem_of(name) for name in standing}
-    twins = {name for name in committed if twin_of(name) in full}
+    twins = {name for name in committed if data_twin(name) in full}
     if twins:
         yield Problem(file, "it names parts without rows that stand in data/, with rows", "the encode command mends it")
     for gone in sorted(committed.keys() - standing.keys() - twins):
         what = "it is gone, or no part of this cache any more, but was committed"
         yield Problem(gone, what, f"move it, if it is there, and {file} away, and run {command}")
-    said = {twin_of(name) for name in twins}
+    said = {data_twin(name) for name in twins}
     for new in sorted(name for name in standing.keys() - committed.keys() if stem_of(name) not in said):
         yield Problem(new, "it was not there when its unit was done", AWAY)
     for both in sorted(standing.keys() & committed.keys()):
@@ -366,19 +366,19 @@ def _against_parts(
             yield Problem(file, f"it does not say what {both} says", REBUILD)
 
 
-def check_statistics(cache: Cache, parts: Sequence[Standing]) -> Iterator[Problem]:
+def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
     """stats.json and README.md, against what they are made from."""
-    made = stats.summary_of(stats.part_of(part.to_dict()) for part in parts)
+    made = stats.summarize_tallies(stats.parse_part(part.to_dict()) for part in parts)
     data = cache.folder.read_if_there(stats.NAME)
     if data is None:
         yield Problem(stats.NAME, "it is not there: no run has come to its end", REWRITE)
         return
-    if data != stats.as_bytes(made):
+    if data != stats.encode_json(made):
         yield Problem(stats.NAME, "it is not what the records say together", REWRITE)
     card = cache.folder.read_if_there(NAME)
-    told = [run.get("versions") for run in runs.told(cache.folder).values()]
+    told = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
     versions = {str(one.get("latentmill")) for one in told if isinstance(one, dict)}
-    if card not in [card_module.card(cache, made, version) for version in versions]:
+    if card not in [card_module.render_card(cache, made, version) for version in versions]:
         yield Problem(NAME, "it is not the card of this cache", REWRITE)
 
 
@@ -388,7 +388,7 @@ def check_runs(folder: Folder) -> Iterator[Problem]:
         data = folder.read(f"{runs.FOLDER}/{name}")
         if not _is_run(data):
             yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it informs only")
-    for run, content in runs.told(folder).items():
+    for run, content in runs.read_runs(folder).items():
         # of a run that was killed, the log may be newer than the record
         known, log = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
         said = folder.read_if_there(log) if known else None
@@ -396,11 +396,11 @@ def check_runs(folder: Folder) -> Iterator[Problem]:
             yield Problem(log, "it was changed after it was written", f"{AWAY}: it informs only")
 
 
-def rebuild(cache: Cache, found: Found) -> list[str]:
+def rebuild_records(cache: Cache, found: Findings) -> list[str]:
     """Write `_commits` and `_rejects` again of the units where the parts are sound. Returns the units' names."""
-    by_name = found.parts_of_units | {commits.name_of([part]): [part] for part in found.parts if part.record.round}
+    by_name = found.parts_of_units | {commits.commit_name([part]): [part] for part in found.parts if part.record.round}
     for name in found.rebuildable:
-        commits.rebuild(cache.folder, by_name[name])
+        commits.rewrite_commit(cache.folder, by_name[name])
     return found.rebuildable
 
 
@@ -408,7 +408,7 @@ def _is_run(data: bytes) -> bool:
     """Whether this is a run's record as it was written."""
     try:
         content = json.loads(data)
-        return bool(data == runs.as_bytes(content))
+        return bool(data == runs.encode_json(content))
     except (ValueError, RecursionError, TypeError, AttributeError):
         return False
 

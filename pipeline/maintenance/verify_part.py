@@ -15,7 +15,7 @@ from pipeline.cache import parts, tally
 from pipeline.cache.reader import Cache, to_tensor
 from pipeline.errors import LatentmillError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import BucketTally, Record, Standing
+from pipeline.formats.record import BucketTally, PartInfo, Record
 from pipeline.records import Unit
 
 
@@ -29,50 +29,54 @@ class Problem:
 
 
 @dataclass(slots=True)
-class Checked:
+class PartCheck:
     """A part's file, as it was found. keys: a 64-bit hash of each row's key. standing: None where it has no record."""
 
     file: str
-    standing: Standing | None = None
+    standing: PartInfo | None = None
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     problems: list[Problem] = field(default_factory=list)
 
 
-def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> Checked:
+def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
     """One file of data/ or _empty/: its record against its name, the plan, and its rows."""
-    checked = Checked(file)
+    checked = PartCheck(file)
     try:
         data = cache.folder.read(file)
-        record = parts.record_in(data, file)
+        record = parts.read_record(data, file)
     except LatentmillError as error:
-        checked.problems.append(Problem(file, str(error), f"it is no part of this cache, or damaged: {again(file)}"))
+        checked.problems.append(
+            Problem(file, str(error), f"it is no part of this cache, or damaged: {redo_hint(file)}")
+        )
         return checked
-    if parts.place_of(record) != parts.stem_of(file):
-        what = f"it holds the part {parts.place_of(record)}: it was copied or renamed"
-        checked.problems.append(Problem(file, what, again(file)))
+    if parts.expected_stem(record) != parts.stem_of(file):
+        what = f"it holds the part {parts.expected_stem(record)}: it was copied or renamed"
+        checked.problems.append(Problem(file, what, redo_hint(file)))
         return checked
-    checked.standing = Standing(record, file, len(data), hashlib.sha256(data).hexdigest())
-    checked.problems += [Problem(file, what, again(file)) for what in contradictions(record, file, cache, units)]
+    checked.standing = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
+    checked.problems += [
+        Problem(file, what, redo_hint(file)) for what in find_contradictions(record, file, cache, units)
+    ]
     if file.startswith(parts.DATA + "/"):
         try:
             wrong, checked.keys = check_rows(record, data, file, cache)
         except Exception as error:  # libraries', of whatever damaged bytes lead them to
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             wrong = [f"its rows cannot be read: {said:.200}"]
-        checked.problems += [Problem(file, what, again(file)) for what in wrong]
+        checked.problems += [Problem(file, what, redo_hint(file)) for what in wrong]
     return checked
 
 
-def again(file: str) -> str:
+def redo_hint(file: str) -> str:
     """What to do where a part is not what it was, or should not be there."""
     stem = PurePosixPath(parts.stem_of(file)).name
-    if parts.is_retry(stem):
+    if parts.is_retry_part(stem):
         return f"move it away with _commits/{stem}.json, if that is there, and run latentmill retry"
     unit = stem.rpartition("-")[0] or stem
     return f"move it away with _commits/{unit}.json, if that is there, and run the encode command again"
 
 
-def contradictions(record: Record, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:
+def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:
     """What in a record cannot be so."""
     suffix = parts.WRITERS[cache.layout.container].SUFFIX if record.rows else ".json"
     if not file.endswith(suffix):

@@ -1,4 +1,4 @@
-"""Contact sheets: labelled pictures in a grid, to be looked at by a person."""
+"""Contact sheets: labelled images in a grid, to be looked at by a person."""
 
 import io
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 3
-SIDE = 256  # longest side of a picture on the sheet, in pixels
+SIDE = 256  # longest side of an image on the sheet, in pixels
 MARGIN = 12
 LABEL = 40
 INK, PAPER, FAINT = (32, 32, 32), (250, 250, 248), (130, 130, 130)
@@ -15,17 +15,17 @@ INK, PAPER, FAINT = (32, 32, 32), (250, 250, 248), (130, 130, 130)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in one place of the grid: pictures side by side (RGB uint8 [H, W, 3]) and two lines below them."""
+    """What stands in one place of the grid: images side by side (RGB uint8 [H, W, 3]) and two lines below them."""
 
-    pictures: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]
     title: str
     remark: str
 
 
-def contact_sheet(cells: list[Cell], heading: str) -> bytes:
+def draw_contact_sheet(cells: list[Cell], heading: str) -> bytes:
     """A PNG with the cells in rows of three, below a heading."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    beside = max(len(cell.pictures) for cell in cells)
+    beside = max(len(cell.images) for cell in cells)
     cell_width = beside * SIDE + (beside - 1) * 4
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
@@ -37,14 +37,14 @@ def contact_sheet(cells: list[Cell], heading: str) -> bytes:
     for index, cell in enumerate(cells):
         left = MARGIN + index % columns * (cell_width + MARGIN)
         top = MARGIN + LABEL + index // columns * (SIDE + LABEL + MARGIN)
-        for place, pixels in enumerate(cell.pictures):
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-            x = left + place * (SIDE + 4) + (SIDE - picture.width) // 2
-            page.paste(picture, (x, top + (SIDE - picture.height) // 2))
+        for place, pixels in enumerate(cell.images):
+            image = Image.fromarray(pixels)
+            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            x = left + place * (SIDE + 4) + (SIDE - image.width) // 2
+            page.paste(image, (x, top + (SIDE - image.height) // 2))
         draw.text((left, top + SIDE + 3), _fitting(draw, cell.title, font, cell_width), INK, font)
         draw.text((left, top + SIDE + 21), _fitting(draw, cell.remark, small, cell_width), FAINT, small)
-    return png(np.asarray(page))
+    return encode_png(np.asarray(page))
 
 
 def _fitting(
@@ -57,7 +57,7 @@ def _fitting(
     return cut if cut == text else "..." + cut
 
 
-def png(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
     """RGB uint8 [H, W, 3] as a PNG."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")

@@ -1,6 +1,6 @@
-"""The way back: latents out of a cache, pictures to look at.
+"""The way back: latents out of a cache, images to look at.
 
-rows -> decode -> pictures and contact sheets, beside the originals (read, open, transform) where these are there
+rows -> decode -> images and contact sheets, beside the originals (read, open, transform) where these are there
 """
 
 import hashlib
@@ -16,22 +16,22 @@ import torch
 
 from pipeline import flow
 from pipeline.cache.reader import read_rows, to_tensor
-from pipeline.encoder import Compute, build_model
+from pipeline.encoder import ComputeConfig, build_model
 from pipeline.errors import LatentmillError, Stopped
-from pipeline.formats.schema import Layout
+from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
-from pipeline.records import FIRST, Attempt, Picture, Sample, Unit
+from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample, Unit
 from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 
-PICTURES_PER_SHEET = 12
+IMAGES_PER_SHEET = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RowRef:
     """A row of the cache that is to be rendered: its file, its index in that file, and the unit it came from."""
 
     file: str
@@ -44,7 +44,7 @@ class RenderTask:
     """One contact sheet's worth of rows."""
 
     number: int
-    rows: tuple[Wanted, ...]
+    rows: tuple[RowRef, ...]
 
     @property
     def name(self) -> str:
@@ -66,49 +66,49 @@ class RenderReport:
     """What a finished sheet tells the driver. notes: why originals are missing."""
 
     sheet: str
-    pictures: tuple[Rendered, ...]
+    images: tuple[Rendered, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RenderJob:
+class RenderSpec:
     """What a worker must know to render; `build` makes the replica on arrival."""
 
     cache: Folder
     out: Folder
     source_options: Mapping[str, str]
     transform: Transform
-    layout: Layout
+    layout: OutputSchema
     image_column: str | None
     key_column: str | None
     tile_above: int | None
     limits: Limits
-    compute: Compute
+    compute: ComputeConfig
     with_source: bool
     superseded: Mapping[str, Mapping[int, str]]
 
-    def build(self, vae: Vae, stop: threading.Event) -> "Renderer":
+    def build(self, vae: Vae, stop: threading.Event) -> "RenderWorker":
         """The worker, its replica loaded."""
-        return Renderer(self, build_model(vae, self.compute, self.tile_above), stop)
+        return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)
 
-    def in_smaller_slices(self) -> "RenderJob":
-        """Itself: pictures are decoded one by one."""
+    def with_smaller_slices(self) -> "RenderSpec":
+        """Itself: images are decoded one by one."""
         return self
 
 
-class Renderer:
+class RenderWorker:
     """A worker that draws sheets. Threads may call `run` together; the model runs for one of them at a time."""
 
-    def __init__(self, job: RenderJob, model: AutoencoderKL, stop: threading.Event) -> None:
-        self.job = job
+    def __init__(self, spec: RenderSpec, model: AutoencoderKL, stop: threading.Event) -> None:
+        self.spec = spec
         self.model = model
         self.stop = stop
         self.lock = threading.Lock()
-        self.pictures = 0
+        self.images = 0
         self.steps = 0  # samples read, too
 
-    def run(self, task: RenderTask, attempt: Attempt = FIRST) -> RenderReport:
-        return render(task, self)
+    def run(self, task: RenderTask, attempt: Attempt = FIRST_ATTEMPT) -> RenderReport:
+        return render_task(task, self)
 
     def step(self) -> None:
         """Count a step. Raises Stopped once the job is to stop."""
@@ -123,51 +123,51 @@ class Renderer:
         latent = latent[None].to(self.model.device, self.model.dtype)
         with self.lock, torch.inference_mode():
             sample = self.model.decode(latent).sample[0]
-            self.pictures += 1
+            self.images += 1
         return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def choose(files: Sequence[tuple[str, int, Unit]], limit: int) -> list[RenderTask]:
+def choose_rows(files: Sequence[tuple[str, int, Unit]], limit: int) -> list[RenderTask]:
     """Up to `limit` rows (0: all), spread evenly over the cache, as tasks. files: name, rows and unit of each."""
     total = sum(rows for _, rows, _ in files)
     count = min(limit, total) if limit else total
     picked = {position * total // count for position in range(count)} if count else set()
-    wanted: list[Wanted] = []
+    wanted: list[RowRef] = []
     start = 0
     for file, rows, unit in files:
-        wanted += [Wanted(file, index, unit) for index in range(rows) if start + index in picked]
+        wanted += [RowRef(file, index, unit) for index in range(rows) if start + index in picked]
         start += rows
-    sheets = range(0, len(wanted), PICTURES_PER_SHEET)
-    return [RenderTask(n, tuple(wanted[i : i + PICTURES_PER_SHEET])) for n, i in enumerate(sheets)]
+    sheets = range(0, len(wanted), IMAGES_PER_SHEET)
+    return [RenderTask(n, tuple(wanted[i : i + IMAGES_PER_SHEET])) for n, i in enumerate(sheets)]
 
 
-def render(task: RenderTask, worker: Renderer) -> RenderReport:
-    """Draw one sheet and its single pictures."""
-    job = worker.job
-    rows = list(zip(task.rows, wanted_rows(job.cache, task.rows), strict=True))
-    originals, notes = find_originals(rows, worker) if job.with_source else ({}, [])
-    cells, pictures = [], []
+def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
+    """Draw one sheet and its single images."""
+    spec = worker.spec
+    rows = list(zip(task.rows, read_refs(spec.cache, task.rows), strict=True))
+    originals, notes = find_originals(rows, worker) if spec.with_source else ({}, [])
+    cells, images = [], []
     for wanted, row in rows:
         decoded = worker.decode(row)
         original = originals.get((wanted.unit.name, row["key"]))
-        name = f"pictures/{wanted.unit.name}/{file_name(row['key'])}.png"
-        job.out.replace(name, contact_sheet.png(decoded))
+        name = f"images/{wanted.unit.name}/{image_file_name(row['key'])}.png"
+        spec.out.replace(name, contact_sheet.encode_png(decoded))
         fidelity = None if original is None else psnr(original, decoded)
-        pictures.append(Rendered(row["shard"], row["key"], name, fidelity))
+        images.append(Rendered(row["shard"], row["key"], name, fidelity))
         cells.append(
             contact_sheet.Cell(
-                pictures=(decoded,) if original is None else (original, decoded),
+                images=(decoded,) if original is None else (original, decoded),
                 title=f"{row['key']}" + ("" if fidelity is None else f"   {fidelity:.1f} dB"),
                 remark=f"{row['shard']}   {row['original_width']} x {row['original_height']}",
             )
         )
     name = f"sheets/{task.number:05d}.png"
     side = "left the original, right decoded from the cache" if originals else "decoded from the cache"
-    job.out.replace(name, contact_sheet.contact_sheet(cells, f"{len(cells)} pictures: {side}"))
-    return RenderReport(name, tuple(pictures), tuple(notes))
+    spec.out.replace(name, contact_sheet.draw_contact_sheet(cells, f"{len(cells)} images: {side}"))
+    return RenderReport(name, tuple(images), tuple(notes))
 
 
-def wanted_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, Any]]:
+def read_refs(cache: Folder, wanted: Sequence[RowRef]) -> Iterator[dict[str, Any]]:
     """The wanted rows, in their order."""
     by_file: dict[str, list[int]] = {}
     for row in wanted:
@@ -177,21 +177,21 @@ def wanted_rows(cache: Folder, wanted: Sequence[Wanted]) -> Iterator[dict[str, A
 
 
 def find_originals(
-    rows: Sequence[tuple[Wanted, Mapping[str, Any]]], worker: Renderer
+    rows: Sequence[tuple[RowRef, Mapping[str, Any]]], worker: RenderWorker
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
-    """The pictures that were encoded, by unit and key, as RGB uint8 [H, W, 3]; and why some cannot be seen."""
-    job, units = worker.job, {wanted.unit.name: wanted.unit for wanted, _ in rows}
+    """The images that were encoded, by unit and key, as RGB uint8 [H, W, 3]; and why some cannot be seen."""
+    spec, units = worker.spec, {wanted.unit.name: wanted.unit for wanted, _ in rows}
     found: dict[tuple[str, str], np.ndarray] = {}
     notes: list[str] = []
     for name, unit in units.items():
         missing = {row["key"] for wanted, row in rows if wanted.unit.name == name}
         try:
-            for sample in flow.read(unit, job):
+            for sample in flow.read_samples(unit, spec):
                 worker.step()
                 if sample.key in missing and isinstance(sample, Sample):
-                    picture, _ = flow.open_sample(unit, sample, job.transform, job.limits)
-                    if isinstance(picture, Picture):
-                        found[name, sample.key] = picture.pixels.permute(1, 2, 0).numpy()
+                    image, _ = flow.open_sample(unit, sample, spec.transform, spec.limits)
+                    if isinstance(image, PreparedImage):
+                        found[name, sample.key] = image.pixels.permute(1, 2, 0).numpy()
                     missing.discard(sample.key)
                 if not missing:
                     break
@@ -201,12 +201,12 @@ def find_originals(
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures in dB; 100 where they are equal."""
+    """Peak signal-to-noise ratio of two 8-bit images in dB; 100 where they are equal."""
     error = float(((a.astype(np.float64) - b) ** 2).mean())
     return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
 
 
-def file_name(key: str) -> str:
+def image_file_name(key: str) -> str:
     """A key as a file name on any disk: percent-encoded, and cut with its sha256 where it would be too long."""
     name = quote(key, safe="")
     return name if len(name) <= 150 else f"{name[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

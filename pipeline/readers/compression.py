@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipeline.limits import shown
+from pipeline.limits import printable
 from pipeline.records import Shard
 
 ADVICE = "decompress it (gunzip, unzstd, unxz, bunzip2), or unpack it into a folder"
@@ -22,15 +22,15 @@ _ENDINGS = (
 _NAMED = 3
 
 
-def kind_of(start: bytes) -> str | None:
+def archive_kind(start: bytes) -> str | None:
     """What these first bytes of a file are those of; None of anything else."""
     return next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None)
 
 
-def not_read(shards: Sequence[Shard]) -> str:
+def find_archives(shards: Sequence[Shard]) -> str:
     """Which of the files are archives that are not read, and what to do; "" where there are none."""
     urls = [shard.url for shard in shards if shard.path.lower().endswith(_ENDINGS)]
     if not urls:
         return ""
     more = f" and {len(urls) - _NAMED} more" if len(urls) > _NAMED else ""
-    return f"compressed archives are not read: {', '.join(map(shown, urls[:_NAMED]))}{more}; {ADVICE}"
+    return f"compressed archives are not read: {', '.join(map(printable, urls[:_NAMED]))}{more}; {ADVICE}"

@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from pipeline.errors import SourceError, StorageError
-from pipeline.readers.sidecars import same
+from pipeline.readers.sidecars import is_same_file
 from pipeline.records import File
 from pipeline.storage.store import connect, http_status, is_local, protocols_of, version_of
-from pipeline.storage.stream import naming
+from pipeline.storage.stream import name_url_in_errors
 
 
-def read_planned(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:
+def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:
     """At most `limit` + 1 bytes of a file: one too many tells that there are more.
 
     Raises SourceError where it is not what was planned any more; StorageError where it is, but came incomplete.
     """
-    with naming(url, "read"):
+    with name_url_in_errors(url, "read"):
         fs, path = connect(url, options)
         expected = min(planned.bytes, limit + 1)
         if is_local(fs):
@@ -30,7 +30,7 @@ def read_planned(url: str, options: Mapping[str, Any], limit: int, planned: File
         else:
             data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
         in_doubt = is_local(fs) or not planned.bytes or len(data) != expected
-        if in_doubt and not same(planned, File(planned.path, *version_of(fs, path))):
+        if in_doubt and not is_same_file(planned, File(planned.path, *version_of(fs, path))):
             raise _changed(url, planned)
         if len(data) != expected:
             text = f"cannot read {url}: {len(data)} of its {planned.bytes} bytes were delivered"

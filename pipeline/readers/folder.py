@@ -4,23 +4,23 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pipeline.errors import Rejected, SourceError
-from pipeline.limits import DEFAULT, Limits, check_key, check_text, shown_key
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
 from pipeline.prefetch import in_order
-from pipeline.readers.files import read_planned
-from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpacked
+from pipeline.readers.files import read_planned_file
+from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, stem
-from pipeline.storage.store import check_has_files, if_there, parent, read_file_if_there
+from pipeline.storage.store import check_has_files, none_if_missing, parent, read_file_if_there
 
 READERS = 16  # threads a unit: stores are slow to answer
 IMAGES_AHEAD = 64
 BYTES_AHEAD = 64 << 20  # of them; at least one image
 
 
-def read_unit(
+def read_folder_unit(
     unit: Unit,
     options: Mapping[str, str],
     texts: Sequence[str] = TEXT_EXTENSIONS,
-    limits: Limits = DEFAULT,
+    limits: Limits = DEFAULT_LIMITS,
     mended: Container[int] = (),
 ) -> Iterator[Sample | Reject]:
     """The images of a folder's unit from its storage, read ahead by threads of their own.
@@ -32,20 +32,20 @@ def read_unit(
         url = url_of(file)
         if file.bytes == UNKNOWN:
             return read_file_if_there(url, options, limit)
-        return if_there(url, options, lambda: read_planned(url, options, limit, file))
+        return none_if_missing(url, options, lambda: read_planned_file(url, options, limit, file))
 
     def missing(file: File) -> None:
         if is_image(file.path):
             check_has_files(parent(url_of(file)), options)
         elif not file.bytes and not file.etag:
-            raise Rejected("read", "picture_elsewhere")  # a link that leads nowhere, as in a tar
+            raise Rejected("read", "image_not_embedded")  # a link that leads nowhere, as in a tar
         elif file.bytes != UNKNOWN:
             raise SourceError(f"{url_of(file)} has gone since it was planned; its image has not")
 
     def url_of(file: File) -> str:
         return f"{unit.url}/{below_root(file.path)}"
 
-    images = (files.unpinned() if n in mended else files for n, files in enumerate(unpacked(unit)))
+    images = (files.unpinned() if n in mended else files for n, files in enumerate(unpack_files(unit)))
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
         yield from read_folder(images, content, missing, pool, texts, limits)
@@ -69,14 +69,14 @@ def read_folder(
     on_missing: Callable[[File], None],
     pool: Executor,
     texts: Sequence[str] = TEXT_EXTENSIONS,
-    limits: Limits = DEFAULT,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Sample | Reject]:
     """The images, in their order; `read` and `on_missing` are called in the threads of the pool.
 
     read: up to so many bytes of a file and one more; None where there is no such file.
     on_missing: told of a file that is not there, before an image is rejected for it, or comes without that text.
     texts: extensions of the files beside an image that come along as columns.
-    Rejects (stage "read"): `duplicate_key`, `no_picture` (the file has gone), `bad_key`, `bad_text`, `text_too_long`;
+    Rejects (stage "read"): `duplicate_key`, `no_image` (the file has gone), `bad_key`, `bad_text`, `text_too_long`;
     and what `read` and `on_missing` raise as one.
     """
 
@@ -91,20 +91,20 @@ def read_folder(
         try:
             if isinstance(files, Rejected):
                 raise files
-            image = read(files.image, limits.picture_bytes)
+            image = read(files.image, limits.image_bytes)
             if image is None:
                 on_missing(files.image)
-                raise Rejected("read", "no_picture")
+                raise Rejected("read", "no_image")
             beside = {extension(text.path): column(text) for text in files.texts if extension(text.path) in texts}
             return Sample(position, key, image, {**dict.fromkeys(texts), **beside})
         except Rejected as why:
-            return Reject.of(position, shown_key(key, limits), why)
+            return Reject.of(position, printable_key(key, limits), why)
 
-    entries = keyed(images, limits)
+    entries = add_keys(images, limits)
     return in_order(pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _bytes(entry[2]), budget=BYTES_AHEAD)
 
 
-def keyed(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int, str, ImageFiles | Rejected]]:
+def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int, str, ImageFiles | Rejected]]:
     """Position and key of each image, and its files; or why it is rejected before they are read."""
     seen: set[str] = set()
     for position, files in enumerate(images):

@@ -21,7 +21,7 @@ _reader = Child("pipeline.readers.parquet_footer")
 atexit.register(_reader.end)
 
 
-def middles(stream: BinaryIO, url: str) -> list[int]:
+def row_group_middles(stream: BinaryIO, url: str) -> list[int]:
     """The middle byte of each row group. stream: the file, at any place. Raises DamagedError where none can be told."""
     stream.seek(-8, 2)
     size = int.from_bytes(stream.read(8)[:4], "little")

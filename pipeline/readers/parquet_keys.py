@@ -51,7 +51,7 @@ def _hashes(keys: Iterable[str]) -> np.ndarray:
     return np.frombuffer(data, np.uint64).reshape(-1, _WORDS)
 
 
-def of_file(url: str, size: int, etag: str, column: str | None) -> FileKeys:
+def keys_of_file(url: str, size: int, etag: str, column: str | None) -> FileKeys:
     """What this process knows of a column of a file; nothing where there is no ETag to tell its versions apart."""
     return _remembered(url, size, etag, column) if etag else FileKeys()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.canonical_json import VERIFY, canonical_json
+from pipeline.canonical_json import VERIFY_HINT, canonical_json
 from pipeline.errors import CacheError
 from pipeline.records import File, Shard, Unit, extension, is_image, stem
 from pipeline.storage.etags import same_etag
@@ -23,7 +23,7 @@ UNKNOWN = -1  # bytes of a file that need not be what was planned
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class SidecarIndex:
     """texts: those of each image that has any, by the image's path, one for each extension; unused: the others."""
 
     texts: Mapping[str, Sequence[Shard]]
@@ -48,7 +48,7 @@ def folder_of(path: str) -> str:
     return path[: path.rfind("/") + 1]
 
 
-def loosened(path: str) -> str:
+def fold_name(path: str) -> str:
     """A path that is equal for names which differ only in the case of letters or in their Unicode normalisation."""
     folder = folder_of(path)
     name = unicodedata.normalize("NFC", path[len(folder) :]).casefold()
@@ -65,29 +65,29 @@ def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if not is_image(name) and extension(name) not in SHARDS:
-            found[loosened(stem(name))].append(name)
+            found[fold_name(stem(name))].append(name)
     return found
 
 
-def near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
+def is_near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
     """Those of `possible_texts` that could be of one of the images."""
-    called = {loosened(name) for image in images for name in names_for(image)}
+    called = {fold_name(name) for image in images for name in names_for(image)}
     return (text for name in called for text in texts.get(name, ()))
 
 
-def match(shards: Sequence[Shard], wanted: Collection[str]) -> Beside:
+def match_sidecars(shards: Sequence[Shard], wanted: Collection[str]) -> SidecarIndex:
     """The texts beside all images among the shards. wanted: extensions of texts, in small letters."""
     images = [shard for shard in shards if is_image(shard.path)]
     left = {shard.path: shard for shard in shards if extension(shard.path) in wanted} if images else {}
     found: dict[str, list[Shard]] = {}
-    for key in (_exact, _small_extension, loosened):
+    for key in (_exact, _small_extension, fold_name):
         if not left:
             break
         pairs = list(_pairs(images, left.values(), wanted, key, found))
         for image, text in pairs if key is _exact else _with_one_owner(pairs):
             found.setdefault(image, []).append(text)
             left.pop(text.path, None)
-    return Beside(found, _unused(left.values(), shards, images) if left else [])
+    return SidecarIndex(found, _unused(left.values(), shards, images) if left else [])
 
 
 def _exact(path: str) -> str:
@@ -142,7 +142,7 @@ def files_of(image: Shard, texts: Mapping[str, Sequence[Shard]]) -> ImageFiles:
     return ImageFiles(first, tuple(others))
 
 
-def packed(images: Iterable[ImageFiles]) -> str:
+def pack_files(images: Iterable[ImageFiles]) -> str:
     """What images and their texts are, as canonical JSON: one text a unit, because there may be millions of them."""
     content = []
     for files in images:
@@ -151,14 +151,14 @@ def packed(images: Iterable[ImageFiles]) -> str:
     return canonical_json(content).decode()
 
 
-def pinned(images: Sequence[ImageFiles]) -> dict[str, Any]:
+def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:
     """What a folder's unit says of the content of its files."""
-    files = packed(images)
+    files = pack_files(images)
     size = sum(each.image.bytes for each in images)
     return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
 
 
-def unpacked(unit: Unit) -> list[ImageFiles]:
+def unpack_files(unit: Unit) -> list[ImageFiles]:
     """The files of a folder's unit, as they were planned."""
     try:
         return [
@@ -166,18 +166,18 @@ def unpacked(unit: Unit) -> list[ImageFiles]:
             for path, (size, etag, texts) in zip(unit.paths, json.loads(unit.files), strict=True)
         ]
     except (ValueError, TypeError) as error:
-        raise CacheError(f"the plan does not say what the files of the unit {unit.name} are; {VERIFY}") from error
+        raise CacheError(f"the plan does not say what the files of the unit {unit.name} are; {VERIFY_HINT}") from error
 
 
-def differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
+def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
     """The paths of what is not as it was: edited, or only in one of the two. same_source: as for `same`."""
     earlier, later = ({file.path: file for file in (files.image, *files.texts)} for files in (before, now))
     for path in sorted(earlier.keys() | later.keys()):
-        if path not in earlier or path not in later or not same(earlier[path], later[path], same_source):
+        if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
             yield path
 
 
-def same(before: File, now: File | Shard, same_source: bool = False) -> bool:
+def is_same_file(before: File, now: File | Shard, same_source: bool = False) -> bool:
     """Whether a file is as it was, as far as its size and its ETag tell; one that is unknown tells nothing.
 
     same_source: the user says that a file of this path and size is the one that was planned.

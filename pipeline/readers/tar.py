@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from pipeline.errors import DamagedError, Rejected, ShardError
-from pipeline.limits import DEFAULT, Limits, check_key, check_text, shown_key, text_of
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key, to_valid_text
 from pipeline.readers import compression
-from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, folded, is_stray, no_image
+from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, explain_no_image, fold_key, is_stray
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 
 BLOCK = 512
@@ -28,7 +28,7 @@ _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
 
-NO_PICTURE = Member("", 0, b"")
+NO_IMAGE = Member("", 0, b"")
 APART_FROM_IMAGE = "; its image stands elsewhere in the tar: the files of a sample must follow each other"
 OTHER_SPELLING = (
     "; an image's key differs from it in the case of letters or in Unicode normalization only: rename one of them"
@@ -39,14 +39,14 @@ def read_tar(
     stream: BinaryIO,
     url: str,
     texts: Sequence[str] = TEXT_EXTENSIONS,
-    limits: Limits = DEFAULT,
+    limits: Limits = DEFAULT_LIMITS,
     passed: Counter[str] | None = None,
 ) -> Iterator[Sample | Reject]:
     """The samples of a tar, in their order. texts: extensions of the members that come along as columns.
 
     passed: what is no part of a sample is counted there, as HIDDEN and STRAY; and as APART, how many images and texts
     of one key do not follow each other.
-    Rejects (stage "read"): `no_picture`, `picture_elsewhere`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
+    Rejects (stage "read"): `no_image`, `image_not_embedded`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
     `text_too_long`.
     Raises DamagedError, which names the URL and the byte, where the tar is damaged or ends early; ShardError where
     it has more members than are read, and where it is compressed.
@@ -57,30 +57,30 @@ def read_tar(
     others: set[str] = set()  # keys as `folded` makes them, where that is another text
     alone: set[str] = set()  # of texts without an image
     for key, members in _by_key(read_members(stream, url, texts, limits, passed)):
-        pictures = [member for member in members if member.is_image]
-        if not pictures and is_stray(members, texts):
+        images = [member for member in members if member.is_image]
+        if not images and is_stray(members, texts):
             passed[STRAY] += len(members)
             continue
-        other, same = (alone, seen) if pictures else (seen, alone)
+        other, same = (alone, seen) if images else (seen, alone)
         passed[APART] += key in other and key not in same
-        for picture in pictures or [NO_PICTURE]:
+        for image in images or [NO_IMAGE]:
             try:
-                if picture is NO_PICTURE:
+                if image is NO_IMAGE:
                     alone.add(key)
-                    raise no_image(members, _where_the_image_is(key, seen, others))
-                if picture.is_link:
-                    raise Rejected("read", "picture_elsewhere")
+                    raise explain_no_image(members, _where_the_image_is(key, seen, others))
+                if image.is_link:
+                    raise Rejected("read", "image_not_embedded")
                 check_key(key, limits)
                 if key in seen:
                     raise Rejected("read", "duplicate_key")
                 seen.add(key)
-                if folded(key) != key:
-                    others.add(folded(key))
-                if picture.data is None:
-                    raise Rejected("read", "too_many_bytes", picture.size, limits.picture_bytes)
-                yield Sample(position, key, picture.data, _texts(members, texts, limits))
+                if fold_key(key) != key:
+                    others.add(fold_key(key))
+                if image.data is None:
+                    raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
+                yield Sample(position, key, image.data, _texts(members, texts, limits))
             except Rejected as why:
-                yield Reject.of(position, shown_key(key, limits), why)
+                yield Reject.of(position, printable_key(key, limits), why)
             position += 1
 
 
@@ -88,11 +88,11 @@ def _where_the_image_is(key: str, seen: Set[str], others: Set[str]) -> str:
     """What is known of the image of a sample that has none. seen: keys of images so far; others: the same, folded."""
     if key in seen:
         return APART_FROM_IMAGE
-    return OTHER_SPELLING if folded(key) in seen or folded(key) in others else ""
+    return OTHER_SPELLING if fold_key(key) in seen or fold_key(key) in others else ""
 
 
 def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
-    """The members of each key that stand together. The first picture and the first text of an extension keep their
+    """The members of each key that stand together. The first image and the first text of an extension keep their
     bytes: no other is used, and there may be any number."""
     group: list[Member] = []
     held: set[str] = set()
@@ -100,7 +100,7 @@ def _by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
         if group and member.key != group[0].key:
             yield group[0].key, group
             group, held = [], set()
-        kind = "picture" if member.is_image else f".{member.extension}"
+        kind = "image" if member.is_image else f".{member.extension}"
         group.append(replace(member, data=None) if kind in held else member)
         if not member.is_link:
             held.add(kind)
@@ -113,8 +113,8 @@ def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[
     for member in members:
         if member.extension in names:
             if member.is_link:
-                raise Rejected("read", "picture_elsewhere")
-            if member.extension in texts:  # which of them is the picture's, nobody can tell
+                raise Rejected("read", "image_not_embedded")
+            if member.extension in texts:  # which of them is the image's, nobody can tell
                 raise Rejected("read", "bad_text", member.extension)
             if member.data is None:
                 raise Rejected("read", "text_too_long", member.extension, limits.text_bytes)
@@ -128,12 +128,12 @@ def read_members(
     stream: BinaryIO,
     url: str,
     texts: Sequence[str] = TEXT_EXTENSIONS,
-    limits: Limits = DEFAULT,
+    limits: Limits = DEFAULT_LIMITS,
     passed: Counter[str] | None = None,
 ) -> Iterator[Member]:
     """The files, links and devices of a tar (ustar, GNU and pax long names), and of those appended to it.
 
-    Only pictures and texts are held, and only where they are within their limits. Hidden files are passed over, and
+    Only images and texts are held, and only where they are within their limits. Hidden files are passed over, and
     counted in `passed`.
     """
     for member in _all_members(stream, url, texts, limits):
@@ -197,7 +197,7 @@ def _all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limit
 def _first_header(stream: BinaryIO, url: str) -> bytes:
     """The first header of a tar. Raises ShardError where the file is another archive."""
     start = _up_to(stream, BLOCK)
-    kind = compression.kind_of(start)
+    kind = compression.archive_kind(start)
     if kind and start[257:262] != b"ustar":  # a name may begin with any bytes
         raise ShardError(f"{url} is not a tar but {kind}; {compression.ADVICE}")
     return start + _exactly(stream, BLOCK - len(start), url, len(start))
@@ -234,7 +234,7 @@ def _most(member: Member, texts: Sequence[str], limits: Limits) -> int:
     if member.is_hidden:
         return 0
     if member.is_image:
-        return limits.picture_bytes
+        return limits.image_bytes
     return limits.text_bytes if member.extension in texts else 0
 
 
@@ -288,4 +288,4 @@ def _short_name(header: bytes) -> str:
 
 def _text(name: bytes) -> str:
     """A name as text: `\\` as Windows writes it is `/`, and a `./` in front is no part of it."""
-    return text_of(name.decode(errors="surrogateescape")).replace("\\", "/").removeprefix("./")
+    return to_valid_text(name.decode(errors="surrogateescape")).replace("\\", "/").removeprefix("./")

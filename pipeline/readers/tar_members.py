@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.limits import shown
-from pipeline.records import PICTURE_EXTENSIONS
+from pipeline.limits import printable
+from pipeline.records import IMAGE_EXTENSIONS
 
 # what a unit's report counts of what it passed over
 HIDDEN = "hidden"
@@ -59,7 +59,7 @@ class Member:
 
     @property
     def is_image(self) -> bool:
-        return self.extension in PICTURE_EXTENSIONS
+        return self.extension in IMAGE_EXTENSIONS
 
     @property
     def is_hidden(self) -> bool:
@@ -87,15 +87,15 @@ def _is_stray(member: Member, texts: Sequence[str]) -> bool:
     return member.extension not in texts and member.extension.rpartition(".")[2] in _STRAY_EXTENSIONS
 
 
-def folded(key: str) -> str:
+def fold_key(key: str) -> str:
     """What keys have in common that differ in the case of letters or in Unicode normalization only."""
     return unicodedata.normalize("NFC", key).casefold()
 
 
-def no_image(members: Sequence[Member], why: str = "") -> Rejected:
+def explain_no_image(members: Sequence[Member], why: str = "") -> Rejected:
     """The reject of members of one key without an image. why: what is known of the image."""
     ends = list(dict.fromkeys(member.extension for member in members))
-    named = ["." + shown(end[:_NAMED_LETTERS])[:_NAMED_LETTERS] if end else "nothing" for end in ends[:_NAMED]]
+    named = ["." + printable(end[:_NAMED_LETTERS])[:_NAMED_LETTERS] if end else "nothing" for end in ends[:_NAMED]]
     more = f" and {len(ends) - _NAMED} more" if len(ends) > _NAMED else ""
     what = f": its files end in {', '.join(named)}{more} (a key ends at the first dot of a file's name)"
-    return Rejected("read", "no_picture", more=what + why)
+    return Rejected("read", "no_image", more=what + why)

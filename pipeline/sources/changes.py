@@ -11,9 +11,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 
 from pipeline.errors import SourceError
-from pipeline.readers.sidecars import Beside, ImageFiles, differences, files_of, pinned, same, unpacked
+from pipeline.readers.sidecars import (
+    ImageFiles,
+    SidecarIndex,
+    files_of,
+    find_differences,
+    is_same_file,
+    pin_files,
+    unpack_files,
+)
 from pipeline.records import File, Shard, Unit
-from pipeline.sources.listing import Listing, Source, free_name, same_root, some
+from pipeline.sources.listing import Listing, Source, abbreviate, free_name, same_root
 from pipeline.sources.walk import file_id_at
 
 OTHERWISE = ". If it is another one: --new-source"
@@ -23,35 +31,35 @@ MOVED_INSIDE = (
 Vote = tuple[str, str, str]  # of a new file: the name of its source, the planned one's, and what lies between the roots
 
 
-def inputs_of(unit: Unit) -> list[File]:
+def input_files(unit: Unit) -> list[File]:
     """The files that a unit reads, as they were planned; without the texts beside images."""
     if unit.kind != "folder":
         return [File(unit.path, unit.bytes, unit.etag)]
-    return [files.image for files in unpacked(unit)]
+    return [files.image for files in unpack_files(unit)]
 
 
-def name_of(path: str) -> str:
+def source_name(path: str) -> str:
     """The name of a file's source."""
     return path.split("/", 1)[0]
 
 
-def below(path: str) -> str:
+def path_below_root(path: str) -> str:
     """A file's path below the root of its source."""
     return path.split("/", 1)[1]
 
 
-def at_root(unit: Unit, root: str) -> Unit:
+def move_to_root(unit: Unit, root: str) -> Unit:
     """The same unit in a source that lies elsewhere."""
-    url = root if unit.kind == "folder" else f"{root.rstrip('/')}/{below(unit.path)}"
+    url = root if unit.kind == "folder" else f"{root.rstrip('/')}/{path_below_root(unit.path)}"
     return unit if (unit.root, unit.url) == (root, url) else replace(unit, root=root, url=url)
 
 
-def roots_of(units: Iterable[Unit]) -> dict[str, str]:
+def source_roots(units: Iterable[Unit]) -> dict[str, str]:
     """Where each source lies, by its name: where it lay when something of it was planned last."""
     return {unit.source: unit.root for unit in units}
 
 
-def relocated(
+def relocate_units(
     planned: Sequence[Unit],
     listed: Mapping[str, Shard],
     sources: Sequence[Source],
@@ -63,7 +71,7 @@ def relocated(
     whole: all planned files must be there still, as far as the sources cover them.
     Raises SourceError if a source holds other files than the planned one of its name.
     """
-    roots, notes = roots_of(planned), []
+    roots, notes = source_roots(planned), []
     moved: dict[str, str] = {}
     for source in sources:
         if source.name in roots and source.name not in moved and not same_root(roots[source.name], source.root):
@@ -74,29 +82,29 @@ def relocated(
     files: dict[str, list[File]] = defaultdict(list)
     for unit in planned:
         if unit.source in moved:
-            files[unit.source] += inputs_of(unit)
+            files[unit.source] += input_files(unit)
     for name in moved:
         mine = [source for source in sources if source.name == name]
         if not _holds(files[name], listed, mine if whole else [], same_source):
             _refuse_moved(files[name], listed, mine[0], roots, same_source)
-    return [at_root(unit, moved[unit.source]) if unit.source in moved else unit for unit in planned], notes
+    return [move_to_root(unit, moved[unit.source]) if unit.source in moved else unit for unit in planned], notes
 
 
-def found_at(planned: Sequence[Unit], listing: Listing, same_source: bool) -> list[Unit]:
+def find_units_at(planned: Sequence[Unit], listing: Listing, same_source: bool) -> list[Unit]:
     """The planned units, those that the listing has where it has them. Some of their files may be missing there.
 
     same_source: of those found there, sizes are held against the plan when they are read, and no ETags.
     Raises SourceError if it has none of them, or other files.
     """
     listed = {shard.path: shard for shard in listing.shards}
-    if not any(file.path in listed for unit in planned for file in inputs_of(unit)):
+    if not any(file.path in listed for unit in planned for file in input_files(unit)):
         given = " ".join(source.given for source in listing.sources)
-        missing = {file.path: file for unit in planned for file in inputs_of(unit)}
+        missing = {file.path: file for unit in planned for file in input_files(unit)}
         check_renamed(listing.shards, missing, (), otherwise="")
         raise SourceError(f"none of the cache's inputs is at {given}")
-    now, _ = relocated(planned, listed, listing.sources, same_source, whole=False)
+    now, _ = relocate_units(planned, listed, listing.sources, same_source, whole=False)
     pairs = zip(planned, now, strict=True)
-    there = ((old, unit, any(file.path in listed for file in inputs_of(unit))) for old, unit in pairs)
+    there = ((old, unit, any(file.path in listed for file in input_files(unit))) for old, unit in pairs)
     return [(without_etags(unit) if same_source else unit) if found else old for old, unit, found in there]
 
 
@@ -106,7 +114,7 @@ def _holds(files: Sequence[File], listed: Mapping[str, Shard], sources: Sequence
     If the user says that it is the same source, half of them by path and size are enough.
     """
     there = [file for file in files if file.path in listed]
-    equal = [file for file in there if same(file, listed[file.path], same_source)]
+    equal = [file for file in there if is_same_file(file, listed[file.path], same_source)]
     if same_source:
         return bool(equal) and 2 * len(equal) >= len(there)
     gone = (file for file in files if file.path not in listed)
@@ -121,9 +129,9 @@ def _covers(sources: Iterable[Source], path: str) -> bool:
 def _refuse_moved(
     files: Sequence[File], listed: Mapping[str, Shard], source: Source, roots: Mapping[str, str], same_source: bool
 ) -> None:
-    differ = [f.path for f in files if f.path not in listed or not same(f, listed[f.path], same_source)]
-    named = argument(free_name(source.name, {*roots, *map(name_of, listed)}), source.given)
-    what = f"of {len(files):,} planned files {len(differ):,} are missing or differ ({some(differ)})"
+    differ = [f.path for f in files if f.path not in listed or not is_same_file(f, listed[f.path], same_source)]
+    named = format_argument(free_name(source.name, {*roots, *map(source_name, listed)}), source.given)
+    what = f"of {len(files):,} planned files {len(differ):,} are missing or differ ({abbreviate(differ)})"
     if not differ:
         what = "nothing but their sizes says that its files are the planned ones"
     copied = "" if same_source else "; if it is the same one, moved or copied without its files' times: --same-source"
@@ -133,7 +141,7 @@ def _refuse_moved(
     )
 
 
-def argument(name: str, source: str) -> str:
+def format_argument(name: str, source: str) -> str:
     """What to write on the command line to give a source a name."""
     return shlex.quote(f"{name}={source}")
 
@@ -155,36 +163,36 @@ def without_etags(unit: Unit) -> Unit:
 
 def _with_files(unit: Unit, change: Callable[[File], File]) -> Unit:
     if unit.kind != "folder":
-        return replace(unit, etag=change(inputs_of(unit)[0]).etag)
-    files = [ImageFiles(change(each.image), tuple(map(change, each.texts))) for each in unpacked(unit)]
-    return replace(unit, **pinned(files))
+        return replace(unit, etag=change(input_files(unit)[0]).etag)
+    files = [ImageFiles(change(each.image), tuple(map(change, each.texts))) for each in unpack_files(unit)]
+    return replace(unit, **pin_files(files))
 
 
-def changed(
-    planned: Iterable[Unit], listed: Mapping[str, Shard], beside: Beside, same_source: bool
+def find_changed(
+    planned: Iterable[Unit], listed: Mapping[str, Shard], beside: SidecarIndex, same_source: bool
 ) -> dict[str, list[str]]:
     """By unit, the paths of its files that are there and not what was planned: with the texts beside its images."""
     found = {}
     for unit in planned:
         if unit.kind == "folder":
-            there = (files for files in unpacked(unit) if files.image.path in listed)
+            there = (files for files in unpack_files(unit) if files.image.path in listed)
             now = ((files, files_of(listed[files.image.path], beside.texts)) for files in there)
-            paths = [path for pair in now for path in differences(*pair, same_source)]
+            paths = [path for pair in now for path in find_differences(*pair, same_source)]
         else:
-            file = inputs_of(unit)[0]
-            is_other = file.path in listed and not same(file, listed[file.path], same_source)
+            file = input_files(unit)[0]
+            is_other = file.path in listed and not is_same_file(file, listed[file.path], same_source)
             paths = [file.path] if is_other else []
         if paths:
             found[unit.name] = paths
     return found
 
 
-def gone(files: Iterable[str], listed: Collection[str], sources: Sequence[Source]) -> list[str]:
+def find_missing(files: Iterable[str], listed: Collection[str], sources: Sequence[Source]) -> list[str]:
     """The planned paths that the sources would list and do not. Those of sources not named this time are no matter."""
     return [path for path in files if path not in listed and _covers(sources, path)]
 
 
-def seen_before(
+def find_duplicates(
     new: Sequence[Shard], listed: Mapping[str, Shard], planned: Mapping[str, File], roots: Mapping[str, str]
 ) -> dict[str, str]:
     """Of the new files, those that are read under another source's name already, by path, with that other path.
@@ -205,7 +213,7 @@ def seen_before(
     for identity, twins in again.items():
         if twins:
             first = known.get(identity) or min(twins, key=_rank).path
-            twice |= {twin.path: first for twin in twins if name_of(twin.path) != name_of(first)}
+            twice |= {twin.path: first for twin in twins if source_name(twin.path) != source_name(first)}
     return twice
 
 
@@ -218,7 +226,7 @@ def _known(
     for path, file in planned.items():
         if file.bytes not in sizes and path not in listed:
             continue
-        url = f"{roots[name_of(path)].rstrip('/')}/{below(path)}"
+        url = f"{roots[source_name(path)].rstrip('/')}/{path_below_root(path)}"
         if identity := _identity(listed[path]) if path in listed else url if "://" in url else file_id_at(url):
             known[identity] = path
     return known
@@ -255,9 +263,9 @@ def check_renamed(
     votes: dict[Vote, list[tuple[str, str]]] = defaultdict(list)
     for vote, pair in _alike(new, missing):
         votes[vote].append(pair)
-    totals = Counter(name_of(shard.path) for shard in new)
-    planned = Counter(map(name_of, missing))
-    roots = {name_of(shard.path): shard.root for shard in new}
+    totals = Counter(source_name(shard.path) for shard in new)
+    planned = Counter(map(source_name, missing))
+    roots = {source_name(shard.path): shard.root for shard in new}
     notes: list[str] = []
     for vote, pairs in sorted(votes.items(), key=lambda item: -len(item[1])):
         name, old, _ = vote
@@ -277,7 +285,7 @@ def check_renamed(
 
 
 def _some_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    return some([f"{new} is {old}" for new, old in pairs])
+    return abbreviate([f"{new} is {old}" for new, old in pairs])
 
 
 def _alike(new: Sequence[Shard], missing: Mapping[str, File]) -> Iterator[tuple[Vote, tuple[str, str]]]:
@@ -287,17 +295,17 @@ def _alike(new: Sequence[Shard], missing: Mapping[str, File]) -> Iterator[tuple[
     """
     planned: dict[tuple[str, int], list[File]] = defaultdict(list)
     for file in missing.values():
-        planned[below(file.path), file.bytes].append(file)
+        planned[path_below_root(file.path), file.bytes].append(file)
     fresh: dict[tuple[str, int], list[Shard]] = defaultdict(list)
     for shard in new:
-        fresh[below(shard.path), shard.bytes].append(shard)
-        for head, tail in _splits(below(shard.path)):
+        fresh[path_below_root(shard.path), shard.bytes].append(shard)
+        for head, tail in _splits(path_below_root(shard.path)):
             for file in planned.get((tail, shard.bytes), ()):
-                yield (name_of(shard.path), name_of(file.path), f"+{head}"), (shard.path, file.path)
+                yield (source_name(shard.path), source_name(file.path), f"+{head}"), (shard.path, file.path)
     for file in missing.values():
-        for head, tail in _splits(below(file.path)):
+        for head, tail in _splits(path_below_root(file.path)):
             for shard in fresh.get((tail, file.bytes), ()) if head else ():
-                yield (name_of(shard.path), name_of(file.path), f"-{head}"), (shard.path, file.path)
+                yield (source_name(shard.path), source_name(file.path), f"-{head}"), (shard.path, file.path)
 
 
 def _splits(path: str) -> Iterator[tuple[str, str]]:
@@ -314,7 +322,8 @@ def _advice(vote: Vote, roots: Mapping[str, str]) -> str:
     name, old, between = vote
     root, folders, say_so = roots[name].rstrip("/"), between[1:], "If it is that source, say so:"
     if between.startswith("+"):
-        return f"{say_so} {argument(old, f'{root}/{folders}' if folders else root)}"
+        return f"{say_so} {format_argument(old, f'{root}/{folders}' if folders else root)}"
     if root.endswith(f"/{folders}"):
-        return f"{say_so} {argument(old, root.removesuffix(f'/{folders}'))}"
-    return f"If it is that source, put its files into {folders}/ of a folder, and name that: {argument(old, 'FOLDER')}"
+        return f"{say_so} {format_argument(old, root.removesuffix(f'/{folders}'))}"
+    named = format_argument(old, "FOLDER")
+    return f"If it is that source, put its files into {folders}/ of a folder, and name that: {named}"

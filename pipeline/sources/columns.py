@@ -13,11 +13,11 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
-from pipeline.formats.schema import OURS, Columns
+from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
-from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension
 from pipeline.storage import store
 
 FILES = 16
@@ -25,18 +25,18 @@ MORE_FILES = 256
 MEMBERS = 64  # of a tar
 
 
-def columns_of(
+def find_columns(
     shards: Sequence[Shard],
     units: Sequence[Unit],
     options: Mapping[str, str],
     image_column: str | None,
     wanted: Sequence[str] | None,
     limits: Limits,
-) -> Columns:
+) -> PassthroughColumns:
     """The columns to pass through: those that are wanted, else all but the binary ones.
 
     shards: as listed; units: what is made of them. Raises SourceError for a wanted one that is nowhere, for types that
-    do not go together, and for Parquet files without pictures.
+    do not go together, and for Parquet files without images.
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
@@ -62,7 +62,7 @@ def columns_of(
     types = {name: pa.string() for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
     members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
-    return Columns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
+    return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
 
 def _schema(
@@ -73,24 +73,24 @@ def _schema(
     limits: Limits,
     alone: bool,
 ) -> pa.Schema:
-    """The columns of Parquet files with pictures, and of img2dataset's beside tars, in one schema.
+    """The columns of Parquet files with images, and of img2dataset's beside tars, in one schema.
 
     alone: whether the sources have nothing but Parquet files. What has no type anywhere, as nothing but null is seen of
     it, is text.
     """
 
-    def of_pictures(url: str) -> pa.Schema:
+    def of_images(url: str) -> pa.Schema:
         with store.open_stream(url, options) as stream:
-            return parquet.offered(stream, url, image_column, limits)
+            return parquet.available_columns(stream, url, image_column, limits)
 
     def beside(tar: str) -> pa.Schema | None:
-        url = store.beside(tar)
+        url = store.sibling_url(tar)
         if not store.exists(url, options):
             return None
         with store.open_stream(url, options) as stream:
-            return parquet.offered_beside(stream, url, limits)
+            return parquet.available_metadata_columns(stream, url, limits)
 
-    schemas = [*_with_images(of_pictures, parquets, alone), *_sound(beside, _some(tars))]
+    schemas = [*_with_images(of_images, parquets, alone), *_sound(beside, _some(tars))]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
         return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields])
@@ -173,13 +173,13 @@ def _texts(
     seen: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
         seen |= _members(tars, options, limits)
-    pictures = any(extension(shard.path) in PICTURE_EXTENSIONS for shard in shards)
-    if pictures:
+    images = any(extension(shard.path) in IMAGE_EXTENSIONS for shard in shards)
+    if images:
         seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
-    if tars or pictures:
+    if tars or images:
         seen |= set(TEXT_EXTENSIONS)
-    taken = {*OURS.names, "latent.npy", "latent.json", "moments.npy"}  # what we call things ourselves
-    others = sorted(seen - PICTURE_EXTENSIONS - set(TEXT_EXTENSIONS) - taken)
+    taken = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # what we call things ourselves
+    others = sorted(seen - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - taken)
     return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
 
 
@@ -206,5 +206,5 @@ def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequ
     for name in wanted:
         if name in texts and not is_text(types[name]):
             raise SourceError(
-                f"{name} is text beside pictures and {types[name]} in a Parquet file; leave it out with --columns"
+                f"{name} is text beside images and {types[name]} in a Parquet file; leave it out with --columns"
             )

@@ -14,21 +14,21 @@ from typing import Any, cast
 from braceexpand import braceexpand
 
 from pipeline.errors import Rejected, SourceError, StorageError
-from pipeline.limits import shown, text_of
-from pipeline.readers.sidecars import near, possible_texts
-from pipeline.records import PICTURE_EXTENSIONS, Shard, is_image
+from pipeline.limits import printable, to_valid_text
+from pipeline.readers.sidecars import is_near, possible_texts
+from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
 from pipeline.sources import own_outputs
-from pipeline.sources.walk import Walk, second_paths
+from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.store import connect, etag_of, full_url, is_local, parent, read_file_if_there, url_as_listed
-from pipeline.storage.stream import naming
+from pipeline.storage.stream import name_url_in_errors
 
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # of many files, in a note
 SYSTEM = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # thumbnails and rubbish of systems
-INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in PICTURE_EXTENSIONS)})
+INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in IMAGE_EXTENSIONS)})
 
-Found = Mapping[str, Mapping[str, Any]]
-Places = dict[str, tuple[Found, Mapping[str, list[str]]]]  # what lies in folders, and which of it may be texts
+FoundFiles = Mapping[str, Mapping[str, Any]]
+Places = dict[str, tuple[FoundFiles, Mapping[str, list[str]]]]  # what lies in folders, and which of it may be texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -
     local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
-    passed, places = Passed(), Places()
+    passed, places = SkippedFiles(), Places()
     for given in sources:
         source, shards = _expand(given, options, local, cache, passed, places)
         _check_name(source, named)
@@ -93,7 +93,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -
 
 
 @dataclass(slots=True)
-class Passed:
+class SkippedFiles:
     """What the sources have and is no input.
 
     others: no files. system: in folders that systems make. links: to files that are listed themselves. ours: what
@@ -109,21 +109,21 @@ class Passed:
         """A line for each kind."""
         notes = []
         if self.others:
-            notes.append(f"passed over what is no file, or a folder that may not be entered: {some(self.others)}")
+            notes.append(f"passed over what is no file, or a folder that may not be entered: {abbreviate(self.others)}")
         if self.system:
-            notes.append(f"files of the system, left out: {len(self.system):,} ({some(self.system)})")
+            notes.append(f"files of the system, left out: {len(self.system):,} ({abbreviate(self.system)})")
         if self.links:
-            notes.append(f"links to files of the same source, left out: {len(self.links):,} ({some(self.links)})")
+            notes.append(f"links to files of the same source, left out: {len(self.links):,} ({abbreviate(self.links)})")
         for what, files in self.ours.items():
             if files:
-                notes.append(f"files of {shown(text_of(what))}, left out: {len(files):,}")
+                notes.append(f"files of {printable(to_valid_text(what))}, left out: {len(files):,}")
         return notes
 
 
-def some(names: Collection[str]) -> str:
+def abbreviate(names: Collection[str]) -> str:
     """A few names in their order, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(shown(text_of(name)) for name in sorted(names)[:NAMED]) + more
+    return ", ".join(printable(to_valid_text(name)) for name in sorted(names)[:NAMED]) + more
 
 
 def _check_name(source: Source, others: Sequence[Source]) -> None:
@@ -157,10 +157,10 @@ def name_and_source(given: str) -> tuple[str, str]:
     name, equals, source = given.partition("=")
     if not equals or "/" in name or ("://" not in given and _names_something(given)):
         return "", given
-    if not name or name in (".", "..") or "%" in name or not name.isprintable() or text_of(name) != name:
+    if not name or name in (".", "..") or "%" in name or not name.isprintable() or to_valid_text(name) != name:
         raise SourceError(
-            f"{shown(text_of(given))}: the name before `=` must be plain, without `/`, `%` and control characters; "
-            f"for a path with `=` in it, write ./{shown(text_of(given))}"
+            f"{printable(to_valid_text(given))}: the name before `=` must not contain `/`, `%` or control characters; "
+            f"for a path with `=` in it, write ./{printable(to_valid_text(given))}"
         )
     if not source:
         raise SourceError(f"{given} names no source: write {name}=SOURCE")
@@ -174,12 +174,12 @@ def _names_something(path: str) -> bool:
 
 
 def _expand(
-    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: Passed, places: Places
+    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: SkippedFiles, places: Places
 ) -> tuple[Source, list[Shard]]:
     name, source = name_and_source(given)
     fs, path = connect(source, options)
     path = _plain(path) if is_local(fs) else path.rstrip("/")
-    with naming(source, "list"):
+    with name_url_in_errors(source, "list"):
         if fs.exists(path):
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
@@ -213,19 +213,19 @@ def _expand(
         name=name,
         given=source,
         root=full_url(fs, root),
-        patterns=tuple(text_of(pattern[len(root) + 1 :]) for pattern in patterns),
+        patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
     return found, list(_shards(fs, wanted, root, name))
 
 
-def _shards(fs: Any, files: Found, root: str, name: str) -> Iterator[Shard]:
+def _shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]:
     """The files as shards, sorted by path."""
     for file in sorted(files):
         _check_utf8(file, root)
         yield Shard(
-            url=text_of(full_url(fs, file)),
+            url=to_valid_text(full_url(fs, file)),
             root=full_url(fs, root),
-            path=text_of(f"{name}/{file[len(root) + 1 :]}"),
+            path=to_valid_text(f"{name}/{file[len(root) + 1 :]}"),
             bytes=int(files[file].get("size") or 0),
             etag=etag_of(files[file]),
             file=files[file].get("file", ""),
@@ -237,7 +237,9 @@ def _is_shown(below: str) -> bool:
     return not (below.startswith(".") or "/." in below)
 
 
-def _without_ours(fs: Any, files: Found, source: str, options: Mapping[str, Any], cache: str, passed: Passed) -> Found:
+def _without_ours(
+    fs: Any, files: FoundFiles, source: str, options: Mapping[str, Any], cache: str, passed: SkippedFiles
+) -> FoundFiles:
     """The files without those of the cache, those that latentmill wrote, and second paths to one of them.
 
     Raises SourceError if latentmill wrote all there is.
@@ -249,14 +251,14 @@ def _without_ours(fs: Any, files: Found, source: str, options: Mapping[str, Any]
             return read_file_if_there(full_url(fs, path), options, own_outputs.LIMIT)
         return None
 
-    ours = own_outputs.written_by_us(files, read)
+    ours = own_outputs.find_own_outputs(files, read)
     left_out = {file for some_files in ours.values() for file in some_files}
     if files and left_out >= files.keys():
         raise SourceError(f"there is no source at {source}: latentmill wrote what is there, {', '.join(ours)}")
     for what, some_files in ours.items():
         passed.ours.setdefault(what, set()).update(some_files)
     inputs = [file for file in files if os.path.splitext(file)[1].lower() in INPUTS and file not in left_out]
-    links = second_paths(files, inputs)
+    links = find_second_paths(files, inputs)
     passed.links |= links
     return {file: info for file, info in files.items() if file not in left_out and file not in links}
 
@@ -281,16 +283,16 @@ def _matches_pattern(below: str, pattern: str) -> bool:
     return len(steps) >= len(wanted) and all(fnmatch.fnmatchcase(step, want) for step, want in pairs)
 
 
-def _matches(fs: Any, pattern: str) -> Found:
+def _matches(fs: Any, pattern: str) -> FoundFiles:
     """The files and directories that a pattern names."""
     if fs.exists(pattern):
         return {pattern: fs.info(pattern)}
     if is_local(fs) and "**" not in pattern:  # fsspec's does not follow links to directories
         return {path: {} for path in glob.glob(pattern)}
-    return cast(Found, fs.glob(pattern, detail=True))
+    return cast(FoundFiles, fs.glob(pattern, detail=True))
 
 
-def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: set[str]) -> Found:
+def _files_of(fs: Any, paths: FoundFiles, root: str, but: str | None, others: set[str]) -> FoundFiles:
     """The files among these paths, and those below directories."""
     if is_local(fs):
         walk = Walk(root or "/", but)
@@ -305,7 +307,7 @@ def _files_of(fs: Any, paths: Found, root: str, but: str | None, others: set[str
 
 def _beside(
     fs: Any, place: str, images: set[str], root: str, but: str | None, others: set[str], places: Places
-) -> Found:
+) -> FoundFiles:
     """The files beside images that were named one by one, or by their extension, and not with all of their folder.
 
     place: that folder with a `/` at its end, or the pattern of all that lies there.
@@ -314,19 +316,21 @@ def _beside(
     url = full_url(fs, place)
     if url not in places:
         is_folder = place.endswith("/")
-        found: Found = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _matches(fs, place)
+        found: FoundFiles = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _matches(fs, place)
         places[url] = found, possible_texts(found)
     there, by_name = places[url]
     folders = fs.isdir if is_local(fs) else lambda path: there[path]["type"] == "directory"
-    texts = {path: there[path] for path in near(by_name, images) if not folders(path)}
+    texts = {path: there[path] for path in is_near(by_name, images) if not folders(path)}
     return _files_of(fs, texts, root, but, others)
 
 
 def _check_utf8(file: str, root: str) -> None:
-    """Raise SourceError where the name of a shard is not UTF-8. (A picture's is a bad key.)"""
+    """Raise SourceError where the name of a shard is not UTF-8. (An image's is a bad key.)"""
     is_shard = file.lower().endswith((".tar", ".parquet"))
-    if text_of(root) != root or (is_shard and text_of(file) != file):
-        raise SourceError(f"the name of {shown(text_of(file))} is not UTF-8: rename it, or the folder that it lies in")
+    if to_valid_text(root) != root or (is_shard and to_valid_text(file) != file):
+        raise SourceError(
+            f"the name of {printable(to_valid_text(file))} is not UTF-8: rename it, or the folder that it lies in"
+        )
 
 
 def _alternatives(path: str) -> list[str]:

@@ -16,12 +16,12 @@ LIMIT = 1 << 30  # bytes of a file that is looked at: a report names every previ
 IN_CACHE = re.compile(
     r"(.*)/(?:data/[^/]+-[0-9a-f]{16}-\d{5}(?:r\d+)?\.(?:parquet|tar)|_plan/\d{5}\.parquet)", re.DOTALL
 )
-IN_PREVIEWS = re.compile(r"(.*)/(?:pictures/[^/]+-[0-9a-f]{16}/[^/]+\.png|sheets/\d{5}\.png)", re.DOTALL)
+IN_PREVIEWS = re.compile(r"(.*)/(?:images/[^/]+-[0-9a-f]{16}/[^/]+\.png|sheets/\d{5}\.png)", re.DOTALL)
 
 Read = Callable[[str], bytes | None]
 
 
-def written_by_us(files: Collection[str], read: Read) -> dict[str, list[str]]:
+def find_own_outputs(files: Collection[str], read: Read) -> dict[str, list[str]]:
     """Those of the files that latentmill wrote, by what they belong to: a text that names it.
 
     read: the content of a file by its path; None if there is no such file.

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
-from pipeline.limits import shown
-from pipeline.readers.sidecars import Beside, files_of, match, pinned
-from pipeline.records import PICTURE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, stem
+from pipeline.limits import printable
+from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, stem
 
-PICTURES_PER_UNIT = 256
+IMAGES_PER_UNIT = 256
 RANGE_BYTES = 128 << 20  # of a Parquet file, about
 TABLES_OWN = frozenset({"_delta_log", "_change_data", "_temporary"})  # folders
 
@@ -24,58 +24,58 @@ def unit_name(name: str, identity: object) -> str:
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def units_of(shards: Sequence[Shard], beside: Beside | None = None) -> list[Unit]:
-    """The units of these shards: tars, Parquet files, pictures, each in the order of the paths; others are passed over.
+def make_units(shards: Sequence[Shard], beside: SidecarIndex | None = None) -> list[Unit]:
+    """The units of these shards: tars, Parquet files, images, each in the order of the paths; others are passed over.
 
     A Parquet file beside a tar of its name is img2dataset's metadata, and no unit; nor is `is_tables_own`.
     beside: the texts of images, if they are known already, or others than captions and metadata come along.
     """
-    texts = (beside or match(shards, TEXT_EXTENSIONS)).texts
-    shards = inputs_among(shards)
-    tars = [tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
+    texts = (beside or match_sidecars(shards, TEXT_EXTENSIONS)).texts
+    shards = select_inputs(shards)
+    tars = [make_tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
     parquets = [shard for shard in shards if extension(shard.path) == "parquet"]
-    ranges = [unit for shard in parquets for unit in parquet_units(shard)]
-    pictures = [shard for shard in shards if is_image(shard.path)]
-    by_root = itertools.groupby(sorted(pictures, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
-    groups = [group for _, below in by_root for group in picture_groups(list(below))]
-    return tars + ranges + [folder_unit(group, texts) for group in groups]
+    ranges = [unit for shard in parquets for unit in make_parquet_units(shard)]
+    images = [shard for shard in shards if is_image(shard.path)]
+    by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
+    groups = [group for _, below in by_root for group in group_images(list(below))]
+    return tars + ranges + [make_folder_unit(group, texts) for group in groups]
 
 
-def is_tables_own(shard: Shard) -> bool:
+def is_table_log(shard: Shard) -> bool:
     """Whether Delta Lake or Spark keeps a Parquet file for itself: logs, changes, and rows not yet committed."""
     return extension(shard.path) == "parquet" and not TABLES_OWN.isdisjoint(shard.path.split("/")[1:-1])
 
 
-def inputs_among(shards: Sequence[Shard]) -> list[Shard]:
+def select_inputs(shards: Sequence[Shard]) -> list[Shard]:
     """Those of the files that units are made of."""
     beside = {stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
 
     def is_input(shard: Shard) -> bool:
         kind = extension(shard.path)
         if kind == "parquet":
-            return stem(shard.path) not in beside and not is_tables_own(shard)
+            return stem(shard.path) not in beside and not is_table_log(shard)
         return kind == "tar" or is_image(shard.path)
 
     return [shard for shard in shards if is_input(shard)]
 
 
-def passed_over(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
-    """How many of the files are of no use, by extension: not those that may stand beside a picture or a tar.
+def count_other_files(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
+    """How many of the files are of no use, by extension: not those that may stand beside an image or a tar.
 
-    texts: extensions of the files beside a picture that come along.
+    texts: extensions of the files beside an image that come along.
     """
-    known = {"tar", "parquet", *PICTURE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
-    return Counter(shown(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
+    known = {"tar", "parquet", *IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
+    return Counter(printable(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
 
 
-def name_of(unit: Unit) -> str:
+def unit_name_of(unit: Unit) -> str:
     """The name that a unit must have for what it reads."""
     if unit.kind == "folder":
         return unit_name(unit.path, list(unit.paths))
     return unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def tar_unit(shard: Shard) -> Unit:
+def make_tar_unit(shard: Shard) -> Unit:
     return Unit(
         name=unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
         kind="tar",
@@ -87,7 +87,7 @@ def tar_unit(shard: Shard) -> Unit:
     )
 
 
-def parquet_units(shard: Shard) -> list[Unit]:
+def make_parquet_units(shard: Shard) -> list[Unit]:
     """A unit for each range k of n, n from the file's size alone."""
     count = max(1, math.ceil(shard.bytes / RANGE_BYTES))
     name = PurePosixPath(shard.path).stem
@@ -106,12 +106,12 @@ def parquet_units(shard: Shard) -> list[Unit]:
     ]
 
 
-def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
-    """Up to 256 pictures each, in order; pictures that differ in their extension only stay together."""
+def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
+    """Up to 256 images each, in order; images that differ in their extension only stay together."""
     group: list[Shard] = []
-    for _, twins in itertools.groupby(pictures, key=lambda shard: stem(shard.path)):
+    for _, twins in itertools.groupby(images, key=lambda shard: stem(shard.path)):
         same = list(twins)
-        if group and len(group) + len(same) > PICTURES_PER_UNIT:
+        if group and len(group) + len(same) > IMAGES_PER_UNIT:
             yield group
             group = []
         group += same
@@ -119,8 +119,8 @@ def picture_groups(pictures: list[Shard]) -> Iterator[list[Shard]]:
         yield group
 
 
-def folder_unit(pictures: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
-    root, paths = pictures[0].root, tuple(shard.path for shard in pictures)
+def make_folder_unit(images: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
+    root, paths = images[0].root, tuple(shard.path for shard in images)
     folder = paths[0].split("/", 1)[0]
     return Unit(
         name=unit_name(folder, list(paths)),
@@ -129,5 +129,5 @@ def folder_unit(pictures: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> 
         path=folder,
         paths=paths,
         root=root,
-        **pinned([files_of(picture, texts) for picture in pictures]),
+        **pin_files([files_of(image, texts) for image in images]),
     )

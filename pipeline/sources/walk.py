@@ -92,7 +92,7 @@ def file_id_at(path: str) -> str:
         return ""
 
 
-def second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> set[str]:
+def find_second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> set[str]:
     """Those of the paths that lead to a file which another of them names without a link.
 
     Several links to a file that none of them names so are files of their own: stores that go by content (git-annex,

@@ -5,7 +5,7 @@ something that must never change, `replace` the one for what is rewritten. There
 that is closed by an exception publishes half of its content.
 
 What can be promised of `create`: in memory and on most local disks, of any number of writers one wins and no reader
-sees a part of a file. On object stores it is one conditional request. `promises` tries whether disk or store keep it.
+sees a part of a file. On object stores it is one conditional request. `supports_conditional_create` tests it.
 Stores are asked again, with growing pauses, by their own libraries (S3: `RETRIES`); what fails then fails the unit.
 """
 
@@ -34,7 +34,7 @@ from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.storage import local_disk
 from pipeline.storage.etags import same_version
-from pipeline.storage.stream import NOT_THERE, Stream, naming
+from pipeline.storage.stream import NOT_THERE, Stream, name_url_in_errors
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end
@@ -108,7 +108,7 @@ def open_stream(
     Raises ChangedError where it is not what was planned, by its size or its ETag; SourceError if it changes meanwhile;
     StorageError where fewer bytes come than it has, whatever its reader made of that.
     """
-    with naming(url, "read"):
+    with name_url_in_errors(url, "read"):
         fs, path = connect(url, options)
         before = version_of(fs, path) if planned is not None else (0, "")
         if planned and not same_version((planned.bytes, planned.etag), before):
@@ -120,7 +120,7 @@ def open_stream(
 
     def check() -> None:
         if planned is not None:
-            with naming(url, "read"):
+            with name_url_in_errors(url, "read"):
                 after = version_of(fs, path)
             if after != before:
                 raise SourceError(f"{url} has changed while it was read")
@@ -140,11 +140,11 @@ def open_stream(
     check()
 
 
-def as_it_is(unit: Unit, options: Mapping[str, Any]) -> Unit:
+def current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
     """The unit, its input pinned as it is now, not as it was planned. Images of a folder are not pinned."""
     if unit.kind == "folder":
         return unit
-    with naming(unit.url, "read"):
+    with name_url_in_errors(unit.url, "read"):
         fs, path = connect(unit.url, options)
         size, etag = version_of(fs, path)
     return replace(unit, bytes=size, etag=etag)
@@ -152,25 +152,25 @@ def as_it_is(unit: Unit, options: Mapping[str, Any]) -> Unit:
 
 def exists(url: str, options: Mapping[str, Any]) -> bool:
     """Whether there is a file or a directory."""
-    with naming(url, "look for"):
+    with name_url_in_errors(url, "look for"):
         fs, path = connect(url, options)
         return bool(fs.exists(path))
 
 
-def check_answers(url: str, options: Mapping[str, Any]) -> None:
+def check_reachable(url: str, options: Mapping[str, Any]) -> None:
     """Raise StorageError if the storage of a URL does not answer. That there is no such file is an answer, too."""
-    with naming(url, "reach"), contextlib.suppress(FileNotFoundError):
+    with name_url_in_errors(url, "reach"), contextlib.suppress(FileNotFoundError):
         fs, path = connect(url, options)
         fs.info(path)
 
 
-def beside(tar: str) -> str:
+def sibling_url(tar: str) -> str:
     """Where img2dataset puts the metadata of a tar's samples."""
     return tar[: -len(".tar")] + ".parquet"
 
 
 @contextmanager
-def fetched(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iterator[str]:
+def fetch(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iterator[str]:
     """A local path for what `ref` names: its own, or where it is a URL, a temporary copy of the file or directory.
 
     Of a directory only those files are copied whose names in it are `wanted`.
@@ -179,7 +179,7 @@ def fetched(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> It
         yield ref
         return
     with tempfile.TemporaryDirectory(prefix="latentmill-") as local:
-        with naming(ref, "read"):
+        with name_url_in_errors(ref, "read"):
             fs, root = connect(ref, options)
             root = root.rstrip("/")
             if fs.isfile(root):
@@ -237,10 +237,10 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
 
 def read_file_if_there(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
     """The same; None where there is no such file. Raises Rejected for a local file that one may not read."""
-    return if_there(url, options, lambda: read_file(url, options, limit, size))
+    return none_if_missing(url, options, lambda: read_file(url, options, limit, size))
 
 
-def if_there(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
+def none_if_missing(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
     """What `read` gives of a file; None where there is no such file. Raises Rejected for one that one may not read."""
     try:
         return read()
@@ -260,7 +260,7 @@ def if_there(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) ->
 
 def check_has_files(url: str, options: Mapping[str, Any]) -> None:
     """Raise SourceError where there is no such directory, or nothing in it: its disk is not mounted any more, say."""
-    with naming(url, "list"):
+    with name_url_in_errors(url, "list"):
         fs, path = connect(url, options)
         if is_local(fs):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
@@ -279,7 +279,7 @@ def parent(path: str) -> str:
 class Folder:
     """A directory on any storage that is written to. Light: it can be sent to another process.
 
-    exclusive: `promises` has said so elsewhere, and a local disk that cannot keep it here is an error.
+    exclusive: `supports_conditional_create` was true elsewhere; a local disk without that support here is an error.
     """
 
     url: str
@@ -307,7 +307,7 @@ class Folder:
 
     def _entries(self, below: str) -> list[tuple[str, bool]]:
         fs, path = self._on(below)
-        with naming(self.at(below), "list"):
+        with name_url_in_errors(self.at(below), "list"):
             try:
                 entries = fs.ls(path, detail=True, refresh=True)
             except FileNotFoundError:
@@ -321,7 +321,7 @@ class Folder:
     def is_empty(self) -> bool:
         """Whether nothing at all is there."""
         fs, path = self._on("")
-        with naming(self.url, "list"):
+        with name_url_in_errors(self.url, "list"):
             try:
                 return not fs.ls(path, detail=False, refresh=True)
             except FileNotFoundError:
@@ -330,7 +330,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """All of a file. Raises StorageError, also where there is none."""
         fs, path = self._on(name)
-        with naming(self.at(name), "read"):
+        with name_url_in_errors(self.at(name), "read"):
             return _whole(fs, path, self.at(name))
 
     def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
@@ -341,7 +341,7 @@ class Folder:
     def read_if_there(self, name: str) -> bytes | None:
         """All of a file; None where there is none."""
         fs, path = self._on(name)
-        with naming(self.at(name), "read"):
+        with name_url_in_errors(self.at(name), "read"):
             try:
                 return _whole(fs, path, self.at(name))
             except FileNotFoundError:
@@ -356,7 +356,7 @@ class Folder:
     def create(self, name: str, data: bytes) -> bool:
         """Publish a file whole, unless the name is taken: then False, and what stands there is untouched."""
         fs, path = self._on(name)
-        with naming(self.at(name), "write"):
+        with name_url_in_errors(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
                 return local_disk.create(path, data, self._on("_tmp")[1], self.exclusive)
             if isinstance(fs, MemoryFileSystem):
@@ -366,7 +366,7 @@ class Folder:
                 return False
             return _put_once(fs, path, data)
 
-    def promises(self) -> bool:
+    def supports_conditional_create(self) -> bool:
         """Whether this storage lets one writer win. One that may is tried, with a file that is removed again."""
         fs, _ = self._on("")
         if isinstance(fs, MemoryFileSystem):
@@ -380,7 +380,7 @@ class Folder:
                 first, second = tried.create(name, b"probe"), tried.create(name, b"probe")
             except local_disk.NotExclusive:
                 return False
-            with naming(self.at(name), "remove"):
+            with name_url_in_errors(self.at(name), "remove"):
                 fs.rm_file(self._on(name)[1])
             if first:  # else an answer was lost, and what was asked for again is refused
                 return not second
@@ -389,7 +389,7 @@ class Folder:
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over what may stand there."""
         fs, path = self._on(name)
-        with naming(self.at(name), "write"):
+        with name_url_in_errors(self.at(name), "write"):
             if isinstance(fs, LocalFileSystem):
                 local_disk.replace(path, data)
             else:

@@ -15,7 +15,7 @@ FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, *NOT_TH
 
 
 @contextmanager
-def naming(url: str, doing: str) -> Iterator[None]:
+def name_url_in_errors(url: str, doing: str) -> Iterator[None]:
     """Turn the storage's errors into ours, which name the URL. Its libraries have errors of many kinds."""
     try:
         yield
@@ -49,7 +49,7 @@ class Stream:
     def read(self, size: int = -1) -> bytes:
         """So many bytes, or all up to the end. Raises StorageError where fewer come although the file is longer."""
         try:
-            with naming(self._url, "read"):
+            with name_url_in_errors(self._url, "read"):
                 data = self._read(size)
         except LatentmillError as error:
             self.error = error

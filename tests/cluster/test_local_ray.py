@@ -220,9 +220,9 @@ def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, m
         "from pipeline import flow\n"
         "from jobs import cache_spec, encode\n"
         "from jobs.entry import run_as_script\n"
-        "class Broken(flow.EncodeJob):\n"
+        "class Broken(flow.EncodeSpec):\n"
         "    def build(self, vae, stop): raise MemoryError('no room for the model')\n"
-        "cache_spec.EncodeJob = Broken\n"
+        "cache_spec.EncodeSpec = Broken\n"
         "run_as_script(encode.main)\n"
     )
     (tmp_path / "broken.py").write_text(script)

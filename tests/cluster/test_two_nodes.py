@@ -266,12 +266,12 @@ SICK = """
 import os, time
 from jobs import cache_spec, encode
 from jobs.entry import run_as_script
-from pipeline.flow import EncodeJob
+from pipeline.flow import EncodeSpec
 
-class Sick(EncodeJob):
+class Sick(EncodeSpec):
     def build(self, vae, stop):
-        encoder = EncodeJob.build(self, vae, stop)
-        healthy = encoder.tools.replica.encode
+        encoder = EncodeSpec.build(self, vae, stop)
+        healthy = encoder.context.latent_encoder.encode
 
         def encode(batch, shard=""):
             if "SICK" in os.environ:
@@ -279,10 +279,10 @@ class Sick(EncodeJob):
             time.sleep(0.05)  # for the others to come to something meanwhile
             return healthy(batch, shard)
 
-        encoder.tools.replica.encode = encode
+        encoder.context.latent_encoder.encode = encode
         return encoder
 
-cache_spec.EncodeJob = Sick
+cache_spec.EncodeSpec = Sick
 run_as_script(encode.main)
 """
 

@@ -21,7 +21,7 @@ SCRIPT = """
 import os, sys, time
 from jobs import cache_spec, encode
 from jobs.entry import run_as_script
-from pipeline.flow import EncodeJob
+from pipeline.flow import EncodeSpec
 
 def hang():
     time.sleep(3600)
@@ -51,18 +51,18 @@ def read_half():
     read = LocalFileOpener.read
     LocalFileOpener.read = lambda file, size=-1: read(file, size) if file.tell() < file.size // 2 else b""
 
-class Sick(EncodeJob):
+class Sick(EncodeSpec):
     def build(self, vae, stop):
         if {what!r} == "start" and not first():
             raise MemoryError("no room for the model")
         if {what!r} == "hang_at_start" and first():
             hang()
-        encoder = EncodeJob.build(self, vae, stop)
-        replica = encoder.tools.replica
-        healthy = replica.encode
+        encoder = EncodeSpec.build(self, vae, stop)
+        latent_encoder = encoder.context.latent_encoder
+        healthy = latent_encoder.encode
 
         if {what!r} in ("no_cuda", "no_idea") and first():
-            replica.encode = {what}
+            latent_encoder.encode = {what}
             return encoder
         if {what!r} == "read_half" and first():
             read_half()
@@ -71,7 +71,7 @@ class Sick(EncodeJob):
         def crawl():
             for _ in range(12):
                 time.sleep(1)
-                replica.runs += 1  # as after each tile
+                latent_encoder.runs += 1  # as after each tile
             open({marker!r} + "-crawled", "x").close()
 
         def encode(batch, shard=""):
@@ -81,10 +81,10 @@ class Sick(EncodeJob):
                 time.sleep(0.5)  # so that the healthy worker has not done all before
             return healthy(batch, shard)
 
-        replica.encode = encode
+        latent_encoder.encode = encode
         return encoder
 
-cache_spec.EncodeJob = Sick
+cache_spec.EncodeSpec = Sick
 run_as_script(encode.main)
 """
 
@@ -115,7 +115,7 @@ def statistics(cache: Path) -> dict[str, Any]:
 
 
 def encode(
-    source: Path, cache: Path, vae: Path, what: str, workers: int, patience: int = 15, **environment: str
+    source: Path, cache: Path, vae: Path, what: str, workers: int, stall_timeout: int = 15, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     script = cache.with_name("sick.py")
     script.write_text(SCRIPT.format(what=what, marker=str(cache.with_name("once"))))
@@ -126,8 +126,8 @@ def encode(
             *map(str, arguments(source, cache, vae)),
             "--workers",
             str(workers),
-            "--patience",
-            str(patience),
+            "--stall-timeout",
+            str(stall_timeout),
         ],
         cwd=cache.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -164,7 +164,7 @@ def test_a_worker_that_hangs_while_it_starts_is_replaced(
 
 
 def test_a_worker_that_is_slow_is_not(source: Path, calm: dict[str, Any], micro_vae: Path, tmp_path: Path) -> None:
-    done = encode(source, tmp_path / "c", micro_vae, "crawl", workers=1, patience=5)
+    done = encode(source, tmp_path / "c", micro_vae, "crawl", workers=1, stall_timeout=5)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "once-crawled").exists()
     assert "tried again" not in done.stderr

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "shards"
     for number in range(3):
         members = img2dataset_members(10 * number, 10)
-        members[f"{10 * number + 7:09d}.jpg"] = b"no picture"
+        members[f"{10 * number + 7:09d}.jpg"] = b"no image"
         write_tar(folder / f"{number}.tar", members)
     assert account.samples_of(folder) == SAMPLES
     return folder

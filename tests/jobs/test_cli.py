@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import flag
+from jobs.options import flag_of
 from tests.test_docs import OPTIONS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -18,7 +18,7 @@ def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert end.value.code == 0
     for field in dataclasses.fields(OPTIONS[verb]):
-        assert flag(field) in text
+        assert flag_of(field) in text
     assert max(len(line) for line in text.splitlines()) <= 112
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.connect import check_listens, cluster_named, in_time
+from jobs.connect import call_with_timeout, check_listening, resolve_address
 from pipeline.errors import UsageError
 from tests.conftest import STAMP
 from tests.servers import free_port
@@ -57,30 +57,30 @@ def test_which_cluster_is_meant(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment is not None:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    assert cluster_named(address) == named
+    assert resolve_address(address) == named
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":6379", "host:port", "host:0", "host:65536", "http://host:8265"])
 def test_what_is_no_address_is_wrong_usage(address: str) -> None:
     with pytest.raises(UsageError, match=f"must be HOST:PORT .*, not '{address}'"):
-        check_listens(address)
+        check_listening(address)
 
 
 def test_what_listens_is_found(silent: str) -> None:
-    check_listens(silent)
-    check_listens(f"ray://{silent}")
+    check_listening(silent)
+    check_listening(f"ray://{silent}")
     with pytest.raises(ConnectionRefusedError):
-        check_listens(f"[::ffff:127.0.0.1]:{free_port()}")
+        check_listening(f"[::ffff:127.0.0.1]:{free_port()}")
 
 
 def test_a_call_that_takes_too_long_is_left_behind() -> None:
     end = threading.Event()
     with pytest.raises(TimeoutError):
-        in_time(end.wait, 0.1)
+        call_with_timeout(end.wait, 0.1)
     end.set()
-    assert in_time(lambda: 1, 10) == 1
+    assert call_with_timeout(lambda: 1, 10) == 1
     with pytest.raises(KeyError):
-        in_time(lambda: {}[0], 10)
+        call_with_timeout(lambda: {}[0], 10)
 
 
 @pytest.mark.parametrize("by", ["--address", "RAY_ADDRESS"])

@@ -25,16 +25,16 @@ def size_of(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_every_picture_is_drawn_beside_its_original(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+def test_every_image_is_drawn_beside_its_original(latentmill: Command, cache: Path, tmp_path: Path) -> None:
     code, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
     report = json.loads((tmp_path / "p/report.json").read_text())
     assert (code, err) == (0, "")
-    assert "decoded 5 pictures" in out
-    assert [picture["key"] for picture in report["pictures"]] == ["a/1", "a/2", "b/1", "b/2", "b/3"]
-    assert all(0 < picture["psnr"] < 30 for picture in report["pictures"])
+    assert "decoded 5 images" in out
+    assert [image["key"] for image in report["images"]] == ["a/1", "a/2", "b/1", "b/2", "b/3"]
+    assert all(0 < image["psnr"] < 30 for image in report["images"])
     assert report["psnr"]["min"] <= report["psnr"]["mean"] <= report["psnr"]["max"]
-    for picture in report["pictures"]:
-        assert size_of(tmp_path / "p" / picture["file"]) == (64, 64)
+    for image in report["images"]:
+        assert size_of(tmp_path / "p" / image["file"]) == (64, 64)
     assert report["sheets"] == ["sheets/00000.png"]
     assert size_of(tmp_path / "p/sheets/00000.png")[0] > 3 * 2 * 256
 
@@ -42,10 +42,10 @@ def test_every_picture_is_drawn_beside_its_original(latentmill: Command, cache: 
 def test_the_limit_is_spread_over_the_cache(latentmill: Command, cache: Path, tmp_path: Path) -> None:
     latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--limit", 2)
     report = json.loads((tmp_path / "p/report.json").read_text())
-    assert [picture["key"] for picture in report["pictures"]] == ["a/1", "b/1"]
+    assert [image["key"] for image in report["images"]] == ["a/1", "b/1"]
 
 
-def test_without_the_source_the_pictures_stand_alone(
+def test_without_the_source_the_images_stand_alone(
     latentmill: Command, micro_vae: Path, tmp_path: Path, photos: Path
 ) -> None:
     gone, cache = tmp_path / "photos", tmp_path / "c"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline.cache.reader import Cache, to_tensor
-from pipeline.encoder import to_model
+from pipeline.encoder import normalize_pixels
 from pipeline.images.decode import open_pixels
 from pipeline.images.transform import Transform
 from tests.conftest import MICRO, encoded, img2dataset_members, smooth, write_tar
@@ -47,14 +47,14 @@ def test_every_sample_of_the_shards_is_a_row(encode: Command, shards: Path, tmp_
     code, out, _ = encode(shards, "--to", tmp_path / "c")
     rows = all_rows(tmp_path / "c")
     assert code == 0
-    assert "encoded 18 pictures" in out
+    assert "encoded 18 images" in out
     assert [row["key"] for row in rows] == [f"{index:09d}" for index in range(18)]
-    assert rows[5]["txt"] == "picture 5"
+    assert rows[5]["txt"] == "image 5"
     assert json.loads(rows[5]["json"]) == {"key": "000000005"}
     assert {row["shard"] for row in rows} == {f"shards/{n:05d}.tar" for n in range(3)}
 
 
-def test_a_row_is_what_the_model_says_of_the_picture(encode: Command, tmp_path: Path, micro_vae: Path) -> None:
+def test_a_row_is_what_the_model_says_of_the_image(encode: Command, tmp_path: Path, micro_vae: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.fromarray(smooth(7, 64, 64)).save(tmp_path / "photos/x.png")
     encode(tmp_path / "photos", "--to", tmp_path / "c", "--dtype", "float32")
@@ -81,7 +81,7 @@ def test_the_same_command_again_does_nothing(encode: Command, shards: Path, tmp_
     digest = digest_of(tmp_path / "c")
     code, out, _ = encode(shards, "--to", tmp_path / "c")
     assert code == 0
-    assert "encoded 0 pictures" in out
+    assert "encoded 0 images" in out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c/data").iterdir()} == before
     assert digest_of(tmp_path / "c") == digest
 
@@ -107,7 +107,7 @@ def test_a_unit_of_which_only_the_record_is_missing_says_so(encode: Command, sha
         record.unlink()
     code, out, err = encode(shards, "--to", tmp_path / "c")
     assert code == 0, err
-    assert out.startswith("encoded 0 pictures")
+    assert out.startswith("encoded 0 images")
 
 
 def test_the_source_may_lie_anywhere(encode: Command, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_webdataset_cache_holds_the_same_rows(
     assert (code, "know no bfloat16" in err) == (2, True)
 
 
-def test_buckets_keep_the_shapes_of_pictures(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+def test_buckets_keep_the_shapes_of_images(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number, size in enumerate([(96, 128), (128, 96), (90, 90), (96, 130)]):
         Image.fromarray(smooth(number, *size)).save(tmp_path / f"photos/{number}.png")
@@ -212,9 +212,9 @@ def test_the_batch_size_changes_nothing(encode: Command, shards: Path, tmp_path:
     assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b")
 
 
-def test_bad_pictures_are_named_and_stop_nothing(encode: Command, tmp_path: Path) -> None:
+def test_bad_images_are_named_and_stop_nothing(encode: Command, tmp_path: Path) -> None:
     members = img2dataset_members(0, 2)
-    members["2.jpg"] = b"not a picture"
+    members["2.jpg"] = b"not an image"
     members["3.jpg"] = encoded(smooth(3))[:200]
     members["4.txt"] = b"a caption alone"
     write_tar(tmp_path / "s/0.tar", members)
@@ -222,16 +222,16 @@ def test_bad_pictures_are_named_and_stop_nothing(encode: Command, tmp_path: Path
     (rejects,) = (tmp_path / "c/_rejects").iterdir()
     found = [json.loads(line) for line in rejects.read_text().splitlines()]
     assert code == 3
-    assert "rejected   3: 1 corrupt, 1 no_picture, 1 not_a_picture" in out
+    assert "rejected   3: 1 corrupt, 1 no_image, 1 not_an_image" in out
     assert [(r["shard"], r["position"], r["key"], r["stage"], r["reason"]) for r in found] == [
-        ("s/0.tar", 2, "2", "open", "not_a_picture"),
+        ("s/0.tar", 2, "2", "open", "not_an_image"),
         ("s/0.tar", 3, "3", "open", "corrupt"),
-        ("s/0.tar", 4, "4", "read", "no_picture"),
+        ("s/0.tar", 4, "4", "read", "no_image"),
     ]
     assert encode(tmp_path / "s", "--to", tmp_path / "c", "--max-reject-rate", 0.6)[0] == 0
 
 
-def test_small_pictures_are_filtered_and_enlarged_ones_counted(encode: Command, tmp_path: Path) -> None:
+def test_small_images_are_filtered_and_enlarged_ones_counted(encode: Command, tmp_path: Path) -> None:
     for name, side in (("tiny", 20), ("small", 40), ("large", 90)):
         path = tmp_path / "p" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
@@ -294,11 +294,11 @@ class TestRefusals:
         self.refused(encode(tmp_path / "empty", "--to", tmp_path / "c"), 2, "there is no source at .*empty|no tar")
         assert not (tmp_path / "c").exists()
 
-    def test_a_source_without_pictures(self, encode: Command, tmp_path: Path) -> None:
+    def test_a_source_without_images(self, encode: Command, tmp_path: Path) -> None:
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts/a.txt").write_text("a")
         self.refused(
-            encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards, Parquet files or pictures in .*texts"
+            encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards, Parquet files or images in .*texts"
         )
 
     def test_no_vae(self, latentmill: Command, photos: Path, tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_signal_leaves_a_resumable_cache(
     assert digest_of(tmp_path / "c") == digest_of(tmp_path / "calm")
 
 
-def test_large_pictures_are_tiled_where_it_was_asked_for(
+def test_large_images_are_tiled_where_it_was_asked_for(
     latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     def encode(name: str, *more: object) -> tuple[int, str]:
@@ -413,12 +413,12 @@ def test_large_pictures_are_tiled_where_it_was_asked_for(
 
 
 def transformed(path: Path, resolution: int) -> torch.Tensor:
-    """A picture as the model gets it: [1, 3, H, W] in [-1, 1]."""
+    """An image as the model gets it: [1, 3, H, W] in [-1, 1]."""
     transform = Transform(resolution=resolution)
     rgb = open_pixels(path.read_bytes())
     fit = transform.fit(*rgb.shape[:2], "photos", "a/1")
     assert fit is not None
-    return to_model(transform.apply(rgb, fit)[None], torch.float32)
+    return normalize_pixels(transform.apply(rgb, fit)[None], torch.float32)
 
 
 @pytest.mark.parametrize(("upcast", "precision"), [(True, "fp32"), (False, "fp16")])

@@ -13,8 +13,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from jobs import encode, logbook, open_cache, resources, retry
-from jobs.local_executor import InlineEngine
-from jobs.logbook import Logbook
+from jobs.local_executor import LocalExecutor
+from jobs.logbook import RunRecorder
 from jobs.run_units import Signals
 from pipeline.cache import plan, runs, stats
 from pipeline.cache.runs import Run
@@ -75,7 +75,7 @@ def test_a_signal_ends_the_job_wherever_it_is(
 def test_a_record_that_cannot_be_written_does_not_end_the_job(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
     write, written = Run.write, list[None]()
 
     def refused(self: Run, **facts: Any) -> None:
@@ -106,14 +106,14 @@ def test_failed_units_are_named_where_the_end_fails_too(
 
 def test_of_two_runs_on_a_store_that_cannot_keep_them_apart_the_second_is_refused(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    first, second = (Logbook(Run(cache, "encode", {}), Signals()) for _ in range(2))
-    first.begin(weak=True)
+    first, second = (RunRecorder(Run(cache, "encode", {}), Signals()) for _ in range(2))
+    first.begin(single_writer=True)
     with pytest.raises(JobError, match="is at work on"), second.kept():
-        second.begin(weak=True)
+        second.begin(single_writer=True)
     assert [record["outcome"] for record in records(tmp_path)] == ["running", "failed"]
     first.ended("done", 0)
-    third = Logbook(Run(cache, "encode", {}), Signals())
-    third.begin(weak=True)
+    third = RunRecorder(Run(cache, "encode", {}), Signals())
+    third.begin(single_writer=True)
     third.ended("done", 0)
 
 
@@ -122,25 +122,25 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
 ) -> None:
     """Another job ends between our sum and its file: the sum is made again."""
     assert latentmill(*argv, "--max-shards", 2)[0] == 0
-    real = stats.as_bytes
+    real = stats.encode_json
 
     def slow(content: Any) -> bytes:
         monkeypatch.undo()
         assert latentmill(*argv)[0] == 0
         return real(content)
 
-    monkeypatch.setattr(stats, "as_bytes", slow)
+    monkeypatch.setattr(stats, "encode_json", slow)
     cache = json.loads((tmp_path / "c/cache.json").read_text())
-    assert open_cache.finish(Folder(str(tmp_path / "c")), cache, weak=False)["count"] == 18
+    assert open_cache.finalize_cache(Folder(str(tmp_path / "c")), cache, single_writer=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
 def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_written_after_it(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.05)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.05)
     written: list[tuple[float, str]] = []
-    write, finish, slow = Run.write, open_cache.finish, list[tuple[float, float]]()
+    write, finish, slow = Run.write, open_cache.finalize_cache, list[tuple[float, float]]()
 
     def noted(self: Run, **facts: Any) -> None:
         write(self, **facts)
@@ -172,14 +172,14 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
     module_and_name: tuple[Any, str],
 ) -> None:
     """A second job, on a store that cannot keep two apart, must not take a run that is busy for a dead one."""
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.1)
-    monkeypatch.setattr(runs, "SILENT", 2)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(runs, "DEAD_AFTER", 2)
     module, name = module_and_name
     real, seen = getattr(module, name), list[list[str]]()
 
     def slowly(*given: Any, **named: Any) -> Any:
         time.sleep(3.6)
-        seen.append(runs.alive(Folder(str(tmp_path / "c")), but=""))
+        seen.append(runs.find_alive(Folder(str(tmp_path / "c")), but=""))
         return real(*given, **named)
 
     monkeypatch.setattr(module, name, slowly)
@@ -189,7 +189,7 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
 
 def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is slow to take a beat: the end waits for it, so that the end is what stands."""
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
     replace, beating = Folder.replace, threading.Event()
 
     def slowly(self: Folder, name: str, data: bytes) -> None:
@@ -198,8 +198,8 @@ def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: 
             time.sleep(0.5)
         replace(self, name, data)
 
-    log = Logbook(Run(Folder(str(tmp_path)), "encode", {}), Signals())
-    log.begin(weak=False)
+    log = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals())
+    log.begin(single_writer=False)
     monkeypatch.setattr(Folder, "replace", slowly)
     assert beating.wait(5)
     log.ended("done", 0)
@@ -210,9 +210,9 @@ def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: 
 def test_a_store_that_refuses_the_beats_is_noted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.01)
-    log, beats = Logbook(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
-    log.begin(weak=False)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
+    log, beats = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
+    log.begin(single_writer=False)
     replace = Folder.replace
 
     def refused(self: Folder, name: str, data: bytes) -> None:
@@ -228,7 +228,7 @@ def test_a_store_that_refuses_the_beats_is_noted_once(
     assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is tried again"
 
 
-class Recorded(InlineEngine):
+class Recorded(LocalExecutor):
     """An engine that says when it is closed."""
 
     order: ClassVar[list[str]] = []

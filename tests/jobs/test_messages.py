@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from jobs import encode, messages
-from jobs.messages import Kept
-from jobs.progress import PROGRESS, say, say_each
+from jobs.messages import RunLogHandler
+from jobs.progress import PROGRESS, log_each, log_info
 from pipeline.errors import StorageError
 from tests.conftest import STAMP, img2dataset_members, write_tar
 
@@ -141,7 +141,7 @@ def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
 
 
 def test_a_log_is_bounded_and_keeps_its_beginning_and_its_end() -> None:
-    kept = Kept()
+    kept = RunLogHandler()
     for number in range(20_000):
         kept.add(f"message {number} {'x' * 50}")
     text = kept.content.decode()
@@ -156,12 +156,12 @@ def test_a_log_is_bounded_and_keeps_its_beginning_and_its_end() -> None:
 
 
 def test_progress_is_not_kept() -> None:
-    kept = Kept()
+    kept = RunLogHandler()
     messages.LOGGER.addHandler(kept)
     PROGRESS.addHandler(kept)
     try:
         PROGRESS.info(" 10%% of it")
-        say("a note")
+        log_info("a note")
     finally:
         messages.LOGGER.removeHandler(kept)
         PROGRESS.removeHandler(kept)
@@ -171,13 +171,13 @@ def test_progress_is_not_kept() -> None:
 def test_no_secret_is_kept_whoever_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pl4nted-s3cret")
     options = {"key": "an-account", "client_kwargs": {"token": "another-s3cret"}, "endpoint_url": "http://store:9000"}
-    kept = Kept(messages.secrets_in(options))
+    kept = RunLogHandler(messages.collect_secrets(options))
     kept.add("refused: pl4nted-s3cret, another-s3cret of an-account at http://store:9000")
     assert kept.content.decode().endswith("refused: ***, *** of *** at http://store:9000\n")
 
 
 def test_many_messages_of_one_kind_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    say_each([f"failed: unit {number}" for number in range(3000)], logging.ERROR)
+    log_each([f"failed: unit {number}" for number in range(3000)], logging.ERROR)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21
     assert lines[-1].endswith("ERROR ... and 2,980 more like these")

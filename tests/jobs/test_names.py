@@ -57,7 +57,7 @@ def test_two_folders_of_one_name_go_into_one_cache_under_two(
     assert rows(tmp_path / "c") == 5
     for given in ((cats,), (f"images2={dogs}",), (cats, f"images2={dogs}")):
         code, out, err = encode(*given)
-        assert (code, err, "encoded 0 pictures" in out) == (0, "", True)
+        assert (code, err, "encoded 0 images" in out) == (0, "", True)
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
@@ -108,7 +108,7 @@ def test_a_source_that_is_named_in_another_way_is_never_encoded_twice(encode: Co
     assert (code, f"say so: photos={pics}. If it is another one: --new-source" in err) == (2, True)
     assert rows(tmp_path / "c") == 2
     code, out, err = encode(f"photos={pics}")
-    assert (code, "encoded 0 pictures" in out, "note: the source photos has moved from " in err) == (0, True, True)
+    assert (code, "encoded 0 images" in out, "note: the source photos has moved from " in err) == (0, True, True)
     assert encode(pics, "--new-source")[0] == 0
     assert rows(tmp_path / "c") == 4
 
@@ -130,7 +130,7 @@ def test_what_latentmill_wrote_into_its_source_is_not_encoded(
     assert latentmill("decode", source / "latents", "--to", source / "previews", "--workers", 0)[0] == 0
     assert latentmill("decode", source / "latents", "--to", source, "--workers", 0)[0] == 0
     code, out, err = encode(source)
-    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert (code, "encoded 2 images" in out) == (0, True)
     assert f"note: files of the cache {source}/latents, left out: " in err
     assert f"note: files of the previews {source}/previews, left out: 4\n" in err
     assert f"note: files of the previews {source}, left out: 4\n" in err
@@ -149,21 +149,21 @@ def test_previews_are_marked_before_the_first_is_drawn(
         seen.append(json.loads((tmp_path / "p/report.json").read_text()))
         raise OSError
 
-    monkeypatch.setattr("pipeline.preview.contact_sheet.png", fail)
+    monkeypatch.setattr("pipeline.preview.contact_sheet.encode_png", fail)
     assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--workers", 0)[0] == 1
     assert (seen[0]["made_by"], seen[0]["finished"]) == ("latentmill decode", False)
 
 
 def rewritten(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Let a change come between planning and reading."""
-    extend = plan.extend
+    extend = plan.extend_plan
 
     def extend_then_change(*given: Any, **named: Any) -> Any:
         planned = extend(*given, **named)
         change()
         return planned
 
-    monkeypatch.setattr(plan, "extend", extend_then_change)
+    monkeypatch.setattr(plan, "extend_plan", extend_then_change)
 
 
 def test_a_tar_that_is_rewritten_in_the_same_size_is_noticed_and_done_by_the_next_run(
@@ -201,7 +201,7 @@ def test_a_touch_between_two_runs_leaves_a_cache_that_can_be_finished(encode: Co
     for path in shards.iterdir():
         os.utime(path, (1, 1))
     code, out, err = encode(shards)
-    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert (code, "encoded 2 images" in out) == (0, True)
     assert "planned: 1 (s/0.tar); the cache keeps what they were" in err
     assert "planned: 1 (s/1.tar); nothing of them was encoded yet" in err
     assert encode(shards, "--same-source")[2] == encode(shards)[2] == ""
@@ -257,7 +257,7 @@ def test_a_unit_that_is_half_done_goes_on_if_its_samples_are_those_of_the_parts_
 
     path.write_bytes(whole)
     code, out, err = encode(path.parent)
-    assert (code, "encoded 1 pictures" in out) == (0, True), err
+    assert (code, "encoded 1 images" in out) == (0, True), err
     assert table_of(tmp_path / "c").sort_by("key") == table
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
@@ -277,14 +277,14 @@ def test_a_copy_goes_on_where_the_first_run_stopped(encode: Command, latentmill:
     code, _, err = encode(elsewhere)
     assert (code, "--same-source" in err) == (2, True)
     code, out, _ = encode(elsewhere, "--same-source")
-    assert (code, "encoded 2 pictures" in out) == (0, True)
+    assert (code, "encoded 2 images" in out) == (0, True)
     assert encode(elsewhere)[2] == ""
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
 def test_other_verbs_find_a_source_by_its_name(encode: Command, latentmill: Command, tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", range(2))
-    assert encode(source, "--input-limit", "picture_bytes=1", "--max-reject-rate", 1)[0] == 0
+    assert encode(source, "--input-limit", "image_bytes=1", "--max-reject-rate", 1)[0] == 0
     pics = copied(source, tmp_path / "copy/pics")
     shutil.rmtree(source)
     argv = (tmp_path / "c", "--workers", 0)
@@ -318,7 +318,7 @@ def test_retry_does_not_take_another_source_for_the_one_of_its_name(
     encode: Command, latentmill: Command, tmp_path: Path
 ) -> None:
     cats, dogs = photos(tmp_path / "cats/images", range(2)), photos(tmp_path / "dogs/images", range(50, 52))
-    assert encode(cats, "--input-limit", "picture_bytes=1", "--max-reject-rate", 1)[0] == 0
+    assert encode(cats, "--input-limit", "image_bytes=1", "--max-reject-rate", 1)[0] == 0
     for more in ((), ("--same-source",)):
         code, _, err = latentmill("retry", tmp_path / "c", "--workers", 0, "--source", dogs, *more)
         assert (code, "holds other files" in err) == (2, True)

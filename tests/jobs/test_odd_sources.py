@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import StorageError
 from pipeline.storage import store
 from tests.conftest import img2dataset_members, write_tar
-from tests.jobs.test_sources import by_key, pictures, table_of
+from tests.jobs.test_sources import by_key, images, table_of
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -44,7 +44,7 @@ def test_a_tar_from_macos_keeps_its_captions(encode: Command, latentmill: Comman
         write_tar(tmp_path / f"s/{number}.tar", members)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "rejected   0" in out) == (0, True), err
-    assert list(by_key(tmp_path / "c", "txt").values()) == ["picture 0", "picture 1", "picture 2"]
+    assert list(by_key(tmp_path / "c", "txt").values()) == ["image 0", "image 1", "image 2"]
     (note,) = (line for line in err.splitlines() if "no part of a sample" in line)
     assert "18 hidden files" in note
     assert "4 documents and indexes" in note
@@ -99,7 +99,7 @@ def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
 
     monkeypatch.setattr(store, "open_stream", refusing)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 1 pictures" in out, "1.tar: permission denied" in err) == (1, True, True), err
+    assert (code, "encoded 1 images" in out, "1.tar: permission denied" in err) == (1, True, True), err
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar.zst", "0.zip", "0.TAR.XZ"])
@@ -120,7 +120,7 @@ def put(path: Path, **columns: Any) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-IMAGES = {"image": pa.array(pictures(0, 2)), "text": ["zero", "one"]}
+IMAGES = {"image": pa.array(images(0, 2)), "text": ["zero", "one"]}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_columns_without_a_type_take_the_others(encode: Command, tmp_path: Path)
     for number in range(40):
         text = ["a text"] if number == 1 else pa.nulls(1)
         label = pa.array([1]) if number == 20 else pa.nulls(1)
-        put(tmp_path / f"s/{number:02}.parquet", image=pa.array(pictures(number, 1)), text=text, label=label)
+        put(tmp_path / f"s/{number:02}.parquet", image=pa.array(images(number, 1)), text=text, label=label)
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert code == 0, err
     table = table_of(tmp_path / "c")
@@ -160,7 +160,7 @@ def tars(folder: Path) -> None:
 
 def photos(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(pictures(0, 2)):
+    for number, data in enumerate(images(0, 2)):
         (folder / f"{number}.jpg").write_bytes(data)
 
 
@@ -189,11 +189,11 @@ def test_parquet_files_without_images_are_passed_over_beside_images(
     put(tmp_path / "s" / name, **columns)
     put(tmp_path / "s/deeper" / name, **columns)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 2 pictures" in out, "rejected   0" in out) == (0, True, True), err
+    assert (code, "encoded 2 images" in out, "rejected   0" in out) == (0, True, True), err
     assert err.count("note: passed over 2 Parquet files without images") == 1
     assert f"s/{name}" in err
     assert not (set(columns) - {"key"}) & set(table_of(tmp_path / "c").column_names)
-    assert "encoded 0 pictures" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
+    assert "encoded 0 images" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
@@ -202,7 +202,7 @@ def test_what_a_delta_table_keeps_to_itself_is_not_read(encode: Command, tmp_pat
     put(tmp_path / "s/_delta_log/00000000000000000010.checkpoint.parquet", protocol=[1], add=["x"])
     put(tmp_path / "s/_change_data/cdc-0.parquet", **IMAGES)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 2 pictures" in out) == (0, True), err
+    assert (code, "encoded 2 images" in out) == (0, True), err
     assert "note: passed over 2 Parquet files of Delta Lake's and Spark's own, in _delta_log and the like" in err
     put(tmp_path / "_change_data/0.parquet", **IMAGES)
     assert encode(tmp_path / "_change_data", "--to", tmp_path / "d")[0] == 0, "a source of that name is one"
@@ -212,9 +212,9 @@ def test_images_are_found_among_many_files_without(encode: Command, tmp_path: Pa
     """A few files are looked at; where none of them has images, more are."""
     for number in range(32):
         put(tmp_path / f"s/{number:02}-a.parquet", key=["x"])
-        put(tmp_path / f"s/{number:02}-b.parquet", image=pa.array(pictures(number, 1)), text=[f"text {number}"])
+        put(tmp_path / f"s/{number:02}-b.parquet", image=pa.array(images(number, 1)), text=[f"text {number}"])
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 32 pictures" in out) == (0, True), err
+    assert (code, "encoded 32 images" in out) == (0, True), err
     assert "passed over 32 Parquet files without images" in err
     assert sorted(table_of(tmp_path / "c")["text"].to_pylist()) == sorted(f"text {number}" for number in range(32))
 
@@ -223,7 +223,7 @@ def test_sources_that_have_no_images_at_all_are_refused(encode: Command, tmp_pat
     for number in range(40):
         put(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "has no column with the bytes of pictures: it has key, URL" in err) == (2, True), err
+    assert (code, "has no column with the bytes of images: it has key, URL" in err) == (2, True), err
     assert "download the images that URL names first" in err
     assert not (tmp_path / "c").exists()
 

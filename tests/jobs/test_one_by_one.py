@@ -43,4 +43,4 @@ def test_they_are_stored_read_and_decoded(
     assert not torch.equal(*map(to_tensor, rows))
     assert latentmill("verify", cache, "--reencode", 2)[0] == 0
     code, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
-    assert (code, "decoded 2 pictures" in out) == (0, True), err
+    assert (code, "decoded 2 images" in out) == (0, True), err

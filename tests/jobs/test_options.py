@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import DecodeOptions, EncodeOptions, as_record, parse, storage_options
+from jobs.options import DecodeOptions, EncodeOptions, options_as_record, parse, parse_storage_options
 from pipeline.errors import UsageError
 
 NEEDED = ["in/", "--to", "out", "--vae", "demo"]
@@ -75,11 +75,11 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
 
 def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "hush")
-    assert storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
+    assert parse_storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
     with pytest.raises(UsageError, match="no environment variable NOT_THERE"):
-        storage_options(["secret=env:NOT_THERE"])
+        parse_storage_options(["secret=env:NOT_THERE"])
     with pytest.raises(UsageError, match="must be KEY=VALUE"):
-        storage_options(["secret"])
+        parse_storage_options(["secret"])
 
 
 def test_the_record_of_a_run_keeps_no_secret() -> None:
@@ -90,7 +90,7 @@ def test_the_record_of_a_run_keeps_no_secret() -> None:
         storage_option=("key=hush", "secret=env:NAME"),
         source_option=("key=shh", "secret=env:MINE"),
     )
-    record = as_record(options)
+    record = options_as_record(options)
     assert record["storage_option"] == ["key=(not kept)", "secret=env:NAME"]
     assert record["source_option"] == ["key=(not kept)", "secret=env:MINE"]
     assert set(record) == {field.name for field in dataclasses.fields(EncodeOptions)}

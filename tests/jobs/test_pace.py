@@ -15,14 +15,14 @@ import pytest
 from torch import Tensor
 
 from jobs import logbook, pace
-from jobs.pace import Pace, WorkerTime
-from jobs.progress import Meter
+from jobs.pace import Throughput, WorkerTime
+from jobs.progress import ProgressMeter
 from pipeline import flow
-from pipeline.encoder import Encoded, Replica
+from pipeline.encoder import EncodedBatch, LatentEncoder
 from pipeline.images import decode
 from pipeline.limits import Limits
-from pipeline.maintenance.status import seconds_left, status
-from pipeline.records import Picture
+from pipeline.maintenance.status import read_status, seconds_left
+from pipeline.records import PreparedImage
 from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_pace_is_of_the_last_minute(clock: list[float]) -> None:
-    one = Pace()
+    one = Throughput()
     assert one.rate == 0
     for second in range(300):
         one.note(10 * second if second < 200 else 2000 + 60 * (second - 200))
@@ -52,7 +52,7 @@ def test_pace_is_of_the_last_minute(clock: list[float]) -> None:
 
 
 def test_a_meter_says_the_same_in_its_line_and_in_the_record(clock: list[float]) -> None:
-    meter = Meter("encoded", total=1000)
+    meter = ProgressMeter("encoded", total=1000)
     meter.tick(0, "a worker to start")
     clock[0] += 500
     for second in range(11):
@@ -84,13 +84,13 @@ def job(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
 
 def slow_model(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Have the model take so long for an image."""
-    run = Replica._run
+    run = LatentEncoder._run
 
-    def slowly(self: Replica, model: Any, some: Sequence[Picture], shard: str) -> Tensor:
+    def slowly(self: LatentEncoder, model: Any, some: Sequence[PreparedImage], shard: str) -> Tensor:
         time.sleep(seconds * len(some))
         return run(self, model, some, shard)
 
-    monkeypatch.setattr(Replica, "_run", slowly)
+    monkeypatch.setattr(LatentEncoder, "_run", slowly)
 
 
 def rows(cache: Path) -> int:
@@ -100,14 +100,14 @@ def rows(cache: Path) -> int:
 def test_status_of_a_living_run_tells_the_pace_at_which_rows_appear(
     latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "SECONDS_BETWEEN", 0.2)
+    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.2)
     slow_model(monkeypatch, 0.1)
     cache, seen, over = tmp_path / "c", list[tuple[float, int, dict[str, Any]]](), threading.Event()
 
     def look() -> None:
         while not over.wait(0.2):
             if list(cache.glob("_runs/*.json")):
-                told = status(Folder(str(cache)), datetime.datetime.now(datetime.UTC))
+                told = read_status(Folder(str(cache)), datetime.datetime.now(datetime.UTC))
                 seen.append((time.monotonic(), rows(cache), told))
 
     looking = threading.Thread(target=look)
@@ -139,29 +139,29 @@ def test_two_living_runs_share_what_is_left() -> None:
 
 
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = flow.read
+    read = flow.read_samples
 
     def slowly(*given: Any) -> Iterator[Any]:
         for sample in read(*given):
             time.sleep(0.1)
             yield sample
 
-    monkeypatch.setattr(flow, "read", slowly)
+    monkeypatch.setattr(flow, "read_samples", slowly)
 
 
 def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = flow.EncodeJob.build
+    build = flow.EncodeSpec.build
 
     def slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(0.1)
         return decode.open_pixels(data, limits)
 
-    def built(*given: Any) -> flow.Encoder:
+    def built(*given: Any) -> flow.UnitWorker:
         encoder = build(*given)
-        encoder.tools = replace(encoder.tools, open_pixels=slowly)
+        encoder.context = replace(encoder.context, open_pixels=slowly)
         return encoder
 
-    monkeypatch.setattr(flow.EncodeJob, "build", built)
+    monkeypatch.setattr(flow.EncodeSpec, "build", built)
 
 
 @pytest.mark.slow
@@ -185,20 +185,20 @@ def test_a_run_says_what_bounded_it_and_how_busy_the_device_was(
     most: float,
 ) -> None:
     hold_up(monkeypatch)
-    busy, encode = list[float](), Replica.encode
+    busy, encode = list[float](), LatentEncoder.encode
 
-    def timed(self: Replica, batch: Sequence[Picture], shard: str = "") -> Encoded:
+    def timed(self: LatentEncoder, batch: Sequence[PreparedImage], shard: str = "") -> EncodedBatch:
         encoded = encode(self, batch, shard)
         busy.append(encoded.seconds)
         return encoded
 
-    monkeypatch.setattr(Replica, "encode", timed)
+    monkeypatch.setattr(LatentEncoder, "encode", timed)
     code, out, err = latentmill(*job)
     assert code == 0, err
     assert f"bounded by {what} (" in out
     assert "the device was busy for " in out
     (path,) = (tmp_path / "c/_runs").glob("*.json")
     run = json.loads(path.read_text())
-    assert run["bounded_by"] == what
+    assert run["bottleneck"] == what
     assert least <= run["device_busy"] <= most
     assert run["seconds"]["encode"] == pytest.approx(sum(busy), abs=0.02)

@@ -18,21 +18,21 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two tars of ten samples; the pictures 3, 4 and 15 are larger than the others, 7 is none."""
+    """Two tars of ten samples; the images 3, 4 and 15 are larger than the others, 7 is none."""
     for number in range(2):
         members = img2dataset_members(10 * number, 10)
         for key, size in (("000000003", 200), ("000000004", 300), ("000000015", 200)):
             if f"{key}.jpg" in members:
                 members[f"{key}.jpg"] = img2dataset_members(int(key), 1, height=size, width=size)[f"{key}.jpg"]
         if number == 0:
-            members["000000007.jpg"] = b"no picture"
+            members["000000007.jpg"] = b"no image"
         write_tar(tmp_path / f"s/{number}.tar", members)
     return tmp_path / "s"
 
 
 @pytest.fixture(params=["parquet", "webdataset"])
 def cache(request: pytest.FixtureRequest, latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> Path:
-    """A cache in which the larger pictures were rejected."""
+    """A cache in which the larger images were rejected."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     argv += ["--rows-per-part", 4, "--format", request.param, "--input-limit", "pixels=13000"]
     assert latentmill(*argv)[0] == 3
@@ -56,18 +56,18 @@ def shell_digest(cache: Path) -> str:
 
 def test_what_now_succeeds_is_a_further_part_and_what_does_not_stays_rejected(latentmill: Command, cache: Path) -> None:
     before, already = stats(cache), data(cache)
-    assert before["rejected"] == {"not_a_picture": 1, "too_many_pixels": 3}
+    assert before["rejected"] == {"not_an_image": 1, "too_many_pixels": 3}
     code, out, err = latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
     assert code == 0, err
     assert "retried 4 rejected samples\n  rows       2 more, 18 in all" in out
     after, now = stats(cache), data(cache)
-    assert (after["count"], after["rejected"]) == (18, {"not_a_picture": 1, "too_many_pixels": 1})
+    assert (after["count"], after["rejected"]) == (18, {"not_an_image": 1, "too_many_pixels": 1})
     assert {name: content for name, content in now.items() if name in already} == already
     assert sorted(name.split("-")[-1].split(".")[0] for name in now.keys() - already.keys()) == ["00000r1", "00001r1"]
     assert after["digest"] == shell_digest(cache)
 
     assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 2 rejected samples\n  rows       1 more")
-    assert stats(cache)["rejected"] == {"not_a_picture": 1}
+    assert stats(cache)["rejected"] == {"not_an_image": 1}
     assert any("00001r1" in name for name in data(cache))
     digest = stats(cache)["digest"]
     assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected samples\n  rows       0 more")
@@ -99,11 +99,11 @@ def test_encode_and_status_know_of_it(
     latentmill("retry", cache, "--workers", 0)
     after = stats(cache)
     content = json.loads(latentmill("status", cache, "--json")[1])
-    assert (content["rows"], content["rejected"]) == (19, {"not_a_picture": 1})
+    assert (content["rows"], content["rejected"]) == (19, {"not_an_image": 1})
     assert (content["state"], content["parts_of_units_under_way"]) == ("done", 0)
     argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 0.06]
     code, out, _ = latentmill(*argv)
-    assert (code, out.startswith("encoded 0 pictures")) == (0, True)
+    assert (code, out.startswith("encoded 0 images")) == (0, True)
     assert stats(cache) == after
 
 
@@ -122,18 +122,18 @@ def test_parts_that_were_lost_are_made_again_without_what_a_retry_has(
     same = pixels == 13000
     assert (stats(cache)["digest"] == before["digest"]) == same
     assert stats(cache)["count"] == (18 if same else 19)
-    assert stats(cache)["rejected"] == ({"not_a_picture": 1, "too_many_pixels": 1} if same else {"not_a_picture": 1})
+    assert stats(cache)["rejected"] == ({"not_an_image": 1, "too_many_pixels": 1} if same else {"not_an_image": 1})
     code, out, _ = latentmill("verify", cache, "--recount")
     assert code == 0, out
 
 
-def test_a_picture_that_was_mended_and_retried_is_not_encoded_a_second_time(
+def test_an_image_that_was_mended_and_retried_is_not_encoded_a_second_time(
     latentmill: Command, micro_vae: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "p").mkdir()
-    for name, picture in img2dataset_members(0, 3).items():
+    for name, image in img2dataset_members(0, 3).items():
         if name.endswith("jpg"):
-            (tmp_path / "p" / name).write_bytes(picture)
+            (tmp_path / "p" / name).write_bytes(image)
     broken = tmp_path / "p/000000001.jpg"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:-100])
@@ -158,9 +158,9 @@ def test_what_stands_before_a_damage_is_retried(
     (source / "0.tar").write_bytes(whole[: whole.index(b"000000009.jpg") + 700])
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "pixels=13000")
-    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "rest_of_shard": 1, "too_many_pixels": 3}
+    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1, "too_many_pixels": 3}
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
-    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "rest_of_shard": 1}
+    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1}
     assert latentmill("verify", tmp_path / "c")[0] == 0
 
 
@@ -175,8 +175,8 @@ def test_what_is_no_more_is_not_taken_for_solved(
     with (source / "0.tar").open("ab") as tar:
         tar.truncate(size)
     latentmill("retry", tmp_path / "c", "--workers", 0)
-    assert before == {"not_a_picture": 1, "too_many_pixels": 3}
-    assert stats(tmp_path / "c")["rejected"] == {"not_a_picture": 1, "too_many_pixels": 2}, "one was in the other tar"
+    assert before == {"not_an_image": 1, "too_many_pixels": 3}
+    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "too_many_pixels": 2}, "one was in the other tar"
 
 
 def test_another_vae_is_refused(latentmill: Command, cache: Path) -> None:

@@ -21,13 +21,13 @@ from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
-COUNT = 23  # samples of the tar: the ninth is no picture, the thirteenth has the key of the second
+COUNT = 23  # samples of the tar: the ninth is no image, the thirteenth has the key of the second
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     members = img2dataset_members(0, COUNT, height=64, width=64)
-    members["000000008.jpg"] = b"no picture"
+    members["000000008.jpg"] = b"no image"
     twelfth = members.pop("000000012.jpg")
     names = list(members)
     ordered = {name: members[name] for name in names[:36]}
@@ -105,7 +105,7 @@ def test_a_restored_shard_is_encoded_anew_where_all_of_it_was_moved_away(
     case.shard.write_bytes(whole)
     assert case.retry()[0] == 0
     next((case.cache / "data").glob("*-00000.*")).unlink()
-    (unit,) = plan.read(Folder(str(case.cache)))
+    (unit,) = plan.read_plan(Folder(str(case.cache)))
     (case.cache / f"_commits/{unit.name}.json").unlink()
     _, _, err = case.encode()
     (said,) = re.findall("move away all that (.*) have of their units", err)
@@ -176,7 +176,7 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
     case.encode()
     case.shard.write_bytes(whole)
     shutil.copytree(case.cache, tmp_path / "copy")
-    publish, count = parts.publish, 0
+    publish, count = parts.publish_part, 0
 
     def failing(*argv: Any) -> Any:
         nonlocal count
@@ -244,7 +244,7 @@ def test_a_part_of_the_unit_that_was_lost_is_made_again_without_what_the_retry_h
     digest = case.stats["digest"]
     forget(case.cache, lost)
     assert case.encode()[0] == 0
-    assert case.rejected == {"duplicate_key": 1, "not_a_picture": 1}
+    assert case.rejected == {"duplicate_key": 1, "not_an_image": 1}
     if lost != "*-0000[01]*":  # the first of the retry's parts is lost, too: its samples are the unit's own now
         assert case.stats["digest"] == digest
     case.is_all_there(calm)
@@ -254,7 +254,7 @@ def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: byte
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     before = case.stats
-    other = whole.replace(b"picture 2", b"picture 7", 1)
+    other = whole.replace(b"image 2", b"image 7", 1)
     for content, said in (
         (other, "has changed since it was planned, and not in its damage alone: 0-"),
         (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not in its damage alone"),
@@ -270,7 +270,7 @@ def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: byte
 def test_nor_is_one_that_differs_in_what_a_retry_took(case: Case, whole: bytes) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
-    other = whole.replace(b"picture 9", b"picture 8", 1)
+    other = whole.replace(b"image 9", b"image 8", 1)
     assert other != whole
     case.shard.write_bytes(other[: place_of(whole, 15) + 700])
     assert case.retry()[0] == 0

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.engine import Done, error_line, failed
-from jobs.run_units import Signals, drive
+from jobs.engine import TaskResult, failed_result, format_error
+from jobs.run_units import Signals, run_tasks
 from pipeline.errors import DamagedError, ShardError, Stopped
 from pipeline.records import Attempt
 
@@ -22,7 +22,7 @@ class Scripted:
 
     failures: dict[str, int]
     lost: bool = False
-    pictures: int = 0
+    images: int = 0
     waiting_for: str = ""
     can_replace: bool = False
     starting: int = 0
@@ -45,20 +45,20 @@ class Scripted:
         self.attempts.append((task.name, attempt))
         self.most = max(self.most, len(self.running))
 
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         if not self.running:
             return []
         task, worker = self.running.pop(0)
         if self.losses[task.name] + self.failed[task.name] >= self.failures.get(task.name, 0):
-            return [Done(task=task, worker=worker, report=task.name)]
+            return [TaskResult(task=task, worker=worker, report=task.name)]
         if not self.lost:
             self.failed[task.name] += 1
-            return [Done(task=task, worker=worker, error="it broke")]
+            return [TaskResult(task=task, worker=worker, error="it broke")]
         self.losses[task.name] += 1
         self.generation += 1
         others, self.running = self.running, []
-        back = [Done(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
-        return [Done(task=task, worker=worker, error="it broke", cause="lost"), *back]
+        back = [TaskResult(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
+        return [TaskResult(task=task, worker=worker, error="it broke", cause="lost"), *back]
 
     def replace(self, worker: str, why: str) -> None:
         raise AssertionError("the only worker there can be")
@@ -69,7 +69,7 @@ class Scripted:
 
 def run(engine: Scripted, count: int) -> tuple[list[str], list[str]]:
     done: list[str] = []
-    driven = drive([Task(str(n)) for n in range(count)], engine, Signals(), done.append, lambda: None)
+    driven = run_tasks([Task(str(n)) for n in range(count)], engine, Signals(), done.append, lambda: None)
     return sorted(done), [failure.name for failure in driven.failures]
 
 
@@ -95,26 +95,26 @@ def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> Non
 def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
     losing = Scripted({"0": 2}, lost=True)
     run(losing, 1)
-    assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(careful=True), Attempt(careful=True)]
+    assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(isolated=True), Attempt(isolated=True)]
 
 
 def test_a_task_that_found_a_damage_says_where() -> None:
-    told = failed(Task("0"), "w", DamagedError("it is cut off", at=7))
+    told = failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
     assert (told.error, told.cause, told.damaged_at) == ("it is cut off", "damage", 7)
-    assert failed(Task("0"), "w", ShardError("x")).damaged_at is None
+    assert failed_result(Task("0"), "w", ShardError("x")).damaged_at is None
 
 
 def test_a_signal_stops_the_loop() -> None:
     signals = Signals()
     signals.stop.set()
     with pytest.raises(Stopped):
-        drive([Task("a")], Scripted({}), signals, lambda report: None, lambda: None)
+        run_tasks([Task("a")], Scripted({}), signals, lambda report: None, lambda: None)
 
 
 def test_an_error_is_one_line() -> None:
-    assert error_line(ShardError("the shard is cut off")) == "the shard is cut off"
+    assert format_error(ShardError("the shard is cut off")) == "the shard is cut off"
     try:
         raise ValueError("two\nlines")
     except ValueError as error:
-        assert error_line(error).startswith("ValueError: two (")
-        assert "test_run_units.py" in error_line(error)
+        assert format_error(error).startswith("ValueError: two (")
+        assert "test_run_units.py" in format_error(error)

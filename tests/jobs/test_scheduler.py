@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from jobs import outage, scheduler
-from jobs.engine import Cause, Done
-from jobs.run_units import Driven, Signals, drive
+from jobs.engine import Cause, TaskResult
+from jobs.run_units import RunResult, Signals, run_tasks
 from jobs.scheduler import Scheduler
 from pipeline.errors import JobError, StorageError
 from pipeline.records import Attempt
@@ -54,14 +54,14 @@ class Simulation:
     start: float = 30.0
     can_replace: bool = True
     now: float = 0.0
-    pictures: int = 0
+    images: int = 0
     waiting_for: str = ""
     generation: Counter[int] = field(default_factory=Counter)
     starts: dict[int, float] = field(default_factory=dict)
     running: list[tuple[float, Task, str, Attempt]] = field(default_factory=list)
     tried: dict[str, list[str]] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
-    back: list[Done] = field(default_factory=list)
+    back: list[TaskResult] = field(default_factory=list)
 
     @property
     def workers(self) -> list[str]:
@@ -78,7 +78,7 @@ class Simulation:
         self.running.append((self.now + (failing.after if failing else SECONDS), task, worker, attempt))
         self.tried.setdefault(task.name, []).append(worker)
 
-    def wait(self, seconds: float, waiting: int) -> list[Done]:
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         events = [*(end for end, *_ in self.running), *self.starts.values(), self.now + seconds]
         self.now = self.now if self.back else min(events)
         self.starts = {slot: end for slot, end in self.starts.items() if end > self.now}
@@ -87,18 +87,20 @@ class Simulation:
         done, self.back = self.back, []
         return done + [self._done(*run) for run in ended]
 
-    def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> Done:
+    def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> TaskResult:
         failing = self.behaviour(worker, task, attempt, end)
         if failing is None:
             damage = "cut off" if attempt.damaged_at is not None and task.name.startswith("damaged") else ""
-            return Done(task=task, worker=worker, report=Report(task.name, damage))
-        return Done(task=task, worker=worker, error=failing.error, cause=failing.cause, damaged_at=failing.damaged_at)
+            return TaskResult(task=task, worker=worker, report=Report(task.name, damage))
+        return TaskResult(
+            task=task, worker=worker, error=failing.error, cause=failing.cause, damaged_at=failing.damaged_at
+        )
 
     def replace(self, worker: str, why: str) -> None:
         self.replaced.append(worker)
         slot = int(worker.split(".")[0])
         self.back += [
-            Done(task=task, worker=on, error="replaced", cause="returned")
+            TaskResult(task=task, worker=on, error="replaced", cause="returned")
             for _, task, on, _ in self.running
             if on == worker
         ]
@@ -114,7 +116,7 @@ class Simulation:
 class Result:
     """What a simulated job came to."""
 
-    driven: Driven
+    driven: RunResult
     done: list[str]
     damaged: list[str]
 
@@ -124,17 +126,20 @@ class Result:
 
 
 def run(
-    engine: Simulation, tasks: list[str], probe: Callable[[Task], None] = lambda task: None, patience: float = 600.0
+    engine: Simulation,
+    tasks: list[str],
+    probe: Callable[[Task], None] = lambda task: None,
+    stall_timeout: float = 600.0,
 ) -> Result:
     reports: list[Report] = []
-    driven = drive(
+    driven = run_tasks(
         [Task(name) for name in tasks],
         engine,
         Signals(),
         reports.append,
         lambda: None,
         probe=probe,
-        patience=patience,
+        stall_timeout=stall_timeout,
         clock=lambda: engine.now,
     )
     done = sorted(report.task for report in reports)
@@ -145,7 +150,7 @@ def run(
 @pytest.fixture(autouse=True)
 def real_pauses(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
     """The clock is virtual, and pauses cost nothing."""
-    monkeypatch.setattr(scheduler, "PAUSE", 2.0)
+    monkeypatch.setattr(scheduler, "FIRST_PAUSE", 2.0)
 
 
 NAMES = [f"u{number:03}" for number in range(400)]
@@ -274,7 +279,7 @@ def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: in
 
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         if task.name == "u007":
-            alone.append(attempt.careful)
+            alone.append(attempt.isolated)
             return Failing("CUDA error: device-side assert triggered", "device", after=1.0)
         return None
 
@@ -303,12 +308,12 @@ def test_a_careful_attempt_is_alone_with_its_worker() -> None:
     beside: list[int] = []
 
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
-        if attempt.careful:
+        if attempt.isolated:
             beside.append(sum(on == worker for _, other, on, _ in engine.running if other != task))
-        return Failing("killed", "lost", after=1.0) if task.name == "u003" and not attempt.careful else None
+        return Failing("killed", "lost", after=1.0) if task.name == "u003" and not attempt.isolated else None
 
     class Dying(Simulation):
-        def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> Done:
+        def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> TaskResult:
             done = super()._done(end, task, worker, attempt)
             if done.cause == "lost":
                 self.replace(worker, "it died")
@@ -406,7 +411,7 @@ def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
     away = Away(since=20.0, until=math.inf)
     away.engine.slots = 4
     with pytest.raises(JobError, match=r"cannot read s3://b/.*no answer; the same command goes on"):
-        run(away.engine, NAMES[:100], away.probe, patience=300.0)
+        run(away.engine, NAMES[:100], away.probe, stall_timeout=300.0)
     assert away.engine.now < 20 + 60 + 300 + 120
 
 
@@ -415,10 +420,10 @@ def test_patience_does_not_count_from_a_failure_of_long_ago() -> None:
     away = Away(since=700.0, until=760.0)
     watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.engine.now)
     away.engine.now = 1.0
-    watch.failed(Done(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
+    watch.failed(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
         away.engine.now = 710.0
-        watch.failed(Done(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
+        watch.failed(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
     assert watch.holds()
     away.engine.now = 720.0
     assert watch.holds()
@@ -466,6 +471,6 @@ def test_a_resting_worker_does_not_hold_the_others_up() -> None:
     one = Scheduler(tasks, clock=lambda: 1.0)
     first = one.next(["a", "b"])
     assert first is not None and first.worker == "a"
-    assert one.failed(Done(task=first.task, worker="a", error="bad"))
+    assert one.failed(TaskResult(task=first.task, worker="a", error="bad"))
     second = one.next(["a", "b"])
     assert second is not None and second.worker == "b"

@@ -63,7 +63,7 @@ def test_texts_are_found_as_tools_name_them(encode: Command, source: Path, tmp_p
         "f": None,
     }
     assert column(tmp_path / "c", "json")["a"] == "{}"
-    assert "  texts      1 of 6 pictures have no txt, 5 of 6 pictures have no json" in out
+    assert "  texts      1 of 6 images have no txt, 5 of 6 images have no json" in out
     assert "note" not in err
 
 
@@ -94,7 +94,7 @@ def test_samples_of_tars_without_a_text_are_counted_too(encode: Command, tmp_pat
     del members["000000002.txt"]
     write_tar(tmp_path / "tars/0.tar", members)
     _, out, _ = encode(tmp_path / "tars")
-    assert "  texts      1 of 4 pictures have no txt\n" in out
+    assert "  texts      1 of 4 images have no txt\n" in out
 
 
 def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command, source: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command
     (source / "b.txt").unlink()
     (source / "c.txt").write_text("new")
     code, out, err = encode(source)
-    assert (code, "encoded 0 pictures" in out) == (0, True)
+    assert (code, "encoded 0 images" in out) == (0, True)
     assert (
         "note: inputs that have changed since they were planned: 3 (photos/a.txt, photos/b.txt, photos/c.txt); the "
         "cache keeps what they were" in err
@@ -117,7 +117,7 @@ def test_workers_may_read_copies_with_times_of_their_own_if_the_user_says_so(
     encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "a.txt").write_text("one")
-    extend = plan.extend
+    extend = plan.extend_plan
 
     def extend_and_touch(*given: Any, **named: Any) -> Any:
         planned = extend(*given, **named)
@@ -125,23 +125,23 @@ def test_workers_may_read_copies_with_times_of_their_own_if_the_user_says_so(
             os.utime(path, (1, 1))
         return planned
 
-    monkeypatch.setattr(plan, "extend", extend_and_touch)
+    monkeypatch.setattr(plan, "extend_plan", extend_and_touch)
     code, out, err = encode(source, "--same-source")
-    assert (code, err, "encoded 3 pictures" in out) == (0, "", True)
+    assert (code, err, "encoded 3 images" in out) == (0, "", True)
 
 
 def test_a_caption_that_changes_between_plan_and_work_fails_its_unit(
     encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "a.txt").write_text("one")
-    extend = plan.extend
+    extend = plan.extend_plan
 
     def extend_and_edit(*given: Any, **named: Any) -> Any:
         planned = extend(*given, **named)
         (source / "a.txt").write_text("edited")
         return planned
 
-    monkeypatch.setattr(plan, "extend", extend_and_edit)
+    monkeypatch.setattr(plan, "extend_plan", extend_and_edit)
     code, _, err = encode(source)
     assert code == 1
     assert f"{source}/a.txt has changed since it was planned (then 3 bytes)" in err
@@ -155,7 +155,7 @@ def test_other_texts_are_planned_where_they_are_asked_for(encode: Command, sourc
     code, out, err = encode(source, "--columns", "caption")
     assert code == 0, err
     assert column(tmp_path / "c", "caption") == {"a": "kohya", "b": "of the whole name", "c": None}
-    assert "1 of 3 pictures have no caption" in out
+    assert "1 of 3 images have no caption" in out
     assert "note: texts that belong to no image, or to several, or in whose place another one counts: 1 (" in err
     assert ".caption" not in err.replace("x.caption", "")
     (source / "c.txt").write_text("edited, but the cache has no such column")
@@ -172,14 +172,14 @@ def test_captions_come_with_images_that_are_named_by_a_pattern(
     assert encode(f"{source}/{pattern}")[0] == 0
     assert column(tmp_path / "c", "txt") == {"a": "one", "b": None, "c": None}
     _, out, err = encode(source)
-    assert "encoded 0 pictures" in out
+    assert "encoded 0 images" in out
     assert "note" not in err
 
 
 def test_a_caption_that_is_a_link_to_nowhere_rejects_its_image(encode: Command, source: Path, tmp_path: Path) -> None:
     os.symlink("nowhere", source / "a.txt")
     code, out, _ = encode(source, "--max-reject-rate", 0.5)
-    assert (code, "1 picture_elsewhere" in out) == (0, True)
+    assert (code, "1 image_not_embedded" in out) == (0, True)
 
 
 def test_an_image_that_was_mended_and_retried_is_what_the_cache_holds(
@@ -199,7 +199,7 @@ def test_an_image_that_was_mended_and_retried_is_what_the_cache_holds(
     code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 3)
     assert code == 0, out
     code, out, _ = latentmill("decode", cache, "--to", tmp_path / "out", "--workers", 0, "--json")
-    assert (code, all(picture["psnr"] for picture in json.loads(out)["pictures"])) == (0, True)
+    assert (code, all(image["psnr"] for image in json.loads(out)["images"])) == (0, True)
     (source / "c.txt").write_text("edited")
     code, out, _ = latentmill("verify", cache, "--recount")
     assert (code, "its images or their columns are not those of which data/" in out) == (1, True)

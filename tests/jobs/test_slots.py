@@ -21,8 +21,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def slots(number: int, clock: Clock, patience: float = 600.0) -> Slots:
-    found = Slots(number, patience, clock)
+def slots(number: int, clock: Clock, stall_timeout: float = 600.0) -> Slots:
+    found = Slots(number, stall_timeout, clock)
     for slot in found:
         slot.worker = "a worker"
     return found
@@ -57,7 +57,7 @@ def test_after_a_success_a_slot_that_fails_rests_and_the_job_goes_on(clock: Cloc
 
 
 def test_a_job_ends_if_nothing_was_done_for_long_and_every_slot_fails(clock: Clock) -> None:
-    found = slots(1, clock, patience=100.0)
+    found = slots(1, clock, stall_timeout=100.0)
     found.note_success(found[0], "n1")
     for _ in range(5):
         fail(found, 0)

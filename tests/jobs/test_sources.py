@@ -38,7 +38,7 @@ def by_key(cache: Path, column: str) -> dict[str, Any]:
     return dict(zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
-def pictures(first: int, count: int) -> list[bytes]:
+def images(first: int, count: int) -> list[bytes]:
     return [encoded(smooth(index), quality=90) for index in range(first, first + count)]
 
 
@@ -51,9 +51,9 @@ def write_parquet(path: Path, images: Sequence[bytes], **columns: Any) -> Path:
 def test_tar_parquet_and_folder_give_the_same_latents(encode: Command, tmp_path: Path) -> None:
     keys = [f"{n:09d}" for n in range(4)]
     write_tar(tmp_path / "tars/0.tar", img2dataset_members(0, 4))
-    write_parquet(tmp_path / "parquet/0.parquet", pictures(0, 4), id=keys)
+    write_parquet(tmp_path / "parquet/0.parquet", images(0, 4), id=keys)
     (tmp_path / "folder").mkdir()
-    for key, data in zip(keys, pictures(0, 4), strict=True):
+    for key, data in zip(keys, images(0, 4), strict=True):
         (tmp_path / f"folder/{key}.jpg").write_bytes(data)
     for kind in ("tars", "parquet", "folder"):
         more = ("--key-column", "id") if kind == "parquet" else ()
@@ -72,7 +72,7 @@ def test_columns_of_a_parquet_file_keep_their_types(encode: Command, tmp_path: P
         "when": pa.array([1, None], pa.timestamp("ns", "UTC")),
         "mask": [b"m", b"m"],
     }
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), **columns)
+    write_parquet(tmp_path / "p/0.parquet", images(0, 2), **columns)
     encode(tmp_path / "p", "--to", tmp_path / "c")
     table = table_of(tmp_path / "c")
     assert table["source_width"].equals(pa.chunked_array([columns["width"]]))
@@ -85,7 +85,7 @@ def test_columns_of_a_parquet_file_keep_their_types(encode: Command, tmp_path: P
 
 
 def test_columns_are_chosen_by_name(encode: Command, latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), caption=["a", "b"], score=[1, 2], mask=[b"m", b"n"])
+    write_parquet(tmp_path / "p/0.parquet", images(0, 2), caption=["a", "b"], score=[1, 2], mask=[b"m", b"n"])
     encode(tmp_path / "p", "--to", tmp_path / "c", "--columns", "score,mask")
     assert table_of(tmp_path / "c").column_names[-3:] == ["flipped", "score", "mask"]
     encode(tmp_path / "p", "--to", tmp_path / "none", "--columns", "")
@@ -117,13 +117,13 @@ def test_metadata_of_img2dataset_is_joined_by_key(encode: Command, tmp_path: Pat
     for number in range(2):
         img2dataset(tmp_path / "laion", number, 10 * number, 3)
     _, out, _ = encode(tmp_path / "laion", "--to", tmp_path / "c")
-    assert "encoded 6 pictures" in out
+    assert "encoded 6 images" in out
     assert "rejected   0" in out
     table = table_of(tmp_path / "c")
     assert table.schema.field("similarity").type == pa.float64()
     assert by_key(tmp_path / "c", "url")["000000012"] == "http://host/000000012"
     assert by_key(tmp_path / "c", "similarity")["000000012"] == 0.2
-    assert by_key(tmp_path / "c", "txt")["000000012"] == "picture 12"
+    assert by_key(tmp_path / "c", "txt")["000000012"] == "image 12"
     assert table["source_width"].to_pylist() == [64] * 6
     encode(str(tmp_path / "laion/{00000..00001}.tar"), "--to", tmp_path / "by-range")
     assert table_of(tmp_path / "by-range").equals(table)
@@ -141,7 +141,7 @@ def test_a_tar_without_metadata_beside_it_has_nulls(encode: Command, tmp_path: P
 def test_other_text_members_come_along_when_they_are_named(encode: Command, tmp_path: Path) -> None:
     members = {
         f"{n}.{kind}": data
-        for n, image in enumerate(pictures(0, 2))
+        for n, image in enumerate(images(0, 2))
         for kind, data in (("jpg", image), ("cls", b"%d" % n), ("txt", b"t"))
     }
     write_tar(tmp_path / "wds/0.tar", members)
@@ -155,9 +155,9 @@ def test_other_text_members_come_along_when_they_are_named(encode: Command, tmp_
 
 
 def test_several_sources_in_one_job(encode: Command, photos: Path, shards: Path, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "hf/train-0.parquet", pictures(300, 3), label=[1, 2, 3])
+    write_parquet(tmp_path / "hf/train-0.parquet", images(300, 3), label=[1, 2, 3])
     _, out, _ = encode(shards, photos, tmp_path / "hf", "--to", tmp_path / "c")
-    assert "encoded 26 pictures" in out
+    assert "encoded 26 images" in out
     table = table_of(tmp_path / "c")
     assert table.column_names[-3:] == ["txt", "json", "label"]
     assert set(table["shard"].to_pylist()) == {f"shards/{n:05d}.tar" for n in range(3)} | {
@@ -169,12 +169,12 @@ def test_several_sources_in_one_job(encode: Command, photos: Path, shards: Path,
 
 def test_shards_that_came_later_are_added_by_the_same_command(encode: Command, tmp_path: Path) -> None:
     source, cache = tmp_path / "p", tmp_path / "c"
-    write_parquet(source / "0.parquet", pictures(0, 2), caption=["a", "b"])
+    write_parquet(source / "0.parquet", images(0, 2), caption=["a", "b"])
     encode(source, "--to", cache)
     before = {path.name: path.read_bytes() for path in (cache / "data").iterdir()}
-    write_parquet(source / "1.parquet", pictures(2, 2), caption=["c", "d"], more=[1, 2])
+    write_parquet(source / "1.parquet", images(2, 2), caption=["c", "d"], more=[1, 2])
     _, out, err = encode(source, "--to", cache)
-    assert "encoded 2 pictures" in out
+    assert "encoded 2 images" in out
     assert "left out, because the cache was begun without them: the columns more" in err
     assert table_of(cache)["caption"].to_pylist() == ["a", "b", "c", "d"]
     assert before.items() <= {path.name: path.read_bytes() for path in (cache / "data").iterdir()}.items()
@@ -182,11 +182,11 @@ def test_shards_that_came_later_are_added_by_the_same_command(encode: Command, t
 
 def test_a_shard_that_changed_is_reported_and_not_mixed_in(encode: Command, tmp_path: Path) -> None:
     source, cache = tmp_path / "p", tmp_path / "c"
-    write_parquet(source / "0.parquet", pictures(0, 2), caption=["a", "b"])
+    write_parquet(source / "0.parquet", images(0, 2), caption=["a", "b"])
     encode(source, "--to", cache)
-    write_parquet(source / "0.parquet", pictures(5, 3), caption=["x", "y", "z"])
+    write_parquet(source / "0.parquet", images(5, 3), caption=["x", "y", "z"])
     _, out, err = encode(source, "--to", cache)
-    assert "encoded 0 pictures" in out
+    assert "encoded 0 images" in out
     assert "since they were planned: 1 (p/0.parquet); the cache keeps what they were" in err
     assert table_of(cache)["caption"].to_pylist() == ["a", "b"]
 
@@ -196,7 +196,7 @@ def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None
     for name in ("1.tar.gz", "a.tiff", "b.tiff", "0_stats.json"):
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert "note: passed over files that are neither shards nor pictures: 1 .gz, 2 .tiff" in err
+    assert "note: passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err
 
 
 def test_odd_files_of_a_folder_cost_one_sample_each(
@@ -204,16 +204,16 @@ def test_odd_files_of_a_folder_cost_one_sample_each(
 ) -> None:
     source, cache = tmp_path / "photos", tmp_path / "c"
     (source / "2.txt").mkdir(parents=True)
-    for name, data in zip(("1.jpg", "2.jpg", os.fsdecode(b"caf\xe9.jpg")), pictures(0, 3), strict=True):
+    for name, data in zip(("1.jpg", "2.jpg", os.fsdecode(b"caf\xe9.jpg")), images(0, 3), strict=True):
         (source / name).write_bytes(data)
     os.mkfifo(source / "pipe.jpg")
     _, out, err = encode(source, "--to", cache, "--max-reject-rate", 0.5)
-    assert "encoded 2 pictures" in out
+    assert "encoded 2 images" in out
     assert "1 bad_key" in out
     assert f"note: passed over what is no file, or a folder that may not be entered: {source}/pipe.jpg" in err
     (rejects,) = (cache / "_rejects").iterdir()
     assert json.loads(rejects.read_text())["key"] == "caf\\xe9"
-    assert "encoded 0 pictures" in encode(source, "--to", cache, "--max-reject-rate", 0.5)[1]
+    assert "encoded 0 images" in encode(source, "--to", cache, "--max-reject-rate", 0.5)[1]
     assert latentmill("verify", cache, "--recount")[0] == 0
 
 
@@ -222,7 +222,7 @@ def test_a_folder_that_has_gone_since_it_was_planned_fails_its_unit(
 ) -> None:
     source, cache = tmp_path / "photos", tmp_path / "c"
     (source / "a").mkdir(parents=True)
-    for name, data in zip("12", pictures(0, 2), strict=True):
+    for name, data in zip("12", images(0, 2), strict=True):
         (source / f"a/{name}.jpg").write_bytes(data)
     argv = ("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
 
@@ -231,9 +231,9 @@ def test_a_folder_that_has_gone_since_it_was_planned_fails_its_unit(
         source.rename(tmp_path / "away")
         return planned
 
-    extend = plan.extend
+    extend = plan.extend_plan
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "extend", extend_and_unmount)
+        patch.setattr(plan, "extend_plan", extend_and_unmount)
         code, _, err = latentmill(*argv)
     assert (code, f"{source}/a has gone since it was planned" in err) == (1, True)
     (tmp_path / "away").rename(source)
@@ -242,8 +242,8 @@ def test_a_folder_that_has_gone_since_it_was_planned_fails_its_unit(
 
 
 def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 1), label=["cat"])
-    write_parquet(tmp_path / "p/1.parquet", pictures(1, 1), label=[{"a": 1}])
+    write_parquet(tmp_path / "p/0.parquet", images(0, 1), label=["cat"])
+    write_parquet(tmp_path / "p/1.parquet", images(1, 1), label=[{"a": 1}])
     code, _, err = latentmill("encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--workers", 0)
     assert code == 2
     assert "the sources have columns of one name whose types do not go together" in err
@@ -253,7 +253,7 @@ def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_va
 def test_a_damaged_parquet_file_does_not_keep_the_others_from_their_way(
     latentmill: Command, micro_vae: Path, tmp_path: Path, damaged: bytes
 ) -> None:
-    write_parquet(tmp_path / "p/good.parquet", pictures(0, 2), caption=["a", "b"])
+    write_parquet(tmp_path / "p/good.parquet", images(0, 2), caption=["a", "b"])
     (tmp_path / "p/bad.parquet").write_bytes(damaged)
     argv = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
     code, out, err = latentmill("encode", tmp_path / "p", *argv, "--json")
@@ -268,7 +268,7 @@ def test_a_damaged_parquet_file_does_not_keep_the_others_from_their_way(
 def test_a_footer_that_is_larger_than_the_limit_is_not_read_for_its_columns_either(
     latentmill: Command, micro_vae: Path, tmp_path: Path
 ) -> None:
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), caption=["a", "b"])
+    write_parquet(tmp_path / "p/0.parquet", images(0, 2), caption=["a", "b"])
     argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv, "--input-limit", "footer_bytes=100")
     assert code == 2
@@ -306,11 +306,11 @@ def test_metadata_alone_is_no_source(latentmill: Command, micro_vae: Path, tmp_p
     pq.write_table(pa.table({"url": ["http://host/1"], "caption": ["one"]}), tmp_path / "meta.parquet")
     code, _, err = latentmill("encode", tmp_path / "meta.parquet", "--to", tmp_path / "c", "--vae", micro_vae)
     assert code == 2
-    assert "meta.parquet has no column with the bytes of pictures: it has url, caption" in err
+    assert "meta.parquet has no column with the bytes of images: it has url, caption" in err
 
 
 def test_webdataset_parts_hold_the_columns_too(encode: Command, latentmill: Command, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), txt=["a", None], score=[0.5, float("nan")], n=[1, 2])
+    write_parquet(tmp_path / "p/0.parquet", images(0, 2), txt=["a", None], score=[0.5, float("nan")], n=[1, 2])
     encode(tmp_path / "p", "--to", tmp_path / "c", "--format", "webdataset")
     cache = Cache.open(str(tmp_path / "c"))
     rows = [row for file in cache.files() for row in cache.rows(file)]
@@ -319,8 +319,8 @@ def test_webdataset_parts_hold_the_columns_too(encode: Command, latentmill: Comm
 
 
 def test_originals_in_parquet_files_are_found_again(encode: Command, latentmill: Command, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "p/0.parquet", pictures(0, 2), name=["a", "b"])
+    write_parquet(tmp_path / "p/0.parquet", images(0, 2), name=["a", "b"])
     encode(tmp_path / "p", "--to", tmp_path / "c", "--key-column", "name")
     code, out, _ = latentmill("decode", tmp_path / "c", "--to", tmp_path / "out", "--workers", 0, "--json")
     assert code == 0
-    assert [picture["key"] for picture in json.loads(out)["pictures"] if picture["psnr"]] == ["a", "b"]
+    assert [image["key"] for image in json.loads(out)["images"] if image["psnr"]] == ["a", "b"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.maintenance.status import status
+from pipeline.maintenance.status import read_status
 from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 
@@ -21,7 +21,7 @@ def cache(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Path:
     """A cache with two of three units done, each with five rows and one reject."""
     for number in range(3):
         members = img2dataset_members(10 * number, 6)
-        members[f"{10 * number + 2:09d}.jpg"] = b"no picture"
+        members[f"{10 * number + 2:09d}.jpg"] = b"no image"
         write_tar(tmp_path / f"shards/{number}.tar", members)
     job = ("encode", tmp_path / "shards", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64)
     assert latentmill(*job, "--workers", 0, "--max-shards", 2, "--max-reject-rate", 1)[0] == 0
@@ -39,7 +39,7 @@ def test_a_trial_is_planned_further(cache: Path, latentmill: Command) -> None:
     assert out.splitlines()[0] == f"{cache}: planned"
     assert "units      2 of 3 done, 6" in out
     assert "rows       10\n" in out
-    assert "rejected   2 not_a_picture\n" in out
+    assert "rejected   2 not_an_image\n" in out
     content = json.loads(latentmill("status", cache, "--json")[1])
     assert content["units"] == {"planned": 3, "done": 2}
     assert (content["images_per_second"], content["seconds_left"]) == (None, None)
@@ -49,14 +49,14 @@ def test_a_finished_cache_is_done(cache: Path, latentmill: Command, micro_vae: P
     source = cache.parent / "shards"
     latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1)
     content = json.loads(latentmill("status", cache, "--json")[1])
-    assert (content["state"], content["rows"], content["rejected"]) == ("done", 15, {"not_a_picture": 3})
+    assert (content["state"], content["rows"], content["rejected"]) == ("done", 15, {"not_an_image": 3})
     assert [run["outcome"] for run in content["runs"]] == ["done", "done"]
 
 
 @pytest.mark.parametrize(("outcome", "state"), [("running", "silent"), ("failed", "failed"), ("stopped", "stopped")])
 def test_a_run_that_is_no_more_is_named(cache: Path, latentmill: Command, outcome: str, state: str) -> None:
     rewrite_run(cache, outcome=outcome, ended=None, alive="2026-05-01T11:50:00+00:00")
-    assert status(Folder(str(cache)), NOW)["state"] == state
+    assert read_status(Folder(str(cache)), NOW)["state"] == state
     out = latentmill("status", cache)[1]
     assert ("no sign of life since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 

@@ -47,7 +47,7 @@ def test_a_single_file_gives_the_cache_that_its_directory_gives(
     code, _, err = encode(tmp_path / "micro.safetensors", "--vae-config", micro_vae)
     assert (code, of_cache(tmp_path / "c")) == (0, of_cache(tmp_path / "calm")), err
     again, out, err = encode(tmp_path / "micro.safetensors")
-    assert (again, out.startswith("encoded 0 pictures")) == (0, True), err
+    assert (again, out.startswith("encoded 0 images")) == (0, True), err
     assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "previews", "--workers", 0)[0] == 0
 
 

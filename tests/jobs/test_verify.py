@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.cache import commits as commit_files
 from pipeline.cache.reader import Cache
-from pipeline.canonical_json import canonical_json, sealed
-from pipeline.formats.record import Standing
+from pipeline.canonical_json import canonical_json, with_checksum
+from pipeline.formats.record import PartInfo
 from pipeline.maintenance import verify
 from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
@@ -32,9 +32,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(2):
         members = img2dataset_members(10 * number, 10)
         if number:
-            members["000000014.jpg"] = b"no picture"
+            members["000000014.jpg"] = b"no image"
         write_tar(folder / f"{number}.tar", members)
-    write_tar(folder / "2.tar", dict.fromkeys(("20.jpg", "21.jpg", "22.jpg"), b"no picture"))
+    write_tar(folder / "2.tar", dict.fromkeys(("20.jpg", "21.jpg", "22.jpg"), b"no image"))
     return folder
 
 
@@ -65,14 +65,14 @@ def data(cache: Path, number: int = 0) -> Path:
 def edit(path: Path, seal: bool, **fields: Any) -> None:
     """Change fields of a JSON file; seal: with its sha256 made anew, as somebody would who knows of it."""
     content = {**json.loads(path.read_text()), **fields}
-    path.write_bytes(canonical_json(sealed(content) if seal else content))
+    path.write_bytes(canonical_json(with_checksum(content) if seal else content))
 
 
 def test_a_sound_cache_has_no_problems(latentmill: Command, cache: Path) -> None:
     assert latentmill("verify", cache)[:2] == (0, f"{cache}: 7 files, 19 rows: all of it is as it was written\n")
     code, out, err = latentmill("verify", cache, "--recount", "--reencode", 7)
     assert (code, err) == (0, "")
-    assert "; the inputs have the samples that are recorded; 7 pictures encoded again, with the same latents" in out
+    assert "; the inputs have the samples that are recorded; 7 images encoded again, with the same latents" in out
     assert json.loads(latentmill("verify", cache, "--json")[1])["problems"] == []
 
 
@@ -135,13 +135,13 @@ def replan(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def rescale(cache: Path) -> None:
     content = json.loads((cache / "cache.json").read_text())
     content["vae"]["scaling_factor"] = 0.5
-    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+    (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
 def reidentify(cache: Path) -> None:
     content = json.loads((cache / "cache.json").read_text())
     content["identity"]["seed"] = 7
-    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+    (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
 def count_more(cache: Path) -> None:
@@ -151,7 +151,7 @@ def count_more(cache: Path) -> None:
 
 def reshape(cache: Path, **fields: Any) -> None:
     content = {**json.loads((cache / "cache.json").read_text()), **fields}
-    (cache / "cache.json").write_text(json.dumps(sealed(content), indent=1, ensure_ascii=False))
+    (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
 def forget_unit(cache: Path) -> None:
@@ -265,17 +265,17 @@ def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Pat
 
 def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many units: to look for the parts of each among all parts took minutes."""
-    count, real, asked = 300, commit_files.name_of, list[str]()
-    one = verify.verify(Cache.open(str(cache))).parts[0]
+    count, real, asked = 300, commit_files.commit_name, list[str]()
+    one = verify.verify_cache(Cache.open(str(cache))).parts[0]
     parts = [replace(one, record=replace(one.record, unit=f"u-{number}")) for number in range(count)]
 
-    def name_of(standing: Sequence[Standing]) -> str:
+    def name_of(standing: Sequence[PartInfo]) -> str:
         asked.append(real(standing))
         return asked[-1]
 
-    monkeypatch.setattr(commit_files, "name_of", name_of)
-    found = verify.Found(parts=parts, rebuildable=[part.record.unit for part in parts])
-    assert verify.rebuild(Cache(Folder(str(tmp_path / "again")), {}), found) == found.rebuildable
+    monkeypatch.setattr(commit_files, "commit_name", name_of)
+    found = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
+    assert verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), {}), found) == found.rebuildable
     assert len(list((tmp_path / "again/_commits").iterdir())) == count
     assert len(asked) <= 2 * count
 
@@ -328,7 +328,7 @@ def test_a_part_that_stands_twice_is_mended_as_is_said(
     """Two jobs with other limits: one committed a part without rows, the other then wrote it with rows, and died."""
     cache = tmp_path / "c"
     argv = ["encode", source / "0.tar", "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0]
-    latentmill(*argv, "--input-limit", "picture_bytes=10")
+    latentmill(*argv, "--input-limit", "image_bytes=10")
     late = {
         path: path.read_bytes() for below in ("_empty", "_commits", "_rejects") for path in (cache / below).iterdir()
     }
@@ -361,7 +361,7 @@ def test_inputs_that_were_exchanged_are_found(latentmill: Command, cache: Path, 
     write_tar(moved / "0.tar", members)
     whole = (moved / "0.tar").read_bytes()
     size = next(unit["bytes"] for unit in pq.read_table(cache / "_plan/00000.parquet").to_pylist())
-    assert len(whole) == size, "the same size, so that only the pictures tell"
+    assert len(whole) == size, "the same size, so that only the images tell"
     code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)
     assert code == 1
     assert "000000003 comes out as another latent" in out
@@ -383,7 +383,7 @@ def test_an_unfinished_cache_is_not_proven(latentmill: Command, source: Path, mi
 
 def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
-    assert latentmill(*argv, "--input-limit", "picture_bytes=1500")[0] == 3
+    assert latentmill(*argv, "--input-limit", "image_bytes=1500")[0] == 3
     assert "more" in latentmill("retry", tmp_path / "c", "--workers", 0)[1]
     assert list((tmp_path / "c/data").glob("*r1.parquet"))
     code, out, _ = latentmill("verify", tmp_path / "c", "--recount", "--reencode", 30)
@@ -394,7 +394,7 @@ def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro
 def retried(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A cache of tars with a part that a retry wrote."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
-    latentmill(*argv, "--input-limit", "picture_bytes=1500", "--format", "webdataset")
+    latentmill(*argv, "--input-limit", "image_bytes=1500", "--format", "webdataset")
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
     assert latentmill("verify", tmp_path / "c")[0] == 0
     return tmp_path / "c"
@@ -402,8 +402,8 @@ def retried(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, 
 
 def recaption(path: Path) -> None:
     before = path.read_bytes()
-    assert b"picture 1" in before
-    path.write_bytes(before.replace(b"picture 1", b"picture 7"))
+    assert b"image 1" in before
+    path.write_bytes(before.replace(b"image 1", b"image 7"))
 
 
 RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -417,7 +417,7 @@ RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", RETRY_DAMAGES)
 def test_what_a_retry_wrote_is_proven_too(latentmill: Command, retried: Path, damage: str) -> None:
-    path = next(path for path in sorted(retried.glob("data/*r1.tar")) if b"picture 1" in path.read_bytes())
+    path = next(path for path in sorted(retried.glob("data/*r1.tar")) if b"image 1" in path.read_bytes())
     RETRY_DAMAGES[damage](path)
     code, out, _ = latentmill("verify", retried)
     assert code == 1
@@ -431,7 +431,7 @@ def test_what_a_retry_wrote_is_proven_too(latentmill: Command, retried: Path, da
     assert latentmill("verify", retried)[0] == 0
 
 
-def test_pictures_beyond_a_limit_are_not_taken_for_other_ones(
+def test_images_beyond_a_limit_are_not_taken_for_other_ones(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2, height=300, width=300))
@@ -475,7 +475,7 @@ def test_captions_that_were_edited_are_found_without_the_vae(
         code, out, _ = latentmill("verify", cache, "--recount")
         assert (code, "the inputs have the samples that are recorded" in out) == (0, True), out
 
-    (tmp_path / "f/000000001.txt").write_text("picture 9")
+    (tmp_path / "f/000000001.txt").write_text("image 9")
     changed = members | {"000000005.jpg": members["000000005.jpg"][:-2] + b"\0\0"}  # behind the image's own data
     write_tar(tmp_path / "t/0.tar", changed)
     captions = table["caption"].to_pylist()

@@ -14,7 +14,7 @@ def test_a_run_with_other_versions_than_before_says_so(
     latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(2):
-        write_tar(tmp_path / f"s/{number}.tar", {"1.jpg": encoded(smooth(number, 64, 64)), "2.jpg": b"no picture"})
+        write_tar(tmp_path / f"s/{number}.tar", {"1.jpg": encoded(smooth(number, 64, 64)), "2.jpg": b"no image"})
     job = ("encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
     assert "earlier runs of this cache had" not in latentmill(*job, "--max-shards", 1)[2]
     monkeypatch.setattr("pipeline.cache.runs.version", lambda name: "0.9" if name == "pillow" else "1.0")

@@ -71,7 +71,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[AutoencoderKL, Any]:
     return ours, theirs
 
 
-def pictures(height: int, width: int) -> torch.Tensor:
+def images(height: int, width: int) -> torch.Tensor:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -79,7 +79,7 @@ def pictures(height: int, width: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_encode_decode_and_forward_are_equal(pair: tuple[AutoencoderKL, Any], height: int, width: int) -> None:
     ours, theirs = pair
-    x = pictures(height, width)
+    x = images(height, width)
     posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
     torch.testing.assert_close(posterior.parameters, expected.parameters, atol=1e-4, rtol=0)
     z = expected.mode()
@@ -92,7 +92,7 @@ def test_at_512_pixels_they_are_equal_to_the_references_in_float64(pair: tuple[A
     """In float32 the reference itself is up to 2e-4 away from it there and back, ours 4e-5."""
     ours, theirs = pair
     exact = copy.deepcopy(theirs).double()
-    x = pictures(512, 320)[:1]
+    x = images(512, 320)[:1]
     z = exact.encode(x.double()).latent_dist.mode()
     for value, right in [
         (ours.encode(x).latent_dist.mode(), z),
@@ -105,7 +105,7 @@ def test_at_512_pixels_they_are_equal_to_the_references_in_float64(pair: tuple[A
 @torch.inference_mode()
 def test_the_posterior_is_equal(pair: tuple[AutoencoderKL, Any]) -> None:
     ours, theirs = pair
-    x = pictures(64, 64)
+    x = images(64, 64)
     posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
     seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
     torch.testing.assert_close(posterior.sample(seeded[0]), expected.sample(seeded[1]), atol=1e-4, rtol=0)
@@ -124,7 +124,7 @@ def test_the_posterior_is_equal(pair: tuple[AutoencoderKL, Any]) -> None:
 @torch.inference_mode()
 def test_slicing_gives_the_references_numbers(pair: tuple[AutoencoderKL, Any]) -> None:
     ours, theirs = pair
-    x = pictures(64, 64)
+    x = images(64, 64)
     ours.enable_slicing()
     theirs.enable_slicing()
     torch.testing.assert_close(
@@ -206,7 +206,7 @@ def test_every_field_that_changes_numbers_changes_them_as_in_the_reference(field
 @torch.inference_mode()
 def test_forward_from_a_draw_is_equal() -> None:
     ours, theirs = twins()
-    x = pictures(64, 80)
+    x = images(64, 80)
     mine, its = (
         model(x, sample_posterior=True, return_dict=False, generator=torch.Generator().manual_seed(2))[0]
         for model in (ours, theirs)
@@ -320,7 +320,7 @@ def test_a_directory_from_before_attention_was_renamed_loads(tmp_path: Path) -> 
 def test_tiling_gives_the_references_numbers(
     pair: tuple[AutoencoderKL, Any], height: int, width: int, overlap: float
 ) -> None:
-    x = pictures(height, width)
+    x = images(height, width)
     for model in pair:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size, model.tile_overlap_factor = 64, 8, overlap
@@ -350,7 +350,7 @@ def test_fused_projections_are_the_references(pair: tuple[AutoencoderKL, Any]) -
     ours.fuse_qkv_projections()
     try:
         with torch.no_grad():
-            x = pictures(64, 64)
+            x = images(64, 64)
             assert torch.allclose(
                 ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters, atol=1e-4
             )

@@ -24,11 +24,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of four samples and one without any picture, so that there is an empty part."""
+    """Three tars of four samples and one without any image, so that there is an empty part."""
     folder = tmp_path_factory.mktemp("readers") / "shards"
     for number in range(3):
         write_tar(folder / f"{number}.tar", img2dataset_members(4 * number, 4))
-    write_tar(folder / "none.tar", {"x.txt": b"no picture"})
+    write_tar(folder / "none.tar", {"x.txt": b"no image"})
     return folder
 
 
@@ -60,7 +60,7 @@ def array(row: Any) -> np.ndarray:
 def check(rows: list[Any], latents: dict[str, np.ndarray]) -> None:
     assert [row["key"] for row in rows] == KEYS
     assert all(np.array_equal(array(row), latents[row["key"]]) for row in rows)
-    assert all(row["txt"] == f"picture {int(row['key'])}" for row in rows)
+    assert all(row["txt"] == f"image {int(row['key'])}" for row in rows)
 
 
 def test_pyarrow(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
@@ -124,7 +124,7 @@ def test_webdataset(encode: Callable[..., Path], source: Path, latents: dict[str
     name = "moments.npy" if store == "moments" else "latent.npy"
     assert [row["__key__"] for row in rows] == KEYS
     assert all(np.array_equal(row[name][:4], latents[row["__key__"]]) for row in rows)
-    assert [row["txt"] for row in rows] == [f"picture {n}" for n in range(12)]
+    assert [row["txt"] for row in rows] == [f"image {n}" for n in range(12)]
     assert all(row["latent.json"]["shape"] == list(row[name].shape) for row in rows)
 
 

@@ -9,9 +9,9 @@ import pytest
 from fsspec.implementations.local import LocalFileOpener
 from fsspec.implementations.memory import MemoryFile
 
-from pipeline.encoder import Compute
-from pipeline.flow import EncodeJob, Encoder
-from pipeline.formats.schema import Layout
+from pipeline.encoder import ComputeConfig
+from pipeline.flow import EncodeSpec, UnitWorker
+from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.records import Unit
@@ -21,7 +21,7 @@ from pipeline.storage.store import Folder
 from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
 
-CPU = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+CPU = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def vae(micro_vae: Path) -> Vae:
 
 
 @pytest.fixture
-def worker(vae: Vae) -> Callable[..., Encoder]:
+def worker(vae: Vae) -> Callable[..., UnitWorker]:
     """Makes a worker for a cache; keyword arguments change its job."""
 
-    def make(cache: Path | str, **settings: Any) -> Encoder:
+    def make(cache: Path | str, **settings: Any) -> UnitWorker:
         job = {
             "cache": Folder(str(cache)),
             "source_options": {},
@@ -41,7 +41,7 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "transform": Transform(resolution=64),
             "dtype": "float16",
             "seed": 0,
-            "layout": Layout(),
+            "layout": OutputSchema(),
             "image_column": None,
             "key_column": None,
             "rows_per_part": 4,
@@ -52,21 +52,21 @@ def worker(vae: Vae) -> Callable[..., Encoder]:
             "run": "a run",
             "versions": {},
         }
-        return EncodeJob(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
+        return EncodeSpec(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
 
     return make
 
 
 def unit_of(source: Path) -> Unit:
-    (unit,) = units.units_of(list_shards((str(source),), {}, "nowhere"))
+    (unit,) = units.make_units(list_shards((str(source),), {}, "nowhere"))
     return unit
 
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Unit:
-    """A tar of ten samples, of which the second is no picture."""
+    """A tar of ten samples, of which the second is no image."""
     members = img2dataset_members(0, 10, height=64, width=64)
-    members["000000001.jpg"] = b"no picture"
+    members["000000001.jpg"] = b"no image"
     return unit_of(write_tar(tmp_path / "s/0.tar", members))
 
 

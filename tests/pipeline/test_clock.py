@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from pipeline.flow import Encoder
+from pipeline.flow import UnitWorker
 from pipeline.images import decode
 from pipeline.limits import Limits
-from pipeline.records import Picture, Seconds
+from pipeline.records import PreparedImage, Seconds
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
@@ -22,23 +22,23 @@ IMAGES = 8
 SLOW = 0.1  # seconds an image
 
 
-def slow_model(encoder: Encoder, seconds: float = SLOW) -> list[float]:
+def slow_model(encoder: UnitWorker, seconds: float = SLOW) -> list[float]:
     """Have the model take so long for an image, and more. Returns how long it took each time."""
-    replica, took = encoder.tools.replica, list[float]()
-    run = replica._run
+    latent_encoder, took = encoder.context.latent_encoder, list[float]()
+    run = latent_encoder._run
 
-    def slowly(model: Any, some: Sequence[Picture], shard: str) -> Tensor:
+    def slowly(model: Any, some: Sequence[PreparedImage], shard: str) -> Tensor:
         start = time.perf_counter()
         time.sleep(seconds * len(some))
         latents = run(model, some, shard)
         took.append(time.perf_counter() - start)
         return latents
 
-    replica._run = slowly  # type: ignore[method-assign]
+    latent_encoder._run = slowly  # type: ignore[method-assign]
     return took
 
 
-def spent_on(encoder: Encoder, folder: Path, units: int = 1) -> tuple[list[Seconds], float]:
+def spent_on(encoder: UnitWorker, folder: Path, units: int = 1) -> tuple[list[Seconds], float]:
     """Where the time of so many units at once went, and how long they took together."""
     shards = [img2dataset_members(IMAGES * number, IMAGES, height=64, width=64) for number in range(units)]
     work = [unit_of(write_tar(folder / f"s/{number}.tar", members)) for number, members in enumerate(shards)]
@@ -48,7 +48,7 @@ def spent_on(encoder: Encoder, folder: Path, units: int = 1) -> tuple[list[Secon
     return [report.seconds for report in reports], time.perf_counter() - start
 
 
-def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     encoder = worker(tmp_path / "c", rows_per_part=100)
     took = slow_model(encoder)
     spent, wall = spent_on(encoder, tmp_path, units=2)
@@ -59,14 +59,14 @@ def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., Encode
 
 
 def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
-    worker: Callable[..., Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(SLOW)
         return decode.open_pixels(data, limits)
 
     encoder = worker(tmp_path / "c", rows_per_part=100)
-    encoder.tools = replace(encoder.tools, open_pixels=slowly)
+    encoder.context = replace(encoder.context, open_pixels=slowly)
     (spent,), wall = spent_on(encoder, tmp_path)
     assert spent.open == pytest.approx(IMAGES * SLOW, rel=0.5)
     assert 0.7 * IMAGES * SLOW < spent.starved <= wall
@@ -74,7 +74,7 @@ def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
 
 
 def test_the_stages_of_a_units_thread_are_no_more_than_the_time_it_took(
-    worker: Callable[..., Encoder], tmp_path: Path
+    worker: Callable[..., UnitWorker], tmp_path: Path
 ) -> None:
     encoder = worker(tmp_path / "c")
     slow_model(encoder, 0.01)

@@ -21,46 +21,46 @@ import torch
 
 from pipeline.cache import commits, stats
 from pipeline.cache.reader import read_rows, to_tensor
-from pipeline.clock import Clock
-from pipeline.encoder import Compute, Encoded, Replica, is_out_of_memory
+from pipeline.clock import StageClock
+from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import Encoder, fill, read
+from pipeline.flow import UnitWorker, fill_part, read_samples
 from pipeline.formats import parquet
 from pipeline.formats.record import Record
-from pipeline.formats.schema import Columns, Layout
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.records import Attempt, Picture, Unit
+from pipeline.records import Attempt, PreparedImage, Unit
 from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
 
-def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     texts = ["x" * 400, "\u00e9" * 400, "\u00e9" * 401, None]
     jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
     (tmp_path / "s").mkdir()
     table = pa.table({"jpg": jpegs, "text": texts})
     pq.write_table(table, tmp_path / "s/0.parquet")
-    layout = Layout(columns=Columns(table.schema.remove(0), ()))
+    layout = OutputSchema(columns=PassthroughColumns(table.schema.remove(0), ()))
     report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=800)).run(unit_of(tmp_path / "s/0.parquet"))
     assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
-def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     tags = [["x" * 8, "y" * 8], ["x" * 9], [], None]
     notes = [{"by": "z" * 8}, None, {"by": "z" * 9}, {"by": None}]
     jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
     (tmp_path / "s").mkdir()
     table = pa.table({"jpg": jpegs, "tags": tags, "notes": notes})
     pq.write_table(table, tmp_path / "s/0.parquet")
-    layout = Layout(columns=Columns(table.schema.remove(0), ()))
+    layout = OutputSchema(columns=PassthroughColumns(table.schema.remove(0), ()))
     report = worker(tmp_path / "c", layout=layout, limits=Limits(text_bytes=8)).run(unit_of(tmp_path / "s/0.parquet"))
     assert (report.rows, report.rejects) == (2, {"text_too_long": 2})
 
 
-def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     """Of all rows together, as each has its share; what it is depends on its own columns alone."""
     members = img2dataset_members(0, 64, height=64, width=64)
     small, large = ("x" * (60 << 10)).encode(), ("y" * (1 << 20)).encode()
@@ -87,7 +87,7 @@ def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., Encoder]
     assert reject.detail.startswith("the columns take 1048596 bytes, a row's share of its part is 65536")
 
 
-def test_a_row_group_holds_few_columns(worker: Callable[..., Encoder], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_row_group_holds_few_columns(worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4000)
     members = img2dataset_members(0, 8, height=64, width=64)
     members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
@@ -108,12 +108,12 @@ def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
     return unit_of(tar)
 
 
-URLS = Layout(columns=Columns(pa.schema([("url", pa.string())]), ()))
+URLS = OutputSchema(columns=PassthroughColumns(pa.schema([("url", pa.string())]), ()))
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
 def test_metadata_that_is_no_text_rejects_its_sample(
-    worker: Callable[..., Encoder], tmp_path: Path, container: Any
+    worker: Callable[..., UnitWorker], tmp_path: Path, container: Any
 ) -> None:
     raw = pa.array([b"ok", b"\xff", b"ok"], pa.binary())
     urls = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
@@ -128,7 +128,7 @@ def test_metadata_that_is_no_text_rejects_its_sample(
 
 @pytest.mark.parametrize("damaged", [b"", b"<html>", b"PAR1" + bytes(100) + b"PAR1"])
 def test_damaged_metadata_rejects_nothing_of_its_tar(
-    worker: Callable[..., Encoder], tmp_path: Path, damaged: bytes
+    worker: Callable[..., UnitWorker], tmp_path: Path, damaged: bytes
 ) -> None:
     unit = beside(tmp_path / "s", damaged)
     with pytest.raises(ShardError, match=r"0\.parquet .*; mend it, or move it away: .*0\.tar goes without its columns"):
@@ -160,7 +160,7 @@ def records(cache: Path) -> list[Record]:
 
 
 def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     report = worker(tmp_path / "c").run(unit)
     parts = records(tmp_path / "c")
@@ -169,42 +169,42 @@ def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
         (1, 4, 4, 4, False),
         (2, 8, 2, 2, True),
     ]
-    assert [(r.position, r.key, r.reason) for r in parts[0].rejects] == [(1, "000000001", "not_a_picture")]
-    assert (report.samples, report.rows, dict(report.rejects), report.parts) == (10, 9, {"not_a_picture": 1}, 3)
+    assert [(r.position, r.key, r.reason) for r in parts[0].rejects] == [(1, "000000001", "not_an_image")]
+    assert (report.samples, report.rows, dict(report.rejects), report.parts) == (10, 9, {"not_an_image": 1}, 3)
     assert report.rows == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "c/data").iterdir())
 
 
 def test_rows_that_wait_for_their_part_have_no_pixels(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
-    tools, seen = worker(tmp_path / "c").tools, list[weakref.ref[torch.Tensor]]()
-    encode = tools.replica.encode
+    context, seen = worker(tmp_path / "c").context, list[weakref.ref[torch.Tensor]]()
+    encode = context.latent_encoder.encode
 
-    def watched(batch: Sequence[Picture], shard: str) -> Encoded:
-        seen.extend(weakref.ref(picture.pixels) for picture in batch)
+    def watched(batch: Sequence[PreparedImage], shard: str) -> EncodedBatch:
+        seen.extend(weakref.ref(image.pixels) for image in batch)
         return encode(batch, shard)
 
-    tools.replica.encode = watched  # type: ignore[method-assign]
-    filled = fill(unit, read(unit, tools.job), tools, Clock(), {})
+    context.latent_encoder.encode = watched  # type: ignore[method-assign]
+    filled = fill_part(unit, read_samples(unit, context.spec), context, StageClock(), {})
     assert (len(filled.rows), len(seen)) == (9, 9)
-    assert [row.picture.bucket for row in filled.rows] == [(64, 64)] * 9
-    assert all(row.picture.pixels.is_meta for row in filled.rows), "a shape, and no memory"
+    assert [row.image.bucket for row in filled.rows] == [(64, 64)] * 9
+    assert all(row.image.pixels.is_meta for row in filled.rows), "a shape, and no memory"
     gc.collect()
     assert not [pixels for pixels in seen if pixels() is not None]
 
 
-def test_a_commit_says_what_stands(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_a_commit_says_what_stands(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     content = json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())
     for part in content["parts"]:
         data = (tmp_path / "c" / part["file"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert content["parts"][0]["rejects"] == {"not_a_picture": 1}
+    assert content["parts"][0]["rejects"] == {"not_an_image": 1}
     stages = {"read", "open", "starved", "queue", "encode", "write"}
     assert (content["run"], set(content["seconds"])) == ("a run", stages)
 
 
-def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_memory_and_disk_hold_the_same(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     worker("memory://flow/c").run(unit)
     folder = Folder("memory://flow/c")
@@ -215,10 +215,10 @@ def test_memory_and_disk_hold_the_same(worker: Callable[..., Encoder], unit: Uni
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layout": Layout(store="sample")}, {"transform": Transform(resolution=64, crop="random", flip="random")}],
+    [{"layout": OutputSchema(store="sample")}, {"transform": Transform(resolution=64, crop="random", flip="random")}],
 )
 def test_draws_follow_from_the_sample_and_the_seed(
-    worker: Callable[..., Encoder], tmp_path: Path, settings: dict[str, Any]
+    worker: Callable[..., UnitWorker], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Not from the batch, the parts, or what was done before; another seed gives others."""
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 6, height=64, width=150)))
@@ -234,9 +234,11 @@ def test_draws_follow_from_the_sample_and_the_seed(
     assert all(one["latent"] != another["latent"] for one, another in zip(a, c, strict=True))
 
 
-def test_moments_are_the_mean_and_the_log_variance(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_moments_are_the_mean_and_the_log_variance(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
     for store in ("mode", "moments"):
-        worker(tmp_path / store, layout=Layout(store=store), dtype="float32").run(unit)
+        worker(tmp_path / store, layout=OutputSchema(store=store), dtype="float32").run(unit)
     modes, moments = rows_of(tmp_path / "mode"), rows_of(tmp_path / "moments")
     assert {tuple(row["shape"]) for row in moments} == {(8, 8, 8)}
     means = [to_tensor(row)[:4] for row in moments]
@@ -248,9 +250,11 @@ def test_moments_are_the_mean_and_the_log_variance(worker: Callable[..., Encoder
     )
 
 
-def test_samples_are_spread_as_the_posterior_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_samples_are_spread_as_the_posterior_says(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
     for store in ("moments", "sample"):
-        worker(tmp_path / store, layout=Layout(store=store), dtype="float32").run(unit)
+        worker(tmp_path / store, layout=OutputSchema(store=store), dtype="float32").run(unit)
     pairs = zip(rows_of(tmp_path / "moments"), rows_of(tmp_path / "sample"), strict=True)
     noise = torch.stack(
         [
@@ -263,7 +267,7 @@ def test_samples_are_spread_as_the_posterior_says(worker: Callable[..., Encoder]
     assert len(noise.flatten(1).unique(dim=0)) == 9
 
 
-def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         worker(tmp_path / dtype, dtype=dtype).run(unit)
     for exact, short in zip(rows_of(tmp_path / "float32"), rows_of(tmp_path / "bfloat16"), strict=True):
@@ -273,20 +277,20 @@ def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., Encoder], uni
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 8])
 def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     worker(tmp_path / "calm").run(unit)
     encoded: list[str] = []
-    original = Replica.encode
+    original = LatentEncoder.encode
 
-    def encode(self: Replica, batch: Sequence[Picture], shard: str) -> list[torch.Tensor | Rejected]:
+    def encode(self: LatentEncoder, batch: Sequence[PreparedImage], shard: str) -> list[torch.Tensor | Rejected]:
         if len(encoded) == after:
             raise MemoryError
-        encoded.extend(picture.key for picture in batch)
+        encoded.extend(image.key for image in batch)
         return original(self, batch, shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Replica, "encode", encode)
+        patch.setattr(LatentEncoder, "encode", encode)
         with pytest.raises(MemoryError):
             worker(tmp_path / "c").run(unit)
     standing = contents(tmp_path / "c")
@@ -297,15 +301,15 @@ def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
 
 
 def test_parts_that_stand_are_not_encoded_again(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker(tmp_path / "c").run(unit)
-    monkeypatch.setattr(Replica, "encode", None)
+    monkeypatch.setattr(LatentEncoder, "encode", None)
     Path(unit.url).unlink()
     assert worker(tmp_path / "c").run(unit).adopted == 3
 
 
-def test_two_workers_on_one_unit_leave_one_cache(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_two_workers_on_one_unit_leave_one_cache(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "calm").run(unit)
     twins = [threading.Thread(target=worker(tmp_path / "c").run, args=(unit,)) for _ in range(2)]
     for twin in twins:
@@ -316,9 +320,9 @@ def test_two_workers_on_one_unit_leave_one_cache(worker: Callable[..., Encoder],
 
 
 @pytest.mark.parametrize("batch", [1, 2, 6])
-def test_the_batch_changes_no_byte(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, batch: int) -> None:
+def test_the_batch_changes_no_byte(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, batch: int) -> None:
     worker(tmp_path / "a").run(unit)
-    compute = Compute(device="cpu", precision="fp32", slice_size=1, batch_size=batch, threads=1)
+    compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=batch, threads=1)
     worker(tmp_path / "b", compute=compute, open_threads=3).run(unit)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -327,22 +331,22 @@ def test_the_batch_changes_no_byte(worker: Callable[..., Encoder], unit: Unit, t
     ("count", "parts"), [(4, [(4, True)]), (8, [(4, False), (4, True)]), (5, [(4, False), (1, True)])]
 )
 def test_the_last_part_says_so(
-    worker: Callable[..., Encoder], tmp_path: Path, count: int, parts: list[tuple[int, bool]]
+    worker: Callable[..., UnitWorker], tmp_path: Path, count: int, parts: list[tuple[int, bool]]
 ) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, count)))
     worker(tmp_path / "c").run(unit)
     assert [(record.samples, record.last) for record in records(tmp_path / "c")] == parts
 
 
-def test_a_part_without_rows_stands_outside_data(worker: Callable[..., Encoder], tmp_path: Path) -> None:
-    members = {f"{n}.jpg": b"no picture" for n in range(4)} | img2dataset_members(4, 1)
+def test_a_part_without_rows_stands_outside_data(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+    members = {f"{n}.jpg": b"no image" for n in range(4)} | img2dataset_members(4, 1)
     worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (empty,) = (tmp_path / "c/_empty").iterdir()
     assert Record.from_json(empty.read_bytes()).samples == 4
     assert [record.part for record in records(tmp_path / "c")] == [1]
 
 
-def test_a_shard_without_samples_has_one_record(worker: Callable[..., Encoder], tmp_path: Path) -> None:
+def test_a_shard_without_samples_has_one_record(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     report = worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", {})))
     (empty,) = (tmp_path / "c/_empty").iterdir()
     record = Record.from_json(empty.read_bytes())
@@ -350,7 +354,9 @@ def test_a_shard_without_samples_has_one_record(worker: Callable[..., Encoder], 
     assert report.parts == 1
 
 
-def test_a_damaged_shard_fails_and_is_not_committed(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_a_damaged_shard_fails_and_is_not_committed(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
     path = Path(unit.url)
     path.write_bytes(path.read_bytes()[:9000])
     cut = unit_of(path)
@@ -360,14 +366,14 @@ def test_a_damaged_shard_fails_and_is_not_committed(worker: Callable[..., Encode
 
 
 def test_a_shard_that_changed_since_it_was_planned_fails(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     write_tar(Path(unit.url), img2dataset_members(0, 1))
     with pytest.raises(SourceError, match="has changed since it was planned"):
         worker(tmp_path / "c").run(unit)
 
 
-def test_a_part_of_another_cache_is_refused(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_a_part_of_another_cache_is_refused(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c", identity="another").run(unit)
     (tmp_path / f"c/_commits/{unit.name}.json").unlink()
     with pytest.raises(CacheError, match="belongs to a cache with another identity"):
@@ -378,17 +384,17 @@ def test_a_part_of_another_cache_is_refused(worker: Callable[..., Encoder], unit
 
 
 def test_a_job_that_is_to_stop_stops_between_samples(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     stopped = worker(tmp_path / "c")
-    stopped.tools.stop.set()
+    stopped.context.stop.set()
     with pytest.raises(Stopped):
         stopped.run(unit)
     assert contents(tmp_path / "c") == {}
 
 
 def test_every_sample_and_every_tile_is_a_sign_of_life(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     whole, tiled = worker(tmp_path / "a"), worker(tmp_path / "b", tile_above=32)
     done = whole.run(unit)
@@ -397,10 +403,10 @@ def test_every_sample_and_every_tile_is_a_sign_of_life(
     assert tiled.steps == done.samples + (1 + 3 * 3) * done.encoded, "tiles of 32 pixels, one every 24, in 64"
 
 
-def test_the_file_is_as_the_format_says(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_the_file_is_as_the_format_says(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
-    assert file.schema_arrow.equals(parquet.schema_of(Layout()))
+    assert file.schema_arrow.equals(parquet.schema_of(OutputSchema()))
     group = file.metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     assert columns["latent"].compression == "UNCOMPRESSED"
@@ -424,17 +430,17 @@ def test_row_groups_hold_one_bucket_and_are_capped(
 class TestOverflow:
     """No NaN is ever written."""
 
-    def replica(self, vae: Vae, precision: str, gain: float) -> Replica:
+    def latent_encoder(self, vae: Vae, precision: str, gain: float) -> LatentEncoder:
         """A replica whose latents are `gain` times as large as the model's; within, activations overflow float16."""
         weights = dict(vae.weights)
         weights["quant_conv.weight"] = weights["quant_conv.weight"] * np.float32(gain)
         louder = Vae(ref="", config=vae.config, weights=weights, sha256="")
-        compute = Compute(device="cpu", precision=precision, slice_size=1, batch_size=1, threads=1)
-        return Replica(louder, compute, "float32" if precision == "fp16" else "float16")
+        compute = ComputeConfig(device="cpu", precision=precision, slice_size=1, batch_size=1, threads=1)
+        return LatentEncoder(louder, compute, "float32" if precision == "fp16" else "float16")
 
-    def picture(self) -> Picture:
+    def image(self) -> PreparedImage:
         pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return Picture(
+        return PreparedImage(
             position=0,
             key="k",
             columns={},
@@ -447,16 +453,16 @@ class TestOverflow:
         )
 
     def test_a_latent_that_its_dtype_cannot_hold_is_rejected(self, vae: Vae) -> None:
-        (latent,) = self.replica(vae, "fp32", 1e7).encode([self.picture()]).latents
+        (latent,) = self.latent_encoder(vae, "fp32", 1e7).encode([self.image()]).latents
         assert isinstance(latent, Rejected)
         assert (latent.stage, latent.reason) == ("encode", "not_finite")
 
     def test_what_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
-        half, exact = self.replica(vae, "fp16", 1e7), self.replica(vae, "fp32", 1e7)
+        half, exact = self.latent_encoder(vae, "fp16", 1e7), self.latent_encoder(vae, "fp32", 1e7)
         exact.dtype = torch.float32
-        encoded = half.encode([self.picture()])
+        encoded = half.encode([self.image()])
         assert encoded.again == 1
-        (latent,), (expected,) = encoded.latents, exact.encode([self.picture()]).latents
+        (latent,), (expected,) = encoded.latents, exact.encode([self.image()]).latents
         assert isinstance(latent, torch.Tensor)
         assert isinstance(expected, torch.Tensor)
         assert torch.equal(latent, expected)
@@ -465,17 +471,17 @@ class TestOverflow:
 class TestMemory:
     """A device whose memory does not suffice."""
 
-    def replica(
+    def latent_encoder(
         self,
         vae: Vae,
         monkeypatch: pytest.MonkeyPatch,
         room: int,
         error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
-    ) -> tuple[Replica, list[int]]:
+    ) -> tuple[LatentEncoder, list[int]]:
         """A replica that has memory for slices of `room`, and the sizes of those that it tried."""
-        compute = Compute(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
-        replica, tried = Replica(vae, compute, "float32"), []
-        encode = replica.model.encode
+        compute = ComputeConfig(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
+        latent_encoder, tried = LatentEncoder(vae, compute, "float32"), []
+        encode = latent_encoder.model.encode
 
         def limited(x: torch.Tensor) -> object:
             tried.append(len(x))
@@ -483,37 +489,37 @@ class TestMemory:
                 raise error
             return encode(x)
 
-        monkeypatch.setattr(replica.model, "encode", limited)
-        return replica, tried
+        monkeypatch.setattr(latent_encoder.model, "encode", limited)
+        return latent_encoder, tried
 
     @pytest.mark.fault(15, "a device out of memory")
     def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        replica, tried = self.replica(vae, monkeypatch, room=1)
-        batch = [TestOverflow().picture()] * 4
-        first = replica.encode(batch).latents
+        latent_encoder, tried = self.latent_encoder(vae, monkeypatch, room=1)
+        batch = [TestOverflow().image()] * 4
+        first = latent_encoder.encode(batch).latents
         assert tried == [4, 2, 1, 1, 1, 1]
-        assert replica.compute.slice_size == 1
-        again = replica.encode(batch).latents
+        assert latent_encoder.compute.slice_size == 1
+        again = latent_encoder.encode(batch).latents
         assert tried[6:] == [1, 1, 1, 1]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
 
     def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        exact, tried = self.replica(vae, monkeypatch, room=1)
-        half = Replica(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
+        exact, tried = self.latent_encoder(vae, monkeypatch, room=1)
+        half = LatentEncoder(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
         half._exact = exact.model
 
         def overflowing(x: torch.Tensor) -> object:
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.full((len(x), 4, 8, 8), torch.inf)))
 
         monkeypatch.setattr(half.model, "encode", overflowing)
-        encoded = half.encode([TestOverflow().picture()] * 4)
+        encoded = half.encode([TestOverflow().image()] * 4)
         assert (encoded.again, half.compute.slice_size) == (4, 1)
         assert tried == [4, 2, 1, 1, 1, 1]
 
-    def test_a_single_picture_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        replica, _ = self.replica(vae, monkeypatch, room=0)
-        with pytest.raises(VaeError, match="out of memory on cpu, encoding a single picture of 64x64 pixels; --tile"):
-            replica.encode([TestOverflow().picture()])
+    def test_a_single_image_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        latent_encoder, _ = self.latent_encoder(vae, monkeypatch, room=0)
+        with pytest.raises(VaeError, match="out of memory on cpu, encoding a single image of 64x64 pixels; --tile"):
+            latent_encoder.encode([TestOverflow().image()])
 
     @pytest.mark.parametrize(
         "error",
@@ -545,9 +551,9 @@ class TestMemory:
     def test_every_librarys_words_for_it_make_slices_smaller(
         self, vae: Vae, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
-        replica, tried = self.replica(vae, monkeypatch, room=1, error=error)
-        replica.encode([TestOverflow().picture()] * 4)
-        assert (tried, replica.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
+        latent_encoder, tried = self.latent_encoder(vae, monkeypatch, room=1, error=error)
+        latent_encoder.encode([TestOverflow().image()] * 4)
+        assert (tried, latent_encoder.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
 
     @pytest.mark.parametrize(
         "said",
@@ -563,26 +569,26 @@ class TestMemory:
         assert not is_out_of_memory(RuntimeError(said))
 
     def test_other_errors_are_not_taken_for_it(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        replica, _ = self.replica(vae, monkeypatch, room=4)
-        monkeypatch.setattr(replica.model, "encode", lambda x: torch.ones(2) @ torch.ones(3))
+        latent_encoder, _ = self.latent_encoder(vae, monkeypatch, room=4)
+        monkeypatch.setattr(latent_encoder.model, "encode", lambda x: torch.ones(2) @ torch.ones(3))
         with pytest.raises(RuntimeError, match=r"expected|size|shape"):
-            replica.encode([TestOverflow().picture()] * 4)
-        assert replica.compute.slice_size == 4
+            latent_encoder.encode([TestOverflow().image()] * 4)
+        assert latent_encoder.compute.slice_size == 4
 
     def test_the_smaller_slices_are_recorded(
-        self, worker: Callable[..., Encoder], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = worker(tmp_path / "c")
-        replica = encoder.tools.replica
-        replica.compute = dataclasses.replace(replica.compute, slice_size=8, batch_size=8)
-        encode = replica.model.encode
+        latent_encoder = encoder.context.latent_encoder
+        latent_encoder.compute = dataclasses.replace(latent_encoder.compute, slice_size=8, batch_size=8)
+        encode = latent_encoder.model.encode
 
         def limited(x: torch.Tensor) -> object:
             if len(x) > 2:
                 raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
             return encode(x)
 
-        monkeypatch.setattr(replica.model, "encode", limited)
+        monkeypatch.setattr(latent_encoder.model, "encode", limited)
         encoder.run(unit)
         (done,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_commits").iterdir())
         assert done["compute"]["slice_size"] == 2
@@ -593,27 +599,29 @@ class TestMemory:
 def test_a_compiled_encoder_gives_the_same_latents(vae: Vae) -> None:
     """Within rounding; each shape is compiled once."""
     plain, compiled = (
-        Replica(
-            vae, Compute(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=way), "float32"
+        LatentEncoder(
+            vae,
+            ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=way),
+            "float32",
         )
         for way in (False, True)
     )
-    picture = TestOverflow().picture()
-    tall = dataclasses.replace(picture, pixels=picture.pixels.repeat(1, 2, 1))
-    for each in (picture, tall, picture):
+    image = TestOverflow().image()
+    tall = dataclasses.replace(image, pixels=image.pixels.repeat(1, 2, 1))
+    for each in (image, tall, image):
         (expected,), (found,) = plain.encode([each]).latents, compiled.encode([each]).latents
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_statistics_are_numpys_and_the_digest_is_the_shells(
-    worker: Callable[..., Encoder], unit: Unit, tmp_path: Path
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
-    members = {f"{n}.jpg": b"no picture" for n in range(4)}
+    members = {f"{n}.jpg": b"no image" for n in range(4)}
     empty = unit_of(write_tar(tmp_path / "e/1.tar", members))
     encoder, cache = worker(tmp_path / "c"), tmp_path / "c"
     encoder.run(unit)
     encoder.run(empty)
-    written = stats.Summing(Folder(str(cache)), "the identity").write()
+    written = stats.StatsWriter(Folder(str(cache)), "the identity").write()
     latents = [
         to_tensor(row).double() for path in sorted(cache.glob("data/*")) for row in pq.read_table(path).to_pylist()
     ]
@@ -621,20 +629,20 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     np.testing.assert_allclose(written["mean"], values.mean(axis=(0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(written["std"], values.std(axis=(0, 2, 3)), rtol=1e-12)
     assert written["suggested"]["scaling_factor"] == pytest.approx(1 / values.std(), rel=1e-12)
-    assert (written["count"], written["rejected"]) == (9, {"not_a_picture": 5})
+    assert (written["count"], written["rejected"]) == (9, {"not_an_image": 5})
     command = "export LC_ALL=C; sha256sum _empty/* data/* | sha256sum"
     printed = subprocess.run(command, shell=True, cwd=cache, capture_output=True, text=True, check=True).stdout
     assert written["digest"] == printed.split()[0]
 
     (cache / f"_commits/{unit.name}.json").unlink()
-    assert stats.Summing(Folder(str(cache)), "the identity").write() == written
+    assert stats.StatsWriter(Folder(str(cache)), "the identity").write() == written
     next(cache.glob("_empty/*")).unlink()
     with pytest.raises(CacheError, match="is gone, but was committed"):
-        stats.Summing(Folder(str(cache)), "the identity").write()
+        stats.StatsWriter(Folder(str(cache)), "the identity").write()
 
 
-def test_of_two_commits_the_first_counts(worker: Callable[..., Encoder], unit: Unit, tmp_path: Path) -> None:
+def test_of_two_commits_the_first_counts(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c", run="first").run(unit)
     worker(tmp_path / "c", run="second").run(unit)
     assert json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())["run"] == "first"
-    assert commits.finished(Folder(str(tmp_path / "c"))) == {unit.name}
+    assert commits.finished_units(Folder(str(tmp_path / "c"))) == {unit.name}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import Rejected
-from pipeline.values import for_python, has_times, plain, size_of
+from pipeline.values import has_times, size_in_bytes, to_json_value, to_python
 
 US = pa.timestamp("us")
 FAR = pa.array([2**62]).cast(US)  # the year 148,108
@@ -41,21 +41,21 @@ NESTED = [
 def test_every_time_has_a_text(number: int, kind: Any, text: str) -> None:
     array = pa.array([number, None], pa.int32() if kind == pa.date32() else pa.int64()).cast(kind)
     assert has_times(kind)
-    assert [plain(value) for value in array] == [text, None]
+    assert [to_json_value(value) for value in array] == [text, None]
     if kind != pa.time64("ns"):  # Python's times of day have no nanoseconds
-        assert pa.array(for_python(array), kind).equals(array)
+        assert pa.array(to_python(array), kind).equals(array)
 
 
 @pytest.mark.parametrize(("array", "expected"), NESTED, ids=lambda value: str(getattr(value, "type", ""))[:10])
 def test_times_are_found_inside_of_others(array: pa.Array, expected: object) -> None:
     assert has_times(array.type)
-    assert plain(array[0]) == (expected or {"x": FAR_TEXT, "y": "a", "z": None})
-    assert len(for_python(array)) == 1
+    assert to_json_value(array[0]) == (expected or {"x": FAR_TEXT, "y": "a", "z": None})
+    assert len(to_python(array)) == 1
 
 
 def test_other_values_are_said_in_json() -> None:
-    assert plain([1, True, None, "a", 0.5, float("nan"), float("inf")]) == [1, True, None, "a", 0.5, None, None]
-    assert plain({"n": (Decimal("1.20"), b"\xff\0"), "u": uuid.UUID(int=1)}) == {
+    assert to_json_value([1, True, None, "a", 0.5, float("nan"), float("inf")]) == [1, True, None, "a", 0.5, None, None]
+    assert to_json_value({"n": (Decimal("1.20"), b"\xff\0"), "u": uuid.UUID(int=1)}) == {
         "n": ["1.20", "/wA="],
         "u": "00000000-0000-0000-0000-000000000001",
     }
@@ -65,7 +65,7 @@ def test_other_values_are_said_in_json() -> None:
 @pytest.mark.parametrize("value", [Rejected("read", "bad_text", "txt"), object(), {"a": [{1}]}])
 def test_what_has_no_rule_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="there is no rule for a"):
-        plain(value)
+        to_json_value(value)
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_what_has_no_rule_is_refused(value: object) -> None:
     ],
 )
 def test_what_values_take(value: Any, size: int) -> None:
-    assert size_of(value) == size
+    assert size_in_bytes(value) == size

@@ -51,7 +51,7 @@ def test_every_verb_reads_sources_on_an_account_of_their_own(
     code, _, err = latentmill(*argv, *mine)
     assert code == 2, "without options of their own, the sources are looked for on the cache's server"
     assert "there is no source at s3://public/shards" in err
-    rejecting = ["--input-limit", "picture_bytes=1500", "--max-reject-rate", 1]
+    rejecting = ["--input-limit", "image_bytes=1500", "--max-reject-rate", 1]
     code, _, err = latentmill(*argv, *mine, *theirs, *rejecting)
     assert code == 0, err
     code, out, err = latentmill("retry", cache, "--workers", 0, "--json", *mine, *theirs)

@@ -1,4 +1,4 @@
-"""What a folder on S3 promises, over HTTP."""
+"""What a folder on S3 supports_conditional_create, over HTTP."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +47,7 @@ def test_what_is_there_is_seen_at_once(bucket: str) -> None:
 
 def test_a_store_with_conditional_creates_is_known_by_trying(bucket: str) -> None:
     folder = Folder(f"{bucket}/cache")
-    assert folder.promises()
+    assert folder.supports_conditional_create()
     assert folder.is_empty()
 
 
@@ -70,7 +70,7 @@ def test_two_colons_are_a_part_of_a_name(bucket: str) -> None:
     assert all(store.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
 
 
-def test_pictures_that_have_gone_with_all_others_are_told_apart(bucket: str) -> None:
+def test_images_that_have_gone_with_all_others_are_told_apart(bucket: str) -> None:
     Folder(bucket).replace("data/a.jpg", b"")
     store.check_has_files(f"{bucket}/data", {})
     with pytest.raises(SourceError, match="none has gone since it was planned"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError, StorageError
-from pipeline.readers.folder import READERS, read_unit
+from pipeline.readers.folder import READERS, read_folder_unit
 from pipeline.records import Reject, Sample, Unit
 from pipeline.sources import units
 from pipeline.sources.listing import list_shards
@@ -29,7 +29,7 @@ def images(bucket: str) -> Folder:
 
 
 def planned(folder: Folder) -> Unit:
-    (unit,) = units.units_of(list_shards((folder.url,), {}, "nowhere"))
+    (unit,) = units.make_units(list_shards((folder.url,), {}, "nowhere"))
     return unit
 
 
@@ -40,7 +40,7 @@ def gets(proxy: Proxy) -> Counter[tuple[str, str]]:
 def test_each_file_that_is_there_is_one_request_and_no_other_is_made(images: Folder, proxy: Proxy) -> None:
     unit = planned(images)
     proxy.seen.clear()
-    samples = list(read_unit(unit, {}))
+    samples = list(read_folder_unit(unit, {}))
     assert gets(proxy) == {
         **{("GET", f"{n:02d}.jpg"): 1 for n in range(20)},
         **{("GET", f"{n:02d}.txt"): 1 for n in range(0, 20, 2)},
@@ -67,7 +67,7 @@ def test_many_requests_are_on_their_way_at_once(images: Folder, proxy: Proxy) ->
             together.wait()
 
     proxy.rule = wait
-    assert len(list(read_unit(unit, {}))) == 20
+    assert len(list(read_folder_unit(unit, {}))) == 20
     assert not together.broken
 
 
@@ -77,29 +77,29 @@ def test_another_content_of_the_same_size_fails_the_unit(images: Folder, proxy: 
     images.replace(name, b"X" * (8 if name.endswith("jpg") else 10))
     proxy.seen.clear()
     with pytest.raises(SourceError, match=rf"{images.url}/{name} has changed since it was planned"):
-        list(read_unit(unit, {}))
+        list(read_folder_unit(unit, {}))
     assert not [request for request in proxy.seen if request.method == "HEAD"]
 
 
 def test_where_the_condition_is_not_known_the_size_is_compared(images: Folder, proxy: Proxy) -> None:
     unit, options = planned(images), {"local_expiry_check": True}
     proxy.seen.clear()
-    assert len(list(read_unit(unit, options))) == 20
+    assert len(list(read_folder_unit(unit, options))) == 20
     assert set(gets(proxy).values()) == {1}
     images.replace("00.txt", b"X" * 11)
     with pytest.raises(SourceError, match=r"00\.txt has changed since it was planned"):
-        list(read_unit(unit, options))
+        list(read_folder_unit(unit, options))
 
 
 def test_a_file_that_was_empty_is_looked_at(images: Folder) -> None:
     images.replace("00.txt", b"")
     unit = planned(images)
-    first = next(read_unit(unit, {}))
+    first = next(read_folder_unit(unit, {}))
     assert isinstance(first, Sample)
     assert first.columns["txt"] == ""
     images.replace("00.txt", b"no more")
     with pytest.raises(SourceError, match=r"00\.txt has changed since it was planned"):
-        next(read_unit(unit, {}))
+        next(read_folder_unit(unit, {}))
 
 
 def remove(folder: Folder, *names: str) -> None:
@@ -111,20 +111,20 @@ def remove(folder: Folder, *names: str) -> None:
 def test_what_has_gone_is_told_apart(images: Folder) -> None:
     unit = planned(images)
     remove(images, "01.jpg")
-    items = list(read_unit(unit, {}))
-    assert [(item.key, item.reason) for item in items if isinstance(item, Reject)] == [("01", "no_picture")]
+    items = list(read_folder_unit(unit, {}))
+    assert [(item.key, item.reason) for item in items if isinstance(item, Reject)] == [("01", "no_image")]
     remove(images, "00.txt")
     with pytest.raises(SourceError, match=r"00\.txt has gone since it was planned; its image has not"):
-        list(read_unit(unit, {}))
+        list(read_folder_unit(unit, {}))
     remove(images, *(name for name in images.names() if name != "00.txt"))
     with pytest.raises(SourceError, match=f"{images.url} has gone since it was planned, or is empty"):
-        list(read_unit(unit, {}))
+        list(read_folder_unit(unit, {}))
 
 
 def test_an_error_names_the_file_it_is_about(images: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = planned(images)
     proxy.rule = lambda request: 403 if request.path.endswith("07.jpg") else None
-    items = read_unit(unit, {})
+    items = read_folder_unit(unit, {})
     with pytest.raises(StorageError, match=rf"cannot read {images.url}/07\.jpg: "):
         list(items)
 
@@ -134,7 +134,7 @@ def test_a_reader_that_is_left_asks_for_no_more(images: Folder, proxy: Proxy) ->
         images.replace(f"{n:03d}.jpg", b"x")
     unit = planned(images)
     proxy.seen.clear()
-    items: Iterator[Sample | Reject] = read_unit(unit, {})
+    items: Iterator[Sample | Reject] = read_folder_unit(unit, {})
     next(items)
     items.close()  # type: ignore[attr-defined]
     asked = len(proxy.seen)
@@ -146,7 +146,7 @@ def test_a_reader_that_is_left_asks_for_no_more(images: Folder, proxy: Proxy) ->
 @pytest.mark.parametrize("source", ["photos/*.jpg", "photos/{00..01}.jpg", "photos/00.jpg", "ph*s/0?.jpg"])
 def test_texts_come_with_images_that_are_named(images: Folder, bucket: str, source: str, tmp_path: Path) -> None:
     shards = list_shards((f"{bucket}/{source}",), {}, "nowhere")
-    (unit,) = units.units_of(shards)
-    first = next(read_unit(unit, {}))
+    (unit,) = units.make_units(shards)
+    first = next(read_folder_unit(unit, {}))
     assert isinstance(first, Sample)
     assert first.columns == {"txt": "caption 00", "json": "{}"}

@@ -49,10 +49,10 @@ def test_sources_caches_vaes_and_previews_on_s3(
     code, out, _ = latentmill("decode", f"{bucket}/c", "--to", f"{bucket}/previews", "--workers", 0, "--json")
     assert (code, json.loads(out)["psnr"] is not None) == (0, True)
     assert "sheets/00000.png" in objects(f"{bucket}/previews")
-    assert encode(source, f"{bucket}/c", "--vae", vae)[1].startswith("encoded 0 pictures")
+    assert encode(source, f"{bucket}/c", "--vae", vae)[1].startswith("encoded 0 images")
 
 
-def test_parquet_and_pictures_on_s3(encode: Command, photos: Path, bucket: str, tmp_path: Path) -> None:
+def test_parquet_and_images_on_s3(encode: Command, photos: Path, bucket: str, tmp_path: Path) -> None:
     encode(photos, tmp_path / "c")
     code, _, err = encode(upload(photos, f"{bucket}/photos"), f"{bucket}/c")
     assert code == 0, err
@@ -93,7 +93,7 @@ def test_a_store_that_stays_away_ends_the_job_with_one_line(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     end_sessions()
     proxy.rule = lambda request: 500 if request.method == "PUT" and "/data/" in request.path else None
-    code, out, err = encode(source, f"{bucket}/c", "--patience", 3)
+    code, out, err = encode(source, f"{bucket}/c", "--stall-timeout", 3)
     assert code == 1
     assert "failed" in out + err
     assert f"cannot write {bucket}/c/data/" in out + err

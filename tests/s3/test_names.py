@@ -20,13 +20,13 @@ def test_a_prefix_that_moved_goes_on_and_another_is_refused(bucket: str) -> None
         Folder(bucket).replace(name, content)
     cache = Folder(f"{bucket}/cache")
     first = listed(f"{bucket}/a/shards")
-    plan.extend(cache, first.shards, first.sources)
+    plan.extend_plan(cache, first.shards, first.sources)
     moved = listed(f"{bucket}/b/shards")
-    (unit,), (note,) = plan.extend(cache, moved.shards, moved.sources)
+    (unit,), (note,) = plan.extend_plan(cache, moved.shards, moved.sources)
     assert (unit.url, "has moved from" in note) == (f"{bucket}/b/shards/0.tar", True)
     other = listed(f"{bucket}/c/shards")
     with pytest.raises(SourceError, match=f"give it a name: shards2={bucket}/c/shards"):
-        plan.extend(cache, other.shards, other.sources)
+        plan.extend_plan(cache, other.shards, other.sources)
 
 
 def test_one_url_named_twice_is_one_source(bucket: str) -> None:
@@ -37,7 +37,7 @@ def test_one_url_named_twice_is_one_source(bucket: str) -> None:
     assert [shard.path for shard in found.shards] == ["x/0.tar"]
     cache = Folder(f"{bucket}/cache")
     twice = listed(f"{bucket}/x", f"y={bucket}/x/0.tar")
-    units, _ = plan.extend(cache, twice.shards, twice.sources)
+    units, _ = plan.extend_plan(cache, twice.shards, twice.sources)
     assert [unit.path for unit in units] == ["x/0.tar"]
 
 
@@ -47,9 +47,9 @@ def test_a_look_at_a_source_costs_no_request_for_each_file(bucket: str, proxy: P
         Folder(bucket).replace(f"s/{number}.tar", b"%d" % number)
     cache = Folder(f"{bucket}/cache")
     first = listed(f"{bucket}/s")
-    plan.extend(cache, first.shards, first.sources)
+    plan.extend_plan(cache, first.shards, first.sources)
     before = len(proxy.seen)
     again = listed(f"t={bucket}/s")
     with pytest.raises(SourceError, match="--new-source"):
-        plan.extend(cache, again.shards, again.sources)
+        plan.extend_plan(cache, again.shards, again.sources)
     assert len(proxy.seen) - before < 20, Counter(request.method for request in proxy.seen[before:])

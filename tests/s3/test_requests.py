@@ -41,7 +41,7 @@ def test_a_run_with_nothing_to_do_reads_each_commit_once_in_one_request(
     latentmill: Command, cache: tuple[str, ...], proxy: Proxy
 ) -> None:
     code, out, err = latentmill(*cache)
-    assert (code, out.startswith("encoded 0 pictures")) == (0, True), err
+    assert (code, out.startswith("encoded 0 images")) == (0, True), err
     requests = counted(proxy)
     assert requests["GET", "_commits"] == UNITS
     assert not [key for key in requests if key[0] == "HEAD" and key[1] in ("_commits", "_runs", "cache.json")], requests

@@ -20,7 +20,7 @@ def source(tmp_path: Path) -> Path:
     for number in range(12):
         members = {f"{number}a.jpg": encoded(smooth(number)), f"{number}b.jpg": encoded(smooth(50 + number))}
         if number % 2:
-            members[f"{number}b.jpg"] = b"no picture"
+            members[f"{number}b.jpg"] = b"no image"
         write_tar(tmp_path / f"s/{number:02}.tar", members)
     return tmp_path / "s"
 

@@ -40,7 +40,7 @@ def test_json_and_back_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("levels", "downscale"), [(1, 1), (2, 2), (3, 4), (4, 8), (5, 16)])
-def test_every_level_but_the_last_halves_the_picture(levels: int, downscale: int) -> None:
+def test_every_level_but_the_last_halves_the_image(levels: int, downscale: int) -> None:
     config = AutoencoderKLConfig(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,

@@ -8,10 +8,10 @@ SCRIPT = """
 import resource, sys, torch
 from tests.conftest import MICRO
 from vae import AutoencoderKL
-from vae.fast import keep_freed_memory
+from vae.fast import disable_malloc_trim
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert disable_malloc_trim()
 model, x = AutoencoderKL(**MICRO).eval(), torch.zeros(1, 3, 256, 256)
 with torch.inference_mode():
     for _ in range(3):
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_a_picture_costs_far_fewer_page_faults() -> None:
+def test_an_image_costs_far_fewer_page_faults() -> None:
     root = Path(__file__).parents[2]
     faults = [
         int(subprocess.run([sys.executable, "-c", SCRIPT, mode], cwd=root, capture_output=True, check=True).stdout)

@@ -52,7 +52,7 @@ def test_slicing_changes_no_number(model: AutoencoderKL, size: int) -> None:
     torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=0)
 
 
-def test_a_slice_has_at_least_one_picture(model: AutoencoderKL) -> None:
+def test_a_slice_has_at_least_one_image(model: AutoencoderKL) -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         model.enable_slicing(0)
 
@@ -163,7 +163,7 @@ def test_no_bit_of_a_latent_depends_on_the_rest_of_its_slice(sd_like: Autoencode
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_no_bit_of_a_picture_depends_on_the_rest_of_its_slice(sd_like: AutoencoderKL) -> None:
+def test_no_bit_of_an_image_depends_on_the_rest_of_its_slice(sd_like: AutoencoderKL) -> None:
     z = torch.randn(4, 16, 5, 9, generator=torch.Generator().manual_seed(0))
     pixels, turned = sd_like.decode(z).sample, sd_like.decode(z.roll(1, 0)).sample
     assert torch.equal(pixels, turned.roll(-1, 0))

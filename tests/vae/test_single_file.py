@@ -15,7 +15,7 @@ from tests.checkpoints import AROUND, ldm
 from tests.conftest import MICRO
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
 from vae.load import configuration, weights_sha256
-from vae.names import renamed
+from vae.names import rename_keys
 
 SMALL = AutoencoderKLConfig(
     **{**MICRO, "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
@@ -84,7 +84,7 @@ def test_shapes_tell_how_a_model_is_built(name: str, tmp_path: Path) -> None:
     config = presets.PRESETS[name].config
     with torch.device("meta"):
         weights = AutoencoderKL.from_config(config).state_dict()
-    fields = single_file.shaped(renamed(ldm(weights)), tmp_path)
+    fields = single_file.shaped(rename_keys(ldm(weights)), tmp_path)
     assert fields == {field: config[field] for field in single_file.SHAPED}
 
 

@@ -14,13 +14,13 @@ def model() -> AutoencoderKL:
     return AutoencoderKL(**MICRO, sample_size=64).eval().requires_grad_(False)
 
 
-def picture(height: int, width: int) -> torch.Tensor:
+def image(height: int, width: int) -> torch.Tensor:
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (65, 64), (100, 230), (7, 300)])
 def test_tiles_of_a_function_of_each_place_change_nothing(shape: tuple[int, int]) -> None:
-    x = picture(*shape)
+    x = image(*shape)
     assert torch.allclose(run_in_tiles(lambda tile: tile * 2, x, Tiles.of(64, 64, 0.25)), x * 2)
 
 
@@ -31,28 +31,28 @@ def test_a_model_function_never_sees_more_than_a_tile() -> None:
         sizes.append(max(tile.shape))
         return tile
 
-    run_in_tiles(run, picture(500, 300), Tiles.of(64, 64, 0.25))
+    run_in_tiles(run, image(500, 300), Tiles.of(64, 64, 0.25))
     assert max(sizes) == 64
     assert len(sizes) == 11 * 7
 
 
 def test_nothing_is_tiled_unless_it_was_asked_for(model: AutoencoderKL) -> None:
-    x = picture(128, 192)
+    x = image(128, 192)
     whole = model.encode(x).latent_dist.mode()
     model.enable_tiling()
     try:
         tiled = model.encode(x).latent_dist.mode()
-        small = model.encode(picture(64, 64)).latent_dist.mode()
+        small = model.encode(image(64, 64)).latent_dist.mode()
     finally:
         model.disable_tiling()
     assert tiled.shape == whole.shape
     assert not torch.allclose(tiled, whole, atol=1e-4)
     assert torch.equal(model.encode(x).latent_dist.mode(), whole)
-    assert torch.equal(model.encode(picture(64, 64)).latent_dist.mode(), small)
+    assert torch.equal(model.encode(image(64, 64)).latent_dist.mode(), small)
 
 
-def test_pictures_up_to_a_tile_are_not_tiled(model: AutoencoderKL) -> None:
-    x = picture(128, 128)
+def test_images_up_to_a_tile_are_not_tiled(model: AutoencoderKL) -> None:
+    x = image(128, 128)
     whole = model.encode(x).latent_dist.mode()
     model.enable_tiling()
     model.tile_sample_min_size, model.tile_latent_min_size = 128, 16
@@ -64,7 +64,7 @@ def test_pictures_up_to_a_tile_are_not_tiled(model: AutoencoderKL) -> None:
 
 
 def test_tuples_are_returned_on_request(model: AutoencoderKL) -> None:
-    x = picture(96, 96)
+    x = image(96, 96)
     (posterior,) = model.tiled_encode(x, return_dict=False)
     (sample,) = model.tiled_decode(posterior.mode(), return_dict=False)
     assert sample.shape == x.shape

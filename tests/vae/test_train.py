@@ -16,7 +16,7 @@ from vae.scaling import scaling_of
 TINY = AutoencoderKLConfig(**MICRO, scaling_factor=1.0)
 
 
-def picture(seed: int, height: int, width: int) -> Tensor:
+def image(seed: int, height: int, width: int) -> Tensor:
     """Noise [3, height, width] in [-1, 1]."""
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -43,7 +43,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def symmetries(square: Tensor) -> list[Tensor]:
-    """A square picture turned and mirrored in all eight ways."""
+    """A square image turned and mirrored in all eight ways."""
     turned = [torch.rot90(square, turns, (1, 2)) for turns in range(4)]
     return [*turned, *(each.flip(2) for each in turned)]
 
@@ -72,14 +72,14 @@ def test_reducing_averages_over_what_it_drops() -> None:
 
 
 def test_recolouring_stays_in_range_and_keeps_the_shape() -> None:
-    crop, draw = picture(0, 8, 8), np.random.default_rng(0)
+    crop, draw = image(0, 8, 8), np.random.default_rng(0)
     changed = [train.recoloured(crop, draw) for _ in range(50)]
     assert all(each.shape == crop.shape and each.abs().max() <= 1 for each in changed)
     assert not any(torch.equal(each, crop) for each in changed)
 
 
 def test_batches_are_shaped_and_repeat_with_the_seed() -> None:
-    photos = [picture(0, 40, 24), picture(1, 24, 40)]
+    photos = [image(0, 40, 24), image(1, 24, 40)]
     first, again, other = (train.batches(photos, 16, 5, np.random.default_rng(seed)) for seed in (0, 0, 1))
     for _ in range(3):
         batch = next(first)
@@ -90,7 +90,7 @@ def test_batches_are_shaped_and_repeat_with_the_seed() -> None:
 
 
 def test_half_of_the_crops_are_the_photograph_turned_and_mirrored_in_every_way() -> None:
-    photo = picture(0, 6, 6)
+    photo = image(0, 6, 6)
     crops = next(train.batches([photo], 6, 400, np.random.default_rng(0)))
     counts = [sum(torch.equal(crop, way) for crop in crops) for way in symmetries(photo)]
     assert 160 < sum(counts) < 240
@@ -105,7 +105,7 @@ def test_crops_come_from_everywhere_in_every_photograph() -> None:
 
 
 def test_the_terms_of_the_negative_elbo_are_torchs() -> None:
-    model, x = untrained().eval(), torch.stack([picture(0, 32, 48), picture(1, 32, 48)])
+    model, x = untrained().eval(), torch.stack([image(0, 32, 48), image(1, 32, 48)])
     loss, distortion, rate = (term.item() for term in train.negative_elbo(model, x, torch.Generator().manual_seed(4)))
     mean, logvar = model.moments(x).chunk(2, dim=1)
     q = Normal(mean, (logvar / 2).exp())
@@ -120,14 +120,14 @@ def test_the_terms_of_the_negative_elbo_are_torchs() -> None:
 
 def test_the_negative_elbo_reaches_every_weight() -> None:
     model = untrained()
-    loss, *_ = train.negative_elbo(model, picture(0, 32, 32)[None], torch.Generator().manual_seed(0))
+    loss, *_ = train.negative_elbo(model, image(0, 32, 32)[None], torch.Generator().manual_seed(0))
     loss.backward()
     idle = {name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()}
     assert {name for name in idle if not name.endswith("to_k.bias")} == set()  # softmax ignores a bias of all keys
 
 
 def test_psnr_by_hand() -> None:
-    model, photo = untrained().eval(), picture(0, 64, 64)
+    model, photo = untrained().eval(), image(0, 64, 64)
     with torch.no_grad():
         back = model.decode(model.encode(photo[None]).latent_dist.mode()).sample[0]
     levels = [np.round((values.clamp(-1, 1).double().numpy() + 1) * 127.5) for values in (back, photo)]
@@ -136,14 +136,14 @@ def test_psnr_by_hand() -> None:
 
 
 def test_psnr_looks_at_the_centre_at_the_size_asked_for() -> None:
-    model, wide = untrained().eval(), picture(0, 64, 96)
+    model, wide = untrained().eval(), image(0, 64, 96)
     assert train.psnr(model, wide, 64) == train.psnr(model, wide[:, :, 16:80], 64)
-    large = picture(1, 128, 128)
+    large = image(1, 128, 128)
     assert train.psnr(model, large, 64) == train.psnr(model, train.reduced(large, 0.5), 64)
 
 
 def test_the_latent_constants_normalise_the_photographs_latents() -> None:
-    model, photos = untrained().eval(), [picture(0, 64, 80), picture(1, 70, 93)]
+    model, photos = untrained().eval(), [image(0, 64, 80), image(1, 70, 93)]
     done = train.with_latent_constants(model, photos)
     assert weights_sha256(done.state_dict()) == weights_sha256(model.state_dict())
     with torch.no_grad():

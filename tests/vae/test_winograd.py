@@ -1,4 +1,4 @@
-"""The quick convolutions: the direct ones' numbers, whatever the shape, and each picture by itself."""
+"""The quick convolutions: the direct ones' numbers, whatever the shape, and each image by itself."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vae import AutoencoderKL
-from vae.fast import quicken
+from vae.fast import optimize_for_cpu
 from vae.winograd import WinogradConv2d
 
 WIDE = {
@@ -24,7 +24,7 @@ def inference() -> Iterator[None]:
         yield
 
 
-def pictures(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
+def images(batch: int, channels: int, height: int, width: int) -> torch.Tensor:
     x = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(0))
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -34,7 +34,7 @@ def pictures(batch: int, channels: int, height: int, width: int) -> torch.Tensor
 def test_the_numbers_are_the_convolutions(height: int, width: int, inside: int, outside: int, bias: bool) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(inside, outside, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
-    x = pictures(2, inside, height, width)
+    x = images(2, inside, height, width)
     exact = conv.double()(x.double())
     found = WinogradConv2d(conv.float())(x)
     assert found.shape == exact.shape
@@ -43,11 +43,11 @@ def test_the_numbers_are_the_convolutions(height: int, width: int, inside: int, 
 
 def test_what_comes_out_is_channels_last() -> None:
     conv = WinogradConv2d(nn.Conv2d(128, 128, 3, padding=1))
-    assert conv(pictures(2, 128, 16, 18)).is_contiguous(memory_format=torch.channels_last)
+    assert conv(images(2, 128, 16, 18)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_no_bit_depends_on_the_batch_or_the_place_in_it() -> None:
-    conv, x = WinogradConv2d(nn.Conv2d(128, 128, 3, padding=1)), pictures(3, 128, 20, 24)
+    conv, x = WinogradConv2d(nn.Conv2d(128, 128, 3, padding=1)), images(3, 128, 20, 24)
     alone = conv(x[1:2])
     assert torch.equal(conv(x)[1:2], alone)
     assert torch.equal(conv(x.flip(0))[1:2], alone)
@@ -71,12 +71,12 @@ def test_only_wide_plain_convolutions_are_replaced(conv: nn.Module, suits: bool)
     assert WinogradConv2d.suits(conv) is suits
 
 
-def test_a_quickened_model_gives_the_same_latents_and_pictures() -> None:
+def test_an_optimized_model_gives_the_same_latents_and_images() -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(**WIDE).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = pictures(2, 3, 34, 46).clamp(-1, 1)
+    x = images(2, 3, 34, 46).clamp(-1, 1)
     moments, back = model.encode(x).latent_dist.parameters, model(x).sample
-    quicken(model)
+    optimize_for_cpu(model)
     assert sum(isinstance(module, WinogradConv2d) for module in model.modules()) == 8 + 13
     assert torch.allclose(model.encode(x).latent_dist.parameters, moments, atol=2e-5)
     assert torch.allclose(model(x).sample, back, atol=2e-5)

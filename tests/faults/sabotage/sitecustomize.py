@@ -1,6 +1,6 @@
-"""Python imports this at its start, where PYTHONPATH leads here: some pictures then do what bad libraries do.
+"""Python imports this at its start, where PYTHONPATH leads here: some images then do what bad libraries do.
 
-A picture that ends with ABORT ends the process that opens it, one that ends with SLEEP is never open.
+An image that ends with ABORT ends the process that opens it, one that ends with SLEEP is never open.
 """
 
 import os

@@ -16,11 +16,11 @@ import pytest
 
 from pipeline.cache import commits
 from pipeline.cache import parts as parts_module
-from pipeline.cache.commit_reader import Listing, Mending, by_file
-from pipeline.cache.parts import files, find, publish, shadowed, stem_of
+from pipeline.cache.commit_reader import CacheListing, Repair, pair_with_commits
+from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, stem_of
 from pipeline.errors import StorageError
-from pipeline.formats.record import Record, Standing
-from pipeline.formats.schema import Layout
+from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import Unit
 
 UNIT = Unit(name="u-0123456789abcdef", kind="tar", url="/s/u.tar", path="s/u.tar", bytes=3)
@@ -97,7 +97,7 @@ class JsonWriter:
     SUFFIX = ".parquet"
 
     @staticmethod
-    def part(rows: object, record: Record, layout: Layout) -> bytes:
+    def serialize_part(rows: object, record: Record, layout: OutputSchema) -> bytes:
         return record.to_json()
 
     @staticmethod
@@ -132,15 +132,15 @@ def record(number: int, writer: int, rows: int = 0) -> Record:
     )
 
 
-def write(folder: Replay | Disk, writer: int, twins: bool = False) -> list[Standing]:
+def write(folder: Replay | Disk, writer: int, twins: bool = False) -> list[PartInfo]:
     """What `flow.process` does with the store. twins: the first writer makes parts with rows, others without."""
-    standing: list[Standing] = []
+    standing: list[PartInfo] = []
     while not standing or not standing[-1].record.last:
         number = len(standing)
-        part = find(folder, UNIT.name, number, "identity")  # type: ignore[arg-type]
+        part = find_part(folder, UNIT.name, number, "identity")  # type: ignore[arg-type]
         made = record(number, writer, rows=int(twins and writer == 1))
-        standing.append(part or publish(folder, made, [None] * made.rows, Layout()))  # type: ignore[arg-type, list-item]
-    commits.finish(folder, standing)  # type: ignore[arg-type]
+        standing.append(part or publish_part(folder, made, [None] * made.rows, OutputSchema()))  # type: ignore[arg-type, list-item]
+    commits.write_commit(folder, standing)  # type: ignore[arg-type]
     return standing
 
 
@@ -236,9 +236,9 @@ def completes(store: Store) -> None:
     """From here a calm writer ends well, and then `_commits` names the files that count, each part once."""
     disk = Disk(dict(store))
     write(disk, writer=9)
-    mending = Mending(identity="identity", container="parquet")
-    assert list(by_file(disk, Listing.of(disk), lambda name, said: said, mending))  # type: ignore[arg-type]
-    counted = set(files(disk)) - shadowed(files(disk))  # type: ignore[arg-type]
+    mending = Repair(identity="identity", container="parquet")
+    assert list(pair_with_commits(disk, CacheListing.of(disk), lambda name, said: said, mending))  # type: ignore[arg-type]
+    counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted
     assert len(counted) == PARTS
     assert is_consistent(tuple(disk.store.items()))
@@ -280,9 +280,9 @@ def test_a_lost_answer_is_looked_up_at_once() -> None:
     mine, theirs = record(0, writer=1), record(0, writer=2)
     for standing in (mine, theirs):
         folder = Replay((LOST, standing.to_json()))
-        assert publish(folder, mine, (), Layout()).record == standing  # type: ignore[arg-type]
+        assert publish_part(folder, mine, (), OutputSchema()).record == standing  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="no answer"):
-        publish(Replay((LOST, None)), mine, (), Layout())  # type: ignore[arg-type]
+        publish_part(Replay((LOST, None)), mine, (), OutputSchema())  # type: ignore[arg-type]
 
 
 def test_a_store_that_overwrites_breaks_it() -> None:

@@ -14,11 +14,11 @@ import torch
 from pipeline.cache import commit_reader, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
-from pipeline.cache.commit_reader import Listing
-from pipeline.cache.parts import hashes, inspect
+from pipeline.cache.commit_reader import CacheListing
+from pipeline.cache.parts import hash_files, inspect_part
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
-from pipeline.formats.record import BucketTally, Record, Standing
+from pipeline.formats.record import BucketTally, PartInfo, Record
 from pipeline.storage.store import Folder
 
 IDENTITY = "identity"
@@ -51,7 +51,7 @@ def made_record(unit: str, part: int, last: bool, draw: random.Random, round: in
     )
 
 
-def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[Standing]:
+def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[PartInfo]:
     """Files for these parts of one unit, whose bytes are their records', and their commit."""
     standing = []
     for record in records:
@@ -60,19 +60,19 @@ def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         file = f"_empty/{record.stem}.json"
-        (hashed,) = hashes(Folder(str(cache)), [file]).values()
-        standing.append(Standing(record, file, len(data), hashed))
+        (hashed,) = hash_files(Folder(str(cache)), [file]).values()
+        standing.append(PartInfo(record, file, len(data), hashed))
     if committed:
         (cache / "_commits").mkdir(exist_ok=True)
-        name = commits.name_of(standing)
-        (cache / f"_commits/{name}.json").write_bytes(canonical_json(commits.commit_of(standing, {})))
+        name = commits.commit_name(standing)
+        (cache / f"_commits/{name}.json").write_bytes(canonical_json(commits.commit_content(standing, {})))
     return standing
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Forty units, some retried, and some whose names begin with another's; one is under way."""
-    monkeypatch.setattr(parts_module, "place_of", lambda record: f"_empty/{record.stem}")  # rows without a writer
+    monkeypatch.setattr(parts_module, "expected_stem", lambda record: f"_empty/{record.stem}")  # rows without a writer
     draw = random.Random(1)
     names = [f"{stem}-{draw.randrange(16**16):016x}" for stem in ("a", "a-b", "b") for _ in range(10)]
     names += [f"{name}-{'0' * 15}{number}" for number, name in enumerate(names[:10])]
@@ -88,7 +88,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def at_once(cache: Path) -> dict[str, Any]:
     """The statistics as they were made before: all parts in a list, then merged bucket by bucket."""
     folder = Folder(str(cache))
-    parts = [stats.part_of(standing.to_dict()) for standing in inspected(folder)]
+    parts = [stats.parse_part(standing.to_dict()) for standing in inspected(folder)]
     parts.sort(key=lambda part: part.file.rpartition("/")[2])
     buckets: dict[str, list[BucketTally]] = {}
     for part in parts:
@@ -105,15 +105,15 @@ def at_once(cache: Path) -> dict[str, Any]:
     }
 
 
-def inspected(folder: Folder) -> Iterator[Standing]:
-    for file in part_files.files(folder):
-        standing = inspect(folder, file, IDENTITY)
+def inspected(folder: Folder) -> Iterator[PartInfo]:
+    for file in part_files.list_part_files(folder):
+        standing = inspect_part(folder, file, IDENTITY)
         assert standing
         yield standing
 
 
 def test_statistics_are_to_the_last_bit_what_they_are_of_all_parts_at_once(cache: Path) -> None:
-    written = stats.Summing(Folder(str(cache)), IDENTITY).write()
+    written = stats.StatsWriter(Folder(str(cache)), IDENTITY).write()
     assert {name: written[name] for name in ("count", "mean", "std", "files")} == at_once(cache)
 
 
@@ -136,12 +136,12 @@ def test_each_commit_is_read_once_and_few_are_held(cache: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Folder, "read", counted)
     folder = Folder(str(cache))
-    listing, files = Listing.of(folder), list[str]()
-    for file, _ in commit_reader.by_file(folder, listing, understand):
+    listing, files = CacheListing.of(folder), list[str]()
+    for file, _ in commit_reader.pair_with_commits(folder, listing, understand):
         files.append(file)
         most = max(most, len(held))
     assert most < 20 < len(listing.files) / 2
-    assert [commit_reader.own_name(file) for file in files] == sorted(map(commit_reader.own_name, listing.files))
+    assert [commit_reader.file_name(file) for file in files] == sorted(map(commit_reader.file_name, listing.files))
     assert reads == {f"_commits/{name}.json": 1 for name in listing.commits}
 
 
@@ -150,7 +150,7 @@ def test_a_commit_without_any_file_left_is_damage(cache: Path) -> None:
     (gone,) = put(cache, [made_record("z-0123456789abcdef", 0, True, draw)])
     (cache / gone.file).unlink()
     with pytest.raises(CacheError, match=f"{gone.file} is gone, but was committed"):
-        stats.Summing(Folder(str(cache)), IDENTITY).write()
+        stats.StatsWriter(Folder(str(cache)), IDENTITY).write()
 
 
 @pytest.mark.parametrize("stem", ["0", "a-8", "a-b-8", "zz"])
@@ -158,7 +158,7 @@ def test_what_another_job_adds_meanwhile_is_summed_up_without_reading_all_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, stem: str
 ) -> None:
     folder = Folder(str(cache))
-    summing = stats.Summing(folder, IDENTITY)
+    summing = stats.StatsWriter(folder, IDENTITY)
     summing.write()
     draw = random.Random(3)
     put(cache, [made_record(f"{stem}-0123456789abcdef", part, part == 1, draw) for part in range(2)])
@@ -173,9 +173,9 @@ def test_what_another_job_adds_meanwhile_is_summed_up_without_reading_all_again(
     written = summing.write()
     assert f"_commits/{stem}-0123456789abcdef.json" in reads
     assert len(reads) == len(set(reads))
-    behind = [name for name in map(commit_reader.own_name, part_files.files(folder)) if name >= stem]
+    behind = [name for name in map(commit_reader.file_name, part_files.list_part_files(folder)) if name >= stem]
     assert len(reads) <= len(behind) + 4, "what comes before the new files is not read again"
     monkeypatch.undo()
-    monkeypatch.setattr(parts_module, "place_of", lambda record: f"_empty/{record.stem}")
-    assert written == stats.Summing(folder, IDENTITY).write()
+    monkeypatch.setattr(parts_module, "expected_stem", lambda record: f"_empty/{record.stem}")
+    assert written == stats.StatsWriter(folder, IDENTITY).write()
     assert {name: written[name] for name in ("count", "mean", "std", "files")} == at_once(cache)

@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.cache import identity
 from pipeline.cache.identity import Identity
-from pipeline.canonical_json import sealed
+from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
-from pipeline.formats.schema import TEXTS
+from pipeline.formats.schema import TEXT_COLUMNS
 from pipeline.images.transform import Transform
 from pipeline.storage.store import Folder
 from tests.conftest import MICRO
@@ -18,7 +18,7 @@ from vae import AutoencoderKLConfig
 ONE = Identity(
     weights="w",
     config={"latent_channels": 4},
-    preprocessing=identity.preprocessing(Transform(resolution=64)),
+    preprocessing=identity.describe_transform(Transform(resolution=64)),
     store="mode",
     dtype="float16",
     precision="fp32",
@@ -33,7 +33,7 @@ ONE = Identity(
 
 
 def content(of: Identity) -> dict[str, Any]:
-    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256, "columns": TEXTS.to_dict()}
+    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256, "columns": TEXT_COLUMNS.to_dict()}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
@@ -41,10 +41,10 @@ def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: P
     cache = Folder(str(tmp_path))
     other = dataclasses.replace(ONE, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
     assert other.sha256 != ONE.sha256
-    assert identity.settle(cache, content(ONE)) == sealed(content(ONE))
+    assert identity.create_or_load(cache, content(ONE)) == with_checksum(content(ONE))
     with pytest.raises(IdentityError, match=f"this job has {field}"):
-        identity.settle(cache, content(other))
-    assert json.loads((tmp_path / "cache.json").read_text()) == sealed(content(ONE))
+        identity.create_or_load(cache, content(other))
+    assert json.loads((tmp_path / "cache.json").read_text()) == with_checksum(content(ONE))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: P
 def test_a_broken_cache_json_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "cache.json").write_text(text)
     with pytest.raises(CacheError, match=message):
-        identity.read(Folder(str(tmp_path)))
+        identity.read_cache_json(Folder(str(tmp_path)))
 
 
 def test_scaling_is_no_part_of_the_identity() -> None:
@@ -85,8 +85,8 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
 
 def test_the_transform_is_found_again() -> None:
     transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
-    content = {"preprocessing": identity.preprocessing(transform), "seed": 7}
-    assert identity.transform_of(json.loads(json.dumps(content))) == transform
+    content = {"preprocessing": identity.describe_transform(transform), "seed": 7}
+    assert identity.parse_transform(json.loads(json.dumps(content))) == transform
 
 
 def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,4 +98,4 @@ def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Folder, "is_empty", late)
     with pytest.raises(CacheError, match="has cache format 99"):
-        identity.read(cache)
+        identity.read_cache_json(cache)

@@ -15,16 +15,16 @@ import pytest
 
 from pipeline.cache import parts
 from pipeline.cache.input_hash import value_bytes
-from pipeline.flow import Encoder
+from pipeline.flow import UnitWorker
 from pipeline.formats.record import Record
-from pipeline.formats.schema import Columns, Layout
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
-Make = Callable[..., Encoder]
+Make = Callable[..., UnitWorker]
 
 
 def digest(*fields: bytes) -> bytes:
@@ -46,7 +46,7 @@ def together(digests: list[bytes]) -> str:
 
 def records(cache: Path) -> list[Record]:
     folder = Folder(str(cache))
-    found = [parts.inspect(folder, name, "the identity") for name in parts.files(folder)]
+    found = [parts.inspect_part(folder, name, "the identity") for name in parts.list_part_files(folder)]
     return sorted((part.record for part in found if part), key=lambda record: record.stem)
 
 
@@ -63,15 +63,15 @@ def of_tar(
 @pytest.mark.parametrize("threads", [1, 4])
 def test_it_is_what_the_page_says(worker: Make, tmp_path: Path, container: Any, threads: int) -> None:
     members = img2dataset_members(0, 6, height=64, width=64)
-    members["000000002.jpg"] = b"no picture"  # read, and rejected when it is opened
+    members["000000002.jpg"] = b"no image"  # read, and rejected when it is opened
     members["000000003.jpg"] = img2dataset_members(3, 1, height=64, width=200)["000000003.jpg"]  # another bucket
     members["000000005.txt"] = b"\xff"  # rejected when it is read
-    layout = Layout(container=container)
+    layout = OutputSchema(container=container)
     transform = Transform(resolution=64, buckets=((64, 64), (64, 192)), multiple_of=64)
     encoder = worker(tmp_path / "c", layout=layout, open_threads=threads, transform=transform)
     encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     assert [record.inputs for record in records(tmp_path / "c")] == [
-        together([*of_tar(members, 0, 2), reject(2, "not_a_picture"), *of_tar(members, 3, 1)]),
+        together([*of_tar(members, 0, 2), reject(2, "not_an_image"), *of_tar(members, 3, 1)]),
         together([*of_tar(members, 4, 1), reject(5, "bad_text")]),
     ]
 
@@ -85,7 +85,7 @@ def test_a_sample_that_is_filtered_was_read_and_a_part_of_nothing_has_it_too(wor
 
 
 def test_what_is_not_passed_through_does_not_count(worker: Make, tmp_path: Path) -> None:
-    layout = Layout(columns=Columns(pa.schema([("txt", pa.string())]), ("txt",)))
+    layout = OutputSchema(columns=PassthroughColumns(pa.schema([("txt", pa.string())]), ("txt",)))
     members = img2dataset_members(0, 3, height=64, width=64)
     worker(tmp_path / "a", layout=layout).run(unit_of(write_tar(tmp_path / "a/0.tar", members)))
     other = {name: b"{}" if name.endswith("json") else data for name, data in members.items()} | {"000000002.cls": b"7"}
@@ -94,14 +94,14 @@ def test_what_is_not_passed_through_does_not_count(worker: Make, tmp_path: Path)
     assert a.inputs == b.inputs == together(of_tar(members, 0, 3, ("txt",)))
 
 
-@pytest.mark.parametrize("limit", ["picture_bytes", "text_bytes"])
+@pytest.mark.parametrize("limit", ["image_bytes", "text_bytes"])
 def test_limits_reject_what_was_read(worker: Make, tmp_path: Path, limit: str) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
-    members["000000001.jpg" if limit == "picture_bytes" else "000000001.txt"] *= 100
-    limits = Limits(**{limit: 10_000 if limit == "picture_bytes" else 100})
+    members["000000001.jpg" if limit == "image_bytes" else "000000001.txt"] *= 100
+    limits = Limits(**{limit: 10_000 if limit == "image_bytes" else 100})
     worker(tmp_path / "c", limits=limits).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (record,) = records(tmp_path / "c")
-    reason = {"picture_bytes": "too_many_bytes", "text_bytes": "text_too_long"}[limit]
+    reason = {"image_bytes": "too_many_bytes", "text_bytes": "text_too_long"}[limit]
     assert record.inputs == together([*of_tar(members, 0, 1), reject(1, reason), *of_tar(members, 2, 1)])
 
 
@@ -129,7 +129,7 @@ def test_the_values_of_columns(worker: Make, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "s/0.parquet")
     # a column that this file lacks is null in the rows, and does not count either
     schema = pa.schema([*table.schema.remove(0), pa.field("lacking", pa.string())])
-    layout = Layout(columns=Columns(schema, ()))
+    layout = OutputSchema(columns=PassthroughColumns(schema, ()))
     worker(tmp_path / "c", layout=layout).run(unit_of(tmp_path / "s/0.parquet"))
     (record,) = records(tmp_path / "c")
     expected = []

@@ -7,7 +7,7 @@ from pipeline.cache import plan
 from pipeline.errors import CacheError, SourceError
 from pipeline.records import Shard, Unit
 from pipeline.sources.listing import list_shards
-from pipeline.sources.units import RANGE_BYTES, passed_over, tar_unit, units_of
+from pipeline.sources.units import RANGE_BYTES, count_other_files, make_tar_unit, make_units
 from pipeline.storage.store import Folder
 
 
@@ -16,47 +16,47 @@ def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:
 
 
 def test_a_tars_unit_has_the_same_name_wherever_it_lies() -> None:
-    here, there = (tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
+    here, there = (make_tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
     assert here.name == there.name
     assert here.name.startswith("00_0-")
     assert len(here.name) == len("00_0-") + 16
-    assert here.name != tar_unit(shard("other/00 0?.tar")).name
+    assert here.name != make_tar_unit(shard("other/00 0?.tar")).name
 
 
-def test_a_folders_units_have_up_to_256_pictures() -> None:
-    units = units_of([shard(f"data/{n:04}.jpg") for n in range(600)])
+def test_a_folders_units_have_up_to_256_images() -> None:
+    units = make_units([shard(f"data/{n:04}.jpg") for n in range(600)])
     assert [len(unit.paths) for unit in units] == [256, 256, 88]
     assert {unit.kind for unit in units} == {"folder"}
     assert len({unit.name for unit in units}) == 3
 
 
-def test_pictures_of_one_name_stay_together() -> None:
+def test_images_of_one_name_stay_together() -> None:
     names = [f"data/{n:04}.jpg" for n in range(255)] + ["data/0255.jpg", "data/0255.png"]
-    units = units_of([shard(name) for name in names])
+    units = make_units([shard(name) for name in names])
     assert [len(unit.paths) for unit in units] == [255, 2]
 
 
 def test_other_files_are_passed_over() -> None:
-    assert units_of([shard("data/a.txt"), shard("data/a_stats.json")]) == []
+    assert make_units([shard("data/a.txt"), shard("data/a_stats.json")]) == []
 
 
 def test_other_files_and_texts_that_are_not_looked_for_are_counted(tmp_path: Path) -> None:
     shards = [
         shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
     ]
-    assert passed_over(shards) == {"tiff": 2, "\\x1b": 1}
-    assert passed_over(shards, ("tiff",)) == {"\\x1b": 1}
-    _, (line,) = plan.extend(Folder(str(tmp_path)), shards)
+    assert count_other_files(shards) == {"tiff": 2, "\\x1b": 1}
+    assert count_other_files(shards, ("tiff",)) == {"\\x1b": 1}
+    _, (line,) = plan.extend_plan(Folder(str(tmp_path)), shards)
     assert line.startswith("texts that belong to no image")
     assert line.endswith(": 2 (data/b.TXT, data/c.Json)")
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    units = units_of([shard("data/0.tar", size=7), shard("data/1.jpg", size=3)])
-    assert plan.write(cache, 0, units)
-    assert plan.read(cache) == units
-    assert not plan.write(cache, 0, [])
+    units = make_units([shard("data/0.tar", size=7), shard("data/1.jpg", size=3)])
+    assert plan.write_plan_file(cache, 0, units)
+    assert plan.read_plan(cache) == units
+    assert not plan.write_plan_file(cache, 0, [])
 
 
 def test_a_plan_only_grows(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_plan_only_grows(tmp_path: Path) -> None:
     (source / "0.tar").write_bytes(b"x")
 
     def extend() -> tuple[list[Unit], list[str]]:
-        return plan.extend(cache, list_shards((str(source),), {}, cache.url))
+        return plan.extend_plan(cache, list_shards((str(source),), {}, cache.url))
 
     first, _ = extend()
     assert extend() == (first, [])
@@ -75,7 +75,7 @@ def test_a_plan_only_grows(tmp_path: Path) -> None:
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
     assert (units[0].name, units[0].bytes) == (first[0].name, 7)
     assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
-    assert plan.read(cache) == units
+    assert plan.read_plan(cache) == units
     assert noticed == [
         "inputs that have changed since they were planned: 1 (data/0.tar); nothing of them was encoded yet, and they "
         "are planned anew"
@@ -86,38 +86,38 @@ def test_of_two_planners_the_second_reads_what_the_first_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, shards = Folder(str(tmp_path)), [shard("data/0.tar")]
-    original = plan.read_files
+    original = plan.read_plan_files
     calls = []
 
     def read_then_lose(folder: Folder, names: Sequence[str]) -> list[Unit]:
         units = original(folder, names)
         if not calls:
-            plan.write(cache, 0, units_of(shards))  # another run is quicker
+            plan.write_plan_file(cache, 0, make_units(shards))  # another run is quicker
         calls.append(units)
         return units
 
-    monkeypatch.setattr(plan, "read_files", read_then_lose)
-    units, _ = plan.extend(cache, shards)
+    monkeypatch.setattr(plan, "read_plan_files", read_then_lose)
+    units, _ = plan.extend_plan(cache, shards)
     assert [unit.path for unit in units] == ["data/0.tar"]
     assert cache.names("_plan") == ["00000.parquet"]
 
 
-def test_a_new_picture_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) -> None:
+def test_a_new_image_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    plan.extend(cache, [shard("data/a.jpg")])
-    units, noticed = plan.extend(cache, [shard("data/a.jpg"), shard("data/a.png")])
+    plan.extend_plan(cache, [shard("data/a.jpg")])
+    units, noticed = plan.extend_plan(cache, [shard("data/a.jpg"), shard("data/a.png")])
     assert len(units) == 1
-    assert "left out: 1 (data/a.png); the cache has another picture of their name" in noticed[0]
+    assert "left out: 1 (data/a.png); the cache has another image of their name" in noticed[0]
 
 
-def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
-    cache, pictures = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
-    first, _ = plan.extend(cache, pictures)
+def test_an_image_that_changed_is_noticed(tmp_path: Path) -> None:
+    cache, images = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
+    first, _ = plan.extend_plan(cache, images)
     cache.create(f"_commits/{first[0].name}.json", b"{}")
-    assert plan.extend(cache, pictures) == (first, [])
-    assert plan.extend(cache, pictures[:2]) == (first, []), "a part of the source"
-    pictures[1] = shard("data/1.jpg", size=2)
-    units, (line,) = plan.extend(cache, pictures)
+    assert plan.extend_plan(cache, images) == (first, [])
+    assert plan.extend_plan(cache, images[:2]) == (first, []), "a part of the source"
+    images[1] = shard("data/1.jpg", size=2)
+    units, (line,) = plan.extend_plan(cache, images)
     assert units == first
     assert line == ("inputs that have changed since they were planned: 1 (data/1.jpg); the cache keeps what they were")
 
@@ -125,9 +125,9 @@ def test_a_picture_that_changed_is_noticed(tmp_path: Path) -> None:
 def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     for number in range(3):
-        plan.extend(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
+        plan.extend_plan(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
     (tmp_path / "_plan/00000.parquet").unlink()
-    units, _ = plan.extend(cache, [shard(f"data/{n}.tar") for n in range(4)])
+    units, _ = plan.extend_plan(cache, [shard(f"data/{n}.tar") for n in range(4)])
     assert cache.names("_plan") == ["00001.parquet", "00002.parquet", "00003.parquet"]
     assert sorted(unit.path for unit in units) == [f"data/{n}.tar" for n in range(4)]
 
@@ -135,23 +135,23 @@ def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
 def test_a_name_that_is_taken_by_no_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "_plan/00000.parquet").mkdir(parents=True)
     with pytest.raises(CacheError, match=r"00000.parquet is no file, but its name is taken"):
-        plan.extend(Folder(str(tmp_path)), [shard("data/0.tar")])
+        plan.extend_plan(Folder(str(tmp_path)), [shard("data/0.tar")])
 
 
 def test_a_plan_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "_plan").mkdir()
     (tmp_path / "_plan/00000.parquet").write_bytes(b"no plan")
     with pytest.raises(CacheError, match=r"00000.parquet cannot be read as a plan"):
-        plan.read(Folder(str(tmp_path)))
+        plan.read_plan(Folder(str(tmp_path)))
 
 
 def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="the source is empty"):
-        plan.extend(Folder(str(tmp_path)), [])
+        plan.extend_plan(Folder(str(tmp_path)), [])
 
 
 def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
-    units = units_of([shard("data/a.parquet", size=3 * RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
+    units = make_units([shard("data/a.parquet", size=3 * RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
     assert [(unit.path, unit.range) for unit in units] == [
         *(("data/a.parquet", (k, 3)) for k in range(3)),
         ("data/b.parquet", (0, 1)),
@@ -162,17 +162,17 @@ def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
 
 def test_a_parquet_file_beside_a_tar_of_its_name_is_its_metadata(tmp_path: Path) -> None:
     shards = [shard(f"data/0.{kind}") for kind in ("tar", "parquet")] + [shard("data/0_stats.json")]
-    assert [unit.kind for unit in units_of(shards)] == ["tar"]
-    plan.extend(Folder(str(tmp_path)), shards[:1])
-    units, noticed = plan.extend(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
+    assert [unit.kind for unit in make_units(shards)] == ["tar"]
+    plan.extend_plan(Folder(str(tmp_path)), shards[:1])
+    units, noticed = plan.extend_plan(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.parquet"]
     assert noticed == []
 
 
 def test_a_parquet_file_that_changed_is_noticed(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    first, _ = plan.extend(cache, [shard("data/a.parquet")])
+    first, _ = plan.extend_plan(cache, [shard("data/a.parquet")])
     cache.create(f"_commits/{first[0].name}.json", b"{}")
-    units, (line,) = plan.extend(cache, [shard("data/a.parquet", size=2)])
+    units, (line,) = plan.extend_plan(cache, [shard("data/a.parquet", size=2)])
     assert units == first
     assert "planned: 1 (data/a.parquet); the cache keeps what they were" in line

@@ -21,7 +21,7 @@ def cache(latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path) ->
 
 
 def digest_of(cache: str) -> str:
-    return str((stats.read(Folder(cache)) or {})["digest"])
+    return str((stats.read_stats(Folder(cache)) or {})["digest"])
 
 
 def test_a_whole_cache_is_proved(cache: str) -> None:

@@ -22,7 +22,7 @@ def test_merged_pieces_are_numpys_statistics_of_the_whole() -> None:
     np.testing.assert_allclose(tally.std_of(merged), values.std(axis=(0, 2, 3)), rtol=1e-13)
     assert merged.min == values.min(axis=(0, 2, 3)).tolist()
     assert merged.max == values.max(axis=(0, 2, 3)).tolist()
-    np.testing.assert_allclose(tally.over_channels(merged), (values.mean(), values.std()), rtol=1e-13)
+    np.testing.assert_allclose(tally.pool_channels(merged), (values.mean(), values.std()), rtol=1e-13)
 
 
 def test_a_small_spread_about_a_large_mean_is_kept() -> None:
@@ -81,7 +81,7 @@ def test_moments_have_the_spread_of_the_latents_that_are_drawn_from_them() -> No
         [means + (0.5 * logvars).exp() * torch.randn(means.shape, generator=generator) for _ in range(99)]
     )
     np.testing.assert_allclose(tally.std_of(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
-    np.testing.assert_allclose(tally.over_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
+    np.testing.assert_allclose(tally.pool_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
     assert merged.variance == pytest.approx(logvars.exp().mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
 
 

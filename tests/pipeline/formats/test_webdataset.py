@@ -21,14 +21,14 @@ from pipeline.errors import CacheError, Rejected
 from pipeline.formats import parquet as parquet_format
 from pipeline.formats import webdataset as webdataset_format
 from pipeline.formats.record import Record
-from pipeline.formats.schema import Columns, Layout
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.formats.webdataset import read_record, read_rows
-from pipeline.records import Picture, Row
+from pipeline.records import PreparedImage, Row
 
 
 def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
-    picture = Picture(
+    image = PreparedImage(
         position=number,
         key=key,
         columns={"txt": None, "json": None, **columns},
@@ -40,7 +40,7 @@ def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int
         enlarged=False,
         flipped=number == 1,
     )
-    return Row(picture, torch.randn(channels, 8, 9, generator=generator).to(dtype))
+    return Row(image, torch.randn(channels, 8, 9, generator=generator).to(dtype))
 
 
 ROWS = [row(0, "a/000", txt="a cat\n", json='{"b": "\u00e9"}'), row(1, "\u00fcber%2Ev1"), row(2, "k" * 300, txt="")]
@@ -70,7 +70,7 @@ def record(rows: int = 3) -> Record:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "part.tar"
-    path.write_bytes(webdataset_format.part(ROWS, record(), Layout()))
+    path.write_bytes(webdataset_format.serialize_part(ROWS, record(), OutputSchema()))
     return path
 
 
@@ -78,7 +78,7 @@ def file(tmp_path: Path) -> Path:
 def test_webdataset_reads_every_sample(file: Path) -> None:
     dataset = webdataset.WebDataset(str(file), shardshuffle=False, empty_check=False).decode()
     samples = list(dataset)
-    assert [sample["__key__"] for sample in samples] == [row.picture.key for row in ROWS]
+    assert [sample["__key__"] for sample in samples] == [row.image.key for row in ROWS]
     for sample, ours in zip(samples, ROWS, strict=True):
         assert sample["latent.npy"].dtype == np.float16
         assert np.array_equal(sample["latent.npy"], ours.latent.numpy())
@@ -102,7 +102,7 @@ def test_parts_can_be_read_by_many_threads() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     rows = [row(number, f"{number:03}") for number in range(200)]
-    data = webdataset_format.part(rows, record(200), Layout(container="webdataset"))
+    data = webdataset_format.serialize_part(rows, record(200), OutputSchema(container="webdataset"))
 
     def count(depth: int) -> int:
         return count(depth - 1) if depth else sum(bool(Garbage()) for _ in read_rows(io.BytesIO(data)))
@@ -115,7 +115,7 @@ def test_parts_can_be_read_by_many_threads() -> None:
 
 
 def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
-    parquet = io.BytesIO(parquet_format.part(ROWS, record(), Layout()))
+    parquet = io.BytesIO(parquet_format.serialize_part(ROWS, record(), OutputSchema()))
     for wanted in (None, [0, 2], [1], []):
         parquet.seek(0)
         with file.open("rb") as stream:
@@ -126,7 +126,7 @@ def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(fil
     with tarfile.open(file) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
         assert tar.getnames()[:4] == ["a/000.latent.npy", "a/000.latent.json", "a/000.txt", "a/000.json"]
-    assert webdataset_format.part(ROWS, record(), Layout()) == file.read_bytes()
+    assert webdataset_format.serialize_part(ROWS, record(), OutputSchema()) == file.read_bytes()
 
 
 def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
@@ -143,8 +143,8 @@ def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
 
 @pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])
 def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
-    data = webdataset_format.part(
-        [row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), Layout(store=store)
+    data = webdataset_format.serialize_part(
+        [row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), OutputSchema(store=store)
     )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[0] == member
@@ -155,16 +155,21 @@ def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
 def test_times_of_any_year_are_in_the_json_and_in_parquet() -> None:
     kind = pa.list_(pa.timestamp("us"))
     times = pa.ListArray.from_arrays([0, 2], pa.array([1, 2**62]).cast(pa.timestamp("us")))
-    rows, layout = [row(0, "a", times=times[0])], Layout(columns=Columns(pa.schema([("times", kind)]), ()))
-    (read,) = read_rows(io.BytesIO(webdataset_format.part(rows, record(1), layout)))
+    rows, layout = (
+        [row(0, "a", times=times[0])],
+        OutputSchema(columns=PassthroughColumns(pa.schema([("times", kind)]), ())),
+    )
+    (read,) = read_rows(io.BytesIO(webdataset_format.serialize_part(rows, record(1), layout)))
     assert read["times"] == ["1970-01-01 00:00:00.000001", f"<value out of range: {2**62}>"]
-    part = io.BytesIO(parquet_format.part([row(0, "a", times=times[0])], record(1), layout))
+    part = io.BytesIO(parquet_format.serialize_part([row(0, "a", times=times[0])], record(1), layout))
     assert pq.read_table(part)["times"].combine_chunks().equals(times)
     (read,) = parquet_format.read_rows(part)
     assert pa.array([read["times"]], kind).equals(times)
 
 
 def test_a_value_that_has_no_rule_is_never_written() -> None:
-    layout = Layout(columns=Columns(pa.schema([("caption", pa.string())]), ()))
+    layout = OutputSchema(columns=PassthroughColumns(pa.schema([("caption", pa.string())]), ()))
     with pytest.raises(TypeError, match="there is no rule for a Rejected"):
-        webdataset_format.part([row(0, "a", caption=Rejected("read", "bad_text", "caption"))], record(1), layout)
+        webdataset_format.serialize_part(
+            [row(0, "a", caption=Rejected("read", "bad_text", "caption"))], record(1), layout
+        )

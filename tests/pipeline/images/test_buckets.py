@@ -44,7 +44,7 @@ def test_the_nearest_bucket_is_nearest_as_a_factor() -> None:
     ("size", "bucket"),
     [((512, 512), (512, 512)), ((300, 400), (448, 576)), ((4000, 1500), (768, 320)), ((33, 64), (320, 704))],
 )
-def test_a_picture_just_covers_its_bucket(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_an_image_just_covers_its_bucket(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     fit = Transform(resolution=512, buckets=grid(512, 64), multiple_of=64).fit(*size)
     assert fit is not None
     assert (fit.out_height, fit.out_width) == bucket

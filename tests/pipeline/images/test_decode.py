@@ -1,4 +1,4 @@
-"""Bytes to pixels: the one rule of each kind of picture, and what is rejected."""
+"""Bytes to pixels: the one rule of each kind of image, and what is rejected."""
 
 import io
 import re
@@ -232,31 +232,31 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str, options: dict[str, 
 # What is rejected
 
 
-def test_what_is_no_picture_is_rejected_by_name() -> None:
+def test_what_is_no_image_is_rejected_by_name() -> None:
     assert rejected(b"").reason == "empty"
-    assert rejected(b"not a picture").reason == "not_a_picture"
-    assert rejected(b"\0" * 10_000).reason == "not_a_picture"
+    assert rejected(b"not an image").reason == "not_an_image"
+    assert rejected(b"\0" * 10_000).reason == "not_an_image"
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "ICO", "PPM", "TGA", "JPEG2000", "PCX"])
-def test_other_formats_are_no_pictures(kind: str) -> None:
-    assert rejected(encoded(smooth(5, 32, 32), kind)).reason == "not_a_picture"
+def test_other_formats_are_no_images(kind: str) -> None:
+    assert rejected(encoded(smooth(5, 32, 32), kind)).reason == "not_an_image"
 
 
 def test_a_limit_can_be_met_but_not_passed() -> None:
     data = encoded(smooth(5, 30, 40), "PNG")
-    assert open_pixels(data, Limits(picture_bytes=len(data), pixels=1200, side=40)).shape == (30, 40, 3)
-    why = rejected(data, Limits(picture_bytes=len(data) - 1))
-    assert why.detail == f"the picture has {len(data)} bytes, the limit is {len(data) - 1}"
+    assert open_pixels(data, Limits(image_bytes=len(data), pixels=1200, side=40)).shape == (30, 40, 3)
+    why = rejected(data, Limits(image_bytes=len(data) - 1))
+    assert why.detail == f"the image has {len(data)} bytes, the limit is {len(data) - 1}"
     why = rejected(data, Limits(pixels=1199, side=50))
-    assert why.detail == "the picture is 40 x 30 pixels, the limit is 1199 in all and 50 a side"
+    assert why.detail == "the image is 40 x 30 pixels, the limit is 1199 in all and 50 a side"
     assert rejected(data, Limits(side=39)).reason == "too_many_pixels"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_the_size_is_looked_at_before_anything_is_decompressed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(image: ImageFile.ImageFile) -> None:
-        pytest.fail("the picture was decompressed")
+        pytest.fail("the image was decompressed")
 
     data = encoded(smooth(5), kind)
     for owner in (ImageFile.ImageFile, type(Image.open(io.BytesIO(data)))):
@@ -281,22 +281,22 @@ def test_a_header_that_promises_too_much_is_rejected(size: tuple[int, int]) -> N
         ("BMP", {}),
     ],
 )
-def test_a_picture_that_is_cut_off_is_never_taken_for_a_whole_one(kind: str, options: dict[str, Any]) -> None:
+def test_an_image_that_is_cut_off_is_never_taken_for_a_whole_one(kind: str, options: dict[str, Any]) -> None:
     data = encoded(noise(24, 24), kind, **options)
     whole = open_pixels(data)
     for length in range(1, len(data), 11):
         try:
             opened = open_pixels(data[:length])
         except Rejected as why:
-            assert why.reason in ("corrupt", "not_a_picture")
+            assert why.reason in ("corrupt", "not_an_image")
             assert_ours(why)
         else:
-            assert np.array_equal(opened, whole), f"{length} of {len(data)} bytes gave another picture"
+            assert np.array_equal(opened, whole), f"{length} of {len(data)} bytes gave another image"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
-def test_a_picture_without_its_end_is_corrupt(kind: str, share: float) -> None:
+def test_an_image_without_its_end_is_corrupt(kind: str, share: float) -> None:
     data = encoded(noise(64, 64), kind)
     assert rejected(data[: int(len(data) * share)]).reason == "corrupt"
 
@@ -355,7 +355,7 @@ def test_what_pillow_warns_of_neither_shows_nor_counts(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_metadata_does_not_spoil_a_whole_picture(damaged: bytes, expected: np.ndarray) -> None:
+def test_damaged_metadata_does_not_spoil_a_whole_image(damaged: bytes, expected: np.ndarray) -> None:
     assert np.array_equal(open_pixels(damaged), expected)
 
 
@@ -367,13 +367,13 @@ def test_damaged_metadata_does_not_spoil_a_whole_picture(damaged: bytes, expecte
 def test_texts_and_profiles_of_a_png_may_be_large_but_not_without_end(name: bytes, before: bytes) -> None:
     pixels = noise()
 
-    def picture(size: int, times: int = 1) -> bytes:
+    def image(size: int, times: int = 1) -> bytes:
         return png_of(pixels, *[(name, before + zlib.compress(bytes(size), 1))] * times)
 
-    assert np.array_equal(open_pixels(picture(3 << 20)), pixels)
-    assert rejected(picture((64 << 20) + 1)).reason == "corrupt"
+    assert np.array_equal(open_pixels(image(3 << 20)), pixels)
+    assert rejected(image((64 << 20) + 1)).reason == "corrupt"
     if name != b"iCCP":  # of profiles the last one counts, texts are added up
-        assert rejected(picture(33 << 20, times=2)).reason == "corrupt"
+        assert rejected(image(33 << 20, times=2)).reason == "corrupt"
 
 
 def test_threads_that_open_together_leave_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,4 +445,4 @@ def test_damaged_bytes_give_an_array_or_a_reject() -> None:
             assert array.shape[2] == 3
             assert array.size > 0
     assert arrays > 50
-    assert reasons == {"empty", "corrupt", "not_a_picture", "too_many_pixels"}
+    assert reasons == {"empty", "corrupt", "not_an_image", "too_many_pixels"}

@@ -43,7 +43,7 @@ def test_pixels_are_those_of_pillows_resize_and_crop() -> None:
     assert np.abs(done.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_small_pictures_are_left_out() -> None:
+def test_small_images_are_left_out() -> None:
     assert Transform(resolution=64, min_size=50).fit(49, 500) is None
     assert Transform(resolution=64, min_size=50).fit(50, 500) is not None
 
@@ -53,7 +53,7 @@ def test_resizing_equals_pillows_within_one(name: str) -> None:
     draw = np.random.default_rng(0)
     for turn in range(60):
         height, width = (int(side) for side in draw.integers(20, 500, 2))
-        # noise is the hardest picture: every value overshoots, and is clamped between the passes
+        # noise is the hardest image: every value overshoots, and is clamped between the passes
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         scale = draw.uniform(0.1, 1.0) if turn % 4 else draw.uniform(1.0, 2.0)
         target = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -76,7 +76,7 @@ def test_a_random_crop_lies_anywhere_and_is_the_samples_own(size: tuple[int, int
     assert any(transform.fit(*size, "t.tar", str(key)) != fits[key] for key in range(9)), "the shard counts too"
 
 
-def test_a_random_flip_mirrors_half_of_the_pictures() -> None:
+def test_a_random_flip_mirrors_half_of_the_images() -> None:
     transform = Transform(resolution=64, flip="random")
     fits = [transform.fit(64, 64, "s.tar", str(key)) for key in range(1000)]
     assert 450 < sum(fit.flipped for fit in fits if fit) < 550
@@ -91,7 +91,7 @@ LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
 
 @pytest.mark.parametrize("size", LINES)
 @pytest.mark.parametrize("buckets", [(), grid(1024, 64)])
-def test_a_line_of_pixels_takes_no_more_memory_than_a_picture(
+def test_a_line_of_pixels_takes_no_more_memory_than_a_image(
     size: tuple[int, int], buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[int, int]] = []
@@ -128,7 +128,7 @@ def test_what_is_made_alone_is_what_would_be_cut_out() -> None:
                 assert (resize_cut(pixels, fit, name).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
 
 
-def test_ordinary_pictures_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_images_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resize_cut", None)
     for resolution, size in ((64, (64, 64)), (64, (1000, 65)), (64, (130, 20_000)), (2048, (20, 300))):
         transform = Transform(resolution=resolution)

@@ -9,8 +9,8 @@ from PIL import Image
 from pipeline.cache import card as card_module
 from pipeline.cache import runs
 from pipeline.cache.reader import Cache
-from pipeline.preview.contact_sheet import SIDE, Cell, contact_sheet
-from pipeline.preview.render import PICTURES_PER_SHEET, choose, file_name, psnr
+from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
+from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, image_file_name, psnr
 from pipeline.records import Unit
 from pipeline.storage.store import Folder
 from tests.conftest import smooth
@@ -20,7 +20,7 @@ UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
 
 def chosen(limit: int, *rows: int) -> list[tuple[str, int]]:
     files = [(f"f{n}", count, UNIT) for n, count in enumerate(rows)]
-    return [(wanted.file, wanted.index) for task in choose(files, limit) for wanted in task.rows]
+    return [(wanted.file, wanted.index) for task in choose_rows(files, limit) for wanted in task.rows]
 
 
 def test_rows_are_chosen_evenly_over_the_cache() -> None:
@@ -31,8 +31,8 @@ def test_rows_are_chosen_evenly_over_the_cache() -> None:
 
 
 def test_a_task_is_a_sheet() -> None:
-    tasks = choose([("f", 30, UNIT)], 0)
-    assert [len(task.rows) for task in tasks] == [PICTURES_PER_SHEET, PICTURES_PER_SHEET, 6]
+    tasks = choose_rows([("f", 30, UNIT)], 0)
+    assert [len(task.rows) for task in tasks] == [IMAGES_PER_SHEET, IMAGES_PER_SHEET, 6]
     assert [task.name for task in tasks] == ["sheet 0", "sheet 1", "sheet 2"]
 
 
@@ -45,16 +45,16 @@ def test_psnr_is_its_definition() -> None:
 
 @pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
 def test_a_key_becomes_one_safe_file_name(key: str) -> None:
-    name = file_name(key)
+    name = image_file_name(key)
     assert "/" not in name
     assert "\0" not in name
     assert len(name) <= 150
-    assert file_name(key + "!") != name
+    assert image_file_name(key + "!") != name
 
 
-def test_a_sheet_has_a_cell_for_every_picture() -> None:
+def test_a_sheet_has_a_cell_for_every_image() -> None:
     cells = [Cell((smooth(n, 40, 80), smooth(n, 40, 80)), f"key {n}", "remark " * 50) for n in range(4)]
-    with Image.open(io.BytesIO(contact_sheet(cells, "a heading"))) as page:
+    with Image.open(io.BytesIO(draw_contact_sheet(cells, "a heading"))) as page:
         assert page.width == 12 + 3 * (2 * SIDE + 4 + 12)
         assert page.height > 2 * SIDE
         pixels = np.asarray(page)
@@ -81,12 +81,12 @@ def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / f"data/{number}.parquet").touch()
-    card = card_module.card(Cache(Folder(str(tmp_path)), content), stats, "0.1.0").decode()
+    card = card_module.render_card(Cache(Folder(str(tmp_path)), content), stats, "0.1.0").decode()
     assert "scale = 0.5" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
     assert "1,234 rows" not in card.split("---")[1]
-    assert "# Latents of 1,234 pictures" in card
+    assert "# Latents of 1,234 images" in card
     assert "2 rejected, 0 filtered, 5 enlarged" in card
 
 

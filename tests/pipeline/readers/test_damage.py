@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import parts
-from pipeline.errors import REST, DamagedError, ShardError, SourceError, Stopped, StorageError
-from pipeline.flow import Encoder
+from pipeline.errors import REST_OF_SHARD, DamagedError, ShardError, SourceError, Stopped, StorageError
+from pipeline.flow import UnitWorker
 from pipeline.formats import record as record_format
 from pipeline.formats.record import Record
-from pipeline.formats.schema import Columns, Layout
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.readers import damage
 from pipeline.readers.parquet import read_parquet
 from pipeline.records import Attempt, Reject, Sample, Unit
@@ -28,7 +28,7 @@ from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
 Cut = Callable[[str, int | None], None]
-Make = Callable[..., Encoder]
+Make = Callable[..., UnitWorker]
 
 
 def tar(folder: Path) -> Unit:
@@ -42,14 +42,16 @@ def parquet(folder: Path) -> Unit:
     return unit_of(folder / "0.parquet")
 
 
-PLAIN = {"layout": Layout(columns=Columns(pa.schema([]), ()))}
+PLAIN = {"layout": OutputSchema(columns=PassthroughColumns(pa.schema([]), ()))}
 KINDS = pytest.mark.parametrize("make", [tar, parquet])
 
 
 def rests(cache: Path) -> dict[str, set[int]]:
     identity = "the identity"
-    found = (parts.inspect(Folder(str(cache)), name, identity) for name in parts.files(Folder(str(cache))))
-    return record_format.rests(part.record for part in found if part is not None)
+    found = (
+        parts.inspect_part(Folder(str(cache)), name, identity) for name in parts.list_part_files(Folder(str(cache)))
+    )
+    return record_format.unread_rests(part.record for part in found if part is not None)
 
 
 @KINDS
@@ -71,7 +73,7 @@ def test_a_sick_reader_never_gives_up_the_rest_of_a_sound_shard(
 
 
 def damaged_tar(folder: Path) -> Unit:
-    """The header of the eighth picture is overwritten; the file is as long as it was."""
+    """The header of the eighth image is overwritten; the file is as long as it was."""
     path = Path(tar(folder).url)
     data = bytearray(path.read_bytes())
     place = data.index(b"000000007.jpg")
@@ -134,7 +136,7 @@ def test_the_second_look_at_the_same_damage_takes_what_stands_before_it(
         assert again.value.at == at
     assert not (tmp_path / "c/_commits").exists()
     report = worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
-    assert (report.rows, report.rejects, report.damage) == (rows, {REST: 1}, str(first.value))
+    assert (report.rows, report.rejects, report.damage) == (rows, {REST_OF_SHARD: 1}, str(first.value))
     assert rests(tmp_path / "c") == {unit.name: {rows}}
 
 
@@ -162,7 +164,7 @@ def test_parts_that_were_read_farther_than_the_damage_stay_and_what_follows_them
     unit = damaged_tar(tmp_path / "s")
     at = Path(unit.url).read_bytes().index(bytes(range(100)))
     report = worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
-    assert (report.rows, report.adopted, report.rejects) == (8, 2, {REST: 1})
+    assert (report.rows, report.adopted, report.rejects) == (8, 2, {REST_OF_SHARD: 1})
     assert rests(tmp_path / "c") == {unit.name: {8}}, "six samples stand before the damage, eight in parts"
 
 
@@ -189,7 +191,7 @@ def test_an_error_that_names_no_byte_is_not_believed_either() -> None:
 
     for at in (None, 0):
         with pytest.raises(DamagedError, match="somewhere"):
-            list(damage.to_the_damage(broken(), at, []))
+            list(damage.until_damage(broken(), at, []))
 
 
 def test_every_error_of_damage_names_its_byte() -> None:
@@ -231,7 +233,7 @@ def test_a_shard_that_changes_while_it_is_read_is_not_damaged(
 ) -> None:
     unit = damaged_tar(tmp_path / "s")
     at = Path(unit.url).read_bytes().index(bytes(range(100)))
-    original = damage.to_the_damage
+    original = damage.until_damage
 
     def rewritten(samples: Iterator[Sample | Reject], *rest: Any) -> Iterator[Sample | Reject]:
         for sample in original(samples, *rest):
@@ -239,7 +241,7 @@ def test_a_shard_that_changes_while_it_is_read_is_not_damaged(
                 Path(unit.url).write_bytes(Path(unit.url).read_bytes() + bytes(512))
             yield sample
 
-    monkeypatch.setattr("pipeline.flow.to_the_damage", rewritten)
+    monkeypatch.setattr("pipeline.flow.until_damage", rewritten)
     with pytest.raises(SourceError, match="has changed while it was read"):
         worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
 
@@ -252,7 +254,7 @@ def test_a_long_rest_is_read_in_pieces_and_left_at_once_on_a_signal(worker: Make
     unit, encoder = unit_of(path), worker(tmp_path / "c", **PLAIN)
     with pytest.raises(DamagedError):
         encoder.run(unit)
-    pieces = encoder.tools.seen["pieces"]
+    pieces = encoder.context.seen["pieces"]
     assert pieces == 20, "each a sign of life"
     assert encoder.steps >= pieces
 
@@ -260,23 +262,25 @@ def test_a_long_rest_is_read_in_pieces_and_left_at_once_on_a_signal(worker: Make
         """Set while the fifth piece is read."""
 
         def is_set(self) -> bool:
-            return encoder.tools.seen["pieces"] >= pieces + 5
+            return encoder.context.seen["pieces"] >= pieces + 5
 
-    encoder.tools = dataclasses.replace(encoder.tools, stop=Late())
+    encoder.context = dataclasses.replace(encoder.context, stop=Late())
     with pytest.raises(Stopped):
         encoder.run(unit, Attempt(damaged_at=at))
-    assert encoder.tools.seen["pieces"] == pieces + 5
+    assert encoder.context.seen["pieces"] == pieces + 5
 
 
 def test_of_the_rests_of_a_unit_those_count_that_no_part_has() -> None:
     def record(part: int, rest: int | None, *supersedes: int) -> Record:
-        rejects = () if rest is None else (damage.rest_from(rest),)
+        rejects = () if rest is None else (damage.reject_rest(rest),)
         made: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__)
         made |= {"unit": "u", "part": part, "rejects": rejects, "round": int(bool(supersedes))}
-        return Record(**{**made, "supersedes": tuple((position, REST) for position in supersedes)})
+        return Record(**{**made, "supersedes": tuple((position, REST_OF_SHARD) for position in supersedes)})
 
     chain = [record(0, 3), record(0, 4, 3), record(1, 8, 4), record(2, None, 8)]
-    assert record_format.rests(chain) == {}
-    assert record_format.rests(chain[:1]) == {"u": {3}}
-    assert record_format.rests(chain[:3]) == {"u": {8}}
-    assert record_format.rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, "what a lost part had is not forgotten"
+    assert record_format.unread_rests(chain) == {}
+    assert record_format.unread_rests(chain[:1]) == {"u": {3}}
+    assert record_format.unread_rests(chain[:3]) == {"u": {8}}
+    assert record_format.unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, (
+        "what a lost part had is not forgotten"
+    )

@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.errors import SourceError, StorageError
 from pipeline.limits import Limits
-from pipeline.readers.files import read_planned
-from pipeline.readers.folder import read_unit
-from pipeline.readers.sidecars import unpacked
+from pipeline.readers.files import read_planned_file
+from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.sidecars import unpack_files
 from pipeline.records import File, Reject, Sample, Unit
 from pipeline.sources import units
 from pipeline.sources.listing import list_shards
@@ -30,12 +30,12 @@ def planned(root: str, **files: bytes) -> Unit:
     """A folder `data` with these files, their names with `_` for the dot, and its unit."""
     for name, data in files.items():
         Folder(f"{root}/data").replace(name.replace("_", "."), data)
-    (unit,) = units.units_of(list_shards((f"{root}/data",), {}, "nowhere"))
+    (unit,) = units.make_units(list_shards((f"{root}/data",), {}, "nowhere"))
     return unit
 
 
 def read(unit: Unit, mended: Container[int] = ()) -> list[Sample | Reject]:
-    return list(read_unit(unit, {}, mended=mended))
+    return list(read_folder_unit(unit, {}, mended=mended))
 
 
 def change(root: str, name: str, data: bytes) -> None:
@@ -76,7 +76,7 @@ def test_a_file_of_a_store_that_was_empty_and_is_not_fails_its_unit(name: str) -
 
 def test_a_text_that_has_gone_fails_its_unit_by_name(root: str) -> None:
     unit = planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2")
-    (shorter,) = units.units_of([s for s in list_shards((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"])
+    (shorter,) = units.make_units([s for s in list_shards((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"])
     whole = replace(unit, url=f"{root}/other")
     for name, data in (("a.jpg", b"1"), ("b.jpg", b"2")):
         copy(root, name, data)
@@ -90,7 +90,7 @@ def test_an_image_that_has_gone_with_its_text_is_one_reject(root: str) -> None:
     copy(root, "b.jpg", b"2")
     gone, there = read(unit)
     assert isinstance(gone, Reject)
-    assert (gone.key, gone.reason) == ("a", "no_picture")
+    assert (gone.key, gone.reason) == ("a", "no_image")
     assert isinstance(there, Sample)
 
 
@@ -121,7 +121,7 @@ def test_a_text_that_is_a_link_to_nowhere_is_a_reject_and_read_once_it_leads_som
     unit = planned(str(tmp_path), a_jpg=b"1")
     (reject,) = read(unit)
     assert isinstance(reject, Reject)
-    assert (reject.key, reject.reason) == ("a", "picture_elsewhere")
+    assert (reject.key, reject.reason) == ("a", "image_not_embedded")
     (tmp_path / "captions").write_text("here")
     (sample,) = read(unit)
     assert isinstance(sample, Sample)
@@ -130,9 +130,9 @@ def test_a_text_that_is_a_link_to_nowhere_is_a_reject_and_read_once_it_leads_som
 
 def test_no_more_than_the_limit_is_read(root: str) -> None:
     unit = planned(root, a_jpg=b"x" * 1000, a_txt=b"t" * 100)
-    ((files),) = unpacked(unit)
-    assert len(read_planned(f"{root}/data/a.jpg", {}, 10, files.image)) == 11
-    (reject,) = read_unit(unit, {}, limits=Limits(text_bytes=99))
+    ((files),) = unpack_files(unit)
+    assert len(read_planned_file(f"{root}/data/a.jpg", {}, 10, files.image)) == 11
+    (reject,) = read_folder_unit(unit, {}, limits=Limits(text_bytes=99))
     assert isinstance(reject, Reject)
     assert reject.reason == "text_too_long"
 
@@ -141,11 +141,11 @@ def test_another_content_of_the_same_size_is_noticed_by_its_version(tmp_path: Pa
     path = tmp_path / "a.jpg"
     path.write_bytes(b"old")
     before = File("data/a.jpg", 3, f"m{path.stat().st_mtime_ns}")
-    assert read_planned(str(path), {}, 9, before) == b"old"
+    assert read_planned_file(str(path), {}, 9, before) == b"old"
     path.write_bytes(b"new")
     os.utime(path, (1, 1))
     with pytest.raises(SourceError, match=r"a\.jpg has changed since it was planned"):
-        read_planned(str(path), {}, 9, before)
+        read_planned_file(str(path), {}, 9, before)
 
 
 def test_fewer_bytes_than_the_file_has_are_a_storage_error(root: str, monkeypatch: pytest.MonkeyPatch) -> None:

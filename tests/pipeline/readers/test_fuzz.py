@@ -1,4 +1,4 @@
-"""More than ten thousand damaged pictures and shards: each is opened or rejected, every sample is accounted for.
+"""More than ten thousand damaged images and shards: each is opened or rejected, every sample is accounted for.
 
 A case is made from its number alone; a failure names it, and `case(...)` makes it again.
 """
@@ -29,8 +29,8 @@ BATCH = 500
 TEXTS = pa.schema([("txt", pa.string())])
 
 
-def pictures() -> list[bytes]:
-    """A picture of each kind that is read, small."""
+def images() -> list[bytes]:
+    """An image of each kind that is read, small."""
     rgb = smooth(1, 24, 32)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -173,8 +173,8 @@ def accounted(told: str, read: Callable[[], Iterator[Sample | Reject]]) -> tuple
 
 
 @pytest.mark.parametrize("batch", range(12))
-def test_damaged_pictures_are_opened_or_rejected(batch: int) -> None:
-    whole = pictures()
+def test_damaged_images_are_opened_or_rejected(batch: int) -> None:
+    whole = images()
     opened = 0
     for told, data in cases(whole, batch):
         try:
@@ -240,7 +240,7 @@ def test_what_fuzzing_found(number: int) -> None:
 
 
 def test_undamaged_files_give_all() -> None:
-    assert all(open_pixels(data).shape in ((24, 32, 3), (32, 24, 3)) for data in pictures())
+    assert all(open_pixels(data).shape in ((24, 32, 3), (32, 24, 3)) for data in images())
     for data in tars():
         assert len(list(read_tar(io.BytesIO(data), "s.tar"))) == 4
     for data in parquets():

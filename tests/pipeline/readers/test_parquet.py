@@ -1,4 +1,4 @@
-"""Pictures in Parquet files: which columns, which rows, which keys; and what is wrong with a file."""
+"""Images in Parquet files: which columns, which rows, which keys; and what is wrong with a file."""
 
 import datetime
 import io
@@ -14,7 +14,14 @@ import pytest
 from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.readers import parquet_footer, parquet_keys
-from pipeline.readers.parquet import NO_IMAGES, offered, offered_beside, read_beside, read_parquet, row_groups
+from pipeline.readers.parquet import (
+    NO_IMAGES,
+    available_columns,
+    available_metadata_columns,
+    read_metadata,
+    read_parquet,
+    row_groups,
+)
 from pipeline.readers.parquet_keys import FileKeys
 from pipeline.records import Reject, Sample
 
@@ -57,7 +64,7 @@ def test_the_image_feature_of_hugging_face_is_read() -> None:
 def test_other_kinds_of_bytes_are_read(kind: pa.DataType) -> None:
     table = pa.table({"image": pa.array([b"0"], kind)})
     if kind == pa.binary(1):
-        with pytest.raises(ShardError, match="has no column with the bytes of pictures: it has image"):
+        with pytest.raises(ShardError, match="has no column with the bytes of images: it has image"):
             read(parquet(table))
     else:
         assert [outcome(item) for item in read(parquet(table))] == [(0, "0", b"0")]
@@ -99,15 +106,15 @@ def test_texts_that_are_no_utf8_are_rejects() -> None:
     assert [outcome(item)[2] for item in read(parquet(pa.table({"image": images})))] == [b"0", "bad_text"]
 
 
-def test_pictures_have_a_limit() -> None:
-    data, limits = parquet(pa.table({"jpg": [b"12", b"123"]})), Limits(picture_bytes=2)
+def test_images_have_a_limit() -> None:
+    data, limits = parquet(pa.table({"jpg": [b"12", b"123"]})), Limits(image_bytes=2)
     items = list(read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, NOTHING, limits))
     assert [outcome(item)[2] for item in items] == [b"12", "too_many_bytes"]
 
 
-def test_rows_without_a_picture_are_rejected() -> None:
+def test_rows_without_an_image_are_rejected() -> None:
     table = pa.table({"image": [{"bytes": b"0", "path": "0"}, {"bytes": None, "path": "1.jpg"}, None]})
-    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", "picture_elsewhere", "no_picture"]
+    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", "image_not_embedded", "no_image"]
 
 
 def test_ranges_share_the_rows_among_them() -> None:
@@ -128,7 +135,7 @@ def test_a_key_is_unique_in_the_whole_file() -> None:
 def test_more_ranges_than_row_groups_leave_some_empty() -> None:
     data = parquet(PLAIN)
     assert [len(read(data, (k, 4))) for k in range(4)].count(0) == 3
-    groups = [row_groups(parquet_footer.middles(io.BytesIO(data), "p"), (k, 4), len(data)) for k in range(4)]
+    groups = [row_groups(parquet_footer.row_group_middles(io.BytesIO(data), "p"), (k, 4), len(data)) for k in range(4)]
     assert sorted(group for some in groups for group in some) == [0]
 
 
@@ -170,9 +177,9 @@ def test_a_column_of_another_type_fails_the_unit() -> None:
         read(parquet(PLAIN), wanted=pa.schema([("caption", pa.int64())]))
 
 
-def test_bytes_deeper_inside_are_no_pictures() -> None:
+def test_bytes_deeper_inside_are_no_images() -> None:
     table = pa.table({"image": [{"bytes": {"bytes": b"0"}}], "other": [[b"0"]]})
-    with pytest.raises(ShardError, match="has no column with the bytes of pictures: it has image, other"):
+    with pytest.raises(ShardError, match="has no column with the bytes of images: it has image, other"):
         read(parquet(table))
     both = table.append_column("picture", [[{"bytes": b"1", "path": None}]])
     assert [outcome(item)[2] for item in read(parquet(both))] == [b"1"]
@@ -188,12 +195,12 @@ def test_what_a_file_offers() -> None:
             "tags": [["a", "b"]],
         }
     )
-    assert offered(io.BytesIO(parquet(table)), "p", None) == pa.schema(
+    assert available_columns(io.BytesIO(parquet(table)), "p", None) == pa.schema(
         [("source_key", pa.string()), ("day", pa.date32()), ("word", pa.string()), ("tags", pa.list_(pa.string()))]
     )
 
 
-def test_one_of_several_picture_columns_must_be_named() -> None:
+def test_one_of_several_image_columns_must_be_named() -> None:
     table = pa.table({"a": [b"0"], "b": [b"1"]})
     with pytest.raises(ShardError, match="several columns with bytes, a, b; name one with --image-column"):
         read(parquet(table))
@@ -238,7 +245,7 @@ def test_a_damaged_file_is_named(data: bytes, message: str) -> None:
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
         list(read_parquet(Strict(data), "p.parquet", len(data), (0, 1), None, None, NOTHING))
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
-        offered(Strict(data), "p.parquet", None)
+        available_columns(Strict(data), "p.parquet", None)
 
 
 def test_a_flipped_bit_in_a_page_is_found() -> None:
@@ -251,31 +258,36 @@ def test_a_flipped_bit_in_a_page_is_found() -> None:
 def test_metadata_beside_a_tar_is_joined_by_key() -> None:
     table = pa.table({"key": ["0", "1"], "url": ["u0", "u1"], "width": [10, 11], "extra": [0.5, None]})
     wanted = pa.schema([("source_width", pa.int32()), ("extra", pa.float64()), ("nowhere", pa.string())])
-    assert read_beside(io.BytesIO(parquet(table)), "p", wanted) == {
+    assert read_metadata(io.BytesIO(parquet(table)), "p", wanted) == {
         "0": {"source_width": 10, "extra": 0.5},
         "1": {"source_width": 11, "extra": None},
     }
-    assert offered_beside(io.BytesIO(parquet(table)), "p").names == ["source_key", "url", "source_width", "extra"]
+    assert available_metadata_columns(io.BytesIO(parquet(table)), "p").names == [
+        "source_key",
+        "url",
+        "source_width",
+        "extra",
+    ]
 
 
 def test_rows_beside_a_tar_whose_key_is_no_text_are_passed_over() -> None:
     table = pa.table({"key": text(b"0", b"\xff", b"2"), "caption": text(b"ok", b"ok", b"\xff")})
-    rows = read_beside(io.BytesIO(parquet(table)), "p", pa.schema([("caption", pa.string())]))
+    rows = read_metadata(io.BytesIO(parquet(table)), "p", pa.schema([("caption", pa.string())]))
     assert list(rows) == ["0", "2"]
     assert rows["0"] == {"caption": "ok"}
     why = rows["2"]["caption"]
     assert isinstance(why, Rejected)
     assert (why.reason, why.detail[:29]) == ("bad_text", "the caption is not UTF-8 text")
     nulls = pa.table({"key": ["None", None], "caption": ["a", "b"]})
-    found = read_beside(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
+    found = read_metadata(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
     assert found == {"None": {"caption": "a"}}
 
 
-def test_pictures_beside_a_tar_are_never_lost_silently() -> None:
-    with pytest.raises(ShardError, match="has pictures of its own; rename it"):
-        offered_beside(io.BytesIO(parquet(PLAIN)), "p")
+def test_images_beside_a_tar_are_never_lost_silently() -> None:
+    with pytest.raises(ShardError, match="has images of its own; rename it"):
+        available_metadata_columns(io.BytesIO(parquet(PLAIN)), "p")
     with pytest.raises(ShardError, match="has no column 'key'"):
-        read_beside(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
+        read_metadata(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
 
 
 def test_a_row_group_is_not_held_whole() -> None:
@@ -292,7 +304,7 @@ def test_a_row_group_is_not_held_whole() -> None:
 def test_names_that_are_ours_are_told_apart_from_those_that_look_so() -> None:
     table = pa.table({"jpg": [b""], "width": [1], "source_width": [2], "source_source_width": [3], "source_x": [4]})
     data = parquet(table)
-    wanted = offered(io.BytesIO(data), "p", None)
+    wanted = available_columns(io.BytesIO(data), "p", None)
     assert wanted.names == ["source_width", "source_source_width", "source_source_source_width", "source_x"]
     (sample,) = read(data, wanted=wanted)
     assert isinstance(sample, Sample)
@@ -313,20 +325,20 @@ def test_two_columns_of_one_name_are_refused() -> None:
         read(parquet(table))
 
 
-def test_a_dictionary_of_pictures_is_read() -> None:
+def test_a_dictionary_of_images_is_read() -> None:
     table = pa.table({"image": pa.array([b"0", b"1", b"0", None]).dictionary_encode()})
-    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", b"1", b"0", "no_picture"]
-    assert offered(io.BytesIO(parquet(table)), "p", None).names == []
+    assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", b"1", b"0", "no_image"]
+    assert available_columns(io.BytesIO(parquet(table)), "p", None).names == []
 
 
 @pytest.mark.parametrize("wanted", [None, "image"])
-def test_a_column_of_pictures_without_any_has_no_type(wanted: str | None) -> None:
+def test_a_column_of_images_without_any_has_no_type(wanted: str | None) -> None:
     """As pandas writes it. Another column with bytes is not taken in its place."""
     table = pa.table({"image": pa.nulls(2), "mask": [b"0", b"1"], "other": [b"0", b"1"]})
-    assert [outcome(item)[2] for item in read(parquet(table), image=wanted)] == ["no_picture", "no_picture"]
+    assert [outcome(item)[2] for item in read(parquet(table), image=wanted)] == ["no_image", "no_image"]
     assert read(parquet(table.slice(0, 0)), image=wanted) == []
     paths = pa.table({"image": [{"bytes": None, "path": "0.jpg"}]})
-    assert [outcome(item)[2] for item in read(parquet(paths), image=wanted)] == ["picture_elsewhere"]
+    assert [outcome(item)[2] for item in read(parquet(paths), image=wanted)] == ["image_not_embedded"]
 
 
 @pytest.mark.parametrize("names", [["key", "caption"], ["file_name", "text"], ["clip"], ["URL", "TEXT"]])
@@ -361,7 +373,7 @@ def test_what_may_be_images_but_is_not_read_is_an_error(column: dict[str, Any], 
 
 def test_addresses_are_to_be_downloaded_first() -> None:
     with pytest.raises(NoImagesError, match="download the images that URL names first"):
-        offered(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
+        available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
 
 
 class TestKeysOfManyRanges:
@@ -403,11 +415,13 @@ class TestKeysOfManyRanges:
         assert self.read_all(data, ranges, None)[1] > self.N / 2, "by a process for each range"
 
     def test_versions_of_a_file_are_told_apart(self) -> None:
-        one = parquet_keys.of_file("s3://b/p", 10, "etag 1", "id")
-        assert parquet_keys.of_file("s3://b/p", 10, "etag 1", "id") is one
+        one = parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id")
+        assert parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id") is one
         others = [("s3://b/p", 10, "etag 2", "id"), ("s3://b/p", 10, "etag 1", "key"), ("s3://b/p", 10, "", "id")]
-        assert all(parquet_keys.of_file(*other) is not one for other in others)
-        assert parquet_keys.of_file(*others[2]) is not parquet_keys.of_file(*others[2]), "nobody knows its version"
+        assert all(parquet_keys.keys_of_file(*other) is not one for other in others)
+        assert parquet_keys.keys_of_file(*others[2]) is not parquet_keys.keys_of_file(*others[2]), (
+            "nobody knows its version"
+        )
 
     def test_threads_read_the_keys_of_a_row_group_once(self) -> None:
         keys, read = FileKeys(), Counter[int]()

@@ -71,7 +71,7 @@ def test_twins_and_captions_alone_are_rejects() -> None:
     assert [outcome(item) for item in read(tar(members))] == [
         (0, "a", b"1"),
         (1, "a", "duplicate_key"),
-        (2, "b", "no_picture"),
+        (2, "b", "no_image"),
         (3, "c", b"3"),
         (4, "a", "duplicate_key"),
         (5, "d", b"5"),
@@ -92,7 +92,7 @@ def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
             header.type, header.linkname = kind, "/etc/passwd"
             archive.addfile(header)
     items = [outcome(item) for item in read(sink.getvalue())]
-    assert items == [(n, str(n + 1), "picture_elsewhere") for n in range(3)]
+    assert items == [(n, str(n + 1), "image_not_embedded") for n in range(3)]
 
 
 def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
@@ -103,15 +103,15 @@ def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
         header.type, header.size = kind, 700
         data += header.tobuf(tarfile.USTAR_FORMAT)
     items = [outcome(item) for item in read(data + tar({"9.jpg": b"9"}))]
-    assert items == [*((n, key, "picture_elsewhere") for n, key in enumerate("hsp")), (3, "9", b"9")]
+    assert items == [*((n, key, "image_not_embedded") for n, key in enumerate("hsp")), (3, "9", b"9")]
 
 
 def test_no_text_is_dropped_silently() -> None:
-    """A text that is a link has no content here; of two, nobody knows which is the picture's."""
+    """A text that is a link has no content here; of two, nobody knows which is the image's."""
     link = tarfile.TarInfo("a.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
     data = tar({"a.jpg": b"1"})[:1024] + link.tobuf() + tar({"b.jpg": b"2", "b.txt": b"one", "b.TXT": b"two"})
-    assert [outcome(item)[1:] for item in read(data)] == [("a", "picture_elsewhere"), ("b", "bad_text")]
+    assert [outcome(item)[1:] for item in read(data)] == [("a", "image_not_embedded"), ("b", "bad_text")]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -129,7 +129,7 @@ def test_a_name_that_is_not_utf8_costs_one_sample(form: int) -> None:
 
 
 def test_of_many_members_with_one_key_few_are_held() -> None:
-    """The bytes of pictures that are rejected anyway would fill the memory."""
+    """The bytes of images that are rejected anyway would fill the memory."""
     names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
     members = [Member(name, 2, b"xx") for name in names]
     ((key, group),) = _by_key(iter(members))
@@ -205,11 +205,11 @@ def test_a_damaged_header_is_named(place: int) -> None:
 def test_what_is_too_large_is_a_reject_and_the_rest_is_read() -> None:
     members = {"a.jpg": b"x" * 1001, "b.jpg": b"y", "b.txt": b"z" * 101, "b.mp4": b"v" * 5000, "c.jpg": b"w"}
     stream = io.BytesIO(tar(members))
-    limits = Limits(picture_bytes=1000, text_bytes=100)
+    limits = Limits(image_bytes=1000, text_bytes=100)
     items = list(read_tar(stream, "s.tar", limits=limits))
     assert [outcome(item)[2] for item in items] == ["too_many_bytes", "text_too_long", b"w"]
     assert [item.detail for item in items if isinstance(item, Reject)] == [
-        "the picture has 1001 bytes, the limit is 1000",
+        "the image has 1001 bytes, the limit is 1000",
         "the txt has more than 100 bytes",
     ]
 
@@ -261,7 +261,7 @@ def test_a_stream_may_give_less_than_was_asked_for() -> None:
     ("path", "key"),
     [("p/a.jpg", "a"), ("p/b/a.v1.jpg", "b/a%2Ev1"), ("p/100%.png", "100%25"), ("p/x.y/a.gif", "x%2Ey/a")],
 )
-def test_the_key_of_a_folders_picture(path: str, key: str) -> None:
+def test_the_key_of_a_folders_image(path: str, key: str) -> None:
     assert folder_key(path) == key
 
 
@@ -278,7 +278,7 @@ def images(*names: str) -> Iterator[ImageFiles]:
         yield ImageFiles(image, tuple(texts))
 
 
-def test_a_folders_pictures_come_with_their_sidecars_or_their_reason(pool: Executor) -> None:
+def test_a_folders_images_come_with_their_sidecars_or_their_reason(pool: Executor) -> None:
     files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
     planned = images("a.jpg a.txt", "a.png a.txt", "b.v2.png b.v2.json", "c.jpg c.txt", "gone.jpg gone.txt")
     missing: list[str] = []
@@ -295,14 +295,14 @@ def test_a_folders_pictures_come_with_their_sidecars_or_their_reason(pool: Execu
         (1, "a", "duplicate_key"),
         (2, "b%2Ev2", b"2"),
         (3, "c", "bad_text"),
-        (4, "gone", "no_picture"),
+        (4, "gone", "no_image"),
     ]
     columns = [item.columns for item in items if isinstance(item, Sample)]
     assert columns == [{"txt": "one", "json": None}, {"txt": None, "json": "{}"}]
     assert missing == ["gone.jpg"]
 
 
-def test_a_picture_or_a_text_that_may_not_be_read_is_a_reject(pool: Executor) -> None:
+def test_an_image_or_a_text_that_may_not_be_read_is_a_reject(pool: Executor) -> None:
     files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
 
     def read_but(file: File, limit: int) -> bytes | None:
@@ -367,7 +367,7 @@ def test_each_kind_of_file_is_read_up_to_its_own_limit(pool: Executor) -> None:
         asked[file.path] = limit
         return b"x" * (limit + 1)
 
-    limits = Limits(picture_bytes=1000, text_bytes=100)
+    limits = Limits(image_bytes=1000, text_bytes=100)
     (item,) = read_folder(images("a.jpg a.txt"), read, lambda file: None, pool, limits=limits)
     assert asked == {"p/a.jpg": 1000, "p/a.txt": 100}
     assert outcome(item)[2] == "text_too_long"

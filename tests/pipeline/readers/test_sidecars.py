@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.cache import plan
 from pipeline.errors import CacheError
-from pipeline.readers.sidecars import Beside, ImageFiles, match, unpacked
+from pipeline.readers.sidecars import ImageFiles, SidecarIndex, match_sidecars, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Shard
-from pipeline.sources.units import units_of
+from pipeline.sources.units import make_units
 from pipeline.storage.store import Folder
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -30,7 +30,7 @@ def listed(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
     ]
 
 
-def found(beside: Beside) -> dict[str, list[str]]:
+def found(beside: SidecarIndex) -> dict[str, list[str]]:
     return {image[2:]: sorted(text.path[2:] for text in texts) for image, texts in beside.texts.items()}
 
 
@@ -52,7 +52,7 @@ def found(beside: Beside) -> dict[str, list[str]]:
     ],
 )
 def test_a_text_has_the_name_of_its_image(names: str, expected: dict[str, list[str]]) -> None:
-    beside = match(listed(*names.split()), TEXT_EXTENSIONS)
+    beside = match_sidecars(listed(*names.split()), TEXT_EXTENSIONS)
     assert found(beside) == expected
     assert list(beside.unused) == []
 
@@ -70,29 +70,29 @@ def test_a_text_has_the_name_of_its_image(names: str, expected: dict[str, list[s
     ],
 )
 def test_a_text_that_is_not_used_is_named(names: str, expected: dict[str, list[str]], unused: list[str]) -> None:
-    beside = match(listed(*names.split()), TEXT_EXTENSIONS)
+    beside = match_sidecars(listed(*names.split()), TEXT_EXTENSIONS)
     assert found(beside) == expected
     assert [path[2:] for path in beside.unused] == unused
 
 
 def test_the_metadata_of_shards_is_no_text_of_an_image() -> None:
     shards = listed("tars/0.tar", "tars/0_stats.json", "photos/a.jpg", "photos/b.txt")
-    assert list(match(shards, TEXT_EXTENSIONS).unused) == ["p/photos/b.txt"]
-    assert list(match(listed("0.tar", "0_stats.json", "a.txt"), TEXT_EXTENSIONS).unused) == []
+    assert list(match_sidecars(shards, TEXT_EXTENSIONS).unused) == ["p/photos/b.txt"]
+    assert list(match_sidecars(listed("0.tar", "0_stats.json", "a.txt"), TEXT_EXTENSIONS).unused) == []
 
 
 def test_only_the_wanted_kinds_of_texts_are_looked_for() -> None:
-    beside = match(listed("a.jpg", "a.txt", "a.caption", "b.caption"), ("caption",))
+    beside = match_sidecars(listed("a.jpg", "a.txt", "a.caption", "b.caption"), ("caption",))
     assert found(beside) == {"a.jpg": ["a.caption"]}
     assert list(beside.unused) == ["p/b.caption"]
 
 
 def test_a_plan_knows_each_file_of_a_folder(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    plan.extend(cache, listed("x/a.jpg", "x/a.txt", "x/a.jpg.json", "b.png", a=7, b=9))
-    (unit,) = plan.read(cache)
+    plan.extend_plan(cache, listed("x/a.jpg", "x/a.txt", "x/a.jpg.json", "b.png", a=7, b=9))
+    (unit,) = plan.read_plan(cache)
     assert unit.paths == ("p/b.png", "p/x/a.jpg")
-    assert unpacked(unit) == [
+    assert unpack_files(unit) == [
         ImageFiles(File("p/b.png", 9, "e-b.png"), ()),
         ImageFiles(
             File("p/x/a.jpg", 1, "e-x/a.jpg"),
@@ -102,7 +102,7 @@ def test_a_plan_knows_each_file_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_texts_do_not_change_the_name_of_a_unit() -> None:
-    with_text, without = (units_of(listed(*names.split())) for names in ("a.jpg a.txt", "a.jpg"))
+    with_text, without = (make_units(listed(*names.split())) for names in ("a.jpg a.txt", "a.jpg"))
     assert with_text[0].name == without[0].name
     assert with_text[0].etag != without[0].etag
 
@@ -117,23 +117,23 @@ def test_texts_do_not_change_the_name_of_a_unit() -> None:
 )
 def test_a_text_that_comes_or_goes_is_noticed(tmp_path: Path, before: str, after: str, changed: list[str]) -> None:
     cache = Folder(str(tmp_path))
-    first, noticed = plan.extend(cache, listed(*before.split(), "b.jpg", "b.txt"))
+    first, noticed = plan.extend_plan(cache, listed(*before.split(), "b.jpg", "b.txt"))
     assert noticed == []
-    units, noticed = plan.extend(cache, listed(*after.split(), "b.jpg", "b.txt"))
+    units, noticed = plan.extend_plan(cache, listed(*after.split(), "b.jpg", "b.txt"))
     assert [unit.name for unit in units] == [unit.name for unit in first]
     texts = {f"p/{name}" for name in after.split() if name.endswith("txt")} - {
         "p/a.txt" if "a.jpg.txt" in after else ""
     }
-    assert {text.path for files in unpacked(units[0]) for text in files.texts} == texts | {"p/b.txt"}
+    assert {text.path for files in unpack_files(units[0]) for text in files.texts} == texts | {"p/b.txt"}
     said = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
     assert noticed[0] == f"{said}nothing of them was encoded yet, and they are planned anew"
 
 
 def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
     cache, names = Folder(str(tmp_path)), [f"{n}.{kind}" for n in range(8) for kind in ("jpg", "txt")]
-    plan.extend(cache, listed(*names))
+    plan.extend_plan(cache, listed(*names))
     edited = [shard if shard.path.endswith("jpg") else edit(shard) for shard in listed(*names)]
-    _, (line,) = plan.extend(cache, edited)
+    _, (line,) = plan.extend_plan(cache, edited)
     assert line.startswith("inputs that have changed since they were planned: 8 (")
     assert "p/0.txt, p/1.txt, p/2.txt, p/3.txt, p/4.txt and 3 more" in line
 
@@ -145,14 +145,14 @@ def edit(shard: Shard) -> Shard:
 def test_an_etag_that_is_unknown_is_not_a_change(tmp_path: Path) -> None:
     cache, shards = Folder(str(tmp_path)), listed("a.jpg", "a.txt")
     unknown = [Shard(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
-    plan.extend(cache, shards)
-    assert plan.extend(cache, unknown)[1] == []
-    plan.extend(Folder(str(tmp_path / "other")), unknown)
-    assert plan.extend(Folder(str(tmp_path / "other")), shards)[1] == []
+    plan.extend_plan(cache, shards)
+    assert plan.extend_plan(cache, unknown)[1] == []
+    plan.extend_plan(Folder(str(tmp_path / "other")), unknown)
+    assert plan.extend_plan(Folder(str(tmp_path / "other")), shards)[1] == []
 
 
 @pytest.mark.parametrize("files", ["", "[]", "[[1]]", "{}", '[[1,"e",[1]]]'])
 def test_a_plan_that_does_not_say_what_its_files_are_is_named(files: str) -> None:
-    (unit,) = units_of(listed("a.jpg"))
+    (unit,) = make_units(listed("a.jpg"))
     with pytest.raises(CacheError, match=r"the plan does not say what the files of the unit p-\w+ are"):
-        unpacked(replace(unit, files=files))
+        unpack_files(replace(unit, files=files))

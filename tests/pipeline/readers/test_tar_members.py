@@ -103,14 +103,14 @@ def test_what_may_be_left_of_a_sample_is_a_reject() -> None:
     """Of many samples, each without its image, none is passed over: the tar may hold formats that are not read."""
     members = {"0.txt": b"", "1.json": b"", "2.tiff": b"", "3": b"", "4.cls": b"", "5.mp4": b"", "6.jfif": b""}
     items, passed = read(members)
-    assert [outcome(item)[1:] for item in items] == [(str(n), "no_picture") for n in range(7)]
+    assert [outcome(item)[1:] for item in items] == [(str(n), "no_image") for n in range(7)]
     assert not passed[STRAY]
 
 
 def test_an_extension_that_is_wanted_is_no_index() -> None:
     members = {"0.jpg": b"0", "0.tsv": b"zero", "1.tsv": b"one"}
     items, _ = read(members, ("tsv",))
-    assert [outcome(item)[1:] for item in items] == [("0", b"0"), ("1", "no_picture")]
+    assert [outcome(item)[1:] for item in items] == [("0", b"0"), ("1", "no_image")]
     assert rows(items)[0][2] == {"tsv": "zero"}
 
 
@@ -122,14 +122,14 @@ def test_an_image_whose_whole_name_is_its_extension_is_a_bad_key() -> None:
 
 def detail(members: dict[str, bytes]) -> str:
     (reject,) = (item for item in read(members)[0] if isinstance(item, Reject))
-    assert reject.reason == "no_picture"
+    assert reject.reason == "no_image"
     return reject.detail
 
 
 def test_a_sample_without_an_image_says_what_it_has() -> None:
     dots = " (a key ends at the first dot of a file's name)"
     assert detail({"v1.0.jpg": b"", "v1.1.jpg": b"", "v1": b""}) == (
-        f"the sample has no picture: its files end in .0.jpg, .1.jpg, nothing{dots}"
+        f"the sample has no image: its files end in .0.jpg, .1.jpg, nothing{dots}"
     )
     many = {f"0.{n}.jpg": b"" for n in range(9)}
     assert detail(many).endswith(f"its files end in .0.jpg, .1.jpg, .2.jpg, .3.jpg, .4.jpg and 4 more{dots}")

@@ -14,7 +14,7 @@ from pipeline.errors import SourceError
 from pipeline.records import Shard, Unit
 from pipeline.sources import changes, units
 from pipeline.sources.listing import list_sources
-from pipeline.sources.units import units_of
+from pipeline.sources.units import make_units
 from pipeline.storage.store import Folder
 
 Extend = Callable[..., tuple[list[str], list[str]]]
@@ -42,9 +42,11 @@ def extend(cache: Folder) -> Extend:
 
     def run(*given: object, **told: bool) -> tuple[list[str], list[str]]:
         listing = list_sources([str(source) for source in given], {}, cache.url)
-        units, notes = plan.extend(cache, listing.shards, listing.sources, **told)
-        assert sorted(map(repr, units)) == sorted(map(repr, plan.read(cache))) or any("has moved" in n for n in notes)
-        return [file.path for unit in units for file in changes.inputs_of(unit)], notes
+        units, notes = plan.extend_plan(cache, listing.shards, listing.sources, **told)
+        assert sorted(map(repr, units)) == sorted(map(repr, plan.read_plan(cache))) or any(
+            "has moved" in n for n in notes
+        )
+        return [file.path for unit in units for file in changes.input_files(unit)], notes
 
     return run
 
@@ -76,13 +78,13 @@ def test_a_source_that_moved_whole_goes_on_where_it_is_now(extend: Extend, cache
     (tmp_path / "b").mkdir()
     (tmp_path / "a/photos").rename(tmp_path / "b/photos")
     listing = list_sources([f"{tmp_path}/b/photos"], {}, cache.url)
-    units, notes = plan.extend(cache, listing.shards, listing.sources)
+    units, notes = plan.extend_plan(cache, listing.shards, listing.sources)
     assert notes == [f"the source photos has moved from {tmp_path}/a/photos to {tmp_path}/b/photos"]
     assert {unit.url for unit in units} == {f"{tmp_path}/b/photos", f"{tmp_path}/b/photos/0.tar"}
     assert extend(tmp_path / "b/photos")[0] == first
     put(tmp_path / "b/photos", "1.tar")
     assert len(extend(tmp_path / "b/photos")[0]) == len(first) + 1
-    assert {unit.root for unit in plan.read(cache)} == {f"{tmp_path}/b/photos"}, "where it was last"
+    assert {unit.root for unit in plan.read_plan(cache)} == {f"{tmp_path}/b/photos"}, "where it was last"
     assert extend(tmp_path / "b/photos")[1] == []
 
 
@@ -118,11 +120,11 @@ def test_sizes_alone_prove_nothing_of_a_source_that_moved(extend: Extend, cache:
     def tar(root: str) -> Shard:
         return Shard(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
 
-    plan.extend(cache, [tar("x://cats/shards")])
+    plan.extend_plan(cache, [tar("x://cats/shards")])
     with pytest.raises(SourceError, match="nothing but their sizes says that its files are the planned ones"):
-        plan.extend(cache, [tar("x://dogs/shards")])
-    assert plan.extend(cache, [tar("x://cats/shards")])[1] == [], "unknown is not changed"
-    plan.extend(cache, [tar("x://dogs/shards")], same_source=True)
+        plan.extend_plan(cache, [tar("x://dogs/shards")])
+    assert plan.extend_plan(cache, [tar("x://cats/shards")])[1] == [], "unknown is not changed"
+    plan.extend_plan(cache, [tar("x://dogs/shards")], same_source=True)
 
 
 def test_a_copy_without_times_goes_on_if_the_user_says_so(extend: Extend, cache: Folder, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_a_copy_without_times_goes_on_if_the_user_says_so(extend: Extend, cache:
     copy_without_times(tmp_path / "a/photos", tmp_path / "b/photos")
     assert refusal(extend, tmp_path / "b/photos").endswith("copied without its files' times: --same-source")
     assert extend(tmp_path / "b/photos", same_source=True)[0] == first
-    assert [unit.root for unit in plan.read(cache)] == [f"{tmp_path}/b/photos"] * 2
+    assert [unit.root for unit in plan.read_plan(cache)] == [f"{tmp_path}/b/photos"] * 2
     assert extend(tmp_path / "b/photos") == (first, []), "once is enough"
 
 
@@ -251,9 +253,9 @@ def test_etags_do_not_tell_that_a_source_was_not_renamed(cache: Folder, etag: st
     def tar(name: str, etag: str) -> Shard:
         return Shard(url=f"s3://b/{name}/0.tar", root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag)
 
-    plan.extend(cache, [tar("cats", "aa")])
+    plan.extend_plan(cache, [tar("cats", "aa")])
     with pytest.raises(SourceError, match="as files of the source cats"):
-        plan.extend(cache, [tar("birds", etag)])
+        plan.extend_plan(cache, [tar("birds", etag)])
 
 
 def test_a_few_files_that_look_planned_are_noted(extend: Extend, tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_an_input_of_the_same_size_that_changed_is_noticed(
 ) -> None:
     put(tmp_path, f"s/0.{kind}", f"s/1.{kind}", data=bytes(100))
     extend(tmp_path / "s")
-    before = plan.read(cache)
+    before = plan.read_plan(cache)
     for unit in before:
         name = {
             "part": f"data/{unit.name}-00000.parquet",
@@ -364,13 +366,13 @@ def test_an_input_of_the_same_size_that_changed_is_noticed(
     if standing == "nothing":
         assert note.endswith("nothing of them was encoded yet, and they are planned anew")
         assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
-        after = plan.read(cache)
+        after = plan.read_plan(cache)
         assert [unit.name for unit in after] == [unit.name for unit in before]
         assert after != before
         assert extend(tmp_path / "s")[1] == []
     else:
         assert ("run this again" in note) is (standing != "commit")
-        assert plan.read(cache) == before
+        assert plan.read_plan(cache) == before
         assert extend(tmp_path / "s", same_source=True)[1] == [], "the user says that nothing but the time changed"
         assert extend(tmp_path / "s")[1] == []
 
@@ -383,12 +385,12 @@ def test_a_parquet_file_that_grew_is_planned_in_other_ranges(
     extend(tmp_path / "s")
     put(tmp_path, "s/0.parquet", data=bytes(250))
     extend(tmp_path / "s")
-    assert [unit.range for unit in plan.read(cache)] == [(0, 3), (1, 3), (2, 3)]
-    first = plan.read(cache)[0]
+    assert [unit.range for unit in plan.read_plan(cache)] == [(0, 3), (1, 3), (2, 3)]
+    first = plan.read_plan(cache)[0]
     cache.create(f"data/{first.name}-00000.parquet", b"")
     put(tmp_path, "s/0.parquet", data=bytes(90))
     assert "run this again" in extend(tmp_path / "s")[1][0], "one range stands, so that all of them stay"
-    assert [unit.range for unit in plan.read(cache)] == [(0, 3), (1, 3), (2, 3)]
+    assert [unit.range for unit in plan.read_plan(cache)] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_a_time_that_is_unknown_is_not_changed(cache: Folder) -> None:
@@ -397,17 +399,17 @@ def test_a_time_that_is_unknown_is_not_changed(cache: Folder) -> None:
 
     for planned, now in (("", "m5"), ("m5", "")):
         folder = Folder(f"{cache.url}{planned}")
-        plan.extend(folder, [tar(planned)])
-        assert plan.extend(folder, [tar(now)])[1] == []
+        plan.extend_plan(folder, [tar(planned)])
+        assert plan.extend_plan(folder, [tar(now)])[1] == []
 
 
 def test_a_source_lies_where_the_last_file_of_the_plan_says(cache: Folder) -> None:
     def tar(root: str, number: int) -> Shard:
         return Shard(url=f"{root}/{number}.tar", root=root, path=f"s/{number}.tar", bytes=1, etag="")
 
-    plan.write(cache, 0, units_of([tar("/a/s", 0), tar("/a/s", 1)]))
-    plan.write(cache, 1, units_of([tar("/b/s", 0)]))
-    assert [unit.url for unit in plan.read(cache)] == ["/b/s/0.tar", "/b/s/1.tar"]
+    plan.write_plan_file(cache, 0, make_units([tar("/a/s", 0), tar("/a/s", 1)]))
+    plan.write_plan_file(cache, 1, make_units([tar("/b/s", 0)]))
+    assert [unit.url for unit in plan.read_plan(cache)] == ["/b/s/0.tar", "/b/s/1.tar"]
 
 
 def test_however_many_changed_the_note_is_one_line(extend: Extend, tmp_path: Path) -> None:
@@ -427,7 +429,7 @@ def test_of_two_drivers_that_plan_anew_the_second_reads_what_the_first_planned(
     put(tmp_path, "s/0.tar", "s/1.tar", data=bytes(100))
     extend(tmp_path / "s")
     rewrite(tmp_path / "s/1.tar")
-    original, raced = plan.write, list[int]()
+    original, raced = plan.write_plan_file, list[int]()
 
     def lose(folder: Folder, number: int, units: Sequence[Unit]) -> bool:
         if not raced:
@@ -435,15 +437,15 @@ def test_of_two_drivers_that_plan_anew_the_second_reads_what_the_first_planned(
             assert original(folder, number, units), "the other driver is quicker"
         return original(folder, number, units)
 
-    monkeypatch.setattr(plan, "write", lose)
+    monkeypatch.setattr(plan, "write_plan_file", lose)
     extend(tmp_path / "s")
     assert (raced, cache.names("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
 
 
-def test_the_plan_says_what_each_picture_was(extend: Extend, cache: Folder, tmp_path: Path) -> None:
+def test_the_plan_says_what_each_image_was(extend: Extend, cache: Folder, tmp_path: Path) -> None:
     images(tmp_path / "photos")
     os.utime(tmp_path / "photos/1.png", ns=(5, 1_700_000_000_000_000_001))
     extend(tmp_path / "photos")
-    (unit,) = plan.read(cache)
+    (unit,) = plan.read_plan(cache)
     assert json.loads(unit.files)[1] == [11, "m1700000000000000001", []]
     assert (unit.root, unit.source) == (f"{tmp_path}/photos", "photos")

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.sources.listing import list_shards
-from pipeline.sources.units import tar_unit
+from pipeline.sources.units import make_tar_unit
 from pipeline.storage.etags import same_etag
 from pipeline.storage.store import etag_of, open_stream
 
@@ -19,11 +19,11 @@ def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1_700_000_000_123_456_789))
     (shard,) = list_shards((str(tmp_path / "s"),), {}, "nowhere")
     assert shard.etag == "m1700000000123456789"
-    with open_stream(shard.url, {}, tar_unit(shard)) as stream:
+    with open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
         assert stream.read() == b"old"
     path.write_bytes(b"new")
     changed = pytest.raises(SourceError, match=r"0.tar has changed since it was planned \(its time or ETag\)")
-    with changed, open_stream(shard.url, {}, tar_unit(shard)):
+    with changed, open_stream(shard.url, {}, make_tar_unit(shard)):
         pass
 
 
@@ -32,7 +32,7 @@ def test_a_file_that_is_rewritten_in_its_size_while_it_is_read_is_reported(tmp_p
     path.write_bytes(b"old")
     (shard,) = list_shards((str(path),), {}, "nowhere")
     changed = pytest.raises(SourceError, match=r"0.tar has changed while it was read")
-    with changed, open_stream(shard.url, {}, tar_unit(shard)) as stream:
+    with changed, open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
         path.write_bytes(b"new")
         stream.read()
 

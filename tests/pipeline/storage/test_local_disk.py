@@ -73,7 +73,7 @@ def test_without_links_an_exclusive_rename_lets_one_writer_win(
 ) -> None:
     refuse_links(monkeypatch, number)
     folder = Folder(str(tmp_path / "c"))
-    assert folder.promises()
+    assert folder.supports_conditional_create()
     (won,) = winners(folder)
     assert folder.read("data/x") == bytes([won]) * 100_000
 
@@ -84,7 +84,7 @@ def test_a_disk_that_links_within_a_directory_only_keeps_the_promise(
     refuse_links(monkeypatch, errno.EXDEV, within=False)
     refuse_exclusive_renames(monkeypatch)
     folder = Folder(str(tmp_path / "c"))
-    assert folder.promises()
+    assert folder.supports_conditional_create()
     assert len(winners(folder)) == 1
 
 
@@ -94,7 +94,7 @@ def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
     refuse_links(monkeypatch)
     refuse_exclusive_renames(monkeypatch)
     folder = Folder(str(tmp_path / "c"))
-    assert not folder.promises()
+    assert not folder.supports_conditional_create()
     assert winners(folder)
     assert not folder.create("data/x", b"late")
     assert folder.read("data/x") != b"late"
@@ -106,7 +106,7 @@ def test_a_rename_that_overwrites_all_the_same_promises_nothing(
     """A filesystem of FUSE that does not look at the flags."""
     refuse_links(monkeypatch)
     monkeypatch.setattr(local_disk, "_renameat2", lambda: lambda at, file, into, path, flags: os.replace(file, path))
-    assert not Folder(str(tmp_path)).promises()
+    assert not Folder(str(tmp_path)).supports_conditional_create()
 
 
 def test_where_the_driver_was_promised_more_a_worker_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +191,15 @@ def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
     if verb == "retry":
         assert latentmill(*argv, "--workers", 0, "--input-limit", "pixels=9000", "--max-reject-rate", 1)[0] == 0
         argv = ["retry", tmp_path / "c"]
-    promises = Folder.promises
+    supports_conditional_create = Folder.supports_conditional_create
 
     def then_refuse(folder: Folder) -> bool:
-        kept = promises(folder)
+        kept = supports_conditional_create(folder)
         refuse_links(monkeypatch)
         refuse_exclusive_renames(monkeypatch)
         return kept
 
-    monkeypatch.setattr(Folder, "promises", then_refuse)
+    monkeypatch.setattr(Folder, "supports_conditional_create", then_refuse)
     code, _, err = latentmill(*argv, "--workers", 0)
     assert code == 1
     assert "the disk has neither hard links nor exclusive renames on this machine" in err

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamagedError, SourceError, StorageError
-from pipeline.flow import Encoder
-from pipeline.formats.schema import Columns, Layout
+from pipeline.flow import UnitWorker
+from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.records import Unit
 from pipeline.storage import store
 from pipeline.storage.store import Folder, open_stream, read_file
@@ -133,24 +133,24 @@ def test_files_that_are_read_whole(short_reads: Cut, root: str, url: str) -> Non
 def test_a_copy_of_a_checkpoint_is_whole(short_reads: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     Folder(root).replace("vae/x.safetensors", CONTENT)
-    with store.fetched(f"{root}/vae", {}, re.compile(r".*\.safetensors")) as local:
+    with store.fetch(f"{root}/vae", {}, re.compile(r".*\.safetensors")) as local:
         assert Path(local, "x.safetensors").read_bytes() == CONTENT
     short_reads("x.safetensors", 9000)
     for ref in (f"{root}/vae", f"{root}/vae/x.safetensors"):
         with (
             pytest.raises(StorageError, match=r"memory://.*x\.safetensors ended at byte 9000, but has 10240"),
-            store.fetched(ref, {}, re.compile(r".*\.safetensors")),
+            store.fetch(ref, {}, re.compile(r".*\.safetensors")),
         ):
             pass
 
 
 @pytest.mark.parametrize("end", [0, 100, 3000, -9, -1])
 def test_metadata_beside_a_tar_that_came_short_fail_its_unit(
-    worker: Callable[..., Encoder], short_reads: Cut, tmp_path: Path, end: int
+    worker: Callable[..., UnitWorker], short_reads: Cut, tmp_path: Path, end: int
 ) -> None:
     tar = write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 3, height=64, width=64))
     pq.write_table(pa.table({"key": [f"{n:09d}" for n in range(3)], "url": ["u" * 2000] * 3}), tmp_path / "s/0.parquet")
-    layout = Layout(columns=Columns(pa.schema([("url", pa.string())]), ()))
+    layout = OutputSchema(columns=PassthroughColumns(pa.schema([("url", pa.string())]), ()))
     short_reads("0.parquet", end % (tmp_path / "s/0.parquet").stat().st_size)
     with pytest.raises(StorageError, match=r"0\.parquet ended at byte"):
         worker(tmp_path / "c", layout=layout).run(unit_of(tar))

@@ -1,4 +1,4 @@
-"""Pictures that end or hang the process that opens them: they are rejected by name, and all else is done."""
+"""Images that end or hang the process that opens them: they are rejected by name, and all else is done."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three tars of ten samples; two of them have a picture that is not to be opened."""
+    """Three tars of ten samples; two of them have an image that is not to be opened."""
     for number, bad in enumerate((None, b"ABORT", b"SLEEP")):
         members = img2dataset_members(10 * number, 10)
         if bad:
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 def encode(source: Path, cache: Path, vae: Path) -> tuple[int, str]:
     argv = [source, "--to", cache, "--vae", vae, "--resolution", 64, "--workers", 2]
-    argv += ["--patience", 10, "--input-limit", "seconds=3", "--json"]
+    argv += ["--stall-timeout", 10, "--input-limit", "seconds=3", "--json"]
     job = subprocess.run(
         [sys.executable, "-m", "jobs.encode", *map(str, argv)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SABOTAGE, ROOT)))},
@@ -41,7 +41,7 @@ def encode(source: Path, cache: Path, vae: Path) -> tuple[int, str]:
     return job.returncode, job.stdout + job.stderr
 
 
-@pytest.mark.fault(14, "a picture ends its worker, another one hangs its own")
+@pytest.mark.fault(14, "an image ends its worker, another one hangs its own")
 @pytest.mark.timeout(300)
 def test_they_are_rejected_by_name_and_all_else_is_done(
     latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path
