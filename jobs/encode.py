@@ -343,7 +343,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     if totals.shares:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"
-        lines.append(f"  bounded by {totals.bottleneck} ({shares}){busy}")
+        lines.append(f"  bottleneck {totals.bottleneck} ({shares}){busy}")
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)
     for doubt in stats.find_implausible(written):

@@ -41,9 +41,9 @@ def records(cache: Path) -> list[dict[str, Any]]:
     [
         (encode, "load_vae", []),
         (LocalFileSystem, "ls", []),
-        (plan, "hashes", ["stopped"]),
+        (plan, "hash_plan_files", ["stopped"]),
         (encode, "check_commits", ["stopped"]),
-        (stats, "summary", ["stopped"]),
+        (stats, "summarize", ["stopped"]),
     ],
 )
 def test_a_signal_ends_the_job_wherever_it_is(
@@ -153,7 +153,7 @@ def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_writt
         return finish(*given)
 
     monkeypatch.setattr(Run, "write", noted)
-    monkeypatch.setattr(encode, "finish", slowly)
+    monkeypatch.setattr(encode, "finalize_cache", slowly)
     assert latentmill(*argv)[0] == 0
     ((start, end),) = slow
     assert len([at for at, outcome in written if start < at < end and outcome == "running"]) > 3
@@ -163,7 +163,9 @@ def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_writt
     assert [record["outcome"] for record in records(tmp_path / "c")] == ["done"]
 
 
-@pytest.mark.parametrize("module_and_name", [(plan, "extend"), (encode, "encode_units"), (encode, "check_commits")])
+@pytest.mark.parametrize(
+    "module_and_name", [(plan, "extend_plan"), (encode, "encode_pending"), (encode, "check_commits")]
+)
 def test_a_run_shows_that_it_lives_from_its_plan_on(
     latentmill: Command,
     argv: list[object],
@@ -242,9 +244,9 @@ class Recorded(LocalExecutor):
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happened: engines that were closed, and ends that were begun."""
     Recorded.order.clear()
-    monkeypatch.setattr(resources, "InlineEngine", Recorded)
+    monkeypatch.setattr(resources, "LocalExecutor", Recorded)
     for module in (encode, retry):
-        monkeypatch.setattr(module, "finish", recorded(module.finish))
+        monkeypatch.setattr(module, "finalize_cache", recorded(module.finalize_cache))
     return Recorded.order
 
 

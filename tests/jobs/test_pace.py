@@ -195,7 +195,7 @@ def test_a_run_says_what_bounded_it_and_how_busy_the_device_was(
     monkeypatch.setattr(LatentEncoder, "encode", timed)
     code, out, err = latentmill(*job)
     assert code == 0, err
-    assert f"bounded by {what} (" in out
+    assert f"  bottleneck {what} (" in out
     assert "the device was busy for " in out
     (path,) = (tmp_path / "c/_runs").glob("*.json")
     run = json.loads(path.read_text())

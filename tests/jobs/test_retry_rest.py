@@ -186,7 +186,7 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
         return publish(*argv)
 
     with monkeypatch.context() as patch:
-        patch.setattr(retry, "publish", failing)
+        patch.setattr(retry, "publish_part", failing)
         assert case.retry()[0] == (0 if again else 1)
     if not again:
         assert case.rejected["rest_of_shard"] == 1
