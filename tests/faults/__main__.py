@@ -25,7 +25,7 @@ Each row is one or more tests that bring the fault about while a job runs: over 
 proxy before it, on Ray clusters of one or two nodes, or on disk. After each the cache must have every sample once, as a
 row or a reject, by a count with pyarrow and tarfile alone, every file must be what was committed, and the digest that
 of a run that nothing disturbed. Where the fault must end the job: its exit code, its message, and that the same command
-goes on. Kills at random moments: [benchmarks.md](benchmarks.md#two-hundred-kills).
+goes on. Kills at random moments: [benchmarks.md](benchmarks.md#kills-and-sick-workers).
 
 | row | fault | test | passed | seconds |
 |---|---|---|---|---|
