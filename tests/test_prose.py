@@ -88,7 +88,7 @@ def test_the_check_finds_the_words_and_long_sentences_that_it_is_for() -> None:
             "The picture is made",
             "anew; sides, unset: none.",
             "It uses that in place",
-            "of this, or nothing else.",
+            "of this, else. Nothing else.",
             "```sh",
             "picture anew",
             "```",
