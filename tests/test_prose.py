@@ -26,7 +26,7 @@ QUOTES_OLD_NAMES = {"docs/engineering-log.md"}
 
 
 def plain_text(markdown: str) -> str:
-    """Return the prose of a page: code, link targets, tables and HTML comments become blank lines or words."""
+    """Return the prose of a page, line by line: without code blocks, inline code, link targets and HTML comments."""
     text = re.sub(r"^(```+)[^\n]*\n.*?^\1$", blank, markdown, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"<!--.*?-->", blank, text, flags=re.DOTALL)
     text = re.sub(r"`[^`]*`", lambda match: "CODE" + "\n" * match[0].count("\n"), text)
