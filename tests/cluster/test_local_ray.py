@@ -175,7 +175,7 @@ from jobs import encode
 from jobs.entry import run_as_script
 from pipeline import stats
 
-module, name = {"ray.init": (ray, "init"), "stats.summary": (stats, "summary")}[sys.argv.pop(1)]
+module, name = {"ray.init": (ray, "init"), "stats.summarize": (stats, "summarize")}[sys.argv.pop(1)]
 real = getattr(module, name)
 
 def struck(*given, **named):
@@ -191,7 +191,7 @@ run_as_script(encode.main)
 
 @pytest.mark.fault(6, "the driver is preempted while Ray starts, and at the very end")
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["ray.init", "stats.summary"])
+@pytest.mark.parametrize("place", ["ray.init", "stats.summarize"])
 def test_a_signal_ends_the_job_before_and_after_its_units(
     source: Path, calm: str, micro_vae: Path, tmp_path: Path, place: str
 ) -> None:
