@@ -48,5 +48,5 @@ check: $(VENV)/docs-installed docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/codespell README.md SECURITY.md docs examples/README.md jobs/options.py
+	$(BIN)/codespell *.md docs examples/README.md jobs/options.py
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_prose.py
