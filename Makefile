@@ -4,18 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
 
-.PHONY: demo test test-slow check help
+.PHONY: demo test test-slow check docs help
 help:
 	@echo "make demo       encode and decode the sample photos on a local Ray"
 	@echo "make test       run the fast tests"
 	@echo "make test-slow  run the slow tests"
-	@echo "make check      run ruff, mypy and the tests of the import rules"
+	@echo "make check      run ruff, mypy, the layer rules, the prose check and the documentation build"
+	@echo "make docs       build the documentation site into site/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-build-isolation --config-settings editable_mode=compat --editable '.[dev,train]'
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation --config-settings editable_mode=compat --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -34,8 +40,13 @@ test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 -n auto --maxprocesses 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and ray' --timeout 600
 
-check: $(VENV)/installed
+# --strict turns every warning, such as a broken link or a page outside the nav, into an error.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: $(VENV)/docs-installed docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/codespell *.md docs examples/README.md jobs/options.py
+	$(BIN)/python -m pytest tests/test_layers.py tests/test_prose.py

@@ -129,15 +129,15 @@ def limits_table() -> str:
     meanings = {
         "image_bytes": "bytes of an encoded image",
         "pixels": "pixels of an image",
-        "side": "pixels of its longer side",
-        "text_bytes": "bytes of a caption, or of any other text beside an image, or inside a list there",
-        "columns_bytes": "bytes that the columns of a part's rows take in memory; each row may take an equal share",
+        "side": "pixels of the longer side of an image",
+        "text_bytes": "bytes of a caption, or of any other text of an image, also inside a list",
+        "columns_bytes": "bytes that the columns of a part's rows occupy in memory; each row may use an equal share",
         "key_bytes": "bytes of a key",
         "members": "members of a tar",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer",
-        "seconds": "seconds for an image that is opened by a process of its own",
-        "memory": "bytes of memory of that process",
+        "seconds": "seconds for an image that is decoded in a separate process",
+        "memory": "bytes of memory of the separate process",
     }
     rows = "".join(f"| `{f.name}` | {f.default:,} | {meanings[f.name]} |\n" for f in dataclasses.fields(Limits))
     return "| name | default | |\n|---|---|---|\n" + rows

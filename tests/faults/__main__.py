@@ -1,4 +1,4 @@
-"""Runs every row of the fault table a number of times, and writes docs/faults.md.
+"""Run every row of the fault table a number of times, and write docs/faults.md.
 
 LATENTMILL_TEST_S3=ceph python -m tests.faults --times 3 [--once-below ROW]
 """
@@ -17,15 +17,20 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/faults.md"
 
 HEAD = """\
-# Faults that were tried
+# Fault table
 
-Written by `LATENTMILL_TEST_S3={store} python -m tests.faults --times {times}{once}` on {date}, {machine},
-Python {python}.
-Each row is one or more tests that bring the fault about while a job runs: over HTTP on an S3 server ({store}) with a
-proxy before it, on Ray clusters of one or two nodes, or on disk. After each the cache must have every sample once, as a
-row or a reject, by a count with pyarrow and tarfile alone, every file must be what was committed, and the digest that
-of a run that nothing disturbed. Where the fault must end the job: its exit code, its message, and that the same command
-goes on. Kills at random moments: [benchmarks.md](benchmarks.md#kills-and-sick-workers).
+This page lists the faults that are tested, and how often each test passed. It is written by
+`LATENTMILL_TEST_S3={store} python -m tests.faults --times {times}{once}` (on {date}, {machine}, Python {python}).
+
+Each row is one or more tests that inject the fault while a job runs: over HTTP on an S3 server ({store}) behind a
+proxy, on Ray clusters of one or two nodes, or on disk. After each fault, the test checks the cache:
+
+- Every sample is there once, as a row or a reject. pyarrow and tarfile alone count them.
+- Every file has the bytes that were committed.
+- The digest is that of an undisturbed run.
+
+If the fault must end the job, the test checks the exit code and the message, and that the same command resumes. For
+kills at random moments, see the [engineering log](engineering-log.md#2026-11-26-kills-and-faulty-workers).
 
 | row | fault | test | passed | seconds |
 |---|---|---|---|---|
@@ -33,14 +38,14 @@ goes on. Kills at random moments: [benchmarks.md](benchmarks.md#kills-and-sick-w
 
 
 class Collector:
-    """A pytest plugin: what became of each test with a `fault` mark."""
+    """A pytest plugin that collects the results of the tests with a `fault` mark."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[int, str]] = {}
         self.passed: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
         self.runs: dict[str, int] = defaultdict(int)
-        self.least = 0  # rows below this one are left out
+        self.least = 0  # rows below this one are skipped
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if self._row(item) >= self.least]
@@ -64,8 +69,8 @@ class Collector:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=1)
-    parser.add_argument("--once-below", type=int, default=0, metavar="ROW", help="rows below this one run once only")
-    parser.add_argument("-k", default="", help="as pytest's: only some")
+    parser.add_argument("--once-below", type=int, default=0, metavar="ROW", help="run rows below ROW only once")
+    parser.add_argument("-k", default="", help="run only matching tests; the same as pytest -k")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = Collector()
