@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each sets up all it needs, in .venv.
+# Start with `make demo` and `make test`. Each target first installs its dependencies into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,10 @@ DEMO := demo-output
 
 .PHONY: demo test test-slow check docs help
 help:
-	@echo "make demo       encode and decode the sample photographs on a local Ray"
-	@echo "make test       the fast tests"
-	@echo "make test-slow  the slow ones"
-	@echo "make check      ruff, mypy, the layer rules, the prose check and the documentation site"
+	@echo "make demo       encode and decode the sample photos on a local Ray"
+	@echo "make test       run the fast tests"
+	@echo "make test-slow  run the slow tests"
+	@echo "make check      run ruff, mypy, the tests of the import rules and the prose check, and build the site"
 	@echo "make docs       build the documentation site into site/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -30,8 +30,8 @@ demo: $(VENV)/installed
 	$(BIN)/latentmill decode $(DEMO)/latents --to $(DEMO)/previews
 	$(BIN)/latentmill stats $(DEMO)/latents
 	@echo
-	@echo "Look at the contact sheet:  $(CURDIR)/$(DEMO)/previews/sheets/00000.png"
-	@echo "The statistics:             $(CURDIR)/$(DEMO)/latents/stats.json"
+	@echo "Contact sheet:  $(CURDIR)/$(DEMO)/previews/sheets/00000.png"
+	@echo "Statistics:     $(CURDIR)/$(DEMO)/latents/stats.json"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

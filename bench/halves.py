@@ -1,4 +1,7 @@
-"""The two halves of the encode job, each alone on both cores: the encoder, and opening."""
+"""Throughput of the encode job's two halves, each alone on both cores: the encoder, and opening images.
+
+It is a part of `bench.end_to_end`, which prints the results. Opening means to decode a JPEG and resize it.
+"""
 
 import time
 from collections.abc import Callable
@@ -18,31 +21,31 @@ from pipeline.records import PreparedImage
 from pipeline.weights import load_vae
 
 CORES, SIDE = 2, 256
-SECONDS, SAMPLE, PATIENCE = 8.0, 64, 120
+SECONDS, SAMPLES, START_TIMEOUT = 8.0, 64, 120
 
-barrier: Any = None  # of the processes of `on_both_cores`, so that they run at the same time
+barrier: Any = None  # shared by the processes of `measure_on_all_cores`, so that they run at the same time
 
 
-def on_both_cores(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
-    """Images/s of processes of one thread, one a core, added up."""
+def measure_on_all_cores(make_step: Callable[[Path], Callable[[], object]], folder: Path) -> float:
+    """Return the images per second of one single-threaded process per core, summed."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(CORES, context, share, (context.Barrier(CORES),)) as pool:
-        return sum(pool.map(alone, [make] * CORES, [folder] * CORES))
+    with ProcessPoolExecutor(CORES, context, set_barrier, (context.Barrier(CORES),)) as pool:
+        return sum(pool.map(measure, [make_step] * CORES, [folder] * CORES))
 
 
-def share(ours: Any) -> None:
-    """Set up a process of `on_both_cores`."""
+def set_barrier(shared_barrier: Any) -> None:
+    """Set up a process of `measure_on_all_cores`."""
     global barrier
-    barrier = ours
+    barrier = shared_barrier
 
 
-def alone(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
-    """Images/s of one process. make: what makes the step that is timed, which does one image."""
+def measure(make_step: Callable[[Path], Callable[[], object]], folder: Path) -> float:
+    """Return the images per second of this process. make_step: returns the timed function, which does one image."""
     torch.set_num_threads(1)
-    step, count = make(folder), 0
-    for _ in range(SAMPLE // 4):
+    step, count = make_step(folder), 0
+    for _ in range(SAMPLES // 4):
         step()
-    barrier.wait(PATIENCE)
+    barrier.wait(START_TIMEOUT)
     start = time.perf_counter()
     while time.perf_counter() - start < SECONDS:
         step()
@@ -50,24 +53,24 @@ def alone(make: Callable[[Path], Callable[[], object]], folder: Path) -> float:
     return count / (time.perf_counter() - start)
 
 
-def encoder(folder: Path) -> Callable[[], object]:
-    """A step that encodes an image which is open already, as the job does on CPUs."""
+def make_encode_step(folder: Path) -> Callable[[], object]:
+    """Return a step that encodes an opened image, with the settings that the job uses on CPUs."""
     compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
     latent_encoder = LatentEncoder(load_vae(str(folder / "vae")), compute, "float16")
     transform = Transform(resolution=SIDE)
-    pixels = [opened(data, transform) for data in read_images(folder / "shards", SAMPLE)]
+    pixels = [prepare(data, transform) for data in read_images(folder / "shards", SAMPLES)]
     endless = cycle([as_image(p) for p in pixels])
     return lambda: latent_encoder.encode([next(endless)])
 
 
-def opener(folder: Path) -> Callable[[], object]:
-    """A step that opens a JPEG which is in memory and brings it to size."""
-    transform, endless = Transform(resolution=SIDE), cycle(read_images(folder / "shards", SAMPLE))
-    return lambda: opened(next(endless), transform)
+def make_open_step(folder: Path) -> Callable[[], object]:
+    """Return a step that opens a JPEG from memory: it decodes and resizes it."""
+    transform, endless = Transform(resolution=SIDE), cycle(read_images(folder / "shards", SAMPLES))
+    return lambda: prepare(next(endless), transform)
 
 
 def as_image(pixels: torch.Tensor) -> PreparedImage:
-    """What the encoder takes; it looks at the pixels only."""
+    """Return the encoder's input. The encoder uses only its pixels."""
     return PreparedImage(
         position=0,
         key="",
@@ -81,8 +84,8 @@ def as_image(pixels: torch.Tensor) -> PreparedImage:
     )
 
 
-def opened(data: bytes, transform: Transform) -> torch.Tensor:
-    """A JPEG's pixels at the size they are encoded at."""
+def prepare(data: bytes, transform: Transform) -> torch.Tensor:
+    """Return a JPEG's pixels at the size at which they are encoded."""
     pixels = open_pixels(data)
     fit = transform.fit(*pixels.shape[:2])
     assert fit is not None

@@ -1,8 +1,9 @@
-"""The peer of `bench.end_to_end`: the same work as a plain Ray Data pipeline, as its documentation teaches it.
+"""The same work as the encode job, as a plain Ray Data pipeline in the style of Ray's documentation.
 
     python bench/ray_data_peer.py SHARDS --to FOLDER --vae DIRECTORY
 
-Knows nothing of ours.
+`bench.end_to_end` runs it for comparison and measures its time. It prints nothing, and writes Parquet files with keys,
+captions and latents to FOLDER. It imports nothing of latentmill.
 """
 
 import argparse
@@ -14,16 +15,16 @@ import ray
 from PIL import Image
 
 SIDE = 256
-# The best of what was measured on two cores with 512 images (seconds, whole process): actors x CPUs each, batch
-#   2 x 0.5   batch 4: 35   8: 31   16: 35   32: 45; 2 x 0.25 and another number of blocks: no better
+# These are the fastest settings on two cores with 512 images. Seconds of the whole process, by actors x CPUs per actor:
+#   2 x 0.5   batch 4: 35   8: 31   16: 35   32: 45; 2 x 0.25 and other numbers of blocks were not faster
 #   1 x 1     batch 16: 44
-#   2 x 1     never ends: actors take all CPUs, none is left to read with (ray-project/ray issue 44687)
-# Letting uint8 travel instead of float32 changed nothing that could be measured (35 both at batch 16).
-ACTORS, CPUS_EACH, BATCH = 2, 0.5, 8
+#   2 x 1     never ends: the actors take all CPUs, so that none is free for reading (ray-project/ray issue 44687)
+# Sending uint8 between the stages instead of float32 made no measurable difference (35 s in both cases at batch 16).
+ACTORS, CPUS_PER_ACTOR, BATCH = 2, 0.5, 8
 
 
 def open_image(row: dict[str, Any]) -> dict[str, Any]:
-    """JPEG to pixels in [-1, 1], float32 [3, SIDE, SIDE]: short side resized, the middle cut out."""
+    """Replace a JPEG by float32 pixels [3, SIDE, SIDE] in [-1, 1]: shorter side resized, then center-cropped."""
     image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
     scale = SIDE / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -38,7 +39,7 @@ def open_image(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Encoder:
-    """An actor with a model of its own. It alone imports torch and diffusers: that takes seconds a process."""
+    """An actor with its own model. Only actors import torch and diffusers, which takes seconds per process."""
 
     def __init__(self, vae: str) -> None:
         import torch
@@ -58,9 +59,9 @@ class Encoder:
 def main() -> None:
     """Run the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards")
-    parser.add_argument("--to", required=True)
-    parser.add_argument("--vae", required=True)
+    parser.add_argument("shards", help="folder with tar shards")
+    parser.add_argument("--to", required=True, help="folder for the Parquet files")
+    parser.add_argument("--vae", required=True, help="directory of the VAE, in diffusers' format")
     options = parser.parse_args()
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -73,7 +74,7 @@ def main() -> None:
             fn_constructor_args=[options.vae],
             batch_size=BATCH,
             compute=ray.data.ActorPoolStrategy(size=ACTORS),
-            num_cpus=CPUS_EACH,
+            num_cpus=CPUS_PER_ACTOR,
         )
         .write_parquet(options.to)
     )

@@ -1,13 +1,16 @@
-"""Kills workers at random moments, and makes others sick: every sample must be there once, with a calm run's digest.
+"""A soak test of the encode job: random kills and faulty workers must not change the result.
 
     python -m bench.soak --kills 200 --sicknesses 100 --seed 1
 
-Jobs on a local Ray with two workers; each worker writes down what it is doing (a file in shared memory), so that every
-kill is known by the phase that it hit. A worker that is made sick lives on and fails in all it does: its model with an
-error of its device or an unknown one, its reads end early, or it cannot write. When enough was done to one job it goes
-on to its end; then its cache is read by pyarrow and json alone. Prints the histograms; every failure names the seed.
+It takes about 40 minutes on two cores. Jobs run on a local Ray with two workers. Each worker records its current phase
+in a file, so that the phase of every kill is known. A worker that is made sick keeps running, but fails in all of its
+work: its model raises a device error or an unknown error, its reads end early, or it cannot write. After the intended
+number of faults, the job runs to its end. `bench.audit` then checks its cache: every sample is there exactly once, and
+the digest is that of an undisturbed run.
 
-Exit code 1 if a cache was wrong, or a phase or a sickness came up fewer than ten times.
+The output has a line per job, and at the end the number of kills per phase and of workers per sickness. Each failure is
+a line that starts with FAIL and names the seed. The exit code is 1 if a cache was wrong, or if a phase or a sickness
+occurred fewer than ten times.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileOpener
 
-from bench import account
+from bench import audit
 from bench.make_shards import MICRO, make_shards
 from pipeline import flow
 from pipeline.cache import commits
@@ -40,16 +43,16 @@ from pipeline.weights import Vae
 from vae import AutoencoderKL
 
 PHASES = ("idle", "reading", "opening", "encoding", "publishing", "recording")
-BOARD = "LATENTMILL_SOAK_BOARD"  # where workers write down their phase
+BOARD = "LATENTMILL_SOAK_BOARD"  # environment variable: the folder in which workers record their phase
 SICKNESSES = ("device", "unknown", "reader", "writer")
-LEAST = 10  # hits of each phase, and of each sickness
-KILLS_A_JOB, SICKNESSES_A_JOB = 10, 5
-AVOID = 5.0  # seconds; in place of minutes, as all workers are made sick here
+MIN_HITS = 10  # of each phase, and of each sickness
+KILLS_PER_JOB, SICKNESSES_PER_JOB = 10, 5
+AVOID = 5.0  # seconds instead of minutes, because every worker of a job may be made sick
 SHARDS, SAMPLES = 24, 960
 
 
 class Board:
-    """The phases of a worker's threads, the busiest of which is written down."""
+    """The phases of a worker's threads. The latest phase in the order of PHASES is written to a file."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / str(os.getpid())
@@ -59,7 +62,7 @@ class Board:
 
     @property
     def sickness(self) -> str:
-        """What this worker has; empty as long as it is well."""
+        """The sickness of this worker, or an empty string if it is healthy."""
         with suppress(FileNotFoundError):
             return self.path.with_suffix(".sick").read_text()
         return ""
@@ -68,10 +71,10 @@ class Board:
         self.path.write_text(max(self.phases.values(), key=PHASES.index, default="idle"))
 
     @contextmanager
-    def doing(self, phase: str) -> Iterator[None]:
+    def enter_phase(self, phase: str) -> Iterator[None]:
         thread = threading.get_ident()
         with self.lock:
-            before = self.phases.get(thread)
+            previous = self.phases.get(thread)
             self.phases[thread] = phase
             self.write()
         try:
@@ -79,19 +82,19 @@ class Board:
         finally:
             with self.lock:
                 self.phases.pop(thread)
-                if before:
-                    self.phases[thread] = before
+                if previous:
+                    self.phases[thread] = previous
                 self.write()
 
 
 class SoakJob(EncodeSpec):
-    """An encode job whose worker tells its phases."""
+    """An encode job whose workers record their phases, and fail if they are sick."""
 
     __slots__ = ()
 
     def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, finish, read = (
+        stage, open_sample, write_commit, read = (
             StageClock.stage,
             flow.open_sample,
             commits.write_commit,
@@ -100,42 +103,42 @@ class SoakJob(EncodeSpec):
         encode, names = LatentEncoder.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
-        def staged(clock: StageClock, name: str) -> Iterator[None]:
-            with board.doing(names[name]) if name in names else nullcontext(), stage(clock, name):
+        def record_stage(clock: StageClock, name: str) -> Iterator[None]:
+            with board.enter_phase(names[name]) if name in names else nullcontext(), stage(clock, name):
                 if name == "write" and board.sickness == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
                 yield
 
-        def encoded(*arguments: object) -> object:
-            with board.doing("encoding"):
+        def record_encode(*arguments: object) -> object:
+            with board.enter_phase("encoding"):
                 if board.sickness == "device":
                     raise RuntimeError("CUDA error: unspecified launch failure")
                 if board.sickness == "unknown":
-                    raise ValueError("an error that nobody knows")
+                    raise ValueError("an unknown error")
                 return encode(*arguments)  # type: ignore[arg-type]
 
         def read_half(file: LocalFileOpener, size: int = -1) -> bytes:
-            is_cut = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
-            return b"" if is_cut else bytes(read(file, size))
+            is_truncated = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
+            return b"" if is_truncated else bytes(read(file, size))
 
-        def opened(*arguments: object) -> object:
-            with board.doing("opening"):
+        def record_open(*arguments: object) -> object:
+            with board.enter_phase("opening"):
                 return open_sample(*arguments)  # type: ignore[arg-type]
 
-        def finished(*arguments: object) -> None:
-            with board.doing("recording"):
-                finish(*arguments)  # type: ignore[arg-type]
+        def record_commit(*arguments: object) -> None:
+            with board.enter_phase("recording"):
+                write_commit(*arguments)  # type: ignore[arg-type]
 
         LocalFileOpener.read = read_half
-        StageClock.stage = staged  # type: ignore[method-assign, assignment]
-        LatentEncoder.encode = encoded  # type: ignore[method-assign, assignment]
-        flow.open_sample = opened  # type: ignore[assignment]
-        commits.write_commit = finished  # type: ignore[assignment]
+        StageClock.stage = record_stage  # type: ignore[method-assign, assignment]
+        LatentEncoder.encode = record_encode  # type: ignore[method-assign, assignment]
+        flow.open_sample = record_open  # type: ignore[assignment]
+        commits.write_commit = record_commit  # type: ignore[assignment]
         return EncodeSpec.build(self, vae, stop)
 
 
 def run_job(argv: list[str]) -> int:
-    """The encode job with telling workers: what a child process of the soak runs."""
+    """Run the encode job with workers that record their phases. A child process of the soak test calls this."""
     from jobs import cache_spec, encode, slots
 
     slots.AVOID = AVOID
@@ -143,107 +146,110 @@ def run_job(argv: list[str]) -> int:
     return encode.main(argv)
 
 
-def workers(board: Path) -> dict[int, str]:
-    """The living workers that are well, and what they are doing."""
-    found = {}
+def list_healthy_workers(board: Path) -> dict[int, str]:
+    """Return the phases of the running workers that are not sick, by their process id."""
+    phases = {}
     for path in board.iterdir():
         if path.suffix or path.with_suffix(".sick").exists():
             continue
         if Path(f"/proc/{path.name}/cmdline").exists():
-            found[int(path.name)] = path.read_text() or "idle"
-    return found
+            phases[int(path.name)] = path.read_text() or "idle"
+    return phases
 
 
-def torment(argv: list[str], board: Path, hits: Counter[str], sick: Counter[str], draw: random.Random) -> int:
-    """Run one job and kill workers under it: at random, but rather in phases that were seldom hit. Its exit code.
+def disturb_job(argv: list[str], board: Path, hits: Counter[str], sick: Counter[str], rng: random.Random) -> int:
+    """Run a job, kill some of its workers and make others sick. Returns its exit code.
 
-    Some others are made sick, but never two at a time: a worker is held against the others.
+    Kills are random, but more frequent in phases that were rarely hit. No two workers are made sick at the same time,
+    because the job recognizes a sick worker by comparison with the others.
     """
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, BOARD: str(board), "PYTHONPATH": root}
     script = f"import sys; from bench.soak import run_job; sys.exit(run_job({argv!r}))"
     with open(f"{board}.log", "wb") as log:
         job = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL, stderr=log)
-    left, left_sick, rests_until = KILLS_A_JOB, SICKNESSES_A_JOB, 0.0
+    kills_left, sicknesses_left, pause_ends = KILLS_PER_JOB, SICKNESSES_PER_JOB, 0.0
     while job.poll() is None:
-        time.sleep(draw.uniform(0.0, 0.02))
-        alive = workers(board)
-        if not alive:
+        time.sleep(rng.uniform(0.0, 0.02))
+        healthy = list_healthy_workers(board)
+        if not healthy:
             continue
-        pid, phase = draw.choice(sorted(alive.items()))
-        is_well = len(alive) > 1 and time.monotonic() > rests_until
-        if left_sick and is_well and phase != "idle" and draw.random() < 0.05:
-            what = min(SICKNESSES, key=lambda name: (sick[name], draw.random()))
-            (board / f"{pid}.sick").write_text(what)
-            sick[what] += 1
-            left_sick -= 1
-            rests_until = time.monotonic() + draw.uniform(2.0, 6.0)
+        pid, phase = rng.choice(sorted(healthy.items()))
+        may_be_sick = len(healthy) > 1 and time.monotonic() > pause_ends
+        if sicknesses_left and may_be_sick and phase != "idle" and rng.random() < 0.05:
+            sickness = min(SICKNESSES, key=lambda name: (sick[name], rng.random()))
+            (board / f"{pid}.sick").write_text(sickness)
+            sick[sickness] += 1
+            sicknesses_left -= 1
+            pause_ends = time.monotonic() + rng.uniform(2.0, 6.0)
             continue
-        if not left:
+        if not kills_left:
             continue
-        seldom = min(hits[name] for name in PHASES)
-        if draw.random() < (0.5 if hits[phase] == seldom else 0.002):
+        fewest_hits = min(hits[name] for name in PHASES)
+        if rng.random() < (0.5 if hits[phase] == fewest_hits else 0.002):
             os.kill(pid, signal.SIGKILL)
             (board / str(pid)).unlink(missing_ok=True)
             hits[phase] += 1
-            left -= 1
-            time.sleep(draw.uniform(0.5, 3.0))  # for the next one to start
+            kills_left -= 1
+            time.sleep(rng.uniform(0.5, 3.0))  # until the next worker has started
     return job.wait()
 
 
-def digest(cache: Path) -> str:
+def read_digest(cache: Path) -> str:
     return str(json.loads((cache / "stats.json").read_text())["digest"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--sicknesses", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    parser.add_argument("--kills", type=int, default=200, help="minimum number of kills (default: 200)")
+    parser.add_argument("--sicknesses", type=int, default=100, help="minimum number of sick workers (default: 100)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30), help="default: random")
     options = parser.parse_args()
-    draw, hits, sick, failed = random.Random(options.seed), Counter[str](), Counter[str](), []
+    rng, hits, sick, failures = random.Random(options.seed), Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
         make_shards(root / "shards", SHARDS, SAMPLES)
         for path in list((root / "shards").glob("*.tar"))[::6]:
-            spoil(path)
+            corrupt_image(path)
         AutoencoderKL(**MICRO).save_pretrained(root / "vae")
         argv = [str(root / "shards"), "--vae", str(root / "vae"), "--resolution", "128", "--rows-per-part", "8"]
         argv += ["--max-reject-rate", "1", "--to"]
-        assert run_calm([*argv, str(root / "calm"), "--workers", "0"]) == 0
-        jobs, samples = 0, account.samples_of(root / "shards")
+        assert run_undisturbed([*argv, str(root / "undisturbed"), "--workers", "0"]) == 0
+        jobs, samples = 0, audit.count_samples(root / "shards")
         while sum(hits.values()) < options.kills or sum(sick.values()) < options.sicknesses:
             jobs += 1
             board = root / f"board{jobs}"
             board.mkdir()
             cache = root / f"c{jobs}"
-            code = torment([*argv, str(cache), "--workers", "2"], board, hits, sick, draw)
-            found = [f"exit code {code}"] if code else list(account.wrongs(account.files(cache), samples))
-            if not found and digest(cache) != digest(root / "calm"):
-                found = ["another digest than the calm run's"]
+            code = disturb_job([*argv, str(cache), "--workers", "2"], board, hits, sick, rng)
+            problems = [f"exit code {code}"] if code else list(audit.find_problems(audit.read_files(cache), samples))
+            if not problems and read_digest(cache) != read_digest(root / "undisturbed"):
+                problems = ["the digest differs from that of the undisturbed run"]
             if code:
                 print(Path(f"{board}.log").read_text())
-            failed += [f"seed {options.seed}, job {jobs}: {what}" for what in found]
-            done = f"{sum(hits.values())} kills, {sum(sick.values())} sicknesses"
-            print(f"job {jobs}: {done}; {'; '.join(found) or 'as the calm run'}", flush=True)
+            failures += [f"seed {options.seed}, job {jobs}: {problem}" for problem in problems]
+            totals = f"{sum(hits.values())} kills, {sum(sick.values())} sicknesses so far"
+            print(f"job {jobs}: {'; '.join(problems) or 'same digest as the undisturbed run'}; {totals}", flush=True)
             shutil.rmtree(cache)
     print(f"seed {options.seed}: {sum(hits.values())} kills and {sum(sick.values())} sicknesses in {jobs} jobs")
     for name in (*PHASES, *SICKNESSES):
         times = hits[name] if name in PHASES else sick[name]
         print(f"  {name:<12}{times:>5}  {'#' * times}")
-    failed += [f"{phase} was hit {hits[phase]} times" for phase in PHASES if hits[phase] < LEAST]
-    failed += [f"{what} came up {sick[what]} times" for what in SICKNESSES if sick[what] < LEAST]
-    for line in failed:
+    for name in (*PHASES, *SICKNESSES):
+        count = hits[name] if name in PHASES else sick[name]
+        if count < MIN_HITS:
+            failures.append(f"{name} occurred {count} times, but {MIN_HITS} are needed; run with more kills")
+    for line in failures:
         print(f"FAIL: {line}")
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
-def run_calm(argv: list[str]) -> int:
+def run_undisturbed(argv: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "jobs.encode", *argv], stdout=subprocess.DEVNULL).returncode
 
 
-def spoil(tar: Path) -> None:
-    """Make one image of a tar none, at its place."""
+def corrupt_image(tar: Path) -> None:
+    """Replace the JPEG header of a tar's first image by other bytes, without changing any size."""
     data = bytearray(tar.read_bytes())
     start = data.index(b"\xff\xd8\xff")
     data[start : start + 3] = b"no!"

@@ -13,7 +13,7 @@ import torch
 from pipeline.errors import VaeError
 from pipeline.storage import store
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
-from vae.load import Settings, is_single_file, weights_sha256
+from vae.load import ConfigLike, is_single_file, weights_sha256
 
 VAE_FILES = re.compile(r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json))")
 
@@ -31,19 +31,19 @@ class Vae:
     sha256: str
 
 
-def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: Settings = None) -> Vae:
+def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: ConfigLike = None) -> Vae:
     """Load and hash the model that `ref` names: a directory as diffusers saves it, a hub id, a single file, or `demo`.
 
     options: for the storage behind a URL. config: of a single file, which does not say how its latents are scaled.
     Raises VaeError where there is no model, and where its configuration would have to be assumed.
     """
-    if hub.parse(ref):  # the hub's own library fetches it, and keeps it
+    if hub.parse_url(ref):  # the hub's own library fetches it, and keeps it
         return _load(ref, ref, config)
     with store.fetch(ref, options or {}, VAE_FILES) as local:
         return _load(local, ref, config)
 
 
-def _load(path: str, ref: str, config: Settings) -> Vae:
+def _load(path: str, ref: str, config: ConfigLike) -> Vae:
     try:
         if is_single_file(path) and not os.path.isdir(path):
             with warnings.catch_warnings():
@@ -52,9 +52,9 @@ def _load(path: str, ref: str, config: Settings) -> Vae:
         else:
             model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
     except AssumedConfigWarning as doubt:
-        raise VaeError(str(doubt).replace(path, ref).replace("config= says", "--vae-config says")) from doubt
+        raise VaeError(str(doubt).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from doubt
     except (LoadError, OSError) as error:
-        raise VaeError(str(error).replace(path, ref).replace("(config=)", "(--vae-config)")) from error
+        raise VaeError(str(error).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from error
     tensors = model.state_dict()
     return Vae(
         ref=ref,

@@ -1,4 +1,8 @@
-"""The autoencoder of latent diffusion. Knows torch and local files; nothing of shards, storage or Ray."""
+"""The autoencoder of latent diffusion (AutoencoderKL): the model, its configuration, and its files.
+
+Depends on torch, safetensors and local files. Files on the Hugging Face hub need the optional huggingface_hub.
+The package has no dependency on shards, storage or Ray. Start with `vae.model`.
+"""
 
 from vae.config import AutoencoderKLConfig
 from vae.errors import AssumedConfigWarning, LoadError

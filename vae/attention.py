@@ -1,7 +1,8 @@
-"""Ways to compute the attention of the middle block. A processor is a function of queries, keys and values.
+"""Implementations of the middle block's attention. A processor is a function of queries, keys and values.
 
-All give the same numbers up to rounding, from q, k, v [B, 1, N, C] (N places, one head of C channels) to [B, 1, N, C]:
-softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017).
+Each computes softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1).
+The inputs q, k and v and the result are [B, 1, N, C]: B images, a single head of C channels, N = H*W positions.
+Results differ by rounding only. dtype and device are those of the inputs.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ Processor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SDPA:
-    """torch's scaled_dot_product_attention: the fastest on CPUs, and without the [N, N] matrix. The default."""
+    """The default: torch's scaled_dot_product_attention. The fastest on CPUs; does not hold the [N, N] matrix."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -24,7 +25,7 @@ class SDPA:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """The formula: two matrix products around a softmax, which is taken in float32. Holds [B, N, N]."""
+    """The formula as written: two matrix products around a softmax in float32. Holds the matrix [B, 1, N, N]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -33,7 +34,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Sliced:
-    """The formula for `size` places at a time: holds [B, size, N], whatever the size of the image."""
+    """`Plain` for `size` queries at a time: holds [B, 1, size, N], so that memory grows with N instead of N squared."""
 
     size: int = 1024
 

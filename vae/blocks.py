@@ -1,8 +1,10 @@
-"""The building blocks of the autoencoder (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
-Diffusion Models", section 3.1 and appendix E; the layout is that of VQGAN, Esser et al. 2021).
+"""The building blocks of the autoencoder.
 
-Shapes: B images, C channels, H and W height and width at the level. Parameter names are those of diffusers'
-safetensors files, so that these load as they are.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1 and appendix G.
+The layout is that of VQGAN (Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis").
+
+Shapes: B images, C channels, H and W height and width at a level. Every block keeps the dtype and device of its input.
+Parameter names are those of diffusers' safetensors files, so that these files load without renaming.
 """
 
 from collections.abc import Callable
@@ -23,11 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Return the normalization of every block (Wu & He 2018). eps is the reference's, not torch's default of 1e-5."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut: [B, in, H, W] -> [B, out, H, W]."""
+    """Two 3x3 convolutions with a residual connection (He et al. 2016): [B, in, H, W] -> [B, out, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, act_fn: str) -> None:
         super().__init__()
@@ -47,10 +50,11 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all H*W places with one head as wide as the level: [B, C, H, W] -> the same.
+    """Self-attention over all H*W positions with a residual connection: [B, C, H, W] -> [B, C, H, W].
 
-    The head is spelt out, because torch's fused kernels take four dimensions only: on a CPU 1.3 to 2.5 times as fast
-    as the same in three, and without the [H*W, H*W] matrix. processor: how it is computed (`vae.attention`).
+    It has a single head of C channels. Queries, keys and values have an explicit dimension for the head, because
+    torch's fused kernels accept only four dimensions. On a CPU this is 1.3 to 2.5 times as fast as three dimensions,
+    and does not hold the [H*W, H*W] matrix. `processor` is the implementation (`vae.attention`).
     """
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -64,29 +68,33 @@ class Attention(nn.Module):
         self.fused: tuple[Tensor, Tensor] | None = None
 
     def fuse(self) -> None:
-        """Compute queries, keys and values by one matrix product, from weights that stand side by side."""
-        parts = (self.to_q, self.to_k, self.to_v)
-        self.fused = torch.cat([p.weight for p in parts]).detach(), torch.cat([p.bias for p in parts]).detach()
+        """Compute queries, keys and values by one matrix product, from a concatenated copy of their weights."""
+        projections = (self.to_q, self.to_k, self.to_v)
+        weight = torch.cat([projection.weight for projection in projections]).detach()
+        bias = torch.cat([projection.bias for projection in projections]).detach()
+        self.fused = weight, bias
 
     def unfuse(self) -> None:
+        """Compute queries, keys and values by three matrix products, and drop the copy."""
         self.fused = None
 
-    def _qkv(self, h: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, h: Tensor) -> tuple[Tensor, ...]:
         if self.fused is None:
             return self.to_q(h), self.to_k(h), self.to_v(h)
-        weight, bias = (part.to(h) for part in self.fused)
+        # The copy is not a parameter, so that `model.to(...)` does not convert it.
+        weight, bias = (parameter.to(h) for parameter in self.fused)
         return F.linear(h, weight, bias).chunk(3, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         h: Tensor = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
-        h = self.processor(*self._qkv(h))
+        h = self.processor(*self._project(h))
         h = self.to_out[0](h).squeeze(1)
         return x + h.transpose(1, 2).reshape(batch, channels, height, width)
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution, padded on the right and below only, as in VQGAN."""
+    """A 3x3 convolution with stride 2, padded on the right and bottom only: [B, C, H, W] -> [B, C, H/2, W/2]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -97,7 +105,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a convolution."""
+    """Nearest-neighbor upsampling, then a 3x3 convolution: [B, C, H, W] -> [B, C, 2H, 2W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,14 +116,19 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A level of the encoder: `layers` residual blocks, then a halving unless it is the last level."""
+    """A level of the encoder: `layers` residual blocks, then a `Downsample` except in the last level.
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, act_fn: str, last: bool) -> None:
+    [B, in, H, W] -> [B, out, H/2, W/2], or [B, out, H, W] in the last level.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, act_fn: str, is_last: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups, act_fn) for i in range(layers)
         )
-        self.downsamplers = None if last else nn.ModuleList([Downsample(out_channels)])
+        self.downsamplers = None if is_last else nn.ModuleList([Downsample(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
@@ -124,14 +137,19 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A level of the decoder: `layers` residual blocks, then a doubling unless it is the last level."""
+    """A level of the decoder: `layers` residual blocks, then an `Upsample` except in the last level.
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, act_fn: str, last: bool) -> None:
+    [B, in, H, W] -> [B, out, 2H, 2W], or [B, out, H, W] in the last level.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, act_fn: str, is_last: bool
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups, act_fn) for i in range(layers)
         )
-        self.upsamplers = None if last else nn.ModuleList([Upsample(out_channels)])
+        self.upsamplers = None if is_last else nn.ModuleList([Upsample(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
@@ -140,12 +158,12 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom of the U without skips: residual block, attention (unless switched off), residual block."""
+    """The blocks at the lowest resolution: residual block, attention (optional), residual block. Keeps [B, C, H, W]."""
 
-    def __init__(self, channels: int, groups: int, act_fn: str, attention: bool) -> None:
+    def __init__(self, channels: int, groups: int, act_fn: str, has_attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, act_fn) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(channels, groups)]) if attention else None
+        self.attentions = nn.ModuleList([Attention(channels, groups)]) if has_attention else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)

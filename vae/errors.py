@@ -1,9 +1,15 @@
-"""What goes wrong while a model is loaded."""
+"""Errors and warnings of loading a model."""
 
 
 class LoadError(ValueError):
-    """There is no AutoencoderKL where one was asked for; the message says what is there instead."""
+    """No AutoencoderKL can be loaded from a path, hub id or URL. The message names it and says what is there instead.
+
+    A ValueError, because the reference or the configuration that the caller passed has to change.
+    """
 
 
 class AssumedConfigWarning(UserWarning):
-    """A file holds weights only, and more than one public VAE has its shapes; the message says which was taken."""
+    """A single file has only weights, and no known family was identified. The message names the assumed configuration.
+
+    The tensors' shapes do not determine the scaling constants. Several public VAEs have the same shapes.
+    """

@@ -1,4 +1,11 @@
-"""What makes the model fast on a device, beside the model rather than in it."""
+"""Optional speed-ups, kept apart from the model's definition.
+
+- `disable_malloc_trim` saves page faults on Linux; it costs no accuracy, and keeps the process at its peak of memory.
+- `optimize_for_cpu` replaces wide convolutions of a float32 model on a CPU (`vae.winograd`): inference only.
+- `compile_encoder` runs the encoder through torch.compile, for GPUs; each shape of batch costs a compilation.
+
+docs/benchmarks.md has the measurements.
+"""
 
 import ctypes
 import sys
@@ -8,19 +15,20 @@ from torch import nn
 
 from vae.winograd import WinogradConv2d
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-SHAPES = 64  # that are compiled, before torch gives up: a set of buckets has some thirty
-_LARGE = (1 << 30, 32 << 20)  # the C library caps the second on some machines
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+# Shapes that torch compiles before it falls back to the uncompiled model: a set of buckets has about 30.
+COMPILED_SHAPES = 64
+_THRESHOLDS = (1 << 30, 32 << 20)  # bytes; glibc accepts only the second as M_MMAP_THRESHOLD on some machines
 
 
 def disable_malloc_trim() -> bool:
-    """Let the C library keep the memory of freed activations for the next ones, instead of returning it to the system.
+    """Let the C library reuse the memory of freed activations instead of returning it to the operating system.
 
-    Each layer allocates and frees megabytes; glibc maps and unmaps these anew every time, and the kernel clears every
-    page: 4,241 page faults an image at 256 px, half of the micro model's time (38 ms an image, 21 ms without them).
-    What the process holds stays at its peak, which it reaches again with the next image anyway.
+    Each layer allocates and frees megabytes. By default, glibc maps and unmaps them every time, and the kernel clears
+    every page. At 256 px that is 4,241 page faults per image and half of the micro model's time: 38 ms per image with
+    them, 21 ms without. The process stays at its peak of memory, which it reaches again with the next image anyway.
 
-    Returns whether the C library understood: it is glibc on Linux.
+    Returns True on success (Linux with glibc only).
     """
     if sys.platform != "linux":
         return False
@@ -28,23 +36,25 @@ def disable_malloc_trim() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(any(mallopt(what, size) for size in _LARGE) for what in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+    return all(
+        any(mallopt(parameter, size) for size in _THRESHOLDS) for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)
+    )
 
 
 def compile_encoder(model: nn.Module) -> None:
-    """Run a model's encoder through torch.compile from now on: compiled once for each shape of batch that comes.
+    """Run the model's encoder through torch.compile from now on, in place. Each shape of batch is compiled once.
 
-    What is compiled stays in torch's cache on disk, so that of the replicas on one machine only the first one waits.
-    On CPUs `quicken` is the faster choice (docs/benchmarks.md); the two do not go together.
+    Compiled code stays in torch's cache on disk, so of the workers on a machine only the first one has to wait.
+    On CPUs `optimize_for_cpu` is faster (docs/benchmarks.md). Do not use both.
     """
-    torch._dynamo.config.recompile_limit = SHAPES
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
 def optimize_for_cpu(model: nn.Module) -> None:
-    """Make a float32 model on a CPU faster, in place and for inference only: wide 3x3 convolutions by Winograd's way.
+    """Replace the wide 3x3 convolutions of a float32 model on a CPU by Winograd convolutions, in place.
 
-    The numbers stay within 1e-5, the weights cannot be saved or trained any more.
+    For inference only: the model can no longer be trained or saved. Results change by less than 1e-5.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

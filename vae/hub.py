@@ -1,6 +1,6 @@
-"""Files of the Hugging Face hub, through huggingface_hub: its cache, its tokens, its offline mode (HF_HUB_OFFLINE=1).
+"""Download files from the Hugging Face hub with huggingface_hub: its cache, its tokens, its HF_HUB_OFFLINE=1.
 
-The library is imported when it is needed first; without it, everything else works.
+The library is optional and imported on first use.
 """
 
 import re
@@ -11,52 +11,58 @@ from vae.errors import LoadError
 
 
 class NotCachedError(LoadError):
-    """A file is not in the local cache, and the hub cannot be asked whether it has it."""
+    """A file is not in the local cache, and the hub cannot be reached to look for it."""
 
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve|raw)/([^/]+)/([^?#]+)")
 
 
-def is_id(ref: str) -> bool:
-    """Whether `ref` could name a repository: `owner/name`."""
-    return _ID.fullmatch(ref) is not None
+def is_repository_id(ref: str) -> bool:
+    """Return whether `ref` could be a repository's id, `owner/name`."""
+    return _REPOSITORY_ID.fullmatch(ref) is not None
 
 
-def parse(url: str) -> tuple[str, str, str] | None:
-    """Repository, revision and file of a URL on the hub, `.../OWNER/NAME/blob/main/FILE`; None of any other."""
+def parse_url(url: str) -> tuple[str, str, str] | None:
+    """Return repository, revision and file of a hub URL (`.../OWNER/NAME/blob/main/FILE`), or None for another URL."""
     match = _URL.match(url)
     return None if match is None else (match[1], match[2], match[3])
 
 
 def fetch(repository: str, name: str, revision: str | None = None) -> Path | None:
-    """The local path of one file of a repository, fetched where it is not in the cache; None where it has none.
+    """Return the local path of a repository's file, or None if the repository has no such file.
 
-    Raises NotCachedError, and LoadError where the repository refuses.
+    The file is downloaded if it is not in the local cache. revision: branch, tag or commit; default: the main branch.
+    Raises NotCachedError if the file is not cached and the hub cannot be reached. Raises LoadError if huggingface_hub
+    is not installed, or the repository does not exist or denies access.
     """
-    hub, errors = _library()
+    hub, errors = _import_library()
     try:
         return Path(hub.hf_hub_download(repository, name, revision=revision))
     except errors.LocalEntryNotFoundError as error:
         raise NotCachedError(
-            f"{repository}: {name} is not in the hub's local cache, and the hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set)"
+            f"{repository}: {name} is not in the hub's local cache, and the hub cannot be reached; "
+            "check the connection, or unset HF_HUB_OFFLINE if it is set"
         ) from error
     except errors.EntryNotFoundError:
         return None
     except errors.GatedRepoError as error:
-        raise LoadError(f"{repository} is gated: accept its terms on the hub, and set HF_TOKEN") from error
+        raise LoadError(f"{repository} is gated; accept its terms on the hub, and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
-        raise LoadError(f"the hub has no repository {repository} (a private one needs HF_TOKEN)") from error
+        raise LoadError(
+            f"the hub has no repository {repository}; check its name (a private one needs HF_TOKEN)"
+        ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise LoadError(f"{repository}: {name} cannot be fetched from the hub: {said}") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise LoadError(f"{repository}: {name} cannot be downloaded from the hub: {reason}") from error
 
 
-def _library() -> tuple[Any, Any]:
+def _import_library() -> tuple[Any, Any]:
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise LoadError("models on the hub need the package huggingface_hub: pip install 'latentmill[hub]'") from error
+        raise LoadError(
+            "models on the hub need the package huggingface_hub; run pip install 'latentmill[hub]'"
+        ) from error
     return huggingface_hub, errors

@@ -1,7 +1,7 @@
-"""A model's files: a directory as diffusers saves it, here or on the hub, or a single file.
+"""Load and save a model's files: a directory in diffusers' format, local or on the hub, or a single file.
 
-A directory has config.json and `diffusion_pytorch_model.safetensors`: perhaps in several files with an index, perhaps
-in half precision beside (`.fp16.`), and in old ones as a pickle (`.bin`).
+A directory has config.json and `diffusion_pytorch_model.safetensors`. The weights may be split into several files with
+an index. There may be a second copy in half precision (`.fp16.`). Old directories have a pickle (`.bin`) instead.
 """
 
 import hashlib
@@ -14,106 +14,122 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vae import hub, single_file, tensors
+from vae import checkpoint, hub, single_file
 from vae.config import AutoencoderKLConfig
 from vae.errors import LoadError
-from vae.names import rename_keys
+from vae.keys import rename_keys
 from vae.presets import PRESETS
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-DEMO = Path(__file__).parent / "demo"  # the small model that ships with the project
+DEMO = Path(__file__).parent / "demo"  # the small model that ships with this package
 
 Fetch = Callable[[str], Path | None]
-"""A file of a model's directory by its name in it: where it lies on this disk, None where there is none."""
+"""A function from a file's name in a model's directory to its local path, or None if there is no such file."""
 
 
-def directory(
+def load_directory(
     ref: str | Path, subfolder: str = "", variant: str = "", revision: str | None = None
 ) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a directory, or of the `vae/` in it, or of a repository on the hub."""
-    fetch = _source(str(ref), revision)
+    """Return the configuration and the tensors of a directory, of its `vae/`, or of a repository on the hub.
+
+    The parameters are those of `AutoencoderKL.from_pretrained`. Raises LoadError if there is no AutoencoderKL.
+    """
+    fetch = _find_source(str(ref), revision)
     folders = [f"{subfolder}/"] if subfolder else ["vae/", ""]
-    found = _first(fetch, [folder + CONFIG for folder in folders])
-    if found is None:
-        where = f"its {subfolder}/ has no" if subfolder else "neither it nor its vae/ has a"
-        raise LoadError(f"there is no VAE at {ref}: {where} {CONFIG}")
-    name, path = found
+    match = _fetch_first(fetch, [folder + CONFIG for folder in folders])
+    if match is None:
+        reason = f"its {subfolder}/ has no" if subfolder else "neither it nor its vae/ has a"
+        raise LoadError(f"there is no VAE at {ref}: {reason} {CONFIG}")
+    name, path = match
     folder = name.removesuffix(CONFIG)
     return read_config(path), _read_weights(lambda file: fetch(folder + file), variant, path.parent)
 
 
-def file(ref: str | Path, config: "Settings" = None) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a single file: on this disk, or on the hub by its URL there (`vae.single_file`)."""
-    there = hub.parse(str(ref))
-    if there is None and "://" in str(ref):
-        raise LoadError(f"{ref} is neither a file here nor one on the hub; fetch it first")
-    path = Path(ref) if there is None else hub.fetch(there[0], there[2], there[1])
+def load_file(ref: str | Path, config: "ConfigLike" = None) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
+    """Return the configuration and the tensors of a single file (`vae.single_file`).
+
+    ref: a local path, or the URL of a file on the hub. Raises LoadError if there is no AutoencoderKL.
+    """
+    location = hub.parse_url(str(ref))
+    if location is None and "://" in str(ref):
+        raise LoadError(f"{ref} is neither a local file nor a file on the hub; download it first")
+    repository, revision, name = location or ("", None, "")
+    path = hub.fetch(repository, name, revision) if repository else Path(ref)
     if path is None or not path.is_file():
         raise LoadError(f"there is no file {ref}")
     if not is_single_file(path):
-        raise LoadError(f"{path} is not a file of tensors: these end with {', '.join(sorted(tensors.SUFFIXES))}")
-    return single_file.read(path, configuration(config), there[0] if there else "")
+        suffixes = ", ".join(sorted(checkpoint.SUFFIXES))
+        raise LoadError(f"{path} is not a checkpoint: the name of a checkpoint ends with {suffixes}")
+    return single_file.read(path, resolve_config(config), repository)
 
 
 def is_single_file(ref: str | Path) -> bool:
-    """Whether `ref` is named as a file of tensors is."""
-    return Path(str(ref)).suffix in tensors.SUFFIXES
+    """Return whether `ref` has the suffix of a checkpoint file."""
+    return Path(str(ref)).suffix in checkpoint.SUFFIXES
 
 
-Settings = AutoencoderKLConfig | Mapping[str, Any] | str | Path | None
-"""A configuration, or its fields, or the name of a preset (`vae.presets`), or a directory that has it."""
+ConfigLike = AutoencoderKLConfig | Mapping[str, Any] | str | Path | None
+"""A configuration, its fields, the name of a preset (`vae.presets`), or a directory or hub id with a config.json."""
 
 
-def configuration(given: Settings) -> AutoencoderKLConfig | None:
-    """What `given` means; None of None."""
-    if given is None or isinstance(given, AutoencoderKLConfig):
-        return given
-    if isinstance(given, Mapping):
-        return AutoencoderKLConfig.from_dict(given)
-    if str(given) in PRESETS:
-        return PRESETS[str(given)].config
+def resolve_config(config: ConfigLike) -> AutoencoderKLConfig | None:
+    """Return the configuration that `config` names, or None for None.
+
+    Raises LoadError if a name is neither a preset nor a directory with a config.json, and ValueError for fields that
+    no AutoencoderKL can have.
+    """
+    if config is None or isinstance(config, AutoencoderKLConfig):
+        return config
+    if isinstance(config, Mapping):
+        return AutoencoderKLConfig.from_dict(config)
+    if str(config) in PRESETS:
+        return PRESETS[str(config)].config
     try:
-        found = _first(_source(str(given), None), [f"vae/{CONFIG}", CONFIG])
+        match = _fetch_first(_find_source(str(config), None), [f"vae/{CONFIG}", CONFIG])
     except LoadError as error:
-        raise LoadError(f"{given} is no configuration: no preset ({', '.join(PRESETS)}), and {error}") from error
-    if found is None:
-        raise LoadError(f"{given} is no configuration: there is no {CONFIG}")
-    return read_config(found[1])
+        presets = ", ".join(PRESETS)
+        raise LoadError(f"{config} is not a configuration: it is not a preset ({presets}), and {error}") from error
+    if match is None:
+        raise LoadError(f"{config} is not a configuration: there is no {CONFIG}")
+    return read_config(match[1])
 
 
-def _source(ref: str, revision: str | None) -> Fetch:
-    """Where a directory's files come from: `demo`, a directory on this disk, or a repository."""
+def _find_source(ref: str, revision: str | None) -> Fetch:
+    """Return the function that fetches files of `ref`: `demo`, a local directory, or a repository's id."""
     local = DEMO if ref == "demo" else Path(ref)
     if local.is_dir():
         return lambda name: local / name if (local / name).is_file() else None
     if local.exists():
         raise LoadError(f"{ref} is a file; a VAE is a directory with {CONFIG} and safetensors")
-    if not hub.is_id(ref):
+    if not hub.is_repository_id(ref):
         raise LoadError(f"there is no VAE at {ref}: no such directory")
     return lambda name: hub.fetch(ref, name, revision)
 
 
-def _first(fetch: Fetch, names: Iterable[str]) -> tuple[str, Path] | None:
-    """The first of `names` that there is, and where it lies; None where there is none."""
-    unknown: hub.NotCachedError | None = None
+def _fetch_first(fetch: Fetch, names: Iterable[str]) -> tuple[str, Path] | None:
+    """Return the first of `names` that exists, and its local path, or None if none exists.
+
+    Raises NotCachedError if the hub could not be asked about a name and no other name exists.
+    """
+    not_cached: hub.NotCachedError | None = None
     for name in names:
         try:
             path = fetch(name)
         except hub.NotCachedError as error:
-            unknown = unknown or error
+            not_cached = not_cached or error
         else:
             if path is not None:
                 return name, path
-    if unknown is not None:
-        raise unknown
+    if not_cached is not None:
+        raise not_cached
     return None
 
 
 def read_config(path: Path) -> AutoencoderKLConfig:
-    """The configuration in a config.json."""
+    """Return the configuration in a config.json. Raises LoadError if it is not that of an AutoencoderKL."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -123,59 +139,62 @@ def read_config(path: Path) -> AutoencoderKLConfig:
         raise LoadError(f"{path}: {error}") from error
 
 
-def _read_weights(fetch: Fetch, variant: str, where: Path) -> dict[str, Tensor]:
-    """All tensors, of one file or of those that an index names; half precision only where there is no other."""
+def _read_weights(fetch: Fetch, variant: str, folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file, or of all files in an index. folder: their directory, for error messages.
+
+    Without a variant, half precision is used only if there are no other weights.
+    """
     names = []
-    for kind in [f"{variant}"] if variant else ["", "fp16"]:
-        dot = f".{kind}" if kind else ""
+    for precision in [variant] if variant else ["", "fp16"]:
+        infix = f".{precision}" if precision else ""
         for suffix in ("safetensors", "bin"):
-            names += [f"{STEM}{dot}.{suffix}", f"{STEM}.{suffix}.index{dot}.json"]
-    found = _first(fetch, names)
-    if found is None:
-        raise LoadError(f"there are no weights at {where}: no {names[0]}")
-    name, path = found
-    loaded: dict[str, Tensor] = {}
+            names += [f"{STEM}{infix}.{suffix}", f"{STEM}.{suffix}.index{infix}.json"]
+    match = _fetch_first(fetch, names)
+    if match is None:
+        raise LoadError(f"there are no weights at {folder}: no {names[0]}")
+    name, path = match
+    weights: dict[str, Tensor] = {}
     for part in read_index(path) if name.endswith(".json") else [name]:
         part_path = fetch(part)
         if part_path is None:
-            raise LoadError(f"there is no {part} at {where}, which {name} names")
-        with tensors.open_checkpoint(part_path) as content:
-            loaded |= {key: content.get_tensor(key) for key in list(content.keys())}
-    return rename_keys(loaded)
+            raise LoadError(f"{part} is missing at {folder}, although {name} lists it; download it again")
+        with checkpoint.open_checkpoint(part_path) as content:
+            weights |= {key: content.get_tensor(key) for key in list(content.keys())}
+    return rename_keys(weights)
 
 
 def read_index(index: Path) -> list[str]:
-    """The files that an index names, all beside it."""
+    """Return the names of the files in an index, all of its own directory. Raises LoadError if it is corrupt."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any("/" in name for name in names):
-            raise ValueError("it names files elsewhere")
+            raise ValueError("it lists files of another directory")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{index} cannot be read as an index of files of tensors") from error
+        raise LoadError(f"{index} cannot be read as an index of weights; download it again") from error
     return names
 
 
-def check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str | Path) -> None:
-    """Raise LoadError unless `weights` has every name of `wanted`, no other, the same shapes, and real numbers."""
-    missing, foreign = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing or foreign:
-        first = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which the configuration does not"
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise LoadError unless `weights` has exactly the names and shapes of `expected`, and floating-point values."""
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        example = f"{missing[0]} is missing" if missing else f"{extra[0]} is not in the configuration"
         raise LoadError(
-            f"the weights at {where} do not fit the configuration: {len(missing)} tensors missing, "
-            f"{len(foreign)} too many (it {first})"
+            f"the weights at {path} do not match the configuration: {len(missing)} tensors are missing, "
+            f"{len(extra)} are extra ({example})"
         )
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         if not weights[name].is_floating_point():
-            raise LoadError(f"the weights at {where} are not of a model: {name} holds whole numbers")
+            raise LoadError(f"the weights at {path} are not those of a model: {name} has integers")
         if weights[name].shape != tensor.shape:
             raise LoadError(
-                f"the weights at {where} do not fit the configuration: {name} has the shape "
+                f"the weights at {path} do not match the configuration: {name} has the shape "
                 f"{list(weights[name].shape)}, not {list(tensor.shape)}"
             )
 
 
-def write(folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write config.json and one safetensors file, which diffusers reads too."""
+def save(folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write config.json and one safetensors file to `folder`, in the format that diffusers reads."""
     folder.mkdir(parents=True, exist_ok=True)
     fields: dict[str, Any] = {"_class_name": "AutoencoderKL", **config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -183,9 +202,10 @@ def write(folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tenso
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """What a model's weights are, whichever file they came from: a sha256 in hex.
+    """Return the SHA-256 (hex) of a model's weights, which does not depend on the file that they came from.
 
-    Over the parameter names in sorted order: name, NUL, shape ("64,3,3,3"), NUL, values as little-endian float32.
+    The hash is over the parameters in sorted order of their names. Each contributes its name, a NUL byte, its shape
+    ("64,3,3,3"), a NUL byte, and its values as little-endian float32.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):

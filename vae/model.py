@@ -4,7 +4,11 @@
       -> Encoder -> quant_conv -> moments [B, 2C, H/f, W/f] -> posterior -> latents [B, C, H/f, W/f]
       -> post_quant_conv -> Decoder -> pixels [B, 3, H, W]
 
-The latents that come out and go in are *raw*: what a diffusion model sees is made from them by `vae.scaling`.
+Shapes: B images, H and W height and width in pixels, C latent channels, f the downscale factor (8 for the public VAEs).
+H and W should be multiples of f. Latents are *raw* here; `vae.scaling` converts them for a diffusion model and back.
+
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1.
+The interface is that of diffusers' AutoencoderKL, with the same names and results.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +29,7 @@ from vae.tiling import Tiles, run_in_tiles
 
 
 class Encoder(nn.Module):
-    """Pixels [B, 3, H, W] -> moments before quant_conv [B, 2C, H/f, W/f]."""
+    """The encoder: pixels [B, 3, H, W] in [-1, 1] -> moments before quant_conv [B, 2C, H/f, W/f]."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -38,13 +42,13 @@ class Encoder(nn.Module):
                 config.layers_per_block,
                 groups,
                 act_fn,
-                last=level == len(channels) - 1,
+                is_last=level == len(channels) - 1,
             )
             for level in range(len(channels))
         )
         self.mid_block = MidBlock(channels[-1], groups, act_fn, config.mid_block_add_attention)
         self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_act = F.silu  # in the reference too, whatever act_fn is
+        self.conv_act = F.silu  # act_fn does not apply here, as in diffusers
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after post_quant_conv [B, C, H/f, W/f] -> pixels [B, 3, H, W]."""
+    """The decoder: latents after post_quant_conv [B, C, H/f, W/f] -> pixels [B, 3, H, W]."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -70,12 +74,12 @@ class Decoder(nn.Module):
                 config.layers_per_block + 1,
                 groups,
                 act_fn,
-                last=level == len(channels) - 1,
+                is_last=level == len(channels) - 1,
             )
             for level in range(len(channels))
         )
         self.conv_norm_out = group_norm(channels[-1], groups)
-        self.conv_act = F.silu  # in the reference too, whatever act_fn is
+        self.conv_act = F.silu  # act_fn does not apply here, as in diffusers
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -87,30 +91,37 @@ class Decoder(nn.Module):
 
 @dataclass
 class AutoencoderKLOutput:
-    """What `encode` returns."""
+    """The result of `encode`: the posterior over raw latents [B, C, H/f, W/f]."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
 @dataclass
 class DecoderOutput:
-    """What `decode` returns: pixels [B, 3, H, W], about [-1, 1] (not clamped)."""
+    """The result of `decode`: pixels [B, 3, H, W], mostly in [-1, 1] but not clamped.
+
+    `commit_loss` is part of diffusers' interface and always None.
+    """
 
     sample: Tensor
     commit_loss: Tensor | None = None
 
 
 class AutoencoderKL(nn.Module):
-    """The KL-regularised autoencoder. The keyword arguments are the fields of `AutoencoderKLConfig`."""
+    """The KL-regularized autoencoder, with random weights. Keyword arguments: the fields of `AutoencoderKLConfig`.
+
+    Raises ValueError for values that no AutoencoderKL can have. Load trained weights with `from_pretrained` or
+    `from_single_file`.
+    """
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
         self.config = AutoencoderKLConfig(**fields)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
-        both, latent = 2 * self.config.latent_channels, self.config.latent_channels
-        self.quant_conv = nn.Conv2d(both, both, 1) if self.config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
+        channels = self.config.latent_channels
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if self.config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if self.config.use_post_quant_conv else None
         self.slice_size: int | None = None
         self.use_tiling = False
         size = self.config.sample_size
@@ -120,10 +131,12 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.encoder.conv_in.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.encoder.conv_in.weight.device
 
     @overload
@@ -131,7 +144,11 @@ class AutoencoderKL(nn.Module):
     @overload
     def encode(self, x: Tensor, return_dict: bool) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pixels [B, 3, H, W] in [-1, 1] -> the posterior over raw latents [B, C, H/f, W/f]."""
+        """Return the posterior over raw latents [B, C, H/f, W/f].
+
+        x: pixels [B, 3, H, W] in [-1, 1], of the model's dtype and on its device.
+        return_dict: if False, return a tuple with the posterior.
+        """
         posterior = DiagonalGaussianDistribution(self._in_slices(self._encode, x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -146,7 +163,12 @@ class AutoencoderKL(nn.Module):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Raw latents [B, C, H/f, W/f] -> pixels [B, 3, H, W]. `generator` is of the reference's interface, unused."""
+        """Return pixels [B, 3, H, W], mostly in [-1, 1] but not clamped.
+
+        z: raw latents [B, C, H/f, W/f], of the model's dtype and on its device.
+        return_dict: if False, return a tuple with the pixels.
+        generator: part of diffusers' interface; not used.
+        """
         sample = self._in_slices(self._decode, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -157,30 +179,39 @@ class AutoencoderKL(nn.Module):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """There and back: pixels [B, 3, H, W] -> their reconstruction, from the mode or from a draw."""
+        """Encode and decode: return the reconstruction [B, 3, H, W] of pixels `sample` [B, 3, H, W] in [-1, 1].
+
+        sample_posterior: decode a random sample of the posterior instead of its mode.
+        return_dict: if False, return a tuple with the reconstruction.
+        generator: source of the random sample; default: torch's global generator.
+        """
         posterior = DiagonalGaussianDistribution(self._in_slices(self._encode, sample))
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
     def enable_slicing(self, slice_size: int = 1) -> None:
-        """Encode and decode `slice_size` images at a time: less memory, the same numbers."""
+        """Encode and decode `slice_size` images at a time, which needs less memory. Results are the same.
+
+        Raises ValueError if `slice_size` is less than 1.
+        """
         if slice_size < 1:
             raise ValueError(f"slice_size must be at least 1, not {slice_size}")
         self.slice_size = slice_size
 
     def disable_slicing(self) -> None:
-        """Encode and decode a whole batch at once again."""
+        """Encode and decode a whole batch at once, which is the default."""
         self.slice_size = None
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Run images larger than `tile_sample_min_size` in overlapping tiles (`vae.tiling`): memory for a few tiles.
+        """Run images with a side above `tile_sample_min_size` pixels in overlapping tiles (`vae.tiling`).
 
-        What comes out differs from the whole image's, because a tile does not see its neighbours.
+        This needs memory for a few tiles only. Results differ from those of the whole image, because a tile has no
+        context beyond its edges.
         """
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
-        """Run every image whole again."""
+        """Run every image whole, which is the default."""
         self.use_tiling = False
 
     @overload
@@ -192,7 +223,7 @@ class AutoencoderKL(nn.Module):
     def tiled_encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`encode` in tiles, whatever the image's size."""
+        """Do the same as `encode`, in tiles for an image of any size."""
         tiles = Tiles.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
         posterior = DiagonalGaussianDistribution(run_in_tiles(self._encode_whole, x, tiles))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -202,7 +233,7 @@ class AutoencoderKL(nn.Module):
     @overload
     def tiled_decode(self, z: Tensor, return_dict: bool) -> DecoderOutput | tuple[Tensor]: ...
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """`decode` in tiles, whatever the latent's size."""
+        """Do the same as `decode`, in tiles for a latent of any size."""
         tiles = Tiles.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
         sample = run_in_tiles(self._decode_whole, z, tiles)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -213,32 +244,41 @@ class AutoencoderKL(nn.Module):
 
     @property
     def attn_processors(self) -> dict[str, Processor]:
-        """How each attention is computed, by its module's name and `.processor`."""
+        """The implementation of each attention. A key is the module's name followed by `.processor`."""
         return {f"{name}.processor": attention.processor for name, attention in self._attentions.items()}
 
     def set_attn_processor(self, processor: Processor | Mapping[str, Processor]) -> None:
-        """Compute every attention by `processor` (`vae.attention`), or each by the one that stands under its name."""
+        """Set the implementation of every attention (`vae.attention`).
+
+        processor: one for all, or a mapping with exactly the keys of `attn_processors`. Raises ValueError for others.
+        """
         if isinstance(processor, Mapping) and processor.keys() != self.attn_processors.keys():
-            raise ValueError(f"processors are wanted for {', '.join(self.attn_processors) or 'nothing'}")
+            keys = ", ".join(self.attn_processors) or "none"
+            raise ValueError(f"the keys of processor must be those of the model's attentions: {keys}")
         for name, attention in self._attentions.items():
             attention.processor = processor[f"{name}.processor"] if isinstance(processor, Mapping) else processor
 
     def set_default_attn_processor(self) -> None:
-        """Compute every attention by torch's own."""
+        """Set every attention to the default, torch's scaled_dot_product_attention."""
         self.set_attn_processor(SDPA())
 
     def fuse_qkv_projections(self) -> None:
-        """Project to queries, keys and values by one matrix product: the same numbers. For inference."""
+        """Compute queries, keys and values by one matrix product instead of three. For inference; same results."""
         for attention in self._attentions.values():
             attention.fuse()
 
     def unfuse_qkv_projections(self) -> None:
-        """Project by three matrix products again."""
+        """Compute queries, keys and values by three matrix products, which is the default."""
         for attention in self._attentions.values():
             attention.unfuse()
 
     def moments(self, x: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] -> moments [B, 2C, H/f, W/f]: mean, then log-variance (not clamped)."""
+        """Return the moments [B, 2C, H/f, W/f] of x: the mean, then the log-variance, which is not clamped.
+
+        x: pixels [B, 3, H, W] in [-1, 1].
+
+        Tiling applies if it is enabled, slicing does not.
+        """
         return self._encode(x)
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -266,7 +306,10 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderKL":
-        """A model with random weights. config: an AutoencoderKLConfig, or the content of a config.json."""
+        """Return a model with random weights.
+
+        config: an AutoencoderKLConfig, or the content of a config.json. Raises ValueError if it is invalid.
+        """
         return cls(**AutoencoderKLConfig.from_dict(config))
 
     @classmethod
@@ -278,43 +321,52 @@ class AutoencoderKL(nn.Module):
         variant: str = "",
         revision: str | None = None,
     ) -> "AutoencoderKL":
-        """A trained model, ready to run: a directory as diffusers saves it, one with such a `vae/` in it, or a hub id.
+        """Load a trained model for inference, in evaluation mode and without gradients.
 
-        torch_dtype: what to convert the weights to; as they are in the file unless given.
-        variant: `fp16` for the weights in half precision where there are both. revision: of a hub id.
-        Raises `vae.LoadError` where there is no AutoencoderKL.
+        path: a directory in diffusers' format, a pipeline's directory with a `vae/` in such a format, a hub id
+            (`owner/name`), or `demo` for the model that ships with this package.
+        subfolder: the model's directory within `path`; default: `vae/` if it has a model, otherwise `path` itself.
+        torch_dtype: dtype to convert the weights to; default: the dtype of the file.
+        variant: `fp16` selects the weights in half precision of a directory that has both.
+        revision: branch, tag or commit of a hub id; default: the main branch.
+
+        Raises `vae.LoadError` if there is no AutoencoderKL.
         """
-        return cls._with(*load.directory(path, subfolder, variant, revision), path, torch_dtype)
+        return cls._from_weights(*load.load_directory(path, subfolder, variant, revision), path, torch_dtype)
 
     @classmethod
     def from_single_file(
-        cls, path: str | Path, config: load.Settings = None, torch_dtype: torch.dtype | None = None
+        cls, path: str | Path, config: load.ConfigLike = None, torch_dtype: torch.dtype | None = None
     ) -> "AutoencoderKL":
-        """A trained model from one file: latent-diffusion's layout, FLUX's, or inside a full checkpoint.
+        """Load a trained model for inference from a single file, which may be a full checkpoint around the VAE.
 
-        path: a `.safetensors`, `.ckpt`, `.pt` or `.bin` here, or the URL of one on the hub (`.../blob/main/...`).
-        config: a preset's name (`vae.presets`), a directory with config.json, or the fields. What the tensors' shapes
-            tell need not be given; how latents are scaled no tensor tells: where the file is not known by what is
-            around the VAE or where it came from, this warns (`vae.AssumedConfigWarning`) and says what it assumed.
-        Raises `vae.LoadError` where there is no AutoencoderKL.
+        path: a local `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file in the layout of latent-diffusion, FLUX or
+            diffusers, or the URL of such a file on the hub (`.../blob/main/...`).
+        config: a preset's name (`vae.presets`), a directory or hub id with a config.json, or the fields. Default:
+            derived from the tensors' shapes, and from the tensors around the VAE or the file's repository. The shapes
+            do not determine the scaling constants. If the family is not identified, the constants are assumed and
+            named in a `vae.AssumedConfigWarning`.
+        torch_dtype: dtype to convert the weights to; default: the dtype of the file.
+
+        Raises `vae.LoadError` if there is no AutoencoderKL.
         """
-        return cls._with(*load.file(path, config), path, torch_dtype)
+        return cls._from_weights(*load.load_file(path, config), path, torch_dtype)
 
     @classmethod
-    def _with(
+    def _from_weights(
         cls,
         config: AutoencoderKLConfig,
         weights: dict[str, Tensor],
-        where: str | Path,
+        path: str | Path,
         torch_dtype: torch.dtype | None,
     ) -> "AutoencoderKL":
-        """A model with these weights, for inference."""
+        """Return a model with these weights for inference. path: their source, for error messages."""
         with torch.device("meta"):
             model = cls(**config)
-        load.check(weights, model.state_dict(), where)
+        load.check_weights(weights, model.state_dict(), path)
         model.load_state_dict(weights, assign=True)
         return model.to(torch_dtype).eval().requires_grad_(False)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and one safetensors file into the directory `path`, as diffusers does."""
-        load.write(Path(path), self.config, self.state_dict())
+        """Write config.json and one safetensors file to the directory `path`, in diffusers' format."""
+        load.save(Path(path), self.config, self.state_dict())

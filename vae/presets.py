@@ -1,7 +1,7 @@
-"""The public AutoencoderKLs by name: their configurations, and where the numbers stand.
+"""Configurations of the public AutoencoderKLs by name, with the source of their numbers.
 
-They are needed where only tensors are: a single file holds no scaling factor (`vae.single_file`). A model's directory
-has its own config.json, and nothing here is asked.
+Single files need them, because a file of tensors has no scaling factor (`vae.single_file`). They are not used for a
+model's directory, which has its own config.json.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from vae.errors import LoadError
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A family's configuration.
+    """The configuration of a model family.
 
-    source: where its numbers stand. repositories: on the hub, whose single files it is of.
-    marks: tensors outside the VAE that only the family's full checkpoints have (beginnings of names).
+    source: the published files that the numbers come from.
+    repositories: ids of hub repositories whose single files have this configuration.
+    marks: prefixes of tensor names outside the VAE that occur only in the family's full checkpoints.
     """
 
     config: AutoencoderKLConfig
@@ -27,18 +28,18 @@ class Preset:
 
 
 def _config(**fields: Any) -> AutoencoderKLConfig:
-    """Four levels, factor 8, two layers each: what all of them share unless said."""
-    levels = {
+    """Return a configuration with the fields that most families share: four levels (factor 8) of two layers."""
+    common = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "block_out_channels": (128, 256, 512, 512),
         "layers_per_block": 2,
     }
-    return AutoencoderKLConfig(**{**levels, **fields})
+    return AutoencoderKLConfig(**{**common, **fields})
 
 
-def _without_quant(**fields: Any) -> AutoencoderKLConfig:
-    """SD 3 and what followed: 16 channels, no convolution between encoder, latent and decoder."""
+def _sd3_config(**fields: Any) -> AutoencoderKLConfig:
+    """Return a configuration like SD 3's: 16 channels, no 1x1 convolutions between encoder, latent and decoder."""
     return _config(latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False, **fields)
 
 
@@ -46,7 +47,8 @@ _COGVIEW = {"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3,
 
 PRESETS: dict[str, Preset] = {
     "sd": Preset(
-        config=_config(sample_size=512),  # 0.18215, the class's default, which ft-mse's config.json leaves to it
+        # scaling_factor is the class's default, 0.18215: the config.json of sd-vae-ft-mse does not set it.
+        config=_config(sample_size=512),
         source="vae/config.json of stable-diffusion-v1-4, v1-5 and 2-1-base; config.json of sd-vae-ft-mse and -ema",
         repositories=("stabilityai/sd-vae-ft-mse-original", "stabilityai/sd-vae-ft-ema-original"),
         marks=("cond_stage_model.transformer.", "cond_stage_model.model."),
@@ -79,30 +81,30 @@ PRESETS: dict[str, Preset] = {
         marks=("model.double_layers.", "double_layers."),
     ),
     "sd3": Preset(
-        config=_without_quant(scaling_factor=1.5305, shift_factor=0.0609),
+        config=_sd3_config(scaling_factor=1.5305, shift_factor=0.0609),
         source="diffusers' conversion script of SD 3; vae/config.json of stable-diffusion-3-medium and -3.5",
         repositories=("stabilityai/stable-diffusion-3-medium", "stabilityai/stable-diffusion-3.5-large"),
         marks=("model.diffusion_model.joint_blocks.", "joint_blocks."),
     ),
     "flux": Preset(
-        config=_without_quant(scaling_factor=0.3611, shift_factor=0.1159),
+        config=_sd3_config(scaling_factor=0.3611, shift_factor=0.1159),
         source="vae/config.json of FLUX.1-dev, -schnell and Z-Image; diffusers' conversion script of FLUX",
         repositories=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
         marks=("model.diffusion_model.double_blocks.", "double_blocks."),
     ),
     "cogview3-plus": Preset(
-        config=_without_quant(scaling_factor=1.0, **_COGVIEW),
+        config=_sd3_config(scaling_factor=1.0, **_COGVIEW),
         source="diffusers' conversion script of CogView3-Plus",
     ),
     "cogview4": Preset(
-        config=_without_quant(scaling_factor=1.0, shift_factor=0.0, **_COGVIEW),
+        config=_sd3_config(scaling_factor=1.0, shift_factor=0.0, **_COGVIEW),
         source="diffusers' conversion script of CogView4",
     ),
 }
 
 
-def preset(name: str) -> Preset:
-    """The preset of that name. Raises LoadError, with all names, where there is none."""
+def get_preset(name: str) -> Preset:
+    """Return the preset of that name. Raises LoadError, which lists all names, if there is none."""
     if name not in PRESETS:
-        raise LoadError(f"there is no preset '{name}'; there are {', '.join(PRESETS)}")
+        raise LoadError(f"there is no preset '{name}'; use one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,10 +1,10 @@
-"""A model in one file, under the names it was trained with: `encoder.down.0.block.0.conv1.weight`.
+"""Read a VAE from a single file, under the tensor names of its training: `encoder.down.0.block.0.conv1.weight`.
 
-That is the layout of latent-diffusion (SD's `.ckpt`), kept by SDXL, SD 3 and FLUX.1 (`ae.safetensors`). The VAE may be
-the whole file, or stand in a full checkpoint under `first_stage_model.` or `vae.`.
+This is the layout of latent-diffusion (the `.ckpt` files of SD). SDXL, SD 3 and FLUX.1 (`ae.safetensors`) use it too.
+The VAE is the whole file, or part of a full checkpoint under the prefix `first_stage_model.` or `vae.`.
 
-Such a file holds tensors only. Their shapes say how the model is built; how its latents are scaled they do not.
-That is told by the tensors around the VAE or by the repository that the file came from; else `config` has to say it.
+Such a file has tensors only. Their shapes determine the architecture, but not the scaling constants of its latents.
+The constants follow from the tensors around the VAE, or from the repository of the file. Otherwise `config` is needed.
 """
 
 import re
@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from vae import tensors
+from vae import checkpoint
 from vae.config import AutoencoderKLConfig
 from vae.errors import AssumedConfigWarning, LoadError
-from vae.names import rename_keys
-from vae.presets import PRESETS
+from vae.keys import rename_keys
+from vae.presets import PRESETS, Preset
 
 PREFIXES = ("first_stage_model.", "vae.", "")
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-TRAINING = ("loss.", "model_ema.")  # of no use to a trained autoencoder: its discriminator, a counter
-SHAPED = (  # the fields that shapes tell
+MODULES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+TRAINING_ONLY = ("loss.", "model_ema.")  # the discriminator and a counter, which inference does not need
+SHAPE_FIELDS = (  # the fields that the tensors' names and shapes determine
     "in_channels",
     "out_channels",
     "block_out_channels",
@@ -39,25 +39,26 @@ SHAPED = (  # the fields that shapes tell
 def read(
     path: Path, config: AutoencoderKLConfig | None = None, repository: str = ""
 ) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
-    """The configuration and the tensors, by our names, of the VAE in a file. repository: where it was had, if known.
+    """Return the configuration of the VAE in a file, and its tensors under their diffusers names.
 
-    Raises LoadError where it holds none. Warns (AssumedConfigWarning) where its constants had to be assumed.
+    config: default: derived from the tensors. repository: the hub repository of the file, if it is known.
+    Raises LoadError if the file has no VAE. Warns (AssumedConfigWarning) if the scaling constants had to be assumed.
     """
-    with tensors.open_checkpoint(path) as file:
+    with checkpoint.open_checkpoint(path) as file:
         names = list(file.keys())
-        prefix = prefix_of(names, path)
-        inside = [name for name in names if name.startswith(tuple(prefix + part for part in PARTS))]
-        foreign = [name for name in names if name not in set(inside) and not name.startswith(TRAINING)]
-        if not prefix and foreign:
-            raise LoadError(f"{path} is not the file of an AutoencoderKL: it has {foreign[0]}")
-        weights = rename_keys({name.removeprefix(prefix): file.get_tensor(name) for name in inside})
+        prefix = find_prefix(names, path)
+        vae_names = [name for name in names if name.startswith(tuple(prefix + module for module in MODULES))]
+        other_names = [name for name in names if name not in set(vae_names) and not name.startswith(TRAINING_ONLY)]
+        if not prefix and other_names:
+            raise LoadError(f"{path} is not a checkpoint of an AutoencoderKL: it has the tensor {other_names[0]}")
+        weights = rename_keys({name.removeprefix(prefix): file.get_tensor(name) for name in vae_names})
     if config is None:
-        config = recognised(shaped(weights, path), foreign, repository, path)
+        config = identify_config(infer_fields(weights, path), other_names, repository, path)
     return config, weights
 
 
-def prefix_of(names: Iterable[str], path: Path) -> str:
-    """What stands before the VAE's names."""
+def find_prefix(names: Iterable[str], path: Path) -> str:
+    """Return the prefix of the VAE's tensor names. Raises LoadError if there is no VAE; path: for its message."""
     known = set(names)
     for prefix in PREFIXES:
         if f"{prefix}encoder.conv_in.weight" in known and f"{prefix}decoder.conv_in.weight" in known:
@@ -65,8 +66,11 @@ def prefix_of(names: Iterable[str], path: Path) -> str:
     raise LoadError(f"there is no AutoencoderKL in {path}: no encoder.conv_in.weight and decoder.conv_in.weight in it")
 
 
-def shaped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The fields of a configuration that names and shapes tell. Raises LoadError where they are not a VAE's."""
+def infer_fields(weights: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Return the fields of a configuration that the tensors' names and shapes determine (`SHAPE_FIELDS`).
+
+    weights: under their diffusers names. Raises LoadError if they are not a VAE's.
+    """
 
     def count(pattern: str) -> int:
         return len({match[1] for name in weights if (match := re.match(pattern, name))})
@@ -86,31 +90,45 @@ def shaped(weights: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             "mid_block_add_attention": any(name.startswith("encoder.mid_block.attentions.") for name in weights),
         }
     except KeyError as error:
-        raise LoadError(f"{path} is not the file of an AutoencoderKL: it lacks {error.args[0]}") from error
+        raise LoadError(f"{path} is not a checkpoint of an AutoencoderKL: it lacks {error.args[0]}") from error
 
 
-def recognised(fields: Mapping[str, Any], around: Iterable[str], repository: str, path: Path) -> AutoencoderKLConfig:
-    """The whole configuration: of the family that the file is known to be of, else of the first that it fits."""
-    names = list(around)
-    fitting = {
-        name: one for name, one in PRESETS.items() if all(one.config[field] == fields[field] for field in SHAPED)
+def identify_config(
+    fields: Mapping[str, Any], other_names: Iterable[str], repository: str, path: Path
+) -> AutoencoderKLConfig:
+    """Return the whole configuration of a file whose tensors determine `fields`.
+
+    It is the preset that matches the fields and is identified by the repository or by a tensor outside the VAE
+    (`other_names`). Otherwise it is the first preset that matches the fields, with an AssumedConfigWarning.
+    """
+    names = list(other_names)
+    matching = {
+        name: preset
+        for name, preset in PRESETS.items()
+        if all(preset.config[field] == fields[field] for field in SHAPE_FIELDS)
     }
-    for one in fitting.values():
-        if repository in one.repositories or any(name.startswith(tuple(one.marks)) for name in names if one.marks):
-            return one.config
-    taken = next((one.config for one in fitting.values()), None) or _nameless(fields, path)
-    choices = ", ".join(f"{name} ({scaling(one.config)})" for name, one in fitting.items()) or "no preset"
+    for preset in matching.values():
+        if repository in preset.repositories or _has_mark(names, preset):
+            return preset.config
+    first = next(iter(matching.values()), None)
+    assumed = first.config if first else _complete_config(fields, path)
+    choices = ", ".join(f"{name} ({format_scaling(preset.config)})" for name, preset in matching.items())
     warnings.warn(
-        f"{path} does not say how its latents are scaled. Its shapes fit {choices}; assumed is "
-        f"{next(iter(fitting), 'the default of the class')} ({scaling(taken)}); config= says which it is",
+        f"{path} has no scaling constants for its latents. Its shapes match {choices or 'no preset'}. Assumed: "
+        f"{next(iter(matching), 'the defaults of AutoencoderKL')} ({format_scaling(assumed)}). "
+        "Choose the configuration with config=NAME",
         AssumedConfigWarning,
         stacklevel=4,
     )
-    return taken
+    return assumed
 
 
-def _nameless(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
-    """A model of no known family: what shapes do not tell is as the class has it."""
+def _has_mark(names: Iterable[str], preset: Preset) -> bool:
+    return any(name.startswith(tuple(preset.marks)) for name in names)
+
+
+def _complete_config(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
+    """Return a configuration with the defaults of AutoencoderKL for all that the tensors do not determine."""
     levels = len(fields["block_out_channels"])
     types: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -119,12 +137,15 @@ def _nameless(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
     try:
         return AutoencoderKLConfig(**fields, **types)
     except ValueError as error:
-        raise LoadError(f"{path} is of no known family, and needs its configuration (config=): {error}") from error
+        raise LoadError(
+            f"{path} matches no preset and not the defaults of AutoencoderKL ({error}); "
+            "give its configuration with config=NAME"
+        ) from error
 
 
-def scaling(config: AutoencoderKLConfig) -> str:
-    """The constants in a few words."""
-    said = f"scaling_factor {config.scaling_factor}"
+def format_scaling(config: AutoencoderKLConfig) -> str:
+    """Return the scaling constants as text for a message."""
+    text = f"scaling_factor {config.scaling_factor}"
     if config.shift_factor:
-        said += f", shift_factor {config.shift_factor}"
-    return said + (", latents_mean and latents_std" if config.latents_mean else "")
+        text += f", shift_factor {config.shift_factor}"
+    return text + (", latents_mean and latents_std" if config.latents_mean else "")

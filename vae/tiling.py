@@ -1,7 +1,7 @@
-"""Images larger than memory: overlapping tiles, each through the model alone, blended where they overlap.
+"""Run the model on images larger than memory: overlapping tiles, each run alone, then blended where they overlap.
 
-A tile sees nothing beyond its edge, so the numbers are not those of the whole image; they are those of diffusers'
-tiling, which is the reference for them.
+A tile has no context beyond its edges, so the results differ from those of the whole image. They agree with the tiling
+of diffusers, which is the reference.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a model is run in tiles. Sides in pixels or latents of what goes in or comes out.
+    """The geometry of tiling. Lengths are in pixels or latents: those of the input, or those of the output.
 
-    size: of a tile that goes in. step: from one tile's beginning to the next one's. blend: over how much of what comes
-    out two neighbours are mixed. keep: how much of a tile's output is its own, before the next one begins.
+    size: side of an input tile.
+    step: distance between the starts of neighboring input tiles.
+    blend: width of the band of output over which neighboring tiles are blended.
+    keep: side of the part of a tile's output that is kept; the next tile's output follows it.
     """
 
     size: int
@@ -26,35 +28,41 @@ class Tiles:
 
     @classmethod
     def of(cls, size_in: int, size_out: int, overlap: float) -> "Tiles":
-        """Tiles of `size_in` that come out as `size_out` and share a fraction `overlap` with their neighbours."""
+        """Return the geometry of tiles of side `size_in` whose output has side `size_out`.
+
+        overlap: fraction of a tile's side that it shares with its neighbor, in [0, 1).
+        """
         blend = int(size_out * overlap)
         return cls(size=size_in, step=int(size_in * (1 - overlap)), blend=blend, keep=size_out - blend)
 
 
 def run_in_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tiles: Tiles) -> Tensor:
-    """`run` on tiles of x [B, C, H, W], put together again. Two rows of tiles are held at a time, and the result."""
+    """Return the blended results of `run` on the tiles of x [B, C, H, W].
+
+    Memory: two rows of output tiles, and the result.
+    """
     rows: list[Tensor] = []
-    above: list[Tensor] = []
+    previous_row: list[Tensor] = []
     for top in range(0, x.shape[2], tiles.step):
         row: list[Tensor] = []
         for column, left in enumerate(range(0, x.shape[3], tiles.step)):
             tile = run(x[:, :, top : top + tiles.size, left : left + tiles.size])
-            if above:
-                _blend(above[column], tile, tiles.blend, dim=2)
+            if previous_row:
+                _blend(previous_row[column], tile, tiles.blend, dim=2)
             if row:
                 _blend(row[-1], tile, tiles.blend, dim=3)
             row.append(tile)
         rows.append(torch.cat([tile[:, :, : tiles.keep, : tiles.keep] for tile in row], dim=3))
-        above = row
+        previous_row = row
     return torch.cat(rows, dim=2)
 
 
-def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> None:
-    """Fade the beginning of `tile` in from the end of the tile before it, in place."""
-    extent = min(before.shape[dim], tile.shape[dim], extent)
+def _blend(previous: Tensor, tile: Tensor, extent: int, dim: int) -> None:
+    """Blend the end of the `previous` tile into the beginning of `tile`, in place, over `extent` values of `dim`."""
+    extent = min(previous.shape[dim], tile.shape[dim], extent)
     shape = [1, 1, 1, 1]
     shape[dim] = extent
-    share = (torch.arange(extent, dtype=torch.float32, device=tile.device) / max(extent, 1)).view(shape).to(tile.dtype)
-    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    ramp = (torch.arange(extent, dtype=torch.float32, device=tile.device) / max(extent, 1)).view(shape).to(tile.dtype)
+    end = previous.narrow(dim, previous.shape[dim] - extent, extent)
     start = tile.narrow(dim, 0, extent)
-    start.copy_(end * (1 - share) + start * share)
+    start.copy_(end * (1 - ramp) + start * ramp)

@@ -1,8 +1,9 @@
-"""A program: the tensors of a pickled checkpoint, written as safetensors. `vae.tensors` runs it as a child.
+"""A program that converts a pickled checkpoint to safetensors. `vae.checkpoint` runs it as a child process.
 
     python unpickle.py CHECKPOINT OUT
 
-Ends with 1 and one line of JSON, {"error": ...}, where it cannot. It imports nothing of ours.
+On failure, it prints one line of JSON, {"error": ...}, and its exit code is 1. It imports no other module of this
+project, so that it can be run by its path.
 """
 
 import json
@@ -14,35 +15,41 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-SAFE_SINCE = (2, 10)  # before it, weights_only could be got round: CVE-2025-32434, CVE-2026-24747
+SAFE_SINCE = (2, 10)  # earlier versions of weights_only can be bypassed: CVE-2025-32434, CVE-2026-24747
 
 
-def tensors_of(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, by name: its own or those of its `state_dict`. Raises ValueError and torch's own."""
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint by name: its own, or those of its `state_dict`.
+
+    Raises ValueError if torch is too old to be safe or the file has no tensors, and torch's own errors.
+    """
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < SAFE_SINCE:
-        raise ValueError(f"torch {torch.__version__} cannot read pickles safely; {SAFE_SINCE[0]}.{SAFE_SINCE[1]} can")
+        minimum = ".".join(map(str, SAFE_SINCE))
+        raise ValueError(f"torch {torch.__version__} cannot read pickles safely; upgrade it to {minimum} or later")
     content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]  # PyTorch Lightning's checkpoints
+        content = content["state_dict"]  # the layout of PyTorch Lightning
     if not isinstance(content, Mapping):
-        raise ValueError("it does not hold tensors by name")
-    found = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not found:
-        raise ValueError("it holds no tensors")
-    return found
+        raise ValueError("it does not map names to tensors")
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError("it has no tensors")
+    return tensors
 
 
 def main() -> int:
+    """Convert the file. Returns the exit code."""
     path, out = sys.argv[1:]
     try:
-        found = tensors_of(path)
-    except Exception as error:  # a damaged or hostile file: torch's reader has errors of many kinds
-        said = str(error)
-        if "Unsupported" in said or "weights_only" in said:
-            said = "it holds more than tensors, which could run code when read; save the tensors as safetensors"
-        sys.stdout.write(json.dumps({"error": said.splitlines()[0] if said else type(error).__name__}))
+        tensors = read_tensors(path)
+    except Exception as error:  # a corrupt or hostile file: torch's reader raises errors of many types
+        reason = str(error)
+        if "Unsupported" in reason or "weights_only" in reason:
+            reason = "it has objects other than tensors, which could run code; save the tensors as safetensors"
+        sys.stdout.write(json.dumps({"error": reason.splitlines()[0] if reason else type(error).__name__}))
         return 1
-    save_file({name: value.detach().clone().contiguous() for name, value in found.items()}, out)  # names may share one
+    # Two names may share storage, which safetensors refuses: each gets a copy.
+    save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, out)
     return 0
 
 

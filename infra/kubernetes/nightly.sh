@@ -1,37 +1,37 @@
 #!/bin/sh
-# Makes the RayJob of the manifest $1, waits for its end, and ends with 0 only where the job succeeded.
+# Creates the RayJob of the manifest $1 and waits for its end. The exit code is 0 only if the job succeeded.
 #
-# The RayJob's name is the lock: there is one of that name, whoever made it. One that still runs (its waiting pod was
-# evicted, or somebody started it by hand) is waited for; one that has ended made room for this, and until then stood
-# there to be looked at.
+# The name of the RayJob is a lock, because only one RayJob of a name can exist. If it is still running (its waiting pod
+# was evicted, or somebody started it by hand), this script waits for it. If it has ended, this script deletes it and
+# creates a new one; a finished RayJob stays until then, so that it can be inspected.
 set -eu
 
 rayjob=rayjob/latentmill-encode
 
-# "is Running RUNNING", say; nothing where there is no such RayJob.
-state() {
+# Prints the state, such as "is Running RUNNING", or nothing if there is no such RayJob.
+print_state() {
     kubectl get "$rayjob" --ignore-not-found --output jsonpath='is {.status.jobDeploymentStatus} {.status.jobStatus}'
 }
 
-found=$(state)
-case "$found" in
+state=$(print_state)
+case "$state" in
 "is Complete "* | "is Failed "* | "is ValidationFailed "*)
     kubectl delete "$rayjob"
-    found=
+    state=
     ;;
 esac
-if [ -z "$found" ]; then
+if [ -z "$state" ]; then
     kubectl create --filename "$1"
 fi
 
 while sleep 30; do
-    now=$(state) || continue # the API server may be away for a moment
-    case "$now" in
+    state=$(print_state) || continue # the API server may be unavailable for a moment
+    case "$state" in
     "is Complete SUCCEEDED")
         exit 0
         ;;
-    "is Complete "* | "is Failed "* | "is ValidationFailed "*) # a job that was stopped is Complete, too
-        echo "$rayjob $now"
+    "is Complete "* | "is Failed "* | "is ValidationFailed "*) # a stopped job is Complete too
+        echo "$rayjob $state"
         kubectl get "$rayjob" --output jsonpath='{.status.reason}: {.status.message}{"\n"}'
         exit 1
         ;;

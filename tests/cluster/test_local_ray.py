@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import account
+from bench import audit
 from tests.conftest import img2dataset_members, write_tar
 
 JOB = [sys.executable, "-m", "jobs.encode"]
@@ -43,7 +43,7 @@ def digest(cache: Path) -> str:
 
 def assert_whole(cache: Path, calm: str) -> None:
     """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
-    assert list(account.wrongs(account.files(cache), 480)) == []
+    assert list(audit.find_problems(audit.read_files(cache), 480)) == []
     assert digest(cache) == calm
 
 

@@ -14,7 +14,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-from bench import account
+from bench import audit
 from tests.conftest import img2dataset_members, write_tar
 from tests.servers import free_port, names, objects, read, upload
 
@@ -106,7 +106,7 @@ def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], second
 
 def assert_whole(cache: Mapping[str, bytes], calm: str) -> None:
     """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
-    assert list(account.wrongs(cache, 720)) == []
+    assert list(audit.find_problems(cache, 720)) == []
     assert json.loads(cache["stats.json"])["digest"] == calm
 
 
@@ -180,7 +180,7 @@ def test_a_users_modules_do_not_break_a_job_of_the_cluster(
         )
         job, out = done, done.stderr
     assert job.returncode == 0, out
-    assert_whole(account.files(tmp_path / "c"), calm)
+    assert_whole(audit.read_files(tmp_path / "c"), calm)
 
 
 def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
@@ -203,7 +203,7 @@ def test_workers_run_the_drivers_code_and_more_are_added_as_nodes_join(
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    assert_whole(account.files(tmp_path / "c"), calm)
+    assert_whole(audit.read_files(tmp_path / "c"), calm)
 
 
 def test_a_cluster_without_room_says_what_it_waits_for(
@@ -306,6 +306,6 @@ def test_a_node_on_which_workers_fail_is_left_alone(
         timeout=280,
     )
     assert job.returncode == 0, job.stderr
-    assert_whole(account.files(tmp_path / "c"), calm)
+    assert_whole(audit.read_files(tmp_path / "c"), calm)
     assert 2 <= job.stderr.count("is replaced, because it fails: RuntimeError: CUDA error: uncorrectable ECC") <= 4
     assert job.stderr.count("two workers in a row failed on ") == 1

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import pytest
 
-from bench import account
+from bench import audit
 from tests.conftest import img2dataset_members, write_tar
 from tests.proxy import Proxy, Request
 from tests.servers import names, objects, read, upload
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         members = img2dataset_members(10 * number, 10)
         members[f"{10 * number + 7:09d}.jpg"] = b"no image"
         write_tar(folder / f"{number}.tar", members)
-    assert account.samples_of(folder) == SAMPLES
+    assert audit.count_samples(folder) == SAMPLES
     return folder
 
 
@@ -95,7 +95,7 @@ def digest(bucket: str) -> str:
 
 def assert_whole(bucket: str, calm: str) -> None:
     """Every sample is in the cache once, its files are what was committed, and all is as in the calm run."""
-    assert list(account.wrongs(objects(f"{bucket}/c"), SAMPLES)) == []
+    assert list(audit.find_problems(objects(f"{bucket}/c"), SAMPLES)) == []
     assert digest(bucket) == calm
 
 

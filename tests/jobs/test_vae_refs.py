@@ -84,8 +84,8 @@ def test_scaling_is_never_assumed(encode: Command, tmp_path: Path) -> None:
     save_file(ldm(wide.state_dict()), tmp_path / "wide.safetensors")
     code, _, err = encode(tmp_path / "wide.safetensors")
     assert code == 2
-    assert f"{tmp_path}/wide.safetensors does not say how its latents are scaled" in err
-    assert "(scaling_factor 0.18215); --vae-config says which it is" in err
+    assert f"{tmp_path}/wide.safetensors has no scaling constants for its latents" in err
+    assert "(scaling_factor 0.18215). Choose the configuration with --vae-config NAME" in err
     assert not (tmp_path / "c").exists()
 
 

@@ -1,4 +1,4 @@
-"""The attention's processors: one formula, several ways."""
+"""The implementations of attention agree with each other."""
 
 from typing import Any
 
@@ -18,50 +18,50 @@ def model() -> AutoencoderKL:
     return AutoencoderKL(**MICRO).eval().requires_grad_(False)
 
 
-def numbers(model: AutoencoderKL) -> torch.Tensor:
+def reconstruct(model: AutoencoderKL) -> torch.Tensor:
     x = torch.rand(2, 3, 96, 72, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return model(x).sample
 
 
 @pytest.mark.parametrize("processor", [SDPA(), Plain(), Sliced(), Sliced(7)], ids=repr)
-def test_every_processor_gives_the_same_numbers(model: AutoencoderKL, processor: Processor) -> None:
-    expected = numbers(model)
+def test_every_processor_gives_the_same_result(model: AutoencoderKL, processor: Processor) -> None:
+    expected = reconstruct(model)
     model.set_attn_processor(processor)
     assert model.attn_processors == dict.fromkeys(NAMES, processor)
-    assert torch.allclose(numbers(model), expected, atol=1e-4)
+    assert torch.allclose(reconstruct(model), expected, atol=1e-4)
     model.set_default_attn_processor()
-    assert torch.equal(numbers(model), expected)
+    assert torch.equal(reconstruct(model), expected)
 
 
-def test_each_attention_may_have_its_own(model: AutoencoderKL) -> None:
+def test_each_attention_may_have_its_own_processor(model: AutoencoderKL) -> None:
     chosen: dict[str, Any] = dict(zip(NAMES, (Plain(), Sliced(5)), strict=True))
     model.set_attn_processor(chosen)
     assert model.attn_processors == chosen
-    with pytest.raises(ValueError, match="processors are wanted for encoder"):
+    with pytest.raises(ValueError, match="the keys of processor must be those of the model's attentions: encoder"):
         model.set_attn_processor({"encoder": Plain()})
 
 
-def test_a_processor_is_what_computes(model: AutoencoderKL) -> None:
+def test_a_processor_receives_queries_keys_and_values_of_the_documented_shape(model: AutoencoderKL) -> None:
     shapes = []
 
-    def silent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def return_zeros(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shapes.append((q.shape, k.shape, v.shape))
         return torch.zeros_like(v)
 
-    expected = numbers(model)
-    model.set_attn_processor(silent)
-    assert not torch.allclose(numbers(model), expected)
+    expected = reconstruct(model)
+    model.set_attn_processor(return_zeros)
+    assert not torch.allclose(reconstruct(model), expected)
     assert shapes == [((2, 1, 12 * 9, 8),) * 3] * 2
 
 
-def test_fused_projections_give_the_same_numbers(model: AutoencoderKL) -> None:
-    expected, names = numbers(model), set(model.state_dict())
+def test_fused_projections_give_the_same_result(model: AutoencoderKL) -> None:
+    expected, names = reconstruct(model), set(model.state_dict())
     model.fuse_qkv_projections()
-    assert torch.allclose(numbers(model), expected, atol=1e-4)
-    assert set(model.state_dict()) == names, "what is saved stays the same"
+    assert torch.allclose(reconstruct(model), expected, atol=1e-4)
+    assert set(model.state_dict()) == names, "the saved tensors do not change"
     assert model.double()(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).sample.dtype == torch.float64
     model.float().unfuse_qkv_projections()
-    assert torch.equal(numbers(model), expected)
+    assert torch.equal(reconstruct(model), expected)
 
 
 def test_a_model_without_attention_has_no_processors() -> None:
@@ -71,7 +71,7 @@ def test_a_model_without_attention_has_no_processors() -> None:
     model.fuse_qkv_projections()
 
 
-def test_half_precision_takes_its_softmax_in_float32() -> None:
-    # 5,000 equal weights of 1/5000 would add up to 0.6 to 1.6 in bfloat16
+def test_half_precision_computes_its_softmax_in_float32() -> None:
+    # In bfloat16, 5,000 equal weights of 1/5000 would have a sum of 0.6 to 1.6.
     q, v = torch.zeros(1, 1, 5000, 8), torch.ones(1, 1, 5000, 8)
     assert torch.allclose(Plain()(*(part.bfloat16() for part in (q, q, v))).float(), v, atol=0.01)

@@ -12,7 +12,7 @@ FOUR_LEVELS = {
 }
 
 
-def test_it_reads_as_a_mapping() -> None:
+def test_a_config_is_a_mapping() -> None:
     config = AutoencoderKLConfig(latent_channels=16)
     assert len(config) == len(list(config)) == len(dataclasses.fields(config))
     assert {**config}["latent_channels"] == config.get("latent_channels") == 16
@@ -20,20 +20,20 @@ def test_it_reads_as_a_mapping() -> None:
     assert "nothing" not in config
 
 
-def test_it_cannot_be_changed() -> None:
+def test_a_config_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         AutoencoderKLConfig().latent_channels = 8  # type: ignore[misc]
 
 
-def test_lists_become_tuples_so_that_equal_configs_are_equal() -> None:
-    listed = AutoencoderKLConfig(**FOUR_LEVELS)
-    tupled = AutoencoderKLConfig(**{key: tuple(value) for key, value in FOUR_LEVELS.items()})
-    assert listed == tupled
-    assert hash(listed) == hash(tupled)
-    assert listed.block_out_channels == (32, 64, 128, 128)
+def test_lists_become_tuples_so_that_configs_compare_equal() -> None:
+    from_lists = AutoencoderKLConfig(**FOUR_LEVELS)
+    from_tuples = AutoencoderKLConfig(**{key: tuple(value) for key, value in FOUR_LEVELS.items()})
+    assert from_lists == from_tuples
+    assert hash(from_lists) == hash(from_tuples)
+    assert from_lists.block_out_channels == (32, 64, 128, 128)
 
 
-def test_json_and_back_changes_nothing() -> None:
+def test_a_config_survives_a_round_trip_through_json() -> None:
     fields = {**FOUR_LEVELS, "latents_mean": (1, 2, 3, 4), "latents_std": (1, 1, 1, 2), "shift_factor": 0.5}
     config = AutoencoderKLConfig(**fields)
     assert AutoencoderKLConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -50,30 +50,33 @@ def test_every_level_but_the_last_halves_the_image(levels: int, downscale: int) 
 
 
 @pytest.mark.parametrize("key", ["_class_name", "_diffusers_version", "_name_or_path"])
-def test_what_diffusers_writes_for_its_own_use_is_passed_over(key: str) -> None:
+def test_keys_that_diffusers_writes_for_its_own_use_are_ignored(key: str) -> None:
     assert AutoencoderKLConfig.from_dict({key: "AutoencoderKL"}) == AutoencoderKLConfig()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "this is the configuration of a AutoencoderTiny, not of an AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "this is a configuration of class AutoencoderTiny, not AutoencoderKL"),
         (
             {"scaling_faktor": 1},
-            "an AutoencoderKL has no parameter 'scaling_faktor' (the nearest known one is 'scaling_factor')",
+            "an AutoencoderKL has no parameter 'scaling_faktor'; did you mean 'scaling_factor'?",
         ),
         ({"zzz": 1}, "an AutoencoderKL has no parameter 'zzz'"),
-        ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types names 2 blocks, block_out_channels has 1"),
+        (
+            {"up_block_types": ["UpDecoderBlock2D"] * 2},
+            "up_block_types has 2 blocks, but block_out_channels has 1 levels",
+        ),
         ({"down_block_types": ["CrossAttn"]}, "an AutoencoderKL has no block of type CrossAttn"),
         ({"up_block_types": ["B"], "down_block_types": ["A"]}, "an AutoencoderKL has no block of type A, B"),
-        ({"block_out_channels": [48]}, "48 channels cannot be split into norm_num_groups=32"),
-        ({"latents_std": [1, 2]}, "latents_std has 2 values, latent_channels is 4"),
+        ({"block_out_channels": [48]}, "48 channels cannot be divided into norm_num_groups=32"),
+        ({"latents_std": [1, 2]}, "latents_std has 2 values, but latent_channels is 4"),
         ({"act_fn": "tanh"}, "act_fn 'tanh' is not one of silu, swish, mish, gelu, relu"),
-        ({"latent_channels": True}, "latent_channels must be a whole number of at least 1, not True"),
+        ({"latent_channels": True}, "latent_channels must be an integer of at least 1, not True"),
         ({"shift_factor": "0"}, "shift_factor must be a number, not '0'"),
     ],
 )
-def test_a_refusal_says_what_is_wrong(fields: dict[str, object], message: str) -> None:
+def test_an_error_names_the_field_and_the_value(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         AutoencoderKLConfig.from_dict(fields)
     assert str(refused.value) == message

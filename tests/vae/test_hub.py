@@ -1,4 +1,4 @@
-"""Hub ids, against a cache laid out as huggingface_hub lays it out: nothing here reaches the network."""
+"""Hub ids, with a cache in the layout of huggingface_hub. No test uses the network."""
 
 import sys
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def model() -> AutoencoderKL:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes the snapshot's folder of a repository in a cache of its own; the hub itself is off."""
+    """Return a function that makes a repository's snapshot folder in an empty cache. The hub is offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -43,14 +43,16 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 
 @pytest.mark.parametrize("inside", ["", "vae/"])
-def test_a_hub_id_is_a_directory(model: AutoencoderKL, repository: Callable[[str], Path], inside: str) -> None:
+def test_a_hub_id_loads_like_a_directory(model: AutoencoderKL, repository: Callable[[str], Path], inside: str) -> None:
     model.save_pretrained(repository("owner/model") / inside)
     loaded = AutoencoderKL.from_pretrained("owner/model", subfolder=inside.rstrip("/"))
     assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
     assert AutoencoderKL.from_pretrained("owner/model").config == model.config
 
 
-def test_half_precision_is_a_variant(model: AutoencoderKL, repository: Callable[[str], Path]) -> None:
+def test_half_precision_is_used_as_a_variant_or_if_there_is_no_other(
+    model: AutoencoderKL, repository: Callable[[str], Path]
+) -> None:
     snapshot = repository("owner/model")
     model.save_pretrained(snapshot)
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -58,22 +60,22 @@ def test_half_precision_is_a_variant(model: AutoencoderKL, repository: Callable[
     assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float32
     assert AutoencoderKL.from_pretrained("owner/model", variant="fp16").dtype == torch.float16
     (snapshot / WEIGHTS).unlink()
-    assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float16, "there is no other"
+    assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float16, "the only weights"
 
 
 @pytest.mark.parametrize(
     "url", ["https://huggingface.co/{}/blob/main/{}", "https://hf.co/{}/resolve/main/{}?download=true"]
 )
-def test_a_single_file_by_its_url(model: AutoencoderKL, repository: Callable[[str], Path], url: str) -> None:
-    """The documentation's example."""
+def test_a_single_file_loads_by_its_url(model: AutoencoderKL, repository: Callable[[str], Path], url: str) -> None:
+    """This is the example of the documentation."""
     snapshot = repository("stabilityai/sd-vae-ft-mse-original")
     save_file(ldm(model.state_dict()), snapshot / "vae-ft-mse-840000-ema-pruned.safetensors")
-    where = url.format("stabilityai/sd-vae-ft-mse-original", "vae-ft-mse-840000-ema-pruned.safetensors")
-    loaded = AutoencoderKL.from_single_file(where, config=model.config)
+    location = url.format("stabilityai/sd-vae-ft-mse-original", "vae-ft-mse-840000-ema-pruned.safetensors")
+    loaded = AutoencoderKL.from_single_file(location, config=model.config)
     assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
 
 
-def test_what_is_not_in_the_cache_is_said(repository: Callable[[str], Path]) -> None:
+def test_a_file_that_is_not_cached_is_named_in_the_error(repository: Callable[[str], Path]) -> None:
     with pytest.raises(LoadError, match=r"owner/none: vae/config.json is not in the hub's local cache"):
         AutoencoderKL.from_pretrained("owner/none")
     with pytest.raises(LoadError, match="is not in the hub's local cache"):
@@ -83,32 +85,35 @@ def test_what_is_not_in_the_cache_is_said(repository: Callable[[str], Path]) -> 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("GatedRepoError", "owner/model is gated: accept its terms on the hub, and set HF_TOKEN"),
-        ("RepositoryNotFoundError", r"the hub has no repository owner/model \(a private one needs HF_TOKEN\)"),
-        ("RevisionNotFoundError", "owner/model: vae/config.json cannot be fetched from the hub: the answer"),
+        ("GatedRepoError", "owner/model is gated; accept its terms on the hub, and set HF_TOKEN"),
+        (
+            "RepositoryNotFoundError",
+            r"the hub has no repository owner/model; check its name \(a private one needs HF_TOKEN\)",
+        ),
+        ("RevisionNotFoundError", "owner/model: vae/config.json cannot be downloaded from the hub: the answer"),
     ],
 )
-def test_a_refusal_of_the_hub_is_said(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = getattr(huggingface_hub.errors, error)
+def test_an_error_of_the_hub_becomes_a_clear_error(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error_class = getattr(huggingface_hub.errors, error)
 
     def refuse(*args: object, **options: object) -> str:
-        refusal = kind.__new__(kind)  # as it comes, it needs a response
-        refusal.args = ("the answer\nof the hub",)
-        raise refusal
+        instance = error_class.__new__(error_class)  # its constructor needs a response
+        instance.args = ("the answer\nof the hub",)
+        raise instance
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(LoadError, match=message):
         AutoencoderKL.from_pretrained("owner/model")
 
 
-def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(LoadError, match=r"pip install 'latentmill\[hub\]'"):
+    with pytest.raises(LoadError, match=r"run pip install 'latentmill\[hub\]'"):
         AutoencoderKL.from_pretrained("owner/model")
 
 
 @pytest.mark.parametrize(
     ("ref", "is_id"), [("owner/model", True), ("a/b/c", False), ("/a", False), ("./a", False), ("a", False)]
 )
-def test_an_id_is_told_from_a_path(ref: str, is_id: bool) -> None:
-    assert hub.is_id(ref) is is_id
+def test_a_repository_id_is_distinguished_from_a_path(ref: str, is_id: bool) -> None:
+    assert hub.is_repository_id(ref) is is_id

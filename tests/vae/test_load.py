@@ -27,35 +27,35 @@ def edit(folder: Path, **fields: object) -> None:
     (folder / CONFIG).write_text(json.dumps({**config, **fields}))
 
 
-def test_there_and_back(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_model_loads_with_the_same_config_and_weights(folder: Path, tmp_path: Path) -> None:
     model = AutoencoderKL.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "again")
-    again = AutoencoderKL.from_pretrained(tmp_path / "again")
-    assert again.config == model.config
-    assert weights_sha256(again.state_dict()) == weights_sha256(model.state_dict())
+    model.save_pretrained(tmp_path / "copy")
+    copy = AutoencoderKL.from_pretrained(tmp_path / "copy")
+    assert copy.config == model.config
+    assert weights_sha256(copy.state_dict()) == weights_sha256(model.state_dict())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_pipelines_directory_has_it_in_vae(folder: Path) -> None:
+def test_the_vae_of_a_pipelines_directory_is_found(folder: Path) -> None:
     assert AutoencoderKL.from_pretrained(folder.parent).config == AutoencoderKL.from_pretrained(folder).config
     assert AutoencoderKL.from_pretrained(folder.parent, subfolder="vae").dtype == torch.float32
 
 
-def test_weights_may_be_in_several_files(folder: Path) -> None:
+def test_weights_may_be_split_into_several_files(folder: Path) -> None:
     before = weights_sha256(AutoencoderKL.from_pretrained(folder).state_dict())
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(tensors)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, inside in files.items():
-        save_file({name: tensors[name] for name in inside}, folder / file)
-    weight_map = {name: file for file, inside in files.items() for name in inside}
+    for file, names_in_file in files.items():
+        save_file({name: tensors[name] for name in names_in_file}, folder / file)
+    weight_map = {name: file for file, names_in_file in files.items() for name in names_in_file}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert weights_sha256(AutoencoderKL.from_pretrained(folder).state_dict()) == before
 
 
-def test_the_hash_is_of_values_not_of_files() -> None:
+def test_the_hash_depends_on_values_not_on_dtype_or_memory_layout() -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
     same = {"b": torch.ones(2, dtype=torch.float16), "a": torch.arange(6).reshape(3, 2).t().float().t().reshape(2, 3)}
     assert weights_sha256(tensors) == weights_sha256(same)
@@ -63,31 +63,33 @@ def test_the_hash_is_of_values_not_of_files() -> None:
     assert weights_sha256(tensors) != weights_sha256({"a": tensors["a"].reshape(3, 2), "b": tensors["b"]})
 
 
-def test_a_dtype_can_be_asked_for(folder: Path) -> None:
+def test_weights_are_converted_to_the_requested_dtype(folder: Path) -> None:
     assert AutoencoderKL.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "configuration of a AutoencoderDC"),
-        ({"latent_chanels": 4}, "no parameter 'latent_chanels' .*'latent_channels'"),
+        ({"_class_name": "AutoencoderDC"}, "a configuration of class AutoencoderDC, not AutoencoderKL"),
+        ({"latent_chanels": 4}, "no parameter 'latent_chanels'; did you mean 'latent_channels'"),
         ({"down_block_types": ["Other"] * 4}, "no block of type Other"),
-        ({"block_out_channels": [8, 8]}, "names 4 blocks, block_out_channels has 2"),
-        ({"norm_num_groups": 3}, "8 channels cannot be split into norm_num_groups=3"),
-        ({"latents_mean": [0.0]}, "latents_mean has 1 values, latent_channels is 4"),
+        ({"block_out_channels": [8, 8]}, "has 4 blocks, but block_out_channels has 2 levels"),
+        ({"norm_num_groups": 3}, "8 channels cannot be divided into norm_num_groups=3"),
+        ({"latents_mean": [0.0]}, "latents_mean has 1 values, but latent_channels is 4"),
         ({"latent_channels": 8}, "conv_in.weight has the shape|has the shape"),
-        ({"layers_per_block": 2}, "tensors missing, 0 too many .it lacks"),
-        ({"use_quant_conv": False}, "0 tensors missing, 2 too many .it has quant_conv"),
+        ({"layers_per_block": 2}, "tensors are missing, 0 are extra .*is missing"),
+        ({"use_quant_conv": False}, "0 tensors are missing, 2 are extra .quant_conv.* is not in the configuration"),
     ],
 )
-def test_what_does_not_fit_is_named(folder: Path, fields: dict[str, object], message: str) -> None:
+def test_a_config_that_does_not_match_the_weights_is_refused(
+    folder: Path, fields: dict[str, object], message: str
+) -> None:
     edit(folder, **fields)
     with pytest.raises(LoadError, match=message):
         AutoencoderKL.from_pretrained(folder)
 
 
-def test_a_directory_without_a_model_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"no VAE at .*nowhere: no such directory"):
         AutoencoderKL.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(LoadError, match="is a file"):
@@ -112,7 +114,7 @@ def test_a_config_is_read_by_attribute_and_by_key() -> None:
 
 
 @pytest.mark.slow
-def test_training_makes_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_saves_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "trained", steps=200, seed=0)
     lines = [line for line in capsys.readouterr().out.splitlines() if "distortion" in line]
     first, last = (float(line.split("distortion ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
@@ -121,22 +123,22 @@ def test_training_makes_a_model_that_loads(tmp_path: Path, capsys: pytest.Captur
 
 
 def rewrite(folder: Path, **changed: torch.Tensor | None) -> None:
-    """Save the weights again, each tensor named (dots as __) replaced, or left out where there is None."""
+    """Save the weights with each named tensor (dots as __) replaced, or removed if it is None."""
     tensors = {**load_file(folder / WEIGHTS), **{name.replace("__", "."): value for name, value in changed.items()}}
     save_file({name: value for name, value in tensors.items() if value is not None}, folder / WEIGHTS)
 
 
-def index(folder: Path, text: str) -> None:
-    """Put an index in place of the weights."""
+def replace_by_index(folder: Path, text: str) -> None:
+    """Replace the weights by an index."""
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(text)
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-4])
 
 
-MISFIT = "the weights at {folder} do not fit the configuration: "
+MISMATCH = "the weights at {folder} do not match the configuration: "
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (
         lambda folder: (folder / CONFIG).unlink(),
@@ -146,58 +148,60 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / CONFIG).write_text("[1]"),
         "{folder}/config.json: it is not a JSON object",
     ),
-    "a config that is cut": (
+    "a truncated config": (
         lambda folder: (folder / CONFIG).write_text('{"latent_channels": '),
         "{folder}/config.json: Expecting value: line 1 column 21 (char 20)",
     ),
     "an unknown key": (
         lambda folder: edit(folder, latent_chanels=4),
-        "{folder}/config.json: an AutoencoderKL has no parameter 'latent_chanels' "
-        "(the nearest known one is 'latent_channels')",
+        "{folder}/config.json: an AutoencoderKL has no parameter 'latent_chanels'; did you mean 'latent_channels'?",
     ),
     "no weights": (
         lambda folder: (folder / WEIGHTS).unlink(),
         "there are no weights at {folder}: no diffusion_pytorch_model.safetensors",
     ),
-    "weights that are cut": (
-        cut,
-        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors",
+    "truncated weights": (
+        truncate,
+        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors; "
+        "it may be truncated, download it again",
     ),
-    "weights that are empty": (
+    "empty weights": (
         lambda folder: (folder / WEIGHTS).write_bytes(b""),
-        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors",
+        "{folder}/diffusion_pytorch_model.safetensors cannot be read as safetensors; "
+        "it may be truncated, download it again",
     ),
     "an index whose file is missing": (
-        lambda folder: index(folder, '{"weight_map": {"a": "gone.safetensors"}}'),
-        "there is no gone.safetensors at {folder}, which diffusion_pytorch_model.safetensors.index.json names",
+        lambda folder: replace_by_index(folder, '{"weight_map": {"a": "gone.safetensors"}}'),
+        "gone.safetensors is missing at {folder}, although diffusion_pytorch_model.safetensors.index.json lists it; "
+        "download it again",
     ),
-    "a tensor missing": (
+    "a missing tensor": (
         lambda folder: rewrite(folder, encoder__conv_in__bias=None),
-        MISFIT + "1 tensors missing, 0 too many (it lacks encoder.conv_in.bias)",
+        MISMATCH + "1 tensors are missing, 0 are extra (encoder.conv_in.bias is missing)",
     ),
-    "a tensor too many": (
+    "an extra tensor": (
         lambda folder: rewrite(folder, extra=torch.ones(1)),
-        MISFIT + "0 tensors missing, 1 too many (it has extra, which the configuration does not)",
+        MISMATCH + "0 tensors are missing, 1 are extra (extra is not in the configuration)",
     ),
     "a wrong shape": (
         lambda folder: rewrite(folder, encoder__conv_in__bias=torch.ones(2, 4)),
-        MISFIT + "encoder.conv_in.bias has the shape [2, 4], not [8]",
+        MISMATCH + "encoder.conv_in.bias has the shape [2, 4], not [8]",
     ),
 }
 
 
-@pytest.mark.parametrize("what", REFUSALS)
-def test_a_refusal_says_exactly_what_is_there_instead(folder: Path, what: str) -> None:
-    damage, message = REFUSALS[what]
-    damage(folder)
+@pytest.mark.parametrize("case", REFUSALS)
+def test_an_error_has_exactly_this_text(folder: Path, case: str) -> None:
+    change, message = REFUSALS[case]
+    change(folder)
     with pytest.raises(LoadError) as refused:
         AutoencoderKL.from_pretrained(folder)
     assert str(refused.value) == message.format(folder=folder)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": ["a"]}'])
-def test_a_damaged_index_is_refused(folder: Path, text: str) -> None:
-    index(folder, text)
+def test_a_corrupt_index_is_refused(folder: Path, text: str) -> None:
+    replace_by_index(folder, text)
     with pytest.raises(LoadError, match=re.escape(INDEX)):
         AutoencoderKL.from_pretrained(folder)
 
@@ -209,18 +213,18 @@ def test_a_config_that_no_model_can_have_is_refused(folder: Path, fields: dict[s
         AutoencoderKL.from_pretrained(folder)
 
 
-def test_weights_of_whole_numbers_are_refused(folder: Path) -> None:
+def test_integer_weights_are_refused(folder: Path) -> None:
     rewrite(folder, encoder__conv_in__bias=torch.ones(8, dtype=torch.int32))
     with pytest.raises(LoadError):
         AutoencoderKL.from_pretrained(folder)
 
 
-def test_the_models_own_directory_wins_over_the_one_around_it(folder: Path) -> None:
+def test_the_vae_directory_is_preferred_to_the_directory_around_it(folder: Path) -> None:
     (folder.parent / CONFIG).write_text('{"_class_name": "Pipeline"}')
     assert AutoencoderKL.from_pretrained(folder.parent).config.latent_channels == 4
 
 
-def test_a_subfolder_of_any_name_can_be_given(folder: Path) -> None:
+def test_a_subfolder_may_have_any_name(folder: Path) -> None:
     folder.rename(folder.with_name("first_stage"))
     assert AutoencoderKL.from_pretrained(folder.parent, "first_stage").config.latent_channels == 4
     with pytest.raises(LoadError, match="no VAE at"):
@@ -234,7 +238,7 @@ def test_weights_stay_in_the_dtype_of_the_file_unless_one_is_given(folder: Path,
     assert AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).dtype == torch.float32
 
 
-def test_what_is_saved_is_one_config_and_one_file_of_weights(folder: Path) -> None:
+def test_saving_writes_one_config_and_one_file_of_weights(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS])
     fields = json.loads((folder / CONFIG).read_text())
     assert fields.pop("_class_name") == "AutoencoderKL"
@@ -250,24 +254,24 @@ def test_saving_over_a_model_replaces_it(folder: Path) -> None:
     assert weights_sha256(loaded.state_dict()) == weights_sha256(other.state_dict())
 
 
-def test_the_hash_is_of_names_shapes_and_little_endian_floats_in_the_order_of_names() -> None:
+def test_the_hash_covers_names_shapes_and_little_endian_floats_in_the_order_of_names() -> None:
     tensors = {"b": torch.tensor([[1.0, -2.0]]), "a": torch.tensor(0.5)}
-    spelled = b"a\0\0" + struct.pack("<f", 0.5) + b"b\x001,2\0" + struct.pack("<2f", 1, -2)
-    assert weights_sha256(tensors) == hashlib.sha256(spelled).hexdigest()
+    expected = b"a\0\0" + struct.pack("<f", 0.5) + b"b\x001,2\0" + struct.pack("<2f", 1, -2)
+    assert weights_sha256(tensors) == hashlib.sha256(expected).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_hash_outlives_conversions_that_are_exact(folder: Path, dtype: torch.dtype) -> None:
+def test_the_hash_is_the_same_after_an_exact_conversion(folder: Path, dtype: torch.dtype) -> None:
     half = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype)
     before = weights_sha256(half.state_dict())
     assert before != weights_sha256(AutoencoderKL.from_pretrained(folder).state_dict())
     assert before == weights_sha256(half.to(torch.float32).state_dict()) == weights_sha256(half.double().state_dict())
 
 
-def test_the_hash_sees_a_name_and_a_single_value(folder: Path) -> None:
+def test_the_hash_changes_with_a_name_and_with_a_single_value(folder: Path) -> None:
     weights = AutoencoderKL.from_pretrained(folder).state_dict()
     renamed = {name.replace("conv_in.bias", "conv_out.bias2"): value for name, value in weights.items()}
     flipped = weights["encoder.conv_in.weight"].clone()
     flipped[0, 0, 0, 0].neg_()
     changed = {**weights, "encoder.conv_in.weight": flipped}
-    assert len({weights_sha256(each) for each in (weights, renamed, changed)}) == 3
+    assert len({weights_sha256(tensors) for tensors in (weights, renamed, changed)}) == 3

@@ -1,4 +1,4 @@
-"""One set of weights in every layout that people have; and files that are none of them."""
+"""The same weights in every layout in use, and files that are not a VAE."""
 
 import os
 import warnings
@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.checkpoints import AROUND, ldm
 from tests.conftest import MICRO
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
-from vae.load import configuration, weights_sha256
-from vae.names import rename_keys
+from vae.keys import rename_keys
+from vae.load import resolve_config, weights_sha256
 
 SMALL = AutoencoderKLConfig(
     **{**MICRO, "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
@@ -28,43 +28,41 @@ def model() -> AutoencoderKL:
     return AutoencoderKL.from_config(SMALL).eval().requires_grad_(False)
 
 
-def older(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names of attention, before 0.17."""
+def to_old_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the attention's tensors to the names of diffusers before 0.17."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    return {_replaced(name, names): tensor for name, tensor in weights.items()}
+    return {_replace_parts(name, names): tensor for name, tensor in weights.items()}
 
 
-def _replaced(name: str, names: Mapping[str, str]) -> str:
+def _replace_parts(name: str, names: Mapping[str, str]) -> str:
     for new, old in names.items():
         name = name.replace(f".{new}.", f".{old}.")
     return name
 
 
-def zero() -> Tensor:
-    """A tensor that is beside the point."""
+def make_tensor() -> Tensor:
+    """Return a tensor whose content does not matter."""
     return torch.zeros(2)
 
 
 LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "diffusers": lambda weights: dict(weights),
-    "diffusers before 0.17": older,
+    "diffusers before 0.17": to_old_diffusers,
     "latent-diffusion": ldm,
-    "latent-diffusion, with its discriminator": lambda weights: {
+    "latent-diffusion with its discriminator": lambda weights: {
         **ldm(weights),
-        "loss.discriminator.main.0.weight": zero(),
-        "model_ema.decay": zero(),
+        "loss.discriminator.main.0.weight": make_tensor(),
+        "model_ema.decay": make_tensor(),
     },
-    "a full checkpoint of SD": lambda weights: {**ldm(weights, "first_stage_model."), AROUND["sd"]: zero()},
-    "a full checkpoint of FLUX": lambda weights: {**ldm(weights, "vae."), AROUND["flux"]: zero()},
+    "a full checkpoint of SD": lambda weights: {**ldm(weights, "first_stage_model."), AROUND["sd"]: make_tensor()},
+    "a full checkpoint of FLUX": lambda weights: {**ldm(weights, "vae."), AROUND["flux"]: make_tensor()},
 }
 
 
 @pytest.mark.parametrize(
     ("layout", "suffix"), [*((layout, ".safetensors") for layout in LAYOUTS), ("a full checkpoint of SD", ".ckpt")]
 )
-def test_the_weights_are_the_same_in_every_layout(
-    model: AutoencoderKL, layout: str, suffix: str, tmp_path: Path
-) -> None:
+def test_every_layout_gives_the_same_weights(model: AutoencoderKL, layout: str, suffix: str, tmp_path: Path) -> None:
     tensors = LAYOUTS[layout](model.state_dict())
     path = tmp_path / f"model{suffix}"
     if suffix == ".ckpt":
@@ -79,64 +77,70 @@ def test_the_weights_are_the_same_in_every_layout(
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_shapes_tell_how_a_model_is_built(name: str, tmp_path: Path) -> None:
-    """Of every public one: what is read off its tensors is what its configuration says."""
+def test_the_shapes_determine_the_architecture(name: str, tmp_path: Path) -> None:
+    """For every preset, the fields inferred from its tensors are those of its configuration."""
     config = presets.PRESETS[name].config
     with torch.device("meta"):
         weights = AutoencoderKL.from_config(config).state_dict()
-    fields = single_file.shaped(rename_keys(ldm(weights)), tmp_path)
-    assert fields == {field: config[field] for field in single_file.SHAPED}
+    fields = single_file.infer_fields(rename_keys(ldm(weights)), tmp_path)
+    assert fields == {field: config[field] for field in single_file.SHAPE_FIELDS}
 
 
-def recognised(fields: Mapping[str, Any], around: list[str], repository: str = "") -> AutoencoderKLConfig:
-    return single_file.recognised({name: fields[name] for name in single_file.SHAPED}, around, repository, Path("x"))
+def identify(fields: Mapping[str, Any], around: list[str], repository: str = "") -> AutoencoderKLConfig:
+    return single_file.identify_config(
+        {name: fields[name] for name in single_file.SHAPE_FIELDS}, around, repository, Path("x")
+    )
 
 
 @pytest.mark.parametrize("family", AROUND)
-def test_a_full_checkpoint_is_known_by_what_is_around_its_vae(family: str) -> None:
+def test_a_full_checkpoint_is_identified_by_the_tensors_around_its_vae(family: str) -> None:
     expected = presets.PRESETS[family].config
     around = [AROUND[family], AROUND["sdxl"]] if family == "playground-v2.5" else [AROUND[family]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert recognised(expected, around) == expected
+        assert identify(expected, around) == expected
 
 
-def test_a_file_is_known_by_the_repository_that_it_came_from() -> None:
+def test_a_file_is_identified_by_its_repository() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sd = recognised(presets.PRESETS["sd"].config, [], "stabilityai/sd-vae-ft-mse-original")
-        sdxl = recognised(presets.PRESETS["sd"].config, [], "stabilityai/sdxl-vae")
+        sd = identify(presets.PRESETS["sd"].config, [], "stabilityai/sd-vae-ft-mse-original")
+        sdxl = identify(presets.PRESETS["sd"].config, [], "stabilityai/sdxl-vae")
     assert (sd.scaling_factor, sdxl.scaling_factor) == (0.18215, 0.13025)
 
 
-def test_constants_are_never_assumed_in_silence(model: AutoencoderKL, tmp_path: Path) -> None:
-    with pytest.warns(AssumedConfigWarning, match=r"fit sd \(scaling_factor 0.18215\), playground.*, sdxl .* assumed"):
-        assert recognised(presets.PRESETS["sd"].config, []) == presets.PRESETS["sd"].config
-    with pytest.warns(AssumedConfigWarning, match=r"fit sd3 .*0.0609\), flux \(scaling_factor 0.3611, shift_factor"):
-        recognised(presets.PRESETS["flux"].config, [])
+def test_assumed_constants_give_a_warning(model: AutoencoderKL, tmp_path: Path) -> None:
+    with pytest.warns(
+        AssumedConfigWarning, match=r"match sd \(scaling_factor 0.18215\), playground.*, sdxl .* Assumed: sd "
+    ):
+        assert identify(presets.PRESETS["sd"].config, []) == presets.PRESETS["sd"].config
+    with pytest.warns(AssumedConfigWarning, match=r"match sd3 .*0.0609\), flux \(scaling_factor 0.3611, shift_factor"):
+        identify(presets.PRESETS["flux"].config, [])
     wide = AutoencoderKL.from_config({**SMALL, "block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32})
     save_file(ldm(wide.state_dict()), tmp_path / "own.safetensors")
-    with pytest.warns(AssumedConfigWarning, match="fit no preset; assumed is the default of the class"):
+    with pytest.warns(AssumedConfigWarning, match="match no preset. Assumed: the defaults of AutoencoderKL"):
         loaded = AutoencoderKL.from_single_file(tmp_path / "own.safetensors")
     assert loaded.config.block_out_channels == (32, 32, 64, 64)
     assert loaded.config.scaling_factor == 0.18215
 
 
-def test_a_configuration_can_be_named_in_four_ways(micro_vae: Path) -> None:
-    flux = configuration("flux")
+def test_a_configuration_can_be_given_in_four_ways(micro_vae: Path) -> None:
+    flux = resolve_config("flux")
     assert flux is not None
     assert (flux.scaling_factor, flux.shift_factor, flux.latent_channels) == (0.3611, 0.1159, 16)
-    assert configuration(flux) is flux
-    assert configuration({"latent_channels": 8}) == AutoencoderKLConfig(latent_channels=8)
-    assert configuration(micro_vae) == AutoencoderKL.from_pretrained(micro_vae).config
-    with pytest.raises(LoadError, match=r"fluxx is no configuration: no preset \(sd, .*\), and there is no VAE at"):
-        configuration("fluxx")
-    with pytest.raises(LoadError, match="no preset 'fluxx'; there are sd, "):
-        presets.preset("fluxx")
+    assert resolve_config(flux) is flux
+    assert resolve_config({"latent_channels": 8}) == AutoencoderKLConfig(latent_channels=8)
+    assert resolve_config(micro_vae) == AutoencoderKL.from_pretrained(micro_vae).config
+    with pytest.raises(
+        LoadError, match=r"fluxx is not a configuration: it is not a preset \(sd, .*\), and there is no VAE at"
+    ):
+        resolve_config("fluxx")
+    with pytest.raises(LoadError, match="no preset 'fluxx'; use one of sd, "):
+        presets.get_preset("fluxx")
 
 
 class Hostile:
-    """What a pickle can do: run a command where it is read."""
+    """An object whose pickle runs a command when it is read."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -147,69 +151,75 @@ class Hostile:
 
 def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
-    torch.save({"state_dict": {"a": zero()}, "callbacks": Hostile(witness)}, tmp_path / "hostile.ckpt")
-    with pytest.raises(LoadError, match="holds more than tensors, which could run code when read"):
+    torch.save({"state_dict": {"a": make_tensor()}, "callbacks": Hostile(witness)}, tmp_path / "hostile.ckpt")
+    with pytest.raises(
+        LoadError, match="it has objects other than tensors, which could run code; save the tensors as safetensors"
+    ):
         AutoencoderKL.from_single_file(tmp_path / "hostile.ckpt")
     assert not witness.exists()
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no.safetensors": (lambda path: None, "there is no file"),
-    "text.txt": (lambda path: path.write_text("hello"), "is not a file of tensors: these end with .bin, .ckpt"),
+    "text.txt": (
+        lambda path: path.write_text("hello"),
+        "is not a checkpoint: the name of a checkpoint ends with .bin, .ckpt",
+    ),
     "text.safetensors": (lambda path: path.write_text("hello, this is text"), "cannot be read as safetensors"),
-    "text.ckpt": (lambda path: path.write_text("hello"), "cannot be read as a file of tensors"),
-    "list.ckpt": (lambda path: torch.save([zero()], path), "it does not hold tensors by name"),
-    "numbers.pt": (lambda path: torch.save({"a": 1}, path), "it holds no tensors"),
-    "lora.safetensors": (lambda path: save_file({"lora_unet.a": zero()}, path), "there is no AutoencoderKL in"),
+    "text.ckpt": (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
+    "list.ckpt": (lambda path: torch.save([make_tensor()], path), "it does not map names to tensors"),
+    "numbers.pt": (lambda path: torch.save({"a": 1}, path), "it has no tensors"),
+    "lora.safetensors": (lambda path: save_file({"lora_unet.a": make_tensor()}, path), "there is no AutoencoderKL in"),
     "flux2.safetensors": (
         lambda path: save_file(
-            {"encoder.conv_in.weight": zero(), "decoder.conv_in.weight": zero(), "bn.x": zero()}, path
+            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor(), "bn.x": make_tensor()},
+            path,
         ),
-        "is not the file of an AutoencoderKL: it has bn.x",
+        "is not a checkpoint of an AutoencoderKL: it has the tensor bn.x",
     ),
     "half.safetensors": (
         lambda path: save_file(
-            {"encoder.conv_in.weight": zero()[:, None].clone(), "decoder.conv_in.weight": zero()}, path
+            {"encoder.conv_in.weight": make_tensor()[:, None].clone(), "decoder.conv_in.weight": make_tensor()}, path
         ),
-        "is not the file of an AutoencoderKL: it lacks decoder.conv_out.weight",
+        "is not a checkpoint of an AutoencoderKL: it lacks decoder.conv_out.weight",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_not_a_vae_is_said(name: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_vae_is_refused(name: str, tmp_path: Path) -> None:
     make, message = FILES[name]
     make(tmp_path / name)
     with pytest.raises(LoadError, match=message):
         AutoencoderKL.from_single_file(tmp_path / name)
 
 
-def test_a_configuration_that_does_not_fit_is_said(model: AutoencoderKL, tmp_path: Path) -> None:
+def test_a_configuration_that_does_not_match_is_refused(model: AutoencoderKL, tmp_path: Path) -> None:
     save_file(ldm(model.state_dict()), tmp_path / "model.safetensors")
-    with pytest.raises(LoadError, match="do not fit the configuration"):
+    with pytest.raises(LoadError, match="do not match the configuration"):
         AutoencoderKL.from_single_file(tmp_path / "model.safetensors", config="flux")
-    with pytest.raises(LoadError, match=r"needs its configuration \(config=\): 8 channels cannot be split"):
+    with pytest.raises(
+        LoadError, match=r"\(8 channels cannot be divided .*\); give its configuration with config=NAME"
+    ):
         AutoencoderKL.from_single_file(tmp_path / "model.safetensors")
 
 
-def test_a_url_that_is_not_the_hubs_is_for_others_to_fetch() -> None:
-    with pytest.raises(LoadError, match="neither a file here nor one on the hub; fetch it first"):
+def test_a_url_of_another_host_has_to_be_downloaded_first() -> None:
+    with pytest.raises(LoadError, match="neither a local file nor a file on the hub; download it first"):
         AutoencoderKL.from_single_file("s3://bucket/model.safetensors")
 
 
-def test_pickles_are_not_read_by_a_torch_that_cannot_do_it_safely(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    torch.save({"a": zero()}, tmp_path / "a.ckpt")
-    assert unpickle.tensors_of(str(tmp_path / "a.ckpt")).keys() == {"a"}
+def test_a_torch_that_cannot_read_pickles_safely_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save({"a": make_tensor()}, tmp_path / "a.ckpt")
+    assert unpickle.read_tensors(str(tmp_path / "a.ckpt")).keys() == {"a"}
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(ValueError, match=r"torch 2.9.1\+cpu cannot read pickles safely; 2.10 can"):
-        unpickle.tensors_of(str(tmp_path / "a.ckpt"))
+    with pytest.raises(ValueError, match=r"torch 2.9.1\+cpu cannot read pickles safely; upgrade it to 2.10 or later"):
+        unpickle.read_tensors(str(tmp_path / "a.ckpt"))
 
 
 @pytest.mark.slow
-def test_a_whole_sd_checkpoint_is_the_same_model_in_each_layout(tmp_path: Path) -> None:
-    """335 MB of random weights: every layout, every container, once through all of the way."""
+def test_a_full_size_sd_checkpoint_gives_the_same_model_in_every_layout(tmp_path: Path) -> None:
+    """Loads 335 MB of random weights in every layout and container."""
     torch.manual_seed(6)
     original = AutoencoderKL.from_config(presets.PRESETS["sd"].config).eval().requires_grad_(False)
     weights = original.state_dict()
@@ -227,10 +237,10 @@ def test_a_whole_sd_checkpoint_is_the_same_model_in_each_layout(tmp_path: Path) 
     (tmp_path / "pipeline/vae/diffusion_pytorch_model.safetensors").unlink()
     torch.save(weights, tmp_path / "pipeline/vae/diffusion_pytorch_model.bin")
     assert is_original(AutoencoderKL.from_pretrained(tmp_path / "pipeline"))
-    file = tmp_path / "one.safetensors"
+    file = tmp_path / "model.safetensors"
     for layout in LAYOUTS.values():
         tensors = layout(dict(weights))
         save_file(tensors, file)
         assert is_original(AutoencoderKL.from_single_file(file, config="sd"))
-    torch.save({"state_dict": ldm(weights, "first_stage_model.")}, tmp_path / "one.ckpt")
-    assert is_original(AutoencoderKL.from_single_file(tmp_path / "one.ckpt", config="sd"))
+    torch.save({"state_dict": ldm(weights, "first_stage_model.")}, tmp_path / "model.ckpt")
+    assert is_original(AutoencoderKL.from_single_file(tmp_path / "model.ckpt", config="sd"))

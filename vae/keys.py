@@ -1,4 +1,4 @@
-"""The names of a model's tensors: ours, which are diffusers', and the older ones that files still have."""
+"""Tensor names: this package uses those of diffusers, and older layouts are renamed to them."""
 
 import re
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _UP = re.compile(r"^decoder\.up\.(\d+)\.")
-_RENAMED = (  # an older step, ours; \1 and \2 are levels and blocks
-    # latent-diffusion's: SD's checkpoints, SDXL's, SD 3's, FLUX.1's
+_REPLACEMENTS = (  # older name, new name; \1 and \2 are level and block
+    # latent-diffusion: the checkpoints of SD, SDXL, SD 3 and FLUX.1
     (re.compile(r"\.down\.(\d+)\.block\.(\d+)\."), r".down_blocks.\1.resnets.\2."),
     (re.compile(r"\.down\.(\d+)\.downsample\."), r".down_blocks.\1.downsamplers.0."),
     (re.compile(r"\.up\.(\d+)\.block\.(\d+)\."), r".up_blocks.\1.resnets.\2."),
@@ -19,7 +19,7 @@ _RENAMED = (  # an older step, ours; \1 and \2 are levels and blocks
     (re.compile(r"\.mid\.attn_1\.norm\."), ".mid_block.attentions.0.group_norm."),
     (re.compile(r"\.nin_shortcut\."), ".conv_shortcut."),
     (re.compile(r"\.norm_out\."), ".conv_norm_out."),
-    # diffusers' before 0.17: the directories of SD 1
+    # diffusers before 0.17: the directories of SD 1
     (re.compile(r"\.query\."), ".to_q."),
     (re.compile(r"\.key\."), ".to_k."),
     (re.compile(r"\.value\."), ".to_v."),
@@ -28,13 +28,17 @@ _RENAMED = (  # an older step, ours; \1 and \2 are levels and blocks
 
 
 def rename_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our names, whichever they had; attention's 1x1 convolutions become matrices."""
-    coarsest = max((int(match[1]) for name in weights if (match := _UP.match(name))), default=0)
-    found = {}
-    for old, tensor in weights.items():
-        name = _UP.sub(lambda match: f"decoder.up.{coarsest - int(match[1])}.", old)  # ours counts in running order
-        for pattern, new in _RENAMED:
-            name = pattern.sub(new, name)
-        convolution = ".attentions." in name and tensor.dim() == 4
-        found[name] = tensor[:, :, 0, 0].contiguous() if convolution else tensor
-    return found
+    """Return the tensors under their diffusers names, whichever layout the names have.
+
+    The 1x1 convolutions [out, in, 1, 1] of an older attention become matrices [out, in]. Other values are unchanged.
+    """
+    last_level = max((int(match[1]) for name in weights if (match := _UP.match(name))), default=0)
+    renamed = {}
+    for old_name, tensor in weights.items():
+        # latent-diffusion numbers the decoder's levels from the finest, diffusers in the order in which they run.
+        name = _UP.sub(lambda match: f"decoder.up.{last_level - int(match[1])}.", old_name)
+        for pattern, replacement in _REPLACEMENTS:
+            name = pattern.sub(replacement, name)
+        is_convolution = ".attentions." in name and tensor.dim() == 4
+        renamed[name] = tensor[:, :, 0, 0].contiguous() if is_convolution else tensor
+    return renamed
