@@ -7,8 +7,9 @@ from typing import Any
 from jobs.options import ALL, EncodeOptions, parse_limits
 from jobs.progress import log_info
 from jobs.resources import ResourcePlan
+from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
-from pipeline.cache.identity import Identity
+from pipeline.cache.identity import CacheInfo, Identity
 from pipeline.cache.runs import library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
@@ -19,25 +20,31 @@ from pipeline.images.transform import Transform
 from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 
-COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
 
-
-def inherit_unset(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
+def inherit_unset(options: EncodeOptions, given: set[str], standing: Identity) -> EncodeOptions:
     """The options, those that the user left open taken from the identity of the cache that is there."""
-    settings = standing["preprocessing"]
-    kept = {
-        **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
-        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
-        "tile_above": standing["tile_above"] or 0,
+    settings = standing.preprocessing
+    kept: dict[str, Any] = {
+        "min_size": settings.min_size,
+        "interpolation": settings.interpolation,
+        "crop": settings.crop,
+        "flip": settings.flip,
+        "store": standing.store,
+        "dtype": standing.dtype,
+        "precision": standing.precision,
+        "rows_per_part": standing.rows_per_part,
+        "seed": standing.seed,
+        "tile_above": standing.tile_above or 0,
+        "format": standing.container,
+        "columns": ALL if standing.columns is None else ",".join(standing.columns),
+        "image_column": standing.image_column or "",
+        "key_column": standing.key_column or "",
     }
-    kept["format"] = standing["container"]
-    kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
-    kept |= {name: standing[name] or "" for name in ("image_column", "key_column")}
     if not given & {"resolution", "buckets", "multiple_of"}:
-        if settings["buckets"]:
-            kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
+        if settings.buckets:
+            kept |= {"buckets": settings.resolution, "multiple_of": settings.multiple_of}
         else:
-            kept |= {"resolution": settings["resolution"]}
+            kept |= {"resolution": settings.resolution}
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
 
@@ -76,9 +83,9 @@ def describe_cache(
     options: EncodeOptions,
     vae: Vae,
     where: ResourcePlan,
-    standing: Mapping[str, Any] | None,
+    standing: CacheInfo | None,
     columns: PassthroughColumns,
-) -> dict[str, Any]:
+) -> CacheInfo:
     """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
     precision = resolved_precision(options, vae, where)
     side = options.buckets or options.resolution
@@ -110,19 +117,28 @@ def describe_cache(
     )
     if standing is not None:
         note_columns(identity.parse_schema(standing).columns, columns)
-        note_constants(standing["vae"], vae)
-        return {**standing, "identity": wanted.to_dict()}
-    config = vae.config.to_dict()
+        note_constants(standing.vae, vae)
+        return dataclasses.replace(standing, identity=wanted)
     compute = where.compute(precision, options.slice_size, options.batch_size, options.compile)
-    return {
-        "format": identity.FORMAT,
-        "identity": wanted.to_dict(),
-        "identity_sha256": wanted.sha256,
-        "compute": {name: value for name, value in dataclasses.asdict(compute).items() if name in COMPUTE},
-        "vae": {"reference": vae.ref, "config": config, **{name: config[name] for name in identity.CONSTANTS}},
-        "schema": parts.schema_as_json(OutputSchema(container=options.format, store=options.store, columns=columns)),
-        "columns": columns.to_dict(),
-    }
+    layout = OutputSchema(container=options.format, store=options.store, columns=columns)
+    return CacheInfo(
+        format=identity.FORMAT,
+        identity=wanted,
+        identity_sha256=wanted.sha256,
+        compute=ComputeInfo(
+            device=compute.device, slice_size=compute.slice_size, threads=compute.threads, compile=compute.compile
+        ),
+        vae=VaeInfo(
+            reference=vae.ref,
+            config=vae.config.to_dict(),
+            scaling_factor=vae.config.scaling_factor,
+            shift_factor=vae.config.shift_factor,
+            latents_mean=vae.config.latents_mean,
+            latents_std=vae.config.latents_std,
+        ),
+        schema=tuple(ColumnInfo(**column) for column in parts.schema_as_json(layout)),
+        columns=columns.to_info(),
+    )
 
 
 def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) -> str:
@@ -137,14 +153,12 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) ->
     return options.precision
 
 
-def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
+def note_constants(standing: VaeInfo, vae: Vae) -> None:
     """Say where the cache scales latents by other constants than the VAE's configuration has now: its own stay."""
     offered = vae.config.to_dict()
-    for name in identity.CONSTANTS:
-        if standing[name] != offered[name]:
-            log_info(
-                f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"
-            )
+    for name, value in standing.constants.items():
+        if value != offered[name]:
+            log_info(f"note: the cache has {name} {value}, the VAE's configuration {offered[name]}; the first stays")
 
 
 def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> None:
@@ -153,11 +167,12 @@ def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> N
         log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
-def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def note_differences(standing: ComputeInfo, compute: ComputeConfig) -> None:
     """Say where this run computes otherwise than the one that made the cache."""
-    for name, value in standing.items():
-        if ours[name] != value:
-            log_info(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+    now = dataclasses.asdict(compute)
+    for name, value in dataclasses.asdict(standing).items():
+        if now[name] != value:
+            log_info(f"note: the cache was begun with {name}={value}, now {now[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
@@ -179,27 +194,27 @@ def note_versions(cache: Folder, run: str) -> None:
 
 def make_encode_spec(
     cache: Folder,
-    content: Mapping[str, Any],
+    info: CacheInfo,
     compute: ComputeConfig,
     limits: Sequence[str],
     open_threads: int,
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
-    """What workers must know to encode into a cache. content: its cache.json. limits: `--input-limit`."""
-    settings = content["identity"]
+    """What workers must know to encode into a cache. info: its cache.json. limits: `--input-limit`."""
+    settings = info.identity
     return EncodeSpec(
         cache=cache,
         source_options=source_options,
-        identity=content["identity_sha256"],
+        identity=info.identity_sha256,
         transform=identity.parse_transform(settings),
-        dtype=settings["dtype"],
-        layout=identity.parse_schema(content),
-        image_column=settings["image_column"],
-        key_column=settings["key_column"],
-        seed=settings["seed"],
-        rows_per_part=settings["rows_per_part"],
-        tile_above=settings["tile_above"],
+        dtype=settings.dtype,
+        layout=identity.parse_schema(info),
+        image_column=settings.image_column,
+        key_column=settings.key_column,
+        seed=settings.seed,
+        rows_per_part=settings.rows_per_part,
+        tile_above=settings.tile_above,
         limits=parse_limits(limits),
         compute=compute,
         open_threads=open_threads,

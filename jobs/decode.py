@@ -68,15 +68,15 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             cache=cache.folder,
             out=out,
             source_options=parse_source_options(options),
-            transform=identity.parse_transform(cache.content["identity"]),
+            transform=identity.parse_transform(cache.info.identity),
             layout=dataclasses.replace(cache.layout, columns=NO_COLUMNS),
-            image_column=cache.content["identity"]["image_column"],
-            key_column=cache.content["identity"]["key_column"],
-            tile_above=cache.content["identity"]["tile_above"],
+            image_column=cache.info.identity.image_column,
+            key_column=cache.info.identity.key_column,
+            tile_above=cache.info.identity.tile_above,
             limits=parse_limits(options.input_limit),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
-            superseded=parts.superseded_by_retry(cache.folder, cache.content["identity_sha256"], drawn),
+            superseded=parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, drawn),
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
 

@@ -28,6 +28,7 @@ from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_units import Signals, run_tasks, run_with_signals
 from jobs.scheduler import Failure
 from pipeline.cache import commits, identity, plan, stats
+from pipeline.cache.identity import CacheInfo
 from pipeline.cache.parts import superseded_by_retry
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
@@ -129,15 +130,15 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     cache = Folder(store.absolute(options.to), parse_storage_options(options.storage_option))
     standing = identity.read_cache_json(cache)
     if standing is not None:
-        options = cache_spec.inherit_unset(options, given, standing["identity"])
+        options = cache_spec.inherit_unset(options, given, standing.identity)
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files: {options.vae} has a config.json of its own")
-    vae = load_vae(options.vae, cache.options, options.vae_config or (standing and standing["vae"]["config"]))
+    vae = load_vae(options.vae, cache.options, options.vae_config or (standing.vae.config if standing else None))
     cache_spec.check_options(options, vae)
     listing, columns = look_at_sources(options, cache)
     with plan_resources(options) as where:
-        content = identity.create_or_load(cache, cache_spec.describe_cache(options, vae, where, standing, columns))
-        outcome = run_encode(options, cache, content, vae, listing, where, signals)
+        info = identity.create_or_load(cache, cache_spec.describe_cache(options, vae, where, standing, columns))
+        outcome = run_encode(options, cache, info, vae, listing, where, signals)
     print_summary(options, cache, outcome)
     return outcome.code
 
@@ -169,7 +170,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
 def run_encode(
     options: EncodeOptions,
     cache: Folder,
-    content: Mapping[str, Any],
+    info: CacheInfo,
     vae: Vae,
     listing: Listing,
     where: ResourcePlan,
@@ -189,7 +190,7 @@ def run_encode(
             listing.sources,
             options.new_source,
             options.same_source,
-            texts=identity.parse_schema(content).columns.texts,
+            texts=identity.parse_schema(info).columns.texts,
         )
         units = units[: options.max_shards or None]
         finished = commits.finished_units(cache)
@@ -200,7 +201,7 @@ def run_encode(
         log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
-            failures = encode_pending(options, cache, content, vae, pending, where, log, totals)
+            failures = encode_pending(options, cache, info, vae, pending, where, log, totals)
         where.close()
         log.tell(
             **{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None}
@@ -208,7 +209,7 @@ def run_encode(
         log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], logging.ERROR)
         if not failures:
             check_commits(cache, units)
-        written = finalize_cache(cache, content, single_writer)
+        written = finalize_cache(cache, info, single_writer)
         code = exit_code(failures, written, options.max_reject_rate)
         log.tell(**describe_totals(totals))
         log.ended("failed" if failures else "done", code)
@@ -225,7 +226,7 @@ def run_encode(
 def encode_pending(
     options: EncodeOptions,
     cache: Folder,
-    content: Mapping[str, Any],
+    info: CacheInfo,
     vae: Vae,
     pending: list[Unit],
     where: ResourcePlan,
@@ -233,14 +234,14 @@ def encode_pending(
     totals: RunTotals,
 ) -> Sequence[Failure]:
     """Run the pending units on the replicas. Returns those that failed for good."""
-    compute = where.compute(content["identity"]["precision"], options.slice_size, options.batch_size, options.compile)
-    cache_spec.note_differences(content["compute"], dataclasses.asdict(compute))
+    compute = where.compute(info.identity.precision, options.slice_size, options.batch_size, options.compile)
+    cache_spec.note_differences(info.compute, compute)
     cache_spec.note_versions(cache, log.run.name)
     limits, threads = options.input_limit, options.cpus_per_worker
     job = cache_spec.make_encode_spec(
-        cache, content, compute, limits, threads, log.run.name, parse_source_options(options)
+        cache, info, compute, limits, threads, log.run.name, parse_source_options(options)
     )
-    retried = superseded_by_retry(cache, content["identity_sha256"], {unit.name for unit in pending})
+    retried = superseded_by_retry(cache, info.identity_sha256, {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}

@@ -1,11 +1,11 @@
 """What jobs need of a cache that stands: its VAE, its inputs and files as they are now, its statistics made anew."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
 from pipeline.cache import card, parts, plan, stats
 from pipeline.cache.commit_reader import Repair
+from pipeline.cache.identity import CacheInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import library_versions
 from pipeline.errors import CacheError, VaeError
@@ -20,9 +20,9 @@ ROUNDS = 3  # a job that goes on beside us sums up after us anyway
 
 def load_matching_vae(given: str, cache: Cache) -> Vae:
     """The VAE that `--vae` names, or the cache. Raises VaeError where its weights are not those that made the cache."""
-    ref = given or cache.content["vae"]["reference"]
-    vae = load_vae(ref, cache.folder.options, cache.content["vae"]["config"])
-    if vae.sha256 != cache.content["identity"]["weights"]:
+    ref = given or cache.info.vae.reference
+    vae = load_vae(ref, cache.folder.options, cache.info.vae.config)
+    if vae.sha256 != cache.info.identity.weights:
         raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
     return vae
 
@@ -44,7 +44,7 @@ def read_units(
 def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     """The files with rows: name, rows, unit."""
     found = []
-    for part in stats.read_parts(cache.folder, cache.content["identity_sha256"]):
+    for part in stats.read_parts(cache.folder, cache.info.identity_sha256):
         if part.unit not in units:
             raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
@@ -52,17 +52,16 @@ def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int
     return found
 
 
-def finalize_cache(cache: Folder, content: Mapping[str, Any], single_writer: bool) -> dict[str, Any]:
+def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[str, Any]:
     """Statistics and card, from all that stands in the cache; `_commits` is mended on the way.
 
     single_writer: a writer may have overwritten another's part.
     """
-    identity = content["identity_sha256"]
-    mending = Repair(identity=identity, container=content["identity"]["container"], again=single_writer)
-    summing = stats.StatsWriter(cache, identity, mending)
+    mending = Repair(identity=info.identity_sha256, container=info.identity.container, again=single_writer)
+    summing = stats.StatsWriter(cache, info.identity_sha256, mending)
     for _ in range(ROUNDS):
         written = summing.write()
-        cache.replace(card.NAME, card.render_card(Cache(cache, content), written, library_versions()["latentmill"]))
+        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, library_versions()["latentmill"]))
         # otherwise another job wrote parts meanwhile, and perhaps its statistics before us
         if tuple(parts.list_part_files(cache)) == summing.files:
             break

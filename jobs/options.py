@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from pipeline import __version__
+from latentmill import __version__
 from pipeline.errors import UsageError
 from pipeline.limits import Limits
 from pipeline.records import Container, Crop, Flip, Interpolation, Store

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    parts = list(stats.read_parts(cache.folder, cache.content["identity_sha256"]))
+    parts = list(stats.read_parts(cache.folder, cache.info.identity_sha256))
     planned = read_units(options, cache, options.same_source).values()
     tasks = retry.make_tasks(planned, parts_with_rejects(cache, parts), started_inputs(parts))
     vae = load_matching_vae(options.vae, cache)
@@ -53,7 +53,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         driven = run_retry(options, cache, vae, tasks, log, counts)  # its engine is closed by now
         log.tell(counts=dict(counts), images_per_second=0.0, seconds_left=None)
         log_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
-        written = finalize_cache(cache.folder, cache.content, single_writer)
+        written = finalize_cache(cache.folder, cache.info, single_writer)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)
     print_summary(options, tasks, counts, written)
@@ -79,7 +79,7 @@ def print_summary(
 
 def parts_with_rejects(cache: Cache, parts: Sequence[stats.Part]) -> list[PartInfo]:
     """Those parts of a cache that have rejects, or supersede some."""
-    identity = cache.content["identity_sha256"]
+    identity = cache.info.identity_sha256
     wanted = [part.file for part in parts if part.rejects or part.supersedes]
     found = (inspect_part(cache.folder, file, identity) for file in wanted)
     return [part for part in found if part is not None]
@@ -110,11 +110,11 @@ def run_retry(
         meter.task_done(1, done.rows, 0)
 
     with plan_resources(options) as where:
-        compute = where.compute(cache.content["identity"]["precision"])
+        compute = where.compute(cache.info.identity.precision)
         cache_spec.note_versions(cache.folder, log.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
         encoding = cache_spec.make_encode_spec(
-            cache.folder, cache.content, compute, limits, threads, log.run.name, parse_source_options(options)
+            cache.folder, cache.info, compute, limits, threads, log.run.name, parse_source_options(options)
         )
         job = retry.RetrySpec(encoding)
         engine = where.start(job, vae, len(tasks), log.signals.stop)

@@ -6,6 +6,7 @@ from typing import Any
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
 from jobs.options import StatsOptions, parse, parse_storage_options
+from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
@@ -19,17 +20,17 @@ def main(argv: Sequence[str]) -> int:
     content = stats.read_stats(cache.folder)
     if content is None:
         raise CacheError(f"{options.cache} has no {stats.NAME} yet: run the encode job to its end first")
-    vae = cache.content["vae"]
+    vae = cache.info.vae
     if options.json:
-        print_json({**content, "vae": {name: value for name, value in vae.items() if name != "config"}})
+        print_json({**content, "vae": {"reference": vae.reference, **vae.constants}})
     else:
         print("\n".join(format_table(content, vae)), flush=True)
     return 0
 
 
-def format_table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """The lines of the table. content: stats.json; vae: what cache.json says of the model."""
-    lines = [f"{content['count']:,} latents, raw, made by {vae['reference']}"]
+    lines = [f"{content['count']:,} latents, raw, made by {vae.reference}"]
     if content["count"]:
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
@@ -41,9 +42,9 @@ def format_table(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str
     return lines
 
 
-def format_channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """A line a channel: measured here, and what the model's configuration says."""
-    means, stds = vae["latents_mean"], vae["latents_std"]
+    means, stds = vae.latents_mean, vae.latents_std
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
     lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]
     for channel in range(len(content["mean"])):
@@ -55,11 +56,11 @@ def format_channels(content: Mapping[str, Any], vae: Mapping[str, Any]) -> list[
     return lines
 
 
-def format_constants(suggested: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def format_constants(suggested: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """Scaling and shift over all channels: what these latents would need, and what the model says."""
     lines = [f"{'':<16} {'suggested':>10} {'model':>10}"]
     for name in ("scaling_factor", "shift_factor"):
-        ours, theirs = (f"{v:.5f}" if v is not None else "-" for v in (suggested[name], vae[name]))
+        ours, theirs = (f"{v:.5f}" if v is not None else "-" for v in (suggested[name], vae.constants[name]))
         lines.append(f"{name:<16} {ours:>10} {theirs:>10}")
     return lines
 

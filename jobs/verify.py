@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if options.rebuild and found.rebuildable:
         rebuilt = verify.rebuild_records(cache, found)
         with suppress(CacheError):  # what else is wrong is said by the second look
-            finalize_cache(cache.folder, cache.content, single_writer=False)
+            finalize_cache(cache.folder, cache.info, single_writer=False)
         found = verify.verify_cache(cache)
     sound = not found.problems
     if sound:
@@ -59,19 +59,18 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) 
     """The proofs that were asked for: `--recount`, `--reencode`."""
     if not options.recount and not options.reencode:
         return
-    settings = cache.content["identity"]
     compute = ComputeConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
-        precision=settings["precision"],
+        precision=cache.info.identity.precision,
         slice_size=1,
         batch_size=1,
-        threads=cache.content["compute"]["threads"],
+        threads=cache.info.compute.threads,
     )
     job: EncodeSpec = make_encode_spec(
-        cache.folder, cache.content, compute, options.input_limit, 1, "", parse_source_options(options)
+        cache.folder, cache.info, compute, options.input_limit, 1, "", parse_source_options(options)
     )
     where = read_units(options, cache)
-    retried = parts.superseded_by_retry(cache.folder, cache.content["identity_sha256"], set(where))
+    retried = parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, set(where))
     job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         left = find_uncounted(found)

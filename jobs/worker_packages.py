@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 
-PACKAGES = ("vae", "pipeline", "jobs")
+PACKAGES = ("latentmill", "vae", "pipeline", "jobs")
 RECREATED_WITHIN = 10.0  # seconds for a directory that Ray replaces to be there again
 
 

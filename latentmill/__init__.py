@@ -1,9 +1,38 @@
-"""The front door: the `latentmill` command, which is also `python -m latentmill`."""
+"""What trainers import: `Cache` reads the latents that `latentmill encode` wrote.
 
-import importlib.metadata
+Also the `latentmill` command, which is `python -m latentmill`. The reader needs torch, numpy, pyarrow and fsspec, and
+imports them when a name is first used, so that `import latentmill` and `latentmill --help` are fast.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from latentmill.errors import CacheError, IdentityError, LatentmillError, StorageError
+
+if TYPE_CHECKING:
+    from latentmill.cache import Cache
+    from latentmill.cache_info import CacheInfo
+    from latentmill.scaling import Scaling
+
+__version__ = "0.1.0"
+__all__ = [
+    "Cache",
+    "CacheError",
+    "CacheInfo",
+    "IdentityError",
+    "LatentmillError",
+    "Scaling",
+    "StorageError",
+    "__version__",
+]
+_MODULES = {"Cache": "latentmill.cache", "CacheInfo": "latentmill.cache_info", "Scaling": "latentmill.scaling"}
 
 
-def __getattr__(name: str) -> str:
-    if name == "__version__":  # of what is installed
-        return importlib.metadata.version("latentmill")
-    raise AttributeError(f"module 'latentmill' has no attribute '{name}'")
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'latentmill' has no attribute '{name}'")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

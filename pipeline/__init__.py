@@ -2,5 +2,3 @@
 
 Read `flow` first. Knows vae, nothing of Ray.
 """
-
-__version__ = "0.1.0"

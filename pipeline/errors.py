@@ -18,6 +18,28 @@ Rejected                   this one sample cannot be encoded; becomes a row of _
 
 from typing import Literal
 
+from latentmill.errors import CacheError, IdentityError, LatentmillError, StorageError, UsageError
+
+__all__ = [
+    "REASONS",
+    "REST_OF_SHARD",
+    "CacheError",
+    "ChangedError",
+    "DamagedError",
+    "IdentityError",
+    "JobError",
+    "LatentmillError",
+    "NoImagesError",
+    "Rejected",
+    "ShardError",
+    "SourceError",
+    "Stage",
+    "Stopped",
+    "StorageError",
+    "UsageError",
+    "VaeError",
+]
+
 Stage = Literal["read", "open", "transform", "encode"]
 
 REST_OF_SHARD = "rest_of_shard"  # no sample: a damaged shard stays damaged
@@ -46,18 +68,6 @@ REASONS: dict[str, str] = {
 }
 
 
-class LatentmillError(Exception):
-    """The root. `str(error)` is one line that a user can act on."""
-
-    exit_code = 1
-
-
-class UsageError(LatentmillError):
-    """The command cannot work as it was given."""
-
-    exit_code = 2
-
-
 class SourceError(UsageError):
     """A source is missing, empty, ambiguous, or no longer what was planned."""
 
@@ -68,25 +78,6 @@ class ChangedError(SourceError):
 
 class VaeError(UsageError):
     """There is no AutoencoderKL where one was asked for."""
-
-
-class IdentityError(UsageError):
-    """The cache was made with other settings than this job's."""
-
-
-class CacheError(LatentmillError):
-    """A folder is not a latentmill cache, or its files contradict each other."""
-
-
-class StorageError(LatentmillError):
-    """The storage refused: no such file, no right, no room, no answer.
-
-    may_pass: whether the same request may succeed later, because the storage did not answer, or not as it should.
-    """
-
-    def __init__(self, message: str, may_pass: bool = False) -> None:
-        super().__init__(message)
-        self.may_pass = may_pass
 
 
 class ShardError(LatentmillError):

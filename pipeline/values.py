@@ -16,28 +16,6 @@ import pyarrow as pa
 _SLOT = 32  # bytes of a number in a list, and its place there
 
 
-def has_times(kind: Any) -> bool:
-    """Whether a type is one of dates, times or durations, or has such a type inside."""
-    if pa.types.is_dictionary(kind):
-        return has_times(kind.value_type)
-    inside = (kind.field(index).type for index in range(kind.num_fields))
-    return pa.types.is_temporal(kind) or any(has_times(inner) for inner in inside)
-
-
-def to_python(array: Any) -> list[Any]:
-    """The values of a column for Python; as Arrow's own where Python has no such time."""
-    if not has_times(array.type):
-        return list(array.to_pylist())
-    return [_for_python(scalar) for scalar in array]
-
-
-def _for_python(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError):
-        return scalar
-
-
 def to_json_value(value: Any) -> Any:
     """A value as JSON can say it: what is not finite as null, times and decimals as text, bytes as base64."""
     if isinstance(value, pa.Scalar):

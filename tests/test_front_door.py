@@ -17,6 +17,14 @@ from tests.conftest import encoded, smooth
 
 ROOT = Path(__file__).parents[1]
 WRONG = "raise SystemExit('a module of the user')\n"
+READ = """
+import sys
+from latentmill import Cache, __version__
+
+cache = Cache.open(sys.argv[1], verify=True)
+latents = [cache.model_latent(row) for file in cache.files() for row in cache.rows(file)]
+print(__version__, len(latents), *latents[0].shape)
+"""
 
 
 @pytest.fixture
@@ -52,6 +60,8 @@ def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path
     job = run(command, project, project, ROOT)
     assert job.returncode == 0, job.stderr
     assert json.loads(job.stdout)["stats"]["count"] == 3
+    reader = run([sys.executable, "-c", READ, "c"], project, project, ROOT)
+    assert reader.stdout.split() == ["0.1.0", "3", "4", "8", "8"], reader.stderr
 
 
 @pytest.mark.slow
@@ -94,6 +104,8 @@ def test_a_users_modules_do_not_break_what_is_installed(project: Path, micro_vae
         job = run([*command, *argv], project, project)
         assert job.returncode == 0, job.stderr
         assert json.loads(job.stdout)["stats"]["count"] == 3
+        reader = run([python, "-c", READ, argv[3]], project, project)
+        assert reader.stdout.split() == ["0.1.0", "3", "4", "8", "8"], reader.stderr
 
 
 @pytest.mark.parametrize("command", ["latentmill", "jobs.status", "jobs.encode"])

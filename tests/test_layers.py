@@ -69,24 +69,39 @@ def test_the_rooms_are_found() -> None:
     }
 
 
-def test_imports_run_from_jobs_to_pipeline_to_vae() -> None:
+def packages_importing(package: str) -> set[str]:
+    """Our other top-level packages that import one of them."""
+    return {module.split(".")[0] for module in importers(package)} - {package}
+
+
+def test_imports_run_from_jobs_to_pipeline_to_vae_to_latentmill() -> None:
+    # the command alone goes the other way: once it can find our packages, it starts jobs.cli
     assert {module for module in importers("jobs") if not module.startswith("jobs.")} == {"latentmill.__main__"}
-    assert {module.split(".")[0] for module in importers("pipeline")} <= {"jobs", "pipeline"}
-    assert importers("latentmill") == set()
+    assert packages_importing("pipeline") == {"jobs"}
+    assert packages_importing("vae") == {"jobs", "pipeline"}
+    assert packages_importing("latentmill") == {"jobs", "pipeline", "vae"}
 
 
 def test_the_front_door_imports_nothing_of_ours_before_it_can_find_it() -> None:
     for module, path in MODULES.items():
         if module.split(".")[0] == "latentmill":
-            names = {name for node in tree(path).body for name in imported(node)}
+            nodes = tree(path).body if module == "latentmill.__main__" else ast.walk(tree(path))
+            names = {name for node in nodes for name in imported(node)}
             assert not {name.split(".")[0] for name in names} & {"vae", "pipeline", "jobs"}, module
+
+
+def test_what_trainers_import_needs_four_libraries() -> None:
+    """Beside them only what comes with Python: no Pillow, no YAML, no Ray."""
+    paths = [path for module, path in MODULES.items() if module.split(".")[0] == "latentmill"]
+    names = {name.split(".")[0] for path in paths for name in imports(path)}
+    assert names - sys.stdlib_module_names - {"latentmill", "jobs"} == {"fsspec", "numpy", "pyarrow", "torch"}
 
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
         ("ray", {"jobs.ray_executor"}),
-        ("fsspec", {"pipeline.storage.store"}),
+        ("fsspec", {"latentmill.folder", "pipeline.storage.store"}),
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from latentmill.cache_info import Preprocessing
 from pipeline.cache.reader import Cache
 
 NAME = "README.md"
@@ -36,20 +37,20 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 """
 
 
-def _size_of_images(settings: Mapping[str, Any]) -> str:
-    """What was done to the images, in a few words."""
-    cut = "cut from the middle" if settings["crop"] == "center" else "cut at a random place"
-    mirrored = ", half of them mirrored" if settings["flip"] == "random" else ""
-    buckets = settings["buckets"]
-    size = f"{settings['resolution']} px"
+def _size_of_images(settings: Preprocessing) -> str:
+    """Return what was done to the images, in a few words."""
+    cut = "cut from the middle" if settings.crop == "center" else "cut at a random place"
+    mirrored = ", half of them mirrored" if settings.flip == "random" else ""
+    buckets = settings.buckets
+    size = f"{settings.resolution} px"
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
-    return f"resized to {size} ({settings['interpolation']}), {cut}{mirrored}"
+    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}"
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
-    """The card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
-    identity, downscale = cache.content["identity"], cache.config.downscale
+    """Return the card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
+    identity = cache.info.identity
     shift, scale = (
         ", ".join(f"{value:g}" for value in values) for values in (cache.scaling.shift, cache.scaling.scale)
     )
@@ -57,13 +58,13 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         rows=stats["count"],
         parts=len(cache.files()),
         version=version,
-        vae=cache.content["vae"]["reference"],
-        weights=identity["weights"],
+        vae=cache.info.vae.reference,
+        weights=identity.weights,
         channels=cache.config.latent_channels,
-        downscale=downscale,
-        dtype=identity["dtype"],
-        store=identity["store"],
-        images=_size_of_images(identity["preprocessing"]),
+        downscale=cache.config.downscale,
+        dtype=identity.dtype,
+        store=identity.store,
+        images=_size_of_images(identity.preprocessing),
         rejected=sum(stats["rejected"].values()),
         filtered=stats["filtered"],
         enlarged=stats["enlarged"],

@@ -7,16 +7,18 @@ counts. Nothing here removes or overwrites a part.
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, cast
+from typing import Any
 
+from latentmill.cache import DATA as DATA
+from latentmill.cache import EMPTY as EMPTY
+from latentmill.cache import list_part_files as list_part_files
+from latentmill.part_files import read_record_json
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
 from pipeline.formats.record import PartInfo, Record
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
-from pipeline.storage.store import READ_AHEAD, Folder, open_stream
-
-DATA, EMPTY = "data", "_empty"
+from pipeline.storage.store import Folder
 
 _RETRIED = re.compile(r"-\d{5}r\d+$")
 
@@ -100,32 +102,13 @@ def stem_of(name: str) -> str:
 
 def read_record(data: bytes, name: str) -> Record:
     """The record that a part's file holds. Raises CacheError, which names the file, where there is none."""
-    if not name.endswith(".json"):
-        for writer in WRITERS.values():
-            if name.endswith(writer.SUFFIX):
-                return cast(Record, writer.read_record(data, name))
-        raise CacheError(f"{name} is not a part of a latentmill cache")
+    is_bare = name.endswith(".json")
     try:
-        return Record.from_json(data)
+        return Record.from_json(data if is_bare else read_record_json(data, name))
     except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{name} cannot be read as the record of a part") from error
-
-
-def list_part_files(cache: Folder) -> list[str]:
-    """The files with parts, `_empty/` before `data/`, each sorted by name."""
-    return [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.names(folder)]
-
-
-def hash_files(cache: Folder, files: Iterable[str]) -> dict[str, str]:
-    """The sha256 of each of these files, read a block at a time."""
-    found = {}
-    for file in files:
-        sha256 = hashlib.sha256()
-        with open_stream(cache.at(file), cache.options) as stream:
-            while block := stream.read(READ_AHEAD):
-                sha256.update(block)
-        found[file] = sha256.hexdigest()
-    return found
+        if is_bare:
+            raise CacheError(f"{name} cannot be read as the record of a part") from error
+        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
 
 
 def find_empty_duplicates(names: Iterable[str]) -> set[str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from pipeline import __version__
+from latentmill import __version__
 from pipeline.canonical_json import with_checksum
 from pipeline.storage.store import Folder
 

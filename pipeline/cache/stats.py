@@ -3,23 +3,25 @@
 Rebuilt from all records every time, never from one run's sums: so it is the same however the work was interrupted.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from latentmill.cache import STATS
+from latentmill.cache import read_stats as read_stats
+from latentmill.canonical_json import cache_digest
 from pipeline.cache import commit_reader, commits
 from pipeline.cache.commit_reader import CacheListing, PartFacts, Repair, file_name
 from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
 from pipeline.cache.tally import merge, merge_two, pool_channels, std_of
-from pipeline.canonical_json import VERIFY_HINT, parse_json_object
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally
 from pipeline.storage.store import Folder
 
-NAME = "stats.json"
+NAME = STATS
 UNCOUNTED: dict[str, Any] = {
     "rows": 0,
     "filtered": 0,
@@ -99,14 +101,6 @@ def parse_part(fields: Mapping[str, Any]) -> Part:
         tally={name: BucketTally(**t) for name, t in fields["tally"].items()},
         **{name: fields[name] for name in Part.__dataclass_fields__ if name != "tally" and name in fields},
     )
-
-
-def cache_digest(hashes: Mapping[str, str]) -> str:
-    """The sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache. hashes: sha256 by file."""
-    lines = hashlib.sha256()
-    for file in sorted(hashes):
-        lines.update(f"{hashes[file]}  {file}\n".encode())
-    return lines.hexdigest()
 
 
 @dataclass(slots=True)
@@ -260,9 +254,3 @@ def _suggested(t: BucketTally) -> dict[str, Any]:
 def encode_json(content: Mapping[str, Any]) -> bytes:
     """stats.json with this content."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def read_stats(cache: Folder) -> dict[str, Any] | None:
-    """The content of stats.json; None where no run has come to its end yet."""
-    data = cache.read_if_there(NAME)
-    return None if data is None else parse_json_object(data, cache.at(NAME))

@@ -5,20 +5,19 @@ Equal rows and records give equal bytes: what could vary (compression, row group
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.errors import CacheError
+from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
 from pipeline.formats.record import Record
 from pipeline.formats.schema import BASE_SCHEMA, OutputSchema
 from pipeline.records import Row
-from pipeline.values import size_in_bytes, to_python
+from pipeline.values import size_in_bytes
 
-SUFFIX = ".parquet"
-RECORD_KEY = b"latentmill"
+SUFFIX = PARQUET_SUFFIX
 ROW_GROUP_BYTES = 32 << 20
 COMPRESSION = "zstd"
 
@@ -49,36 +48,8 @@ def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) ->
     ) as writer:
         for group in _row_groups(rows):
             writer.write_table(_table(group, record, schema), row_group_size=len(group))
-        writer.add_key_value_metadata({RECORD_KEY.decode(): record.to_json().decode()})
+        writer.add_key_value_metadata({PARQUET_RECORD.decode(): record.to_json().decode()})
     return sink.getvalue()
-
-
-def read_record(data: bytes, name: str) -> Record:
-    """The record inside a part's bytes. Raises CacheError, which names the file, where there is none."""
-    try:
-        metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
-        return Record.from_json(metadata[RECORD_KEY])
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
-
-
-def read_rows(
-    stream: BinaryIO, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a part as dicts, in order: all, or those at the `wanted` indexes. A row group is held at a time.
-
-    Without pyarrow's threads: a process that ends at once, while they and torch's are about, is aborted.
-    """
-    parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
-    for group in range(parquet.num_row_groups):
-        count = parquet.metadata.row_group(group).num_rows
-        here = [index - start for index in wanted or () if start <= index < start + count]
-        if wanted is None or here:
-            table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
-            some = table if wanted is None else table.take(here)
-            for values in zip(*map(to_python, some.columns), strict=True):
-                yield dict(zip(some.column_names, values, strict=True))
-        start += count
 
 
 def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -1,12 +1,11 @@
 """What the files of a cache look like: the container, what is stored of a posterior, and the columns of a row."""
 
 import base64
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 
+from latentmill.cache_info import PassthroughInfo
 from pipeline.records import TEXT_EXTENSIONS, Container, Store
 
 BASE_SCHEMA = pa.schema(
@@ -60,17 +59,16 @@ class PassthroughColumns:
         """Those that no text member holds."""
         return pa.schema([field for field in self.schema if field.name not in self.texts])
 
-    def to_dict(self) -> dict[str, Any]:
-        """As cache.json holds them: the schema as Arrow's own serialization, which knows every type."""
-        return {
-            "texts": list(self.texts),
-            "arrow_schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
-        }
+    def to_info(self) -> PassthroughInfo:
+        """Return them as cache.json holds them: the schema as Arrow's own serialization, which knows every type."""
+        return PassthroughInfo(
+            texts=self.texts, arrow_schema=base64.b64encode(self.schema.serialize().to_pybytes()).decode()
+        )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "PassthroughColumns":
-        data = base64.b64decode(fields["arrow_schema"])
-        return cls(pa.ipc.read_schema(pa.BufferReader(data)), tuple(fields["texts"]))
+    def from_info(cls, info: PassthroughInfo) -> "PassthroughColumns":
+        """Return the columns that cache.json names."""
+        return cls(info.read_schema(), info.texts)
 
 
 TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEXT_EXTENSIONS]))

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentmill.part_files import to_tensor
 from pipeline import flow
 from pipeline.cache import input_hash
-from pipeline.cache.reader import Cache, to_tensor
+from pipeline.cache.reader import Cache
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.formats.record import PartInfo

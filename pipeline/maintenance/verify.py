@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -158,22 +158,20 @@ def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[st
 
 def check_content(cache: Cache) -> Iterator[Problem]:
     """cache.json: its own sha256, and whether what it says twice agrees."""
-    content = dict(cache.content)
+    info = cache.info
     try:
         config = identity.raw_config(cache.config)
     except ValueError as error:
         yield Problem(identity.NAME, f"the VAE's configuration cannot be: {error}", RESTORE)
         return
     data = cache.folder.read(identity.NAME)
-    if content.get("sha256") != with_checksum(content)["sha256"] or data != identity.encode_json(content):
+    if data != identity.encode_json(with_checksum(info.to_dict())):
         yield Problem(identity.NAME, "it was changed after it was written: it does not have its own sha256", RESTORE)
-    vae = content["vae"]
-    constants = {name: vae["config"].get(name) for name in identity.CONSTANTS}
-    if constants != {name: value for name, value in vae.items() if name not in ("reference", "config")}:
+    if info.vae.constants != {name: info.vae.config.get(name) for name in info.vae.constants}:
         yield Problem(identity.NAME, "the constants of the VAE are not those of its configuration", RESTORE)
-    if config != content["identity"]["config"]:
+    if config != info.identity.config:
         yield Problem(identity.NAME, "the VAE's configuration is not the one of the identity", RESTORE)
-    if content["schema"] != schema_as_json(cache.layout):
+    if [asdict(column) for column in info.schema] != schema_as_json(cache.layout):
         yield Problem(identity.NAME, "the schema is not the one of the identity and the columns", RESTORE)
 
 

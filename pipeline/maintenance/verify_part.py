@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
-from pipeline.cache.reader import Cache, to_tensor
+from pipeline.cache.reader import Cache
 from pipeline.errors import LatentmillError
-from pipeline.formats import parquet, webdataset
+from pipeline.formats import parquet
 from pipeline.formats.record import BucketTally, PartInfo, Record
 from pipeline.records import Unit
 
@@ -81,14 +82,14 @@ def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[
     suffix = parts.WRITERS[cache.layout.container].SUFFIX if record.rows else ".json"
     if not file.endswith(suffix):
         yield f"the files of this cache are {suffix}"
-    if record.identity != cache.content["identity_sha256"]:
+    if record.identity != cache.info.identity_sha256:
         yield "it belongs to a cache with another identity"
     unit = units.get(record.unit)
     if unit is None:
         yield f"its unit {record.unit} is not in the plan"
     elif (record.source, record.source_bytes, record.range) != (unit.path, unit.bytes, unit.range):
         yield "its record and the plan name different inputs"
-    size = cache.content["identity"]["rows_per_part"]
+    size = cache.info.identity.rows_per_part
     if record.samples != record.rows + record.filtered + len(record.rejects):
         yield f"of {record.samples} samples it accounts for {record.rows + record.filtered + len(record.rejects)}"
     if record.round:
@@ -108,9 +109,7 @@ def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[li
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
         if not schema.equals(parquet.schema_of(layout).remove_metadata()):
             wrong.append("its columns are not those of cache.json")
-        rows = parquet.read_rows(io.BytesIO(data))
-    else:
-        rows = webdataset.read_rows(io.BytesIO(data), texts=layout.columns.texts)
+    rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts)
     latents: dict[str, list[Any]] = {}
     keys = []
     for row in rows:
@@ -121,7 +120,7 @@ def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[li
             wrong.append(f"the row {row['key']} is of {row['shard']}, the part of {record.source}")
         if not bool(latent.isfinite().all()):
             wrong.append(f"the latent of {row['key']} is not finite")
-        if row["dtype"] != cache.content["identity"]["dtype"]:
+        if row["dtype"] != cache.info.identity.dtype:
             wrong.append(f"the latent of {row['key']} is {row['dtype']}")
     if len(keys) != record.rows:
         wrong.append(f"it has {len(keys)} rows, its record says {record.rows}")

@@ -14,8 +14,9 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from latentmill.part_files import to_tensor
 from pipeline import flow
-from pipeline.cache.reader import read_rows, to_tensor
+from pipeline.cache.reader import read_rows
 from pipeline.encoder import ComputeConfig, build_model
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.formats.schema import OutputSchema

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.sidecars import is_same_file
 from pipeline.records import File
 from pipeline.storage.store import connect, http_status, is_local, protocols_of, version_of
-from pipeline.storage.stream import name_url_in_errors
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:

@@ -12,13 +12,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.arrow_values import has_times
 from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.formats.schema import cache_column_name, source_column_name
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, printable_key
 from pipeline.readers import parquet_footer
 from pipeline.readers.parquet_keys import FileKeys, Known
 from pipeline.records import Reject, Sample
-from pipeline.values import has_times, to_json_value
+from pipeline.values import to_json_value
 
 SMALLEST = 12  # bytes of a Parquet file: two marks and the size of its footer
 ROWS_AT_ONCE = 16

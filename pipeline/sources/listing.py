@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from braceexpand import braceexpand
 
+from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import printable, to_valid_text
 from pipeline.readers.sidecars import is_near, possible_texts
@@ -20,7 +21,6 @@ from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.store import connect, etag_of, full_url, is_local, parent, read_file_if_there, url_as_listed
-from pipeline.storage.stream import name_url_in_errors
 
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # of many files, in a note

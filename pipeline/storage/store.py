@@ -29,12 +29,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from latentmill.stream import NOT_THERE, Stream, name_url_in_errors
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError, UsageError
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.storage import local_disk
 from pipeline.storage.etags import same_version
-from pipeline.storage.stream import NOT_THERE, Stream, name_url_in_errors
 
 ONE_REQUEST = 5 << 30  # a body up to this size goes out as one request: multipart uploads are not atomic everywhere
 READ_AHEAD = 8 << 20  # bytes a request, of what is read from start to end

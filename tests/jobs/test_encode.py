@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cache.reader import Cache, to_tensor
+from latentmill.part_files import to_tensor
+from pipeline.cache.reader import Cache
 from pipeline.encoder import normalize_pixels
 from pipeline.images.decode import open_pixels
 from pipeline.images.transform import Transform

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cache.reader import Cache, to_tensor
+from latentmill.part_files import to_tensor
+from pipeline.cache.reader import Cache
 from tests.conftest import encoded, smooth
 
 Command = Callable[..., tuple[int, str, str]]

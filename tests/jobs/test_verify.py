@@ -19,6 +19,7 @@ from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance import verify
 from pipeline.storage.store import Folder
+from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -275,7 +276,7 @@ def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(commit_files, "commit_name", name_of)
     found = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
-    assert verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), {}), found) == found.rebuildable
+    assert verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), info_of(IDENTITY)), found) == found.rebuildable
     assert len(list((tmp_path / "again/_commits").iterdir())) == count
     assert len(asked) <= 2 * count
 

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from latentmill.part_files import to_tensor
 from pipeline.cache import commits, stats
-from pipeline.cache.reader import read_rows, to_tensor
+from pipeline.cache.reader import read_rows
 from pipeline.clock import StageClock
 from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError

@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from latentmill.arrow_values import has_times, to_python
 from pipeline.errors import Rejected
-from pipeline.values import has_times, size_in_bytes, to_json_value, to_python
+from pipeline.values import size_in_bytes, to_json_value
 
 US = pa.timestamp("us")
 FAR = pa.array([2**62]).cast(US)  # the year 148,108

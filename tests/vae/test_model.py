@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentmill.scaling import Scaling
 from tests.conftest import MICRO
 from vae import AutoencoderKL, DiagonalGaussianDistribution
 from vae.blocks import group_norm
-from vae.scaling import Scaling, scaling_of
+from vae.scaling import scaling_of
 from vae.train import HELD_OUT, TRAINED_ON, load_photo, negative_elbo, psnr
 
 

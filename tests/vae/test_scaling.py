@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from latentmill.scaling import Scaling
 from vae import AutoencoderKLConfig
-from vae.scaling import Scaling, scaling_of
+from vae.scaling import scaling_of
 
 # Raw latents of four channels, one place each, and what each rule makes of them, computed by hand.
 RAW = (1.0, -2.0, 0.5, 4.0)

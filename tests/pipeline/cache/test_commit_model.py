@@ -100,14 +100,11 @@ class JsonWriter:
     def serialize_part(rows: object, record: Record, layout: OutputSchema) -> bytes:
         return record.to_json()
 
-    @staticmethod
-    def read_record(data: bytes, name: str) -> Record:
-        return Record.from_json(data)
-
 
 @pytest.fixture(autouse=True)
 def parts_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "WRITERS", {"parquet": JsonWriter})
+    monkeypatch.setattr(parts_module, "read_record_json", lambda data, name: data)
 
 
 def record(number: int, writer: int, rows: int = 0) -> Record:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from latentmill.cache import hash_files
 from pipeline.cache import commit_reader, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_reader import CacheListing
-from pipeline.cache.parts import hash_files, inspect_part
+from pipeline.cache.parts import inspect_part
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
 from pipeline.formats.record import BucketTally, PartInfo, Record

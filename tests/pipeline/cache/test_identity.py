@@ -1,59 +1,39 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
-from pipeline.cache.identity import Identity
+from pipeline.cache.identity import Identity, encode_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
-from pipeline.formats.schema import TEXT_COLUMNS
 from pipeline.images.transform import Transform
 from pipeline.storage.store import Folder
+from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import MICRO
 from vae import AutoencoderKLConfig
-
-ONE = Identity(
-    weights="w",
-    config={"latent_channels": 4},
-    preprocessing=identity.describe_transform(Transform(resolution=64)),
-    store="mode",
-    dtype="float16",
-    precision="fp32",
-    tile_above=None,
-    rows_per_part=10,
-    seed=0,
-    container="parquet",
-    columns=None,
-    image_column=None,
-    key_column=None,
-)
-
-
-def content(of: Identity) -> dict[str, Any]:
-    return {"format": 1, "identity": of.to_dict(), "identity_sha256": of.sha256, "columns": TEXT_COLUMNS.to_dict()}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
 def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    other = dataclasses.replace(ONE, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
-    assert other.sha256 != ONE.sha256
-    assert identity.create_or_load(cache, content(ONE)) == with_checksum(content(ONE))
+    other = dataclasses.replace(IDENTITY, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
+    assert other.sha256 != IDENTITY.sha256
+    assert identity.create_or_load(cache, info_of(IDENTITY)) == info_of(IDENTITY)
     with pytest.raises(IdentityError, match=f"this job has {field}"):
-        identity.create_or_load(cache, content(other))
-    assert json.loads((tmp_path / "cache.json").read_text()) == with_checksum(content(ONE))
+        identity.create_or_load(cache, info_of(other))
+    assert (tmp_path / "cache.json").read_bytes() == encode_json(with_checksum(info_of(IDENTITY).to_dict()))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "is not a latentmill cache: its cache.json cannot be understood"),
-        ("not json", "is not a latentmill cache"),
+        ("{}", "is not a latentmill cache: in its cache.json, the field 'format' is missing"),
+        ("not json", "is not a latentmill cache: its cache.json is not JSON"),
         ('{"format": 2}', "has cache format 2; this version knows 1"),
-        (json.dumps({**content(ONE), "identity_sha256": "0" * 64}), "was changed by hand"),
+        (json.dumps({**info_of(IDENTITY).to_dict(), "identity_sha256": "0" * 64}), "was changed by hand"),
     ],
 )
 def test_a_broken_cache_json_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -85,8 +65,9 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
 
 def test_the_transform_is_found_again() -> None:
     transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
-    content = {"preprocessing": identity.describe_transform(transform), "seed": 7}
-    assert identity.parse_transform(json.loads(json.dumps(content))) == transform
+    wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
+    data = encode_json(info_of(wanted).to_dict())
+    assert identity.parse_transform(parse_cache_json(data, "c").identity) == transform
 
 
 def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_a_byte_that_changed_is_found_where_every_file_is_read(cache: str) -> No
 def test_files_that_came_after_the_statistics_are_found(cache: str, latentmill: Command, shards: Path) -> None:
     """A job was killed while it added shards."""
     written = {name: Path(cache, name).read_bytes() for name in ("stats.json", "README.md")}
-    vae = Cache.open(cache).content["vae"]["reference"]
+    vae = Cache.open(cache).info.vae.reference
     assert latentmill("encode", shards, "--to", cache, "--vae", vae, "--workers", 0)[0] == 0
     for name, data in written.items():
         Path(cache, name).write_bytes(data)

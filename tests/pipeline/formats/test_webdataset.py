@@ -17,13 +17,14 @@ import pytest
 import torch
 import webdataset
 
+from latentmill.part_files import read_parquet_rows, read_webdataset_rows
+from pipeline.cache.parts import read_record
 from pipeline.errors import CacheError, Rejected
 from pipeline.formats import parquet as parquet_format
 from pipeline.formats import webdataset as webdataset_format
 from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
-from pipeline.formats.webdataset import read_record, read_rows
-from pipeline.records import PreparedImage, Row
+from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
 
 
 def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
@@ -105,7 +106,7 @@ def test_parts_can_be_read_by_many_threads() -> None:
     data = webdataset_format.serialize_part(rows, record(200), OutputSchema(container="webdataset"))
 
     def count(depth: int) -> int:
-        return count(depth - 1) if depth else sum(bool(Garbage()) for _ in read_rows(io.BytesIO(data)))
+        return count(depth - 1) if depth else sum(bool(Garbage()) for _ in read_webdataset_rows(io.BytesIO(data)))
 
     try:
         with ThreadPoolExecutor(4) as pool:
@@ -119,7 +120,9 @@ def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
     for wanted in (None, [0, 2], [1], []):
         parquet.seek(0)
         with file.open("rb") as stream:
-            assert list(read_rows(stream, wanted)) == list(parquet_format.read_rows(parquet, wanted))
+            assert list(read_webdataset_rows(stream, wanted, TEXT_EXTENSIONS)) == list(
+                read_parquet_rows(parquet, wanted)
+            )
 
 
 def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(file: Path) -> None:
@@ -131,7 +134,7 @@ def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(fil
 
 def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
     data = file.read_bytes()
-    assert read_record(data, "x") == record()
+    assert read_record(data, "x.tar") == record()
     with tarfile.open(file) as tar:
         assert json.loads(tar.pax_headers["LATENTMILL.record"])["source"] == "shards/\u00fc.tar"
     empty = io.BytesIO()
@@ -148,7 +151,7 @@ def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
     )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[0] == member
-    (read,) = read_rows(io.BytesIO(data))
+    (read,) = read_webdataset_rows(io.BytesIO(data))
     assert (read["dtype"], read["shape"]) == ("float32", [8, 8, 9])
 
 
@@ -159,11 +162,11 @@ def test_times_of_any_year_are_in_the_json_and_in_parquet() -> None:
         [row(0, "a", times=times[0])],
         OutputSchema(columns=PassthroughColumns(pa.schema([("times", kind)]), ())),
     )
-    (read,) = read_rows(io.BytesIO(webdataset_format.serialize_part(rows, record(1), layout)))
+    (read,) = read_webdataset_rows(io.BytesIO(webdataset_format.serialize_part(rows, record(1), layout)))
     assert read["times"] == ["1970-01-01 00:00:00.000001", f"<value out of range: {2**62}>"]
     part = io.BytesIO(parquet_format.serialize_part([row(0, "a", times=times[0])], record(1), layout))
     assert pq.read_table(part)["times"].combine_chunks().equals(times)
-    (read,) = parquet_format.read_rows(part)
+    (read,) = read_parquet_rows(part)
     assert pa.array([read["times"]], kind).equals(times)
 
 

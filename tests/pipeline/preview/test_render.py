@@ -13,6 +13,7 @@ from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
 from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, image_file_name, psnr
 from pipeline.records import Unit
 from pipeline.storage.store import Folder
+from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import smooth
 
 UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
@@ -62,26 +63,11 @@ def test_a_sheet_has_a_cell_for_every_image() -> None:
 
 
 def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
-    content = {
-        "identity": {
-            "weights": "w" * 64,
-            "dtype": "float16",
-            "store": "mode",
-            "preprocessing": {
-                "resolution": 64,
-                "interpolation": "bicubic",
-                "crop": "center",
-                "flip": "none",
-                "buckets": None,
-            },
-        },
-        "vae": {"reference": "demo", "config": {"latent_channels": 4, "scaling_factor": 0.5}},
-    }
     stats = {"count": 1234, "rejected": {"corrupt": 2}, "filtered": 0, "enlarged": 5, "digest": "d" * 64}
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / f"data/{number}.parquet").touch()
-    card = card_module.render_card(Cache(Folder(str(tmp_path)), content), stats, "0.1.0").decode()
+    card = card_module.render_card(Cache(Folder(str(tmp_path)), info_of(IDENTITY)), stats, "0.1.0").decode()
     assert "scale = 0.5" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]

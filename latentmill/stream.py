@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from pipeline.errors import LatentmillError, StorageError
+from latentmill.errors import LatentmillError, StorageError
 
 # What a disk says of a name that no file has, or can have: a caption's may be too long although the image's is not.
 NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})

@@ -1,0 +1,132 @@
+"""Reading a cache: its rows, and their latents as tensors, raw or as a diffusion model sees them."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
+from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
+from latentmill.errors import CacheError, IdentityError
+from latentmill.folder import CacheFolder, ReadableFolder, absolute
+from latentmill.part_files import read_rows, to_tensor
+from latentmill.scaling import Scaling
+
+if TYPE_CHECKING:  # rows can be read without torch
+    from torch import Tensor
+
+DATA, EMPTY, STATS = "data", "_empty", "stats.json"
+_BLOCK = 8 << 20  # bytes per request while a file is hashed
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """An open cache.
+
+    folder: where it is. info: its cache.json.
+    """
+
+    folder: ReadableFolder
+    info: CacheInfo
+
+    @classmethod
+    def open(
+        cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
+    ) -> "Cache":
+        """Open a cache.
+
+        url: a path, or a URL that fsspec knows. options: of its fsspec filesystem. digest: the expected digest of its
+        stats.json; pin it in a training configuration. With a digest, the number of files must also be the one in
+        stats.json. verify: read every file and compute the digest again; otherwise a file that was changed after
+        stats.json was written is not noticed.
+        Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
+        IdentityError if it has another digest; StorageError if the storage refuses.
+        """
+        folder = CacheFolder(absolute(url), options or {})
+        data = folder.read_if_there(NAME)
+        if data is None:
+            raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
+        cache = cls(folder, parse_cache_json(data, folder.url))
+        if digest is not None or verify:
+            check_digest(folder, digest, verify)
+        return cache
+
+    @property
+    def scaling(self) -> Scaling:
+        """The rule between the raw latents in the cache and model latents."""
+        return self.info.scaling
+
+    def files(self) -> list[str]:
+        """Return the names of the files with rows, sorted. The cache is their concatenation."""
+        return [f"{DATA}/{name}" for name in self.folder.names(DATA)]
+
+    def rows(
+        self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of one file as dicts, in order, the same for both containers.
+
+        columns: of Parquet, to read less. wanted: the indexes of the rows to yield; None for all.
+        """
+        with self.folder.open(file) as stream:
+            yield from read_rows(stream, file, wanted, columns, self.info.columns.texts)
+
+    def raw_latent(self, row: Mapping[str, Any]) -> "Tensor":
+        """Return the latent of a row as it is stored: [C, h, w] in the cache's dtype, on the CPU.
+
+        Of a cache of moments: [2C, h, w], the mean and then the log-variance.
+        """
+        return to_tensor(row)
+
+    def model_latent(self, row: Mapping[str, Any]) -> "Tensor":
+        """Return the latent of a row as a diffusion model sees it: scaled, [C, h, w] in the cache's dtype, on the CPU.
+
+        Of a cache of moments: the scaled mean.
+        """
+        latent = to_tensor(row)
+        if self.info.identity.store == "moments":
+            latent = latent.chunk(2)[0]
+        return self.scaling.to_model(latent)
+
+
+def list_part_files(folder: ReadableFolder) -> list[str]:
+    """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
+    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.names(below)]
+
+
+def hash_files(folder: ReadableFolder, files: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of each of these files, by its name. Each is read one block at a time."""
+    hashes = {}
+    for file in files:
+        sha256 = hashlib.sha256()
+        with folder.open(file) as stream:
+            while block := stream.read(_BLOCK):
+                sha256.update(block)
+        hashes[file] = sha256.hexdigest()
+    return hashes
+
+
+def check_digest(folder: ReadableFolder, digest: str | None, verify: bool) -> None:
+    """Raise IdentityError unless a cache is the one that stats.json describes, with this digest (None: any).
+
+    verify: hash every file.
+    """
+    stats = read_stats(folder) or {}
+    recorded, files = stats.get("digest"), list_part_files(folder)
+    if digest not in (None, recorded):
+        raise IdentityError(f"the cache {folder.url} has the digest {recorded}, not {digest}")
+    if len(files) != stats.get("files"):
+        raise IdentityError(
+            f"the cache {folder.url} has {len(files)} files, its {STATS} is of {stats.get('files')}: a job is "
+            f"at work on it, or was interrupted; the same encode command ends it"
+        )
+    if verify and (actual := cache_digest(hash_files(folder, files))) != recorded:
+        raise IdentityError(
+            f"the files of the cache {folder.url} have the digest {actual}, its {STATS} says {recorded}: they were "
+            f"changed; {VERIFY_HINT}"
+        )
+
+
+def read_stats(folder: ReadableFolder) -> dict[str, Any] | None:
+    """Return the content of stats.json, or None if no run has ended yet. Raises CacheError if it is damaged."""
+    data = folder.read_if_there(STATS)
+    return None if data is None else parse_json_object(data, folder.at(STATS))

@@ -1,0 +1,205 @@
+"""cache.json as one typed object: the settings that made a cache, its VAE, and the columns of its rows.
+
+Everything that decides the bytes of a cache is in the identity. A job with another identity is refused, with the first
+field that differs. `compute` is not part of the identity: another slice size or thread count may change bits by
+rounding.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from latentmill.canonical_json import canonical_json
+from latentmill.errors import CacheError
+from latentmill.scaling import Scaling
+from latentmill.typed_json import FieldError, parse_fields
+
+FORMAT = 1
+NAME = "cache.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How the pixels of an image are made.
+
+    resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
+    width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
+    min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
+    the same settings give other pixels.
+    """
+
+    resolution: int
+    buckets: tuple[tuple[int, int], ...] | None
+    multiple_of: int | None
+    min_size: int
+    interpolation: Literal["bicubic", "bilinear", "lanczos"]
+    crop: Literal["center", "random"]
+    flip: Literal["none", "random"]
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The fields that a cache's bytes follow from. Dataclass order is the order in which differences are reported.
+
+    weights: sha256 of the VAE's weights. config: the fields of the VAE's configuration that change raw latents.
+    store: what is stored of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
+    in pixels above which an image is encoded in tiles; None for never. columns: the columns that were asked for; None
+    for all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
+    """
+
+    weights: str
+    config: Mapping[str, Any]
+    preprocessing: Preprocessing
+    store: Literal["mode", "sample", "moments"]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    precision: str
+    tile_above: int | None
+    rows_per_part: int
+    seed: int
+    container: Literal["parquet", "webdataset"]
+    columns: tuple[str, ...] | None
+    image_column: str | None
+    key_column: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the identity as cache.json holds it."""
+        return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of the identity as canonical JSON, in hex."""
+        return hashlib.sha256(canonical_json(self.to_dict())).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeInfo:
+    """How the run that made the cache computed: what can change bits by rounding."""
+
+    device: str
+    slice_size: int
+    threads: int
+    compile: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeInfo:
+    """The VAE that made the latents: its reference (`--vae`), its config.json, and the constants of its scaling."""
+
+    reference: str
+    config: Mapping[str, Any]
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants by their names in a config.json, lists as lists."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "latents_mean": self.latents_mean and list(self.latents_mean),
+            "latents_std": self.latents_std and list(self.latents_std),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnInfo:
+    """A column of a Parquet row, or a member of a WebDataset sample."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassthroughInfo:
+    """The passed-through columns.
+
+    texts: those that were files beside an image, by their extension. arrow_schema: all of them, as Arrow's serialized
+    schema in base64.
+    """
+
+    texts: tuple[str, ...]
+    arrow_schema: str
+
+    def read_schema(self) -> pa.Schema:
+        """Return the names and types of the columns. Raises ValueError or OSError if they cannot be read."""
+        return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(self.arrow_schema)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheInfo:
+    """The content of a cache.json. It is written once and never changed."""
+
+    format: int
+    identity: Identity
+    identity_sha256: str
+    compute: ComputeInfo
+    vae: VaeInfo
+    schema: tuple[ColumnInfo, ...]
+    columns: PassthroughInfo
+
+    @property
+    def scaling(self) -> Scaling:
+        """The rule between the raw latents in the cache and model latents."""
+        vae = self.vae
+        return Scaling.from_constants(vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content as cache.json holds it, in its order, without the file's own sha256."""
+        return {
+            "format": self.format,
+            "identity": self.identity.to_dict(),
+            "identity_sha256": self.identity_sha256,
+            "compute": asdict(self.compute),
+            "vae": {"reference": self.vae.reference, "config": dict(self.vae.config), **self.vae.constants},
+            "schema": [asdict(column) for column in self.schema],
+            "columns": {"texts": list(self.columns.texts), "arrow_schema": self.columns.arrow_schema},
+        }
+
+
+def parse_cache_json(data: bytes, url: str) -> CacheInfo:
+    """Return the content of a cache.json. url: of the cache.
+
+    Raises CacheError, which names the file and the field, if a field is missing, has another type, or is unknown to
+    this version.
+    """
+    file = f"{url.rstrip('/')}/{NAME}"
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{url} is not a latentmill cache: its {NAME} is not JSON") from error
+    if not isinstance(content, dict):
+        raise CacheError(f"{url} is not a latentmill cache: its {NAME} is not an object")
+    if content.get("format", FORMAT) != FORMAT:
+        raise CacheError(f"{url} has cache format {content['format']}; this version knows {FORMAT}")
+    try:
+        info = parse_fields(CacheInfo, content)
+        info.columns.read_schema()
+    except FieldError as error:
+        raise CacheError(f"{url} is not a latentmill cache: in its {NAME}, {error}") from error
+    except (ValueError, TypeError, OSError) as error:  # Arrow's errors are of these kinds
+        text = f"the field 'columns.arrow_schema' is not a schema of Arrow: restore {file} from a copy"
+        raise CacheError(f"{url} is not a latentmill cache: in its {NAME}, {text}") from error
+    if hashlib.sha256(canonical_json(content["identity"])).hexdigest() != info.identity_sha256:
+        raise CacheError(f"{file} was changed by hand: its identity does not have its own sha256")
+    if unknown := _unknown_field(content["identity"], info.identity.to_dict()):
+        text = f"{file} has the field 'identity.{unknown}', which this version of latentmill does not know"
+        raise CacheError(f"{text}: use the version that made the cache")
+    return info
+
+
+def _unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """Return the first field of an identity that the dataclass does not have; empty if there is none."""
+    for name, value in written.items():
+        if name not in known:
+            return name
+        if name == "preprocessing" and (inner := _unknown_field(value, known[name])):
+            return f"{name}.{inner}"
+    return ""

@@ -1,0 +1,37 @@
+"""JSON whose bytes follow from its content, and the digest of a cache's files."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from latentmill.errors import CacheError
+
+VERIFY_HINT = "latentmill verify says what to do"
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return a value as UTF-8 JSON: keys sorted, no spaces, floats as their shortest repr, no NaN.
+
+    Equal values have equal bytes.
+    """
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in a cache's file. Raises CacheError, which names the file, for anything else."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CacheError(f"{where} cannot be understood: it is damaged; {VERIFY_HINT}")
+    return content
+
+
+def cache_digest(hashes: Mapping[str, str]) -> str:
+    """Return the sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache. hashes: sha256 by file."""
+    lines = hashlib.sha256()
+    for file in sorted(hashes):
+        lines.update(f"{hashes[file]}  {file}\n".encode())
+    return lines.hexdigest()

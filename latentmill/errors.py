@@ -1,0 +1,32 @@
+"""The errors that a user of a cache can meet. `pipeline.errors` has those of the jobs, which build on these."""
+
+
+class LatentmillError(Exception):
+    """The root of all errors. `str(error)` is one line that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(LatentmillError):
+    """The command, or the call, cannot work with its arguments."""
+
+    exit_code = 2
+
+
+class IdentityError(UsageError):
+    """The cache is not the expected one: it has other settings or another digest."""
+
+
+class CacheError(LatentmillError):
+    """A folder is not a latentmill cache, or its files contradict each other."""
+
+
+class StorageError(LatentmillError):
+    """The storage refused: no such file, no right, no room, no answer.
+
+    may_pass: whether the same request may succeed later, because the storage did not answer, or not as it should.
+    """
+
+    def __init__(self, message: str, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass

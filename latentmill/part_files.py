@@ -1,0 +1,123 @@
+"""The files with the rows of a cache, Parquet and WebDataset: their rows, their record, their latents as tensors.
+
+A row is a dict with the same fields in both containers: `key`, `shard`, `latent` (the values as bytes, in C order),
+`shape`, `dtype`, the geometry of the image, and the passed-through columns.
+"""
+
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentmill.arrow_values import to_python
+from latentmill.errors import CacheError
+
+if TYPE_CHECKING:  # rows can be read without torch
+    from torch import Tensor
+
+PARQUET_SUFFIX = ".parquet"
+WEBDATASET_SUFFIX = ".tar"
+PARQUET_RECORD = b"latentmill"  # the key of the file metadata
+WEBDATASET_RECORD = "LATENTMILL.record"  # the key of the PAX global header
+SAMPLE_JSON = ".latent.json"
+
+# numpy parses headers by `ast`, which Python 3.11 cannot always do in two threads at once (SystemError, gh-106905)
+_npy_lock = threading.Lock()
+
+
+def to_tensor(row: Mapping[str, Any]) -> "Tensor":
+    """Return the raw latent of a row: [C, h, w] in the cache's dtype, on the CPU; of moments [2C, h, w]."""
+    import torch
+
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    return torch.frombuffer(bytearray(row["latent"]), dtype=dtypes[row["dtype"]]).reshape(row["shape"])
+
+
+def read_rows(
+    stream: BinaryIO,
+    name: str,
+    wanted: Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+    texts: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a part as dicts, in order.
+
+    name: the file's, whose suffix names the container. wanted: indexes of the rows to yield; None for all. columns: of
+    Parquet, to read less. texts: of WebDataset, the columns that are text members; a sample may lack its own.
+    """
+    if name.endswith(WEBDATASET_SUFFIX):
+        yield from read_webdataset_rows(stream, wanted, texts)
+    else:
+        yield from read_parquet_rows(stream, wanted, columns)
+
+
+def read_parquet_rows(
+    stream: BinaryIO, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet part as `read_rows` does. One row group is held at a time.
+
+    Without pyarrow's threads: a process that ends at once, while they and torch's run, is aborted.
+    """
+    parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
+    for group in range(parquet.num_row_groups):
+        count = parquet.metadata.row_group(group).num_rows
+        indexes = [index - start for index in wanted or () if start <= index < start + count]
+        if wanted is None or indexes:
+            table = parquet.read_row_group(group, columns=list(columns) if columns else None, use_threads=False)
+            table = table if wanted is None else table.take(indexes)
+            for values in zip(*map(to_python, table.columns), strict=True):
+                yield dict(zip(table.column_names, values, strict=True))
+        start += count
+
+
+def read_webdataset_rows(
+    stream: BinaryIO, wanted: Sequence[int] | None = None, texts: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a WebDataset part as `read_rows` does, as a Parquet part has them."""
+    indexes = None if wanted is None else set(wanted)
+    for index, row in enumerate(_read_samples(stream, texts)):
+        if indexes is None or index in indexes:
+            yield row
+
+
+def _read_samples(stream: BinaryIO, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    row: dict[str, Any] = {}
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            data = file.read() if file else b""
+            if member.name.endswith((".latent.npy", ".moments.npy")):  # the first member of a sample
+                if row:
+                    yield row
+                with _npy_lock:
+                    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+                row = {"latent": array.tobytes()} | dict.fromkeys(texts)
+            elif member.name.endswith(SAMPLE_JSON):
+                row |= json.loads(data)
+            else:
+                row[member.name[len(row["key"]) + 1 :]] = data.decode()
+    if row:
+        yield row
+
+
+def read_record_json(data: bytes, name: str) -> bytes:
+    """Return the record inside a part's bytes, as JSON. name: the file's, whose suffix names the container.
+
+    Raises CacheError, which names the file, if the file has no record or another suffix.
+    """
+    if not name.endswith((PARQUET_SUFFIX, WEBDATASET_SUFFIX)):
+        raise CacheError(f"{name} is not a part of a latentmill cache")
+    try:
+        if name.endswith(PARQUET_SUFFIX):
+            metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
+            return bytes(metadata[PARQUET_RECORD])
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            return tar.pax_headers[WEBDATASET_RECORD].encode()
+    except (pa.ArrowException, tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error

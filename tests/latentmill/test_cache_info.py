@@ -1,0 +1,139 @@
+"""cache.json as a typed object: it is parsed whole, and an error names the file and the field."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from latentmill import CacheError
+from latentmill.cache_info import parse_cache_json
+from latentmill.canonical_json import canonical_json
+from pipeline.cache import identity
+from pipeline.cache.identity import encode_json
+from pipeline.canonical_json import with_checksum
+from pipeline.images.transform import Transform
+from tests.cache_infos import IDENTITY, info_of
+
+BUCKETS = Transform(resolution=96, buckets=((64, 128), (128, 64)), multiple_of=64, crop="random", flip="random")
+
+
+def written(**identity_fields: Any) -> dict[str, Any]:
+    """The content of a cache.json, as JSON has it."""
+    info = info_of(dataclasses.replace(IDENTITY, **identity_fields))
+    content = json.loads(encode_json(with_checksum(info.to_dict())))
+    assert isinstance(content, dict)
+    return content
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A cache.json whose identity has its own sha256."""
+    sha256 = hashlib.sha256(canonical_json(content["identity"])).hexdigest()
+    return encode_json({**content, "identity_sha256": sha256})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"preprocessing": identity.describe_transform(BUCKETS)},
+        {"columns": ("txt", "caption"), "tile_above": 2048, "image_column": "image", "key_column": "id"},
+        {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
+    ],
+)
+def test_what_was_written_is_parsed_and_written_again_to_the_byte(fields: dict[str, Any]) -> None:
+    info = info_of(dataclasses.replace(IDENTITY, **fields))
+    data = encode_json(with_checksum(info.to_dict()))
+    parsed = parse_cache_json(data, "s3://b/c")
+    assert parsed == info
+    assert encode_json(with_checksum(parsed.to_dict())) == data
+    assert parsed.identity.sha256 == info.identity_sha256
+
+
+def test_the_identity_and_its_sha256_are_the_same_as_ever() -> None:
+    """Computed from the JSON that earlier caches have: another one would make each of them another cache."""
+    text = (
+        '{"columns":null,"config":{"latent_channels":4},"container":"parquet","dtype":"float16","image_column":null,'
+        '"key_column":null,"precision":"fp32","preprocessing":{"buckets":null,"crop":"center","flip":"none",'
+        '"interpolation":"bicubic","min_size":0,"multiple_of":null,"resolution":64,"version":1},"rows_per_part":10,'
+        f'"seed":0,"store":"mode","tile_above":null,"weights":"{"w" * 64}"}}'
+    )
+    assert canonical_json(IDENTITY.to_dict()) == text.encode()
+    assert IDENTITY.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (("identity",), "identity"),
+        (("identity", "weights"), "identity.weights"),
+        (("identity", "preprocessing", "crop"), "identity.preprocessing.crop"),
+        (("identity_sha256",), "identity_sha256"),
+        (("compute", "threads"), "compute.threads"),
+        (("vae", "latents_mean"), "vae.latents_mean"),
+        (("schema",), "schema"),
+        (("columns", "texts"), "columns.texts"),
+    ],
+)
+def test_a_field_that_is_missing_is_named_with_the_file(path: tuple[str, ...], name: str) -> None:
+    content = written()
+    place = content
+    for step in path[:-1]:
+        place = place[step]
+    del place[path[-1]]
+    text = rf"^s3://b/c is not a latentmill cache: in its cache\.json, the field '{name}' is missing$"
+    with pytest.raises(CacheError, match=text):
+        parse_cache_json(encode_json(content), "s3://b/c")
+
+
+def set_field(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        for step in path[:-1]:
+            content = content[step]
+        content[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_field("identity", "seed", to="7"), "'identity.seed' must be an integer, not '7'"),
+        (set_field("identity", "seed", to=True), "'identity.seed' must be an integer, not True"),
+        (set_field("identity", "dtype", to="int8"), "'identity.dtype' must be one of float16, bfloat16, float32, not"),
+        (set_field("identity", "columns", to="txt"), "'identity.columns' must be a list, not 'txt'"),
+        (set_field("identity", "columns", to=["txt", 1]), r"'identity.columns\[1\]' must be a string, not 1"),
+        (set_field("identity", "config", to=[]), "'identity.config' must be an object, not"),
+        (
+            set_field("identity", "preprocessing", "buckets", to=[[64, 64], [64]]),
+            r"'identity.preprocessing.buckets\[1\]' must have 2 values, not 1",
+        ),
+        (set_field("vae", to=[]), r"'vae' must be an object, not \[\]"),
+        (set_field("vae", "scaling_factor", to=None), "'vae.scaling_factor' must be a number, not None"),
+        (set_field("compute", "compile", to=0), "'compute.compile' must be true or false, not 0"),
+        (set_field("schema", to=None), "'schema' must be a list, not None"),
+        (set_field("schema", to=[{"name": "key"}]), r"'schema\[0\].type' is missing"),
+        (set_field("columns", "arrow_schema", to="AAAA"), "'columns.arrow_schema' is not a schema of Arrow"),
+    ],
+)
+def test_a_field_of_another_type_is_named(change: Callable[[dict[str, Any]], None], text: str) -> None:
+    content = written()
+    change(content)
+    with pytest.raises(CacheError, match=rf"^/c is not a latentmill cache: in its cache\.json, the field {text}"):
+        parse_cache_json(sealed(content), "/c")
+
+
+@pytest.mark.parametrize("path", [("identity", "rotate"), ("identity", "preprocessing", "rotate")])
+def test_an_identity_of_a_later_version_is_refused(path: tuple[str, ...]) -> None:
+    content = written()
+    set_field(*path, to=90)(content)
+    with pytest.raises(CacheError, match=rf"has the field '{'.'.join(path)}', which this version of latentmill does"):
+        parse_cache_json(sealed(content), "/c")
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_what_is_no_object_is_no_cache(data: bytes) -> None:
+    with pytest.raises(CacheError, match=r"^/c is not a latentmill cache: its cache\.json is not "):
+        parse_cache_json(data, "/c")
