@@ -162,7 +162,7 @@ def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(
     job.send_signal(sign)
     returned, out, err = finish(job)
     assert (returned, out) == (code, "")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
     assert finish(start(argv, tmp_path))[0] == 0
     assert_whole(tmp_path / "c", calm)
 
@@ -173,9 +173,9 @@ import os, signal, sys, threading
 import ray
 from jobs import encode
 from jobs.entry import run_as_script
-from pipeline import stats
+from pipeline.cache import stats
 
-module, name = {"ray.init": (ray, "init"), "stats.summary": (stats, "summary")}[sys.argv.pop(1)]
+module, name = {"ray.init": (ray, "init"), "stats.summarize": (stats, "summarize")}[sys.argv.pop(1)]
 real = getattr(module, name)
 
 def struck(*given, **named):
@@ -191,7 +191,7 @@ run_as_script(encode.main)
 
 @pytest.mark.fault(6, "the driver is preempted while Ray starts, and at the very end")
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["ray.init", "stats.summary"])
+@pytest.mark.parametrize("place", ["ray.init", "stats.summarize"])
 def test_a_signal_ends_the_job_before_and_after_its_units(
     source: Path, calm: str, micro_vae: Path, tmp_path: Path, place: str
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_signal_ends_the_job_before_and_after_its_units(
         timeout=200,
     )
     assert (job.returncode, job.stdout) == (143, ""), job.stderr
-    assert "the same command goes on" in job.stderr
+    assert "run the same command to resume" in job.stderr
     outcomes = [json.loads(path.read_text())["outcome"] for path in tmp_path.glob("c/_runs/*.json")]
     assert outcomes == ([] if place == "ray.init" else ["stopped"])
     assert finish(start(argv, tmp_path))[0] == 0
@@ -238,5 +238,5 @@ def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, m
     code, _, err = finish(job)
     assert code == 1
     assert "workers cannot start: " in err and "no room for the model" in err
-    assert err.count("a worker is started again: ") == 2
+    assert err.count("restarting worker-") == 2
     assert "Traceback" not in err

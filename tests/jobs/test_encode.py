@@ -380,7 +380,7 @@ def test_a_signal_leaves_a_resumable_cache(
     out, err = job.communicate(timeout=60)
     (run,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_runs").glob("*.json"))
     assert (job.returncode, out) == (code, "")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
     assert (run["outcome"], run["exit_code"]) == ("stopped", code)
     assert len(list(tmp_path.glob("c/data/*"))) < 24
     assert encode(tmp_path / "s", "--to", tmp_path / "c", "--rows-per-part", 10)[0] == 0
