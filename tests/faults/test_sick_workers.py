@@ -1,10 +1,8 @@
 """Workers on a local Ray that hang in the model, or eat their machine's memory: replaced, and all is done."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import img2dataset_members, write_tar
-
-ROOT = Path(__file__).parents[2]
+from tests.sick_job import run_sick_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.ray]
 
 # A job whose first worker does something once, when it starts or when it encodes, and never comes back from it.
-SCRIPT = """
-import os, sys, time
-from jobs import cache_spec, encode
-from jobs.entry import run_as_script
-from pipeline.flow import EncodeSpec
+SICK = """
+import os, time
 
 def hang():
     time.sleep(3600)
@@ -84,9 +78,6 @@ class Sick(EncodeSpec):
 
         latent_encoder.encode = encode
         return encoder
-
-cache_spec.EncodeSpec = Sick
-run_as_script(encode.main)
 """
 
 
@@ -118,23 +109,9 @@ def statistics(cache: Path) -> dict[str, Any]:
 def encode(
     source: Path, cache: Path, vae: Path, what: str, workers: int, stall_timeout: int = 15, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    script = cache.with_name("sick.py")
-    script.write_text(SCRIPT.format(what=what, marker=str(cache.with_name("once"))))
-    return subprocess.run(
-        [
-            sys.executable,
-            script,
-            *map(str, arguments(source, cache, vae)),
-            "--workers",
-            str(workers),
-            "--stall-timeout",
-            str(stall_timeout),
-        ],
-        cwd=cache.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
+    definition = SICK.format(what=what, marker=str(cache.with_name("once")))
+    argv = [*arguments(source, cache, vae), "--workers", workers, "--stall-timeout", stall_timeout]
+    return run_sick_job(definition, argv, cache.parent, **environment)
 
 
 def slices(cache: Path) -> set[int]:
