@@ -1,4 +1,4 @@
-"""What cache the options ask for: completed from the one that stands there, checked, and said as its cache.json."""
+"""The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,31 +19,34 @@ from pipeline.images.transform import Transform
 from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 
-COMPUTE = ("device", "threads", "slice_size", "compile")  # what can change bits by rounding
+COMPUTE = ("device", "threads", "slice_size", "compile")  # settings that can change bits by rounding
 
 
-def inherit_unset(options: EncodeOptions, given: set[str], standing: Mapping[str, Any]) -> EncodeOptions:
-    """The options, those that the user left open taken from the identity of the cache that is there."""
-    settings = standing["preprocessing"]
-    kept = {
-        **{name: settings[name] for name in ("min_size", "interpolation", "crop", "flip")},
-        **{name: standing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
-        "tile_above": standing["tile_above"] or 0,
+def inherit_unset(options: EncodeOptions, given: set[str], existing: Mapping[str, Any]) -> EncodeOptions:
+    """Return the options, with those that the user did not set taken from the identity of the existing cache.
+
+    given: the names of the options that the user set.
+    """
+    preprocessing = existing["preprocessing"]
+    inherited = {
+        **{name: preprocessing[name] for name in ("min_size", "interpolation", "crop", "flip")},
+        **{name: existing[name] for name in ("store", "dtype", "precision", "rows_per_part", "seed")},
+        "tile_above": existing["tile_above"] or 0,
     }
-    kept["format"] = standing["container"]
-    kept["columns"] = ALL if standing["columns"] is None else ",".join(standing["columns"])
-    kept |= {name: standing[name] or "" for name in ("image_column", "key_column")}
+    inherited["format"] = existing["container"]
+    inherited["columns"] = ALL if existing["columns"] is None else ",".join(existing["columns"])
+    inherited |= {name: existing[name] or "" for name in ("image_column", "key_column")}
     if not given & {"resolution", "buckets", "multiple_of"}:
-        if settings["buckets"]:
-            kept |= {"buckets": settings["resolution"], "multiple_of": settings["multiple_of"]}
+        if preprocessing["buckets"]:
+            inherited |= {"buckets": preprocessing["resolution"], "multiple_of": preprocessing["multiple_of"]}
         else:
-            kept |= {"resolution": settings["resolution"]}
+            inherited |= {"resolution": preprocessing["resolution"]}
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
-    return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
+    return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
 def check_options(options: EncodeOptions, vae: Vae) -> None:
-    """Raise UsageError for values that cannot work."""
+    """Raise UsageError for values that cannot work with this VAE or with each other."""
     name = "multiple_of" if options.buckets else "resolution"
     value = getattr(options, name)
     if value < 1 or value % vae.config.downscale:
@@ -57,16 +60,18 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
     if options.tile_above % (4 * vae.config.downscale):
         raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
-        raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
+        raise UsageError(
+            "--format webdataset stores numpy arrays, which do not support bfloat16: use float16 or float32"
+        )
     if options.to.startswith("memory://") and options.workers != "0":
-        raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
+        raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
 
 def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
-    """`--columns`; None for all."""
+    """Return the names in `--columns`; None for all columns."""
     if options.columns == ALL:
         return None
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
@@ -75,12 +80,15 @@ def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
 def describe_cache(
     options: EncodeOptions,
     vae: Vae,
-    where: ResourcePlan,
-    standing: Mapping[str, Any] | None,
+    resources: ResourcePlan,
+    existing: Mapping[str, Any] | None,
     columns: PassthroughColumns,
 ) -> dict[str, Any]:
-    """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
-    precision = resolved_precision(options, vae, where)
+    """Return the cache.json that the options describe.
+
+    existing: the cache.json of the existing cache. Only a new cache needs the device, and so a connection to Ray.
+    """
+    precision = resolve_precision(options, vae, resources)
     side = options.buckets or options.resolution
     transform = Transform(
         resolution=side,
@@ -108,12 +116,12 @@ def describe_cache(
         image_column=options.image_column or None,
         key_column=options.key_column or None,
     )
-    if standing is not None:
-        note_columns(identity.parse_schema(standing).columns, columns)
-        note_constants(standing["vae"], vae)
-        return {**standing, "identity": wanted.to_dict()}
+    if existing is not None:
+        note_columns(identity.parse_schema(existing).columns, columns)
+        note_constants(existing["vae"], vae)
+        return {**existing, "identity": wanted.to_dict()}
     config = vae.config.to_dict()
-    compute = where.compute(precision, options.slice_size, options.batch_size, options.compile)
+    compute = resources.compute(precision, options.slice_size, options.batch_size, options.compile)
     return {
         "format": identity.FORMAT,
         "identity": wanted.to_dict(),
@@ -125,10 +133,13 @@ def describe_cache(
     }
 
 
-def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) -> str:
-    """What is computed in. A VAE whose configuration says force_upcast overflows in fp16, and is run in fp32."""
+def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan) -> str:
+    """Return the compute precision. A VAE with force_upcast in its configuration overflows in fp16, and runs in fp32.
+
+    auto: bf16 on GPUs, otherwise fp32.
+    """
     if options.precision == "auto":
-        return "fp32" if where.device != "cuda" else "bf16"
+        return "fp32" if resources.device != "cuda" else "bf16"
     if options.precision == "fp16" and vae.config.force_upcast:
         log_info(
             "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
@@ -137,43 +148,49 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) ->
     return options.precision
 
 
-def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
-    """Say where the cache scales latents by other constants than the VAE's configuration has now: its own stay."""
-    offered = vae.config.to_dict()
+def note_constants(existing: Mapping[str, Any], vae: Vae) -> None:
+    """Log the scaling constants in which the cache and the VAE's configuration differ. The cache's constants are kept.
+
+    existing: the entry `vae` of cache.json.
+    """
+    current = vae.config.to_dict()
     for name in identity.CONSTANTS:
-        if standing[name] != offered[name]:
+        if existing[name] != current[name]:
             log_info(
-                f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"
+                f"note: the cache has {name} {existing[name]}, the VAE's configuration {current[name]}; the first stays"
             )
 
 
-def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> None:
-    """Say what the sources have that the cache, begun before, has no place for."""
-    if new := [name for name in offered.schema.names if name not in standing.schema.names]:
+def note_columns(existing: PassthroughColumns, available: PassthroughColumns) -> None:
+    """Log the columns of the sources that the existing cache does not have."""
+    if new := [name for name in available.schema.names if name not in existing.schema.names]:
         log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
-def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Say where this run computes otherwise than the one that made the cache."""
-    for name, value in standing.items():
-        if ours[name] != value:
-            log_info(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+def note_differences(existing: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Log the compute settings in which this run differs from the run that created the cache."""
+    for name, value in existing.items():
+        if current[name] != value:
+            log_info(f"note: the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
-    """Say where earlier runs of the cache had other versions of what decides bytes. run: the name of this one."""
-    ours = library_versions()
-    earlier: dict[str, set[str]] = {name: set() for name in ours if name != "python"}
-    for name, told in runs.read_runs(cache).items():
-        theirs = told.get("versions")
-        if name != run and isinstance(theirs, Mapping):
-            for library in earlier:
-                earlier[library] |= {str(theirs[library])} - {ours[library]} if library in theirs else set()
+    """Log the libraries that decide bytes and of which earlier runs of the cache had other versions.
+
+    run: the name of this run.
+    """
+    current = library_versions()
+    earlier: dict[str, set[str]] = {name: set() for name in current if name != "python"}
+    for name, record in runs.read_runs(cache).items():
+        versions = record.get("versions")
+        if name != run and isinstance(versions, Mapping):
+            for library in earlier.keys() & versions.keys():
+                earlier[library] |= {str(versions[library])} - {current[library]}
     for library, others in earlier.items():
         if others:
             log_info(
                 f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
-                f"{ours[library]}; the bytes of images or files may differ"
+                f"{current[library]}; the bytes of images or files may differ"
             )
 
 
@@ -186,20 +203,23 @@ def make_encode_spec(
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
-    """What workers must know to encode into a cache. content: its cache.json. limits: `--input-limit`."""
-    settings = content["identity"]
+    """Return what workers need to encode into a cache.
+
+    content: of cache.json. limits: `--input-limit`. run: the name of the run.
+    """
+    described = content["identity"]
     return EncodeSpec(
         cache=cache,
         source_options=source_options,
         identity=content["identity_sha256"],
-        transform=identity.parse_transform(settings),
-        dtype=settings["dtype"],
+        transform=identity.parse_transform(described),
+        dtype=described["dtype"],
         layout=identity.parse_schema(content),
-        image_column=settings["image_column"],
-        key_column=settings["key_column"],
-        seed=settings["seed"],
-        rows_per_part=settings["rows_per_part"],
-        tile_above=settings["tile_above"],
+        image_column=described["image_column"],
+        key_column=described["key_column"],
+        seed=described["seed"],
+        rows_per_part=described["rows_per_part"],
+        tile_above=described["tile_above"],
         limits=parse_limits(limits),
         compute=compute,
         open_threads=open_threads,

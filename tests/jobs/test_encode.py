@@ -342,7 +342,7 @@ class TestRefusals:
 
     def test_memory_and_ray(self, latentmill: Command, photos: Path, micro_vae: Path) -> None:
         result = latentmill("encode", photos, "--to", "memory://c", "--vae", micro_vae, "--resolution", 64)
-        self.refused(result, 2, "works with --workers 0 only")
+        self.refused(result, 2, "use it with --workers 0")
 
     def test_what_follows_the_damage_of_a_shard_is_one_reject_and_the_exit_code_says_so(
         self, encode: Command, tmp_path: Path
