@@ -25,16 +25,6 @@ from vae import AutoencoderKL
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def encode(latentmill: Command, micro_vae: Path) -> Command:
-    """`latentmill encode` at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        return latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-
-    return run
-
-
 def all_rows(cache: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((cache / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
 

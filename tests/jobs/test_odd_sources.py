@@ -20,16 +20,6 @@ from tests.jobs.test_sources import by_key, images, table_of
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def encode(latentmill: Command, micro_vae: Path) -> Command:
-    """`latentmill encode` at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        return latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-
-    return run
-
-
 def rejects(cache: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for path in sorted((cache / "_rejects").iterdir()) for line in path.read_text().splitlines()
