@@ -132,7 +132,7 @@ def run_encode(
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [changes.without_etags(unit) for unit in pending]
         log_each([f"note: {line}" for line in noticed])
-        recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are pending")
+        recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
             failures = encode_pending(options, cache, content, vae, pending, resources, recorder, totals)

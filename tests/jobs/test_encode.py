@@ -185,7 +185,7 @@ def test_buckets_keep_the_shapes_of_images(latentmill: Command, micro_vae: Path,
     [
         (("--buckets", 64, "--multiple-of", 12), "--multiple-of 12 is not a multiple of the VAE's factor 8"),
         (("--buckets", 64, "--multiple-of", 40), "--buckets 64 is less than twice --multiple-of 40"),
-        (("--buckets", 64, "--resolution", 64), "give one of them"),
+        (("--buckets", 64, "--resolution", 64), "give only one of them"),
     ],
 )
 def test_buckets_that_cannot_be_are_refused(
