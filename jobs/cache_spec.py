@@ -1,4 +1,4 @@
-"""What cache the options ask for: completed from the one that stands there, checked, and said as its cache.json."""
+"""The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,36 +21,39 @@ from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 
 
-def inherit_unset(options: EncodeOptions, given: set[str], standing: Identity) -> EncodeOptions:
-    """The options, those that the user left open taken from the identity of the cache that is there."""
-    settings = standing.preprocessing
-    kept: dict[str, Any] = {
-        "min_size": settings.min_size,
-        "interpolation": settings.interpolation,
-        "crop": settings.crop,
-        "flip": settings.flip,
-        "store": standing.store,
-        "dtype": standing.dtype,
-        "precision": standing.precision,
-        "rows_per_part": standing.rows_per_part,
-        "seed": standing.seed,
-        "tile_above": standing.tile_above or 0,
-        "format": standing.container,
-        "columns": ALL if standing.columns is None else ",".join(standing.columns),
-        "image_column": standing.image_column or "",
-        "key_column": standing.key_column or "",
+def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
+    """Return the options, with those that the user did not set taken from the identity of the existing cache.
+
+    given: the names of the options that the user set.
+    """
+    preprocessing = existing.preprocessing
+    inherited: dict[str, Any] = {
+        "min_size": preprocessing.min_size,
+        "interpolation": preprocessing.interpolation,
+        "crop": preprocessing.crop,
+        "flip": preprocessing.flip,
+        "store": existing.store,
+        "dtype": existing.dtype,
+        "precision": existing.precision,
+        "rows_per_part": existing.rows_per_part,
+        "seed": existing.seed,
+        "tile_above": existing.tile_above or 0,
+        "format": existing.container,
+        "columns": ALL if existing.columns is None else ",".join(existing.columns),
+        "image_column": existing.image_column or "",
+        "key_column": existing.key_column or "",
     }
     if not given & {"resolution", "buckets", "multiple_of"}:
-        if settings.buckets:
-            kept |= {"buckets": settings.resolution, "multiple_of": settings.multiple_of}
+        if preprocessing.buckets:
+            inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
         else:
-            kept |= {"resolution": settings.resolution}
+            inherited |= {"resolution": preprocessing.resolution}
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
-    return dataclasses.replace(options, **{name: value for name, value in kept.items() if name not in given})
+    return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
 def check_options(options: EncodeOptions, vae: Vae) -> None:
-    """Raise UsageError for values that cannot work."""
+    """Raise UsageError for values that cannot work with this VAE or with each other."""
     name = "multiple_of" if options.buckets else "resolution"
     value = getattr(options, name)
     if value < 1 or value % vae.config.downscale:
@@ -64,16 +67,18 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
     if options.tile_above % (4 * vae.config.downscale):
         raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
-        raise UsageError("--format webdataset stores numpy arrays, which know no bfloat16: use float16 or float32")
+        raise UsageError(
+            "--format webdataset stores numpy arrays, which do not support bfloat16: use float16 or float32"
+        )
     if options.to.startswith("memory://") and options.workers != "0":
-        raise UsageError("memory:// is the memory of one process: it works with --workers 0 only")
+        raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
 
 def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
-    """`--columns`; None for all."""
+    """Return the names in `--columns`; None for all columns."""
     if options.columns == ALL:
         return None
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
@@ -82,12 +87,15 @@ def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
 def describe_cache(
     options: EncodeOptions,
     vae: Vae,
-    where: ResourcePlan,
-    standing: CacheInfo | None,
+    resources: ResourcePlan,
+    existing: CacheInfo | None,
     columns: PassthroughColumns,
 ) -> CacheInfo:
-    """The cache.json that this job asks for. Only a new cache needs to know the device, and so connects to Ray."""
-    precision = resolved_precision(options, vae, where)
+    """Return the cache.json that the options describe.
+
+    existing: the cache.json of the existing cache. Only a new cache needs the device, and so a connection to Ray.
+    """
+    precision = resolve_precision(options, vae, resources)
     side = options.buckets or options.resolution
     transform = Transform(
         resolution=side,
@@ -115,11 +123,11 @@ def describe_cache(
         image_column=options.image_column or None,
         key_column=options.key_column or None,
     )
-    if standing is not None:
-        note_columns(identity.parse_schema(standing).columns, columns)
-        note_constants(standing.vae, vae)
-        return dataclasses.replace(standing, identity=wanted)
-    compute = where.compute(precision, options.slice_size, options.batch_size, options.compile)
+    if existing is not None:
+        note_columns(identity.parse_schema(existing).columns, columns)
+        note_constants(existing.vae, vae)
+        return dataclasses.replace(existing, identity=wanted)
+    compute = resources.compute(precision, options.slice_size, options.batch_size, options.compile)
     layout = OutputSchema(container=options.format, store=options.store, columns=columns)
     return CacheInfo(
         format=identity.FORMAT,
@@ -141,10 +149,13 @@ def describe_cache(
     )
 
 
-def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) -> str:
-    """What is computed in. A VAE whose configuration says force_upcast overflows in fp16, and is run in fp32."""
+def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan) -> str:
+    """Return the compute precision. A VAE with force_upcast in its configuration overflows in fp16, and runs in fp32.
+
+    auto: bf16 on GPUs, otherwise fp32.
+    """
     if options.precision == "auto":
-        return "fp32" if where.device != "cuda" else "bf16"
+        return "fp32" if resources.device != "cuda" else "bf16"
     if options.precision == "fp16" and vae.config.force_upcast:
         log_info(
             "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
@@ -153,42 +164,48 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) ->
     return options.precision
 
 
-def note_constants(standing: VaeInfo, vae: Vae) -> None:
-    """Say where the cache scales latents by other constants than the VAE's configuration has now: its own stay."""
-    offered = vae.config.to_dict()
-    for name, value in standing.constants.items():
-        if value != offered[name]:
-            log_info(f"note: the cache has {name} {value}, the VAE's configuration {offered[name]}; the first stays")
+def note_constants(existing: VaeInfo, vae: Vae) -> None:
+    """Log the scaling constants in which the cache and the VAE's configuration differ. The cache's constants are kept.
+
+    existing: the entry `vae` of cache.json.
+    """
+    current = vae.config.to_dict()
+    for name, value in existing.constants.items():
+        if value != current[name]:
+            log_info(f"note: the cache has {name} {value}, the VAE's configuration {current[name]}; the first stays")
 
 
-def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> None:
-    """Say what the sources have that the cache, begun before, has no place for."""
-    if new := [name for name in offered.schema.names if name not in standing.schema.names]:
+def note_columns(existing: PassthroughColumns, available: PassthroughColumns) -> None:
+    """Log the columns of the sources that the existing cache does not have."""
+    if new := [name for name in available.schema.names if name not in existing.schema.names]:
         log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
-def note_differences(standing: ComputeInfo, compute: ComputeConfig) -> None:
-    """Say where this run computes otherwise than the one that made the cache."""
-    now = dataclasses.asdict(compute)
-    for name, value in dataclasses.asdict(standing).items():
-        if now[name] != value:
-            log_info(f"note: the cache was begun with {name}={value}, now {now[name]}; bits may differ by rounding")
+def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
+    """Log the compute settings in which this run differs from the run that created the cache."""
+    current = dataclasses.asdict(compute)
+    for name, value in dataclasses.asdict(existing).items():
+        if current[name] != value:
+            log_info(f"note: the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
-    """Say where earlier runs of the cache had other versions of what decides bytes. run: the name of this one."""
-    ours = library_versions()
-    earlier: dict[str, set[str]] = {name: set() for name in ours if name != "python"}
-    for name, told in runs.read_runs(cache).items():
-        theirs = told.get("versions")
-        if name != run and isinstance(theirs, Mapping):
-            for library in earlier:
-                earlier[library] |= {str(theirs[library])} - {ours[library]} if library in theirs else set()
+    """Log the libraries that decide bytes and of which earlier runs of the cache had other versions.
+
+    run: the name of this run.
+    """
+    current = library_versions()
+    earlier: dict[str, set[str]] = {name: set() for name in current if name != "python"}
+    for name, record in runs.read_runs(cache).items():
+        versions = record.get("versions")
+        if name != run and isinstance(versions, Mapping):
+            for library in earlier.keys() & versions.keys():
+                earlier[library] |= {str(versions[library])} - {current[library]}
     for library, others in earlier.items():
         if others:
             log_info(
                 f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
-                f"{ours[library]}; the bytes of images or files may differ"
+                f"{current[library]}; the bytes of images or files may differ"
             )
 
 
@@ -201,20 +218,23 @@ def make_encode_spec(
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
-    """What workers must know to encode into a cache. info: its cache.json. limits: `--input-limit`."""
-    settings = info.identity
+    """Return what workers need to encode into a cache.
+
+    info: the cache.json. limits: `--input-limit`. run: the name of the run.
+    """
+    described = info.identity
     return EncodeSpec(
         cache=cache,
         source_options=source_options,
         identity=info.identity_sha256,
-        transform=identity.parse_transform(settings),
-        dtype=settings.dtype,
+        transform=identity.parse_transform(described),
+        dtype=described.dtype,
         layout=identity.parse_schema(info),
-        image_column=settings.image_column,
-        key_column=settings.key_column,
-        seed=settings.seed,
-        rows_per_part=settings.rows_per_part,
-        tile_above=settings.tile_above,
+        image_column=described.image_column,
+        key_column=described.key_column,
+        seed=described.seed,
+        rows_per_part=described.rows_per_part,
+        tile_above=described.tile_above,
         limits=parse_limits(limits),
         compute=compute,
         open_threads=open_threads,

@@ -1,6 +1,6 @@
-"""Reaching a Ray cluster: which one is meant, whether anything listens there, and an end to the wait.
+"""Connecting to a Ray cluster: its address, a check that something listens there, and a timeout.
 
-Ray itself tries a dead address for minutes, without a word, and in C++, where no signal ends it.
+Without them, Ray retries a dead address for minutes without a message. It does so in C++, where no signal ends it.
 """
 
 import os
@@ -12,31 +12,31 @@ from typing import TypeVar
 
 from pipeline.errors import UsageError
 
-SECONDS = 60.0  # for a cluster to answer
+CONNECT_SECONDS = 60.0  # timeout for a cluster to answer
 
 Answer = TypeVar("Answer")
 
 
 def resolve_address(address: str) -> str:
-    """The address of the cluster to use: `--address`, otherwise RAY_ADDRESS; empty for a local Ray."""
-    named = address if address not in ("", "auto") else os.environ.get("RAY_ADDRESS") or address
-    return "" if named == "local" else named
+    """Return the address of the cluster to use: `--address`, otherwise RAY_ADDRESS; empty for a local Ray."""
+    resolved = address if address not in ("", "auto") else os.environ.get("RAY_ADDRESS") or address
+    return "" if resolved == "local" else resolved
 
 
 def check_listening(address: str) -> None:
-    """Raise OSError where nothing listens at HOST:PORT, UsageError for what is no address."""
+    """Raise OSError if nothing listens at HOST:PORT, UsageError if this is not an address."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if "/" in host or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"the address of a Ray cluster must be HOST:PORT (6379 as a rule), not '{address}'")
-    socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
+        raise UsageError(f"the address of a Ray cluster must be HOST:PORT (usually port 6379), not '{address}'")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def call_with_timeout(call: Callable[[], Answer], seconds: float) -> Answer:
-    """What a call returns that no signal ends: it runs in a thread, which is left behind where it takes too long.
+    """Return the result of a call that no signal can interrupt. Raises TimeoutError.
 
-    Signals are obeyed meanwhile. Raises TimeoutError.
+    The call runs in a thread, so signals are handled meanwhile. After a timeout the thread is abandoned.
     """
     answer: Future[Answer] = Future()
 
@@ -46,5 +46,5 @@ def call_with_timeout(call: Callable[[], Answer], seconds: float) -> Answer:
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="reach").start()
+    threading.Thread(target=run, daemon=True, name="connect").start()
     return answer.result(seconds)

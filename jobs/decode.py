@@ -1,4 +1,4 @@
-"""`latentmill decode`: previews from a cache, beside the originals where these can be read."""
+"""`latentmill decode`: render previews from a cache, beside the originals if these can be read."""
 
 import dataclasses
 import json
@@ -14,8 +14,9 @@ from jobs.open_cache import files_with_rows, load_matching_vae, read_units
 from jobs.options import DecodeOptions, parse, parse_limits, parse_source_options, parse_storage_options
 from jobs.progress import ProgressMeter, log_each
 from jobs.resources import plan_resources
-from jobs.run_units import Signals, run_tasks, run_with_signals
+from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
+from jobs.signals import Signals, run_with_signals
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, UsageError
@@ -26,35 +27,36 @@ from pipeline.storage import store
 from pipeline.storage.store import Folder
 from pipeline.weights import Vae
 
-NO_COLUMNS = PassthroughColumns(
-    pa.schema([]), ()
-)  # originals are drawn without them, whatever became of their captions
+# Originals are drawn without columns, so that captions that have changed since do not matter.
+NO_COLUMNS = PassthroughColumns(pa.schema([]), ())
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job; the exit code."""
+    """Run the job and return its exit code."""
     options, _ = parse(DecodeOptions, "decode", argv)
     configure_logging(options.verbose)
-    return run_with_signals(lambda signals: run_job(options, signals), "the same command draws all of it again")
+    return run_with_signals(
+        lambda signals: run_job(options, signals), "run the same command to render all previews again"
+    )
 
 
 def run_job(options: DecodeOptions, signals: Signals) -> int:
-    """The whole job; its exit code. Raises Stopped where a signal ends it."""
+    """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     vae = load_matching_vae(options.vae, cache)
     tasks = choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit)
     if not tasks:
-        raise CacheError(f"the cache {options.cache} has no rows yet")
+        raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
     return run_render(options, cache, vae, tasks, signals)
 
 
 def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
-    """Draw the sheets on the replicas, then write the report and say what was drawn."""
+    """Render the sheets on the workers, write the report and print the summary."""
     out = Folder(store.absolute(options.to), cache.folder.options)
-    begun = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
-    write_report(out, begun)  # marks what is drawn, also if this is cut short
+    unfinished = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
+    write_report(out, unfinished)  # the report marks the folder as rendered, even if the job is interrupted
     done: list[RenderReport] = []
     meter = ProgressMeter("decoded", sum(len(task.rows) for task in tasks))
 
@@ -62,9 +64,9 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
         done.append(sheet)
         meter.task_done(len(sheet.images), len(sheet.images), 0)
 
-    drawn = {row.unit.name for task in tasks for row in task.rows}
-    with plan_resources(options) as where:
-        job = RenderSpec(
+    units = {row.unit.name for task in tasks for row in task.rows}
+    with plan_resources(options) as resources:
+        spec = RenderSpec(
             cache=cache.folder,
             out=out,
             source_options=parse_source_options(options),
@@ -74,34 +76,34 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             key_column=cache.info.identity.key_column,
             tile_above=cache.info.identity.tile_above,
             limits=parse_limits(options.input_limit),
-            compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
+            compute=resources.compute("fp32" if resources.device != "cuda" else "bf16"),
             with_source=True,
-            superseded=parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, drawn),
+            superseded=parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, units),
         )
-        engine = where.start(job, vae, len(tasks), signals.stop)
+        executor = resources.start(spec, vae, len(tasks), signals.stop)
 
         def on_tick() -> None:
-            meter.tick(engine.images, engine.waiting_for)
+            meter.tick(executor.images, executor.waiting_for)
 
         def probe(task: RenderTask) -> None:
             store.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
             store.check_reachable(out.url, out.options)
 
         with meter.shown():
-            driven = run_tasks(tasks, engine, signals, on_done, on_tick, probe, options.stall_timeout)
-    report = summary(options, sorted(done, key=lambda sheet: sheet.sheet), driven.failures)
+            result = run_tasks(tasks, executor, signals, on_done, on_tick, probe, options.stall_timeout)
+    report = make_report(options, sorted(done, key=lambda sheet: sheet.sheet), result.failures)
     write_report(out, report)
     print_summary(options, out, report)
-    return 1 if driven.failures else 0
+    return 1 if result.failures else 0
 
 
 def write_report(out: Folder, report: dict[str, Any]) -> None:
-    """Write report.json. A source in which it lies is encoded without what was drawn."""
+    """Write report.json. If its folder is used as a source, the rendered images are not encoded."""
     out.replace(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Sequence[Failure]) -> dict[str, Any]:
-    """The content of report.json."""
+def make_report(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Sequence[Failure]) -> dict[str, Any]:
+    """Return the content of report.json."""
     images: list[Rendered] = [image for sheet in sheets for image in sheet.images]
     measured = [image.psnr for image in images if image.psnr is not None]
     return {
@@ -110,19 +112,19 @@ def summary(options: DecodeOptions, sheets: Sequence[RenderReport], failures: Se
         "finished": True,
         "images": [dataclasses.asdict(image) for image in images],
         "sheets": [sheet.sheet for sheet in sheets],
-        "psnr": spread_evenly(measured),
+        "psnr": describe_spread(measured),
         "notes": sorted({note for sheet in sheets for note in sheet.notes}),
         "failed": [dataclasses.asdict(failure) for failure in failures],
     }
 
 
-def spread_evenly(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, least and greatest; None of nothing."""
+def describe_spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Return the mean, the least and the greatest of these values; None without values."""
     return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
 
 
 def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -> None:
-    """The summary: where the sheets are, and how faithful the images."""
+    """Print the summary: the sheets and the fidelity of the images."""
     if options.json:
         print_json(report)
         return

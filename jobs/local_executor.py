@@ -1,26 +1,26 @@
-"""The engine of `--workers 0`: one replica in this process, without Ray."""
+"""The executor of `--workers 0`: one worker in this process, without Ray."""
 
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.engine import IN_FLIGHT, TaskResult, WorkerSpec, failed_result, format_error
+from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, failed_result, format_error
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
 
 class LocalExecutor:
-    """Two tasks at a time in threads of this process."""
+    """Runs two tasks at a time in threads of this process."""
 
     waiting_for = ""
     workers = ("inline",)
     starting = 0
     can_replace = False
 
-    def __init__(self, job: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
-        self.worker = job.build(vae, stop)
+    def __init__(self, spec: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
+        self.worker = spec.build(vae, stop)
         self.stop = stop
         self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="unit")
         self.running: dict[Future[Any], Any] = {}
@@ -33,12 +33,12 @@ class LocalExecutor:
         self.running[self.pool.submit(self.worker.run, task, attempt)] = task
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        if not self.running:  # all tasks that are left rest
+        if not self.running:  # all remaining tasks are paused
             time.sleep(min(seconds, 0.05))
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
-        return [self._done(future, self.running.pop(future)) for future in ready]
+        return [self._result(future, self.running.pop(future)) for future in ready]
 
-    def _done(self, future: Future[Any], task: Any) -> TaskResult:
+    def _result(self, future: Future[Any], task: Any) -> TaskResult:
         error = future.exception()
         if error is None:
             return TaskResult(task=task, worker=self.workers[0], report=future.result())
@@ -46,10 +46,12 @@ class LocalExecutor:
             return TaskResult(task=task, worker=self.workers[0], error=format_error(error))
         return failed_result(task, self.workers[0], error)
 
-    def replace(self, worker: str, why: str) -> None:
-        raise JobError(f"the device fails, and this process cannot replace it: {why}; the same command goes on")
+    def replace(self, worker: str, reason: str) -> None:
+        raise JobError(
+            f"the device fails, and --workers 0 cannot restart its worker: {reason}; run the same command to resume"
+        )
 
     def close(self) -> None:
-        """Let the threads end at their next sample, and wait for them."""
+        """Stop the threads at their next sample, and wait for them."""
         self.stop.set()
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,26 +1,18 @@
-"""What jobs need of a cache that stands: its VAE, its inputs and files as they are now, its statistics made anew."""
-
-from typing import Any
+"""The VAE, the units and the files of an existing cache."""
 
 from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
-from pipeline.cache import card, parts, plan, stats
-from pipeline.cache.commit_reader import Repair
-from pipeline.cache.identity import CacheInfo
+from pipeline.cache import parts, plan, stats
 from pipeline.cache.reader import Cache
-from pipeline.cache.runs import library_versions
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
 from pipeline.sources import changes
 from pipeline.sources.listing import list_sources
-from pipeline.storage.store import Folder
 from pipeline.weights import Vae, load_vae
 
-ROUNDS = 3  # a job that goes on beside us sums up after us anyway
 
-
-def load_matching_vae(given: str, cache: Cache) -> Vae:
-    """The VAE that `--vae` names, or the cache. Raises VaeError where its weights are not those that made the cache."""
-    ref = given or cache.info.vae.reference
+def load_matching_vae(reference: str, cache: Cache) -> Vae:
+    """Load the VAE of `--vae`; empty: the VAE of cache.json. Raises VaeError if its weights did not make the cache."""
+    ref = reference or cache.info.vae.reference
     vae = load_vae(ref, cache.folder.options, cache.info.vae.config)
     if vae.sha256 != cache.info.identity.weights:
         raise VaeError(f"{ref} is not the VAE that made the cache {cache.folder.url}: its weights differ")
@@ -30,9 +22,9 @@ def load_matching_vae(given: str, cache: Cache) -> Vae:
 def read_units(
     options: DecodeOptions | RetryOptions | VerifyOptions, cache: Cache, same_source: bool = True
 ) -> dict[str, Unit]:
-    """The cache's units by name, their inputs where `--source` says they are now.
+    """Return the cache's units by name. `--source` gives the new locations of their inputs.
 
-    same_source: files of a planned path and size are taken for the planned ones, whatever their time or ETag.
+    same_source: accept a file of the planned path and size, whatever its time or ETag.
     """
     planned = plan.read_plan(cache.folder)
     if options.source:
@@ -42,27 +34,11 @@ def read_units(
 
 
 def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
-    """The files with rows: name, rows, unit."""
-    found = []
+    """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
+    files = []
     for part in stats.read_parts(cache.folder, cache.info.identity_sha256):
         if part.unit not in units:
             raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
-            found.append((part.file, part.rows, units[part.unit]))
-    return found
-
-
-def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[str, Any]:
-    """Statistics and card, from all that stands in the cache; `_commits` is mended on the way.
-
-    single_writer: a writer may have overwritten another's part.
-    """
-    mending = Repair(identity=info.identity_sha256, container=info.identity.container, again=single_writer)
-    summing = stats.StatsWriter(cache, info.identity_sha256, mending)
-    for _ in range(ROUNDS):
-        written = summing.write()
-        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, library_versions()["latentmill"]))
-        # otherwise another job wrote parts meanwhile, and perhaps its statistics before us
-        if tuple(parts.list_part_files(cache)) == summing.files:
-            break
-    return written
+            files.append((part.file, part.rows, units[part.unit]))
+    return files

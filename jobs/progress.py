@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from jobs.messages import LOGGER, PROGRESS
-from jobs.pace import Throughput
+from jobs.throughput import Throughput
 from pipeline.records import UnitReport
 
 SECONDS_BETWEEN_LINES = 5.0

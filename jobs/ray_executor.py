@@ -1,13 +1,12 @@
 """The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module imports ray.
 
-An actor that is lost is replaced by a new one, and its tasks go back to the driver: Ray neither restarts actors nor
-runs calls again, because the driver knows better what is left to do. What a lost actor may still write is harmless
+A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
+calls, because only the driver knows which tasks are left. A part that a lost actor still writes is harmless
 (`pipeline.cache.parts`).
 """
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,73 +21,76 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.connect import SECONDS, call_with_timeout, check_listening, resolve_address
-from jobs.engine import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
+from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
+from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
 from jobs.progress import log_info
 from jobs.ray_temp import directory_for_ray
+from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots
 from jobs.worker_packages import make_runtime_env, package_directory, working_in
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
-LAST_LINES = 20  # of a lost worker's log
+LOG_LINES = 20  # shown of a lost worker's log
 
 
 @contextmanager
 def connect(address: str) -> Iterator[None]:
-    """A connection to the cluster at `address` or RAY_ADDRESS; without either, a local Ray for as long as this lasts.
+    """Connect to the cluster at `address` or RAY_ADDRESS inside this block. Without either, run a local Ray.
 
-    Meanwhile standard output is standard error: Ray prints there when a worker dies, and ours is for results.
+    Standard output is redirected to standard error meanwhile: Ray prints there when a worker dies, and the job's
+    standard output is for results only.
     """
-    named = resolve_address(address)
-    with redirect_stdout(sys.stderr), _existing(named) if named else _local():
+    cluster = resolve_address(address)
+    with redirect_stdout(sys.stderr), _cluster(cluster) if cluster else _local():
         try:
             yield
         finally:
-            with _our_signals():
+            with keep_sigterm_handler():
                 ray.shutdown()
 
 
 @contextmanager
-def _existing(address: str) -> Iterator[None]:
-    """A connection to a cluster that stands. Raises UsageError where it does not answer within a minute."""
-    where = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
-    log_info(f"connecting to the Ray cluster at {where}")
-    code = make_runtime_env()
+def _cluster(address: str) -> Iterator[None]:
+    """Connect to a running cluster. Raises UsageError if it does not answer within a minute."""
+    name = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
+    log_info(f"connecting to the Ray cluster at {name}")
+    runtime_env = make_runtime_env()
 
     def connect() -> None:
         check_listening(address)
-        ray.init(address=address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
 
-    with package_directory() as ours:
+    with package_directory() as directory:
         try:
-            with working_in(ours):
-                call_with_timeout(connect, SECONDS)
+            with working_in(directory):
+                call_with_timeout(connect, CONNECT_SECONDS)
         except (OSError, RuntimeError, ValueError, RayError) as error:
-            raise UsageError(f"cannot reach the Ray cluster at {where}: {_unreachable(error)}") from error
+            raise UsageError(f"cannot reach the Ray cluster at {name}: {_explain_unreachable(error)}") from error
         yield
 
 
-def _unreachable(error: Exception) -> str:
-    """Why a cluster cannot be reached, and what to do."""
+def _explain_unreachable(error: Exception) -> str:
+    """Return why a cluster cannot be reached, and what to do."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {SECONDS:g} s; is it running, and is this the address of its head (HOST:6379)?"
+        limit = f"{CONNECT_SECONDS:g} s"
+        return f"no answer within {limit}; is it running, and is this the address of its head (HOST:6379)?"
     if isinstance(error, OSError) and error.errno:
-        said = (error.strerror or str(error)).lower()
-        return f"{said}; start it, correct the address, or leave it out for a local Ray"
-    said = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        reason = (error.strerror or str(error)).lower()
+        return f"{reason}; start it, correct the address, or leave it out for a local Ray"
+    reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
     if isinstance(error, ConnectionError | RayError):
-        said += "; where it asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
-    return said
+        reason += "; if it requires a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    return reason
 
 
 @contextmanager
 def _local() -> Iterator[None]:
-    """A local Ray."""
+    """Run a local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with directory_for_ray() as free, package_directory(free) as ours:
-        with working_in(ours), _our_signals():
+    with directory_for_ray() as ray_directory, package_directory(ray_directory) as directory:
+        with working_in(directory), keep_sigterm_handler():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -100,23 +102,6 @@ def _local() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _our_signals() -> Iterator[None]:
-    """Keep our handler of SIGTERM: `ray.init` puts one in its place that ends the process with 15, and after
-    `ray.shutdown` the signal ends it, too.
-    """
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit as asked:  # by Ray's handler, before we were back
-        signal.signal(signal.SIGTERM, ours)
-        if asked.code != signal.SIGTERM:
-            raise
-        signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, ours)
-
-
 def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
@@ -126,28 +111,32 @@ def _available() -> dict[str, float]:
 
 
 def _nodes() -> set[str]:
-    """The ids of the nodes that are there."""
+    """Return the ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def can_grow(address: str) -> bool:
-    """Whether more nodes may join: not a Ray of our own."""
+    """Return whether nodes may join the cluster. A local Ray never grows."""
     return bool(resolve_address(address))
 
 
-def gpus() -> float:
-    """How many GPUs the cluster has."""
+def count_gpus() -> float:
+    """Return the number of GPUs in the cluster."""
     return _resources().get("GPU", 0.0)
 
 
-def cpus() -> float:
-    """How many CPUs the cluster has."""
+def count_cpus() -> float:
+    """Return the number of CPUs in the cluster."""
     return _resources().get("CPU", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLocation:
-    """Where a worker runs. node: Ray's id of it. log: the file that its standard error goes to; empty if unknown."""
+    """Where a worker runs.
+
+    node: Ray's id of the node.
+    log: the file that the worker's standard error goes to; empty if unknown.
+    """
 
     node: str
     host: str
@@ -156,73 +145,81 @@ class WorkerLocation:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class RayWorker:
-    """A process with one worker. Several of its calls run at once, in threads."""
+    """A process with one worker. Several of its calls run at the same time, in threads."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
 
-    def home(self) -> WorkerLocation:
-        """Answers as soon as the process runs."""
+    def locate(self) -> WorkerLocation:
+        """Return where this process runs. Answers as soon as the process runs."""
         try:
             log = os.readlink("/proc/self/fd/2")
         except OSError:  # not Linux
             log = ""
         return WorkerLocation(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
 
-    def load(self, job: WorkerSpec, vae: Vae) -> None:
-        """Returns once the model is loaded."""
-        self.worker = job.build(vae, threading.Event())
+    def load(self, spec: WorkerSpec, vae: Vae) -> None:
+        """Load the model, and return when it is loaded."""
+        self.worker = spec.build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
-        """Images, and steps of any kind. Answers while the model is loaded, too: so its process is seen to run."""
+        """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""
         return (self.worker.images, self.worker.steps) if self.worker else (0, 0)
 
     def run(self, task: Any, attempt: Attempt, name: str) -> TaskResult:
-        assert self.worker is not None  # tasks are for those that are loaded
+        assert self.worker is not None  # the driver submits no task before `load` has returned
         try:
             return TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
-        except Exception as error:  # whatever it was, the driver decides what becomes of the task
+        except Exception as error:  # whatever the error is, the driver decides about the task
             return failed_result(task, name, error)
 
 
 @dataclass(slots=True, eq=False)
 class WorkerHandle:
-    """What the driver knows of an actor: the calls under way, and how far it has come.
+    """What the driver knows of an actor: its running calls and its progress.
 
-    starting: the call that loads the model, until it has. homing: the call that asks where it runs, until it is known.
-    moved: when it was last seen to get on; 0 while it waits for a place in the cluster. elsewhere: the nodes that it
-    must not be on.
+    load_ref: the call that loads the model; None once the model is loaded.
+    locate_ref: the call that returns the actor's location.
+    excluded_nodes: the nodes that it must not run on.
+    tasks: by the reference of the call.
+    progress_ref: the running call of `progress`, if there is one.
+    progressed_at: monotonic seconds of the last progress that was seen; 0 while the actor waits for resources.
     """
 
     name: str
     actor: Any
-    starting: Any
-    homing: Any
-    elsewhere: frozenset[str]
-    home: WorkerLocation | None = None
+    load_ref: Any
+    locate_ref: Any
+    excluded_nodes: frozenset[str]
+    location: WorkerLocation | None = None
     tasks: dict[Any, Any] = field(default_factory=dict)
-    asked: Any = None
+    progress_ref: Any = None
     images: int = 0
     steps: int = 0
-    moved: float = 0.0
+    progressed_at: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The worker and its host, for messages."""
+        return f"{self.name} on {self.location.host}" if self.location else self.name
 
 
 class RayExecutor:
     """`workers` actors, each with two tasks under way.
 
-    grows: ask for one actor more than there are for as long as tasks wait, so that an autoscaler sees that more nodes
-    would be used, and nodes that join are.
-    stall_timeout: seconds without any progress (`Worker.steps`) after which an actor that loads or has tasks is hung.
+    grows: request one more actor than there are while tasks wait. Then an autoscaler adds nodes, and nodes that join
+    are used.
+    stall_timeout: seconds without progress (`Worker.steps`) after which an actor that loads or has tasks is restarted.
     """
 
     can_replace = True
 
     def __init__(
-        self, job: WorkerSpec, vae: Vae, workers: int, gpus: float, cpus: int, stall_timeout: float, grows: bool = False
+        self, spec: WorkerSpec, vae: Vae, workers: int, gpus: float, cpus: int, stall_timeout: float, grows: bool
     ) -> None:
         self.grows = grows
         self.stall_timeout = stall_timeout
-        self.spec, self.vae = job, ray.put(vae)
+        self.spec, self.vae = spec, ray.put(vae)
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.ended: list[TaskResult] = []
         self.lost_images = 0
@@ -231,39 +228,44 @@ class RayExecutor:
         self._start_missing()
 
     @property
-    def remotes(self) -> list[WorkerHandle]:
-        """The actors, also those that are starting."""
+    def handles(self) -> list[WorkerHandle]:
+        """All actors, including those that are starting."""
         return [slot.worker for slot in self.slots if slot.worker is not None]
 
-    def _start(self, elsewhere: Set[str]) -> WorkerHandle:
-        where = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(elsewhere))})"}} if elsewhere else {}
-        options = {"max_concurrency": IN_FLIGHT + 2, **self.resources, **where}
+    def _start(self, excluded_nodes: Set[str]) -> WorkerHandle:
+        labels = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"}
+        placement = {"label_selector": labels} if excluded_nodes else {}
+        options = {"max_concurrency": IN_FLIGHT + 2, **self.resources, **placement}
         actor = RayWorker.options(**options).remote()  # type: ignore[attr-defined]
-        starting, homing = actor.load.remote(self.spec, self.vae), actor.home.remote()
-        return WorkerHandle(f"worker-{next(self._numbers)}", actor, starting, homing, frozenset(elsewhere))
+        load_ref, locate_ref = actor.load.remote(self.spec, self.vae), actor.locate.remote()
+        return WorkerHandle(f"worker-{next(self._numbers)}", actor, load_ref, locate_ref, frozenset(excluded_nodes))
 
     def _start_missing(self) -> None:
-        """Start workers in slots that are free, and again those that wait, but not for a node that may be used."""
+        """Start workers in free slots.
+
+        A worker that still waits for resources is started again if a node that it must not run on may be used now.
+        """
         avoided = self.slots.avoided(_nodes)
         for slot in self.slots:
-            remote = slot.worker
-            if remote is not None and remote.starting is not None and not remote.moved and remote.elsewhere - avoided:
-                ray.kill(remote.actor)
+            handle = slot.worker
+            is_pending = handle is not None and handle.load_ref is not None and not handle.progressed_at
+            if is_pending and handle.excluded_nodes - avoided:
+                ray.kill(handle.actor)
                 slot.worker = None
             if self.slots.may_start(slot, avoided):
                 slot.worker, slot.may_move = self._start(avoided), False
 
     @property
     def workers(self) -> Sequence[str]:
-        return [remote.name for remote in self.remotes if remote.starting is None]
+        return [handle.name for handle in self.handles if handle.load_ref is None]
 
     @property
     def images(self) -> int:
-        return self.lost_images + sum(remote.images for remote in self.remotes)
+        return self.lost_images + sum(handle.images for handle in self.handles)
 
     @property
     def starting(self) -> int:
-        return sum(remote.starting is not None for remote in self.remotes)
+        return sum(handle.load_ref is not None for handle in self.handles)
 
     @property
     def waiting_for(self) -> str:
@@ -271,33 +273,33 @@ class RayExecutor:
         if self.workers:
             return ""
         if not starting:
-            return "the next try to start a worker, after several failed"
+            return "the next attempt to start a worker, after several failed"
         wanted = [(name[4:-1].upper(), count) for name, count in self.resources.items() if count]
-        free, there = _available(), _resources()
-        has = ", ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}s" for name, _ in wanted)
+        free, total = _available(), _resources()
+        has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name, _ in wanted)
         each = " and ".join(f"{count:g} {name}" for name, count in wanted)
         return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
-        remote = next(remote for remote in self.remotes if remote.name == worker)
-        remote.tasks[remote.actor.run.remote(task, attempt, worker)] = task
-        remote.moved = time.monotonic()
+        handle = next(handle for handle in self.handles if handle.name == worker)
+        handle.tasks[handle.actor.run.remote(task, attempt, worker)] = task
+        handle.progressed_at = time.monotonic()
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        """Tasks that ended, after at most `seconds`; lost actors are replaced on the way."""
+        """Return the tasks that ended, after at most `seconds`. Replaces lost actors on the way."""
         if self.grows:
             self._follow_demand(waiting)
         self._start_missing()
-        refs = [ref for remote in self.remotes for ref in (*remote.tasks, remote.starting) if ref is not None]
+        refs = [ref for handle in self.handles for ref in (*handle.tasks, handle.load_ref) if ref is not None]
         if not refs:
             time.sleep(0 if self.ended else seconds)
             return self._take_ended()
         ready, _ = ray.wait(refs, num_returns=1, timeout=0 if self.ended else seconds)
-        if ready:  # whatever else is ready by now comes along
+        if ready:  # collect everything else that is ready by now
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for slot in self.slots:
             if slot.worker is not None:
-                self._look_after(slot, slot.worker, ready)
+                self._collect(slot, slot.worker, ready)
         return self._take_ended()
 
     def _take_ended(self) -> list[TaskResult]:
@@ -305,8 +307,8 @@ class RayExecutor:
         return done
 
     def _follow_demand(self, waiting: int) -> None:
-        """Have one worker starting while tasks wait, and none when they do not."""
-        idle = [slot for slot in self.slots if slot.worker is None or slot.worker.starting is not None]
+        """Keep one worker starting while tasks wait, and none otherwise."""
+        idle = [slot for slot in self.slots if slot.worker is None or slot.worker.load_ref is not None]
         if waiting and not idle:
             self.slots.append(Slot())
         elif not waiting and len(idle) < len(self.slots):
@@ -315,127 +317,130 @@ class RayExecutor:
                     ray.kill(slot.worker.actor)
                 self.slots.remove(slot)
 
-    def _look_after(self, slot: Slot, remote: WorkerHandle, ready: list[Any]) -> None:
-        """Take in what a worker has finished; replace it if it is lost."""
+    def _collect(self, slot: Slot, handle: WorkerHandle, ready: list[Any]) -> None:
+        """Collect what a worker has finished. Replaces the worker if it is lost or hangs."""
         try:
-            if remote.starting in ready:
-                ray.get(remote.starting)
-                remote.starting = None
-            for ref in [ref for ref in remote.tasks if ref in ready]:
+            if handle.load_ref in ready:
+                ray.get(handle.load_ref)
+                handle.load_ref = None
+            for ref in [ref for ref in handle.tasks if ref in ready]:
                 done = ray.get(ref)
-                del remote.tasks[ref]
-                remote.moved = time.monotonic()
+                del handle.tasks[ref]
+                handle.progressed_at = time.monotonic()
                 self.ended.append(done)
                 if done.error is None:
-                    self.slots.note_success(slot, remote.home.node if remote.home else "")
-            self._ask(remote)
-            busy = remote.moved and (remote.tasks or remote.starting is not None)
-            if busy and time.monotonic() - remote.moved > self.stall_timeout:
-                self._lose(slot, remote, f"it stood still for {self.stall_timeout:g} s")
-        except RayTaskError as error:  # the actor lives
-            if remote.starting is None:  # a mistake of ours, which would come again
+                    self.slots.note_success(slot, handle.location.node if handle.location else "")
+            self._update_progress(handle)
+            is_busy = handle.progressed_at and (handle.tasks or handle.load_ref is not None)
+            if is_busy and time.monotonic() - handle.progressed_at > self.stall_timeout:
+                self._lose(slot, handle, f"no progress for {self.stall_timeout:g} s")
+        except RayTaskError as error:  # the call failed, and the actor still runs
+            if handle.load_ref is None:  # a bug in this program, which a retry would hit again
                 raise JobError(f"a worker failed: {_cause(error)}") from error
-            self._learn_home(remote, 1.0)
-            self._lose(slot, remote, _cause(error))
+            self._update_location(handle, 1.0)
+            self._lose(slot, handle, _cause(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
-                self.spec = self.spec.with_smaller_slices()  # of all workers that start from now on
-            self._lose(slot, remote, _cause(error), with_node=_died_with_its_node(error))
+                self.spec = self.spec.with_smaller_slices()  # for all workers that start from now on
+            self._lose(slot, handle, _cause(error), with_node=_died_with_its_node(error))
 
-    def _ask(self, remote: WorkerHandle) -> None:
-        """Keep one question for its progress under way, and learn where it runs."""
-        if remote.home is None:
-            self._learn_home(remote, 0)
-        if remote.asked is not None:
-            answered, _ = ray.wait([remote.asked], timeout=0)
+    def _update_progress(self, handle: WorkerHandle) -> None:
+        """Read the answer to the last call of `progress`, and make the next call. Asks for the location as well."""
+        if handle.location is None:
+            self._update_location(handle, 0)
+        if handle.progress_ref is not None:
+            answered, _ = ray.wait([handle.progress_ref], timeout=0)
             if not answered:
                 return
-            remote.images, steps = ray.get(remote.asked)
-            if steps != remote.steps or not remote.moved:
-                remote.steps, remote.moved = steps, time.monotonic()
-        remote.asked = remote.actor.progress.remote()
+            handle.images, steps = ray.get(handle.progress_ref)
+            if steps != handle.steps or not handle.progressed_at:
+                handle.steps, handle.progressed_at = steps, time.monotonic()
+        handle.progress_ref = handle.actor.progress.remote()
 
-    def _learn_home(self, remote: WorkerHandle, seconds: float) -> None:
-        if ray.wait([remote.homing], timeout=seconds)[0]:
-            remote.home = ray.get(remote.homing)
+    def _update_location(self, handle: WorkerHandle, seconds: float) -> None:
+        if ray.wait([handle.locate_ref], timeout=seconds)[0]:
+            handle.location = ray.get(handle.locate_ref)
 
-    def _lose(self, slot: Slot, remote: WorkerHandle, why: str, with_node: bool = False) -> None:
-        """Give back the tasks of a worker that is lost, and start another. A start that failed counts as a failure."""
+    def _lose(self, slot: Slot, handle: WorkerHandle, reason: str, with_node: bool = False) -> None:
+        """Return the tasks of a lost worker, and free its slot. A failed start counts as a failure of the slot.
+
+        with_node: the worker was lost because its node was, which is no failure of the slot.
+        """
         self.ended += [
-            TaskResult(task=task, worker=remote.name, error=f"its worker was lost ({why})", cause="lost")
-            for task in remote.tasks.values()
+            TaskResult(task=task, worker=handle.name, error=f"its worker was lost ({reason})", cause="lost")
+            for task in handle.tasks.values()
         ]
         if not with_node:
-            for line in _last_lines(remote.home):
-                log_info(f"  {remote.name}: {line}")
-        if remote.starting is not None:
+            for line in _last_lines(handle.location):
+                log_info(f"  {handle.name}: {line}")
+        if handle.load_ref is not None:
             if not with_node:
-                self._note_failure(slot, remote, why)
-            log_info(f"a worker is started again: {why}")
-        self._end(slot, remote)
+                self._note_failure(slot, handle, reason)
+            log_info(f"restarting {handle.label}: {reason}")
+        self._end(slot, handle)
 
-    def replace(self, worker: str, why: str) -> None:
-        slot, remote = next((s, s.worker) for s in self.slots if s.worker is not None and s.worker.name == worker)
-        host = f" on {remote.home.host}" if remote.home else ""
-        log_info(f"a worker{host} is replaced, because it fails: {why}")
+    def replace(self, worker: str, reason: str) -> None:
+        slot, handle = next((s, s.worker) for s in self.slots if s.worker is not None and s.worker.name == worker)
+        log_info(f"restarting {handle.label}: {reason}")
         self.ended += [
-            TaskResult(task=task, worker=worker, error=f"its worker was replaced ({why})", cause="returned")
-            for task in remote.tasks.values()
+            TaskResult(task=task, worker=worker, error=f"its worker was replaced ({reason})", cause="returned")
+            for task in handle.tasks.values()
         ]
-        self._note_failure(slot, remote, why)
-        self._end(slot, remote)
+        self._note_failure(slot, handle, reason)
+        self._end(slot, handle)
 
-    def _end(self, slot: Slot, remote: WorkerHandle) -> None:
-        """End a worker; the next one in its slot starts as soon as it may."""
-        self.lost_images += remote.images
-        ray.kill(remote.actor)
+    def _end(self, slot: Slot, handle: WorkerHandle) -> None:
+        """End a worker. The next one in its slot starts as soon as the slot allows it."""
+        self.lost_images += handle.images
+        ray.kill(handle.actor)
         slot.worker = None
 
-    def _note_failure(self, slot: Slot, remote: WorkerHandle, why: str) -> None:
-        home = remote.home or WorkerLocation("", "", "")
-        self.slots.note_failure(slot, home.node, home.host, why)
+    def _note_failure(self, slot: Slot, handle: WorkerHandle, reason: str) -> None:
+        location = handle.location or WorkerLocation("", "", "")
+        self.slots.note_failure(slot, location.node, location.host, reason)
 
     def close(self) -> None:
-        """End all actors at once: what they have not published is not there, what they have is whole."""
-        for remote in self.remotes:
-            ray.kill(remote.actor)
+        """End all actors at once. Parts that they have not published do not exist; published parts are complete."""
+        for handle in self.handles:
+            ray.kill(handle.actor)
         self.slots.clear()
 
 
 def _died_with_its_node(error: RayError) -> bool:
-    """Whether an actor was lost because its node was: preempted, say."""
+    """Return whether an actor was lost because its node was lost, for example preempted."""
     return (
         bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
     )
 
 
-def _last_lines(home: WorkerLocation | None) -> Sequence[str]:
-    """What a worker wrote last on its standard error: read here, or by a task on its node."""
-    if home is None or not home.log:
+def _last_lines(location: WorkerLocation | None) -> Sequence[str]:
+    """Return the last lines of a worker's standard error. They are read here, or by a task on the worker's node."""
+    if location is None or not location.log:
         return []
-    if home.node == ray.get_runtime_context().get_node_id():
-        return _tail(home.log)
-    there = NodeAffinitySchedulingStrategy(home.node, soft=False)
+    if location.node == ray.get_runtime_context().get_node_id():
+        return _tail(location.log)
+    on_node = NodeAffinitySchedulingStrategy(location.node, soft=False)
+    read = ray.remote(_tail).options(num_cpus=0, scheduling_strategy=on_node)
     try:
-        return ray.get(ray.remote(_tail).options(num_cpus=0, scheduling_strategy=there).remote(home.log), timeout=5)
-    except RayError:  # its node is gone, or too slow
+        return ray.get(read.remote(location.log), timeout=5)
+    except RayError:  # the node is lost, or too slow
         return []
 
 
 def _tail(path: str) -> list[str]:
-    """The last lines of a log, without Ray's own."""
+    """Return the last lines of a log, without Ray's own lines."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = deque(file, 4 * LAST_LINES)
+            lines = deque(file, 4 * LOG_LINES)
     except OSError:
         return []
-    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LAST_LINES:]
+    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]
 
 
 def _cause(error: RayError) -> str:
-    """Ray's account of a loss, in one line."""
+    """Return Ray's description of an error in one line."""
     if isinstance(error, OutOfMemoryError):
-        return "its machine ran out of memory, and Ray ended it"
+        return "its machine ran out of memory, and Ray ended the process"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     return (last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}")[:300]

@@ -1,6 +1,6 @@
-"""Where a job runs: this process, a local Ray, or a cluster; on which devices, and with how many replicas.
+"""Where a job runs: in this process, on a local Ray or on a cluster, on which device, and with how many workers.
 
-Ray takes seconds to start, so nothing is connected before it is needed.
+Ray takes seconds to start, so the connection is made only when it is needed.
 """
 
 import threading
@@ -9,18 +9,18 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from jobs.engine import Executor, WorkerSpec
+from jobs.executor import Executor, WorkerSpec
 from jobs.local_executor import LocalExecutor
 from jobs.options import Common
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.weights import Vae
 
-GPU_SLICE, CPU_SLICE = 8, 1  # measured on CPUs (docs/benchmarks.md); on GPUs to be measured
+GPU_SLICE, CPU_SLICE = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
 
 
 class ResourcePlan:
-    """What the options say of where to run, worked out against what is there."""
+    """Resolves the options about devices and workers against the devices of this machine or cluster."""
 
     def __init__(self, options: Common, stack: ExitStack) -> None:
         self.options = options
@@ -42,7 +42,7 @@ class ResourcePlan:
     def compute(
         self, precision: str, slice_size: int = 0, batch_size: int = 0, compiled: bool = False
     ) -> ComputeConfig:
-        """How replicas run here; 0 stands for the default."""
+        """Return how workers compute here. 0 stands for the default. Raises UsageError for a wrong batch size."""
         slices = slice_size or (CPU_SLICE if self.device == "cpu" else GPU_SLICE)
         if batch_size % slices:
             raise UsageError(f"--batch-size {batch_size} is not a multiple of --slice-size {slices}")
@@ -55,37 +55,37 @@ class ResourcePlan:
             compile=compiled,
         )
 
-    def start(self, job: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
-        """An engine with as many replicas as were asked for, or as there is room and work for."""
+    def start(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
+        """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""
         if self.is_inline:
-            return self._closing(LocalExecutor(job, vae, stop))
+            return self._closing(LocalExecutor(spec, vae, stop))
         from jobs import ray_executor
 
         on_gpu = self.device == "cuda"
         per_worker = self.options.gpus_per_worker if on_gpu else self.options.cpus_per_worker
-        room = int((ray_executor.gpus() if on_gpu else ray_executor.cpus()) / per_worker)
-        workers = self.workers or max(1, min(room, tasks))
+        capacity = int((ray_executor.count_gpus() if on_gpu else ray_executor.count_cpus()) / per_worker)
+        workers = self.workers or max(1, min(capacity, tasks))
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
         grows = self.workers is None and ray_executor.can_grow(self.options.address)
         return self._closing(
             ray_executor.RayExecutor(
-                job, vae, workers, gpus, self.options.cpus_per_worker, self.options.stall_timeout, grows
+                spec, vae, workers, gpus, self.options.cpus_per_worker, self.options.stall_timeout, grows
             )
         )
 
     def close(self) -> None:
-        """End what was started: the engine, and a Ray of our own. Then others can have the devices."""
+        """Stop the executor and the local Ray that were started, so that other jobs can use the devices."""
         self._stack.close()
 
-    def _closing(self, engine: Executor) -> Executor:
-        self._stack.callback(engine.close)
-        return engine
+    def _closing(self, executor: Executor) -> Executor:
+        self._stack.callback(executor.close)
+        return executor
 
     def _inline_device(self) -> str:
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.options.device == "auto":
-            return next(device for device, is_there in there.items() if is_there)
-        if not there[self.options.device]:
+            return next(device for device, is_available in available.items() if is_available)
+        if not available[self.options.device]:
             raise UsageError(f"--device {self.options.device}: this machine has none")
         return self.options.device
 
@@ -96,22 +96,22 @@ class ResourcePlan:
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")
-        if device == "cuda" and not ray_executor.gpus() and not ray_executor.can_grow(self.options.address):
+        if device == "cuda" and not ray_executor.count_gpus() and not ray_executor.can_grow(self.options.address):
             raise UsageError("--device cuda: this machine has no GPUs")
-        return device if device != "auto" else ("cuda" if ray_executor.gpus() else "cpu")
+        return device if device != "auto" else ("cuda" if ray_executor.count_gpus() else "cpu")
 
 
 @contextmanager
 def plan_resources(options: Common) -> Iterator[ResourcePlan]:
-    """The place for a job; what was started is ended with the block."""
+    """Return the resources for a job. What they started is stopped at the end of the block."""
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
-        raise UsageError("--cpus-per-worker must be at least 1, --gpus-per-worker more than 0")
+        raise UsageError("--cpus-per-worker must be at least 1, and --gpus-per-worker must be more than 0")
     with ExitStack() as stack:
         yield ResourcePlan(options, stack)
 
 
 def parse_worker_count(text: str) -> int | None:
-    """`--workers`: None for auto."""
+    """Parse `--workers`; None for auto."""
     if text == "auto":
         return None
     if not text.isdigit():

@@ -1,4 +1,4 @@
-"""Where and when workers are started again: after failures, in slots and on nodes."""
+"""Slots for workers: where and when workers are restarted after failures."""
 
 import time
 from collections.abc import Callable, Set
@@ -9,70 +9,75 @@ from jobs.progress import log_info
 from jobs.scheduler import backoff
 from pipeline.errors import JobError
 
-FAILED = 3  # workers in a row that failed in every slot, without any task done, and the job ends
-AVOID = 300.0  # seconds in which no worker is started where two in a row failed
+MAX_FAILURES = 3  # consecutive failed workers in every slot, without a completed task, after which the job ends
+AVOID_SECONDS = 300.0  # for which no worker is started on a node where two in a row failed
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Room for one worker. failed: workers in a row that failed in it. rests_until: when the next one may start.
+    """Capacity for one worker.
 
-    may_move: the next one may start at once on a node that is not avoided.
+    failures: the number of workers in a row that failed in it.
+    paused_until: when its next worker may start, by the slots' clock.
+    may_move: its next worker may start at once on a node that is not avoided.
     """
 
     worker: Any = None
-    failed: int = 0
-    rests_until: float = 0.0
+    failures: int = 0
+    paused_until: float = 0.0
     may_move: bool = False
 
 
 class Slots(list[Slot]):
-    """The slots of a job, and which of them, and which nodes, are to be left alone for a while.
+    """The slots of a job, and the slots and nodes that are not used for a while.
 
-    stall_timeout: seconds without any task done after which the job ends if workers fail in every slot.
+    stall_timeout: seconds without a completed task after which the job ends if workers fail in every slot.
     """
 
     def __init__(self, number: int, stall_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(Slot() for _ in range(number))
         self.stall_timeout, self.clock = stall_timeout, clock
-        self.succeeded: float | None = None  # when a task was last done
-        self._failed_on: dict[str, int] = {}  # workers in a row, by node
-        self._avoided: dict[str, float] = {}  # until when, by node
+        self.succeeded_at: float | None = None  # when a task last succeeded
+        self._failures: dict[str, int] = {}  # workers in a row that failed, by node
+        self._avoided_until: dict[str, float] = {}  # by node
 
     def note_success(self, slot: Slot, node: str) -> None:
-        """Take in that a worker has done a task."""
-        slot.failed, self.succeeded = 0, self.clock()
-        self._failed_on.pop(node, None)
+        """Record that a worker has completed a task."""
+        slot.failures, self.succeeded_at = 0, self.clock()
+        self._failures.pop(node, None)
 
-    def note_failure(self, slot: Slot, node: str, host: str, why: str) -> None:
-        """Take in that a worker could not start, or was sick. node, host: where it ran, empty if unknown.
+    def note_failure(self, slot: Slot, node: str, host: str, reason: str) -> None:
+        """Record that a worker could not start, or was sick. node, host: where it ran; empty if unknown.
 
-        Raises JobError if workers fail in every slot, and no task was done for long, or ever.
+        Raises JobError if workers fail in every slot and no task was completed for `stall_timeout` seconds, or ever.
         """
         now = self.clock()
-        slot.failed += 1
-        everywhere = all(slot.failed >= FAILED for slot in self)
-        if everywhere and (self.succeeded is None or now - self.succeeded > self.stall_timeout):
-            raise JobError(f"workers fail in all they do, or workers cannot start: {why}")
-        if slot.failed > 1:
-            slot.rests_until = now + (backoff(slot.failed - 1) if self.succeeded is None else AVOID)
+        slot.failures += 1
+        fails_everywhere = all(slot.failures >= MAX_FAILURES for slot in self)
+        if fails_everywhere and (self.succeeded_at is None or now - self.succeeded_at > self.stall_timeout):
+            raise JobError(f"all workers fail, or workers cannot start: {reason}; fix the cause and run the job again")
+        if slot.failures > 1:
+            slot.paused_until = now + (backoff(slot.failures - 1) if self.succeeded_at is None else AVOID_SECONDS)
         if node:
-            self._failed_on[node] = self._failed_on.get(node, 0) + 1
-            if self.succeeded is not None and self._failed_on[node] > 1:
-                if self._avoided.get(node, 0.0) <= now:
-                    log_info(
-                        f"two workers in a row failed on {host}: none is started there for {AVOID / 60:g} min: {why}"
-                    )
-                self._avoided[node] = now + AVOID
+            self._failures[node] = self._failures.get(node, 0) + 1
+            if self.succeeded_at is not None and self._failures[node] > 1:
+                if self._avoided_until.get(node, 0.0) <= now:
+                    minutes = f"{AVOID_SECONDS / 60:g} min"
+                    log_info(f"two workers in a row failed on {host}; avoiding this node for {minutes}: {reason}")
+                self._avoided_until[node] = now + AVOID_SECONDS
                 slot.may_move = True
 
     def avoided(self, nodes: Callable[[], Set[str]]) -> frozenset[str]:
-        """The nodes on which no worker is started now; none if there are no others. nodes: asks for those there are."""
+        """Return the nodes on which no worker is started now; empty if there are no other nodes.
+
+        nodes: returns the nodes of the cluster; called only if a node is avoided.
+        """
         now = self.clock()
-        self._avoided = {node: until for node, until in self._avoided.items() if until > now}
-        return frozenset(self._avoided) if self._avoided and nodes() - self._avoided.keys() else frozenset()
+        self._avoided_until = {node: until for node, until in self._avoided_until.items() if until > now}
+        is_useful = self._avoided_until and nodes() - self._avoided_until.keys()
+        return frozenset(self._avoided_until) if is_useful else frozenset()
 
     def may_start(self, slot: Slot, avoided: Set[str]) -> bool:
-        """Whether a slot is free and does not rest."""
-        rests = slot.rests_until > self.clock() and not (slot.may_move and avoided)
-        return slot.worker is None and not rests
+        """Return whether a worker may start in this slot now."""
+        is_paused = slot.paused_until > self.clock() and not (slot.may_move and avoided)
+        return slot.worker is None and not is_paused

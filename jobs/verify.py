@@ -1,4 +1,4 @@
-"""`latentmill verify`: whether a cache is what it says it is, and what to do where it is not."""
+"""`latentmill verify`: check the integrity of a cache, and name the remedy of each problem."""
 
 import dataclasses
 import threading
@@ -9,8 +9,9 @@ import torch
 
 from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
+from jobs.finalize import finalize_cache
 from jobs.messages import configure_logging
-from jobs.open_cache import files_with_rows, finalize_cache, load_matching_vae, read_units
+from jobs.open_cache import files_with_rows, load_matching_vae, read_units
 from jobs.options import VerifyOptions, parse, parse_source_options, parse_storage_options
 from jobs.progress import ProgressMeter, log_info
 from pipeline.cache import identity, parts
@@ -27,7 +28,7 @@ from pipeline.preview.render import choose_rows
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job; 0 where nothing is wrong, else 1."""
+    """Run the job. Returns 0 if there are no problems, otherwise 1."""
     options, _ = parse(VerifyOptions, "verify", argv)
     configure_logging(options.verbose)
     if options.reencode < 0:
@@ -39,97 +40,97 @@ def main(argv: Sequence[str]) -> int:
         return 1
     meter = ProgressMeter("checked", len(cache.files()))
     with meter.shown():
-        found = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
+        findings = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
     rebuilt: list[str] = []
-    if options.rebuild and found.rebuildable:
-        rebuilt = verify.rebuild_records(cache, found)
-        with suppress(CacheError):  # what else is wrong is said by the second look
+    if options.rebuild and findings.rebuildable:
+        rebuilt = verify.rebuild_records(cache, findings)
+        with suppress(CacheError):  # the second check reports what is still wrong
             finalize_cache(cache.folder, cache.info, single_writer=False)
-        found = verify.verify_cache(cache)
-    sound = not found.problems
-    if sound:
-        found.problems += check_against_inputs(options, cache, found)
-    print_findings(options, found, rebuilt)
-    if not sound and (options.recount or options.reencode):
-        log_info("not held against the inputs yet: run this again when the above is mended")
-    return 1 if found.problems else 0
+        findings = verify.verify_cache(cache)
+    is_sound = not findings.problems
+    if is_sound:
+        findings.problems += check_against_inputs(options, cache, findings)
+    print_findings(options, findings, rebuilt)
+    if not is_sound and (options.recount or options.reencode):
+        log_info("skipped --recount and --reencode because of the problems above; fix them, and run verify again")
+    return 1 if findings.problems else 0
 
 
-def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) -> Iterator[Problem]:
-    """The proofs that were asked for: `--recount`, `--reencode`."""
+def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Findings) -> Iterator[Problem]:
+    """Yield the problems that `--recount` and `--reencode` find, as far as they are requested."""
     if not options.recount and not options.reencode:
         return
+    precision = cache.info.identity.precision
     compute = ComputeConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
-        precision=cache.info.identity.precision,
+        precision=precision,
         slice_size=1,
         batch_size=1,
         threads=cache.info.compute.threads,
     )
-    job: EncodeSpec = make_encode_spec(
+    spec: EncodeSpec = make_encode_spec(
         cache.folder, cache.info, compute, options.input_limit, 1, "", parse_source_options(options)
     )
-    where = read_units(options, cache)
-    retried = parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, set(where))
-    job = dataclasses.replace(job, superseded=retried)
+    units = read_units(options, cache)
+    superseded = parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, set(units))
+    spec = dataclasses.replace(spec, superseded=superseded)
     if options.recount:
-        left = find_uncounted(found)
+        uncounted = find_uncounted(findings)
         by_unit: dict[str, list[PartInfo]] = {}
-        for part in found.parts:
+        for part in findings.parts:
             by_unit.setdefault(part.record.unit, []).append(part)
-        for unit in where.values():
-            yield from recount(unit, by_unit.get(unit.name, []), left.get(unit.name), job)
+        for unit in units.values():
+            yield from recount(unit, by_unit.get(unit.name, []), uncounted.get(unit.name), spec)
     if options.reencode:
-        wanted = [row for sheet in choose_rows(files_with_rows(cache, where), options.reencode) for row in sheet.rows]
-        yield from reencode(cache, wanted, job.build(load_matching_vae(options.vae, cache), threading.Event()))
+        wanted = [row for sheet in choose_rows(files_with_rows(cache, units), options.reencode) for row in sheet.rows]
+        yield from reencode(cache, wanted, spec.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 
-def find_uncounted(found: Findings) -> dict[str, int]:
-    """The units whose input is damaged, and how many of its samples stand before that: nobody knows what follows."""
-    return {unit: min(positions) for unit, positions in unread_rests(part.record for part in found.parts).items()}
+def find_uncounted(findings: Findings) -> dict[str, int]:
+    """Return the units whose input is damaged, with the number of samples before the damage. The rest is unknown."""
+    return {unit: min(positions) for unit, positions in unread_rests(part.record for part in findings.parts).items()}
 
 
-def print_findings(options: VerifyOptions, found: Findings, rebuilt: Sequence[str]) -> None:
-    """What was found, file by file."""
-    rows = sum(part.record.rows for part in found.parts)
-    left = [{"unit": unit, "samples": count} for unit, count in sorted(find_uncounted(found).items())]
+def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence[str]) -> None:
+    """Print the problems, file by file, and the summary."""
+    rows = sum(part.record.rows for part in findings.parts)
+    uncounted = [{"unit": unit, "samples": count} for unit, count in sorted(find_uncounted(findings).items())]
     if options.json:
-        content = {"problems": [dataclasses.asdict(problem) for problem in found.problems]}
-        content |= {"uncounted": left} if options.recount else {}
-        print_json({"cache": options.cache, "files": len(found.parts), "rows": rows, **content})
+        content = {"problems": [dataclasses.asdict(problem) for problem in findings.problems]}
+        content |= {"uncounted": uncounted} if options.recount else {}
+        print_json({"cache": options.cache, "files": len(findings.parts), "rows": rows, **content})
         return
     for name in rebuilt:
-        log_info(f"written again: what is said of {name}")
-    for one in left if options.recount else []:
+        log_info(f"rebuilt the records of {name}")
+    for rest in uncounted if options.recount else []:
         log_info(
-            f"note: the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted"
+            f"note: the input of {rest['unit']} is damaged after {rest['samples']} samples: what follows is not counted"
         )
-    for problem in found.problems:
+    for problem in findings.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
-        f"{options.cache}: {_count(len(found.parts), 'file')}, {_count(rows, 'row')}: "
-        f"{summarize_findings(options, found, rows)}"
+        f"{options.cache}: {_count(len(findings.parts), 'file')}, {_count(rows, 'row')}: "
+        f"{summarize_findings(options, findings, rows)}"
     )
 
 
-def summarize_findings(options: VerifyOptions, found: Findings, rows: int) -> str:
-    """How the proofs that were asked for came out, in a line."""
-    if found.problems:
-        return _count(len(found.problems), "problem")
-    proofs = ["all of it is as it was written"]
+def summarize_findings(options: VerifyOptions, findings: Findings, rows: int) -> str:
+    """Return the results of the requested checks in one line."""
+    if findings.problems:
+        return _count(len(findings.problems), "problem")
+    results = ["all files match their records"]
     if options.recount:
-        left = len(find_uncounted(found))
-        but = f", but for what follows the damage of {_count(left, 'input')}" if left else ""
-        proofs.append(f"the inputs have the samples that are recorded{but}")
+        uncounted = len(find_uncounted(findings))
+        but = f", except after the damage of {_count(uncounted, 'input')}" if uncounted else ""
+        results.append(f"the inputs have the samples that are recorded{but}")
     if options.reencode:
-        proofs.append(
-            f"{_count(min(options.reencode, rows), 'image')} encoded again, with the same latents but for rounding"
-        )
-    return "; ".join(proofs)
+        images = _count(min(options.reencode, rows), "image")
+        results.append(f"{images} encoded again, with the same latents except for rounding")
+    return "; ".join(results)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 if __name__ == "__main__":

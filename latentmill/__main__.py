@@ -1,7 +1,7 @@
-"""The `latentmill` command. It finds its own packages first: their names are common, and a user's may have them, too.
+"""The `latentmill` command. It finds its own packages first, because a user's modules may have the same common names.
 
 Without this, a folder `jobs/` or a file `vae.py` on PYTHONPATH, or in the current folder with `python -m`, would be
-imported in place of ours.
+imported instead.
 """
 
 import sys
@@ -10,21 +10,22 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-OURS = ("vae", "pipeline", "jobs")
+# The same names are in jobs/worker_packages.py, which cannot be imported before this finder is installed.
+PACKAGES = ("vae", "pipeline", "jobs")
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
-class Ours:
-    """Finds our packages beside this one; everything else is found as ever."""
+class PackageFinder:
+    """Finds the packages beside this one. All other modules are found as usual."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [ROOT]) if name in OURS else None
+        return PathFinder.find_spec(name, [ROOT]) if name in PACKAGES else None
 
 
 def command() -> None:
     """The entry point of the `latentmill` command."""
-    sys.meta_path.insert(0, Ours)
+    sys.meta_path.insert(0, PackageFinder)
     from jobs.cli import command
 
     command()

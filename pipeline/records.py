@@ -196,7 +196,7 @@ class UnitReport:
     adopted: parts that stood there already. encoded: rows of the others. again: images that overflowed and were
     encoded again in float32. texts: by text column, how many of the encoded rows have that text.
     damage: what is wrong with the shard, where its rest was rejected.
-    passed_over: how much of the input was read as no part of a sample, by kind (`jobs.passed_over`).
+    passed_over: how much of the input was read as no part of a sample, by kind (`jobs.skipped_inputs`).
     """
 
     unit: str

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
-from jobs.encode import RunTotals, describe_totals
 from jobs.options import (
     DecodeOptions,
     EncodeOptions,
@@ -24,6 +23,7 @@ from jobs.options import (
     make_parser,
 )
 from jobs.progress import ProgressMeter
+from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
 from pipeline.errors import REASONS
 from pipeline.formats.parquet import schema_of

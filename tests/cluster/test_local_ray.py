@@ -13,6 +13,7 @@ import pytest
 
 from bench import audit
 from tests.conftest import img2dataset_members, write_tar
+from tests.sick_job import run_sick_job
 
 JOB = [sys.executable, "-m", "jobs.encode"]
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,7 @@ def test_a_signal_ends_the_job_at_once_and_the_next_goes_on(
     job.send_signal(sign)
     returned, out, err = finish(job)
     assert (returned, out) == (code, "")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
     assert finish(start(argv, tmp_path))[0] == 0
     assert_whole(tmp_path / "c", calm)
 
@@ -173,7 +174,7 @@ import os, signal, sys, threading
 import ray
 from jobs import encode
 from jobs.entry import run_as_script
-from pipeline import stats
+from pipeline.cache import stats
 
 module, name = {"ray.init": (ray, "init"), "stats.summarize": (stats, "summarize")}[sys.argv.pop(1)]
 real = getattr(module, name)
@@ -207,7 +208,7 @@ def test_a_signal_ends_the_job_before_and_after_its_units(
         timeout=200,
     )
     assert (job.returncode, job.stdout) == (143, ""), job.stderr
-    assert "the same command goes on" in job.stderr
+    assert "run the same command to resume" in job.stderr
     outcomes = [json.loads(path.read_text())["outcome"] for path in tmp_path.glob("c/_runs/*.json")]
     assert outcomes == ([] if place == "ray.init" else ["stopped"])
     assert finish(start(argv, tmp_path))[0] == 0
@@ -216,27 +217,10 @@ def test_a_signal_ends_the_job_before_and_after_its_units(
 
 @pytest.mark.slow
 def test_workers_that_cannot_start_end_the_job_with_their_reason(source: Path, micro_vae: Path, tmp_path: Path) -> None:
-    script = (
-        "from pipeline import flow\n"
-        "from jobs import cache_spec, encode\n"
-        "from jobs.entry import run_as_script\n"
-        "class Broken(flow.EncodeSpec):\n"
-        "    def build(self, vae, stop): raise MemoryError('no room for the model')\n"
-        "cache_spec.EncodeSpec = Broken\n"
-        "run_as_script(encode.main)\n"
-    )
-    (tmp_path / "broken.py").write_text(script)
-    argv = arguments(source, tmp_path / "c", micro_vae, "--workers", 1)
-    job = subprocess.Popen(
-        [sys.executable, "broken.py", *argv],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    code, _, err = finish(job)
-    assert code == 1
+    broken = "class Sick(EncodeSpec):\n    def build(self, vae, stop): raise MemoryError('no room for the model')\n"
+    job = run_sick_job(broken, arguments(source, tmp_path / "c", micro_vae, "--workers", 1), tmp_path)
+    err = job.stderr
+    assert job.returncode == 1
     assert "workers cannot start: " in err and "no room for the model" in err
-    assert err.count("a worker is started again: ") == 2
+    assert err.count("restarting worker-") == 2
     assert "Traceback" not in err

@@ -319,8 +319,8 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     _, err = job.communicate(timeout=250)
     assert job.returncode == 0, err
     assert_whole(bucket, calm)
-    assert "the storage does not answer, and no further task is started until it does: cannot " in err
-    assert re.search(r"the storage answers again, after [12] min", err)
+    assert "the storage does not respond; no task is started until it does: cannot " in err
+    assert re.search(r"the storage responds again after [12] min", err)
 
 
 @pytest.mark.fault(19, "the account is refused midway (403)")

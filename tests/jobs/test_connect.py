@@ -112,7 +112,8 @@ def test_a_host_without_a_name_is_wrong_usage(latentmill: Command, argv: list[st
 
 def start(argv: list[str], seconds: float) -> "subprocess.Popen[str]":
     """The encode job, which waits for so many seconds at most."""
-    job = f"from jobs import encode, ray_executor; ray_executor.SECONDS = {seconds}; encode.run_as_script(encode.main)"
+    shorten = f"ray_executor.CONNECT_SECONDS = {seconds}"
+    job = f"from jobs import encode, ray_executor; {shorten}; encode.run_as_script(encode.main)"
     return subprocess.Popen(
         [sys.executable, "-c", job, *argv],
         cwd=ROOT,
@@ -143,7 +144,7 @@ def test_a_signal_ends_the_wait(argv: list[str], silent: str, sign: signal.Signa
         _, err = job.communicate(timeout=60)
         assert time.monotonic() - asked < 5
         assert job.returncode == code
-        assert "stopped; the cache is whole" in err
+        assert "stopped; the cache is consistent; run the same command to resume: " in err
 
 
 @pytest.mark.ray

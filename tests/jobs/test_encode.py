@@ -26,16 +26,6 @@ from vae import AutoencoderKL
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def encode(latentmill: Command, micro_vae: Path) -> Command:
-    """`latentmill encode` at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        return latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-
-    return run
-
-
 def all_rows(cache: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((cache / "data").iterdir()) for row in pq.read_table(path).to_pylist()]
 
@@ -196,7 +186,7 @@ def test_buckets_keep_the_shapes_of_images(latentmill: Command, micro_vae: Path,
     [
         (("--buckets", 64, "--multiple-of", 12), "--multiple-of 12 is not a multiple of the VAE's factor 8"),
         (("--buckets", 64, "--multiple-of", 40), "--buckets 64 is less than twice --multiple-of 40"),
-        (("--buckets", 64, "--resolution", 64), "give one of them"),
+        (("--buckets", 64, "--resolution", 64), "give only one of them"),
     ],
 )
 def test_buckets_that_cannot_be_are_refused(
@@ -343,7 +333,7 @@ class TestRefusals:
 
     def test_memory_and_ray(self, latentmill: Command, photos: Path, micro_vae: Path) -> None:
         result = latentmill("encode", photos, "--to", "memory://c", "--vae", micro_vae, "--resolution", 64)
-        self.refused(result, 2, "works with --workers 0 only")
+        self.refused(result, 2, "use it with --workers 0")
 
     def test_what_follows_the_damage_of_a_shard_is_one_reject_and_the_exit_code_says_so(
         self, encode: Command, tmp_path: Path
@@ -381,7 +371,7 @@ def test_a_signal_leaves_a_resumable_cache(
     out, err = job.communicate(timeout=60)
     (run,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_runs").glob("*.json"))
     assert (job.returncode, out) == (code, "")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
     assert (run["outcome"], run["exit_code"]) == ("stopped", code)
     assert len(list(tmp_path.glob("c/data/*"))) < 24
     assert encode(tmp_path / "s", "--to", tmp_path / "c", "--rows-per-part", 10)[0] == 0

@@ -17,17 +17,6 @@ from tests.jobs.test_sources import by_key, table_of, write_parquet
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Command:
-    """`latentmill encode ... --to c` at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        fixed = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-        return latentmill("encode", *argv, *fixed)
-
-    return run
-
-
 def photos(folder: Path, seeds: range) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):

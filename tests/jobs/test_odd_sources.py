@@ -20,16 +20,6 @@ from tests.jobs.test_sources import by_key, images, table_of
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def encode(latentmill: Command, micro_vae: Path) -> Command:
-    """`latentmill encode` at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        return latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-
-    return run
-
-
 def rejects(cache: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for path in sorted((cache / "_rejects").iterdir()) for line in path.read_text().splitlines()
@@ -55,7 +45,7 @@ def test_texts_that_stand_apart_from_their_images_are_said(encode: Command, tmp_
     members = sorted(img2dataset_members(0, 3).items(), key=lambda member: member[0].rpartition(".")[2])
     write_tar(tmp_path / "s/0.tar", dict(members))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, err.count("note: 3 images do not stand next to their texts")) == (3, 1), err
+    assert (code, err.count("note: 3 images are not next to their texts")) == (3, 1), err
     assert all("its image stands elsewhere in the tar" in reject["detail"] for reject in rejects(tmp_path / "c")[3:])
 
 
@@ -190,7 +180,7 @@ def test_parquet_files_without_images_are_passed_over_beside_images(
     put(tmp_path / "s/deeper" / name, **columns)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out, "rejected   0" in out) == (0, True, True), err
-    assert err.count("note: passed over 2 Parquet files without images") == 1
+    assert err.count("note: skipped 2 Parquet files without images") == 1
     assert f"s/{name}" in err
     assert not (set(columns) - {"key"}) & set(table_of(tmp_path / "c").column_names)
     assert "encoded 0 images" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
@@ -215,7 +205,7 @@ def test_images_are_found_among_many_files_without(encode: Command, tmp_path: Pa
         put(tmp_path / f"s/{number:02}-b.parquet", image=pa.array(images(number, 1)), text=[f"text {number}"])
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 32 images" in out) == (0, True), err
-    assert "passed over 32 Parquet files without images" in err
+    assert "skipped 32 Parquet files without images" in err
     assert sorted(table_of(tmp_path / "c")["text"].to_pylist()) == sorted(f"text {number}" for number in range(32))
 
 
@@ -253,5 +243,5 @@ def test_a_tar_whose_metadata_have_gone_is_counted(encode: Command, tmp_path: Pa
     (tmp_path / "s/1.parquet").unlink()
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert code == 0
-    said = "tars that have no metadata (.parquet) beside them, although columns of the cache come from there: 1;"
+    said = "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: 1;"
     assert f"note: {said}" in err

@@ -54,12 +54,12 @@ def fill(monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
 @pytest.mark.parametrize(
     ("usual", "break_it", "why"),
     [
-        ("{long}", lambda m, d: None, "bytes too long for the paths of its sockets"),
+        ("{long}", lambda m, d: None, "bytes too long for the paths of Ray's sockets"),
         ("/nowhere/at/all", lambda m, d: None, "cannot be written to: no such file or directory"),
         ("relative", lambda m, d: None, "is not an absolute path"),
         ("/var", lambda m, d: refuse(m, d, errno.EROFS), "cannot be written to: read-only file system"),
         ("/var", lambda m, d: refuse(m, d, errno.ENOSPC), "cannot be written to: no space left on device"),
-        ("/var", fill, "has 3 MiB left, too few for its files"),
+        ("/var", fill, "has only 3 MiB left, too few for Ray's files"),
     ],
 )
 def test_where_ray_cannot_live_it_gets_a_directory_of_ours(
@@ -78,7 +78,7 @@ def test_where_ray_cannot_live_it_gets_a_directory_of_ours(
     with directory_for_ray() as ours:
         assert os.environ["RAY_TMPDIR"] == ours
         assert os.path.isdir(ours)
-        assert len(ours) <= ray_temp.LONGEST
+        assert len(ours) <= ray_temp.MAX_BYTES
         assert why_unfit(ours) is None
     assert not os.path.exists(ours)
     assert os.environ.get("RAY_TMPDIR") == (usual if name == "RAY_TMPDIR" else None)
@@ -100,9 +100,9 @@ def test_where_ray_can_live_nothing_is_said(
 
 def test_where_there_is_no_place_it_is_said(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    monkeypatch.setattr(ray_temp, "LONGEST", 3)
+    monkeypatch.setattr(ray_temp, "MAX_BYTES", 3)
     with pytest.raises(
-        UsageError, match=r"there is no place for the files of a local Ray: RAY_TMPDIR .* set RAY_TMPDIR"
+        UsageError, match=r"no directory is usable for the files of a local Ray: RAY_TMPDIR .* set RAY_TMPDIR"
     ):
         directory_for_ray().__enter__()
 

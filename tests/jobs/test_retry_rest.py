@@ -125,7 +125,7 @@ def test_a_shard_that_was_cut_off_and_is_restored(case: Case, whole: bytes, calm
     assert before["rejected"]["rest_of_shard"] == 1
     code, out, _ = case.retry()
     assert (code, case.stats["digest"]) == (0, before["digest"]), "it is damaged where it was"
-    assert "and what follows the damage of 1 shards\n  rows       0 more" in out
+    assert "and the rest of 1 damaged shards\n  rows       0 more" in out
 
     case.shard.write_bytes(whole)
     code, out, err = case.retry()
@@ -147,7 +147,7 @@ def test_what_stands_before_a_later_damage_is_taken_and_a_new_rest_stands(case: 
         assert len(rows(case.cache)) == sample - 1 - (sample > 8) - (sample > 12)
         code, out, err = case.verify("--recount")
         assert code == 0, out
-        assert "the inputs have the samples that are recorded, but for what follows the damage of 1 input\n" in out
+        assert "the inputs have the samples that are recorded, except after the damage of 1 input\n" in out
         assert f"is damaged after {sample - 1} samples: what follows is not counted" in err
     assert case.encode()[0] == 3
     case.shard.write_bytes(whole)
@@ -291,7 +291,7 @@ def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, ca
     case.shard.write_bytes(whole)
     from jobs import retry as job
     from jobs.options import RetryOptions, parse
-    from jobs.run_units import Signals
+    from jobs.signals import Signals
 
     codes: list[int] = []
 

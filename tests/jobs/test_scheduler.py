@@ -1,4 +1,4 @@
-"""Workers that live and fail, and storages that stay away: simulated on a clock that jumps from event to event."""
+"""Workers that run and fail, and storage outages, simulated on a clock that jumps from event to event."""
 
 import math
 from collections import Counter
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from jobs import outage, scheduler
-from jobs.engine import Cause, TaskResult
-from jobs.run_units import RunResult, Signals, run_tasks
+from jobs.executor import Cause, TaskResult
+from jobs.run_tasks import RunResult, run_tasks
 from jobs.scheduler import Scheduler
+from jobs.signals import Signals
 from pipeline.errors import JobError, StorageError
 from pipeline.records import Attempt
 
@@ -96,7 +97,7 @@ class Simulation:
             task=task, worker=worker, error=failing.error, cause=failing.cause, damaged_at=failing.damaged_at
         )
 
-    def replace(self, worker: str, why: str) -> None:
+    def replace(self, worker: str, reason: str) -> None:
         self.replaced.append(worker)
         slot = int(worker.split(".")[0])
         self.back += [
@@ -116,35 +117,35 @@ class Simulation:
 class Result:
     """What a simulated job came to."""
 
-    driven: RunResult
+    run: RunResult
     done: list[str]
     damaged: list[str]
 
     @property
     def failed(self) -> list[str]:
-        return sorted(failure.name for failure in self.driven.failures)
+        return sorted(failure.name for failure in self.run.failures)
 
 
 def run(
-    engine: Simulation,
+    executor: Simulation,
     tasks: list[str],
     probe: Callable[[Task], None] = lambda task: None,
     stall_timeout: float = 600.0,
 ) -> Result:
     reports: list[Report] = []
-    driven = run_tasks(
+    result = run_tasks(
         [Task(name) for name in tasks],
-        engine,
+        executor,
         Signals(),
         reports.append,
         lambda: None,
         probe=probe,
         stall_timeout=stall_timeout,
-        clock=lambda: engine.now,
+        clock=lambda: executor.now,
     )
     done = sorted(report.task for report in reports)
     assert len(set(done)) == len(done), "a task was done twice"
-    return Result(driven, done, [report.task for report in reports if report.damage])
+    return Result(result, done, [report.task for report in reports if report.damage])
 
 
 @pytest.fixture(autouse=True)
@@ -162,11 +163,11 @@ def slot_of(worker: str) -> int:
 
 def test_one_sick_worker_of_eight_costs_no_task() -> None:
     """It fails at once, and so is always the one with the fewest tasks."""
-    engine = Simulation(8, lambda worker, *_: Failing("RuntimeError: broken") if worker == "3.0" else None)
-    result = run(engine, NAMES)
+    executor = Simulation(8, lambda worker, *_: Failing("RuntimeError: broken") if worker == "3.0" else None)
+    result = run(executor, NAMES)
     assert (len(result.done), result.failed) == (400, [])
-    assert engine.replaced == ["3.0"]
-    assert sum("3.0" in workers for workers in engine.tried.values()) <= 3
+    assert executor.replaced == ["3.0"]
+    assert sum("3.0" in workers for workers in executor.tried.values()) <= 3
 
 
 def test_an_error_of_the_device_ends_its_worker_at_once_and_spends_no_try() -> None:
@@ -175,11 +176,11 @@ def test_an_error_of_the_device_ends_its_worker_at_once_and_spends_no_try() -> N
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         return Failing("CUDA error: an illegal memory access", "device") if worker == "0.0" else None
 
-    engine = Simulation(2, behaviour)
-    result = run(engine, NAMES[:50])
+    executor = Simulation(2, behaviour)
+    result = run(executor, NAMES[:50])
     failures += result.failed
-    assert (len(result.done), failures, engine.replaced) == (50, [], ["0.0"])
-    assert sum("0.0" in workers for workers in engine.tried.values()) <= 2
+    assert (len(result.done), failures, executor.replaced) == (50, [], ["0.0"])
+    assert sum("0.0" in workers for workers in executor.tried.values()) <= 2
 
 
 def test_a_sick_reader_never_has_a_sound_file_taken_for_damaged() -> None:
@@ -195,49 +196,49 @@ def test_a_sick_reader_never_has_a_sound_file_taken_for_damaged() -> None:
     assert (len(result.done), result.failed, result.damaged) == (60, [], [])
 
 
-def test_damage_that_two_workers_find_is_believed_and_held_against_neither() -> None:
+def test_damage_that_two_workers_find_is_accepted_and_is_neither_workers_fault() -> None:
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         if task.name.startswith("damaged") and attempt.damaged_at != 1024:
             return Failing("cut off", "damage", damaged_at=1024)
         return None
 
-    engine = Simulation(4, behaviour)
+    executor = Simulation(4, behaviour)
     names = [f"damaged{number}" for number in range(40)] + NAMES[:40]
-    result = run(engine, names)
+    result = run(executor, names)
     assert (len(result.done), result.failed, len(result.damaged)) == (80, [], 40)
     for name in names[:40]:
-        first, second = engine.tried[name]
+        first, second = executor.tried[name]
         assert first != second
-    assert engine.replaced == [], "no other worker did what failed on them"
+    assert executor.replaced == [], "no other worker did what failed on them"
 
 
 def test_a_task_that_fails_everywhere_is_tried_on_three_workers_and_given_up() -> None:
-    engine = Simulation(5, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
-    result = run(engine, NAMES[:30])
+    executor = Simulation(5, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+    result = run(executor, NAMES[:30])
     assert result.failed == ["u007"]
-    assert len(set(engine.tried["u007"])) == len(engine.tried["u007"]) == 3
-    assert engine.replaced == []
+    assert len(set(executor.tried["u007"])) == len(executor.tried["u007"]) == 3
+    assert executor.replaced == []
 
 
 def test_with_two_workers_the_third_try_is_on_either() -> None:
-    engine = Simulation(2, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
-    assert run(engine, NAMES[:30]).failed == ["u007"]
-    first, second, third = engine.tried["u007"]
+    executor = Simulation(2, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+    assert run(executor, NAMES[:30]).failed == ["u007"]
+    first, second, third = executor.tried["u007"]
     assert first != second != third
 
 
 def test_many_bad_tasks_do_not_have_the_workers_replaced_again_and_again() -> None:
-    engine = Simulation(4, lambda worker, task, *_: Failing("bad") if int(task.name[1:]) % 2 else None)
-    result = run(engine, NAMES)
+    executor = Simulation(4, lambda worker, task, *_: Failing("bad") if int(task.name[1:]) % 2 else None)
+    result = run(executor, NAMES)
     assert (len(result.done), len(result.failed)) == (200, 200)
-    assert engine.replaced == []
+    assert executor.replaced == []
 
 
 @pytest.mark.parametrize("tasks", [1, 20])
 def test_the_only_worker_is_replaced_when_it_fails_twice_in_a_row(tasks: int) -> None:
-    engine = Simulation(1, lambda worker, *_: Failing("broken") if worker == "0.0" else None)
-    result = run(engine, NAMES[:tasks])
-    assert (len(result.done), result.failed, engine.replaced) == (tasks, [], ["0.0"])
+    executor = Simulation(1, lambda worker, *_: Failing("broken") if worker == "0.0" else None)
+    result = run(executor, NAMES[:tasks])
+    assert (len(result.done), result.failed, executor.replaced) == (tasks, [], ["0.0"])
 
 
 @pytest.mark.parametrize("sick", [4, 6])
@@ -245,9 +246,9 @@ def test_a_majority_of_sick_workers_is_replaced(sick: int) -> None:
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         return Failing("broken") if worker.endswith(".0") and slot_of(worker) < sick else None
 
-    engine = Simulation(8, behaviour)
-    result = run(engine, NAMES)
-    assert sorted(engine.replaced) == [f"{slot}.0" for slot in range(sick)]
+    executor = Simulation(8, behaviour)
+    result = run(executor, NAMES)
+    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(sick)]
     assert len(result.failed) <= (0 if sick == 4 else 8), result.failed
 
 
@@ -255,8 +256,8 @@ def test_a_majority_of_sick_workers_is_replaced(sick: int) -> None:
 @pytest.mark.parametrize("start", [0.5, 30.0])
 def test_a_node_on_which_every_worker_fails_costs_no_task(cause: Cause, start: float) -> None:
     """Its new workers are idle, and the others are not."""
-    engine = Simulation(2, lambda worker, *_: Failing("broken", cause) if slot_of(worker) == 1 else None, start=start)
-    result = run(engine, NAMES[:100])
+    executor = Simulation(2, lambda worker, *_: Failing("broken", cause) if slot_of(worker) == 1 else None, start=start)
+    result = run(executor, NAMES[:100])
     assert (len(result.done), result.failed) == (100, [])
 
 
@@ -268,26 +269,26 @@ def test_a_new_worker_gets_what_failed_on_one_that_has_become_sick() -> None:
             return Failing("broken")
         return Failing("lost bus", "device") if now > 10.0 and worker == "1.0" else None
 
-    engine = Simulation(2, behaviour, start=20.0)
-    result = run(engine, NAMES[:20])
+    executor = Simulation(2, behaviour, start=20.0)
+    result = run(executor, NAMES[:20])
     assert (len(result.done), result.failed) == (20, [])
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: int) -> None:
-    alone: list[bool] = []
+    isolated: list[bool] = []
 
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         if task.name == "u007":
-            alone.append(attempt.isolated)
+            isolated.append(attempt.isolated)
             return Failing("CUDA error: device-side assert triggered", "device", after=1.0)
         return None
 
-    engine = Simulation(slots, behaviour)
-    result = run(engine, NAMES[:40])
+    executor = Simulation(slots, behaviour)
+    result = run(executor, NAMES[:40])
     assert (len(result.done), result.failed) == (39, ["u007"])
-    assert len(engine.replaced) in (2, 3), "the last one only if there is something left to do"
-    assert alone[0] is False and all(alone[2:])
+    assert len(executor.replaced) in (2, 3), "the last one only if there is something left to do"
+    assert isolated[0] is False and all(isolated[2:])
 
 
 def test_a_worker_that_fails_now_and_then_is_kept() -> None:
@@ -299,17 +300,17 @@ def test_a_worker_that_fails_now_and_then_is_kept() -> None:
             Failing("flaky") if slot_of(worker) == 0 and int(task.name[1:]) % 5 == 0 and seen[task.name] < 3 else None
         )
 
-    engine = Simulation(4, behaviour)
-    result = run(engine, NAMES)
+    executor = Simulation(4, behaviour)
+    result = run(executor, NAMES)
     assert (len(result.done), result.failed) == (400, [])
 
 
-def test_a_careful_attempt_is_alone_with_its_worker() -> None:
+def test_an_isolated_attempt_has_its_worker_to_itself() -> None:
     beside: list[int] = []
 
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
         if attempt.isolated:
-            beside.append(sum(on == worker for _, other, on, _ in engine.running if other != task))
+            beside.append(sum(on == worker for _, other, on, _ in executor.running if other != task))
         return Failing("killed", "lost", after=1.0) if task.name == "u003" and not attempt.isolated else None
 
     class Dying(Simulation):
@@ -319,8 +320,8 @@ def test_a_careful_attempt_is_alone_with_its_worker() -> None:
                 self.replace(worker, "it died")
             return done
 
-    engine = Dying(2, behaviour)
-    result = run(engine, NAMES[:30])
+    executor = Dying(2, behaviour)
+    result = run(executor, NAMES[:30])
     assert (len(result.done), result.failed) == (30, [])
     assert beside and set(beside) == {0}
 
@@ -331,7 +332,7 @@ class Away:
     def __init__(self, since: float, until: float) -> None:
         self.since, self.until = since, until
         self.probes: list[float] = []
-        self.engine = Simulation(0, self.behaviour)
+        self.executor = Simulation(0, self.behaviour)
 
     def is_away(self, now: float) -> bool:
         return self.since <= now < self.until
@@ -340,8 +341,8 @@ class Away:
         return Failing("cannot read s3://b/x: no answer", "storage", after=60.0) if self.is_away(now) else None
 
     def probe(self, task: Task) -> None:
-        self.probes.append(self.engine.now)
-        if self.is_away(self.engine.now):
+        self.probes.append(self.executor.now)
+        if self.is_away(self.executor.now):
             raise StorageError("cannot read s3://b/cache.json: no answer", may_pass=True)
 
 
@@ -360,32 +361,32 @@ def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_a_storage_that_is_away_for_minutes_costs_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outage_of_minutes_costs_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     away = Away(since=20.0, until=20.0 + 580.0)
-    away.engine.slots = workers
-    result = run(away.engine, NAMES[:100], away.probe)
+    away.executor.slots = workers
+    result = run(away.executor, NAMES[:100], away.probe)
     assert (len(result.done), result.failed) == (100, [])
-    assert away.engine.replaced == []
+    assert away.executor.replaced == []
     assert len(away.probes) < 30
     pauses = [b - a for a, b in zip(away.probes, away.probes[1:], strict=False)]
     assert max(pauses) <= 32 and sorted(pauses)[0] < 10, "they grow"
-    said = capsys.readouterr().err
-    assert said.count("the storage does not answer") == 1
-    assert said.count("the storage answers again") == 1
-    assert said.count("to be tried again") <= workers
+    err = capsys.readouterr().err
+    assert err.count("the storage does not respond") == 1
+    assert err.count("the storage responds again") == 1
+    assert err.count("retrying unit ") <= workers
 
 
 @pytest.mark.parametrize("quiet", [0.0, 1000.0])
 def test_the_first_probe_comes_soon_however_long_nothing_was_wrong(quiet: float) -> None:
     away = Away(since=quiet, until=quiet + 150.0)
-    away.engine.slots = 2
+    away.executor.slots = 2
     names = [f"u{number:04}" for number in range(1500)]
-    result = run(away.engine, names, away.probe)
+    result = run(away.executor, names, away.probe)
     assert (len(result.done), result.failed) == (1500, [])
     assert away.probes[0] < quiet + 60 + 10, "failures take a minute to come"
 
 
-def test_a_probe_that_hangs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_hangs_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
     class Hanging:
@@ -395,48 +396,48 @@ def test_a_probe_that_hangs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
             self.target, self.args = target, args
 
         def start(self) -> None:
-            asked.append(away.engine.now)
+            asked.append(away.executor.now)
             if len(asked) > 1:
                 self.target(*self.args)
 
     monkeypatch.setattr(outage.threading, "Thread", Hanging)
     away = Away(since=20.0, until=120.0)
-    away.engine.slots = 4
-    result = run(away.engine, NAMES[:100], away.probe)
+    away.executor.slots = 4
+    result = run(away.executor, NAMES[:100], away.probe)
     assert (len(result.done), result.failed) == (100, [])
     assert len(asked) > 1
 
 
 def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
     away = Away(since=20.0, until=math.inf)
-    away.engine.slots = 4
-    with pytest.raises(JobError, match=r"cannot read s3://b/.*no answer; the same command goes on"):
-        run(away.engine, NAMES[:100], away.probe, stall_timeout=300.0)
-    assert away.engine.now < 20 + 60 + 300 + 120
+    away.executor.slots = 4
+    with pytest.raises(JobError, match=r"cannot read s3://b/.*no answer; run the same command to resume"):
+        run(away.executor, NAMES[:100], away.probe, stall_timeout=300.0)
+    assert away.executor.now < 20 + 60 + 300 + 120
 
 
-def test_patience_does_not_count_from_a_failure_of_long_ago() -> None:
+def test_the_stall_timeout_does_not_count_from_a_failure_of_long_ago() -> None:
     """Tasks of half an hour: nothing was done since a single failure at the start, and then the storage is away."""
     away = Away(since=700.0, until=760.0)
-    watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.engine.now)
-    away.engine.now = 1.0
+    watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.executor.now)
+    away.executor.now = 1.0
     watch.failed(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
-        away.engine.now = 710.0
+        away.executor.now = 710.0
         watch.failed(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
     assert watch.holds()
-    away.engine.now = 720.0
+    away.executor.now = 720.0
     assert watch.holds()
-    away.engine.now = 770.0
+    away.executor.now = 770.0
     assert not watch.holds()
 
 
 def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
-    engine = Simulation(
+    executor = Simulation(
         4, lambda worker, *_: Failing("cannot read", "storage", after=1.0) if worker.startswith("2.0") else None
     )
-    result = run(engine, NAMES)
-    assert (len(result.done), result.failed, engine.replaced) == (400, [], ["2.0"])
+    result = run(executor, NAMES)
+    assert (len(result.done), result.failed, executor.replaced) == (400, [], ["2.0"])
 
 
 @pytest.mark.parametrize(("sick", "workers"), [(1, 1), (2, 4), (4, 8)])
@@ -449,18 +450,18 @@ def test_workers_without_their_storage_are_replaced_though_they_are_many(
         is_sick = slot_of(worker) < sick and worker.endswith(".0")
         return Failing("cannot read", "storage", after=1.0) if is_sick else None
 
-    engine = Simulation(workers, behaviour)
-    result = run(engine, NAMES[:200])
+    executor = Simulation(workers, behaviour)
+    result = run(executor, NAMES[:200])
     assert (len(result.done), result.failed) == (200, [])
-    assert sorted(engine.replaced) == [f"{slot}.0" for slot in range(sick)]
-    assert capsys.readouterr().err.count("the storage does not answer") <= 1
+    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(sick)]
+    assert capsys.readouterr().err.count("the storage does not respond") <= 1
 
 
 def test_a_single_file_that_can_never_be_read_is_given_up_and_nothing_else() -> None:
-    engine = Simulation(
+    executor = Simulation(
         4, lambda worker, task, *_: Failing("cannot read", "storage", after=1.0) if task.name == "u007" else None
     )
-    result = run(engine, NAMES)
+    result = run(executor, NAMES)
     assert result.failed == ["u007"]
     assert len(result.done) == 399
 
@@ -468,9 +469,9 @@ def test_a_single_file_that_can_never_be_read_is_given_up_and_nothing_else() -> 
 def test_a_resting_worker_does_not_hold_the_others_up() -> None:
     """A scheduler asked for a task does not wait for a worker that may be sick."""
     tasks = [Task(name) for name in NAMES[:4]]
-    one = Scheduler(tasks, clock=lambda: 1.0)
-    first = one.next(["a", "b"])
+    scheduling = Scheduler(tasks, clock=lambda: 1.0)
+    first = scheduling.next(["a", "b"])
     assert first is not None and first.worker == "a"
-    assert one.failed(TaskResult(task=first.task, worker="a", error="bad"))
-    second = one.next(["a", "b"])
+    assert scheduling.failed(TaskResult(task=first.task, worker="a", error="bad"))
+    second = scheduling.next(["a", "b"])
     assert second is not None and second.worker == "b"

@@ -17,17 +17,6 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Command:
-    """`latentmill encode` into `c`, at 64 px with the micro model, in this process."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        settings = ("--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
-        return latentmill("encode", *argv, *settings)
-
-    return run
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     return folder(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
 

@@ -18,11 +18,11 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def encode(latentmill: Command, micro_vae: Path) -> Command:
-    """`latentmill encode` at 64 px with the micro model, in this process; it succeeds."""
+def encode(encode: Command) -> Command:
+    """The fixture of the folder, but the command must succeed."""
 
     def run(*argv: object) -> tuple[int, str, str]:
-        result = latentmill("encode", *argv, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+        result = encode(*argv)
         assert result[0] == 0, result[2]
         return result
 

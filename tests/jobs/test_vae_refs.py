@@ -92,7 +92,7 @@ def test_scaling_is_never_assumed(encode: Command, tmp_path: Path) -> None:
 def test_a_configuration_is_for_files_that_have_none(encode: Command, micro_vae: Path) -> None:
     code, _, err = encode(micro_vae, "--vae-config", "sdxl")
     assert code == 2
-    assert f"--vae-config is for single files: {micro_vae} has a config.json of its own" in err
+    assert f"--vae-config is for single files, but {micro_vae} has its own config.json" in err
 
 
 def test_another_scaling_than_the_caches_is_said(

@@ -28,7 +28,7 @@ def test_a_directory_that_is_unpacked_again_meanwhile_is_returned_to(
 
 
 def test_a_directory_that_stays_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_packages, "RECREATED_WITHIN", 0.1)
+    monkeypatch.setattr(worker_packages, "RECREATE_SECONDS", 0.1)
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

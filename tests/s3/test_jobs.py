@@ -158,7 +158,7 @@ def test_a_store_without_conditions_works_for_one_job_at_a_time(
 ) -> None:
     code, _, err = encode(shards, f"{unconditional}/c")
     assert code == 0, err
-    assert "has no conditional creates: one job at a time" in err
+    assert "has no conditional creates: run one job at a time" in err
     assert digest(f"{unconditional}/c") == calm
     fs = fsspec.filesystem("s3")
     (run,) = fs.glob("bucket/c/_runs/*.json")
@@ -167,4 +167,4 @@ def test_a_store_without_conditions_works_for_one_job_at_a_time(
     fs.pipe_file(run, json.dumps({**record, "outcome": "running"}).encode())
     code, _, err = encode(shards, f"{unconditional}/c")
     assert code == 1
-    assert f"a run that started {record['started']} is at work on" in err
+    assert f"another run (started {record['started']}) is writing to" in err

@@ -167,7 +167,7 @@ def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
     refuse_exclusive_renames(monkeypatch)
     code, _, err = latentmill(*argv, "--workers", 0)
     assert code == 0, err
-    assert f"note: {tmp_path}/c has no hard links: one job at a time" in err
+    assert f"note: {tmp_path}/c has no hard links: run one job at a time" in err
     (run,) = (tmp_path / "c/_runs").glob("*.json")
     record = json.loads(run.read_text())
     assert record["conditional_creates"] is False
@@ -176,7 +176,7 @@ def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
     for again in (argv, ["retry", tmp_path / "c"]):
         code, _, err = latentmill(*again, "--workers", 0)
         assert code == 1
-        assert f"a run that started {record['started']} is at work on" in err
+        assert f"another run (started {record['started']}) is writing to" in err
 
 
 @pytest.mark.parametrize("verb", ["encode", "retry"])

@@ -1,4 +1,4 @@
-"""What runs tasks: the protocols of tasks, workers and engines, and how a task ends."""
+"""The protocols of tasks, workers and executors, and the result of a task."""
 
 import re
 import threading
@@ -12,12 +12,12 @@ from pipeline.errors import DamagedError, LatentmillError, Stopped, StorageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
-IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, opens and writes
+IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, decodes and writes
 
-# Why a task did not come to its end.
-#   task      it failed, and nothing says that something other than the task is the reason
+# Why a task failed.
+#   task      the task failed, and nothing points to another reason
 #   damage    its shard is damaged at a byte, as far as its worker can tell
-#   storage   a file could not be read or written, and may be later
+#   storage   a file could not be read or written; a retry may succeed
 #   device    the worker's accelerator reported an error after which every call fails
 #   lost      the worker's process ended, or hung
 #   returned  its worker was ended because of other tasks
@@ -25,43 +25,47 @@ Cause = Literal["task", "damage", "storage", "device", "lost", "returned"]
 
 
 class Task(Protocol):
-    """A unit, or a sheet: something with a name that a worker can do again without harm."""
+    """A unit or a sheet: named work that a worker can repeat without harm."""
 
     @property
     def name(self) -> str: ...
 
 
 class Worker(Protocol):
-    """A model on its device with all that it needs. `run` may be called from several threads."""
+    """A model on its device, with all that it needs. `run` may be called from several threads."""
 
     def run(self, task: Any, attempt: Attempt) -> Any: ...
 
     @property
     def images(self) -> int:
-        """Images that went through the model so far: for the progress bar."""
+        """The number of images that went through the model so far, for the progress bar."""
         ...
 
     @property
     def steps(self) -> int:
-        """A count that moves as long as the worker does: if it stands still, the worker hangs."""
+        """A counter that increases whenever the worker makes progress; used to detect hangs."""
         ...
 
 
 class WorkerSpec(Protocol):
-    """A light description that travels to a worker's process and becomes the worker there."""
+    """A small description that is sent to a worker's process, and becomes the worker there."""
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
     def with_smaller_slices(self) -> "WorkerSpec":
-        """The same job, for workers that ran out of their machine's memory."""
+        """Return the same spec for workers whose machine ran out of memory."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """A task that ended. worker: the id of the worker that had it. report: None if the task failed.
+    """The result of a task.
 
-    error: why it failed, in one line; None if it did not. damaged_at: the byte at which its shard is damaged.
+    worker: the id of the worker that ran it.
+    report: None if the task failed.
+    error: the reason of the failure in one line; None if the task succeeded.
+    cause: valid only for a failure.
+    damaged_at: the byte at which its shard is damaged.
     """
 
     task: Any
@@ -73,7 +77,7 @@ class TaskResult:
 
 
 class Executor(Protocol):
-    """Where tasks run."""
+    """Runs tasks on workers."""
 
     @property
     def workers(self) -> Sequence[str]:
@@ -82,15 +86,17 @@ class Executor(Protocol):
 
     @property
     def starting(self) -> int:
-        """How many more workers are starting."""
+        """The number of further workers that are starting."""
         ...
 
     @property
-    def images(self) -> int: ...
+    def images(self) -> int:
+        """The number of images that went through all models so far."""
+        ...
 
     @property
     def waiting_for(self) -> str:
-        """What the engine waits for before it can run anything, in a few words; empty if it can."""
+        """What the executor must wait for before it can run anything, in a few words; empty if it can run tasks."""
         ...
 
     @property
@@ -103,21 +109,23 @@ class Executor(Protocol):
         ...
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        """Tasks that ended, after at most `seconds`. waiting: how many tasks no worker has yet."""
+        """Return the tasks that ended, after at most `seconds`. waiting: the number of tasks that no worker has."""
         ...
 
-    def replace(self, worker: str, why: str) -> None:
-        """End a worker that fails, and start another. Its tasks come back from `wait`, as `returned`.
+    def replace(self, worker: str, reason: str) -> None:
+        """End a worker that fails, and start another. `wait` returns its tasks with the cause `returned`.
 
-        Raises JobError if no worker can do better.
+        Raises JobError if no other worker can be started.
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End all workers."""
+        ...
 
 
 def failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
-    """How a task ended that raised an error in a worker."""
+    """Return the result of a task that raised an error in a worker."""
     damaged_at = error.at if isinstance(error, DamagedError) else None
     return TaskResult(
         task=task, worker=worker, error=format_error(error), cause=find_cause(error), damaged_at=damaged_at
@@ -125,7 +133,7 @@ def failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
 
 
 def find_cause(error: BaseException) -> Cause:
-    """What an error in a worker says about its cause."""
+    """Classify an error that a worker raised."""
     if isinstance(error, DamagedError):
         return "damage"
     if isinstance(error, StorageError) and error.may_pass:
@@ -134,11 +142,11 @@ def find_cause(error: BaseException) -> Cause:
 
 
 def format_error(error: BaseException) -> str:
-    """Why a task failed, in one line; for an error that is not ours, with the line of code."""
+    """Return an error in one line; an error that is not a LatentmillError is followed by its line of code."""
     if isinstance(error, Stopped):
         return "it was stopped"
     if isinstance(error, LatentmillError):
         return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({where[0].filename}:{where[0].lineno})" if where else ""
-    return re.split(r"[\r\n]", f"{type(error).__name__}: {error}", maxsplit=1)[0] + place
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    location = f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
+    return re.split(r"[\r\n]", f"{type(error).__name__}: {error}", maxsplit=1)[0] + location

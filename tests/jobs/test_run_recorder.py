@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from jobs import encode, logbook, open_cache, resources, retry
+from jobs import encode, finalize, resources, retry, run_recorder
 from jobs.local_executor import LocalExecutor
-from jobs.logbook import RunRecorder
-from jobs.run_units import Signals
+from jobs.run_recorder import RunRecorder
+from jobs.signals import Signals
 from pipeline.cache import plan, runs, stats
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, StorageError
@@ -66,7 +66,7 @@ def test_a_signal_ends_the_job_wherever_it_is(
     monkeypatch.setattr(module, name, struck)
     returned, out, err = latentmill(*argv)
     assert (returned, out) == (code, "")
-    assert "the same command goes on" in err
+    assert "run the same command to resume" in err
     assert [record["outcome"] for record in records(tmp_path / "c")] == outcomes
     monkeypatch.undo()
     assert latentmill(*argv)[0] == 0
@@ -75,7 +75,7 @@ def test_a_signal_ends_the_job_wherever_it_is(
 def test_a_record_that_cannot_be_written_does_not_end_the_job(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
     write, written = Run.write, list[None]()
 
     def refused(self: Run, **facts: Any) -> None:
@@ -108,13 +108,13 @@ def test_of_two_runs_on_a_store_that_cannot_keep_them_apart_the_second_is_refuse
     cache = Folder(str(tmp_path))
     first, second = (RunRecorder(Run(cache, "encode", {}), Signals()) for _ in range(2))
     first.begin(single_writer=True)
-    with pytest.raises(JobError, match="is at work on"), second.kept():
+    with pytest.raises(JobError, match="is writing to"), second.recording():
         second.begin(single_writer=True)
     assert [record["outcome"] for record in records(tmp_path)] == ["running", "failed"]
-    first.ended("done", 0)
+    first.end("done", 0)
     third = RunRecorder(Run(cache, "encode", {}), Signals())
     third.begin(single_writer=True)
-    third.ended("done", 0)
+    third.end("done", 0)
 
 
 def test_statistics_are_of_all_that_is_there_in_the_end(
@@ -131,16 +131,16 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
 
     monkeypatch.setattr(stats, "encode_json", slow)
     cache = json.loads((tmp_path / "c/cache.json").read_text())
-    assert open_cache.finalize_cache(Folder(str(tmp_path / "c")), cache, single_writer=False)["count"] == 18
+    assert finalize.finalize_cache(Folder(str(tmp_path / "c")), cache, single_writer=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
 def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_written_after_it(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.05)
     written: list[tuple[float, str]] = []
-    write, finish, slow = Run.write, open_cache.finalize_cache, list[tuple[float, float]]()
+    write, finish, slow = Run.write, finalize.finalize_cache, list[tuple[float, float]]()
 
     def noted(self: Run, **facts: Any) -> None:
         write(self, **facts)
@@ -174,7 +174,7 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
     module_and_name: tuple[Any, str],
 ) -> None:
     """A second job, on a store that cannot keep two apart, must not take a run that is busy for a dead one."""
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(runs, "DEAD_AFTER", 2)
     module, name = module_and_name
     real, seen = getattr(module, name), list[list[str]]()
@@ -191,7 +191,7 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
 
 def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is slow to take a beat: the end waits for it, so that the end is what stands."""
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
     replace, beating = Folder.replace, threading.Event()
 
     def slowly(self: Folder, name: str, data: bytes) -> None:
@@ -200,11 +200,11 @@ def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: 
             time.sleep(0.5)
         replace(self, name, data)
 
-    log = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals())
-    log.begin(single_writer=False)
+    recorder = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals())
+    recorder.begin(single_writer=False)
     monkeypatch.setattr(Folder, "replace", slowly)
     assert beating.wait(5)
-    log.ended("done", 0)
+    recorder.end("done", 0)
     time.sleep(0.7)
     assert [record["outcome"] for record in records(tmp_path)] == ["done"]
 
@@ -212,9 +212,9 @@ def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: 
 def test_a_store_that_refuses_the_beats_is_noted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.01)
-    log, beats = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
-    log.begin(single_writer=False)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
+    recorder, beats = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
+    recorder.begin(single_writer=False)
     replace = Folder.replace
 
     def refused(self: Folder, name: str, data: bytes) -> None:
@@ -225,13 +225,13 @@ def test_a_store_that_refuses_the_beats_is_noted_once(
     while len(beats) < 20:
         time.sleep(0.01)
     monkeypatch.setattr(Folder, "replace", replace)
-    log.ended("done", 0)
+    recorder.end("done", 0)
     assert capsys.readouterr().err.count("note: cannot write it: no answer") == 1
-    assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is tried again"
+    assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is retried"
 
 
 class Recorded(LocalExecutor):
-    """An engine that says when it is closed."""
+    """An executor that records when it is closed."""
 
     order: ClassVar[list[str]] = []
 
@@ -242,7 +242,7 @@ class Recorded(LocalExecutor):
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened: engines that were closed, and ends that were begun."""
+    """What happened: executors that were closed, and ends that were begun."""
     Recorded.order.clear()
     monkeypatch.setattr(resources, "LocalExecutor", Recorded)
     for module in (encode, retry):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from torch import Tensor
 
-from jobs import logbook, pace
-from jobs.pace import Throughput, WorkerTime
+from jobs import run_recorder, throughput
 from jobs.progress import ProgressMeter
+from jobs.throughput import Throughput, WorkerTime
 from pipeline import flow
 from pipeline.encoder import EncodedBatch, LatentEncoder
 from pipeline.images import decode
@@ -33,7 +33,7 @@ Command = Callable[..., tuple[int, str, str]]
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in seconds, as the one item of a list."""
     now = [100.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -100,7 +100,7 @@ def rows(cache: Path) -> int:
 def test_status_of_a_living_run_tells_the_pace_at_which_rows_appear(
     latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logbook, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.2)
     slow_model(monkeypatch, 0.1)
     cache, seen, over = tmp_path / "c", list[tuple[float, int, dict[str, Any]]](), threading.Event()
 

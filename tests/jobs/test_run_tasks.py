@@ -1,12 +1,13 @@
-"""The driver's loop with an engine that is a few lines long."""
+"""The driver's loop with a small scripted executor."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.engine import TaskResult, failed_result, format_error
-from jobs.run_units import Signals, run_tasks
+from jobs.executor import TaskResult, failed_result, format_error
+from jobs.run_tasks import run_tasks
+from jobs.signals import Signals
 from pipeline.errors import DamagedError, ShardError, Stopped
 from pipeline.records import Attempt
 
@@ -18,7 +19,7 @@ class Task:
 
 @dataclass
 class Scripted:
-    """An engine of one worker that fails each task as often as it is told to. A worker that is lost has a successor."""
+    """An executor of one worker that fails each task a given number of times. A lost worker is replaced."""
 
     failures: dict[str, int]
     lost: bool = False
@@ -60,47 +61,47 @@ class Scripted:
         back = [TaskResult(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
         return [TaskResult(task=task, worker=worker, error="it broke", cause="lost"), *back]
 
-    def replace(self, worker: str, why: str) -> None:
+    def replace(self, worker: str, reason: str) -> None:
         raise AssertionError("the only worker there can be")
 
     def close(self) -> None:
         self.running.clear()
 
 
-def run(engine: Scripted, count: int) -> tuple[list[str], list[str]]:
+def run(executor: Scripted, count: int) -> tuple[list[str], list[str]]:
     done: list[str] = []
-    driven = run_tasks([Task(str(n)) for n in range(count)], engine, Signals(), done.append, lambda: None)
-    return sorted(done), [failure.name for failure in driven.failures]
+    result = run_tasks([Task(str(n)) for n in range(count)], executor, Signals(), done.append, lambda: None)
+    return sorted(done), [failure.name for failure in result.failures]
 
 
 def test_every_task_is_done_once_and_never_more_at_once_than_a_worker_takes() -> None:
-    engine = Scripted({})
-    assert run(engine, 9) == ([str(n) for n in range(9)], [])
-    assert set(engine.started.values()) == {1}
-    assert engine.most == 2
+    executor = Scripted({})
+    assert run(executor, 9) == ([str(n) for n in range(9)], [])
+    assert set(executor.started.values()) == {1}
+    assert executor.most == 2
 
 
 def test_a_task_that_fails_is_tried_three_times() -> None:
-    engine = Scripted({"1": 2, "2": 99})
-    assert run(engine, 4) == (["0", "1", "3"], ["2"])
-    assert engine.started == {"0": 1, "1": 3, "2": 3, "3": 1}
+    executor = Scripted({"1": 2, "2": 99})
+    assert run(executor, 4) == (["0", "1", "3"], ["2"])
+    assert executor.started == {"0": 1, "1": 3, "2": 3, "3": 1}
 
 
 def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> None:
-    engine = Scripted({"1": 9, "2": 99}, lost=True)
-    assert run(engine, 4) == (["0", "1", "3"], ["2"])
-    assert engine.losses == {"1": 9, "2": 10}
+    executor = Scripted({"1": 9, "2": 99}, lost=True)
+    assert run(executor, 4) == (["0", "1", "3"], ["2"])
+    assert executor.losses == {"1": 9, "2": 10}
 
 
-def test_a_task_that_lost_its_worker_is_tried_carefully() -> None:
+def test_a_task_that_lost_its_worker_is_retried_in_isolation() -> None:
     losing = Scripted({"0": 2}, lost=True)
     run(losing, 1)
     assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(isolated=True), Attempt(isolated=True)]
 
 
 def test_a_task_that_found_a_damage_says_where() -> None:
-    told = failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
-    assert (told.error, told.cause, told.damaged_at) == ("it is cut off", "damage", 7)
+    result = failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
+    assert (result.error, result.cause, result.damaged_at) == ("it is cut off", "damage", 7)
     assert failed_result(Task("0"), "w", ShardError("x")).damaged_at is None
 
 
@@ -117,4 +118,4 @@ def test_an_error_is_one_line() -> None:
         raise ValueError("two\nlines")
     except ValueError as error:
         assert format_error(error).startswith("ValueError: two (")
-        assert "test_run_units.py" in format_error(error)
+        assert "test_run_tasks.py" in format_error(error)

@@ -1,0 +1,30 @@
+"""The end of a job: the statistics and the card of a cache."""
+
+from typing import Any
+
+from pipeline.cache import card, parts, stats
+from pipeline.cache.commit_reader import Repair
+from pipeline.cache.identity import CacheInfo
+from pipeline.cache.reader import Cache
+from pipeline.cache.runs import library_versions
+from pipeline.storage.store import Folder
+
+MAX_ROUNDS = 3  # then it does not matter: a second job that still writes parts writes the statistics after this one
+
+
+def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[str, Any]:
+    """Write stats.json and the card from all parts of the cache, and repair `_commits`. Returns the statistics.
+
+    info: the cache.json.
+    single_writer: the store does not support concurrent writers, so a writer may have overwritten another one's part.
+    """
+    identity = info.identity_sha256
+    repair = Repair(identity=identity, container=info.identity.container, again=single_writer)
+    writer = stats.StatsWriter(cache, identity, repair)
+    for _ in range(MAX_ROUNDS):
+        written = writer.write()
+        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, library_versions()["latentmill"]))
+        # otherwise a second job has written parts meanwhile, and maybe its statistics before these
+        if tuple(parts.list_part_files(cache)) == writer.files:
+            break
+    return written

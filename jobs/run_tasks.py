@@ -1,0 +1,81 @@
+"""The driver's loop, which is the same for every executor."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.executor import Executor, Task, TaskResult
+from jobs.outage import Outage
+from jobs.progress import log_info
+from jobs.scheduler import Failure, Scheduler
+from jobs.signals import Signals
+
+
+@dataclass(slots=True)
+class RunResult:
+    """The tasks that failed for good, and the time from the first ready worker to the end of the last task.
+
+    seconds: 0 if no worker was ever ready.
+    """
+
+    failures: Sequence[Failure] = ()
+    seconds: float = 0.0
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    executor: Executor,
+    signals: Signals,
+    on_done: Callable[[Any], None],
+    on_tick: Callable[[], None],
+    probe: Callable[[Any], None] = lambda task: None,
+    stall_timeout: float = 600.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> RunResult:
+    """Run all tasks. The scheduler decides which task runs on which worker, and what a failure means.
+
+    on_done is called with the report of each task that succeeded, on_tick about once per second.
+    probe: accesses the storage that a task needs, and raises LatentmillError if the storage does not answer. No task
+    is started during an outage, which may last at most `stall_timeout` seconds.
+    Returns the tasks that failed for good, and the time.
+    Raises Stopped if a signal arrived, JobError if no worker or no storage works.
+    """
+    scheduler, outage = Scheduler(tasks, executor.can_replace, clock), Outage(probe, stall_timeout, clock)
+    result, ready = RunResult(scheduler.failures), 0.0
+    with signals.polled():
+        while scheduler.waiting or scheduler.under_way:
+            signals.check()
+            if not outage.holds():
+                for worker, reason in list(scheduler.find_sick(executor.workers)):
+                    executor.replace(worker, reason)
+            elif outage.is_certain:
+                scheduler.forget_failures()
+            workers = executor.workers
+            ready = ready or (time.perf_counter() if workers else 0.0)
+            while not outage.is_on and (assignment := scheduler.next(workers, executor.starting)):
+                executor.submit(assignment.task, assignment.attempt, assignment.worker)
+            for done in executor.wait(1.0, scheduler.waiting):
+                if done.error is None:
+                    scheduler.succeeded(done)
+                    outage.succeeded(done.worker)
+                    on_done(done.report)
+                else:
+                    handle_failure(done, scheduler, outage, len(workers), signals)
+            on_tick()
+            result.seconds = time.perf_counter() - ready if ready else 0.0
+    signals.check()
+    return result
+
+
+def handle_failure(done: TaskResult, scheduler: Scheduler, outage: Outage, workers: int, signals: Signals) -> None:
+    """Report a task that failed to the scheduler, the outage detector and the user. workers: how many are ready."""
+    is_retried = scheduler.failed(done)
+    if done.cause == "storage":
+        outage.failed(done, workers)
+    if outage.is_certain:
+        scheduler.forget_failures()
+    if outage.is_on or signals.stop.is_set():  # an outage is logged only once, and a stop makes the tasks fail
+        return
+    if is_retried and done.cause != "returned":
+        log_info(f"retrying unit {done.task.name}: {done.error}")

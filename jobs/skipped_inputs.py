@@ -1,0 +1,53 @@
+"""The inputs that the readers of a run skipped because they are no part of a sample. Logged once, at its end."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pipeline.limits import printable
+from pipeline.readers.metadata import NO_METADATA
+from pipeline.readers.parquet import NO_IMAGES
+from pipeline.readers.tar_members import APART, HIDDEN, STRAY
+from pipeline.records import UnitReport
+
+MAX_NAMES = 3  # of files in a message
+
+
+@dataclass
+class SkippedInputs:
+    """Counts of skipped inputs by kind.
+
+    files: the paths of the Parquet files without images.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
+
+    def add(self, done: UnitReport, path: str) -> None:
+        """Add the inputs that a unit skipped. path: of the unit's shard."""
+        self.counts.update(done.passed_over)
+        if done.passed_over.get(NO_IMAGES):
+            self.files.append(path)
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind that was skipped."""
+        lines = []
+        if self.counts[HIDDEN] or self.counts[STRAY]:
+            lines.append(
+                f"skipped tar members that are no part of a sample: {self.counts[HIDDEN]:,} hidden files "
+                f"(._*, .DS_Store, Thumbs.db and the like), {self.counts[STRAY]:,} documents and indexes"
+            )
+        if self.counts[APART]:
+            lines.append(
+                f"{self.counts[APART]:,} images are not next to their texts in their tars, and are encoded without "
+                "them: the files of a sample must be adjacent (create the tars with tar --sort=name)"
+            )
+        if self.counts[NO_METADATA]:
+            lines.append(
+                "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: "
+                f"{self.counts[NO_METADATA]:,}; their samples are encoded without these columns"
+            )
+        if self.files:
+            more = f" and {len(self.files) - MAX_NAMES} more" if len(self.files) > MAX_NAMES else ""
+            names = ", ".join(map(printable, sorted(self.files)[:MAX_NAMES]))
+            lines.append(f"skipped {len(self.files):,} Parquet files without images, and their columns: {names}{more}")
+        return lines

@@ -1,0 +1,167 @@
+"""What an encode run did, for its record and its summary."""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.entry import print_json
+from jobs.options import EncodeOptions
+from jobs.progress import log_info
+from jobs.scheduler import Failure
+from pipeline.cache import stats
+from pipeline.errors import REST_OF_SHARD
+from pipeline.records import Seconds, UnitReport
+from pipeline.storage.store import Folder
+
+
+@dataclass(kw_only=True)
+class RunTotals:
+    """What a run has done so far.
+
+    wall: seconds from the start of the workers to the end of the last unit.
+    working: seconds from the first ready worker to the end of the last unit.
+    worker_seconds: seconds for which workers were ready, summed over the workers.
+    """
+
+    seconds: Seconds = field(default_factory=Seconds)
+    counts: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+    texts: Counter[str] = field(default_factory=Counter)
+    wall: float = 0.0
+    working: float = 0.0
+    worker_seconds: float = 0.0
+
+    def add(self, done: UnitReport) -> None:
+        """Add a unit that succeeded."""
+        self.seconds = self.seconds + done.seconds
+        self.rejects.update(done.rejects)
+        self.texts.update(done.texts)
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
+        self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
+
+    @property
+    def rate(self) -> float:
+        """Images encoded per second from the first ready worker to the end of the run; 0 until the run ends."""
+        working = self.working or self.wall
+        return self.counts["encoded"] / working if working else 0.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares of the units' time by stage, summing to 1; empty without units.
+
+        A unit's own thread decodes no images. It waits for the threads that do, which is counted as opening.
+        """
+        spent = self.seconds
+        stages = {
+            "reading": spent.read,
+            "opening": spent.starved,
+            "encoding": spent.queue + spent.encode,
+            "writing": spent.write,
+        }
+        total = sum(stages.values())
+        return {name: seconds / total for name, seconds in stages.items()} if total else {}
+
+    @property
+    def missing_texts(self) -> str:
+        """How many encoded images lack a text column that others have; empty if none does."""
+        encoded = self.counts["encoded"]
+        missing = {name: encoded - count for name, count in self.texts.items() if count < encoded}
+        return ", ".join(f"{count:,} of {encoded:,} images have no {name}" for name, count in missing.items())
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage with the largest share of the time."""
+        shares = self.shares
+        return max(shares, key=lambda name: shares[name]) if shares else "nothing"
+
+    @property
+    def device_busy(self) -> float | None:
+        """The share of the workers' time in which their models ran, from 0 to 1, for the units that ended.
+
+        None if no worker was ready.
+        """
+        return min(self.seconds.encode / self.worker_seconds, 1.0) if self.worker_seconds else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a run.
+
+    code: the exit code.
+    written: the content of stats.json.
+    units: the number of planned units.
+    already: the number of units that were done before this run.
+    """
+
+    code: int
+    totals: RunTotals
+    written: Mapping[str, Any]
+    failures: Sequence[Failure] = ()
+    units: int = 0
+    already: int = 0
+
+
+def describe_totals(totals: RunTotals) -> dict[str, Any]:
+    """Return the totals as they are stored in the record of a run."""
+    return {
+        "counts": dict(totals.counts),
+        "rejects": dict(totals.rejects),
+        "texts": dict(totals.texts),
+        "seconds": dataclasses.asdict(totals.seconds),
+        "bottleneck": totals.bottleneck,
+        "device_busy": totals.device_busy,
+        "images_per_second": totals.rate,
+    }
+
+
+def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
+    """Print the summary of a run: its work, the content of the cache, and the units that are left."""
+    totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.written
+    counts = totals.counts
+    if options.json:
+        print_json(
+            {
+                "cache": cache.url,
+                "run": {
+                    **describe_totals(totals),
+                    "wall_seconds": totals.wall,
+                    "working_seconds": totals.working,
+                },
+                "units": units,
+                "failed": [dataclasses.asdict(failure) for failure in failures],
+                "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
+                "doubts": stats.find_implausible(written),
+            }
+        )
+        return
+    before = f" ({outcome.already} of {units} units were done before)" if outcome.already else ""
+    speed = f"{totals.rate:.1f} per second"
+    lines = [f"encoded {counts['encoded']:,} images in {totals.wall:.1f} s, {speed}{before}"]
+    lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
+    lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
+    lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    if totals.missing_texts:
+        lines.append(f"  texts      {totals.missing_texts}")
+    if counts["again"]:
+        lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
+    if totals.shares:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
+        busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"
+        lines.append(f"  bottleneck {totals.bottleneck} ({shares}){busy}")
+    lines.append(f"  digest     {written['digest']}")
+    print("\n".join(lines), flush=True)
+    for doubt in stats.find_implausible(written):
+        log_info(f"warning: {doubt}", logging.WARNING)
+    if outcome.code == 3 and REST_OF_SHARD not in written["rejected"]:
+        log_info(
+            f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)",
+            logging.WARNING,
+        )
+    if failures:
+        log_info(
+            f"{len(failures)} of {units} units are not in the cache; run the same command to retry them", logging.ERROR
+        )

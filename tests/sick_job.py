@@ -1,0 +1,39 @@
+"""Encode jobs whose workers misbehave: scripts that replace the description from which a worker is built."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+from jobs import cache_spec, encode
+from jobs.entry import run_as_script
+from pipeline.flow import EncodeSpec
+
+{definition}
+
+cache_spec.EncodeSpec = Sick
+run_as_script(encode.main)
+"""
+
+
+def run_sick_job(
+    definition: str, argv: Sequence[object], folder: Path, timeout: float = 290, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `jobs.encode` in a folder, with workers of the class `Sick`.
+
+    definition: Python that defines `Sick`, a subclass of EncodeSpec.
+    environment: further variables of the job.
+    """
+    script = folder / "sick.py"
+    script.write_text(SCRIPT.format(definition=definition))
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, argv)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
