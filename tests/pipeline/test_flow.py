@@ -21,6 +21,7 @@ import torch
 
 from latentmill.part_files import to_tensor
 from pipeline.cache import commits, stats
+from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
 from pipeline.clock import StageClock
 from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
@@ -157,7 +158,7 @@ def rows_in(cache: Path) -> list[dict[str, Any]]:
 
 
 def records(cache: Path) -> list[Record]:
-    return [parquet.read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
+    return [read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
 
 
 def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
