@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.messages import log_note
 from jobs.options import ALL, EncodeOptions, parse_limits
-from jobs.progress import log_info
 from jobs.resources import ResourcePlan
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import Identity
@@ -130,9 +130,7 @@ def resolved_precision(options: EncodeOptions, vae: Vae, where: ResourcePlan) ->
     if options.precision == "auto":
         return "fp32" if where.device != "cuda" else "bf16"
     if options.precision == "fp16" and vae.config.force_upcast:
-        log_info(
-            "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
-        )
+        log_note("the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)")
         return "fp32"
     return options.precision
 
@@ -142,22 +140,20 @@ def note_constants(standing: Mapping[str, Any], vae: Vae) -> None:
     offered = vae.config.to_dict()
     for name in identity.CONSTANTS:
         if standing[name] != offered[name]:
-            log_info(
-                f"note: the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays"
-            )
+            log_note(f"the cache has {name} {standing[name]}, the VAE's configuration {offered[name]}; the first stays")
 
 
 def note_columns(standing: PassthroughColumns, offered: PassthroughColumns) -> None:
     """Say what the sources have that the cache, begun before, has no place for."""
     if new := [name for name in offered.schema.names if name not in standing.schema.names]:
-        log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
+        log_note(f"left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
 def note_differences(standing: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Say where this run computes otherwise than the one that made the cache."""
     for name, value in standing.items():
         if ours[name] != value:
-            log_info(f"note: the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
+            log_note(f"the cache was begun with {name}={value}, now {ours[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
@@ -171,8 +167,8 @@ def note_versions(cache: Folder, run: str) -> None:
                 earlier[library] |= {str(theirs[library])} - {ours[library]} if library in theirs else set()
     for library, others in earlier.items():
         if others:
-            log_info(
-                f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
+            log_note(
+                f"earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
                 f"{ours[library]}; the bytes of images or files may differ"
             )
 

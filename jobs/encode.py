@@ -1,7 +1,6 @@
 """`latentmill encode`: images in, a cache of latents out. The same command again does only what is missing."""
 
 import dataclasses
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import RunRecorder
-from jobs.messages import collect_secrets, configure_logging
+from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note, log_warning
 from jobs.open_cache import finalize_cache
 from jobs.options import (
     EncodeOptions,
@@ -23,7 +22,7 @@ from jobs.options import (
 )
 from jobs.pace import WorkerTime
 from jobs.passed_over import SkippedInputs
-from jobs.progress import ProgressMeter, log_each, log_info, log_unit
+from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_units import Signals, run_tasks, run_with_signals
 from jobs.scheduler import Failure
@@ -146,7 +145,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     """The files of the sources, and the columns that come along."""
     where = parse_source_options(options)
     listing = list_sources(options.source, where, cache.url)
-    log_each([f"note: {line}" for line in listing.noticed])
+    log_each(listing.noticed, log_note)
     shards = listing.shards
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -154,13 +153,13 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
         nothing = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
         raise SourceError(f"{nothing}: {archives}" if archives else nothing)
     if archives:
-        log_info(f"note: {archives}")
+        log_note(archives)
     if count := sum(map(is_table_log, shards)):
-        log_info(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
+        log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
     wanted = cache_spec.wanted_columns(options)
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
-        log_info(f"note: passed over files that are neither shards nor images: {counts}")
+        log_note(f"passed over files that are neither shards nor images: {counts}")
     return listing, find_columns(
         shards, units, where, options.image_column or None, wanted, parse_limits(options.input_limit)
     )
@@ -196,7 +195,7 @@ def run_encode(
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # whatever ETags or times say, on the workers' disks as well
             pending = [changes.without_etags(unit) for unit in pending]
-        log_each([f"note: {line}" for line in noticed])
+        log_each(noticed, log_note)
         log.keep(f"{len(units)} units are planned, {len(pending)} of them are not done")
         log.tell(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
@@ -205,7 +204,7 @@ def run_encode(
         log.tell(
             **{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None}
         )  # nothing is encoded any more
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], logging.ERROR)
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], log_error)
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, content, single_writer)
@@ -272,8 +271,7 @@ def encode_pending(
             return driven.failures
         finally:
             totals.wall = time.perf_counter() - started
-            for line in passed_over.lines():
-                log_info(f"note: {line}")
+            log_each(passed_over.lines(), log_note)
 
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
@@ -347,16 +345,11 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)
     for doubt in stats.find_implausible(written):
-        log_info(f"warning: {doubt}", logging.WARNING)
+        log_warning(doubt)
     if outcome.code == 3 and REST_OF_SHARD not in written["rejected"]:
-        log_info(
-            f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)",
-            logging.WARNING,
-        )
+        log_warning(f"more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
     if failures:
-        log_info(
-            f"{len(failures)} of {units} units are not in the cache; the same command tries them again", logging.ERROR
-        )
+        log_error(f"{len(failures)} of {units} units are not in the cache; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.engine import format_error
-from jobs.messages import LOGGER, RunLogHandler, shown_level
-from jobs.progress import log_info
+from jobs.messages import LOGGER, RunLogHandler, log_note, log_warning, shown_level
 from jobs.run_units import Signals
 from pipeline.cache import runs
 from pipeline.cache.runs import Run
@@ -50,7 +49,7 @@ class RunRecorder:
             return
         url = self.run.cache.url
         has_no = "conditional creates" if "://" in url else "hard links"
-        log_info(f"note: {url} has no {has_no}: one job at a time, and parts are read again at the end")
+        log_note(f"{url} has no {has_no}: one job at a time, and parts are read again at the end")
         if others := runs.find_alive(self.run.cache, but=self.run.name):
             raise JobError(
                 f"a run that started {others[0]} is at work on {url}, whose storage does not keep two jobs apart; "
@@ -123,4 +122,4 @@ class RunRecorder:
         except StorageError as error:
             if self._noted is None or time.monotonic() - self._noted > SECONDS_BETWEEN_WARNINGS:
                 self._noted = time.monotonic()
-                log_info(f"note: {error}")
+                log_warning(str(error))

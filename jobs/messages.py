@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 LOGGER = logging.getLogger("latentmill")
@@ -17,6 +17,7 @@ PROGRESS = logging.getLogger("latentmill.progress")  # shown, but not kept: the 
 
 FIRST_BYTES, LAST_BYTES = 64 << 10, 192 << 10  # what is kept of a run's messages
 LEAST_SECRET = 6  # characters; a shorter value would hide ordinary words
+AT_MOST = 20  # messages of one kind
 
 
 class StderrHandler(logging.Handler):
@@ -24,7 +25,7 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = record.getMessage() if sys.stderr.isatty() else format_line(record)
+            line = format_plain(record) if sys.stderr.isatty() else format_line(record)
             print(line, file=sys.stderr, flush=True)
         except Exception:  # a closed pipe, say: the job goes on without its messages
             self.handleError(record)
@@ -91,6 +92,45 @@ def format_line(record: logging.LogRecord, utc: bool = False) -> str:
     convert, zone = (time.gmtime, "Z") if utc else (time.localtime, "")
     at = time.strftime("%Y-%m-%d %H:%M:%S", convert(record.created))
     return f"{at}{zone} {record.levelname} {record.getMessage()}"
+
+
+def format_plain(record: logging.LogRecord) -> str:
+    """Return a message as a terminal shows it: without time and level, but a note or a warning says that it is one."""
+    kind = "warning" if record.levelno == logging.WARNING else getattr(record, "kind", "")
+    return f"{kind}: {record.getMessage()}" if kind else record.getMessage()
+
+
+def log_debug(text: str) -> None:
+    """Log a line that only `--verbose` shows."""
+    LOGGER.debug("%s", text)
+
+
+def log_info(text: str) -> None:
+    """Log a line about the job's progress."""
+    LOGGER.info("%s", text)
+
+
+def log_note(text: str) -> None:
+    """Log a line about something the user may not expect, but need not act on. Its level is INFO."""
+    LOGGER.info("%s", text, extra={"kind": "note"})
+
+
+def log_warning(text: str) -> None:
+    """Log a line about a result that the user should check."""
+    LOGGER.warning("%s", text)
+
+
+def log_error(text: str) -> None:
+    """Log a line about work that failed."""
+    LOGGER.error("%s", text)
+
+
+def log_each(texts: Sequence[str], log: Callable[[str], None]) -> None:
+    """Log each of these messages of one kind with `log`; after the first 20, only how many more there are."""
+    for text in texts[:AT_MOST]:
+        log(text)
+    if len(texts) > AT_MOST:
+        log(f"... and {len(texts) - AT_MOST:,} more like these")
 
 
 def shown_level() -> int:

@@ -3,9 +3,8 @@
 All of it goes to standard error.
 """
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.messages import LOGGER, PROGRESS
+from jobs.messages import PROGRESS, log_debug, log_warning
 from jobs.pace import Throughput
 from pipeline.records import UnitReport
 
 SECONDS_BETWEEN_LINES = 5.0
-AT_MOST = 20  # messages of one kind
 
 
 class ProgressMeter:
@@ -93,28 +91,13 @@ class ProgressMeter:
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
 
 
-def log_info(text: str, level: int = logging.INFO) -> None:
-    """A line for the user: on standard error, and in the run's log."""
-    LOGGER.log(level, "%s", text)
-
-
-def log_each(texts: Sequence[str], level: int = logging.INFO) -> None:
-    """A line for each of these messages of one kind, as long as they are few; otherwise how many more there are."""
-    for text in texts[:AT_MOST]:
-        log_info(text, level)
-    if len(texts) > AT_MOST:
-        log_info(f"... and {len(texts) - AT_MOST:,} more like these", level)
-
-
 def log_unit(done: UnitReport) -> None:
     """Say what became of a unit: its damage always, the rest for debugging."""
     if done.damage:
-        log_info(
-            f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected", logging.WARNING
-        )
+        log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
     rejects = sum(done.rejects.values())
-    log_info(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})", logging.DEBUG)
+    log_debug(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})")
 
 
 def format_duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.connect import SECONDS, call_with_timeout, check_listening, resolve_address
 from jobs.engine import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
-from jobs.progress import log_info
+from jobs.messages import log_info
 from jobs.ray_temp import directory_for_ray
 from jobs.slots import Slot, Slots
 from jobs.worker_packages import make_runtime_env, package_directory, working_in

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.progress import log_info
+from jobs.messages import log_note
 from pipeline.errors import UsageError
 
 BELOW = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"  # as Ray names it
@@ -42,7 +42,7 @@ def directory_for_ray() -> Iterator[str]:
             f"most {LONGEST} bytes, or work without Ray: --workers 0"
         )
     ours = tempfile.mkdtemp(prefix="lm-", dir=fit)
-    log_info(f"note: Ray's files are in {ours}: {said}")
+    log_note(f"Ray's files are in {ours}: {said}")
     before = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = ours
     try:

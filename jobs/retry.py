@@ -1,7 +1,6 @@
 """`latentmill retry`: the rejected samples of a cache once more, under other limits or with newer libraries."""
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +8,10 @@ from typing import Any
 from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
 from jobs.logbook import RunRecorder
-from jobs.messages import collect_secrets, configure_logging
+from jobs.messages import collect_secrets, configure_logging, log_each, log_error
 from jobs.open_cache import finalize_cache, load_matching_vae, read_units
 from jobs.options import RetryOptions, options_as_record, parse, parse_source_options, parse_storage_options
-from jobs.progress import ProgressMeter, log_each, log_unit
+from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import plan_resources
 from jobs.run_units import RunResult, Signals, run_tasks, run_with_signals
 from pipeline.cache import stats
@@ -52,7 +51,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         log.tell(units=len(tasks))
         driven = run_retry(options, cache, vae, tasks, log, counts)  # its engine is closed by now
         log.tell(counts=dict(counts), images_per_second=0.0, seconds_left=None)
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], logging.ERROR)
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in driven.failures], log_error)
         written = finalize_cache(cache.folder, cache.content, single_writer)
         code = 1 if driven.failures else 0
         log.ended("failed" if driven.failures else "done", code)

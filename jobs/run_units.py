@@ -10,8 +10,8 @@ from types import FrameType
 from typing import Any
 
 from jobs.engine import Executor, Task, TaskResult
+from jobs.messages import log_info
 from jobs.outage import Outage
-from jobs.progress import log_info
 from jobs.scheduler import Failure, Scheduler
 from pipeline.errors import Stopped
 

@@ -9,10 +9,10 @@ import torch
 
 from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
-from jobs.messages import configure_logging
+from jobs.messages import configure_logging, log_info, log_note
 from jobs.open_cache import files_with_rows, finalize_cache, load_matching_vae, read_units
 from jobs.options import VerifyOptions, parse, parse_source_options, parse_storage_options
-from jobs.progress import ProgressMeter, log_info
+from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
 from pipeline.encoder import ComputeConfig
@@ -102,9 +102,7 @@ def print_findings(options: VerifyOptions, found: Findings, rebuilt: Sequence[st
     for name in rebuilt:
         log_info(f"written again: what is said of {name}")
     for one in left if options.recount else []:
-        log_info(
-            f"note: the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted"
-        )
+        log_note(f"the input of {one['unit']} is damaged after {one['samples']} samples: what follows is not counted")
     for problem in found.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
