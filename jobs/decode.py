@@ -10,7 +10,8 @@ import pyarrow as pa
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_each, log_error, log_note
 from jobs.open_cache import files_with_rows, load_matching_vae, read_units
-from jobs.options import DecodeOptions, parse, parse_limits, parse_source_options, parse_storage_options
+from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
+from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from jobs.resources import plan_resources
 from jobs.run_units import Signals, run_tasks, run_with_signals

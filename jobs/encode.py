@@ -15,12 +15,12 @@ from jobs.open_cache import finalize_cache
 from jobs.options import (
     EncodeOptions,
     options_as_record,
-    parse,
     parse_limits,
     parse_source_options,
     parse_storage_options,
 )
 from jobs.pace import WorkerTime
+from jobs.parsing import parse
 from jobs.passed_over import SkippedInputs
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import ResourcePlan, plan_resources

@@ -10,7 +10,8 @@ from jobs.entry import print_json, run_as_script
 from jobs.logbook import RunRecorder
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error
 from jobs.open_cache import finalize_cache, load_matching_vae, read_units
-from jobs.options import RetryOptions, options_as_record, parse, parse_source_options, parse_storage_options
+from jobs.options import RetryOptions, options_as_record, parse_source_options, parse_storage_options
+from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import plan_resources
 from jobs.run_units import RunResult, Signals, run_tasks, run_with_signals

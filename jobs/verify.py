@@ -11,7 +11,8 @@ from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_info, log_note
 from jobs.open_cache import files_with_rows, finalize_cache, load_matching_vae, read_units
-from jobs.options import VerifyOptions, parse, parse_source_options, parse_storage_options
+from jobs.options import VerifyOptions, parse_source_options, parse_storage_options
+from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import flag_of
-from tests.test_docs import OPTIONS
+from jobs.options import OPTIONS
+from jobs.parsing import flag_of
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -39,4 +39,4 @@ def test_version(latentmill: Command) -> None:
 def test_an_unknown_verb_gets_the_nearest(latentmill: Command) -> None:
     code, out, err = latentmill("encoed", "x")
     assert (code, out) == (2, "")
-    assert err == "latentmill: there is no verb 'encoed'; did you mean encode?; see latentmill --help\n"
+    assert err == "latentmill: unknown command 'encoed'; did you mean encode?\n"
