@@ -1,6 +1,9 @@
 import dataclasses
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,8 @@ from jobs.options import OPTIONS
 from jobs.parsing import flag_of
 
 Command = Callable[..., tuple[int, str, str]]
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -26,6 +31,20 @@ def test_help_lists_the_verbs(latentmill: Command) -> None:
     code, out, _ = latentmill("--help")
     assert code == 0
     assert all(verb in out for verb in VERBS)
+
+
+def test_help_of_a_command_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys\n"
+        "from jobs.cli import main\n"
+        "try:\n"
+        "    main(['encode', '--help'])\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "False\n")
+    assert "--resolution" in done.stdout
 
 
 def test_no_verb_is_wrong_usage(latentmill: Command) -> None:
