@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.messages import log_note
 from jobs.options import ALL, EncodeOptions, parse_limits
-from jobs.progress import log_info
 from jobs.resources import ResourcePlan
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
@@ -157,9 +157,7 @@ def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan)
     if options.precision == "auto":
         return "fp32" if resources.device != "cuda" else "bf16"
     if options.precision == "fp16" and vae.config.force_upcast:
-        log_info(
-            "note: the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)"
-        )
+        log_note("the VAE's configuration has force_upcast: it is run in fp32, as it overflows in fp16 (bf16 does not)")
         return "fp32"
     return options.precision
 
@@ -172,13 +170,13 @@ def note_constants(existing: VaeInfo, vae: Vae) -> None:
     current = vae.config.to_dict()
     for name, value in existing.constants.items():
         if value != current[name]:
-            log_info(f"note: the cache has {name} {value}, the VAE's configuration {current[name]}; the first stays")
+            log_note(f"the cache has {name} {value}, the VAE's configuration {current[name]}; the first stays")
 
 
 def note_columns(existing: PassthroughColumns, available: PassthroughColumns) -> None:
     """Log the columns of the sources that the existing cache does not have."""
     if new := [name for name in available.schema.names if name not in existing.schema.names]:
-        log_info(f"note: left out, because the cache was begun without them: the columns {', '.join(new)}")
+        log_note(f"left out, because the cache was begun without them: the columns {', '.join(new)}")
 
 
 def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
@@ -186,7 +184,7 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
     current = dataclasses.asdict(compute)
     for name, value in dataclasses.asdict(existing).items():
         if current[name] != value:
-            log_info(f"note: the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
+            log_note(f"the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
@@ -203,8 +201,8 @@ def note_versions(cache: Folder, run: str) -> None:
                 earlier[library] |= {str(versions[library])} - {current[library]}
     for library, others in earlier.items():
         if others:
-            log_info(
-                f"note: earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
+            log_note(
+                f"earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
                 f"{current[library]}; the bytes of images or files may differ"
             )
 

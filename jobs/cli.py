@@ -1,40 +1,50 @@
-"""`latentmill VERB ...`: picks the job. Each is also `python -m jobs.VERB`."""
+"""The `latentmill` command: run the job that the first argument names. Each job is also `python -m jobs.NAME`."""
 
 import importlib
 from collections.abc import Sequence
 
 from jobs.entry import run_as_script
-from jobs.options import VERSION, suggest
+from jobs.parsing import parse, suggest
+from latentmill import __version__
 from pipeline.errors import UsageError
 
+VERSION = f"latentmill {__version__}"
+
 VERBS = {
-    "encode": "encode images into a cache of latents; the same command again does only what is missing",
-    "decode": "render previews from a cache: images and contact sheets, beside the originals",
-    "retry": "run the rejected samples of a cache again; what now succeeds is added to it",
-    "verify": "prove a cache: every file, every row, the statistics; on request against inputs and VAE",
-    "status": "say how far a cache is, from the cache alone, on any machine",
-    "stats": "print the statistics of a cache, beside the constants of its VAE",
+    "encode": "encode images into a cache of latents; run the same command again to resume",
+    "decode": "render previews from a cache: images and contact sheets",
+    "retry": "retry the rejected samples of a cache",
+    "verify": "check the integrity of a cache: files, records and statistics",
+    "status": "show the progress of a cache: units, rejects, throughput and ETA",
+    "stats": "show the statistics of a cache, next to the scaling constants of its VAE",
 }
 
 HELP = f"""\
-usage: latentmill VERB ...
+usage: latentmill COMMAND [OPTION ...]
 
-Precompute VAE latents for diffusion training.
+Precompute VAE latents for diffusion training, on one machine or on a Ray cluster.
 
+commands:
 {chr(10).join(f"  {verb:<8} {text}" for verb, text in VERBS.items())}
 
-A first try, with the model that ships with latentmill:
+options:
+  -h, --help     show this help and exit; `latentmill COMMAND --help` lists the options of a command
+  -V, --version  show the version and exit
 
+quick start, with the demo VAE that latentmill includes:
   latentmill encode photos/ --to latents/ --vae demo --resolution 256
   latentmill decode latents/ --to previews/
 
-`latentmill VERB --help` lists a verb's options. Exit codes: 0 done; 1 failed; 2 wrong usage;
-3 done, but more rejected than --max-reject-rate, or a shard is damaged; 130 and 143 stopped by a signal, the cache is
-whole."""
+exit codes:
+  0         success
+  1         failure
+  2         usage error
+  3         finished, but the reject rate is above --max-reject-rate, or a shard is damaged
+  130, 143  stopped by SIGINT or SIGTERM; the cache is consistent, and the same command resumes"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb; the exit code."""
+    """Run a command and return its exit code. Raises UsageError for an unknown command."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
@@ -42,11 +52,16 @@ def main(argv: Sequence[str]) -> int:
         print(VERSION)
         return 0
     if argv[0] not in VERBS:
-        raise UsageError(f"there is no verb '{argv[0]}'{suggest(argv[0], list(VERBS))}; see latentmill --help")
+        hint = suggest(argv[0], list(VERBS)) or "; see latentmill --help"
+        raise UsageError(f"unknown command '{argv[0]}'{hint}")
+    if {"-h", "--help"} & set(argv[1:]):
+        from jobs.options import OPTIONS  # it imports pyarrow, which `latentmill --help` does not need
+
+        parse(OPTIONS[argv[0]], argv[0], argv[1:])  # shows the help and exits before the job imports torch
     job = importlib.import_module(f"jobs.{argv[0]}")
     return int(job.main(argv[1:]))
 
 
 def command() -> None:
-    """The `latentmill` command, once the front door has found us."""
+    """Run the `latentmill` command in this process. Called by latentmill/__main__.py."""
     run_as_script(main)

@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.entry import print_json, run_as_script
-from jobs.messages import configure_logging
+from jobs.messages import configure_logging, log_each, log_error, log_note
 from jobs.open_cache import files_with_rows, load_matching_vae, read_units
-from jobs.options import DecodeOptions, parse, parse_limits, parse_source_options, parse_storage_options
-from jobs.progress import ProgressMeter, log_each
+from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
+from jobs.parsing import parse
+from jobs.progress import ProgressMeter
 from jobs.resources import plan_resources
 from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
@@ -136,8 +136,8 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
     print(f"  report     {out.at(REPORT)}", flush=True)
-    log_each([f"note: {note}" for note in report["notes"]])
-    log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], logging.ERROR)
+    log_each(report["notes"], log_note)
+    log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`latentmill encode`: encode images into a cache of latents. Running the same command again resumes the job."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,16 +8,10 @@ from typing import Any
 from jobs import cache_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging
-from jobs.options import (
-    EncodeOptions,
-    options_as_record,
-    parse,
-    parse_limits,
-    parse_source_options,
-    parse_storage_options,
-)
-from jobs.progress import ProgressMeter, log_each, log_info, log_unit
+from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
+from jobs.options import EncodeOptions, options_as_record, parse_limits, parse_source_options, parse_storage_options
+from jobs.parsing import parse
+from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import run_tasks
@@ -82,7 +75,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     """Return the files of the sources, and the columns that are copied from them. Raises SourceError without inputs."""
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
-    log_each([f"note: {line}" for line in listing.noticed])
+    log_each(listing.noticed, log_note)
     shards = listing.shards
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -90,13 +83,13 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
         problem = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
     if archives:
-        log_info(f"note: {archives}")
+        log_note(archives)
     if count := sum(map(is_table_log, shards)):
-        log_info(f"note: passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
+        log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
     wanted = cache_spec.wanted_columns(options)
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
-        log_info(f"note: passed over files that are neither shards nor images: {counts}")
+        log_note(f"passed over files that are neither shards nor images: {counts}")
     return listing, find_columns(
         shards, units, source_options, options.image_column or None, wanted, parse_limits(options.input_limit)
     )
@@ -132,7 +125,7 @@ def run_encode(
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [changes.without_etags(unit) for unit in pending]
-        log_each([f"note: {line}" for line in noticed])
+        log_each(noticed, log_note)
         recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
@@ -140,7 +133,7 @@ def run_encode(
         resources.close()
         # encoding has ended, so there is no throughput any more
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], logging.ERROR)
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], log_error)
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
@@ -210,7 +203,7 @@ def encode_pending(
         finally:
             totals.wall = time.perf_counter() - started
             for line in skipped.describe():
-                log_info(f"note: {line}")
+                log_note(line)
 
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:

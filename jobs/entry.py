@@ -1,4 +1,4 @@
-"""The edge between a job and the shell: errors become one line and an exit code."""
+"""The boundary between a job and the shell: an error becomes one line and an exit code."""
 
 import json
 import os
@@ -12,13 +12,16 @@ from pipeline.errors import LatentmillError, UsageError
 
 
 def check_platform() -> None:
-    """Raise UsageError where Python does not have what Linux and macOS have."""
+    """Raise UsageError if the platform lacks modules that Python has on Linux and macOS."""
     if any(find_spec(name) is None for name in ("resource", "fcntl")):
-        raise UsageError(f"it runs on Linux and macOS, not on {sys.platform}; on Windows it runs in WSL")
+        raise UsageError(f"{sys.platform} is not supported; use Linux, macOS, or WSL on Windows")
 
 
 def run_guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a job; the exit code. Errors of ours become one line on standard error, anything else is a bug of ours."""
+    """Run a job and return its exit code.
+
+    A LatentmillError becomes one line on standard error. Any other exception is a bug and is raised.
+    """
     try:
         check_platform()
         return main(argv)
@@ -28,21 +31,21 @@ def run_guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
     except KeyboardInterrupt:
         print("latentmill: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: `| head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def run_as_script(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """`python -m jobs.VERB`, for `ray job submit`; and what the `latentmill` command does.
+    """Run a job as this process: for the `latentmill` command, and for `python -m jobs.NAME` with `ray job submit`.
 
-    Everything is closed and written by now, so the process ends at once: to take torch and Ray down module by module
-    is 0.7 s.
+    Everything is closed and written when the job returns, so the process ends at once. An orderly exit takes 0.7 s,
+    because torch and Ray are torn down module by module.
     """
     try:
         code = run_guarded(main, sys.argv[1:])
-    except SystemExit as asked:  # --help
-        code = int(asked.code or 0)
+    except SystemExit as exit:  # from --help
+        code = int(exit.code or 0)
     for stream in (sys.stdout, sys.stderr):
         with suppress(BrokenPipeError):
             stream.flush()
@@ -50,5 +53,5 @@ def run_as_script(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON object of `--json`."""
+    """Print the JSON object of `--json`."""
     print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), flush=True)

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 
 from jobs.executor import Task, TaskResult, format_error
-from jobs.progress import format_duration, log_info
+from jobs.messages import log_info
+from jobs.progress import format_duration
 from jobs.scheduler import backoff
 from pipeline.errors import JobError
 

@@ -1,11 +1,7 @@
-"""What a person sees while a job runs: a bar where there is a terminal, else a plain line every few seconds.
+"""The progress of a job on standard error: a bar at a terminal, otherwise a plain line every five seconds."""
 
-All of it goes to standard error.
-"""
-
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -13,19 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.messages import LOGGER, PROGRESS
+from jobs.messages import PROGRESS, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.records import UnitReport
 
 SECONDS_BETWEEN_LINES = 5.0
-AT_MOST = 20  # messages of one kind
 
 
 class ProgressMeter:
-    """Counts, and says how far the job is. A task's size is in whatever unit the job measures (bytes, images)."""
+    """Counts and shows the progress of a job. The sizes of its tasks are all in bytes, or all in images or files."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what = what
+    def __init__(self, verb: str, total: int) -> None:
+        self.verb = verb
         self.total = max(total, 1)
         self.finished = 0
         self.finished_images = 0
@@ -36,41 +31,45 @@ class ProgressMeter:
         self._bar: Progress | None = None
 
     def task_done(self, size: int, images: int, rejects: int) -> None:
-        """Count a task that ended."""
+        """Count a task that has ended."""
         self.finished += size
         self.finished_images += images
         self.rejects += rejects
 
     @property
     def share(self) -> float:
-        """How much is done, from 0 to 1: by the tasks that ended, and by the images of those under way."""
+        """The completed share, from 0 to 1: by the size of the ended tasks, and by the images of the running ones."""
         share = self.finished / self.total
         if self.finished_images:
-            under_way = max(self.images - self.finished_images, 0)
-            share += under_way * self.finished / self.finished_images / self.total
+            running = max(self.images - self.finished_images, 0)
+            share += running * self.finished / self.finished_images / self.total
         return min(share, 1.0)
 
     @property
     def seconds_left(self) -> int | None:
-        """How long it takes at the pace of the last minute; None as long as nothing tells."""
+        """The ETA in seconds at the throughput of the last minute; None as long as it is unknown."""
         rate, share = self.pace.rate, self.share
         return round(self.images / share * (1 - share) / rate) if rate and share else None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a run's record says of its pace: the same as the line does."""
+        """The values for the record of a run, which are the same as those in `line`."""
         return {"images": self.images, "images_per_second": self.pace.rate, "seconds_left": self.seconds_left}
 
     @property
     def line(self) -> str:
+        """The progress as text."""
         seconds = self.seconds_left
         left = "" if seconds is None or self.share == 1 else f", {format_duration(seconds)} left"
-        return f"{self.images:,} images {self.what}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
+        return f"{self.images:,} images {self.verb}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, images: int, waiting_for: str) -> None:
-        """Show how far the job is; to be called about once a second."""
+        """Show the progress. Call this about once per second.
+
+        images: how many are done. waiting_for: what the job waits for before its first worker is ready, or empty.
+        """
         self.images = max(self.images, self.finished_images, images)
-        if not waiting_for:  # the time until the first worker is ready is no part of the pace
+        if not waiting_for:  # the time until the first worker is ready does not count for the throughput
             self.pace.note(self.images)
         text = f"waiting for {waiting_for}" if waiting_for else self.line
         if self._bar is not None:
@@ -81,7 +80,7 @@ class ProgressMeter:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the bar, where there is a terminal, for as long as this lasts."""
+        """Show the bar inside this block if standard error is a terminal."""
         console = Console(stderr=True)
         if not console.is_terminal:
             yield
@@ -93,32 +92,17 @@ class ProgressMeter:
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
 
 
-def log_info(text: str, level: int = logging.INFO) -> None:
-    """A line for the user: on standard error, and in the run's log."""
-    LOGGER.log(level, "%s", text)
-
-
-def log_each(texts: Sequence[str], level: int = logging.INFO) -> None:
-    """A line for each of these messages of one kind, as long as they are few; otherwise how many more there are."""
-    for text in texts[:AT_MOST]:
-        log_info(text, level)
-    if len(texts) > AT_MOST:
-        log_info(f"... and {len(texts) - AT_MOST:,} more like these", level)
-
-
 def log_unit(done: UnitReport) -> None:
-    """Say what became of a unit: its damage always, the rest for debugging."""
+    """Log the result of a unit: damage as a warning, and the rest for debugging."""
     if done.damage:
-        log_info(
-            f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected", logging.WARNING
-        )
+        log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
     rejects = sum(done.rejects.values())
-    log_info(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})", logging.DEBUG)
+    log_debug(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})")
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Return seconds as text: `2 h 05 min`, `3 min 07 s` or `9 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
 from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
-from jobs.progress import log_info
+from jobs.messages import log_info
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.progress import log_info
+from jobs.messages import log_note
 from pipeline.errors import UsageError
 
 SOCKET = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"  # as Ray names it
@@ -43,7 +43,7 @@ def directory_for_ray() -> Iterator[str]:
             f"path has at most {MAX_BYTES} bytes, or run without Ray: --workers 0"
         )
     directory = tempfile.mkdtemp(prefix="lm-", dir=parent)
-    log_info(f"note: Ray's files are in {directory}: {explanation}")
+    log_note(f"Ray's files are in {directory}: {explanation}")
     before = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = directory
     try:

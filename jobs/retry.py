@@ -1,7 +1,6 @@
 """`latentmill retry`: retry the rejected samples of a cache, under other limits or with newer libraries."""
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 from jobs import cache_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging
+from jobs.messages import collect_secrets, configure_logging, log_each, log_error
 from jobs.open_cache import load_matching_vae, read_units
-from jobs.options import RetryOptions, options_as_record, parse, parse_source_options, parse_storage_options
-from jobs.progress import ProgressMeter, log_each, log_unit
+from jobs.options import RetryOptions, options_as_record, parse_source_options, parse_storage_options
+from jobs.parsing import parse
+from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
@@ -54,7 +54,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         recorder.update(units=len(tasks))
         result = run_retry(options, cache, vae, tasks, recorder, counts)  # the executor is closed when it returns
         recorder.update(counts=dict(counts), images_per_second=0.0, seconds_left=None)
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in result.failures], logging.ERROR)
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in result.failures], log_error)
         written = finalize_cache(cache.folder, cache.info, single_writer)
         code = 1 if result.failures else 0
         recorder.end("failed" if result.failures else "done", code)

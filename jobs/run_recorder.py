@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.executor import format_error
-from jobs.messages import LOGGER, RunLogHandler, shown_level
-from jobs.progress import log_info
+from jobs.messages import LOGGER, RunLogHandler, log_note, log_warning, shown_level
 from jobs.signals import Signals
 from pipeline.cache import runs
 from pipeline.cache.runs import Run
@@ -54,7 +53,7 @@ class RunRecorder:
             return
         url = self.run.cache.url
         missing = "conditional creates" if "://" in url else "hard links"
-        log_info(f"note: {url} has no {missing}: run one job at a time; parts are read again at the end")
+        log_note(f"{url} has no {missing}: run one job at a time; parts are read again at the end")
         if others := runs.find_alive(self.run.cache, but=self.run.name):
             raise JobError(
                 f"another run (started {others[0]}) is writing to {url}, and this store does not support concurrent "
@@ -127,4 +126,4 @@ class RunRecorder:
         except StorageError as error:
             if self._warned_at is None or time.monotonic() - self._warned_at > WARNING_SECONDS:
                 self._warned_at = time.monotonic()
-                log_info(f"note: {error}")
+                log_warning(str(error))

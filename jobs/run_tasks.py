@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.executor import Executor, Task, TaskResult
+from jobs.messages import log_info
 from jobs.outage import Outage
-from jobs.progress import log_info
 from jobs.scheduler import Failure, Scheduler
 from jobs.signals import Signals
 

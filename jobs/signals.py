@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from jobs.progress import log_info
+from jobs.messages import log_info
 from pipeline.errors import Stopped
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.progress import log_info
+from jobs.messages import log_info
 from jobs.scheduler import backoff
 from pipeline.errors import JobError
 

@@ -1,11 +1,12 @@
-"""`latentmill stats`: the statistics of a cache, beside the constants of the VAE that made it."""
+"""`latentmill stats`: show the statistics of a cache, next to the constants of the VAE that made it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
-from jobs.options import StatsOptions, parse, parse_storage_options
+from jobs.options import StatsOptions, parse_storage_options
+from jobs.parsing import parse
 from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
@@ -13,13 +14,13 @@ from pipeline.errors import CacheError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job; the exit code."""
+    """Run the command and return its exit code."""
     options, _ = parse(StatsOptions, "stats", argv)
     configure_logging(options.verbose)
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     content = stats.read_stats(cache.folder)
     if content is None:
-        raise CacheError(f"{options.cache} has no {stats.NAME} yet: run the encode job to its end first")
+        raise CacheError(f"{options.cache} has no {stats.NAME} yet; run the encode command to its end first")
     vae = cache.info.vae
     if options.json:
         print_json({**content, "vae": {"reference": vae.reference, **vae.constants}})
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
-    """The lines of the table. content: stats.json; vae: what cache.json says of the model."""
+    """Return the lines of the report. content: stats.json. vae: the VAE's entry in cache.json."""
     lines = [f"{content['count']:,} latents, raw, made by {vae.reference}"]
     if content["count"]:
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
@@ -43,7 +44,7 @@ def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
 
 
 def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
-    """A line a channel: measured here, and what the model's configuration says."""
+    """Return a line per channel: the measured values, and those of the model's configuration if it has any."""
     means, stds = vae.latents_mean, vae.latents_std
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
     lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]
@@ -57,11 +58,11 @@ def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
 
 
 def format_constants(suggested: Mapping[str, Any], vae: VaeInfo) -> list[str]:
-    """Scaling and shift over all channels: what these latents would need, and what the model says."""
+    """Return the scaling and shift over all channels: suggested by these latents, and in the model's configuration."""
     lines = [f"{'':<16} {'suggested':>10} {'model':>10}"]
     for name in ("scaling_factor", "shift_factor"):
-        ours, theirs = (f"{v:.5f}" if v is not None else "-" for v in (suggested[name], vae.constants[name]))
-        lines.append(f"{name:<16} {ours:>10} {theirs:>10}")
+        suggestion, configured = (f"{v:.5f}" if v is not None else "-" for v in (suggested[name], vae.constants[name]))
+        lines.append(f"{name:<16} {suggestion:>10} {configured:>10}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`latentmill status`: how far a cache is, read from the cache alone, on any machine."""
+"""`latentmill status`: show the progress of a cache. It reads only the cache, so it runs on any machine."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,15 @@ from typing import Any
 
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
-from jobs.options import StatusOptions, parse, parse_storage_options
+from jobs.options import StatusOptions, parse_storage_options
+from jobs.parsing import parse
 from jobs.progress import format_duration
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job; the exit code."""
+    """Run the command and return its exit code."""
     options, _ = parse(StatusOptions, "status", argv)
     configure_logging(options.verbose)
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
@@ -26,11 +27,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def format_status(content: Mapping[str, Any]) -> list[str]:
-    """What a person reads. content: as `pipeline.maintenance.status` gives it."""
+    """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
     units, size = content["units"], content["bytes"]
     share = size["done"] / size["planned"] if size["planned"] else 0.0
     rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
-    found = [
+    lines = [
         f"{content['cache']}: {content['state']}",
         f"  units      {units['done']:,} of {units['planned']:,} done, {share:.0%} of the bytes",
         f"  rows       {content['rows']:,}",
@@ -38,16 +39,16 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
         f"  filtered   {content['filtered']:,}",
     ]
     if content["parts_of_units_under_way"]:
-        found.append(f"  under way  {content['parts_of_units_under_way']:,} files of units that are not done")
+        lines.append(f"  partial    {content['parts_of_units_under_way']:,} files of units that are not done")
     if content["images_per_second"]:
-        left = content["seconds_left"]
-        about = "" if left is None else f", about {format_duration(left)} left"
-        found.append(f"  pace       {content['images_per_second']:.1f} a second{about}")
+        seconds = content["seconds_left"]
+        eta = "" if seconds is None else f", about {format_duration(seconds)} left"
+        lines.append(f"  throughput {content['images_per_second']:.1f} images per second{eta}")
     for run in content["runs"]:
         if run["outcome"] == "silent":
-            found.append(f"  no sign of life since {run['alive']} of the run begun {run['started']}: the same command")
-            found.append("  again goes on")
-    return found
+            lines.append(f"  no heartbeat since {run['alive']} from the run that started {run['started']};")
+            lines.append("  run the same command again to resume")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """What an encode run did, for its record and its summary."""
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.entry import print_json
+from jobs.messages import log_error, log_warning
 from jobs.options import EncodeOptions
-from jobs.progress import log_info
 from jobs.scheduler import Failure
 from pipeline.cache import stats
 from pipeline.errors import REST_OF_SHARD
@@ -155,13 +154,8 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     lines.append(f"  digest     {written['digest']}")
     print("\n".join(lines), flush=True)
     for doubt in stats.find_implausible(written):
-        log_info(f"warning: {doubt}", logging.WARNING)
+        log_warning(doubt)
     if outcome.code == 3 and REST_OF_SHARD not in written["rejected"]:
-        log_info(
-            f"warning: more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)",
-            logging.WARNING,
-        )
+        log_warning(f"more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
     if failures:
-        log_info(
-            f"{len(failures)} of {units} units are not in the cache; run the same command to retry them", logging.ERROR
-        )
+        log_error(f"{len(failures)} of {units} units are not in the cache; run the same command to retry them")

@@ -10,10 +10,11 @@ import torch
 from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import configure_logging
+from jobs.messages import configure_logging, log_info, log_note
 from jobs.open_cache import files_with_rows, load_matching_vae, read_units
-from jobs.options import VerifyOptions, parse, parse_source_options, parse_storage_options
-from jobs.progress import ProgressMeter, log_info
+from jobs.options import VerifyOptions, parse_source_options, parse_storage_options
+from jobs.parsing import parse
+from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
 from pipeline.encoder import ComputeConfig
@@ -103,9 +104,7 @@ def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence
     for name in rebuilt:
         log_info(f"rebuilt the records of {name}")
     for rest in uncounted if options.recount else []:
-        log_info(
-            f"note: the input of {rest['unit']} is damaged after {rest['samples']} samples: what follows is not counted"
-        )
+        log_note(f"the input of {rest['unit']} is damaged after {rest['samples']} samples: what follows is not counted")
     for problem in findings.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(

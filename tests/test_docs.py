@@ -12,16 +12,8 @@ import numpy as np
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import (
-    DecodeOptions,
-    EncodeOptions,
-    RetryOptions,
-    StatsOptions,
-    StatusOptions,
-    VerifyOptions,
-    flag_of,
-    make_parser,
-)
+from jobs.options import OPTIONS
+from jobs.parsing import flag_of, make_parser
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
@@ -35,14 +27,6 @@ from vae.presets import PRESETS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINE = ROOT / "docs/command-line.md"
-OPTIONS = {
-    "encode": EncodeOptions,
-    "decode": DecodeOptions,
-    "retry": RetryOptions,
-    "verify": VerifyOptions,
-    "status": StatusOptions,
-    "stats": StatsOptions,
-}
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -114,5 +114,5 @@ def test_where_python_lacks_what_is_needed_it_is_said(tmp_path: Path, command: s
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
     argv = ["status", "cache"] if command == "latentmill" else ["cache"]
     job = run([sys.executable, "-m", command, *argv], tmp_path, tmp_path, ROOT)
-    said = f"latentmill: it runs on Linux and macOS, not on {sys.platform}; on Windows it runs in WSL\n"
+    said = f"latentmill: {sys.platform} is not supported; use Linux, macOS, or WSL on Windows\n"
     assert (job.returncode, job.stdout, job.stderr) == (2, "", said)

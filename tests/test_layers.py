@@ -105,7 +105,7 @@ def test_what_trainers_import_needs_four_libraries() -> None:
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),
-        ("argparse", {"jobs.options", "vae.train"}),
+        ("argparse", {"jobs.parsing", "vae.train"}),
     ],
 )
 def test_a_library_has_one_room(package: str, allowed: set[str]) -> None:

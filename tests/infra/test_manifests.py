@@ -16,7 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from jobs.options import Common, DecodeOptions, EncodeOptions, StatusOptions, parse
+from jobs.options import Common, DecodeOptions, EncodeOptions, StatusOptions
+from jobs.parsing import parse
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -1,14 +1,19 @@
 import dataclasses
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from jobs.cli import VERBS
-from jobs.options import flag_of
-from tests.test_docs import OPTIONS
+from jobs.options import OPTIONS
+from jobs.parsing import flag_of
 
 Command = Callable[..., tuple[int, str, str]]
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -28,6 +33,20 @@ def test_help_lists_the_verbs(latentmill: Command) -> None:
     assert all(verb in out for verb in VERBS)
 
 
+def test_help_of_a_command_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys\n"
+        "from jobs.cli import main\n"
+        "try:\n"
+        "    main(['encode', '--help'])\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "False\n")
+    assert "--resolution" in done.stdout
+
+
 def test_no_verb_is_wrong_usage(latentmill: Command) -> None:
     assert latentmill()[0] == 2
 
@@ -39,4 +58,4 @@ def test_version(latentmill: Command) -> None:
 def test_an_unknown_verb_gets_the_nearest(latentmill: Command) -> None:
     code, out, err = latentmill("encoed", "x")
     assert (code, out) == (2, "")
-    assert err == "latentmill: there is no verb 'encoed'; did you mean encode?; see latentmill --help\n"
+    assert err == "latentmill: unknown command 'encoed'; did you mean encode?\n"

@@ -433,7 +433,7 @@ def test_a_dead_channel_is_a_warning(latentmill: Command, photos: Path, micro_va
     argv = ["encode", photos, "--vae", tmp_path / "vae", "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv, "--to", tmp_path / "c")
     assert code == 0
-    assert "warning: channel 2 of the latents is constant" in err
-    assert err.count("warning") == 1
+    assert "WARNING channel 2 of the latents is constant" in err
+    assert err.count("WARNING") == 1
     (doubt,) = json.loads(latentmill(*argv, "--to", tmp_path / "d", "--json")[1])["doubts"]
     assert doubt.startswith("channel 2 of the latents is constant (mean ")

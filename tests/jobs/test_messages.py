@@ -1,7 +1,7 @@
 """What a job says: with times in batch use, plain at a terminal, and kept beside the run's record."""
 
+import io
 import json
-import logging
 import os
 import pty
 import re
@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import encode, messages
-from jobs.messages import RunLogHandler
-from jobs.progress import PROGRESS, log_each, log_info
+from jobs.messages import PROGRESS, RunLogHandler, log_each, log_error, log_info, log_note, log_warning
 from pipeline.errors import StorageError
 from tests.conftest import STAMP, img2dataset_members, write_tar
 
@@ -61,8 +60,22 @@ def test_at_a_terminal_messages_are_plain(job: list[object], tmp_path: Path) -> 
                 break
         assert running.wait() == 3
     os.close(ours)
-    assert b"damaged: " in said
+    assert b"warning: damaged: " in said
     assert not re.search(rf"{STAMP} \w+ damaged".encode(), said)
+
+
+def test_at_a_terminal_a_note_and_a_warning_are_marked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for log in (log_info, log_note, log_warning, log_error):
+        log(log.__name__)
+    assert terminal.getvalue().splitlines() == [
+        "log_info",
+        "note: log_note",
+        "warning: log_warning",
+        "log_error",
+    ]
 
 
 def test_what_a_run_said_is_kept_beside_its_record(latentmill: Command, job: list[object], tmp_path: Path) -> None:
@@ -177,7 +190,7 @@ def test_no_secret_is_kept_whoever_says_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_many_messages_of_one_kind_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    log_each([f"failed: unit {number}" for number in range(3000)], logging.ERROR)
+    log_each([f"failed: unit {number}" for number in range(3000)], log_error)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21
     assert lines[-1].endswith("ERROR ... and 2,980 more like these")

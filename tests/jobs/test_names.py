@@ -97,7 +97,7 @@ def test_a_source_that_is_named_in_another_way_is_never_encoded_twice(encode: Co
     assert (code, f"say so: photos={pics}. If it is another one: --new-source" in err) == (2, True)
     assert rows(tmp_path / "c") == 2
     code, out, err = encode(f"photos={pics}")
-    assert (code, "encoded 0 images" in out, "note: the source photos has moved from " in err) == (0, True, True)
+    assert (code, "encoded 0 images" in out, "INFO the source photos has moved from " in err) == (0, True, True)
     assert encode(pics, "--new-source")[0] == 0
     assert rows(tmp_path / "c") == 4
 
@@ -120,9 +120,9 @@ def test_what_latentmill_wrote_into_its_source_is_not_encoded(
     assert latentmill("decode", source / "latents", "--to", source, "--workers", 0)[0] == 0
     code, out, err = encode(source)
     assert (code, "encoded 2 images" in out) == (0, True)
-    assert f"note: files of the cache {source}/latents, left out: " in err
-    assert f"note: files of the previews {source}/previews, left out: 4\n" in err
-    assert f"note: files of the previews {source}, left out: 4\n" in err
+    assert f"INFO files of the cache {source}/latents, left out: " in err
+    assert f"INFO files of the previews {source}/previews, left out: 4\n" in err
+    assert f"INFO files of the previews {source}, left out: 4\n" in err
     code, _, err = latentmill("encode", source / "previews", "--to", tmp_path / "d", *argv)
     assert (code, f"latentmill wrote what is there, the previews {source}/previews" in err) == (2, True)
 
@@ -166,7 +166,7 @@ def test_a_tar_that_is_rewritten_in_the_same_size_is_noticed_and_done_by_the_nex
     assert (code, "s/0.tar has changed since it was planned (its time or ETag); " in err) == (1, True)
     code, _, err = encode(shards)
     assert code == 0
-    assert "note: inputs that have changed since they were planned: 1 (s/0.tar); nothing of them was encoded yet" in err
+    assert "INFO inputs that have changed since they were planned: 1 (s/0.tar); nothing of them was encoded yet" in err
     assert sorted(by_key(tmp_path / "c", "key")) == ["000000010", "000000011", "000000020", "000000021"]
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
     status = json.loads(latentmill("status", tmp_path / "c", "--json")[1])

@@ -45,7 +45,7 @@ def test_texts_that_stand_apart_from_their_images_are_said(encode: Command, tmp_
     members = sorted(img2dataset_members(0, 3).items(), key=lambda member: member[0].rpartition(".")[2])
     write_tar(tmp_path / "s/0.tar", dict(members))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, err.count("note: 3 images are not next to their texts")) == (3, 1), err
+    assert (code, err.count("INFO 3 images are not next to their texts")) == (3, 1), err
     assert all("its image stands elsewhere in the tar" in reject["detail"] for reject in rejects(tmp_path / "c")[3:])
 
 
@@ -102,7 +102,7 @@ def test_archives_that_are_not_read_are_named(encode: Command, tmp_path: Path, n
     assert (code, said in err) == (2, True), err
     write_tar(tmp_path / "s/1.tar", img2dataset_members(0, 1))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, f"note: {said}" in err) == (0, True), err
+    assert (code, f"INFO {said}" in err) == (0, True), err
 
 
 def put(path: Path, **columns: Any) -> None:
@@ -180,7 +180,7 @@ def test_parquet_files_without_images_are_passed_over_beside_images(
     put(tmp_path / "s/deeper" / name, **columns)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out, "rejected   0" in out) == (0, True, True), err
-    assert err.count("note: skipped 2 Parquet files without images") == 1
+    assert err.count("INFO skipped 2 Parquet files without images") == 1
     assert f"s/{name}" in err
     assert not (set(columns) - {"key"}) & set(table_of(tmp_path / "c").column_names)
     assert "encoded 0 images" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
@@ -193,7 +193,7 @@ def test_what_a_delta_table_keeps_to_itself_is_not_read(encode: Command, tmp_pat
     put(tmp_path / "s/_change_data/cdc-0.parquet", **IMAGES)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out) == (0, True), err
-    assert "note: passed over 2 Parquet files of Delta Lake's and Spark's own, in _delta_log and the like" in err
+    assert "INFO passed over 2 Parquet files of Delta Lake's and Spark's own, in _delta_log and the like" in err
     put(tmp_path / "_change_data/0.parquet", **IMAGES)
     assert encode(tmp_path / "_change_data", "--to", tmp_path / "d")[0] == 0, "a source of that name is one"
 
@@ -244,4 +244,4 @@ def test_a_tar_whose_metadata_have_gone_is_counted(encode: Command, tmp_path: Pa
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert code == 0
     said = "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: 1;"
-    assert f"note: {said}" in err
+    assert f"INFO {said}" in err

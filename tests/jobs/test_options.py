@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import DecodeOptions, EncodeOptions, options_as_record, parse, parse_storage_options
+from jobs.options import DecodeOptions, EncodeOptions, options_as_record, parse_storage_options
+from jobs.parsing import parse
 from pipeline.errors import UsageError
 
 NEEDED = ["in/", "--to", "out", "--vae", "demo"]
@@ -62,8 +63,8 @@ def test_every_option_can_stand_in_a_file_and_a_flag_beats_it(tmp_path: Path) ->
         ("resolutoin: 3", "unknown key 'resolutoin'; did you mean resolution?"),
         ("resolution: big", "resolution in --config .*: 'big' is not a whole number"),
         ("json: 1", "json in --config .* must be true or false"),
-        ("[1, 2]", "must hold"),
-        ("a: [", "it is not YAML"),
+        ("[1, 2]", "must be a mapping"),
+        ("a: [", "invalid YAML"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -76,7 +77,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
 def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "hush")
     assert parse_storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
-    with pytest.raises(UsageError, match="no environment variable NOT_THERE"):
+    with pytest.raises(UsageError, match="the environment variable NOT_THERE is not set"):
         parse_storage_options(["secret=env:NOT_THERE"])
     with pytest.raises(UsageError, match="must be KEY=VALUE"):
         parse_storage_options(["secret"])

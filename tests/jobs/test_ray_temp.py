@@ -83,7 +83,7 @@ def test_where_ray_cannot_live_it_gets_a_directory_of_ours(
     assert not os.path.exists(ours)
     assert os.environ.get("RAY_TMPDIR") == (usual if name == "RAY_TMPDIR" else None)
     said = capsys.readouterr().err
-    assert re.match(rf"{STAMP} INFO " + re.escape(f"note: Ray's files are in {ours}: {name} {usual} "), said)
+    assert re.match(rf"{STAMP} INFO " + re.escape(f"Ray's files are in {ours}: {name} {usual} "), said)
     assert said.endswith(why + "\n")
 
 
@@ -122,6 +122,6 @@ def test_a_job_runs_in_such_a_directory_and_leaves_nothing(
         timeout=100,
     )
     assert job.returncode == 0, job.stderr
-    (ours,) = re.findall(rf"^{STAMP} INFO note: Ray's files are in (\S+): ", job.stderr, re.MULTILINE)
+    (ours,) = re.findall(rf"^{STAMP} INFO Ray's files are in (\S+): ", job.stderr, re.MULTILINE)
     assert not Path(ours).exists()
     assert list(long.iterdir()) == []

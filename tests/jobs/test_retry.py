@@ -140,7 +140,7 @@ def test_an_image_that_was_mended_and_retried_is_not_encoded_a_second_time(
     argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv)
     assert code == 3
-    assert "warning: more than 0.05 of all samples are rejected (--max-reject-rate)" in err
+    assert "WARNING more than 0.05 of all samples are rejected (--max-reject-rate)" in err
     broken.write_bytes(whole)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
     for path in (*tmp_path.glob("c/data/*-00000.parquet"), *tmp_path.glob("c/_commits/p-????????????????.json")):

@@ -290,7 +290,8 @@ def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, ca
     case.encode()
     case.shard.write_bytes(whole)
     from jobs import retry as job
-    from jobs.options import RetryOptions, parse
+    from jobs.options import RetryOptions
+    from jobs.parsing import parse
     from jobs.signals import Signals
 
     codes: list[int] = []

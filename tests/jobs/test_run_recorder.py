@@ -86,7 +86,7 @@ def test_a_record_that_cannot_be_written_does_not_end_the_job(
     monkeypatch.setattr(Run, "write", refused)
     code, _, err = latentmill(*argv)
     assert code == 0
-    assert "note: cannot write it: no answer" in err
+    assert "WARNING cannot write it: no answer" in err
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
@@ -226,7 +226,7 @@ def test_a_store_that_refuses_the_beats_is_noted_once(
         time.sleep(0.01)
     monkeypatch.setattr(Folder, "replace", replace)
     recorder.end("done", 0)
-    assert capsys.readouterr().err.count("note: cannot write it: no answer") == 1
+    assert capsys.readouterr().err.count("WARNING cannot write it: no answer") == 1
     assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is retried"
 
 

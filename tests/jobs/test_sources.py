@@ -196,7 +196,7 @@ def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None
     for name in ("1.tar.gz", "a.tiff", "b.tiff", "0_stats.json"):
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert "note: passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err
+    assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err
 
 
 def test_odd_files_of_a_folder_cost_one_sample_each(
@@ -210,7 +210,7 @@ def test_odd_files_of_a_folder_cost_one_sample_each(
     _, out, err = encode(source, "--to", cache, "--max-reject-rate", 0.5)
     assert "encoded 2 images" in out
     assert "1 bad_key" in out
-    assert f"note: passed over what is no file, or a folder that may not be entered: {source}/pipe.jpg" in err
+    assert f"INFO passed over what is no file, or a folder that may not be entered: {source}/pipe.jpg" in err
     (rejects,) = (cache / "_rejects").iterdir()
     assert json.loads(rejects.read_text())["key"] == "caf\\xe9"
     assert "encoded 0 images" in encode(source, "--to", cache, "--max-reject-rate", 0.5)[1]

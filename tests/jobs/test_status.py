@@ -58,7 +58,7 @@ def test_a_run_that_is_no_more_is_named(cache: Path, latentmill: Command, outcom
     rewrite_run(cache, outcome=outcome, ended=None, alive="2026-05-01T11:50:00+00:00")
     assert read_status(Folder(str(cache)), NOW)["state"] == state
     out = latentmill("status", cache)[1]
-    assert ("no sign of life since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
+    assert ("no heartbeat since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 
 
 def test_what_is_no_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_a_run_with_other_versions_than_before_says_so(
     assert "earlier runs of this cache had" not in latentmill(*job, "--max-shards", 1)[2]
     monkeypatch.setattr("pipeline.cache.runs.version", lambda name: "0.9" if name == "pillow" else "1.0")
     _, _, err = latentmill(*job)
-    notes = [line.partition("note: ")[2] for line in err.splitlines() if "earlier runs of this cache had" in line]
+    notes = [line.partition("INFO ")[2] for line in err.splitlines() if "earlier runs of this cache had" in line]
     assert [note.split(" this one")[0].split(" had ")[1].split()[0] for note in notes] == ["torch", "pyarrow", "pillow"]
     assert any("this one has 0.9; the bytes of images or files may differ" in note for note in notes)
     assert "earlier runs" not in latentmill(*job)[2], "it has nothing to do"

@@ -96,4 +96,4 @@ def test_what_is_no_option_names_its_flag(latentmill: Command, shards: Path, mic
     code, _, err = latentmill(*argv, "--source-option", "anon")
     assert (code, err) == (2, "latentmill: --source-option must be KEY=VALUE, not 'anon'\n")
     code, _, err = latentmill(*argv, "--source-option", "key=env:NOWHERE")
-    assert (code, err) == (2, "latentmill: --source-option key: there is no environment variable NOWHERE\n")
+    assert (code, err) == (2, "latentmill: --source-option key: the environment variable NOWHERE is not set\n")

@@ -167,7 +167,7 @@ def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
     refuse_exclusive_renames(monkeypatch)
     code, _, err = latentmill(*argv, "--workers", 0)
     assert code == 0, err
-    assert f"note: {tmp_path}/c has no hard links: run one job at a time" in err
+    assert f"INFO {tmp_path}/c has no hard links: run one job at a time" in err
     (run,) = (tmp_path / "c/_runs").glob("*.json")
     record = json.loads(run.read_text())
     assert record["conditional_creates"] is False
