@@ -1,6 +1,7 @@
-"""A real S3 gateway on loopback: Ceph, with one monitor, one store in memory and one radosgw.
+"""A real S3 gateway on loopback: Ceph, with a monitor, a store in memory and a radosgw.
 
-For LATENTMILL_TEST_S3=ceph; on Debian: apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common
+LATENTMILL_TEST_S3=ceph uses it. On Debian, install it with
+apt-get install --no-install-recommends ceph-mon ceph-osd radosgw ceph-common
 """
 
 import json
@@ -42,7 +43,7 @@ rgw frontends = beast endpoint=127.0.0.1:{port}
 rgw data = {folder}/rgw
 """
 
-RIGHTS = {
+CAPABILITIES = {
     "mon.": {"mon": "allow *"},
     "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
     "client.rgw": {"mon": "allow rwx", "osd": "allow rwx"},
@@ -52,7 +53,10 @@ RIGHTS = {
 
 @contextmanager
 def gateway(folder: Path, port: int, mon_port: int, key: str, secret: str) -> Iterator[str]:
-    """The URL of a gateway with one account; it ends with the block. folder: an empty one with a short path."""
+    """Run a gateway with one account, and return its URL.
+
+    folder: an empty folder with a short path, because Ceph's sockets are in it.
+    """
     conf, keyring = folder / "ceph.conf", folder / "keyring"
     fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
     conf.write_text(CONFIGURATION.format(folder=folder, fsid=fsid, port=port, mon_port=mon_port))
@@ -63,7 +67,7 @@ def gateway(folder: Path, port: int, mon_port: int, key: str, secret: str) -> It
         command = [program, "-c", str(conf), *map(str, argv)]
         return subprocess.run(command, check=True, timeout=timeout, capture_output=True, text=True).stdout
 
-    for number, (name, rights) in enumerate(RIGHTS.items()):
+    for number, (name, rights) in enumerate(CAPABILITIES.items()):
         caps = [word for right in rights.items() for word in ("--cap", *right)]
         create = () if number else ("--create-keyring",)
         subprocess.run(
@@ -79,27 +83,27 @@ def gateway(folder: Path, port: int, mon_port: int, key: str, secret: str) -> It
             daemons.callback(process.kill)
 
         start("ceph-mon", "-c", conf, "-f", "-i", "a")
-        until(lambda: json.loads(run("ceph", "--connect-timeout", 2, "quorum_status"))["quorum"] == [0])
+        wait_until(lambda: json.loads(run("ceph", "--connect-timeout", 2, "quorum_status"))["quorum"] == [0])
         run("ceph", "osd", "new", osd)
         run("ceph-osd", "-i", 0, "--mkfs", "--osd-uuid", osd)
         run("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=here", "root=default")
         start("ceph-osd", "-c", conf, "-f", "-i", 0)
-        until(lambda: json.loads(run("ceph", "osd", "stat", "-f", "json"))["num_up_osds"] == 1)
+        wait_until(lambda: json.loads(run("ceph", "osd", "stat", "-f", "json"))["num_up_osds"] == 1)
         start("radosgw", "-c", conf, "-f", "-n", "client.rgw", "--no-mon-config")
         admin = ("radosgw-admin", "-n", "client.admin", "--no-mon-config")
         account = ("--uid=tests", "--display-name=tests", f"--access-key={key}", f"--secret-key={secret}")
-        until(lambda: run(*admin, "user", "create", *account))
-        until(lambda: answers(port))
+        wait_until(lambda: run(*admin, "user", "create", *account))
+        wait_until(lambda: is_listening(port))
         yield f"http://127.0.0.1:{port}"
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Return once the condition holds; until then its command may fail."""
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Return when the condition is true. Until then, its command may fail."""
     end = time.monotonic() + seconds
     while True:
         try:

@@ -1,11 +1,11 @@
-"""Makers of checkpoints in the layouts that people have: latent-diffusion's names, and what stands around a VAE."""
+"""Make checkpoints in the layouts in use: the names of latent-diffusion, and the tensors around a VAE."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# What full checkpoints have beside the VAE, one tensor each; names as the public ones have them.
+# A tensor outside the VAE for each family of full checkpoints. The names are those of the public checkpoints.
 AROUND = {
     "sd": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
     "sdxl": "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
@@ -16,7 +16,10 @@ AROUND = {
 
 
 def ldm(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Our tensors by latent-diffusion's names: the decoder's levels counted from the finest, attention as 1x1 convs."""
+    """Return the tensors in the layout of latent-diffusion.
+
+    The decoder's levels are numbered from the finest, and attention has 1x1 convolutions.
+    """
     levels = len({name.split(".")[2] for name in weights if name.startswith("decoder.up_blocks.")})
     return {prefix + _old_name(name, levels): _old_shape(name, tensor) for name, tensor in weights.items()}
 
@@ -43,5 +46,5 @@ def _old_name(name: str, levels: int) -> str:
 
 
 def _old_shape(name: str, tensor: Tensor) -> Tensor:
-    matrix = ".attentions." in name and tensor.dim() == 2
-    return tensor[:, :, None, None].contiguous() if matrix else tensor
+    is_matrix = ".attentions." in name and tensor.dim() == 2
+    return tensor[:, :, None, None].contiguous() if is_matrix else tensor

@@ -1,4 +1,4 @@
-"""What all tests share: a micro model, makers of images and shards, and the command line as a function."""
+"""Shared by all tests: a micro model, functions that make images and shards, and the command line as a function."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from vae import AutoencoderKL
 
 pytest_plugins = ["tests.servers"]
 
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"  # of a message
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"  # the time at the start of a log line
 
 MICRO = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -31,7 +31,7 @@ MICRO = {
 
 @pytest.fixture(scope="session")
 def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny AutoencoderKL of random weights: f8, 4 channels."""
+    """Return a directory with a tiny AutoencoderKL of random weights: downscale 8, 4 latent channels."""
     folder = tmp_path_factory.mktemp("micro") / "vae"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -40,21 +40,21 @@ def micro_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def smooth(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
-    """An image that no other seed gives, RGB uint8 [height, width, 3]: soft colours, so that JPEG keeps them."""
-    draw = np.random.default_rng(seed)
-    small = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    """Return an image, RGB uint8 [height, width, 3], that is unique to the seed. JPEG preserves its smooth colors."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
-    """An image as a file's bytes."""
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, kind, **options)
-    return sink.getvalue()
+    """Return an image file. kind: its format, as Pillow names it. options: those of Pillow's `save`."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
-    """A tar with these members, in this order."""
+    """Write a tar with these members, in this order. Returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -65,7 +65,7 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
 
 
 def img2dataset_members(first: int, count: int, **size: int) -> dict[str, bytes]:
-    """The members of a shard as img2dataset writes it: an image, its caption and its metadata, a sample each."""
+    """Return the members of a shard of img2dataset: an image, its caption and its metadata per sample."""
     members: dict[str, bytes] = {}
     for index in range(first, first + count):
         members[f"{index:09d}.jpg"] = encoded(smooth(index, **size), quality=90)
@@ -76,7 +76,7 @@ def img2dataset_members(first: int, count: int, **size: int) -> dict[str, bytes]
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `shards` with three tars of 5, 7 and 6 samples."""
+    """Return a folder `shards` with three tars of 5, 7 and 6 samples."""
     folder = tmp_path_factory.mktemp("source") / "shards"
     first = 0
     for number, count in enumerate((5, 7, 6)):
@@ -87,7 +87,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `photos` with five images in two sub-folders, two of them with captions."""
+    """Return a folder `photos` with five images in two subfolders. One image has a caption, one has metadata."""
     folder = tmp_path_factory.mktemp("source") / "photos"
     for index, name in enumerate(("a/1", "a/2", "b/1", "b/2", "b/3")):
         path = folder / f"{name}.{'png' if index % 2 else 'jpg'}"
@@ -100,7 +100,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command line, in this process: exit code, standard output, standard error."""
+    """Return a function that runs the command line in this process: exit code, standard output, standard error."""
 
     def run(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -113,5 +113,5 @@ def latentmill(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, s
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that fail in this process are tried again at once."""
+    """Retry failed tasks of this process without a pause."""
     monkeypatch.setattr("jobs.scheduler.FIRST_PAUSE", 0.0)

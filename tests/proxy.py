@@ -1,6 +1,6 @@
-"""An HTTP proxy that goes wrong as it is told to: what stores and networks do once a month, on demand.
+"""An HTTP proxy that injects the faults of stores and networks on demand.
 
-Requests are passed on with their own Host header, so that their signatures stay right.
+Requests are forwarded with their own Host header, so that their signatures stay valid.
 """
 
 import http.client
@@ -18,7 +18,7 @@ CODES = {403: "AccessDenied", 429: "SlowDown", 500: "InternalError", 503: "SlowD
 
 @dataclass
 class Request:
-    """What came in. number: how many of this method and path came before."""
+    """A request. number: how many requests with this method and path came before it."""
 
     method: str
     path: str
@@ -26,22 +26,22 @@ class Request:
     bytes: int
 
 
-# What becomes of a request: passed on (None); answered with a status; the connection reset; passed on, and the answer
-# lost ("lose"), cut in half ("short"), not continued after a half ("stall") or with its first bytes flipped ("flip");
-# passed on twice, the second answer coming back ("double").
+# The treatment of a request. None: forward it. A status: answer with that error. "reset": reset the connection.
+# Forward it, but lose the response ("lose"), truncate it to half ("short"), stop after a half ("stall"), or flip its
+# first bytes ("flip"). "double": forward it twice, and return the second response.
 Fault = int | str | None
 
 
 @dataclass
 class Proxy:
-    """Serves on loopback while it is entered. `rule` decides of each request; `seen` and `puts` keep them."""
+    """A context manager that serves on loopback. `rule` chooses the fault of each request."""
 
     upstream: str
     rule: Callable[[Request], Fault] = lambda request: None
-    after: Callable[[Request], None] = lambda request: None  # called when the upstream has answered
-    seen: list[Request] = field(default_factory=list)
-    puts: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)  # path, headers and body of each
-    signed: set[str] = field(default_factory=set)  # the paths of requests with somebody's signature
+    after: Callable[[Request], None] = lambda request: None  # called after the upstream's response
+    seen: list[Request] = field(default_factory=list)  # all requests so far
+    puts: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)  # path, headers and body
+    signed: set[str] = field(default_factory=set)  # paths of signed requests
 
     @property
     def url(self) -> str:
@@ -58,7 +58,7 @@ class Proxy:
         self.server.shutdown()
         self.server.server_close()
 
-    def note(self, method: str, path: str, length: int) -> Request:
+    def record(self, method: str, path: str, length: int) -> Request:
         with self.lock:
             number = sum((request.method, request.path) == (method, path) for request in self.seen)
             self.seen.append(Request(method, path, number, length))
@@ -70,9 +70,9 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def pass_on(self) -> None:
-                body = self.body()
-                request = proxy.note(self.command, self.path, len(body))
+            def handle_request(self) -> None:
+                body = self.read_body()
+                request = proxy.record(self.command, self.path, len(body))
                 if "Authorization" in self.headers:
                     proxy.signed.add(self.path)
                 if self.command == "PUT":
@@ -95,18 +95,18 @@ class Proxy:
                         self.reset()
                     elif fault == "stall":
                         self.answer(status, headers, data, cut=len(data) // 2)
-                        self.connection.recv(1)  # until the other side gives it up
+                        self.connection.recv(1)  # until the client gives up
                         self.close_connection = True
                     elif fault == "flip":
                         self.answer(status, headers, bytes(byte ^ 0x55 for byte in data[:200]) + data[200:])
                     else:
                         self.answer(status, headers, data)
 
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815
 
-            def body(self) -> bytes:
+            def read_body(self) -> bytes:
                 if self.headers.get("Expect", "").lower() == "100-continue":
-                    pass  # answered by the base class already
+                    pass  # the base class has already answered
                 if self.headers.get("Transfer-Encoding") == "chunked":
                     data = b""
                     while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -138,7 +138,7 @@ class Proxy:
                 self.wfile.flush()
 
             def reset(self) -> None:
-                """Close the connection so that the other side sees ECONNRESET."""
+                """Close the connection so that the client gets ECONNRESET."""
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
                 self.connection.close()

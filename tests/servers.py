@@ -1,6 +1,6 @@
-"""An S3 server on loopback, over real HTTP: moto's by default.
+"""An S3 server on loopback over real HTTP, by default that of moto.
 
-LATENTMILL_TEST_S3=ceph takes a Ceph gateway (tests/ceph.py), LATENTMILL_TEST_S3=http://... one that stands.
+LATENTMILL_TEST_S3=ceph starts a Ceph gateway (tests/ceph.py). LATENTMILL_TEST_S3=http://... uses a running server.
 """
 
 import os
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def await_http(url: str, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
-    """Return once something answers."""
+    """Return when the server answers at the URL."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -41,23 +41,23 @@ def await_http(url: str, process: subprocess.Popen[bytes], seconds: float = 30) 
             return
         except OSError:
             assert process.poll() is None, "the server has ended"
-            assert time.monotonic() < end, "the server does not answer"
+            assert time.monotonic() < end, "the server did not answer in time"
             time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """The URL of an S3 server."""
-    wanted = os.environ.get("LATENTMILL_TEST_S3", "moto")
-    if wanted == "ceph":
+    """Start an S3 server and return its URL."""
+    server = os.environ.get("LATENTMILL_TEST_S3", "moto")
+    if server == "ceph":
         with (
             tempfile.TemporaryDirectory() as folder,
             ceph.gateway(Path(folder), free_port(), free_port(), KEY, SECRET) as url,
         ):
             yield url
         return
-    if wanted != "moto":
-        yield wanted
+    if server != "moto":
+        yield server
         return
     with moto() as url:
         yield url
@@ -65,7 +65,7 @@ def endpoint() -> Iterator[str]:
 
 @contextmanager
 def moto() -> Iterator[str]:
-    """The URL of a server of its own."""
+    """Start a new moto server and return its URL."""
     port = free_port()
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
@@ -75,17 +75,17 @@ def moto() -> Iterator[str]:
 
 
 def end_sessions() -> None:
-    """Close what s3fs keeps open, and have it read the environment anew."""
-    kind = fsspec.get_filesystem_class("s3")
-    for fs in kind._cache.values():
+    """Close the sessions of s3fs, so that it reads the environment again."""
+    filesystem_class = fsspec.get_filesystem_class("s3")
+    for fs in filesystem_class._cache.values():
         if fs._s3 is not None:
-            kind.close_session(fs.loop, fs._s3)
-    kind.clear_instance_cache()
+            filesystem_class.close_session(fs.loop, fs._s3)
+    filesystem_class.clear_instance_cache()
 
 
 @pytest.fixture
 def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The usual environment of S3 context, pointing to the server."""
+    """Set the usual S3 variables in the environment to the server, and return its URL."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
@@ -97,7 +97,7 @@ def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def bucket(account: str) -> str:
-    """The URL of a bucket of its own."""
+    """Create a new bucket and return its URL."""
     name = f"test-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"
@@ -105,16 +105,16 @@ def bucket(account: str) -> str:
 
 @pytest.fixture
 def proxy(account: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy in front of the server, which every request now goes through."""
-    with Proxy(account) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.url)
+    """Start a proxy in front of the server, and send every request through it."""
+    with Proxy(account) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         end_sessions()
-        yield between
+        yield proxy
         end_sessions()
 
 
 def upload(folder: Path, url: str) -> str:
-    """Put a folder of the disk at a URL."""
+    """Copy a local folder to a URL. Returns the URL."""
     fs, root = fsspec.url_to_fs(url)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -123,7 +123,7 @@ def upload(folder: Path, url: str) -> str:
 
 
 def names(url: str) -> list[str]:
-    """The names of all that stands below a URL, relative to it."""
+    """Return the names of all files below a URL, relative to it."""
     fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
     return [path[len(root) + 1 :] for path in fs.find(root, withdirs=False)]
 
@@ -134,5 +134,5 @@ def read(url: str) -> bytes:
 
 
 def objects(url: str) -> dict[str, bytes]:
-    """All that stands below a URL, by names relative to it."""
+    """Return the content of all files below a URL, by their names relative to it."""
     return {name: read(f"{url}/{name}") for name in names(url)}

@@ -1,4 +1,4 @@
-"""The documentation is executed: what it shows is what happens."""
+"""Execute the documentation, and compare its tables with the code."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ def command_line_page() -> str:
     return "\n".join(parts)
 
 
-def test_the_command_line_page_is_what_help_says() -> None:
+def test_the_command_line_page_has_the_current_help() -> None:
     assert COMMAND_LINE.read_text(encoding="utf-8") == command_line_page()
 
 
@@ -58,7 +58,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_readmes_python_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
     names: dict[str, object] = {}
     for block in blocks(README, "python"):
@@ -71,7 +71,7 @@ def test_the_readmes_python_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
 
 
-def test_the_readmes_commands_exist(latentmill: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_commands_of_the_readme_exist(latentmill: Callable[..., tuple[int, str, str]]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for line in "".join(blocks(README, "sh")).splitlines():
         words = line.split("#")[0].replace("python -m jobs.", ".venv/bin/latentmill ").split()
@@ -84,14 +84,14 @@ def test_the_readmes_commands_exist(latentmill: Callable[..., tuple[int, str, st
             assert {word for word in words if word.startswith("--")} <= flags, line
 
 
-def test_every_link_of_the_documentation_leads_somewhere() -> None:
+def test_every_link_of_the_documentation_has_a_target() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def presets_table() -> str:
-    """The rows of docs/models.md's table of presets."""
+    """Return the rows of the table of presets in docs/models.md."""
     rows = []
     for name, preset in PRESETS.items():
         config = preset.config
@@ -103,13 +103,13 @@ def presets_table() -> str:
 
 
 def reasons_table() -> str:
-    """The table of reasons in docs/limits.md."""
+    """Return the table of reasons in docs/limits.md."""
     rows = "".join(f"| `{reason}` | {sentence.replace('{}', 'N')} |\n" for reason, sentence in REASONS.items())
     return "| reason | |\n|---|---|\n" + rows
 
 
 def limits_table() -> str:
-    """The table of limits in docs/limits.md."""
+    """Return the table of limits in docs/limits.md."""
     meanings = {
         "image_bytes": "bytes of an encoded image",
         "pixels": "pixels of an image",

@@ -1,4 +1,4 @@
-"""The command where a user's own modules are called as ours are, and where Python lacks what we need."""
+"""The command next to a user's modules with the names of ours, and with a Python that lacks modules."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(__version__, len(latents), *latents[0].shape)
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A user's folder: modules of our names, and images in files and in Parquet (whose footer a child reads)."""
+    """Make a user's folder: modules with our names, image files, and Parquet, whose footer a child process reads."""
     folder = tmp_path / "project"
     (folder / "jobs").mkdir(parents=True)
     (folder / "vae").mkdir()
@@ -43,7 +43,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def run(command: Sequence[object], folder: Path, *path: Path) -> "subprocess.CompletedProcess[str]":
-    """A command in a folder, with these on PYTHONPATH."""
+    """Run a command in a folder. path: the content of PYTHONPATH."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=110
@@ -76,8 +76,8 @@ def test_a_users_modules_on_the_path_do_not_break_a_job_from_a_checkout(project:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_users_modules_do_not_break_what_is_installed(project: Path, micro_vae: Path, tmp_path: Path) -> None:
-    """The built wheel in an environment of its own, beside the libraries of this one."""
+def test_a_users_modules_do_not_break_the_installed_package(project: Path, micro_vae: Path, tmp_path: Path) -> None:
+    """Install the built wheel in a new environment that uses the libraries of this one."""
     sources, wheels, environment = tmp_path / "sources", tmp_path / "wheels", tmp_path / "environment"
     for name in ("latentmill", "vae", "pipeline", "jobs"):
         shutil.copytree(ROOT / name, sources / name)
@@ -110,7 +110,7 @@ def test_a_users_modules_do_not_break_what_is_installed(project: Path, micro_vae
 
 @pytest.mark.parametrize("command", ["latentmill", "jobs.status", "jobs.encode"])
 @pytest.mark.parametrize("missing", ["resource", "fcntl"])
-def test_where_python_lacks_what_is_needed_it_is_said(tmp_path: Path, command: str, missing: str) -> None:
+def test_an_unsupported_platform_is_named_in_the_error(tmp_path: Path, command: str, missing: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
     argv = ["status", "cache"] if command == "latentmill" else ["cache"]
     job = run([sys.executable, "-m", command, *argv], tmp_path, tmp_path, ROOT)

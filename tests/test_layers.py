@@ -1,4 +1,4 @@
-"""The rules of the rooms: who may import whom, and how large things may grow."""
+"""The rules of the packages: which module may import which, and how large files and functions may grow."""
 
 import ast
 import re
@@ -38,13 +38,13 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, anywhere in it: ours by their full name."""
+    """Yield the modules that a file imports, anywhere in it. Our modules have their full name."""
     for node in ast.walk(tree(path)):
         yield from imported(node)
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules that one statement imports."""
+    """Yield the modules that a statement imports."""
     if isinstance(node, ast.Import):
         yield from (name.name for name in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -54,7 +54,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def importers(package: str) -> set[str]:
-    """Our modules that import a package or anything in it."""
+    """Return our modules that import a package or a module in it."""
     return {
         module
         for module, path in MODULES.items()
@@ -62,7 +62,7 @@ def importers(package: str) -> set[str]:
     }
 
 
-def test_the_rooms_are_found() -> None:
+def test_every_module_is_found() -> None:
     assert {"vae.model", "pipeline.flow", "jobs.ray_executor"} <= set(MODULES)
     assert {f"pipeline.{room}" for floor in FLOORS for room in floor} == {
         ".".join(module.split(".")[:2]) for module in MODULES if module.startswith("pipeline.")
@@ -82,7 +82,7 @@ def test_imports_run_from_jobs_to_pipeline_to_vae_to_latentmill() -> None:
     assert packages_importing("latentmill") == {"jobs", "pipeline", "vae"}
 
 
-def test_the_front_door_imports_nothing_of_ours_before_it_can_find_it() -> None:
+def test_the_latentmill_package_imports_no_other_package_at_module_level() -> None:
     for module, path in MODULES.items():
         if module.split(".")[0] == "latentmill":
             nodes = tree(path).body if module == "latentmill.__main__" else ast.walk(tree(path))
@@ -108,12 +108,12 @@ def test_what_trainers_import_needs_four_libraries() -> None:
         ("argparse", {"jobs.parsing", "vae.train"}),
     ],
 )
-def test_a_library_has_one_room(package: str, allowed: set[str]) -> None:
+def test_a_library_is_imported_only_where_allowed(package: str, allowed: set[str]) -> None:
     assert importers(package) == allowed
 
 
-def test_what_is_installed_with_us_is_what_we_import() -> None:
-    """Not more: what only tests import is an extra. (fsspec imports s3fs, for `s3://`.)"""
+def test_the_dependencies_are_the_packages_that_we_import() -> None:
+    """A package that only tests import belongs to an extra. fsspec imports s3fs for `s3://`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.match(r"[\w.-]+", requirement)[0] for requirement in project["dependencies"]}  # type: ignore[index]
     called = {"pillow": "PIL", "pyyaml": "yaml"}
@@ -126,14 +126,14 @@ def rooms_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
 
 
-def test_only_some_of_the_pipeline_know_the_model() -> None:
+def test_only_these_modules_of_the_pipeline_import_the_vae() -> None:
     knowing = {module for module in importers("vae") if module.startswith("pipeline.")}
     assert knowing <= {
         f"pipeline.{name}" for name in ("encoder", "weights", "preview.render", "cache.reader", "cache.identity")
     }
 
 
-def test_a_room_of_the_pipeline_imports_those_below_it() -> None:
+def test_the_layers_of_the_pipeline_import_downwards() -> None:
     floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
     for module, path in MODULES.items():
         if module.startswith("pipeline."):
@@ -171,19 +171,19 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
-def test_only_jobs_print() -> None:
+def test_only_jobs_and_vae_train_print() -> None:
     for module, path in MODULES.items():
         calls = (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call))
         prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
         assert not prints or module.startswith("jobs.") or module == "vae.train", module
 
 
-def test_no_file_is_called_like_a_module_of_python() -> None:
-    # with `python jobs/x.py` its folder is first on the path, and would hide the standard library's
+def test_no_file_has_the_name_of_a_standard_module() -> None:
+    # `python jobs/x.py` puts the folder of the file first on the path, where it would hide the standard library.
     names = {path.stem for path in FILES} - {"__init__"}
     assert not names & set(sys.stdlib_module_names)
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     for module, path in MODULES.items():
         assert ast.get_docstring(tree(path)), module

@@ -1,4 +1,4 @@
-"""Parity with diffusers' AutoencoderKL: the same numbers from the same weights, in float32."""
+"""Parity with the AutoencoderKL of diffusers: the same weights give the same results, in float32."""
 
 import copy
 import inspect
@@ -15,13 +15,13 @@ from vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussianDistribution
 from vae.load import WEIGHTS, weights_sha256
 from vae.presets import PRESETS
 
-FOUR = {
+FOUR_LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "norm_num_groups": 8,
 }
-# Small models with the structure of the public ones.
-SHAPES: dict[str, dict[str, Any]] = {
+# Small models with the architectures of the public models.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd": {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2, "latent_channels": 4},
     "sdxl": {
         "block_out_channels": (8, 16, 32, 32),
@@ -60,10 +60,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest) -> tuple[AutoencoderKL, Any]:
-    """Our model and diffusers', with the same random weights."""
-    fields = {**FOUR, **SHAPES[request.param]}
+    """Return our model and that of diffusers, with the same random weights."""
+    fields = {**FOUR_LEVELS, **ARCHITECTURES[request.param]}
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(**fields).eval()
     ours = AutoencoderKL(**fields).eval()
@@ -71,7 +71,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[AutoencoderKL, Any]:
     return ours, theirs
 
 
-def images(height: int, width: int) -> torch.Tensor:
+def random_images(height: int, width: int) -> torch.Tensor:
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -79,7 +79,7 @@ def images(height: int, width: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_encode_decode_and_forward_are_equal(pair: tuple[AutoencoderKL, Any], height: int, width: int) -> None:
     ours, theirs = pair
-    x = images(height, width)
+    x = random_images(height, width)
     posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
     torch.testing.assert_close(posterior.parameters, expected.parameters, atol=1e-4, rtol=0)
     z = expected.mode()
@@ -88,29 +88,29 @@ def test_encode_decode_and_forward_are_equal(pair: tuple[AutoencoderKL, Any], he
 
 
 @torch.inference_mode()
-def test_at_512_pixels_they_are_equal_to_the_references_in_float64(pair: tuple[AutoencoderKL, Any]) -> None:
-    """In float32 the reference itself is up to 2e-4 away from it there and back, ours 4e-5."""
+def test_results_at_512_pixels_agree_with_the_reference_in_float64(pair: tuple[AutoencoderKL, Any]) -> None:
+    """The round trip of the reference in float32 differs from float64 by up to 2e-4, ours by 4e-5."""
     ours, theirs = pair
     exact = copy.deepcopy(theirs).double()
-    x = images(512, 320)[:1]
+    x = random_images(512, 320)[:1]
     z = exact.encode(x.double()).latent_dist.mode()
-    for value, right in [
+    for value, expected_value in [
         (ours.encode(x).latent_dist.mode(), z),
         (ours.decode(z.float()).sample, exact.decode(z).sample),
         (ours(x).sample, exact(x.double()).sample),
     ]:
-        torch.testing.assert_close(value.double(), right, atol=1e-4, rtol=0)
+        torch.testing.assert_close(value.double(), expected_value, atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()
 def test_the_posterior_is_equal(pair: tuple[AutoencoderKL, Any]) -> None:
     ours, theirs = pair
-    x = images(64, 64)
+    x = random_images(64, 64)
     posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
-    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
-    torch.testing.assert_close(posterior.sample(seeded[0]), expected.sample(seeded[1]), atol=1e-4, rtol=0)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    torch.testing.assert_close(posterior.sample(generators[0]), expected.sample(generators[1]), atol=1e-4, rtol=0)
     other, other_expected = ours.encode(-x).latent_dist, theirs.encode(-x).latent_dist
-    for value, right in [
+    for value, expected_value in [
         (posterior.std, expected.std),
         (posterior.var, expected.var),
         (posterior.logvar, expected.logvar),
@@ -118,13 +118,13 @@ def test_the_posterior_is_equal(pair: tuple[AutoencoderKL, Any]) -> None:
         (posterior.kl(other), expected.kl(other_expected)),
         (posterior.nll(x[:, :1, :8, :8]), expected.nll(x[:, :1, :8, :8])),
     ]:
-        torch.testing.assert_close(value, right, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(value, expected_value, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_slicing_gives_the_references_numbers(pair: tuple[AutoencoderKL, Any]) -> None:
+def test_slicing_gives_the_same_results_as_in_the_reference(pair: tuple[AutoencoderKL, Any]) -> None:
     ours, theirs = pair
-    x = images(64, 64)
+    x = random_images(64, 64)
     ours.enable_slicing()
     theirs.enable_slicing()
     torch.testing.assert_close(
@@ -138,7 +138,7 @@ def test_slicing_gives_the_references_numbers(pair: tuple[AutoencoderKL, Any]) -
     theirs.disable_slicing()
 
 
-def test_directories_are_exchanged(pair: tuple[AutoencoderKL, Any], tmp_path: Path) -> None:
+def test_each_implementation_loads_what_the_other_saved(pair: tuple[AutoencoderKL, Any], tmp_path: Path) -> None:
     ours, theirs = pair
     theirs.save_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
@@ -152,11 +152,11 @@ def test_directories_are_exchanged(pair: tuple[AutoencoderKL, Any], tmp_path: Pa
     assert returned.config.scaling_factor == ours.config.scaling_factor
 
 
-SMALL = {**FOUR, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 4}
+SMALL = {**FOUR_LEVELS, "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 4}
 
 
-def twins(**fields: Any) -> tuple[AutoencoderKL, Any]:
-    """Our model and diffusers', small and with the same random weights, but for these fields."""
+def make_pair(**fields: Any) -> tuple[AutoencoderKL, Any]:
+    """Return our model and that of diffusers, small and with the same random weights. fields: override SMALL."""
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(**{**SMALL, **fields}).eval()
     ours = AutoencoderKL(**{**SMALL, **fields}).eval()
@@ -164,16 +164,16 @@ def twins(**fields: Any) -> tuple[AutoencoderKL, Any]:
     return ours, theirs
 
 
-def test_parameters_and_their_defaults_are_the_references() -> None:
+def test_parameters_and_their_defaults_are_those_of_the_reference() -> None:
     signature = inspect.signature(diffusers.AutoencoderKL.__init__).parameters
     assert {**AutoencoderKLConfig()} == {name: value.default for name, value in signature.items() if name != "self"}
 
 
 @pytest.mark.parametrize("method", ["encode", "decode", "forward"])
-def test_arguments_have_the_references_names_order_and_defaults(method: str) -> None:
+def test_arguments_have_the_names_order_and_defaults_of_the_reference(method: str) -> None:
     ours, theirs = (
-        [(name, value.default) for name, value in inspect.signature(getattr(kind, method)).parameters.items()]
-        for kind in (AutoencoderKL, diffusers.AutoencoderKL)
+        [(name, value.default) for name, value in inspect.signature(getattr(model_class, method)).parameters.items()]
+        for model_class in (AutoencoderKL, diffusers.AutoencoderKL)
     )
     assert ours == theirs
 
@@ -182,7 +182,7 @@ def test_arguments_have_the_references_names_order_and_defaults(method: str) -> 
     "fields",
     [
         *({"act_fn": name} for name in ("swish", "mish", "gelu", "relu")),
-        {"down_block_types": FOUR["down_block_types"][:1], "up_block_types": FOUR["up_block_types"][:1]}
+        {"down_block_types": FOUR_LEVELS["down_block_types"][:1], "up_block_types": FOUR_LEVELS["up_block_types"][:1]}
         | {"block_out_channels": (16,)},
         {"in_channels": 4, "out_channels": 1},
         {"use_quant_conv": False},
@@ -193,8 +193,8 @@ def test_arguments_have_the_references_names_order_and_defaults(method: str) -> 
     ids=lambda fields: ",".join(f"{name}={value}" for name, value in list(fields.items())[-2:]),
 )
 @torch.inference_mode()
-def test_every_field_that_changes_numbers_changes_them_as_in_the_reference(fields: dict[str, Any]) -> None:
-    ours, theirs = twins(**fields)
+def test_every_field_has_the_same_effect_as_in_the_reference(fields: dict[str, Any]) -> None:
+    ours, theirs = make_pair(**fields)
     x = torch.rand(1, ours.config.in_channels, 64, 40, generator=torch.Generator().manual_seed(1)) * 2 - 1
     posterior, expected = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
     torch.testing.assert_close(posterior.parameters, expected.parameters, atol=1e-4, rtol=0)
@@ -204,15 +204,15 @@ def test_every_field_that_changes_numbers_changes_them_as_in_the_reference(field
 
 
 @torch.inference_mode()
-def test_forward_from_a_draw_is_equal() -> None:
-    ours, theirs = twins()
-    x = images(64, 80)
-    mine, its = (
+def test_forward_from_a_random_sample_is_equal() -> None:
+    ours, theirs = make_pair()
+    x = random_images(64, 80)
+    sampled, expected = (
         model(x, sample_posterior=True, return_dict=False, generator=torch.Generator().manual_seed(2))[0]
         for model in (ours, theirs)
     )
-    torch.testing.assert_close(mine, its, atol=1e-4, rtol=0)
-    assert (mine - ours(x).sample).abs().max() > 1e-3
+    torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
+    assert (sampled - ours(x).sample).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -221,27 +221,27 @@ def test_the_same_moments_give_the_same_posterior_bit_for_bit(dtype: torch.dtype
     moments, others = (
         (torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(seed)) * 20).to(dtype) for seed in (0, 1)
     )
-    ours, ours_other = (DiagonalGaussianDistribution(each, deterministic) for each in (moments, others))
+    ours, ours_other = (DiagonalGaussianDistribution(parameters, deterministic) for parameters in (moments, others))
     theirs, theirs_other = (
-        diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(each, deterministic)
-        for each in (moments, others)
+        diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(parameters, deterministic)
+        for parameters in (moments, others)
     )
-    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     sample = others[:, :4]
-    for value, right in [
+    for value, expected_value in [
         *((getattr(ours, field), getattr(theirs, field)) for field in ("parameters", "mean", "logvar", "std", "var")),
-        (ours.sample(seeded[0]), theirs.sample(seeded[1])),
+        (ours.sample(generators[0]), theirs.sample(generators[1])),
         (ours.mode(), theirs.mode()),
         (ours.kl(), theirs.kl()),
         (ours.kl(ours_other), theirs.kl(theirs_other)),
         (ours.nll(sample), theirs.nll(sample)),
         (ours.nll(sample, dims=(1, 2)), theirs.nll(sample, dims=(1, 2))),
     ]:
-        torch.testing.assert_close(value, right, atol=0, rtol=0, equal_nan=True)  # float16 overflows in both
+        torch.testing.assert_close(value, expected_value, atol=0, rtol=0, equal_nan=True)  # float16 overflows in both
 
 
 def test_a_directory_that_diffusers_saved_in_several_files_loads(tmp_path: Path) -> None:
-    ours, theirs = twins()
+    ours, theirs = make_pair()
     theirs.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = AutoencoderKL.from_pretrained(tmp_path)
@@ -252,29 +252,33 @@ def test_a_directory_that_diffusers_saved_in_several_files_loads(tmp_path: Path)
     "form",
     [{"safe_serialization": False}, {"variant": "fp16"}, {"safe_serialization": False, "max_shard_size": "50KB"}],
 )
-def test_a_directory_that_diffusers_saved_otherwise_loads(form: dict[str, Any], tmp_path: Path) -> None:
-    ours, theirs = twins()
+def test_a_directory_that_diffusers_saved_in_another_form_loads(form: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = make_pair()
     theirs.save_pretrained(tmp_path, **form)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert weights_sha256(loaded.state_dict()) == weights_sha256(ours.state_dict())
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
-@pytest.mark.parametrize("shape", ["sd", "flux", "cogview"])
-def test_a_single_file_holds_the_same_model_for_both(shape: str, prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["sd", "flux", "cogview"])
+def test_both_load_the_same_model_from_a_single_file(architecture: str, prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    ours = AutoencoderKL(**{**FOUR, **SHAPES[shape]})
+    ours = AutoencoderKL(**{**FOUR_LEVELS, **ARCHITECTURES[architecture]})
     ours.save_pretrained(tmp_path / "config")
     save_file(ldm(ours.state_dict(), prefix), tmp_path / "model.safetensors")
-    mine = AutoencoderKL.from_single_file(tmp_path / "model.safetensors", config=tmp_path / "config")
-    its = diffusers.AutoencoderKL.from_single_file(
+    loaded = AutoencoderKL.from_single_file(tmp_path / "model.safetensors", config=tmp_path / "config")
+    reference = diffusers.AutoencoderKL.from_single_file(
         str(tmp_path / "model.safetensors"), config=str(tmp_path / "config"), local_files_only=True
     )
-    assert weights_sha256(mine.state_dict()) == weights_sha256(its.state_dict()) == weights_sha256(ours.state_dict())
+    assert (
+        weights_sha256(loaded.state_dict())
+        == weights_sha256(reference.state_dict())
+        == weights_sha256(ours.state_dict())
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_the_same_model_in_diffusers(name: str) -> None:
+def test_a_preset_has_the_same_tensors_in_diffusers(name: str) -> None:
     config = PRESETS[name].config
     with torch.device("meta"):
         ours = AutoencoderKL.from_config(config).state_dict()
@@ -282,30 +286,30 @@ def test_a_preset_is_the_same_model_in_diffusers(name: str) -> None:
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
-def test_a_pipelines_vae_in_half_precision_loads(tmp_path: Path) -> None:
-    _, theirs = twins()
+def test_the_half_precision_vae_of_a_pipeline_loads(tmp_path: Path) -> None:
+    _, theirs = make_pair()
     theirs.half().save_pretrained(tmp_path / "vae")
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert loaded.dtype == torch.float16
     assert weights_sha256(loaded.state_dict()) == weights_sha256(theirs.state_dict())
 
 
-def test_diffusers_takes_over_every_field_that_we_save(tmp_path: Path) -> None:
+def test_diffusers_reads_every_field_that_we_save(tmp_path: Path) -> None:
     constants = {"latents_mean": (0.5,) * 4, "latents_std": (2.0,) * 4, "shift_factor": 0.25, "scaling_factor": 0.5}
-    ours, _ = twins(**constants, force_upcast=False, sample_size=256)
+    ours, _ = make_pair(**constants, force_upcast=False, sample_size=256)
     ours.save_pretrained(tmp_path)
     returned = diffusers.AutoencoderKL.from_pretrained(tmp_path, local_files_only=True)
     assert {name: returned.config[name] for name in ours.config} == ours.config.to_dict()
 
 
-def test_a_directory_from_before_attention_was_renamed_loads(tmp_path: Path) -> None:
-    """Early diffusers called to_q query, and so on; public models still have these names, and diffusers loads them."""
-    ours, theirs = twins()
+def test_a_directory_with_the_old_names_of_attention_loads(tmp_path: Path) -> None:
+    """Early versions of diffusers used names such as query for to_q. Some public models still have these names."""
+    ours, theirs = make_pair()
     theirs.save_pretrained(tmp_path)
-    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    old_names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
     tensors = {}
     for name, tensor in load_file(tmp_path / WEIGHTS).items():
-        for new, former in old.items():
+        for new, former in old_names.items():
             name = name.replace(new, former)
         tensors[name] = tensor
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
@@ -317,10 +321,10 @@ def test_a_directory_from_before_attention_was_renamed_loads(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("height", "width", "overlap"), [(64, 64, 0.25), (136, 72, 0.25), (136, 200, 0.5), (70, 93, 0.25)]
 )
-def test_tiling_gives_the_references_numbers(
+def test_tiling_gives_the_same_results_as_in_the_reference(
     pair: tuple[AutoencoderKL, Any], height: int, width: int, overlap: float
 ) -> None:
-    x = images(height, width)
+    x = random_images(height, width)
     for model in pair:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size, model.tile_overlap_factor = 64, 8, overlap
@@ -337,20 +341,20 @@ def test_tiling_gives_the_references_numbers(
 
 
 @pytest.mark.parametrize("sample_size", [32, 256, 1000])
-def test_tiles_have_the_references_sizes(sample_size: int) -> None:
-    fields = {**FOUR, **SHAPES["sd"], "sample_size": sample_size}
+def test_tiles_have_the_sizes_of_the_reference(sample_size: int) -> None:
+    fields = {**FOUR_LEVELS, **ARCHITECTURES["sd"], "sample_size": sample_size}
     ours, theirs = AutoencoderKL(**fields), diffusers.AutoencoderKL(**fields)
     for name in ("use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-def test_fused_projections_are_the_references(pair: tuple[AutoencoderKL, Any]) -> None:
+def test_fused_projections_give_the_same_results_as_in_the_reference(pair: tuple[AutoencoderKL, Any]) -> None:
     ours, theirs = pair
     assert list(ours.attn_processors) == list(theirs.attn_processors)
     ours.fuse_qkv_projections()
     try:
         with torch.no_grad():
-            x = images(64, 64)
+            x = random_images(64, 64)
             assert torch.allclose(
                 ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters, atol=1e-4
             )

@@ -1,4 +1,4 @@
-"""Caches read by other people's libraries, with no code of ours: both formats, and after an append."""
+"""Other libraries read caches without any code of latentmill: both formats, and after an append."""
 
 import io
 import subprocess
@@ -16,7 +16,7 @@ from tests.conftest import img2dataset_members, write_tar
 Command = Callable[..., tuple[int, str, str]]
 KEYS = [f"{n:09d}" for n in range(12)]
 
-# of the libraries' own: streams that are left to the garbage collector, forks beside threads
+# The libraries cause these warnings: unclosed streams, and forks in a process with threads.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::DeprecationWarning"
 )
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of four samples and one without any image, so that there is an empty part."""
+    """Return a folder with three tars of four samples, and one without images, which makes an empty part."""
     folder = tmp_path_factory.mktemp("readers") / "shards"
     for number in range(3):
         write_tar(folder / f"{number}.tar", img2dataset_members(4 * number, 4))
@@ -45,77 +45,81 @@ def encode(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Callable[...
 
 @pytest.fixture
 def latents(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> dict[str, np.ndarray]:
-    """What must be read, by key: from a part's bytes, by the format's own words."""
+    """Return the expected latents by key, read from the parts as docs/cache-format.md describes them."""
     options = ("--vae", micro_vae, "--resolution", 64, "--workers", 0, "--max-reject-rate", 1)
     assert latentmill("encode", source, "--to", tmp_path / "expected", *options)[0] == 0
     rows = [row for path in sorted((tmp_path / "expected/data").iterdir()) for row in pq.read_table(path).to_pylist()]
-    return {row["key"]: array(row) for row in rows}
+    return {row["key"]: to_array(row) for row in rows}
 
 
-def array(row: Any) -> np.ndarray:
+def to_array(row: Any) -> np.ndarray:
     assert row["dtype"] == "float16"
     return np.frombuffer(row["latent"], np.float16).reshape(list(row["shape"]))
 
 
-def check(rows: list[Any], latents: dict[str, np.ndarray]) -> None:
+def check_rows(rows: list[Any], latents: dict[str, np.ndarray]) -> None:
     assert [row["key"] for row in rows] == KEYS
-    assert all(np.array_equal(array(row), latents[row["key"]]) for row in rows)
+    assert all(np.array_equal(to_array(row), latents[row["key"]]) for row in rows)
     assert all(row["txt"] == f"image {int(row['key'])}" for row in rows)
 
 
-def test_pyarrow(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
-    check(pyarrow.dataset.dataset(encode(source) / "data").to_table().to_pylist(), latents)
+def test_pyarrow_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+    check_rows(pyarrow.dataset.dataset(encode(source) / "data").to_table().to_pylist(), latents)
 
 
-def test_pandas(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+def test_pandas_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
     import pandas
 
-    check(pandas.read_parquet(encode(source) / "data").to_dict("records"), latents)
+    check_rows(pandas.read_parquet(encode(source) / "data").to_dict("records"), latents)
 
 
-def test_polars(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+def test_polars_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
     import polars
 
-    check(polars.read_parquet(encode(source) / "data/*.parquet").to_dicts(), latents)
+    check_rows(polars.read_parquet(encode(source) / "data/*.parquet").to_dicts(), latents)
 
 
-def test_duckdb(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
+def test_duckdb_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
     import duckdb
 
     with duckdb.connect() as connection:
         rows = connection.sql(f"select * from '{encode(source)}/data/*.parquet' order by key").to_arrow_table()
-    check(rows.to_pylist(), latents)
+    check_rows(rows.to_pylist(), latents)
 
 
-def load(cache: Path, tmp_path: Path) -> Any:
+def load_dataset(cache: Path, tmp_path: Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     return datasets.load_dataset(str(cache), split="train", cache_dir=str(tmp_path / "hub"))
 
 
-def test_datasets(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path) -> None:
-    check(list(load(encode(source), tmp_path)), latents)
+def test_datasets_reads_parquet(
+    encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    check_rows(list(load_dataset(encode(source), tmp_path)), latents)
 
 
-def test_datasets_sees_what_was_appended(encode: Callable[..., Path], tmp_path: Path) -> None:
+def test_datasets_reads_appended_rows(encode: Callable[..., Path], tmp_path: Path) -> None:
     write_tar(tmp_path / "growing/0.tar", img2dataset_members(0, 4))
-    assert len(load(encode(tmp_path / "growing"), tmp_path)) == 4
+    assert len(load_dataset(encode(tmp_path / "growing"), tmp_path)) == 4
     write_tar(tmp_path / "growing/1.tar", img2dataset_members(4, 4))
-    assert load(encode(tmp_path / "growing"), tmp_path)["key"][:] == KEYS[:8]
+    assert load_dataset(encode(tmp_path / "growing"), tmp_path)["key"][:] == KEYS[:8]
 
 
 def test_datasets_reads_tars(
     encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    rows = list(load(encode(source, "--format", "webdataset"), tmp_path))
+    rows = list(load_dataset(encode(source, "--format", "webdataset"), tmp_path))
     assert [row["__key__"] for row in rows] == KEYS
     assert all(np.array_equal(np.array(row["latent.npy"], np.float16), latents[row["__key__"]]) for row in rows)
     assert [row["latent.json"]["height"] for row in rows] == [64] * 12
 
 
 @pytest.mark.parametrize("store", ["mode", "moments"])
-def test_webdataset(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], store: str) -> None:
+def test_webdataset_reads_tars(
+    encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], store: str
+) -> None:
     import webdataset
 
     cache = encode(source, "--format", "webdataset", "--store", store)
@@ -128,7 +132,7 @@ def test_webdataset(encode: Callable[..., Path], source: Path, latents: dict[str
     assert all(row["latent.json"]["shape"] == list(row[name].shape) for row in rows)
 
 
-def test_a_tar_is_one_for_every_tool(encode: Callable[..., Path], source: Path) -> None:
+def test_the_tar_command_reads_tars(encode: Callable[..., Path], source: Path) -> None:
     cache = encode(source, "--format", "webdataset")
     for path in sorted((cache / "data").iterdir()):
         listing = subprocess.run(["tar", "-tf", path], check=True, capture_output=True, text=True).stdout.split()

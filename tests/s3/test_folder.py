@@ -1,4 +1,4 @@
-"""What a folder on S3 supports_conditional_create, over HTTP."""
+"""A folder on S3: atomic creation, listings, retries and errors, over HTTP."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from pipeline.storage.store import Folder
 from tests.proxy import Proxy
 
 
-def test_of_sixteen_writers_one_wins(bucket: str) -> None:
+def test_only_one_of_sixteen_writers_succeeds(bucket: str) -> None:
     start = threading.Barrier(16)
 
     def create(number: int) -> bool:
@@ -23,17 +23,17 @@ def test_of_sixteen_writers_one_wins(bucket: str) -> None:
         return Folder(f"{bucket}/cache").create("data/x", b"%d" % number)
 
     with ThreadPoolExecutor(16) as pool:
-        won = list(pool.map(create, range(16)))
-    assert won.count(True) == 1
-    assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % won.index(True)
+        results = list(pool.map(create, range(16)))
+    assert results.count(True) == 1
+    assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % results.index(True)
 
 
-def test_a_part_is_one_request_however_large(bucket: str, proxy: Proxy) -> None:
+def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy) -> None:
     assert Folder(bucket).create("part", bytes(110 << 20))
     assert [(request.method, request.bytes) for request in proxy.seen if request.bytes] == [("PUT", 110 << 20)]
 
 
-def test_what_is_there_is_seen_at_once(bucket: str) -> None:
+def test_writes_are_visible_at_once(bucket: str) -> None:
     folder = Folder(f"{bucket}/cache")
     assert folder.is_empty()
     assert folder.names("data") == []
@@ -45,7 +45,7 @@ def test_what_is_there_is_seen_at_once(bucket: str) -> None:
     assert dict(folder.read_each("data", ["a"])) == {"a": b"2"}
 
 
-def test_a_store_with_conditional_creates_is_known_by_trying(bucket: str) -> None:
+def test_conditional_creation_is_detected_by_a_trial(bucket: str) -> None:
     folder = Folder(f"{bucket}/cache")
     assert folder.supports_conditional_create()
     assert folder.is_empty()
@@ -57,12 +57,12 @@ def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> N
         Folder(f"{root}/shards").replace("0.tar", b"0")
         Folder(f"{root}/shards").replace("1.tar", b"1")
     for source in ("shards", "shards/*.tar", "shards/{0..1}.tar"):
-        here, there = (list_shards((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
-        assert [shard.path for shard in here] == [shard.path for shard in there] == ["shards/0.tar", "shards/1.tar"]
-        assert all(shard.etag and shard.url.startswith("s3://") for shard in there)
+        local, remote = (list_shards((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
+        assert [shard.path for shard in local] == [shard.path for shard in remote] == ["shards/0.tar", "shards/1.tar"]
+        assert all(shard.etag and shard.url.startswith("s3://") for shard in remote)
 
 
-def test_two_colons_are_a_part_of_a_name(bucket: str) -> None:
+def test_a_name_may_contain_two_colons(bucket: str) -> None:
     for name in ("a.jpg", "a.jpg::x.jpg", "s3::b.jpg"):
         Folder(f"{bucket}/data").replace(name, name.encode())
     shards = list_shards((f"{bucket}/data",), {}, "nowhere")
@@ -70,14 +70,14 @@ def test_two_colons_are_a_part_of_a_name(bucket: str) -> None:
     assert all(store.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
 
 
-def test_images_that_have_gone_with_all_others_are_told_apart(bucket: str) -> None:
+def test_a_missing_folder_is_distinguished_from_missing_images(bucket: str) -> None:
     Folder(bucket).replace("data/a.jpg", b"")
     store.check_has_files(f"{bucket}/data", {})
     with pytest.raises(SourceError, match="none has gone since it was planned"):
         store.check_has_files(f"{bucket}/none", {})
 
 
-def test_another_content_of_the_same_size_is_noticed(bucket: str) -> None:
+def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -> None:
     Folder(bucket).replace("0.tar", b"old")
     (shard,) = list_shards((bucket,), {}, "nowhere")
     unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
@@ -89,7 +89,7 @@ def test_another_content_of_the_same_size_is_noticed(bucket: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [500, pytest.param(503, marks=pytest.mark.slow), "reset"])
-def test_a_burst_of_errors_is_waited_for(bucket: str, proxy: Proxy, fault: int | str) -> None:
+def test_a_burst_of_errors_is_retried(bucket: str, proxy: Proxy, fault: int | str) -> None:
     folder = Folder(bucket)
     proxy.rule = lambda request: fault if request.number < 2 else None
     assert folder.create("a", b"1")
@@ -100,7 +100,7 @@ def test_a_burst_of_errors_is_waited_for(bucket: str, proxy: Proxy, fault: int |
         assert stream.read() == b"2"
 
 
-def test_a_create_whose_answer_is_lost_is_found_standing(bucket: str, proxy: Proxy) -> None:
+def test_a_create_whose_response_is_lost_finds_its_own_file(bucket: str, proxy: Proxy) -> None:
     proxy.rule = lambda request: "lose" if request.method == "PUT" and request.number == 0 else None
     assert not Folder(bucket).create("a", b"1")
     assert Folder(bucket).read("a") == b"1"
@@ -112,9 +112,9 @@ def test_errors_name_the_url_and_the_reason(bucket: str, monkeypatch: pytest.Mon
     with pytest.raises(StorageError, match=r"cannot write s3://there-is-no-such-bucket/x: .*"):
         Folder("s3://there-is-no-such-bucket").create("x", b"")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    gone = {"endpoint_url": "http://127.0.0.1:9"}
+    unreachable = {"endpoint_url": "http://127.0.0.1:9"}
     with pytest.raises(StorageError, match=r"cannot list s3://b: .*Could not connect to the endpoint URL"):
-        Folder("s3://b", gone).names()
+        Folder("s3://b", unreachable).names()
 
 
 def test_a_password_in_a_url_is_refused() -> None:
@@ -123,10 +123,8 @@ def test_a_password_in_a_url_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seeking", [False, True])
-def test_a_file_that_comes_short_is_an_error_of_the_storage(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, seeking: bool
-) -> None:
-    """Whatever a library lets through: botocore itself refuses a body that is shorter than its header says."""
+def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.MonkeyPatch, seeking: bool) -> None:
+    """botocore refuses a body that is shorter than its header says, but other libraries may not."""
     content = bytes(range(256)) * 100
     Folder(bucket).replace("0.tar", content)
     (shard,) = list_shards((bucket,), {}, "nowhere")
@@ -135,12 +133,12 @@ def test_a_file_that_comes_short_is_an_error_of_the_storage(
     monkeypatch.setattr(
         S3File, "_fetch_range", lambda self, start, end: fetch(self, start, end)[: max(0, 9000 - start)]
     )
-    said = r"0\.tar ended at byte \d+, but has 25600: it was cut short on its way"
-    with pytest.raises(StorageError, match=said), store.open_stream(shard.url, {}, unit, seeking) as stream:
+    message = r"0\.tar ended at byte \d+, but has 25600: it was cut short on its way"
+    with pytest.raises(StorageError, match=message), store.open_stream(shard.url, {}, unit, seeking) as stream:
         assert stream.read(5000) == content[:5000]
         stream.read()
-    with pytest.raises(StorageError, match=said), store.open_stream(shard.url, {}, unit, seeking) as stream:
+    with pytest.raises(StorageError, match=message), store.open_stream(shard.url, {}, unit, seeking) as stream:
         stream.seek(20_000)
         stream.read(10)
-    with pytest.raises(StorageError, match=said):
+    with pytest.raises(StorageError, match=message):
         store.read_file(shard.url, {}, 1 << 20)

@@ -1,4 +1,4 @@
-"""Folders of images on S3: how many requests they take, and what is noticed of them, over HTTP."""
+"""Folders of images on S3: the number of requests, and the detection of changes, over HTTP."""
 
 import threading
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.proxy import Proxy, Request
 
 @pytest.fixture
 def images(bucket: str) -> Folder:
-    """Twenty images; every second has a caption, the first has metadata in a file that is named after the image's."""
+    """Write twenty images. Every second image has a caption. The first has metadata in IMAGE_NAME.json."""
     folder = Folder(f"{bucket}/photos")
     for n in range(20):
         folder.replace(f"{n:02d}.jpg", b"image %02d" % n)
@@ -28,20 +28,20 @@ def images(bucket: str) -> Folder:
     return folder
 
 
-def planned(folder: Folder) -> Unit:
+def plan_unit(folder: Folder) -> Unit:
     (unit,) = units.make_units(list_shards((folder.url,), {}, "nowhere"))
     return unit
 
 
-def gets(proxy: Proxy) -> Counter[tuple[str, str]]:
+def count_requests(proxy: Proxy) -> Counter[tuple[str, str]]:
     return Counter((request.method, request.path.split("?")[0].rpartition("/")[2]) for request in proxy.seen)
 
 
-def test_each_file_that_is_there_is_one_request_and_no_other_is_made(images: Folder, proxy: Proxy) -> None:
-    unit = planned(images)
+def test_each_existing_file_costs_one_request_and_there_are_no_others(images: Folder, proxy: Proxy) -> None:
+    unit = plan_unit(images)
     proxy.seen.clear()
     samples = list(read_folder_unit(unit, {}))
-    assert gets(proxy) == {
+    assert count_requests(proxy) == {
         **{("GET", f"{n:02d}.jpg"): 1 for n in range(20)},
         **{("GET", f"{n:02d}.txt"): 1 for n in range(0, 20, 2)},
         ("GET", "00.jpg.json"): 1,
@@ -57,23 +57,23 @@ def test_each_file_that_is_there_is_one_request_and_no_other_is_made(images: Fol
     ]
 
 
-def test_many_requests_are_on_their_way_at_once(images: Folder, proxy: Proxy) -> None:
-    """More than s3fs allows by itself, 10: each waits for the others."""
-    unit = planned(images)
-    together = threading.Barrier(READERS, timeout=20)
+def test_requests_are_concurrent(images: Folder, proxy: Proxy) -> None:
+    """More than 10, the default of s3fs: each request waits for the others."""
+    unit = plan_unit(images)
+    barrier = threading.Barrier(READERS, timeout=20)
 
     def wait(request: Request) -> None:
         if request.path.endswith(".jpg") and int(request.path[-6:-4]) < READERS:
-            together.wait()
+            barrier.wait()
 
     proxy.rule = wait
     assert len(list(read_folder_unit(unit, {}))) == 20
-    assert not together.broken
+    assert not barrier.broken
 
 
 @pytest.mark.parametrize("name", ["00.jpg", "00.txt"])
 def test_another_content_of_the_same_size_fails_the_unit(images: Folder, proxy: Proxy, name: str) -> None:
-    unit = planned(images)
+    unit = plan_unit(images)
     images.replace(name, b"X" * (8 if name.endswith("jpg") else 10))
     proxy.seen.clear()
     with pytest.raises(SourceError, match=rf"{images.url}/{name} has changed since it was planned"):
@@ -81,19 +81,19 @@ def test_another_content_of_the_same_size_fails_the_unit(images: Folder, proxy: 
     assert not [request for request in proxy.seen if request.method == "HEAD"]
 
 
-def test_where_the_condition_is_not_known_the_size_is_compared(images: Folder, proxy: Proxy) -> None:
-    unit, options = planned(images), {"local_expiry_check": True}
+def test_the_size_is_compared_if_conditional_reads_are_not_supported(images: Folder, proxy: Proxy) -> None:
+    unit, options = plan_unit(images), {"local_expiry_check": True}
     proxy.seen.clear()
     assert len(list(read_folder_unit(unit, options))) == 20
-    assert set(gets(proxy).values()) == {1}
+    assert set(count_requests(proxy).values()) == {1}
     images.replace("00.txt", b"X" * 11)
     with pytest.raises(SourceError, match=r"00\.txt has changed since it was planned"):
         list(read_folder_unit(unit, options))
 
 
-def test_a_file_that_was_empty_is_looked_at(images: Folder) -> None:
+def test_a_file_that_was_empty_is_checked_for_changes(images: Folder) -> None:
     images.replace("00.txt", b"")
-    unit = planned(images)
+    unit = plan_unit(images)
     first = next(read_folder_unit(unit, {}))
     assert isinstance(first, Sample)
     assert first.columns["txt"] == ""
@@ -108,8 +108,8 @@ def remove(folder: Folder, *names: str) -> None:
         fs.rm_file(f"{root}/{name}")
 
 
-def test_what_has_gone_is_told_apart(images: Folder) -> None:
-    unit = planned(images)
+def test_a_missing_image_a_missing_text_and_a_missing_folder_are_distinguished(images: Folder) -> None:
+    unit = plan_unit(images)
     remove(images, "01.jpg")
     items = list(read_folder_unit(unit, {}))
     assert [(item.key, item.reason) for item in items if isinstance(item, Reject)] == [("01", "no_image")]
@@ -121,30 +121,30 @@ def test_what_has_gone_is_told_apart(images: Folder) -> None:
         list(read_folder_unit(unit, {}))
 
 
-def test_an_error_names_the_file_it_is_about(images: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = planned(images)
+def test_an_error_names_the_file(images: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = plan_unit(images)
     proxy.rule = lambda request: 403 if request.path.endswith("07.jpg") else None
     items = read_folder_unit(unit, {})
     with pytest.raises(StorageError, match=rf"cannot read {images.url}/07\.jpg: "):
         list(items)
 
 
-def test_a_reader_that_is_left_asks_for_no_more(images: Folder, proxy: Proxy) -> None:
+def test_a_closed_reader_makes_no_more_requests(images: Folder, proxy: Proxy) -> None:
     for n in range(20, 200):
         images.replace(f"{n:03d}.jpg", b"x")
-    unit = planned(images)
+    unit = plan_unit(images)
     proxy.seen.clear()
     items: Iterator[Sample | Reject] = read_folder_unit(unit, {})
     next(items)
     items.close()  # type: ignore[attr-defined]
-    asked = len(proxy.seen)
-    assert asked < 150
+    count = len(proxy.seen)
+    assert count < 150
     threading.Event().wait(0.3)
-    assert len(proxy.seen) <= asked + READERS
+    assert len(proxy.seen) <= count + READERS
 
 
 @pytest.mark.parametrize("source", ["photos/*.jpg", "photos/{00..01}.jpg", "photos/00.jpg", "ph*s/0?.jpg"])
-def test_texts_come_with_images_that_are_named(images: Folder, bucket: str, source: str, tmp_path: Path) -> None:
+def test_images_named_by_a_pattern_have_their_texts(images: Folder, bucket: str, source: str, tmp_path: Path) -> None:
     shards = list_shards((f"{bucket}/{source}",), {}, "nowhere")
     (unit,) = units.make_units(shards)
     first = next(read_folder_unit(unit, {}))

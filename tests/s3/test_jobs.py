@@ -1,4 +1,4 @@
-"""Whole jobs through S3: the same digest as from disk, whatever the store does on the way."""
+"""Whole jobs with S3 have the same digest as from disk, even if the store fails in between."""
 
 import json
 import subprocess
@@ -25,23 +25,23 @@ def encode(latentmill: Command, micro_vae: Path) -> Command:
 
 
 @pytest.fixture
-def calm(encode: Command, shards: Path, tmp_path: Path) -> str:
-    """The digest of the job from disk to disk."""
-    assert encode(shards, tmp_path / "calm")[0] == 0
-    return str(json.loads((tmp_path / "calm/stats.json").read_text())["digest"])
+def local_digest(encode: Command, shards: Path, tmp_path: Path) -> str:
+    """Return the digest of the job from disk to disk."""
+    assert encode(shards, tmp_path / "local")[0] == 0
+    return str(json.loads((tmp_path / "local/stats.json").read_text())["digest"])
 
 
-def digest(cache: str) -> str:
+def read_digest(cache: str) -> str:
     return str(json.loads(objects(cache)["stats.json"])["digest"])
 
 
-def test_sources_caches_vaes_and_previews_on_s3(
-    latentmill: Command, encode: Command, shards: Path, micro_vae: Path, bucket: str, calm: str
+def test_sources_caches_vaes_and_previews_may_be_on_s3(
+    latentmill: Command, encode: Command, shards: Path, micro_vae: Path, bucket: str, local_digest: str
 ) -> None:
     source, vae = upload(shards, f"{bucket}/shards"), upload(micro_vae, f"{bucket}/models/vae")
     code, out, err = encode(source, f"{bucket}/c", "--vae", vae)
     assert (code, "18 rows" in out) == (0, True), err
-    assert digest(f"{bucket}/c") == calm
+    assert read_digest(f"{bucket}/c") == local_digest
     assert objects(f"{bucket}/c").keys() >= {"cache.json", "stats.json", "README.md"}
     assert json.loads(objects(f"{bucket}/c")["cache.json"])["vae"]["reference"] == vae
     code, out, _ = latentmill("status", f"{bucket}/c", "--json")
@@ -52,15 +52,17 @@ def test_sources_caches_vaes_and_previews_on_s3(
     assert encode(source, f"{bucket}/c", "--vae", vae)[1].startswith("encoded 0 images")
 
 
-def test_parquet_and_images_on_s3(encode: Command, photos: Path, bucket: str, tmp_path: Path) -> None:
+def test_a_folder_of_images_on_s3_has_the_digest_of_a_local_one(
+    encode: Command, photos: Path, bucket: str, tmp_path: Path
+) -> None:
     encode(photos, tmp_path / "c")
     code, _, err = encode(upload(photos, f"{bucket}/photos"), f"{bucket}/c")
     assert code == 0, err
-    assert digest(f"{bucket}/c") == json.loads((tmp_path / "c/stats.json").read_text())["digest"]
+    assert read_digest(f"{bucket}/c") == json.loads((tmp_path / "c/stats.json").read_text())["digest"]
 
 
 def is_part(request: Request) -> bool:
-    """Whether this is the first attempt to write a part."""
+    """Return whether this is the first attempt to write a part."""
     return request.number == 0 and request.method == "PUT" and "/data/" in request.path
 
 
@@ -74,14 +76,19 @@ def is_part(request: Request) -> bool:
     ],
 )
 def test_a_store_with_faults_changes_nothing(
-    encode: Command, shards: Path, bucket: str, proxy: Proxy, calm: str, rule: Callable[[Request], int | str | None]
+    encode: Command,
+    shards: Path,
+    bucket: str,
+    proxy: Proxy,
+    local_digest: str,
+    rule: Callable[[Request], int | str | None],
 ) -> None:
     source = upload(shards, f"{bucket}/shards")
     proxy.rule = rule
     code, _, err = encode(source, f"{bucket}/c")
     proxy.rule = lambda request: None
     assert code == 0, err
-    assert digest(f"{bucket}/c") == calm
+    assert read_digest(f"{bucket}/c") == local_digest
 
 
 @pytest.mark.fault(18, "a store that answers 500 for ever")
@@ -103,7 +110,7 @@ def test_a_store_that_stays_away_ends_the_job_with_one_line(
     assert err.strip().splitlines()[-1].startswith(f"latentmill: cannot read {bucket}/c/cache.json: permission denied")
 
 
-def test_options_replace_the_environment_and_no_secret_is_kept(
+def test_options_replace_the_environment_and_no_secret_is_stored(
     encode: Command, shards: Path, endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = upload(shards, f"{bucket}/shards")
@@ -119,15 +126,15 @@ def test_options_replace_the_environment_and_no_secret_is_kept(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     end_sessions()
-    found = objects(f"{bucket}/c")
-    assert len(found) > 10
-    assert not [name for name, data in found.items() if SECRET.encode() in data]
+    files = objects(f"{bucket}/c")
+    assert len(files) > 10
+    assert not [name for name, data in files.items() if SECRET.encode() in data]
     assert SECRET not in out + err
 
 
 @pytest.fixture
 def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on a server that ignores conditions: rclone's."""
+    """Start rclone's server, which ignores conditions, and return the URL of a bucket on it."""
     (tmp_path / "rclone/bucket").mkdir(parents=True)
     port = free_port()
     argv = [
@@ -153,13 +160,13 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         server.terminate()
 
 
-def test_a_store_without_conditions_works_for_one_job_at_a_time(
-    encode: Command, shards: Path, unconditional: str, calm: str
+def test_a_store_without_conditional_writes_allows_one_job_at_a_time(
+    encode: Command, shards: Path, unconditional: str, local_digest: str
 ) -> None:
     code, _, err = encode(shards, f"{unconditional}/c")
     assert code == 0, err
     assert "has no conditional creates: run one job at a time" in err
-    assert digest(f"{unconditional}/c") == calm
+    assert read_digest(f"{unconditional}/c") == local_digest
     fs = fsspec.filesystem("s3")
     (run,) = fs.glob("bucket/c/_runs/*.json")
     record = json.loads(fs.cat_file(run))

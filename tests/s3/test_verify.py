@@ -1,4 +1,4 @@
-"""What `verify` asks a store for: a request for each file, and listings."""
+"""The requests of `verify`: one for each file, and listings."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Twelve tars of two samples, one of them a reject in every other tar."""
+    """Return a folder of twelve tars with two samples. In every other tar, one sample is a reject."""
     for number in range(12):
         members = {f"{number}a.jpg": encoded(smooth(number)), f"{number}b.jpg": encoded(smooth(50 + number))}
         if number % 2:
@@ -25,8 +25,8 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-def asked(proxy: Proxy) -> Counter[str]:
-    """The requests so far, by kind and folder."""
+def count_requests(proxy: Proxy) -> Counter[str]:
+    """Return the requests so far, by method and folder."""
     kinds: Counter[str] = Counter()
     for request in proxy.seen:
         if "list-type" in request.path:
@@ -36,35 +36,35 @@ def asked(proxy: Proxy) -> Counter[str]:
     return kinds
 
 
-def test_verify_asks_for_each_file_once_and_for_many_at_once(
+def test_verify_reads_each_file_once_and_many_concurrently(
     latentmill: Command, source: Path, micro_vae: Path, bucket: str, proxy: Proxy
 ) -> None:
     argv = ["encode", source, "--to", f"{bucket}/c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     assert latentmill(*argv, "--max-reject-rate", 1)[0] == 0
-    under_way, most, lock = 0, 0, threading.Lock()
+    active, max_active, lock = 0, 0, threading.Lock()
 
-    def begun(request: Request) -> None:
-        nonlocal under_way, most
+    def count_start(request: Request) -> None:
+        nonlocal active, max_active
         with lock:
-            under_way += "/_commits/" in request.path
-            most = max(most, under_way)
+            active += "/_commits/" in request.path
+            max_active = max(max_active, active)
         time.sleep(0.05)
 
-    def ended(request: Request) -> None:
-        nonlocal under_way
+    def count_end(request: Request) -> None:
+        nonlocal active
         with lock:
-            under_way -= "/_commits/" in request.path
+            active -= "/_commits/" in request.path
 
     proxy.seen.clear()
-    proxy.rule, proxy.after = begun, ended
+    proxy.rule, proxy.after = count_start, count_end
     code, out, err = latentmill("verify", f"{bucket}/c")
     assert code == 0, out + err
-    kinds = asked(proxy)
+    kinds = count_requests(proxy)
     assert not [kind for kind in kinds if kind.startswith("HEAD")]
     assert {kind: kinds[f"GET {kind}"] for kind in ("data", "_commits", "_rejects")} == {
         "data": 12,
         "_commits": 12,
-        "_rejects": 6,  # of those that there are
+        "_rejects": 6,  # half of the tars have rejects
     }
-    assert kinds["LIST"] < 16, "of folders, however many units there are"
-    assert most > 4
+    assert kinds["LIST"] < 16, "the number of listings does not depend on the number of units"
+    assert max_active > 4
