@@ -76,7 +76,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             limits=parse_limits(options.input_limit),
             compute=where.compute("fp32" if where.device != "cuda" else "bf16"),
             with_source=True,
-            superseded=parts.superseded_by_retry(cache.folder, cache.content["identity_sha256"], drawn),
+            superseded=parts.read_superseded(cache.folder, cache.content["identity_sha256"], drawn),
         )
         engine = where.start(job, vae, len(tasks), signals.stop)
 

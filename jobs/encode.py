@@ -28,7 +28,7 @@ from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_units import Signals, run_tasks, run_with_signals
 from jobs.scheduler import Failure
 from pipeline.cache import commits, identity, plan, stats
-from pipeline.cache.parts import superseded_by_retry
+from pipeline.cache.parts import read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.formats.schema import PassthroughColumns
@@ -192,7 +192,7 @@ def run_encode(
             texts=identity.parse_schema(content).columns.texts,
         )
         units = units[: options.max_shards or None]
-        finished = commits.finished_units(cache)
+        finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # whatever ETags or times say, on the workers' disks as well
             pending = [changes.without_etags(unit) for unit in pending]
@@ -240,7 +240,7 @@ def encode_pending(
     job = cache_spec.make_encode_spec(
         cache, content, compute, limits, threads, log.run.name, parse_source_options(options)
     )
-    retried = superseded_by_retry(cache, content["identity_sha256"], {unit.name for unit in pending})
+    retried = read_superseded(cache, content["identity_sha256"], {unit.name for unit in pending})
     job = dataclasses.replace(job, superseded=retried)
     engine = where.start(job, vae, len(pending), log.signals.stop)
     sizes = {unit.name: unit.share for unit in pending}
@@ -278,7 +278,7 @@ def encode_pending(
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     """Raise JobError where a unit that is done is not in the cache: the workers do not see the same storage as we."""
-    missing = {unit.name for unit in units} - commits.finished_units(cache)
+    missing = {unit.name for unit in units} - commits.list_finished_units(cache)
     if missing:
         raise JobError(
             f"{len(missing)} units were done, but are not in {cache.url}: the workers run on machines that see another "

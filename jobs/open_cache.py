@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
 from pipeline.cache import card, parts, plan, stats
-from pipeline.cache.commit_reader import Repair
+from pipeline.cache.commit_scan import Repair
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import library_versions
 from pipeline.errors import CacheError, VaeError
@@ -58,8 +58,8 @@ def finalize_cache(cache: Folder, content: Mapping[str, Any], single_writer: boo
     single_writer: a writer may have overwritten another's part.
     """
     identity = content["identity_sha256"]
-    mending = Repair(identity=identity, container=content["identity"]["container"], again=single_writer)
-    summing = stats.StatsWriter(cache, identity, mending)
+    repair = Repair(identity=identity, container=content["identity"]["container"], rehash=single_writer)
+    summing = stats.StatsWriter(cache, identity, repair)
     for _ in range(ROUNDS):
         written = summing.write()
         cache.replace(card.NAME, card.render_card(Cache(cache, content), written, library_versions()["latentmill"]))

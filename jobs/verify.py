@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeSpec
-from pipeline.formats.record import PartInfo, unread_rests
+from pipeline.formats.record import PartInfo, find_unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
@@ -71,7 +71,7 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) 
         cache.folder, cache.content, compute, options.input_limit, 1, "", parse_source_options(options)
     )
     where = read_units(options, cache)
-    retried = parts.superseded_by_retry(cache.folder, cache.content["identity_sha256"], set(where))
+    retried = parts.read_superseded(cache.folder, cache.content["identity_sha256"], set(where))
     job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         left = find_uncounted(found)
@@ -87,7 +87,7 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) 
 
 def find_uncounted(found: Findings) -> dict[str, int]:
     """The units whose input is damaged, and how many of its samples stand before that: nobody knows what follows."""
-    return {unit: min(positions) for unit, positions in unread_rests(part.record for part in found.parts).items()}
+    return {unit: min(positions) for unit, positions in find_unread_rests(part.record for part in found.parts).items()}
 
 
 def print_findings(options: VerifyOptions, found: Findings, rebuilt: Sequence[str]) -> None:

@@ -20,12 +20,12 @@ def hash_sample(item: Sample | Reject) -> bytes:
     """The digest of a sample as it was read, or of one that was rejected."""
     if isinstance(item, Reject):
         return _sha256("reject", str(item.position), item.reason)
-    columns = ((name, value_bytes(item.columns[name])) for name in sorted(item.columns))
+    columns = ((name, encode_value(item.columns[name])) for name in sorted(item.columns))
     named = [part for name, value in columns if value is not None for part in (name, value)]
     return _sha256("sample", str(item.position), item.key, item.image, *named)
 
 
-def value_bytes(value: Any) -> bytes | None:
+def encode_value(value: Any) -> bytes | None:
     """A column's value as latent.json has it, of a string what is in it; None of a null."""
     said = to_json_value(value)
     if isinstance(said, str):
@@ -69,7 +69,7 @@ def check_inputs(items: Iterator[Sample | Reject], records: Sequence[Record], ur
 
 def _end(record: Record) -> int:
     """The position after the last sample of a part."""
-    return max(record.counted, default=-1) + 1
+    return max(record.sample_positions, default=-1) + 1
 
 
 def _check(record: Record, found: bytearray, url: str) -> None:

@@ -61,21 +61,21 @@ def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """The units in these files of the plan, as they were planned last, each in its source where that was last."""
     files = [[_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names]
     roots = changes.source_roots(itertools.chain.from_iterable(files))
-    return [changes.move_to_root(unit, roots[unit.source]) for unit in latest_units(files)]
+    return [changes.move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
 
 
-def latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
+def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
     """The units of the plan's files: of those that read the same input, the ones of the last file that has any."""
     latest: dict[str, list[Unit]] = {}
     for units in files:
         here: dict[str, list[Unit]] = {}
         for unit in units:
-            here.setdefault(input_of(unit), []).append(unit)
+            here.setdefault(identify_input(unit), []).append(unit)
         latest.update(here)
     return (unit for units in latest.values() for unit in units)
 
 
-def input_of(unit: Unit) -> str:
+def identify_input(unit: Unit) -> str:
     """What later rows of the plan supersede: a file by its path, images of a folder by the unit's name."""
     return unit.name if unit.kind == "folder" else unit.path
 
@@ -155,7 +155,7 @@ def extend_plan(
             return units, noticed
         number = int(names[-1][:5]) + 1 if names else 0
         if write_plan_file(cache, number, new):
-            return list(latest_units([units, new])), noticed
+            return list(select_latest_units([units, new])), noticed
         if list_plan_files(cache) == names:
             raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
 
@@ -185,9 +185,11 @@ def compare_with_plan(
             f"planned inputs that are gone: {len(gone):,} ({abbreviate(gone)}); what was encoded of them stays"
         )
     if same_source:
-        told = {input_of(unit) for unit in again}
+        told = {identify_input(unit) for unit in again}
         now = [changes.with_etags(unit, listed) for unit in planned]
-        again += [unit for unit, old in zip(now, before, strict=True) if unit != old and input_of(unit) not in told]
+        again += [
+            unit for unit, old in zip(now, before, strict=True) if unit != old and identify_input(unit) not in told
+        ]
     new, more = find_unplanned(shards, planned, files)
     noticed += more
     fresh = select_inputs(new)
@@ -217,12 +219,12 @@ def replan_changed(
     changed = changes.find_changed(planned, listed, beside, same_source)
     if not changed:
         return [], []
-    begun, finished = commits.started_units(cache), commits.finished_units(cache)
-    kept = {input_of(unit) for unit in planned if unit.name in begun}
-    anew = {input_of(unit): unit for unit in planned if unit.name in changed and input_of(unit) not in kept}
+    begun, finished = commits.list_started_units(cache), commits.list_finished_units(cache)
+    kept = {identify_input(unit) for unit in planned if unit.name in begun}
+    anew = {identify_input(unit): unit for unit in planned if unit.name in changed and identify_input(unit) not in kept}
     said: dict[str, set[str]] = {"kept": set(), "anew": set(), "half": set()}
     for unit in planned:
-        what = "anew" if input_of(unit) in anew else "kept" if unit.name in finished else "half"
+        what = "anew" if identify_input(unit) in anew else "kept" if unit.name in finished else "half"
         said[what].update(changed.get(unit.name, ()))
     ends = {
         "kept": "the cache keeps what they were",
@@ -236,10 +238,10 @@ def replan_changed(
         for what, paths in said.items()
         if paths
     ]
-    return [new for unit in anew.values() for new in units_as_listed(unit, listed, beside)], notes
+    return [new for unit in anew.values() for new in replan_unit(unit, listed, beside)], notes
 
 
-def units_as_listed(unit: Unit, listed: Mapping[str, Shard], beside: SidecarIndex) -> list[Unit]:
+def replan_unit(unit: Unit, listed: Mapping[str, Shard], beside: SidecarIndex) -> list[Unit]:
     """What a unit's input gives as it is now. Of a folder: with the same images, those that are gone as they were."""
     if unit.kind == "tar":
         return [make_tar_unit(listed[unit.path])]

@@ -88,7 +88,7 @@ def check_digest(folder: Folder, digest: str | None, verify: bool) -> None:
             f"the cache {folder.url} has {len(files)} files, its {stats.NAME} is of {content.get('files')}: a job is "
             f"at work on it, or was interrupted; the same encode command ends it"
         )
-    if verify and (found := stats.cache_digest(parts.hash_files(folder, files))) != told:
+    if verify and (found := stats.compute_digest(parts.hash_files(folder, files))) != told:
         raise IdentityError(
             f"the files of the cache {folder.url} have the digest {found}, its {stats.NAME} says {told}: they were "
             f"changed; {VERIFY_HINT}"

@@ -91,7 +91,7 @@ def _merge_means(a: list[float] | None, b: list[float] | None, share: float) -> 
     return [left + (right - left) * share for left, right in zip(a, b, strict=True)]
 
 
-def std_of(tally: BucketTally) -> list[float]:
+def compute_std(tally: BucketTally) -> list[float]:
     """Standard deviation of the population, a channel; of moments, of the latents that are drawn from them."""
     inside = tally.variance or [0.0] * len(tally.m2)
     return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, inside, strict=True)]

@@ -45,7 +45,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
         yield Problem(unit.url, f"it cannot be counted: {error}", SOURCE)
         return
     rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST_OF_SHARD]
-    recorded = len(set().union(*(part.record.counted for part in parts)))
+    recorded = len(set().union(*(part.record.sample_positions for part in parts)))
     count = len(found) // input_hash.DIGEST_BYTES
     if damage and not rejects:
         yield Problem(unit.url, f"it was sound when it was encoded: {damage}", RUN)

@@ -167,7 +167,7 @@ def select_rejects(samples: Iterable[Sample | Reject], left: RemainingRejects) -
             yield reject_rest(sample.position) if sample.position == left.until else sample
 
 
-def samples_of_part(
+def take_samples_of_part(
     samples: Peekable[Sample | Reject], number: int, size: int, left: RemainingRejects
 ) -> Iterator[Sample | Reject]:
     """The next samples, as long as they are of this part and still to be tried."""
@@ -200,7 +200,7 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         number = first.position // spec.rows_per_part
         take_existing_parts(task.unit, number, left, spec)
         positions: list[int] = []
-        some = samples_of_part(samples, number, spec.rows_per_part, left)
+        some = take_samples_of_part(samples, number, spec.rows_per_part, left)
         filled = fill_part(task.unit, record_positions(some, positions), context, clock, {})
         if positions:
             write(number, filled, positions)

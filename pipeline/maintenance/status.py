@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.cache import parts, plan, stats
 from pipeline.cache import runs as runs_module
-from pipeline.cache.commits import commit_names
+from pipeline.cache.commits import list_commits
 from pipeline.cache.runs import is_alive, seconds_since_heartbeat
 from pipeline.storage.store import Folder
 
@@ -19,10 +19,10 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     runs say, null without any.
     """
     units = {unit.name: unit.share for unit in plan.read_plan(cache)}
-    commits = commit_names(cache)
+    commits = list_commits(cache)
     finished = {name for name in commits if not parts.is_retry_part(name)}
     sums, known = stats.RunningStats(), set[str]()
-    for part in stats.committed_parts(cache, sorted(commits)):
+    for part in stats.read_committed_parts(cache, sorted(commits)):
         sums.count(part)
         known.add(part.file)
     told = [describe_run(run, now) for run in runs_module.read_runs(cache).values()]

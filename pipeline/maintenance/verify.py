@@ -24,7 +24,7 @@ from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats.record import PartInfo
-from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, redo_hint
+from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.sources.units import unit_name_of
@@ -71,7 +71,7 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class CommitStatements:
+class CommitFiles:
     """What stands under a name in `_commits` and in `_rejects`; None where nothing does."""
 
     name: str
@@ -82,7 +82,7 @@ class CommitStatements:
 def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Findings:
     """Check everything in a cache. on_file is called after each file with rows."""
     found = Findings()
-    found.problems += parse_part_info(identity.NAME, RESTORE, check_content(cache))
+    found.problems += run_check(identity.NAME, RESTORE, check_content(cache))
     if found.problems:  # what everything else is held against cannot be trusted
         return found
     check_plan(cache.folder, found)
@@ -107,21 +107,21 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 
-    def said(names: Iterable[str]) -> Iterator[CommitStatements]:
+    def said(names: Iterable[str]) -> Iterator[CommitFiles]:
         with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
-            read = partial(read_commit_statements, cache.folder, committed, rejected)
+            read = partial(read_commit_files, cache.folder, committed, rejected)
             yield from in_order(pool, read, names, window=SMALL_AT_ONCE)
 
     found.problems += check_names(found.units, committed, rejected)
     check_units(said(found.units), found, sound)
     found.problems += check_retries(said, committed, rejected, found, sound)
     if not any(problem.do != REBUILD for problem in found.problems):  # else they differ as a matter of course
-        found.problems += parse_part_info(stats.NAME, REWRITE, check_statistics(cache, found.parts))
+        found.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, found.parts))
     found.problems += check_runs(cache.folder)
     return found
 
 
-def parse_part_info(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
+def run_check(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
     """A check's problems; or one, where a file's content leads the check astray."""
     try:
         return list(check)
@@ -132,9 +132,9 @@ def parse_part_info(file: str, do: str, check: Iterable[Problem]) -> list[Proble
         return [Problem(file, f"it cannot be understood: {said:.200}", do)]
 
 
-def read_commit_statements(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitStatements:
+def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitFiles:
     """What is said under a name: only files that are listed are asked for."""
-    return CommitStatements(
+    return CommitFiles(
         name,
         folder.read_if_there(f"{commits.COMMITS}/{name}.json") if name in committed else None,
         folder.read_if_there(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
@@ -189,8 +189,8 @@ def check_plan(folder: Folder, found: Findings) -> None:
         file = f"{plan.FOLDER}/{name}"
         if name in vouched and hashlib.sha256(folder.read(file)).hexdigest() not in vouched[name]:
             found.problems.append(Problem(file, "it is not the file that the runs worked by", RESTORE))
-        found.problems += parse_part_info(file, RESTORE, check_plan_file(folder, name, found, files))
-    found.units = {unit.name: unit for unit in plan.latest_units(files)}
+        found.problems += run_check(file, RESTORE, check_plan_file(folder, name, found, files))
+    found.units = {unit.name: unit for unit in plan.select_latest_units(files)}
     gone = sorted(vouched.keys() - set(names))
     for name in gone:
         found.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is gone, but runs worked by it", RESTORE))
@@ -230,7 +230,7 @@ def check_keys(checked: Iterable[PartCheck]) -> Iterator[Problem]:
             seen = np.zeros(0, np.uint64)
             for one in files:
                 if len(np.unique(one.keys)) < len(one.keys) or np.isin(one.keys, seen).any():
-                    yield Problem(one.file, f"rows of {source} stand here a second time", redo_hint(one.file))
+                    yield Problem(one.file, f"rows of {source} stand here a second time", describe_redo(one.file))
                 seen = np.concatenate([seen, one.keys])
 
 
@@ -242,7 +242,7 @@ def check_names(units: Collection[str], committed: Set[str], rejected: Set[str])
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY)
 
 
-def check_units(said: Iterable[CommitStatements], found: Findings, sound: Sequence[PartInfo]) -> None:
+def check_units(said: Iterable[CommitFiles], found: Findings, sound: Sequence[PartInfo]) -> None:
     """Each unit: all parts, one of each, and `_commits` and `_rejects` that say the same. said: in the units' order."""
     by_unit = found.parts_of_units
     whole = {part.file for part in sound}
@@ -285,7 +285,7 @@ def check_part_numbers(unit: str, parts: Sequence[PartInfo], stems: Set[str], is
 
 
 def check_retries(
-    read: Callable[[Iterable[str]], Iterable[CommitStatements]],
+    read: Callable[[Iterable[str]], Iterable[CommitFiles]],
     committed: Set[str],
     rejected: Set[str],
     found: Findings,
@@ -310,25 +310,27 @@ def check_retries(
     for part in sorted(retries.values(), key=lambda part: part.record.round):
         mine = {(part.record.unit, position, why) for position, why in part.record.supersedes}
         if not mine <= left and part.file not in named:
-            yield Problem(part.file, "it supersedes rejects that there are not, or not any more", redo_hint(part.file))
+            yield Problem(
+                part.file, "it supersedes rejects that there are not, or not any more", describe_redo(part.file)
+            )
         left -= mine
 
 
-def check_rejects(said: CommitStatements, parts: Sequence[PartInfo]) -> list[Problem]:
+def check_rejects(said: CommitFiles, parts: Sequence[PartInfo]) -> list[Problem]:
     """What `_rejects` has under a name, against the parts."""
-    if (said.rejects or b"") == commits.rejects_as_jsonl(parts):
+    if (said.rejects or b"") == commits.encode_rejects(parts):
         return []
     return [Problem(f"{commits.REJECTS}/{said.name}.jsonl", "it does not say what the unit's records say", REBUILD)]
 
 
 def check_commit(
-    said: CommitStatements, parts: Sequence[PartInfo], whole: Collection[str], named: Collection[str]
+    said: CommitFiles, parts: Sequence[PartInfo], whole: Collection[str], named: Collection[str]
 ) -> list[Problem]:
     """What `_commits` has under a name, against the parts. whole: the files that nothing is known against."""
     file = f"{commits.COMMITS}/{said.name}.json"
     if said.commit is None:
         return [Problem(file, "it is gone, or was never written", REBUILD)]
-    found = parse_part_info(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
+    found = run_check(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
     return [problem for problem in found if problem.file not in named]
 
 
@@ -368,7 +370,7 @@ def _against_parts(
 
 def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
     """stats.json and README.md, against what they are made from."""
-    made = stats.summarize_tallies(stats.parse_part(part.to_dict()) for part in parts)
+    made = stats.summarize_parts(part.summary for part in parts)
     data = cache.folder.read_if_there(stats.NAME)
     if data is None:
         yield Problem(stats.NAME, "it is not there: no run has come to its end", REWRITE)

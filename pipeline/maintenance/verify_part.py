@@ -46,16 +46,16 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         record = parts.read_record(data, file)
     except LatentmillError as error:
         checked.problems.append(
-            Problem(file, str(error), f"it is no part of this cache, or damaged: {redo_hint(file)}")
+            Problem(file, str(error), f"it is no part of this cache, or damaged: {describe_redo(file)}")
         )
         return checked
     if parts.expected_stem(record) != parts.stem_of(file):
         what = f"it holds the part {parts.expected_stem(record)}: it was copied or renamed"
-        checked.problems.append(Problem(file, what, redo_hint(file)))
+        checked.problems.append(Problem(file, what, describe_redo(file)))
         return checked
     checked.standing = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
     checked.problems += [
-        Problem(file, what, redo_hint(file)) for what in find_contradictions(record, file, cache, units)
+        Problem(file, what, describe_redo(file)) for what in find_contradictions(record, file, cache, units)
     ]
     if file.startswith(parts.DATA + "/"):
         try:
@@ -63,11 +63,11 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         except Exception as error:  # libraries', of whatever damaged bytes lead them to
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             wrong = [f"its rows cannot be read: {said:.200}"]
-        checked.problems += [Problem(file, what, redo_hint(file)) for what in wrong]
+        checked.problems += [Problem(file, what, describe_redo(file)) for what in wrong]
     return checked
 
 
-def redo_hint(file: str) -> str:
+def describe_redo(file: str) -> str:
     """What to do where a part is not what it was, or should not be there."""
     stem = PurePosixPath(parts.stem_of(file)).name
     if parts.is_retry_part(stem):
@@ -78,7 +78,7 @@ def redo_hint(file: str) -> str:
 
 def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:
     """What in a record cannot be so."""
-    suffix = parts.WRITERS[cache.layout.container].SUFFIX if record.rows else ".json"
+    suffix = parts.PART_FORMATS[cache.layout.container].SUFFIX if record.rows else ".json"
     if not file.endswith(suffix):
         yield f"the files of this cache are {suffix}"
     if record.identity != cache.content["identity_sha256"]:

@@ -150,7 +150,7 @@ def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
     for wanted, row in rows:
         decoded = worker.decode(row)
         original = originals.get((wanted.unit.name, row["key"]))
-        name = f"images/{wanted.unit.name}/{image_file_name(row['key'])}.png"
+        name = f"images/{wanted.unit.name}/{make_image_name(row['key'])}.png"
         spec.out.replace(name, contact_sheet.encode_png(decoded))
         fidelity = None if original is None else psnr(original, decoded)
         images.append(Rendered(row["shard"], row["key"], name, fidelity))
@@ -206,7 +206,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
 
 
-def image_file_name(key: str) -> str:
+def make_image_name(key: str) -> str:
     """A key as a file name on any disk: percent-encoded, and cut with its sha256 where it would be too long."""
     name = quote(key, safe="")
     return name if len(name) <= 150 else f"{name[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

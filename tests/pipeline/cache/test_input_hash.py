@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import parts
-from pipeline.cache.input_hash import value_bytes
+from pipeline.cache.input_hash import encode_value
 from pipeline.flow import UnitWorker
 from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
@@ -144,10 +144,10 @@ def test_whatever_is_in_latent_json_has_bytes() -> None:
     """The same bytes as there, without the quotes of a string."""
     for value in ({"a": [1, None, "\u2028"]}, [["k", 1.5]], 12, 1e300, -0.0, True):
         assert (
-            value_bytes(value) == json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+            encode_value(value) == json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
         )
-    assert value_bytes(None) is None
-    assert value_bytes("null") == b"null" == value_bytes(float("inf"))
+    assert encode_value(None) is None
+    assert encode_value("null") == b"null" == encode_value(float("inf"))
 
 
 def test_neither_the_batch_nor_an_interruption_changes_it(worker: Make, tmp_path: Path) -> None:

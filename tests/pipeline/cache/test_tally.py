@@ -19,7 +19,7 @@ def test_merged_pieces_are_numpys_statistics_of_the_whole() -> None:
     values = torch.stack(all_latents).double().numpy()
     assert (merged.samples, merged.values) == (50, 50 * 4 * 5)
     np.testing.assert_allclose(merged.mean, values.mean(axis=(0, 2, 3)), rtol=1e-13)
-    np.testing.assert_allclose(tally.std_of(merged), values.std(axis=(0, 2, 3)), rtol=1e-13)
+    np.testing.assert_allclose(tally.compute_std(merged), values.std(axis=(0, 2, 3)), rtol=1e-13)
     assert merged.min == values.min(axis=(0, 2, 3)).tolist()
     assert merged.max == values.max(axis=(0, 2, 3)).tolist()
     np.testing.assert_allclose(tally.pool_channels(merged), (values.mean(), values.std()), rtol=1e-13)
@@ -29,11 +29,11 @@ def test_a_small_spread_about_a_large_mean_is_kept() -> None:
     values = [torch.full((1, 2, 2), 1e6) + torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]) for _ in range(100)]
     merged = tally.merge([tally.tally_latents([value]) for value in values])
     assert merged is not None
-    assert tally.std_of(merged)[0] == pytest.approx(np.std([0, 1, 2, 3]), rel=1e-9)
+    assert tally.compute_std(merged)[0] == pytest.approx(np.std([0, 1, 2, 3]), rel=1e-9)
 
 
 def test_a_constant_channel_has_no_spread() -> None:
-    assert tally.std_of(tally.tally_latents([torch.ones(1, 1, 1)])) == [0.0]
+    assert tally.compute_std(tally.tally_latents([torch.ones(1, 1, 1)])) == [0.0]
 
 
 def test_nothing_merges_to_nothing() -> None:
@@ -80,7 +80,7 @@ def test_moments_have_the_spread_of_the_latents_that_are_drawn_from_them() -> No
     drawn = torch.cat(
         [means + (0.5 * logvars).exp() * torch.randn(means.shape, generator=generator) for _ in range(99)]
     )
-    np.testing.assert_allclose(tally.std_of(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
+    np.testing.assert_allclose(tally.compute_std(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
     np.testing.assert_allclose(tally.pool_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
     assert merged.variance == pytest.approx(logvars.exp().mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
 

@@ -10,7 +10,7 @@ from pipeline.cache import card as card_module
 from pipeline.cache import runs
 from pipeline.cache.reader import Cache
 from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
-from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, image_file_name, psnr
+from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, make_image_name, psnr
 from pipeline.records import Unit
 from pipeline.storage.store import Folder
 from tests.conftest import smooth
@@ -45,11 +45,11 @@ def test_psnr_is_its_definition() -> None:
 
 @pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
 def test_a_key_becomes_one_safe_file_name(key: str) -> None:
-    name = image_file_name(key)
+    name = make_image_name(key)
     assert "/" not in name
     assert "\0" not in name
     assert len(name) <= 150
-    assert image_file_name(key + "!") != name
+    assert make_image_name(key + "!") != name
 
 
 def test_a_sheet_has_a_cell_for_every_image() -> None:
