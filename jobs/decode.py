@@ -18,9 +18,10 @@ from jobs.run_units import Signals, run_tasks, run_with_signals
 from jobs.scheduler import Failure
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import choose_rows
 from pipeline.errors import CacheError, UsageError
 from pipeline.formats.schema import PassthroughColumns
-from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, choose_rows
+from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, make_tasks
 from pipeline.sources.own_outputs import MADE_BY, REPORT
 from pipeline.storage import store
 from pipeline.storage.store import Folder
@@ -44,7 +45,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     vae = load_matching_vae(options.vae, cache)
-    tasks = choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit)
+    tasks = make_tasks(choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit))
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet")
     return run_render(options, cache, vae, tasks, signals)

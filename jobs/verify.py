@@ -15,15 +15,15 @@ from jobs.options import VerifyOptions, parse, parse_source_options, parse_stora
 from jobs.progress import ProgressMeter, log_info
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeSpec
-from pipeline.formats.record import PartInfo, find_unread_rests
+from pipeline.formats.record import find_unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
 from pipeline.maintenance.verify_part import Problem
-from pipeline.preview.render import choose_rows
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,19 +70,17 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, found: Findings) 
     job: EncodeSpec = make_encode_spec(
         cache.folder, cache.content, compute, options.input_limit, 1, "", parse_source_options(options)
     )
-    where = read_units(options, cache)
-    retried = parts.read_superseded(cache.folder, cache.content["identity_sha256"], set(where))
+    units = read_units(options, cache)
+    retried = parts.read_superseded(cache.folder, cache.content["identity_sha256"], set(units))
     job = dataclasses.replace(job, superseded=retried)
     if options.recount:
         left = find_uncounted(found)
-        by_unit: dict[str, list[PartInfo]] = {}
-        for part in found.parts:
-            by_unit.setdefault(part.record.unit, []).append(part)
-        for unit in where.values():
-            yield from recount(unit, by_unit.get(unit.name, []), left.get(unit.name), job)
+        parts_of_units = found.group_by_unit()
+        for unit in units.values():
+            yield from recount(unit, parts_of_units.get(unit.name, []), left.get(unit.name), job)
     if options.reencode:
-        wanted = [row for sheet in choose_rows(files_with_rows(cache, where), options.reencode) for row in sheet.rows]
-        yield from reencode(cache, wanted, job.build(load_matching_vae(options.vae, cache), threading.Event()))
+        refs = choose_rows(files_with_rows(cache, units), options.reencode)
+        yield from reencode(cache, refs, job.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 
 def find_uncounted(found: Findings) -> dict[str, int]:

@@ -163,7 +163,10 @@ def test_verify_says_that_a_rest_can_be_read_now(case: Case, whole: bytes) -> No
     case.shard.write_bytes(whole)
     code, out, _ = case.verify("--recount")
     assert code == 1
-    assert f"it has {COUNT} samples, it was damaged after 5\n  latentmill retry takes up what follows" in out
+    assert (
+        f"it has {COUNT} samples, but was damaged after 5 samples when it was encoded\n  run latentmill retry, which"
+        in out
+    )
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -341,7 +341,7 @@ def test_a_part_that_stands_twice_is_mended_as_is_said(
     assert [problem["file"].split("/")[0] for problem in problems] == ["_empty", "_commits", "_rejects"]
     assert [problem["do"] for problem in problems[:2]] == [
         "move it away, and run the encode command again",
-        "the encode command mends it",
+        "run the encode command again, which repairs it",
     ]
     next((cache / "_empty").iterdir()).unlink()
     assert latentmill(*argv)[0] == 0
@@ -364,7 +364,7 @@ def test_inputs_that_were_exchanged_are_found(latentmill: Command, cache: Path, 
     assert len(whole) == size, "the same size, so that only the images tell"
     code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)
     assert code == 1
-    assert "000000003 comes out as another latent" in out
+    assert "000000003 is encoded to another latent" in out
 
 
 def test_inputs_that_are_gone_are_said(latentmill: Command, cache: Path, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_an_unfinished_cache_is_not_proven(latentmill: Command, source: Path, mi
     latentmill(*argv, "--max-shards", 1)
     code, out, _ = latentmill("verify", tmp_path / "c")
     assert code == 1
-    assert out.startswith("_plan: 2 of 3 units are not done\n  the encode command goes on\n")
+    assert out.startswith("_plan: 2 of 3 units are not done\n  run the encode command again to resume\n")
 
 
 def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
@@ -486,9 +486,7 @@ def test_captions_that_were_edited_are_found_without_the_vae(
         assert latentmill("verify", caches[source])[0] == 0
         code, out, _ = latentmill("verify", caches[source], "--recount")
         assert code == 1
-        told = re.search(
-            r"its images or their columns are not those of which (\S+) were made\n  restore the input", out
-        )
+        told = re.search(r"its images or their columns differ from those in (\S+)\n  restore the input", out)
         assert told, f"{source}: {out}"
         assert f"-{part:05d}" in told[1], f"{source}: {out}"
         assert "1 problem" in out
@@ -501,8 +499,8 @@ def test_a_caption_that_came_later_and_parts_that_are_all_others(
     whole = (moved / "0.tar").read_bytes()
     assert len(whole) == pq.read_table(cache / "_plan/00000.parquet").to_pylist()[0]["bytes"]
     code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
-    assert (code, out.count("its images or their columns are not those of which")) == (1, 1)
-    assert re.search(r"of which data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+ were made", out)
+    assert (code, out.count("its images or their columns differ from those in")) == (1, 1)
+    assert re.search(r"those in data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+\n", out)
 
 
 def test_a_shard_that_was_sound_and_is_damaged_now_is_said(latentmill: Command, cache: Path, moved: Path) -> None:
@@ -521,5 +519,5 @@ def test_the_same_samples_in_a_file_of_another_size_are_proven(latentmill: Comma
     write_tar(moved / "0.tar", img2dataset_members(0, 9))
     code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
     assert code == 1
-    assert "0.tar: it has 9 samples, 10 are recorded of 0-" in out
-    assert re.search(r"0\.tar: its images or their columns are not those of which data/0-\w+-00002", out)
+    assert "0.tar: it has 9 samples, but 10 are recorded for 0-" in out
+    assert re.search(r"0\.tar: its images or their columns differ from those in data/0-\w+-00002", out)
