@@ -51,7 +51,7 @@ class RunRecorder:
         url = self.run.cache.url
         has_no = "conditional creates" if "://" in url else "hard links"
         log_info(f"note: {url} has no {has_no}: one job at a time, and parts are read again at the end")
-        if others := runs.find_alive(self.run.cache, but=self.run.name):
+        if others := runs.find_alive(self.run.cache, exclude=self.run.name):
             raise JobError(
                 f"a run that started {others[0]} is at work on {url}, whose storage does not keep two jobs apart; "
                 f"wait for its end, or {runs.DEAD_AFTER} s after it died"

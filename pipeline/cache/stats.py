@@ -1,7 +1,7 @@
 """stats.json: the statistics of the whole cache, from its parts' records alone, and the digest that pins it.
 
-The statistics are computed anew from all records, never added up over runs. So they are the same however the work was
-interrupted.
+Every time, the statistics are computed from all records, never added up over runs. So they do not depend on how the
+work was interrupted.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ class RunningStats:
     """The statistics of the parts so far. Parts must be added in the order of their file names.
 
     rests, superseded_rests: where rests of damaged shards are rejected, and those that a retry part supersedes, as unit
-    and position. They are kept apart, because a retry part can exist although the part with the reject was lost.
+    and position. They are separate, because a retry part can exist although the part with the reject was lost.
     """
 
     rows: int = 0

@@ -1,4 +1,4 @@
-"""The record of a part, as it stands in the part's own file, and the part as the cache knows it."""
+"""The record inside a part's file, and the descriptions of a part that the rest of the pipeline works with."""
 
 import json
 from collections import defaultdict
@@ -121,7 +121,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSummary:
-    """What the statistics and the progress of a cache need to know of a part. A commit says it without the part's file.
+    """The counts and statistics of a part. They can be read from the part's commit, without the part's file.
 
     reject_counts: the number of rejects per reason. rest_positions: where the rest of a damaged shard is rejected.
     """

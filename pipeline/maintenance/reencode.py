@@ -59,8 +59,8 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     changed = [part.file for part in parts if input_hash.hash_record(part.record, digests) != part.record.inputs]
     if changed:
         more = f" and {len(changed) - SHOWN_EXAMPLES} more" if len(changed) > SHOWN_EXAMPLES else ""
-        what = f"its images or their columns differ from those in {', '.join(changed[:SHOWN_EXAMPLES])}{more}"
-        yield Problem(unit.url, what, CHANGED)
+        message = f"its images or their columns differ from those in {', '.join(changed[:SHOWN_EXAMPLES])}{more}"
+        yield Problem(unit.url, message, CHANGED)
 
 
 def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Iterator[Problem]:

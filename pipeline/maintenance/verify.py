@@ -34,7 +34,7 @@ PART_THREADS = 4  # threads that check parts: each one holds a whole file in mem
 SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to answer
 REBUILD = "run latentmill verify --rebuild, which writes it again"
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
-REWRITE = "run the encode command again, which writes it anew"
+REWRITE = "run the encode command again, which writes it again"
 AWAY = "move it away"
 
 
@@ -90,9 +90,9 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
     files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
     duplicates = find_empty_duplicates(files)
-    what = "the same part is also in data/, with rows, and only that file counts"
+    message = "the same part is also in data/, with rows, and only that file counts"
     findings.problems += [
-        Problem(file, what, f"{AWAY}, and run the encode command again") for file in sorted(duplicates)
+        Problem(file, message, f"{AWAY}, and run the encode command again") for file in sorted(duplicates)
     ]
     files = [file for file in files if file not in duplicates]
     checks: list[PartCheck] = []
@@ -268,8 +268,8 @@ def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Seq
         if is_complete and is_rebuildable(problems, parts, sound_files):
             findings.rebuildable.append(name)
     if unfinished:
-        what = f"{unfinished} of {len(findings.units)} units are not done"
-        findings.problems.append(Problem(plan.FOLDER, what, "run the encode command again to resume"))
+        message = f"{unfinished} of {len(findings.units)} units are not done"
+        findings.problems.append(Problem(plan.FOLDER, message, "run the encode command again to resume"))
 
 
 def is_rebuildable(problems: Sequence[Problem], parts: Sequence[PartInfo], sound_files: Collection[str]) -> bool:
@@ -320,8 +320,8 @@ def check_retries(
     for part in sorted(retries.values(), key=lambda part: part.record.round):
         superseded = {(part.record.unit, position, reason) for position, reason in part.record.supersedes}
         if not superseded <= rejects and part.file not in reported:
-            what = "it supersedes rejects that do not exist, or that another part supersedes"
-            yield Problem(part.file, what, describe_redo(part.file))
+            message = "it supersedes rejects that do not exist, or that another part supersedes"
+            yield Problem(part.file, message, describe_redo(part.file))
         rejects -= superseded
 
 
@@ -360,11 +360,11 @@ def _compare_with_parts(
     stems = {stem_of(name) for name in existing}
     twins = {name for name in committed if data_twin(name) in stems}
     if twins:
-        what = "it names parts without rows that also exist in data/, with rows"
-        yield Problem(file, what, "run the encode command again, which repairs it")
+        message = "it names parts without rows that also exist in data/, with rows"
+        yield Problem(file, message, "run the encode command again, which repairs it")
     for missing in sorted(committed.keys() - existing.keys() - twins):
-        what = "it was committed, but is missing or is not a part of this cache"
-        yield Problem(missing, what, f"move it, if it exists, and {file} away, and run {command}")
+        message = "it was committed, but is missing or is not a part of this cache"
+        yield Problem(missing, message, f"move it, if it exists, and {file} away, and run {command}")
     twin_stems = {data_twin(name) for name in twins}
     for added in sorted(name for name in existing.keys() - committed.keys() if stem_of(name) not in twin_stems):
         yield Problem(added, "it was added after its unit was finished", AWAY)
@@ -372,8 +372,8 @@ def _compare_with_parts(
         part = existing[name]
         if part.sha256 != committed[name]["sha256"]:
             if name in sound_files:
-                what = "it differs from the file that was committed"
-                yield Problem(name, what, f"move it and {file} away, and run {command}")
+                message = "it differs from the file that was committed"
+                yield Problem(name, message, f"move it and {file} away, and run {command}")
         elif json.loads(canonical_json(part.to_dict())) != committed[name]:
             yield Problem(file, f"it differs from the record in {name}", REBUILD)
 

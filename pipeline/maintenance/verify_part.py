@@ -53,12 +53,12 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         check.problems.append(Problem(file, str(error), do))
         return check
     if parts.expected_stem(record) != parts.stem_of(file):
-        what = f"it holds the part {parts.expected_stem(record)}: it was copied or renamed"
-        check.problems.append(Problem(file, what, describe_redo(file)))
+        message = f"it holds the part {parts.expected_stem(record)}: it was copied or renamed"
+        check.problems.append(Problem(file, message, describe_redo(file)))
         return check
     check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
     check.problems += [
-        Problem(file, what, describe_redo(file)) for what in find_contradictions(record, file, cache, units)
+        Problem(file, finding, describe_redo(file)) for finding in find_contradictions(record, file, cache, units)
     ]
     if file.startswith(parts.DATA + "/"):
         try:
@@ -66,7 +66,7 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         except Exception as error:  # damaged bytes can make a library raise anything
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             findings = [f"its rows cannot be read: {message:.200}"]
-        check.problems += [Problem(file, what, describe_redo(file)) for what in findings]
+        check.problems += [Problem(file, finding, describe_redo(file)) for finding in findings]
     return check
 
 
@@ -100,7 +100,7 @@ def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[
         if len(record.positions) != record.samples or not rejected <= set(record.positions):
             yield f"it supersedes {len(record.supersedes)} rejects with {record.samples} samples"
     elif record.first != record.part * size or record.samples > size or (record.samples < size and not record.last):
-        yield f"it has {record.samples} samples from position {record.first} on, but parts have {size} samples"
+        yield f"its {record.samples} samples from position {record.first} on do not fit a part of {size} samples"
     if sum(bucket.samples for bucket in record.tally.values()) != record.rows:
         yield "its statistics count another number of rows"
 

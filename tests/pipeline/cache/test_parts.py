@@ -62,14 +62,14 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     slow.run(unit)
     monkeypatch.undo()
     repair_commits(cache)
-    found = parts(cache)
-    assert sum(part.rows + part.filtered + sum(part.reject_counts.values()) for part in found) == 10
+    summaries = parts(cache)
+    assert sum(part.rows + part.filtered + sum(part.reject_counts.values()) for part in summaries) == 10
     (commit,) = commits(cache).values()
-    counted = {part.file for part in found if part.rows or part.reject_counts}
+    counted = {part.file for part in summaries if part.rows or part.reject_counts}
     assert {entry["file"] for entry in commit["parts"]} == counted
     rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
-    assert rejects.count("\n") == sum(sum(part.reject_counts.values()) for part in found)
-    assert stats.summarize_parts(found) == stats.summarize_parts(parts(cache))
+    assert rejects.count("\n") == sum(sum(part.reject_counts.values()) for part in summaries)
+    assert stats.summarize_parts(summaries) == stats.summarize_parts(parts(cache))
 
 
 def test_a_writer_that_commits_too_late_does_not_change_the_rejects(
@@ -90,8 +90,8 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
 ) -> None:
     worker(tmp_path / "c", limits=STRICT).run(unit)
     folder = Folder(str(tmp_path / "c"))
-    found = [inspect_part(folder, file, IDENTITY) for file in part_files.list_part_files(folder)]
-    (task,) = retry.make_tasks([unit], [part for part in found if part])
+    inspected = [inspect_part(folder, file, IDENTITY) for file in part_files.list_part_files(folder)]
+    (task,) = retry.make_tasks([unit], [part for part in inspected if part])
     all_too_small = Transform(resolution=64, min_size=1000)
     without_rows, with_rows = (
         retry.RetryWorker(worker(tmp_path / "c", **options)) for options in ({"transform": all_too_small}, {})
