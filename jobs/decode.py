@@ -19,9 +19,10 @@ from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import choose_rows
 from pipeline.errors import CacheError, UsageError
 from pipeline.formats.schema import PassthroughColumns
-from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, choose_rows
+from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, make_tasks
 from pipeline.sources.own_outputs import MADE_BY, REPORT
 from pipeline.storage import store
 from pipeline.storage.store import Folder
@@ -46,7 +47,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     vae = load_matching_vae(options.vae, cache)
-    tasks = choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit)
+    tasks = make_tasks(choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit))
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
     return run_render(options, cache, vae, tasks, signals)
@@ -78,7 +79,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             limits=parse_limits(options.input_limit),
             compute=resources.compute("fp32" if resources.device != "cuda" else "bf16"),
             with_source=True,
-            superseded=parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, units),
+            superseded=parts.read_superseded(cache.folder, cache.info.identity_sha256, units),
         )
         executor = resources.start(spec, vae, len(tasks), signals.stop)
 

@@ -22,7 +22,7 @@ from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, print_summary
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo
-from pipeline.cache.parts import superseded_by_retry
+from pipeline.cache.parts import read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.formats.schema import PassthroughColumns
@@ -121,7 +121,7 @@ def run_encode(
             texts=identity.parse_schema(info).columns.texts,
         )
         units = units[: options.max_shards or None]
-        finished = commits.finished_units(cache)
+        finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [changes.without_etags(unit) for unit in pending]
@@ -169,7 +169,7 @@ def encode_pending(
     spec = cache_spec.make_encode_spec(
         cache, info, compute, limits, threads, recorder.run.name, parse_source_options(options)
     )
-    superseded = superseded_by_retry(cache, info.identity_sha256, {unit.name for unit in pending})
+    superseded = read_superseded(cache, info.identity_sha256, {unit.name for unit in pending})
     executor = resources.start(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
     )
@@ -208,7 +208,7 @@ def encode_pending(
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     """Raise JobError if a completed unit is not in the cache, because the workers see another storage."""
-    missing = {unit.name for unit in units} - commits.finished_units(cache)
+    missing = {unit.name for unit in units} - commits.list_finished_units(cache)
     if missing:
         raise JobError(
             f"{len(missing)} units were reported done but are missing from {cache.url}: the workers do not share this "

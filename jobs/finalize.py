@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.cache import card, parts, stats
-from pipeline.cache.commit_reader import Repair
+from pipeline.cache.commit_scan import Repair
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import library_versions
@@ -19,7 +19,7 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
     single_writer: the store does not support concurrent writers, so a writer may have overwritten another one's part.
     """
     identity = info.identity_sha256
-    repair = Repair(identity=identity, container=info.identity.container, again=single_writer)
+    repair = Repair(identity=identity, container=info.identity.container, rehash=single_writer)
     writer = stats.StatsWriter(cache, identity, repair)
     for _ in range(MAX_ROUNDS):
         written = writer.write()

@@ -23,7 +23,7 @@ from pipeline.cache.parts import inspect_part
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
-from pipeline.formats.record import PartInfo
+from pipeline.formats.record import PartInfo, PartSummary
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import store
@@ -79,18 +79,18 @@ def print_summary(
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def parts_with_rejects(cache: Cache, parts: Sequence[stats.Part]) -> list[PartInfo]:
+def parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
     """Return the parts of a cache that have rejects, or supersede some."""
     identity = cache.info.identity_sha256
-    wanted = [part.file for part in parts if part.rejects or part.supersedes]
+    wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
     inspected = (inspect_part(cache.folder, file, identity) for file in wanted)
     return [part for part in inspected if part is not None]
 
 
-def started_inputs(parts: Sequence[stats.Part]) -> set[str]:
+def started_inputs(parts: Sequence[PartSummary]) -> set[str]:
     """Return the paths of the inputs from which the encode command read anything before a damage."""
     first = (part for part in parts if not part.supersedes)
-    return {part.source for part in first if part.rows or part.filtered or part.rejects.keys() - {REST_OF_SHARD}}
+    return {part.source for part in first if part.rows or part.filtered or part.reject_counts.keys() - {REST_OF_SHARD}}
 
 
 def run_retry(

@@ -54,7 +54,7 @@ class RunRecorder:
         url = self.run.cache.url
         missing = "conditional creates" if "://" in url else "hard links"
         log_note(f"{url} has no {missing}: run one job at a time; parts are read again at the end")
-        if others := runs.find_alive(self.run.cache, but=self.run.name):
+        if others := runs.find_alive(self.run.cache, exclude=self.run.name):
             raise JobError(
                 f"another run (started {others[0]}) is writing to {url}, and this store does not support concurrent "
                 f"writers; wait for it to finish, or for {runs.DEAD_AFTER} s if it crashed"

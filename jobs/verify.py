@@ -17,15 +17,15 @@ from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeSpec
-from pipeline.formats.record import PartInfo, unread_rests
+from pipeline.formats.record import find_unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
 from pipeline.maintenance.verify_part import Problem
-from pipeline.preview.render import choose_rows
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,23 +73,23 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Finding
         cache.folder, cache.info, compute, options.input_limit, 1, "", parse_source_options(options)
     )
     units = read_units(options, cache)
-    superseded = parts.superseded_by_retry(cache.folder, cache.info.identity_sha256, set(units))
+    superseded = parts.read_superseded(cache.folder, cache.info.identity_sha256, set(units))
     spec = dataclasses.replace(spec, superseded=superseded)
     if options.recount:
         uncounted = find_uncounted(findings)
-        by_unit: dict[str, list[PartInfo]] = {}
-        for part in findings.parts:
-            by_unit.setdefault(part.record.unit, []).append(part)
+        parts_of_units = findings.group_by_unit()
         for unit in units.values():
-            yield from recount(unit, by_unit.get(unit.name, []), uncounted.get(unit.name), spec)
+            yield from recount(unit, parts_of_units.get(unit.name, []), uncounted.get(unit.name), spec)
     if options.reencode:
-        wanted = [row for sheet in choose_rows(files_with_rows(cache, units), options.reencode) for row in sheet.rows]
-        yield from reencode(cache, wanted, spec.build(load_matching_vae(options.vae, cache), threading.Event()))
+        refs = choose_rows(files_with_rows(cache, units), options.reencode)
+        yield from reencode(cache, refs, spec.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 
 def find_uncounted(findings: Findings) -> dict[str, int]:
     """Return the units whose input is damaged, with the number of samples before the damage. The rest is unknown."""
-    return {unit: min(positions) for unit, positions in unread_rests(part.record for part in findings.parts).items()}
+    return {
+        unit: min(positions) for unit, positions in find_unread_rests(part.record for part in findings.parts).items()
+    }
 
 
 def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence[str]) -> None:

@@ -199,7 +199,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
         return encode_missing(unit, context, clock)
     except ChangedError:
         now = store.current_version(unit, spec.source_options)
-        records = [part.record for part in parts.parts_of_unit(spec.cache, unit.name, spec.identity)]
+        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
         if now.bytes != unit.bytes or not records:
             raise
         samples = until_damage(read_samples(now, spec, on_piece=context.on_piece), context.damaged_at, [])

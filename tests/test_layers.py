@@ -24,8 +24,7 @@ FLOORS: tuple[set[str], ...] = (
     {"sources"},
     {"cache"},
     {"flow"},
-    {"preview"},
-    {"maintenance"},
+    {"preview", "maintenance"},
 )
 STEP_ROOMS = ("readers", "images", "formats")  # what a sample goes through; flow alone puts them together
 MAX_FUNCTION = 60
@@ -140,6 +139,12 @@ def test_the_layers_of_the_pipeline_import_downwards() -> None:
             room = module.split(".")[1]
             above = {name for name in rooms_imported(path) - {room} if floor_of[name] >= floor_of[room]}
             assert not {name for name in above if floor_of[name] > floor_of[room]}, (module, above)
+
+
+def test_maintenance_and_preview_do_not_import_each_other() -> None:
+    for room, other in (("maintenance", "preview"), ("preview", "maintenance")):
+        for path in (ROOT / "pipeline" / room).glob("*.py"):
+            assert other not in rooms_imported(path), path
 
 
 def test_steps_do_not_import_each_other() -> None:

@@ -1,1 +1,1 @@
-"""What stands on disk: the identity, the plan, parts and their commits, statistics, runs."""
+"""A cache on disk: its identity and plan, parts and their commits, statistics, runs."""

@@ -1,4 +1,7 @@
-"""What is written of a unit when all its parts stand: `_commits` and `_rejects`, and how they are repaired."""
+"""The records of finished units in `_commits` and `_rejects`: how they are written, read and repaired.
+
+A unit's commit is written when all parts of the unit exist. A part that `retry` wrote has a commit of its own.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
@@ -7,14 +10,14 @@ from typing import Any
 from pipeline.cache.parts import (
     DATA,
     EMPTY,
-    WRITERS,
-    _unit_name,
+    PART_FORMATS,
     data_twin,
     find_part,
     inspect_part,
     is_retry_part,
     list_part_files,
     stem_of,
+    unit_of,
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
@@ -26,107 +29,118 @@ COMMITS, REJECTS = "_commits", "_rejects"
 _NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None}
 
 
-def write_commit(cache: Folder, standing: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> None:
-    """Write what parts say together: a unit's rejects by name, then that it is done; of a retry's part, that it stands.
+def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> None:
+    """Create the rejects of these parts, then their commit.
 
-    facts: what does not follow from the parts (seconds, compute, versions, run).
+    parts: all parts of a unit, or one retry part. facts: what does not follow from the parts (seconds, compute,
+    versions, run).
     """
-    name = commit_name(standing)
-    rejects = f"{REJECTS}/{name}.jsonl"
-    lines = rejects_as_jsonl(standing)
-    others = bool(lines) and not cache.create(rejects, lines)
-    committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(commit_content(standing, facts)))
-    if committed and others and cache.read_if_there(rejects) != lines:
-        cache.replace(rejects, lines)  # they were of parts that were lost, or of a writer who saw others
+    name = commit_name(parts)
+    rejects_file = f"{REJECTS}/{name}.jsonl"
+    lines = encode_rejects(parts)
+    is_refused = bool(lines) and not cache.create(rejects_file, lines)
+    is_committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(make_commit(parts, facts)))
+    if is_committed and is_refused and cache.read_if_there(rejects_file) != lines:
+        # the existing lines are of parts that were lost, or of a writer that saw other parts
+        cache.replace(rejects_file, lines)
 
 
-def commit_name(standing: Sequence[PartInfo]) -> str:
-    """What `_commits` calls these parts: by their unit, or a retry's part by itself."""
-    record = standing[0].record
+def commit_name(parts: Sequence[PartInfo]) -> str:
+    """Return the name of the commit of these parts: the unit's name, or the stem of a retry part."""
+    record = parts[0].record
     return record.stem if record.round else record.unit
 
 
-def rejects_as_jsonl(standing: Sequence[PartInfo]) -> bytes:
-    """The content of a unit's file in `_rejects`; empty where nothing was rejected."""
-    rejects = [{"shard": p.record.source, **asdict(reject)} for p in standing for reject in p.record.rejects]
+def encode_rejects(parts: Sequence[PartInfo]) -> bytes:
+    """Return the content of a file in `_rejects`, one line per reject. It is empty if nothing was rejected."""
+    rejects = [{"shard": part.record.source, **asdict(reject)} for part in parts for reject in part.record.rejects]
     return b"".join(canonical_json(reject) + b"\n" for reject in rejects)
 
 
-def commit_content(standing: Sequence[PartInfo], facts: Mapping[str, object]) -> dict[str, Any]:
-    """The content of a file in `_commits`."""
-    return with_checksum({"unit": standing[0].record.unit, "parts": [part.to_dict() for part in standing], **facts})
+def make_commit(parts: Sequence[PartInfo], facts: Mapping[str, object]) -> dict[str, Any]:
+    """Return the content of a file in `_commits`."""
+    return with_checksum({"unit": parts[0].record.unit, "parts": [part.to_dict() for part in parts], **facts})
 
 
-def rewrite_commit(
-    cache: Folder, standing: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS
-) -> dict[str, Any]:
-    """Write `_rejects` and `_commits` of these parts again; seconds and versions they do not tell.
+def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> dict[str, Any]:
+    """Replace `_rejects` and `_commits` of these parts, and return the new content of the commit.
 
-    Returns what `_commits` has now.
+    The parts do not record seconds and versions: these come from `facts`, and are empty by default.
     """
-    name = commit_name(standing)
-    lines, rejects = rejects_as_jsonl(standing), f"{REJECTS}/{name}.jsonl"
-    if lines or cache.read_if_there(rejects):
-        cache.replace(rejects, lines)
-    data = canonical_json(commit_content(standing, facts))
+    name = commit_name(parts)
+    lines, rejects_file = encode_rejects(parts), f"{REJECTS}/{name}.jsonl"
+    if lines or cache.read_if_there(rejects_file):
+        cache.replace(rejects_file, lines)
+    data = canonical_json(make_commit(parts, facts))
     cache.replace(f"{COMMITS}/{name}.json", data)
     return parse_json_object(data, name)
 
 
 def repair_commit(
-    cache: Folder, name: str, content: dict[str, Any], full: Set[str], identity: str, container: Container, again: bool
+    cache: Folder,
+    name: str,
+    content: dict[str, Any],
+    data_stems: Set[str],
+    identity: str,
+    container: Container,
+    rehash: bool,
 ) -> dict[str, Any]:
-    """What `_commits` has under a name, written again where it does not say what stands.
+    """Rewrite a commit that does not name the parts that exist. Returns its content, unchanged or new.
 
-    That is where a part without rows was committed before its twin with rows came. full: the files with rows that
-    stand, without their extensions. again: also where a file has another sha256 (a store on which a late writer may
-    overwrite).
+    A commit is rewritten if it names a part without rows, and the same part was then published with rows.
+    data_stems: the existing files in `data/`, without their extensions.
+    rehash: read each file, and rewrite the commit also if a file has another sha256. This is for stores on which a late
+    writer can overwrite a file.
     """
-    named = [part["file"] for part in content["parts"]]
-    parts = [inspect_part(cache, file, identity) for file in named] if again else []
-    changed = [p for p, said in zip(parts, content["parts"], strict=False) if p and p.sha256 != said["sha256"]]
-    if not changed and not any(data_twin(file) in full for file in named):
+    files = [entry["file"] for entry in content["parts"]]
+    parts = [inspect_part(cache, file, identity) for file in files] if rehash else []
+    pairs = zip(parts, content["parts"], strict=False)
+    has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
+    if not has_changed and not any(data_twin(file) in data_stems for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
     return rewrite_commit(cache, inspect_committed(cache, name, identity, container), facts)
 
 
 def inspect_committed(cache: Folder, name: str, identity: str, container: Container) -> list[PartInfo]:
-    """The parts that `_commits` has under this name, as they stand now."""
+    """Read the parts of the commit with this name, as they are now. Raises CacheError if a unit lacks a part."""
     if is_retry_part(name):
-        names = (f"{DATA}/{name}{WRITERS[container].SUFFIX}", f"{EMPTY}/{name}.json")
-        return [part for part in (inspect_part(cache, file, identity) for file in names) if part is not None][:1]
+        files = (f"{DATA}/{name}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{name}.json")
+        return [part for part in (inspect_part(cache, file, identity) for file in files) if part is not None][:1]
     parts: list[PartInfo] = []
     while not parts or not parts[-1].record.last:
         part = find_part(cache, name, len(parts), identity, container)
         if part is None:
-            raise CacheError(f"part {len(parts)} of {cache.at(name)} is gone, but was committed: the cache is damaged")
+            raise CacheError(
+                f"part {len(parts)} of {cache.at(name)} was committed, but is missing: the cache is damaged; "
+                f"{VERIFY_HINT}"
+            )
         parts.append(part)
     return parts
 
 
-def commit_names(cache: Folder) -> set[str]:
-    """What `_commits` has: the names of finished units, and of the parts that `retry` wrote."""
+def list_commits(cache: Folder) -> set[str]:
+    """Return the names of all commits: finished units, and parts that `retry` wrote."""
     return {stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json")}
 
 
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """These commits by name, in this order. Raises CacheError for one that names no parts."""
+    """Read these commits in this order: name and content. Raises CacheError if a commit names no parts."""
     for name, data in cache.read_each(COMMITS, (f"{name}.json" for name in names)):
         content = parse_json_object(data, cache.at(f"{COMMITS}/{name}"))
-        parts = content.get("parts")
-        if not isinstance(parts, list) or not all(
-            isinstance(p, dict) and {"file", "sha256"} <= p.keys() for p in parts
+        entries = content.get("parts")
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
         ):
             raise CacheError(f"{cache.at(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
         yield stem_of(name), content
 
 
-def started_units(cache: Folder) -> set[str]:
-    """The names of the units of which anything stands: a part, or that they are done."""
-    return {_unit_name(file) for file in list_part_files(cache)} | finished_units(cache)
+def list_started_units(cache: Folder) -> set[str]:
+    """Return the names of the units that have a part or a commit."""
+    return {unit_of(file) for file in list_part_files(cache)} | list_finished_units(cache)
 
 
-def finished_units(cache: Folder) -> set[str]:
-    """The names of the units that are done."""
-    return {name for name in commit_names(cache) if not is_retry_part(name)}
+def list_finished_units(cache: Folder) -> set[str]:
+    """Return the names of the units that are done."""
+    return {name for name in list_commits(cache) if not is_retry_part(name)}

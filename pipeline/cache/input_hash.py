@@ -1,6 +1,7 @@
-"""What a part was made from, as one sha256: the `inputs` of its record. docs/cache-format.md has the rule in words.
+"""One sha256 over the samples that a part was made from: the `inputs` of its record. See docs/cache-format.md.
 
-Each sample has a digest of its own, which the threads that open images make; `inputs` is the sha256 over them in order.
+Each sample has its own digest, which the threads that open images compute. `inputs` is the sha256 over the digests in
+the order of the positions.
 """
 
 import hashlib
@@ -13,75 +14,76 @@ from pipeline.formats.record import Record
 from pipeline.records import Reject, Sample
 from pipeline.values import to_json_value
 
-DIGEST_BYTES = 32  # bytes of a digest
+DIGEST_BYTES = 32  # the size of a sha256
 
 
 def hash_sample(item: Sample | Reject) -> bytes:
-    """The digest of a sample as it was read, or of one that was rejected."""
+    """Return the digest of a sample as it was read, or of a reject."""
     if isinstance(item, Reject):
         return _sha256("reject", str(item.position), item.reason)
-    columns = ((name, value_bytes(item.columns[name])) for name in sorted(item.columns))
-    named = [part for name, value in columns if value is not None for part in (name, value)]
-    return _sha256("sample", str(item.position), item.key, item.image, *named)
+    columns = ((name, encode_value(item.columns[name])) for name in sorted(item.columns))
+    fields = [field for name, value in columns if value is not None for field in (name, value)]
+    return _sha256("sample", str(item.position), item.key, item.image, *fields)
 
 
-def value_bytes(value: Any) -> bytes | None:
-    """A column's value as latent.json has it, of a string what is in it; None of a null."""
-    said = to_json_value(value)
-    if isinstance(said, str):
-        return said.encode()
-    if said is None and not isinstance(value, float):  # a number that is not finite is no null
+def encode_value(value: Any) -> bytes | None:
+    """Return a column's value as latent.json holds it, but a string without its quotes. Returns None for a null."""
+    json_value = to_json_value(value)
+    if isinstance(json_value, str):
+        return json_value.encode()
+    if json_value is None and not isinstance(value, float):  # JSON has null for NaN, too, which is not a null value
         return None
-    return canonical_json(said)
+    return canonical_json(json_value)
 
 
 def combine_digests(digests: Iterable[bytes]) -> str:
-    """`inputs` of a part, from its samples' digests in the order of their positions."""
+    """Return the `inputs` of a part. digests: those of its samples, in the order of their positions."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def hash_record(record: Record, found: bytes | bytearray) -> str:
-    """What `inputs` of this part would be by the samples that a unit's input has now.
+def hash_record(record: Record, digests: bytes | bytearray) -> str:
+    """Return the `inputs` that this part would have with the samples that its input has now.
 
-    found: their digests, one after the other from position 0 on. What the record rejected is taken as it was recorded:
-    it may have been mended since, other limits may let it pass now, and a damaged shard's rest cannot be read at all.
+    digests: the digests of these samples, one after the other from position 0 on. For a rejected sample, the recorded
+    reject counts instead: the sample may have been repaired since, other limits may accept it now, and the rest of a
+    damaged shard cannot be read.
     """
     rejected = {reject.position: hash_sample(reject) for reject in record.rejects}
     return combine_digests(
-        rejected.get(p, bytes(found[DIGEST_BYTES * p : DIGEST_BYTES * (p + 1)])) for p in record.positions
+        rejected.get(p, bytes(digests[DIGEST_BYTES * p : DIGEST_BYTES * (p + 1)])) for p in record.positions
     )
 
 
 def check_inputs(items: Iterator[Sample | Reject], records: Sequence[Record], url: str) -> Iterator[Sample | Reject]:
-    """The same items. Raises SourceError before the first one that follows a part which was made from other ones.
+    """Yield the same items, and compare them with a unit's records on the way.
 
-    records: of a unit's parts.
+    Raises SourceError as soon as all samples of a part were read, if the part was made from other samples.
     """
-    found, left = bytearray(), sorted(records, key=_end)
+    digests, unchecked = bytearray(), sorted(records, key=_end)
     for item in items:
-        while left and item.position >= _end(left[0]):
-            _check(left.pop(0), found, url)
-        found += hash_sample(item) if left else b""
+        while unchecked and item.position >= _end(unchecked[0]):
+            _check(unchecked.pop(0), digests, url)
+        digests += hash_sample(item) if unchecked else b""
         yield item
-    for record in left:
-        _check(record, found, url)
+    for record in unchecked:
+        _check(record, digests, url)
 
 
 def _end(record: Record) -> int:
-    """The position after the last sample of a part."""
-    return max(record.counted, default=-1) + 1
+    """Return the position after the last sample of a part."""
+    return max(record.sample_positions, default=-1) + 1
 
 
-def _check(record: Record, found: bytearray, url: str) -> None:
-    if hash_record(record, found) != record.inputs:
+def _check(record: Record, digests: bytearray, url: str) -> None:
+    if hash_record(record, digests) != record.inputs:
         raise SourceError(
-            f"{url} has changed since it was planned, and not in its damage alone: {record.stem} was made from "
+            f"{url} has changed since it was planned, and not only where it was damaged: {record.stem} was made from "
             "other samples; give the --input-limit that it was encoded with, or encode it into another cache"
         )
 
 
 def _sha256(*fields: str | bytes) -> bytes:
-    """Over the fields, each after its length as eight bytes, the highest first."""
+    """Return the sha256 over the fields, each preceded by its length in eight bytes, big-endian."""
     sha = hashlib.sha256()
     for field in fields:
         data = field.encode() if isinstance(field, str) else field

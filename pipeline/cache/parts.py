@@ -1,13 +1,13 @@
-"""The write step: a part's file, published once, and what is written of a unit when all its parts stand.
+"""The write step: publish a part's file once, and find and read the parts that exist.
 
-Whatever a create answers, what stands under the name is the truth, and its record, read from it, is the one that
-counts. Nothing here removes or overwrites a part.
+A file that exists under a part's name is the part, whatever answer a create got. Its record, read from the file, is the
+one that counts. Nothing in this module removes or overwrites a part.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Protocol
 
 from latentmill.cache import DATA as DATA
 from latentmill.cache import EMPTY as EMPTY
@@ -20,63 +20,79 @@ from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.store import Folder
 
-_RETRIED = re.compile(r"-\d{5}r\d+$")
+_RETRY_STEM = re.compile(r"-\d{5}r\d+$")
 
-WRITERS: Mapping[Container, Any] = {"parquet": parquet, "webdataset": webdataset}
+
+class PartFormat(Protocol):
+    """A file format for parts with rows: one module in `pipeline.formats` per container."""
+
+    SUFFIX: str  # the extension of the files, with its dot
+
+    def schema_as_json(self, layout: OutputSchema) -> list[dict[str, str]]:
+        """Return the columns or members of a row as cache.json describes them."""
+
+    def serialize_part(self, rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
+        """Return the content of a part's file. rows: at least one."""
+
+
+PART_FORMATS: Mapping[Container, PartFormat] = {"parquet": parquet, "webdataset": webdataset}
 
 
 def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
-    """What cache.json says of a row's columns, or of a sample's members."""
-    return list(WRITERS[layout.container].schema_as_json(layout))
+    """Return the columns of a row, or the members of a sample, as cache.json describes them."""
+    return PART_FORMATS[layout.container].schema_as_json(layout)
 
 
 def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
-    """Write a part's file, unless somebody was first: then theirs is the one that counts.
+    """Create a part's file, and return the part that exists: another writer's, if its file was first.
 
-    A part with rows and one without have different names, and two writers may disagree (by their limits, say): then the
-    one with rows counts, as readers see it.
+    A part with rows and a part without rows have different names. Two writers can disagree about the rows, for example
+    because of their limits. Then the part with rows counts, because it is the one that readers see.
     """
-    writer = WRITERS[layout.container]
-    full, bare = f"{DATA}/{record.stem}{writer.SUFFIX}", f"{EMPTY}/{record.stem}.json"
+    part_format = PART_FORMATS[layout.container]
+    data_file, empty_file = f"{DATA}/{record.stem}{part_format.SUFFIX}", f"{EMPTY}/{record.stem}.json"
     if not rows:
-        if theirs := inspect_part(cache, full, record.identity):
-            return theirs
-        mine = _create(cache, bare, record.to_json(), record)
-        return inspect_part(cache, full, record.identity) or mine
-    theirs = inspect_part(cache, bare, record.identity)
-    return theirs or _create(cache, full, writer.serialize_part(rows, record, layout), record)
+        if existing := inspect_part(cache, data_file, record.identity):
+            return existing
+        created = _create(cache, empty_file, record.to_json(), record)
+        return inspect_part(cache, data_file, record.identity) or created
+    existing = inspect_part(cache, empty_file, record.identity)
+    return existing or _create(cache, data_file, part_format.serialize_part(rows, record, layout), record)
 
 
 def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
-    except StorageError:  # it may stand there all the same, and only the answer was lost
-        if (standing := inspect_part(cache, name, record.identity)) is None:
+    except StorageError:  # the file may exist nevertheless: perhaps only the answer was lost
+        if (existing := inspect_part(cache, name, record.identity)) is None:
             raise
-        return standing
-    if (standing := inspect_part(cache, name, record.identity)) is None:
-        raise StorageError(f"{cache.at(name)} was there when it was to be written, and has gone since")
-    return standing
+        return existing
+    if (existing := inspect_part(cache, name, record.identity)) is None:
+        raise StorageError(f"{cache.at(name)} existed when it was to be created, and was removed since; try again")
+    return existing
 
 
 def find_part(
     cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet", round: int = 0
 ) -> PartInfo | None:
-    """The part of this number as it stands in the cache; None where it is still to be made. unit: its name.
+    """Return the part of this number, or None if it does not exist yet.
 
-    round: of the retry that wrote it.
+    unit: the unit's name. round: the number of the retry that wrote the part, 0 for a part of the encode command.
     """
     stem = f"{unit}-{number:05d}" + (f"r{round}" if round else "")
-    for name in (f"{DATA}/{stem}{WRITERS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
-        standing = inspect_part(cache, name, identity)
-        if standing is not None:
-            return standing
+    for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
+        part = inspect_part(cache, name, identity)
+        if part is not None:
+            return part
     return None
 
 
 def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
-    """A part as it stands under a name; None where nothing does. Raises CacheError for what belongs elsewhere."""
+    """Read the part with this file name. Returns None if the file does not exist.
+
+    Raises CacheError if the file belongs to another cache or another name.
+    """
     data = cache.read_if_there(name)
     if data is None:
         return None
@@ -91,17 +107,17 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
 
 
 def expected_stem(record: Record) -> str:
-    """Where a part belongs, without the extension."""
+    """Return the name of the file in which a part belongs, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
 
 def stem_of(name: str) -> str:
-    """A name without its extension."""
+    """Return a name without its extension."""
     return name.rpartition(".")[0]
 
 
 def read_record(data: bytes, name: str) -> Record:
-    """The record that a part's file holds. Raises CacheError, which names the file, where there is none."""
+    """Return the record inside a part's file. Raises CacheError, with the file's name, if there is none."""
     is_bare = name.endswith(".json")
     try:
         return Record.from_json(data if is_bare else read_record_json(data, name))
@@ -112,52 +128,54 @@ def read_record(data: bytes, name: str) -> Record:
 
 
 def find_empty_duplicates(names: Iterable[str]) -> set[str]:
-    """Those of `_empty/` that do not count, because the same part stands in `data/`, with rows."""
-    full = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
-    return {name for name in names if data_twin(name) in full}
+    """Return the files in `_empty/` that do not count, because the same part is in `data/`, with rows."""
+    names = list(names)
+    data_stems = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
+    return {name for name in names if data_twin(name) in data_stems}
 
 
 def data_twin(name: str) -> str | None:
-    """What the part of a file in `_empty/` is called in `data/`, without the extension; None of other files."""
+    """Return the name that the part of a file in `_empty/` has in `data/`, without the extension; None otherwise."""
     return f"{DATA}/{stem_of(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
 
 
 def is_retry_part(stem: str) -> bool:
-    """Whether this names a part that `retry` wrote."""
-    return _RETRIED.search(stem) is not None
+    """Return whether this is the name of a part that `retry` wrote."""
+    return _RETRY_STEM.search(stem) is not None
 
 
-def retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
-    """The parts that `retry` wrote, in the order of their names. units: only of these, by their names."""
+def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
+    """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
     names = list_part_files(cache)
-    hidden = find_empty_duplicates(names)
-    wanted = (name for name in names if is_retry_part(stem_of(name)) and name not in hidden)
-    found = (inspect_part(cache, name, identity) for name in wanted if units is None or _unit_name(name) in units)
-    return [part for part in found if part is not None]
+    duplicates = find_empty_duplicates(names)
+    retry_names = (name for name in names if is_retry_part(stem_of(name)) and name not in duplicates)
+    parts = (inspect_part(cache, name, identity) for name in retry_names if units is None or unit_of(name) in units)
+    return [part for part in parts if part is not None]
 
 
-def parts_of_unit(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
-    """All parts of a unit that stand, also those that `retry` wrote. unit: its name."""
+def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
+    """Read all parts of a unit that exist, also those that `retry` wrote. unit: the unit's name."""
     names = list_part_files(cache)
-    hidden = find_empty_duplicates(names)
-    found = (inspect_part(cache, name, identity) for name in names if _unit_name(name) == unit and name not in hidden)
-    return [part for part in found if part is not None]
+    duplicates = find_empty_duplicates(names)
+    unit_names = (name for name in names if unit_of(name) == unit and name not in duplicates)
+    parts = (inspect_part(cache, name, identity) for name in unit_names)
+    return [part for part in parts if part is not None]
 
 
-def _unit_name(file: str) -> str:
-    """The unit of a part, by its file."""
+def unit_of(file: str) -> str:
+    """Return the name of the unit that a part's file belongs to."""
     stem = stem_of(file).partition("/")[2]
-    return _RETRIED.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
+    return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def superseded_by_retry(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
-    """What parts of `retry` have of these units: why it was rejected, by unit and position."""
-    found: dict[str, dict[int, str]] = {}
-    for part in retry_parts(cache, identity, units) if units else []:
-        mine = found.setdefault(part.record.unit, {})
+def read_superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
+    """Return the rejects of these units that retry parts supersede: unit -> position -> reason."""
+    superseded: dict[str, dict[int, str]] = {}
+    for part in read_retry_parts(cache, identity, units) if units else []:
+        reasons = superseded.setdefault(part.record.unit, {})
         for position, reason in part.record.supersedes:
-            if (
-                mine.get(position) != REST_OF_SHARD
-            ):  # what a retry rejected again, and a later one has, is no other part's
-                mine[position] = reason
-    return found
+            # The retry that reads a rest can reject its first sample, and a later retry can supersede that reject. The
+            # unit's own part rejected the position as `rest_of_shard`, so that reason stays.
+            if reasons.get(position) != REST_OF_SHARD:
+                reasons[position] = reason
+    return superseded

@@ -1,7 +1,8 @@
-"""From shards to units, and the plan of a cache: `_plan/NNNNN.parquet`, append-only.
+"""The plan of a cache: the units of all inputs, in the append-only files `_plan/NNNNN.parquet`.
 
-A run lists the sources, subtracts what is planned and creates a further file if anything is left; of two runs that
-do so at once one wins, and the other reads again. A later file supersedes what earlier ones say of an input.
+A run lists the sources, and creates one more file if some inputs are not planned yet. If two runs do so at the same
+time, one of them creates the file, and the other reads the plan again. The rows of a later file supersede those of
+earlier files for the same input.
 """
 
 import hashlib
@@ -42,46 +43,56 @@ SCHEMA = pa.schema(
 )
 
 
+# What happens to a changed input, by the state of its units.
+CHANGE_NOTES = {
+    "finished": "the cache still holds the old version",
+    "replanned": "none of their samples are encoded yet, and they are planned again",
+    "started": "they are partly encoded. The rest of a tar or Parquet file is encoded if its samples are unchanged. "
+    "If a unit fails: restore its input, or move away the unit's files in data/, _empty/, _commits/ and _rejects/, and "
+    "run this command again",
+}
+
+
 def hash_plan_files(cache: Folder) -> dict[str, str]:
-    """The sha256 of each file of the plan. Every run keeps them, so that `verify` can tell a file that has changed."""
+    """Return the sha256 of each file of the plan. Every run records them, so that `verify` can find a changed file."""
     return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in list_plan_files(cache)}
 
 
 def list_plan_files(cache: Folder) -> list[str]:
-    """The files of the plan, in order."""
+    """Return the names of the plan's files, in order."""
     return [name for name in cache.names(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
 
 
 def read_plan(cache: Folder) -> list[Unit]:
-    """All planned units, in the order in which they were planned first."""
+    """Return all planned units, in the order in which they were first planned."""
     return read_plan_files(cache, list_plan_files(cache))
 
 
 def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
-    """The units in these files of the plan, as they were planned last, each in its source where that was last."""
-    files = [[_unit(row) for row in _rows(cache, f"{FOLDER}/{name}")] for name in names]
+    """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
+    files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
     roots = changes.source_roots(itertools.chain.from_iterable(files))
-    return [changes.move_to_root(unit, roots[unit.source]) for unit in latest_units(files)]
+    return [changes.move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
 
 
-def latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
-    """The units of the plan's files: of those that read the same input, the ones of the last file that has any."""
+def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
+    """Return the units of the plan's files. For each input, the units of the last file that has the input count."""
     latest: dict[str, list[Unit]] = {}
     for units in files:
-        here: dict[str, list[Unit]] = {}
+        units_by_input: dict[str, list[Unit]] = {}
         for unit in units:
-            here.setdefault(input_of(unit), []).append(unit)
-        latest.update(here)
+            units_by_input.setdefault(identify_input(unit), []).append(unit)
+        latest.update(units_by_input)
     return (unit for units in latest.values() for unit in units)
 
 
-def input_of(unit: Unit) -> str:
-    """What later rows of the plan supersede: a file by its path, images of a folder by the unit's name."""
+def identify_input(unit: Unit) -> str:
+    """Return what identifies a unit's input in the plan: the path of a file, or the name of a folder unit."""
     return unit.name if unit.kind == "folder" else unit.path
 
 
-def _unit(row: Mapping[str, Any]) -> Unit:
-    """A row of the plan as a unit."""
+def _parse_unit(row: Mapping[str, Any]) -> Unit:
+    """Return the unit in a row of the plan."""
     return Unit(
         name=row["unit"],
         kind=row["kind"],
@@ -96,19 +107,19 @@ def _unit(row: Mapping[str, Any]) -> Unit:
     )
 
 
-def _rows(cache: Folder, name: str) -> list[dict[str, Any]]:
+def _read_rows(cache: Folder, name: str) -> list[dict[str, Any]]:
     data = cache.read(name)
     try:
-        # without threads: pyarrow 26's pool, just started, aborts a process that ends at once (2 of 25 with torch)
+        # Without threads: a process that ends right after pyarrow 26 starts its pool is aborted (2 of 25 with torch).
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
-    except Exception as error:  # Arrow's, of whatever damaged bytes lead it to
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {said:.200}; {VERIFY_HINT}") from error
+    except Exception as error:  # damaged bytes can make Arrow raise anything
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
 
 
 def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
-    """Create the plan's file of this number; False where another run was first."""
+    """Create the plan's file with this number. Returns False if another run was first."""
     rows = [
         {
             "unit": unit.name,
@@ -132,130 +143,137 @@ def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
 def extend_plan(
     cache: Folder,
     shards: Sequence[Shard],
-    named: Sequence[Source] = (),
+    sources: Sequence[Source] = (),
     new_source: bool = False,
     same_source: bool = False,
     texts: Collection[str] = TEXT_EXTENSIONS,
 ) -> tuple[list[Unit], list[str]]:
-    """Plan what is not planned yet. Returns all units, and what was noticed: a line for each kind.
+    """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
-    named: the sources that list the shards. new_source: they are new ones, whatever planned files they resemble.
-    same_source: a file of a planned path and size is what was planned, whatever its ETag.
-    texts: extensions of the files beside an image that come along.
-    Raises SourceError if there is nothing to plan at all, and if the sources are not those that were planned.
+    sources: the sources that list the shards. new_source: treat them as new, even if they resemble planned files.
+    same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
+    texts: the extensions of the text files beside an image that are passed through.
+    Raises SourceError if there is nothing to plan, or if the sources are not those that were planned.
     """
-    beside = match_sidecars(shards, texts)
+    sidecars = match_sidecars(shards, texts)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
-        new, units, noticed = compare_with_plan(cache, shards, beside, planned, named, new_source, same_source)
+        new, units, notes = compare_with_plan(cache, shards, sidecars, planned, sources, new_source, same_source)
         if not new:
             if not planned:
-                raise SourceError("the source is empty: there are no tar shards, Parquet files or images in it")
-            return units, noticed
+                raise SourceError("the source is empty: it has no tar shards, Parquet files or images")
+            return units, notes
         number = int(names[-1][:5]) + 1 if names else 0
         if write_plan_file(cache, number, new):
-            return list(latest_units([units, new])), noticed
+            return list(select_latest_units([units, new])), notes
         if list_plan_files(cache) == names:
-            raise CacheError(f"{cache.at(FOLDER)}/{number:05d}.parquet is no file, but its name is taken; move it away")
+            path = f"{cache.at(FOLDER)}/{number:05d}.parquet"
+            raise CacheError(f"{path} exists but is not a regular file; move it away")
 
 
 def compare_with_plan(
     cache: Folder,
     shards: Sequence[Shard],
-    beside: SidecarIndex,
+    sidecars: SidecarIndex,
     planned: Sequence[Unit],
-    named: Sequence[Source],
+    sources: Sequence[Source],
     new_source: bool,
     same_source: bool,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
-    """Hold the sources against the plan. Returns the units to be added, the planned ones as they are now, and notes."""
+    """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
     listed = {shard.path: shard for shard in shards}
-    named = named or [Source(name, root, root, ()) for name, root in {_source_of(s): None for s in shards}]
+    roots = {(changes.source_name(shard.path), shard.root): None for shard in shards}
+    sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
-    planned, noticed = changes.relocate_units(planned, listed, named, same_source)
+    planned, notes = changes.relocate_units(planned, listed, sources, same_source)
     files = {file.path: file for unit in planned for file in changes.input_files(unit)}
-    again, more = replan_changed(cache, planned, listed, beside, same_source)
-    noticed += more
-    if beside.unused:
-        what = "texts that belong to no image, or to several, or in whose place another one counts"
-        noticed.append(f"{what}: {len(beside.unused):,} ({abbreviate(beside.unused)})")
-    if gone := changes.find_missing(files, listed, named):
-        noticed.append(
-            f"planned inputs that are gone: {len(gone):,} ({abbreviate(gone)}); what was encoded of them stays"
-        )
+    replanned, more = replan_changed(cache, planned, listed, sidecars, same_source)
+    notes += more
+    if sidecars.unused:
+        unused = "texts that belong to no image or to several images, or that another text replaces"
+        notes.append(f"{unused}: {len(sidecars.unused):,} ({abbreviate(sidecars.unused)})")
+    if missing := changes.find_missing(files, listed, sources):
+        examples = f"{len(missing):,} ({abbreviate(missing)})"
+        notes.append(f"planned inputs that are missing: {examples}; their encoded samples stay in the cache")
     if same_source:
-        told = {input_of(unit) for unit in again}
-        now = [changes.with_etags(unit, listed) for unit in planned]
-        again += [unit for unit, old in zip(now, before, strict=True) if unit != old and input_of(unit) not in told]
+        inputs = {identify_input(unit) for unit in replanned}
+        pairs = zip((changes.with_etags(unit, listed) for unit in planned), before, strict=True)
+        replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
     new, more = find_unplanned(shards, planned, files)
-    noticed += more
-    fresh = select_inputs(new)
-    twice = changes.find_duplicates(fresh, listed, files, changes.source_roots(planned)) if fresh else {}
+    notes += more
+    inputs_to_add = select_inputs(new)
+    roots_planned = changes.source_roots(planned)
+    duplicates = changes.find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
     if not new_source:
-        names = {source.name for source in named}
-        lost = set(gone)
-        missing = {
-            p: f for p, f in files.items() if p in lost or (p not in listed and changes.source_name(p) not in names)
+        names, missing_paths = {source.name for source in sources}, set(missing)
+        not_listed = {
+            path: file
+            for path, file in files.items()
+            if path in missing_paths or (path not in listed and changes.source_name(path) not in names)
         }
-        still = {changes.source_name(path) for path in files if path in listed}
-        noticed += changes.check_renamed(fresh, missing, twice, still)
-    if twice:
-        pairs = abbreviate([f"{path} is {other}" for path, other in twice.items()])
-        noticed.append(f"files that are in two sources, and are read once: {len(twice):,} ({pairs})")
-    return again + make_units([shard for shard in fresh if shard.path not in twice], beside), planned, noticed
-
-
-def _source_of(shard: Shard) -> tuple[str, str]:
-    return changes.source_name(shard.path), shard.root
+        names_listed = {changes.source_name(path) for path in files if path in listed}
+        notes += changes.check_renamed(inputs_to_add, not_listed, duplicates, names_listed)
+    if duplicates:
+        examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
+        notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
+    added = make_units([shard for shard in inputs_to_add if shard.path not in duplicates], sidecars)
+    return replanned + added, planned, notes
 
 
 def replan_changed(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], beside: SidecarIndex, same_source: bool
+    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
-    """New units for inputs that have changed and of which nothing is in the cache, and notes of all that have."""
-    changed = changes.find_changed(planned, listed, beside, same_source)
+    """Return new units for changed inputs of which nothing is encoded yet, and notes about all changed inputs.
+
+    listed: the listed files, by path.
+    """
+    changed = changes.find_changed(planned, listed, sidecars, same_source)
     if not changed:
         return [], []
-    begun, finished = commits.started_units(cache), commits.finished_units(cache)
-    kept = {input_of(unit) for unit in planned if unit.name in begun}
-    anew = {input_of(unit): unit for unit in planned if unit.name in changed and input_of(unit) not in kept}
-    said: dict[str, set[str]] = {"kept": set(), "anew": set(), "half": set()}
-    for unit in planned:
-        what = "anew" if input_of(unit) in anew else "kept" if unit.name in finished else "half"
-        said[what].update(changed.get(unit.name, ()))
-    ends = {
-        "kept": "the cache keeps what they were",
-        "anew": "nothing of them was encoded yet, and they are planned anew",
-        "half": "a part of them is encoded, the rest of a tar or a Parquet file is too if its samples are the same. "
-        "If its unit fails: put them back as they were, or move away all that data/, _empty/, _commits/ and "
-        "_rejects/ have of their units, and run this again",
+    started, finished = commits.list_started_units(cache), commits.list_finished_units(cache)
+    started_inputs = {identify_input(unit) for unit in planned if unit.name in started}
+    replanned = {
+        identify_input(unit): unit
+        for unit in planned
+        if unit.name in changed and identify_input(unit) not in started_inputs
     }
+    paths_by_state: dict[str, set[str]] = {"finished": set(), "replanned": set(), "started": set()}
+    for unit in planned:
+        is_replanned = identify_input(unit) in replanned
+        state = "replanned" if is_replanned else "finished" if unit.name in finished else "started"
+        paths_by_state[state].update(changed.get(unit.name, ()))
     notes = [
-        f"inputs that have changed since they were planned: {len(paths):,} ({abbreviate(paths)}); {ends[what]}"
-        for what, paths in said.items()
+        f"inputs that have changed since they were planned: {len(paths):,} ({abbreviate(paths)}); {CHANGE_NOTES[state]}"
+        for state, paths in paths_by_state.items()
         if paths
     ]
-    return [new for unit in anew.values() for new in units_as_listed(unit, listed, beside)], notes
+    return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars)], notes
 
 
-def units_as_listed(unit: Unit, listed: Mapping[str, Shard], beside: SidecarIndex) -> list[Unit]:
-    """What a unit's input gives as it is now. Of a folder: with the same images, those that are gone as they were."""
+def replan_unit(unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex) -> list[Unit]:
+    """Return the units of a unit's input as it is now.
+
+    A folder unit keeps its images. Images that are missing now stay as they were planned.
+    """
     if unit.kind == "tar":
         return [make_tar_unit(listed[unit.path])]
     if unit.kind == "parquet":
         return make_parquet_units(listed[unit.path])
-    now = [
-        files_of(listed[before.image.path], beside.texts) if before.image.path in listed else before
-        for before in unpack_files(unit)
+    current = [
+        files_of(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
+        for planned in unpack_files(unit)
     ]
-    return [replace(unit, **pin_files(now))]
+    return [replace(unit, **pin_files(current))]
 
 
 def find_unplanned(
     shards: Sequence[Shard], planned: Sequence[Unit], files: Mapping[str, File]
 ) -> tuple[list[Shard], list[str]]:
-    """The files that are not planned, and a note of those that must not be. files: all planned ones, by path."""
+    """Return the files that are not planned yet, and a note about images that cannot be added.
+
+    files: all planned files, by path.
+    """
     tars = {stem(unit.path) for unit in planned if unit.kind == "tar"}
     stems = {stem(path) for unit in planned for path in unit.paths}
     new: list[Shard] = []
@@ -268,5 +286,5 @@ def find_unplanned(
                 new.append(shard)
     if not namesakes:
         return new, []
-    left_out = f"images that are left out: {len(namesakes):,} ({abbreviate(namesakes)})"
-    return new, [f"{left_out}; the cache has another image of their name: rename them"]
+    skipped = f"images that are skipped: {len(namesakes):,} ({abbreviate(namesakes)})"
+    return new, [f"{skipped}; the cache has another image with the same name: rename them"]

@@ -42,7 +42,7 @@ class Cache(reader.Cache):
 
     @property
     def layout(self) -> OutputSchema:
-        """The container, the stored form of a posterior, and the columns."""
+        """Return the container, the stored form of a posterior, and the columns."""
         return identity.parse_schema(self.info)
 
 

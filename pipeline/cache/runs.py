@@ -1,8 +1,7 @@
-"""`_runs/`: a record of each run, from its start to its end, so that anybody can see from the cache what became of it.
+"""`_runs/`: a record of each run, from its start to its end, and the run's log.
 
-Beside it stands the run's log: what it said.
-
-A cluster's job service flattens exit codes and forgets; this does not.
+The cache alone shows how each run ended. A cluster's job service reduces exit codes to success or failure and deletes
+old jobs; these records stay.
 """
 
 import contextlib
@@ -20,16 +19,16 @@ from pipeline.canonical_json import with_checksum
 from pipeline.storage.store import Folder
 
 FOLDER = "_runs"
-DEAD_AFTER = 120  # seconds; a run gives a sign of life every 30
+DEAD_AFTER = 120  # seconds without a heartbeat; a run writes one every 30 seconds
 
 
 def utc_now() -> str:
-    """The time, as ISO 8601 in UTC to the second."""
+    """Return the current time in UTC, as ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def library_versions() -> dict[str, str]:
-    """The versions that decide a cache's bytes."""
+    """Return the versions of the libraries on which a cache's bytes depend."""
     return {
         "latentmill": __version__,
         "python": platform.python_version(),
@@ -40,46 +39,49 @@ def library_versions() -> dict[str, str]:
 
 
 def seconds_since_heartbeat(content: Mapping[str, Any], at: datetime.datetime) -> int:
-    """Seconds since the last sign of life of a run's record. at: an aware time."""
+    """Return the seconds from the last heartbeat in a run's record to the time `at`, which has a time zone."""
     return max(0, round((at - datetime.datetime.fromisoformat(content["alive"])).total_seconds()))
 
 
 def is_alive(content: Mapping[str, Any], at: datetime.datetime) -> bool:
-    """Whether a run has not ended, and gave a sign of life lately."""
+    """Return whether a run has not ended, and wrote a heartbeat in the last `DEAD_AFTER` seconds."""
     return content["outcome"] == "running" and seconds_since_heartbeat(content, at) <= DEAD_AFTER
 
 
-def find_alive(cache: Folder, but: str) -> list[str]:
-    """When the runs started that are at work on a cache now. but: the name of the one that asks."""
+def find_alive(cache: Folder, exclude: str) -> list[str]:
+    """Return the start times of the runs that are alive now. exclude: the name of a run to leave out."""
     at = datetime.datetime.now(datetime.UTC)
-    return [run["started"] for name, run in read_runs(cache).items() if name != but and is_alive(run, at)]
+    return [run["started"] for name, run in read_runs(cache).items() if name != exclude and is_alive(run, at)]
 
 
 def read_runs(cache: Folder) -> dict[str, dict[str, Any]]:
-    """The runs by name, as their records tell them, in the order of their starts.
+    """Return the records of all runs by name, in the order of their start.
 
-    Damaged records are passed over: they only inform.
+    Damaged records are skipped, because records only inform.
     """
-    found = {}
+    contents = {}
     names = [name for name in cache.names(FOLDER) if name.endswith(".json")]
     for name, data in cache.read_each(FOLDER, names):
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)
             seconds_since_heartbeat(content, datetime.datetime.now(datetime.UTC))
-            paces = [content.get(name) for name in ("images_per_second", "seconds_left")]
-            is_paced = all(value is None or isinstance(value, int | float) for value in paces)
-            if is_paced and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
-                found[name.removesuffix(".json")] = content
-    return found
+            numbers = [content.get(name) for name in ("images_per_second", "seconds_left")]
+            are_valid = all(value is None or isinstance(value, int | float) for value in numbers)
+            if are_valid and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
+                contents[name.removesuffix(".json")] = content
+    return contents
 
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
-    """A run's file with this content."""
+    """Return the bytes of a run's record with this content, and with its checksum."""
     return json.dumps(with_checksum(content), indent=1).encode()
 
 
 class Run:
-    """The record of one run. options: without secrets."""
+    """The record of one run.
+
+    cache: the cache that the run works on. verb: the command. options: the run's options, without secrets.
+    """
 
     def __init__(self, cache: Folder, verb: str, options: Mapping[str, Any]) -> None:
         self.cache = cache
@@ -98,16 +100,16 @@ class Run:
         }
 
     def write(self, **facts: Any) -> None:
-        """Write the record as it stands, with these facts and the time as its last sign of life."""
+        """Update the record with these facts, and write it with the current time as its heartbeat."""
         self.content.update(facts, alive=utc_now())
         self.cache.replace(f"{FOLDER}/{self.name}.json", encode_json(self.content))
 
     def write_log(self, content: bytes) -> None:
-        """Write what the run has said so far; from then on the record has the log's sha256."""
-        self.content["log"] = None  # where this fails, nobody knows which of the two stands
+        """Write the run's messages so far. From then on, the record holds the log's sha256."""
+        self.content["log"] = None  # if the write fails, the old or the new log may exist
         self.cache.replace(f"{FOLDER}/{self.name}.log", content)
         self.content["log"] = hashlib.sha256(content).hexdigest()
 
     def end(self, outcome: str, exit_code: int, **facts: Any) -> None:
-        """Write how the run ended: done, failed or stopped."""
+        """Write how the run ended. outcome: done, failed or stopped."""
         self.write(ended=utc_now(), outcome=outcome, exit_code=exit_code, **facts)

@@ -1,6 +1,7 @@
-"""stats.json: what the whole cache holds, from its parts' records alone, and the digest that pins it.
+"""stats.json: the statistics of the whole cache, from its parts' records alone, and the digest that pins it.
 
-Rebuilt from all records every time, never from one run's sums: so it is the same however the work was interrupted.
+Every time, the statistics are computed from all records, never added up over runs. So they do not depend on how the
+work was interrupted.
 """
 
 import json
@@ -11,246 +12,232 @@ from typing import Any
 
 from latentmill.cache import STATS
 from latentmill.cache import read_stats as read_stats
-from latentmill.canonical_json import cache_digest
-from pipeline.cache import commit_reader, commits
-from pipeline.cache.commit_reader import CacheListing, PartFacts, Repair, file_name
+from latentmill.canonical_json import cache_digest as cache_digest
+from pipeline.cache import commit_scan, commits
+from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, file_name
 from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
-from pipeline.cache.tally import merge, merge_two, pool_channels, std_of
+from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import REST_OF_SHARD, CacheError
-from pipeline.formats.record import BucketTally
+from pipeline.formats.record import BucketTally, PartSummary
 from pipeline.storage.store import Folder
 
 NAME = STATS
-UNCOUNTED: dict[str, Any] = {
+NOT_COUNTED: dict[str, Any] = {
     "rows": 0,
     "filtered": 0,
     "enlarged": 0,
-    "rejects": {},
-    "rests": (),
+    "reject_counts": {},
+    "rest_positions": (),
     "supersedes": (),
     "tally": {},
 }
-DEAD = 1e-4  # of the widest channel's standard deviation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What a cache knows of one of its files: from the unit's commit, or from the file itself."""
-
-    file: str
-    sha256: str
-    unit: str
-    source: str
-    rows: int
-    filtered: int
-    enlarged: int
-    rejects: Mapping[str, int]
-    rests: Sequence[int] = ()
-    supersedes: Sequence[tuple[int, str]] = ()
-    tally: Mapping[str, BucketTally]
+NEARLY_CONSTANT = 1e-4  # a channel's standard deviation, relative to that of the widest channel
 
 
 def read_parts(
-    cache: Folder, identity: str, listing: CacheListing | None = None, mending: Repair | None = None, after: str = ""
-) -> Iterator[Part]:
-    """The files of a cache, in the order of their own names (`commits.by_file`).
+    cache: Folder, identity: str, listing: CacheListing | None = None, repair: Repair | None = None, after: str = ""
+) -> Iterator[PartSummary]:
+    """Yield all parts of a cache, in the order of their file names (`commit_scan.pair_with_commits`).
 
-    Raises CacheError for a file that a commit names and that is not there.
+    A part is read from its commit, or from its own file if no commit names it. A part without rows counts nothing if
+    the same part exists with rows.
+    Raises CacheError if a file that a commit names does not exist.
     """
     listing = listing or CacheListing.of(cache)
-    hidden = find_empty_duplicates(listing.files)
+    duplicates = find_empty_duplicates(listing.files)
 
-    def understand(name: str, said: PartFacts) -> Part:
-        return _committed(cache, name, said)
+    def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
+        return _parse_entry(cache, name, entry)
 
-    for file, known in commit_reader.pair_with_commits(cache, listing, understand, mending, after):
-        to_commit = mending is not None and file not in hidden
-        part = known or _uncommitted(cache, file, identity, to_commit)
-        yield replace(part, **UNCOUNTED) if file in hidden else part
+    for file, committed in commit_scan.pair_with_commits(cache, listing, parse_entry, repair, after):
+        is_to_commit = repair is not None and file not in duplicates
+        part = committed or _read_uncommitted(cache, file, identity, is_to_commit)
+        yield replace(part, **NOT_COUNTED) if file in duplicates else part
 
 
-def committed_parts(cache: Folder, names: Iterable[str]) -> Iterator[Part]:
-    """What these commits say of their parts."""
+def read_committed_parts(cache: Folder, names: Iterable[str]) -> Iterator[PartSummary]:
+    """Yield the parts of these commits, from the commits alone."""
     for name, content in commits.read_commits(cache, names):
-        for said in content["parts"]:
-            yield _committed(cache, name, said)
+        for entry in content["parts"]:
+            yield _parse_entry(cache, name, entry)
 
 
-def _committed(cache: Folder, name: str, said: PartFacts) -> Part:
+def _parse_entry(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
     try:
-        return parse_part(said)
+        return PartSummary.from_commit(entry)
     except (KeyError, TypeError, AttributeError) as error:
         file = cache.at(f"{commits.COMMITS}/{name}.json")
         raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY_HINT}") from error
 
 
-def _uncommitted(cache: Folder, file: str, identity: str, to_commit: bool) -> Part:
-    """What a file says of itself. to_commit: where a retry died before it wrote its part's commit, write it now."""
-    standing = inspect_part(cache, file, identity)
-    if standing is None:
-        raise CacheError(f"{cache.at(file)} was listed and has gone")
-    if to_commit and standing.record.round:
-        commits.write_commit(cache, [standing])
-    return parse_part(standing.to_dict())
+def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: bool) -> PartSummary:
+    """Read a part from its own file.
 
-
-def parse_part(fields: Mapping[str, Any]) -> Part:
-    """From what a commit, or a record, says of a part."""
-    return Part(
-        tally={name: BucketTally(**t) for name, t in fields["tally"].items()},
-        **{name: fields[name] for name in Part.__dataclass_fields__ if name != "tally" and name in fields},
-    )
+    is_to_commit: write the commit of a retry part, because the retry ended before it did.
+    """
+    part = inspect_part(cache, file, identity)
+    if part is None:
+        raise CacheError(f"{cache.at(file)} was listed, and was removed since; try again")
+    if is_to_commit and part.record.round:
+        commits.write_commit(cache, [part])
+    return part.summary
 
 
 @dataclass(slots=True)
 class RunningStats:
-    """Statistics of the parts so far. What is added must come in the order of the parts' own names.
+    """The statistics of the parts so far. Parts must be added in the order of their file names.
 
-    begun, taken: where rests of damaged shards stand, and those that a retry has taken up, by unit and position: the
-    part that takes one up may stand while the part that begins it was lost.
+    rests, superseded_rests: where rests of damaged shards are rejected, and those that a retry part supersedes, as unit
+    and position. They are separate, because a retry part can exist although the part with the reject was lost.
     """
 
     rows: int = 0
     filtered: int = 0
     enlarged: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
+    reject_counts: Counter[str] = field(default_factory=Counter)
     buckets: dict[str, BucketTally] = field(default_factory=dict)
-    begun: set[tuple[str, int]] = field(default_factory=set)
-    taken: set[tuple[str, int]] = field(default_factory=set)
+    rests: set[tuple[str, int]] = field(default_factory=set)
+    superseded_rests: set[tuple[str, int]] = field(default_factory=set)
 
-    def count(self, part: Part) -> None:
+    def count(self, part: PartSummary) -> None:
         """Add a part's counts."""
         self.rows += part.rows
         self.filtered += part.filtered
         self.enlarged += part.enlarged
-        self.rejects.update(part.rejects)
-        self.rejects.subtract(reason for _, reason in part.supersedes)
-        self.begun.update((part.unit, position) for position in part.rests)
-        self.taken.update((part.unit, position) for position, reason in part.supersedes if reason == REST_OF_SHARD)
+        self.reject_counts.update(part.reject_counts)
+        self.reject_counts.subtract(reason for _, reason in part.supersedes)
+        self.rests.update((part.unit, position) for position in part.rest_positions)
+        self.superseded_rests.update(
+            (part.unit, position) for position, reason in part.supersedes if reason == REST_OF_SHARD
+        )
 
-    def add(self, part: Part) -> None:
+    def add(self, part: PartSummary) -> None:
         """Add a part's counts and tallies."""
         self.count(part)
-        for name, more in part.tally.items():
-            self.buckets[name] = merge_two(self.buckets[name], more) if name in self.buckets else more
+        for name, tally in part.tally.items():
+            self.buckets[name] = merge_two(self.buckets[name], tally) if name in self.buckets else tally
 
     def copy(self) -> "RunningStats":
-        """The same now; the tallies in it are never changed."""
+        """Return an independent copy. The tallies are shared, because they are never changed."""
         return replace(
             self,
-            rejects=Counter(self.rejects),
+            reject_counts=Counter(self.reject_counts),
             buckets=dict(self.buckets),
-            begun=set(self.begun),
-            taken=set(self.taken),
+            rests=set(self.rests),
+            superseded_rests=set(self.superseded_rests),
         )
 
     @property
     def rejected(self) -> dict[str, int]:
-        """How many samples are rejected, by reason: those that no retry has superseded."""
-        counts = self.rejects.copy()
-        counts[REST_OF_SHARD] = len(self.begun - self.taken)
+        """The number of rejected samples per reason, without those that a retry part supersedes."""
+        counts = self.reject_counts.copy()
+        counts[REST_OF_SHARD] = len(self.rests - self.superseded_rests)
         return {reason: counts[reason] for reason in sorted(+counts)}
 
 
 def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The content of stats.json. hashes: sha256 of each file."""
+    """Return the content of stats.json. hashes: sha256 by file."""
     buckets = {name: sums.buckets[name] for name in sorted(sums.buckets)}
     total = merge(buckets.values())
     return {
         "count": sums.rows,
-        **(_channels(total) if total else {}),
-        "buckets": {name: {"count": t.samples, **_channels(t)} for name, t in buckets.items()},
+        **(_describe_channels(total) if total else {}),
+        "buckets": {name: {"count": tally.samples, **_describe_channels(tally)} for name, tally in buckets.items()},
         "rejected": sums.rejected,
         "filtered": sums.filtered,
         "enlarged": sums.enlarged,
-        "suggested": _suggested(total) if total else None,
+        "suggested": _suggest_scaling(total) if total else None,
         "files": len(hashes),
         "digest": cache_digest(hashes),
     }
 
 
-def summarize_tallies(all_parts: Iterable[Part]) -> dict[str, Any]:
-    """The content of stats.json from a cache's parts, in any order."""
+def summarize_parts(parts: Iterable[PartSummary]) -> dict[str, Any]:
+    """Return the content of stats.json for a cache with these parts, which may come in any order."""
     sums, hashes = RunningStats(), dict[str, str]()
-    for part in sorted(all_parts, key=lambda part: file_name(part.file)):
+    for part in sorted(parts, key=lambda part: file_name(part.file)):
         sums.add(part)
         hashes[part.file] = part.sha256
     return summarize(sums, hashes)
 
 
 class StatsWriter:
-    """Makes stats.json, and again where files came meanwhile: then only what is behind the first of them is read again.
+    """Computes and writes stats.json, also several times while other jobs add files.
 
-    For that it keeps how the sums stood at some files, and the names and hashes of all.
+    A second time, only the files from the first new one on are read again. For that, the writer keeps the sums at up to
+    about `SNAPSHOTS` files, and the names and hashes of all files.
     """
 
-    MARKS = 32
+    SNAPSHOTS = 32
 
-    def __init__(self, cache: Folder, identity: str, mending: Repair | None = None) -> None:
-        self.cache, self.identity, self.mending = cache, identity, mending
+    def __init__(self, cache: Folder, identity: str, repair: Repair | None = None) -> None:
+        self.cache, self.identity, self.repair = cache, identity, repair
         self.files: tuple[str, ...] = ()
-        self._marks: list[tuple[str, RunningStats]] = [("", RunningStats())]
+        self._snapshots: list[tuple[str, RunningStats]] = [("", RunningStats())]
         self._hashes: dict[str, str] = {}
 
     def write(self) -> dict[str, Any]:
-        """Sum up what stands in the cache now, write stats.json, and return its content."""
+        """Sum up the parts that are in the cache now, write stats.json, and return its content."""
         listing = CacheListing.of(self.cache)
-        after, sums = self._back_to(listing.files)
-        every = max(1, len(listing.files) // self.MARKS)
-        for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.mending, after), 1):
+        after, sums = self._rewind(listing.files)
+        interval = max(1, len(listing.files) // self.SNAPSHOTS)
+        for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.repair, after), 1):
             sums.add(part)
             self._hashes[part.file] = part.sha256
-            if number % every == 0:
-                self._marks.append((file_name(part.file), sums.copy()))
+            if number % interval == 0:
+                self._snapshots.append((file_name(part.file), sums.copy()))
         self.files = listing.files
         content = summarize(sums, self._hashes)
         self.cache.replace(NAME, encode_json(content))
         return content
 
-    def _back_to(self, files: Sequence[str]) -> tuple[str, RunningStats]:
-        """Forget what is not before all files that came or went. Returns the last name that is left, and the sums."""
-        gone = set(self.files) - set(files)
+    def _rewind(self, files: Sequence[str]) -> tuple[str, RunningStats]:
+        """Drop the snapshots that are not before all new and removed files.
+
+        Returns the file name and the sums of the last snapshot that is left.
+        """
+        removed = set(self.files) - set(files)
         changed = set(files) ^ set(self.files)
         first = min((file_name(stem_of(file)) for file in changed), default="")
-        while changed and self._marks[-1][0] >= first:
-            self._marks.pop()
-        for file in gone:
+        while changed and self._snapshots[-1][0] >= first:
+            self._snapshots.pop()
+        for file in removed:
             self._hashes.pop(file, None)
-        name, sums = self._marks[-1]
+        name, sums = self._snapshots[-1]
         return name, sums.copy()
 
 
 def find_implausible(content: Mapping[str, Any]) -> list[str]:
-    """What in statistics looks like a broken VAE: a line for each channel that is constant, or nearly so.
+    """Return a line for each channel that is constant, or nearly so, which suggests a broken VAE.
 
-    content: stats.json.
+    content: the content of stats.json.
     """
     stds = content.get("std", [])
-    greatest = max(stds, default=0.0)
+    widest = max(stds, default=0.0)
     return [
         f"channel {channel} of the latents is {'constant' if not std else 'nearly constant'} (mean {mean:.4g}, std "
         f"{std:.2g}): is the VAE broken, or every image the same?"
         for channel, (mean, std) in enumerate(zip(content.get("mean", []), stds, strict=True))
-        if content["count"] > 1 and std <= DEAD * greatest
+        if content["count"] > 1 and std <= NEARLY_CONSTANT * widest
     ]
 
 
-def _channels(t: BucketTally) -> dict[str, list[float]]:
-    return {"mean": t.mean, "std": std_of(t), "min": t.min, "max": t.max}
+def _describe_channels(tally: BucketTally) -> dict[str, list[float]]:
+    return {"mean": tally.mean, "std": compute_std(tally), "min": tally.min, "max": tally.max}
 
 
-def _suggested(t: BucketTally) -> dict[str, Any]:
-    """What would bring these latents to zero mean and unit variance: as one number each, and a channel."""
-    mean, std = pool_channels(t)
+def _suggest_scaling(tally: BucketTally) -> dict[str, Any]:
+    """Return constants that bring these latents to zero mean and unit variance, over all channels and per channel."""
+    mean, std = pool_channels(tally)
     return {
         "scaling_factor": 1 / std if std > 0 else None,
         "shift_factor": mean,
-        "latents_mean": t.mean,
-        "latents_std": std_of(t),
+        "latents_mean": tally.mean,
+        "latents_std": compute_std(tally),
     }
 
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
-    """stats.json with this content."""
+    """Return the bytes of stats.json with this content."""
     return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"

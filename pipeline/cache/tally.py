@@ -1,8 +1,8 @@
 """Exact running statistics of latents: every value counts once, in float64, whatever the order of the work.
 
-A tally is made of the values as they are stored. Two tallies merge by the pairwise update of Chan, Golub and LeVeque
-(1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"); merging in a fixed order makes
-the result the same to the last bit.
+A tally is computed from the values as they are stored. Two tallies are merged by the pairwise update of Chan, Golub and
+LeVeque (1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"). A fixed order of
+merging gives the same result to the last bit.
 """
 
 import math
@@ -17,26 +17,29 @@ from pipeline.records import Row, Store
 
 
 def bucket_name(height: int, width: int) -> str:
-    """The name of a bucket: "HxW" of its images, in pixels."""
+    """Return the name of a bucket: "HxW", the size of its images in pixels."""
     return f"{height}x{width}"
 
 
 def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTally]:
-    """The statistics of a part's rows, by bucket. Rows of a bucket must stand in their final order."""
-    tally = tally_moments if store == "moments" else tally_latents
+    """Return the statistics of a part's rows, by bucket. The rows of a bucket must be in their final order."""
+    tally_bucket = tally_moments if store == "moments" else tally_latents
     buckets: dict[str, list[Tensor]] = {}
     for row in rows:
         buckets.setdefault(bucket_name(*row.image.bucket), []).append(row.latent)
-    return {name: tally(buckets[name]) for name in sorted(buckets)}
+    return {name: tally_bucket(buckets[name]) for name in sorted(buckets)}
 
 
 def count_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
-    """How many of the rows have each of these texts."""
+    """Return the number of rows that have each of these texts."""
     return Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
-    """The statistics of equally large latents [C, h, w]: a channel at a time, so that little is held in float64."""
+    """Return the statistics of latents [C, h, w] of one size.
+
+    One channel is computed at a time, so that only one channel is held in float64.
+    """
     tally = BucketTally(samples=len(latents), values=0, mean=[], m2=[], min=[], max=[])
     for channel in range(latents[0].shape[0]):
         values = torch.stack([latent[channel] for latent in latents]).double().numpy()
@@ -50,7 +53,7 @@ def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
 
 
 def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
-    """The statistics of equally large moments [2C, h, w]: of the means, and the mean of the variances."""
+    """Return the statistics of moments [2C, h, w] of one size: those of the means, and the mean of the variances."""
     tally = tally_latents([moment.chunk(2)[0] for moment in moments])
     logvars = [moment.chunk(2)[1] for moment in moments]
     tally.variance = [
@@ -61,7 +64,7 @@ def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
 
 
 def merge(tallies: Iterable[BucketTally]) -> BucketTally | None:
-    """The statistics of all together, merged from left to right; None of none."""
+    """Return the statistics of all tallies together, merged from left to right. Returns None if there are none."""
     total: BucketTally | None = None
     for tally in tallies:
         total = tally if total is None else merge_two(total, tally)
@@ -69,7 +72,7 @@ def merge(tallies: Iterable[BucketTally]) -> BucketTally | None:
 
 
 def merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
-    """The statistics of both together; neither is changed."""
+    """Return the statistics of both tallies together. Neither tally is changed."""
     values = a.values + b.values
     share = b.values / values
     deltas = [right - left for left, right in zip(a.mean, b.mean, strict=True)]
@@ -85,21 +88,21 @@ def merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
 
 
 def _merge_means(a: list[float] | None, b: list[float] | None, share: float) -> list[float] | None:
-    """Means of both together, of which `share` is b's."""
+    """Return the means of both together. share: the fraction of the values that belongs to b."""
     if a is None or b is None:
         return None
     return [left + (right - left) * share for left, right in zip(a, b, strict=True)]
 
 
-def std_of(tally: BucketTally) -> list[float]:
-    """Standard deviation of the population, a channel; of moments, of the latents that are drawn from them."""
-    inside = tally.variance or [0.0] * len(tally.m2)
-    return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, inside, strict=True)]
+def compute_std(tally: BucketTally) -> list[float]:
+    """Return the population standard deviation per channel. For moments, it is that of latents sampled from them."""
+    within = tally.variance or [0.0] * len(tally.m2)
+    return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, within, strict=True)]
 
 
 def pool_channels(tally: BucketTally) -> tuple[float, float]:
-    """Mean and standard deviation of all values, whichever their channel (every channel has as many)."""
+    """Return the mean and standard deviation over all channels, which have equally many values."""
     mean = math.fsum(tally.mean) / len(tally.mean)
-    spread = math.fsum((m - mean) ** 2 for m in tally.mean) * tally.values
-    inside = math.fsum(tally.variance or ()) * tally.values
-    return mean, math.sqrt((math.fsum(tally.m2) + spread + inside) / (tally.values * len(tally.mean)))
+    between = math.fsum((m - mean) ** 2 for m in tally.mean) * tally.values
+    within = math.fsum(tally.variance or ()) * tally.values
+    return mean, math.sqrt((math.fsum(tally.m2) + between + within) / (tally.values * len(tally.mean)))

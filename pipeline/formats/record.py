@@ -1,28 +1,22 @@
-"""What a part says of itself, inside its own file."""
+"""The record inside a part's file, and the descriptions of a part that the rest of the pipeline works with."""
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import REST_OF_SHARD
-
-if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
-    pass
-
-
-from collections import defaultdict
-from collections.abc import Iterable
-
 from pipeline.records import Reject
 
 
 @dataclass(slots=True)
 class BucketTally:
-    """Running statistics of the latents of one bucket, a list entry a channel, in float64.
+    """Running statistics of the latents of one bucket, in float64. Each list has one entry per channel.
 
-    Where moments are stored: of the means; `variance` is the mean of the variances then, and None else.
+    If the cache stores moments, these are statistics of the posterior means, and `variance` is the mean of the
+    posterior variances. Otherwise `variance` is None.
     """
 
     samples: int
@@ -34,17 +28,18 @@ class BucketTally:
     variance: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a record holds it: without `variance` where there is none."""
+        """Return the fields as a record holds them: `variance` is left out if it is None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a part says of itself, inside its own file. Nothing in it depends on the run.
+    """The record inside a part's file: what the part was made from and what it counts. It does not depend on the run.
 
     inputs: sha256 over the part's samples as they were read (`pipeline.cache.input_hash`).
-    round, supersedes: of a part that `retry` wrote beside the one of its number: which retry it was, and the rejects
-    that do not count any more, as position and reason. Both are left out of other parts' records.
+    round, supersedes: only of a retry part, which `retry` writes beside the part of the same number. `round` is the
+    number of the retry. `supersedes` lists the rejects that no longer count, as position and reason. The records of
+    other parts leave both fields out.
     """
 
     format: int
@@ -73,8 +68,11 @@ class Record:
 
     @property
     def positions(self) -> list[int]:
-        """Those that the part accounts for, in order. Of a part that `retry` wrote: of the rejects that it supersedes,
-        and, where a `rest_of_shard` is among them, as many from there on as it has samples."""
+        """The positions that the part accounts for, in order.
+
+        A retry part accounts for the rejects that it supersedes. If it supersedes a `rest_of_shard`, its other samples
+        follow one another from the position of that reject on.
+        """
         if not self.round:
             return list(range(self.first, self.first + self.samples))
         solved = [position for position, reason in self.supersedes if reason != REST_OF_SHARD]
@@ -83,23 +81,36 @@ class Record:
         return sorted(solved + rest)
 
     @property
-    def counted(self) -> list[int]:
-        """The positions of its samples: a damaged shard's rest is none."""
-        rests = {reject.position for reject in self.rejects if reject.reason == REST_OF_SHARD}
+    def sample_positions(self) -> list[int]:
+        """The positions of the part's samples. The rest of a damaged shard is not a sample."""
+        rests = set(self.rest_positions)
         return [position for position in self.positions if position not in rests]
 
+    @property
+    def reject_counts(self) -> dict[str, int]:
+        """The number of rejects per reason, sorted by reason."""
+        reasons = [reject.reason for reject in self.rejects]
+        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+    @property
+    def rest_positions(self) -> list[int]:
+        """The positions from which the rest of a damaged shard is rejected."""
+        return [reject.position for reject in self.rejects if reject.reason == REST_OF_SHARD]
+
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
         fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
         if not self.round:
             del fields["round"], fields["supersedes"]
         return fields
 
     def to_json(self) -> bytes:
+        """Return the record as canonical JSON, as the part's file holds it."""
         return canonical_json(self.to_dict())
 
     @classmethod
     def from_json(cls, text: bytes) -> "Record":
-        """Raises ValueError, KeyError or TypeError for what is not a record."""
+        """Parse a record. Raises ValueError, KeyError or TypeError if the text is not a record."""
         fields = json.loads(text)
         fields["range"] = tuple(fields["range"]) if fields["range"] else None
         fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
@@ -108,28 +119,79 @@ class Record:
         return cls(**fields)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSummary:
+    """The counts and statistics of a part. They can be read from the part's commit, without the part's file.
+
+    reject_counts: the number of rejects per reason. rest_positions: where the rest of a damaged shard is rejected.
+    """
+
+    file: str
+    sha256: str
+    unit: str
+    source: str
+    rows: int
+    filtered: int
+    enlarged: int
+    reject_counts: Mapping[str, int]
+    rest_positions: Sequence[int]
+    supersedes: Sequence[tuple[int, str]]
+    tally: Mapping[str, BucketTally]
+
+    @classmethod
+    def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
+        """Parse a part's entry in `_commits`. Raises KeyError, TypeError or AttributeError if it is not one."""
+        names = ("file", "sha256", "unit", "source", "rows", "filtered", "enlarged")
+        return cls(
+            **{name: entry[name] for name in names},
+            reject_counts=entry["rejects"],
+            rest_positions=entry.get("rests", ()),
+            supersedes=entry.get("supersedes", ()),
+            tally={name: BucketTally(**tally) for name, tally in entry["tally"].items()},
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """A part that stands in the cache: its record, and its file's name, size and sha256."""
+    """A part in the cache whose file was read or written: its record, and the file's name, size and sha256."""
 
     record: Record
     file: str
     bytes: int
     sha256: str
 
+    @property
+    def summary(self) -> PartSummary:
+        """The same summary that the part's entry in `_commits` gives."""
+        record = self.record
+        return PartSummary(
+            file=self.file,
+            sha256=self.sha256,
+            unit=record.unit,
+            source=record.source,
+            rows=record.rows,
+            filtered=record.filtered,
+            enlarged=record.enlarged,
+            reject_counts=record.reject_counts,
+            rest_positions=record.rest_positions,
+            supersedes=record.supersedes,
+            tally=record.tally,
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As `_commits` holds it: rejects as counts by reason, and where the rest of a damaged shard begins."""
+        """Return the part's entry in `_commits`: the record, but with counts and rest positions instead of rejects."""
         fields = self.record.to_dict()
-        reasons = [reject.reason for reject in self.record.rejects]
-        fields["rejects"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-        fields["rests"] = [reject.position for reject in self.record.rejects if reject.reason == REST_OF_SHARD]
+        fields["rejects"], fields["rests"] = self.record.reject_counts, self.record.rest_positions
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
 
 
-def unread_rests(records: Iterable[Record]) -> dict[str, set[int]]:
-    """By unit, the positions from which on its input was never read: what is rejected so, and superseded by nothing."""
-    found, taken = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
+def find_unread_rests(records: Iterable[Record]) -> dict[str, set[int]]:
+    """Return, per unit, the positions from which its input was never read.
+
+    These are the rejects `rest_of_shard` that no retry part supersedes.
+    """
+    rests, superseded = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
     for record in records:
-        found[record.unit].update(reject.position for reject in record.rejects if reject.reason == REST_OF_SHARD)
-        taken[record.unit].update(position for position, reason in record.supersedes if reason == REST_OF_SHARD)
-    return {unit: left for unit, positions in found.items() if (left := positions - taken[unit])}
+        rests[record.unit].update(record.rest_positions)
+        superseded[record.unit].update(position for position, reason in record.supersedes if reason == REST_OF_SHARD)
+    return {unit: unread for unit, positions in rests.items() if (unread := positions - superseded[unit])}

@@ -1,1 +1,1 @@
-"""What keeps a cache in order: status, verify, retry."""
+"""Maintenance of a cache: status, verify, retry."""

@@ -1,4 +1,4 @@
-"""Two proofs of a cache that need its inputs: the samples that were recorded, and latents that come out again."""
+"""Two checks of a cache that need its inputs: count and hash the samples again, and encode some images again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,107 +10,110 @@ from latentmill.part_files import to_tensor
 from pipeline import flow
 from pipeline.cache import input_hash
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import RowRef, read_refs
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import Problem
-from pipeline.preview.render import RowRef, read_refs
 from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.storage import store
 
-TOLERANCE = 0.05  # of a latent's own size: what another device or another slice may change, and no other image
+# relative to a latent's own size: another device or slice size changes less, another image changes more
+TOLERANCE = 0.05
 
-SHOWN_EXAMPLES = 3  # parts that are named of an input that was exchanged
+SHOWN_EXAMPLES = 3  # parts that are named per input that was exchanged
 
-LIMITS = "give the --input-limit that it was encoded with; without one, the input was exchanged"
-SOURCE = "say where it is now: --source"
-CHANGED = "restore the input, or encode what it is now into another cache; give the --input-limit of encode here, too"
-REST_READABLE = "latentmill retry takes up what follows the damage"
-RUN = "look whether the input, the VAE or the cache was exchanged; encode anew into another folder"
+LIMITS = "give the --input-limit that it was encoded with; if it had none, the input was exchanged"
+SOURCE = "give its current location with --source"
+CHANGED = "restore the input, or encode the new one into another cache; give the same --input-limit as for encode"
+REST_READABLE = "run latentmill retry, which encodes the samples after the damage"
+RUN = "check whether the input, the VAE or the cache was exchanged; encode into another cache"
 
 
 def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: EncodeSpec) -> Iterator[Problem]:
-    """Read a unit's input to its end, as it is now, and hold its samples against the records of the unit's parts.
+    """Read a unit's input to its end, as it is now, and compare its samples with the records of the unit's parts.
 
-    rest: the position from which on it was damaged, and could not be counted.
+    rest: the position from which the input was damaged when it was encoded; None if it was sound.
     """
-    found, damage = bytearray(), ""
+    digests, damage = bytearray(), ""
     try:
         for sample in flow.read_samples(
             store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
         ):
-            found += input_hash.hash_sample(sample)
+            digests += input_hash.hash_sample(sample)
     except DamagedError as error:
         damage = str(error)
     except LatentmillError as error:
         yield Problem(unit.url, f"it cannot be counted: {error}", SOURCE)
         return
     rejects = [reject for part in parts for reject in part.record.rejects if reject.reason == REST_OF_SHARD]
-    recorded = len(set().union(*(part.record.counted for part in parts)))
-    count = len(found) // input_hash.DIGEST_BYTES
+    recorded = len(set().union(*(part.record.sample_positions for part in parts)))
+    count = len(digests) // input_hash.DIGEST_BYTES
     if damage and not rejects:
         yield Problem(unit.url, f"it was sound when it was encoded: {damage}", RUN)
     elif rest is not None and (count > rest or not damage):
-        yield Problem(unit.url, f"it has {count} samples, it was damaged after {rest}", REST_READABLE)
+        yield Problem(
+            unit.url, f"it has {count} samples, but was damaged after {rest} samples when it was encoded", REST_READABLE
+        )
     elif count != recorded:
-        yield Problem(unit.url, f"it has {count} samples, {recorded} are recorded of {unit.name}", RUN)
-    wrong = [part.file for part in parts if input_hash.hash_record(part.record, found) != part.record.inputs]
-    if wrong:
-        more = f" and {len(wrong) - SHOWN_EXAMPLES} more" if len(wrong) > SHOWN_EXAMPLES else ""
-        what = f"its images or their columns are not those of which {', '.join(wrong[:SHOWN_EXAMPLES])}{more} were made"
-        yield Problem(unit.url, what, CHANGED)
+        yield Problem(unit.url, f"it has {count} samples, but {recorded} are recorded for {unit.name}", RUN)
+    changed = [part.file for part in parts if input_hash.hash_record(part.record, digests) != part.record.inputs]
+    if changed:
+        more = f" and {len(changed) - SHOWN_EXAMPLES} more" if len(changed) > SHOWN_EXAMPLES else ""
+        message = f"its images or their columns differ from those in {', '.join(changed[:SHOWN_EXAMPLES])}{more}"
+        yield Problem(unit.url, message, CHANGED)
 
 
-def reencode(cache: Cache, wanted: Sequence[RowRef], encoder: UnitWorker) -> Iterator[Problem]:
-    """Encode these rows' images again, and compare. In slices of its own, so that rounding may differ."""
+def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Iterator[Problem]:
+    """Encode the images of these rows again, and compare. The batches differ, so the rounding can differ."""
     spec = encoder.context.spec
-    rows = list(zip(wanted, read_refs(cache.folder, wanted), strict=True))
-    for unit in {one.unit.name: one.unit for one in wanted}.values():
-        left = {row["key"]: (one.file, row) for one, row in rows if one.unit.name == unit.name}
+    rows = list(zip(refs, read_refs(cache.folder, refs), strict=True))
+    for unit in {ref.unit.name: ref.unit for ref in refs}.values():
+        remaining = {row["key"]: (ref.file, row) for ref, row in rows if ref.unit.name == unit.name}
         rejected: dict[str, str] = {}
         try:
             for sample in flow.read_samples(
                 store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
             ):
-                if isinstance(sample, Sample) and sample.key in left:
-                    file, row = left.pop(sample.key)
+                if isinstance(sample, Sample) and sample.key in remaining:
+                    file, row = remaining.pop(sample.key)
                     yield from _compare(unit, sample, file, row, encoder)
                 elif isinstance(sample, Reject):
                     rejected[sample.key] = sample.reason
-                if not left:
+                if not remaining:
                     break
         except LatentmillError as error:
             yield Problem(unit.url, f"it cannot be read: {error}", SOURCE)
             continue
-        for key, (file, _) in left.items():
+        for key, (file, _) in remaining.items():
             if key in rejected:
                 yield Problem(file, f"{key} is rejected now ({rejected[key]}), but has a row", LIMITS)
                 continue
-            yield Problem(file, f"{unit.url} has no sample {key}, of which there is a row", RUN)
+            yield Problem(file, f"{unit.url} has no sample {key}, but the cache has its row", RUN)
 
 
 def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], encoder: UnitWorker) -> Iterator[Problem]:
     spec = encoder.context.spec
     image, _ = flow.open_sample(unit, sample, spec.transform, spec.limits)
     if not isinstance(image, PreparedImage):
-        why = image.reason if isinstance(image, Reject) else "filtered"
-        yield Problem(file, f"{sample.key} is rejected now ({why}), but has a row", LIMITS)
+        reason = image.reason if isinstance(image, Reject) else "filtered"
+        yield Problem(file, f"{sample.key} is rejected now ({reason}), but has a row", LIMITS)
         return
     (latent,) = encoder.context.latent_encoder.encode([image], unit.path).latents
     different = [name for name, value in image.geometry.items() if row[name] != value]
     if different or not isinstance(latent, Tensor):
-        yield Problem(file, f"{sample.key} comes out with another {', '.join(different) or 'latent'}", RUN)
+        yield Problem(file, f"{sample.key} is encoded to another {', '.join(different) or 'latent'}", RUN)
         return
-    distance = _distance(to_tensor(row), latent)
+    distance = _compute_distance(to_tensor(row), latent)
     if distance > TOLERANCE:
-        yield Problem(file, f"{sample.key} comes out as another latent: {distance:.0%} away", RUN)
+        yield Problem(file, f"{sample.key} is encoded to another latent: it differs by {distance:.0%}", RUN)
 
 
-def _distance(stored: Tensor, made: Tensor) -> float:
-    """How far two latents are apart, as a share of their size (root mean squares)."""
-    if stored.shape != made.shape:
+def _compute_distance(stored: Tensor, encoded: Tensor) -> float:
+    """Return the root mean square of the difference of two latents, relative to that of the stored one."""
+    if stored.shape != encoded.shape:
         return 1.0
-    stored, made = stored.double(), made.double()
-    if torch.equal(stored, made):
+    stored, encoded = stored.double(), encoded.double()
+    if torch.equal(stored, encoded):
         return 0.0
-    return float((stored - made).pow(2).mean().sqrt() / stored.pow(2).mean().sqrt().clamp(min=1e-12))
+    return float((stored - encoded).pow(2).mean().sqrt() / stored.pow(2).mean().sqrt().clamp(min=1e-12))

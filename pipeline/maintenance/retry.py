@@ -1,9 +1,11 @@
-"""Rejected samples once more: what now succeeds becomes a further part beside the one that rejected it.
+"""Retry of rejected samples: those that now succeed become a retry part beside the part that rejected them.
 
-That helps where limits were raised, a library learned to open what it could not, or a damaged shard was restored.
-Nothing that stands is changed: `<unit>-<part>r1` names the rejects that it supersedes, and what counts as rejected is
-what no such part supersedes. The rest of a damaged shard is taken up part by part; each of these parts ends with a
-`rest_of_shard` of its own where more follows, so that the rest is done only when all of it is.
+A sample can succeed now because limits were raised, because a newer library decodes it, or because a damaged shard was
+restored. Existing files are never changed. A retry part, such as `<unit>-<part>r1`, lists the rejects that it
+supersedes. A reject counts until a retry part supersedes it.
+
+The rest of a damaged shard is encoded part by part. Each of these parts ends with a `rest_of_shard` reject if more
+samples follow. So the rest is done only when all its samples are.
 """
 
 import threading
@@ -38,9 +40,10 @@ from pipeline.weights import Vae
 class RetryTask:
     """A unit with rejects that count.
 
-    rejected, superseded: by all of its parts, as position and reason. rounds: how many retries stand of each part.
-    rests: the records of those that have a part of what followed a damage. any_size: whether the input may have another
-    size than it was planned with.
+    rejected, superseded: the rejects of all its parts, and those that retry parts supersede, as position and reason.
+    rounds: the number of the last retry, by part number.
+    rests: the records of the retry parts that hold samples from the rest of a damaged shard.
+    any_size: whether the input may have another size than planned.
     """
 
     unit: Unit
@@ -52,101 +55,107 @@ class RetryTask:
 
     @property
     def name(self) -> str:
+        """The name of the task in messages."""
         return self.unit.name
 
 
-def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], begun: Set[str] = frozenset()) -> list[RetryTask]:
-    """What there is to retry. parts: all that have rejects or that a retry wrote.
+def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[str] = frozenset()) -> list[RetryTask]:
+    """Return a task for each unit that has rejects to retry.
 
-    begun: paths of the inputs of which anything was read before a damage.
+    parts: all parts that have rejects or that a retry wrote.
+    started: the paths of the inputs of which the encode command read at least one sample.
     """
-    by_unit: dict[str, list[Record]] = {}
+    records_by_unit: dict[str, list[Record]] = {}
     for part in parts:
-        by_unit.setdefault(part.record.unit, []).append(part.record)
-    found = []
+        records_by_unit.setdefault(part.record.unit, []).append(part.record)
+    tasks = []
     for unit in units:
-        records = by_unit.get(unit.name, [])
+        records = records_by_unit.get(unit.name, [])
         rejected = {(reject.position, reject.reason) for record in records for reject in record.rejects}
         superseded = {pair for record in records for pair in record.supersedes}
         rounds: dict[int, int] = {}
         for record in records:
             rounds[record.part] = max(record.round, rounds.get(record.part, 0))
         if rejected - superseded:
-            # which range of a Parquet file has which rows depends on its size
-            any_size = unit.range in (None, (0, 1)) or unit.path not in begun
+            # the size of a Parquet file decides which rows its ranges have
+            any_size = unit.range in (None, (0, 1)) or unit.path not in started
             rests = [
                 replace(record, tally={})
                 for record in records
-                if REST_OF_SHARD in {why for _, why in record.supersedes}
+                if REST_OF_SHARD in {reason for _, reason in record.supersedes}
             ]
-            found.append(RetryTask(unit, rejected, superseded, rounds, rests, any_size))
-    return found
+            tasks.append(RetryTask(unit, rejected, superseded, rounds, rests, any_size))
+    return tasks
 
 
 class RemainingRejects:
-    """What is left to retry of a unit, while parts are written.
+    """The rejects of a unit that are still to be retried. It is updated with each retry part.
 
-    reasons: of single samples, by position. rest: where the rest of a damaged shard begins. until: where it ends,
-    because a part has what follows. end: the position after the last sample that was read.
+    reasons: why single samples were rejected, by position.
+    rest: the position at which the unread rest of a damaged shard begins; None if there is no rest.
+    until: the position at which that rest ends, because another part has the samples from there on; None otherwise.
+    end: the position after the last sample that was read.
     """
 
     def __init__(self, task: RetryTask) -> None:
         self.rejected, self.superseded, self.rounds = set(task.rejected), set(task.superseded), dict(task.rounds)
         self.end = 0
-        self._count()
+        self._update()
 
-    def take(self, record: Record) -> None:
-        """Take in what a part has that a retry wrote."""
+    def add(self, record: Record) -> None:
+        """Add the rejects of a retry part, and those that it supersedes."""
         self.rejected |= {(reject.position, reject.reason) for reject in record.rejects}
         self.superseded |= set(record.supersedes)
         self.rounds[record.part] = record.round
-        self._count()
+        self._update()
 
-    def _count(self) -> None:
-        left = self.rejected - self.superseded
-        self.reasons = {position: reason for position, reason in left if reason != REST_OF_SHARD}
-        self.rest = min((position for position, reason in left if reason == REST_OF_SHARD), default=None)
-        taken = [position for position, reason in self.superseded if reason == REST_OF_SHARD]
-        self.until = min((p for p in taken if self.rest is not None and p > self.rest), default=None)
+    def _update(self) -> None:
+        remaining = self.rejected - self.superseded
+        self.reasons = {position: reason for position, reason in remaining if reason != REST_OF_SHARD}
+        self.rest = min((position for position, reason in remaining if reason == REST_OF_SHARD), default=None)
+        read_rests = [position for position, reason in self.superseded if reason == REST_OF_SHARD]
+        self.until = min((p for p in read_rests if self.rest is not None and p > self.rest), default=None)
 
     def is_in_rest(self, position: int) -> bool:
+        """Return whether a position belongs to the unread rest of the shard, its end included."""
         return self.rest is not None and self.rest <= position and (self.until is None or position <= self.until)
 
-    def wants(self, item: Sample | Reject) -> bool:
-        """Whether a sample is to be tried: not the rest of a shard that is damaged where it was."""
-        still_damaged = item.position == self.rest and isinstance(item, Reject) and item.reason == REST_OF_SHARD
-        return item.position in self.reasons or (self.is_in_rest(item.position) and not still_damaged)
+    def should_retry(self, item: Sample | Reject) -> bool:
+        """Return whether a sample is to be retried. It is not if the shard is still damaged at the same position."""
+        is_still_damaged = item.position == self.rest and isinstance(item, Reject) and item.reason == REST_OF_SHARD
+        return item.position in self.reasons or (self.is_in_rest(item.position) and not is_still_damaged)
 
     def next_round(self, number: int) -> int:
+        """Return the number of the next retry of a part."""
         return self.rounds.get(number, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class RetrySpec:
-    """What a worker must know; `build` makes the tools on arrival."""
+    """All that a worker needs to retry units. It is small enough to be sent; `build` loads the model on arrival."""
 
     spec: EncodeSpec
 
     def build(self, vae: Vae, stop: threading.Event) -> "RetryWorker":
-        """The worker, its replica loaded."""
+        """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RetryWorker(self.spec.build(vae, stop))
 
     def with_smaller_slices(self) -> "RetrySpec":
-        """The same job for less memory."""
+        """Return the same job with smaller slices, which need less memory."""
         return RetrySpec(self.spec.with_smaller_slices())
 
 
 class RetryWorker:
-    """A worker that tries rejects again. Threads may call `run` together."""
+    """A worker that retries rejects. Several threads may call `run` at the same time."""
 
     def __init__(self, encoder: UnitWorker) -> None:
         self.encoder = encoder
 
     def run(self, task: RetryTask, attempt: Attempt = FIRST_ATTEMPT) -> UnitReport:
-        """Always carefully: an image may have been rejected because it ended a process."""
+        """Retry a unit. Images are decoded in a separate process, because an image may have crashed one before."""
         context = self.encoder.context
-        with SandboxedDecoder(context.spec.limits) as opener:
-            return retry_unit(task, replace(context, open_pixels=opener.open_pixels, damaged_at=attempt.damaged_at))
+        with SandboxedDecoder(context.spec.limits) as decoder:
+            return retry_unit(task, replace(context, open_pixels=decoder.open_pixels, damaged_at=attempt.damaged_at))
 
     @property
     def images(self) -> int:
@@ -155,75 +164,84 @@ class RetryWorker:
 
     @property
     def steps(self) -> int:
-        """What moves as long as anything does."""
+        """A counter that increases whenever the worker makes progress."""
         return self.encoder.steps
 
 
-def select_rejects(samples: Iterable[Sample | Reject], left: RemainingRejects) -> Iterator[Sample | Reject]:
-    """Those of a unit's samples that are to be tried; where another part goes on, one reject for the rest."""
+def select_rejects(samples: Iterable[Sample | Reject], remaining: RemainingRejects) -> Iterator[Sample | Reject]:
+    """Yield the samples of a unit that are to be retried.
+
+    If another part has the samples from some position on, a `rest_of_shard` reject is yielded at that position.
+    """
     for sample in samples:
-        left.end = sample.position + 1
-        if left.wants(sample):
-            yield reject_rest(sample.position) if sample.position == left.until else sample
+        remaining.end = sample.position + 1
+        if remaining.should_retry(sample):
+            yield reject_rest(sample.position) if sample.position == remaining.until else sample
 
 
-def samples_of_part(
-    samples: Peekable[Sample | Reject], number: int, size: int, left: RemainingRejects
+def take_samples_of_part(
+    samples: Peekable[Sample | Reject], number: int, size: int, remaining: RemainingRejects
 ) -> Iterator[Sample | Reject]:
-    """The next samples, as long as they are of this part and still to be tried."""
+    """Yield the next samples of this part that are still to be retried. size: the number of samples per part."""
     while (sample := samples.peek()) is not None and sample.position // size == number:
         next(samples)
-        if left.wants(sample):
+        if remaining.should_retry(sample):
             yield sample
 
 
 def record_positions(samples: Iterable[Sample | Reject], positions: list[int]) -> Iterator[Sample | Reject]:
-    """The same samples, their positions put aside: an input may have fewer than it had."""
+    """Yield the same samples, and append their positions. An input may have fewer samples than it had."""
     for sample in samples:
         positions.append(sample.position)
         yield sample
 
 
 def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
-    """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
-    spec, clock, left = context.spec, StageClock(), RemainingRejects(task)
+    """Encode the rejects of a unit that now succeed: one retry part for each part that has such rejects."""
+    spec, clock, remaining = context.spec, StageClock(), RemainingRejects(task)
     damage: list[str] = []
-    samples = Peekable(select_rejects(instrument(read_for_retry(task, context, damage), context, clock), left))
-    standing: list[PartInfo] = []
+    samples = Peekable(select_rejects(instrument(read_for_retry(task, context, damage), context, clock), remaining))
+    parts: list[PartInfo] = []
 
-    def write(number: int, filled: PartBuffer, positions: list[int]) -> None:
-        if record := make_retry_record(task.unit, number, filled, positions, left, samples.peek(), context):
+    def write(number: int, buffer: PartBuffer, positions: list[int]) -> None:
+        if record := make_retry_record(task.unit, number, buffer, positions, remaining, samples.peek(), context):
             with clock.stage("write"):
-                standing.append(publish_retry_part(record, filled, left, spec))
+                parts.append(publish_retry_part(record, buffer, remaining, spec))
 
     while (first := samples.peek()) is not None:
         number = first.position // spec.rows_per_part
-        take_existing_parts(task.unit, number, left, spec)
+        add_existing_parts(task.unit, number, remaining, spec)
         positions: list[int] = []
-        some = samples_of_part(samples, number, spec.rows_per_part, left)
-        filled = fill_part(task.unit, record_positions(some, positions), context, clock, {})
+        part_samples = take_samples_of_part(samples, number, spec.rows_per_part, remaining)
+        buffer = fill_part(task.unit, record_positions(part_samples, positions), context, clock, {})
         if positions:
-            write(number, filled, positions)
-    if left.rest is not None and not damage:
-        if left.end < left.rest:
-            raise ShardError(f"{task.unit.url} has {left.end} samples, but {left.rest} were read before its damage")
-        take_existing_parts(task.unit, left.rest // spec.rows_per_part, left, spec)
-        if left.rest is not None:  # nothing follows where it was damaged
-            write(left.rest // spec.rows_per_part, PartBuffer(), [])
-    return make_report(task.unit, standing, 0, clock.seconds)
+            write(number, buffer, positions)
+    if remaining.rest is not None and not damage:
+        if remaining.end < remaining.rest:
+            raise ShardError(
+                f"{task.unit.url} has {remaining.end} samples, but {remaining.rest} were read before it was damaged; "
+                "restore the input"
+            )
+        add_existing_parts(task.unit, remaining.rest // spec.rows_per_part, remaining, spec)
+        if remaining.rest is not None:  # no sample follows the damage
+            write(remaining.rest // spec.rows_per_part, PartBuffer(), [])
+    return make_report(task.unit, parts, 0, clock.seconds)
 
 
 def read_for_retry(task: RetryTask, context: WorkerContext, damage: list[str]) -> Iterator[Sample | Reject]:
-    """The samples of a task's unit, as its input is now: if that has the samples of which the other parts were made."""
+    """Yield the samples of a task's unit, as its input is now.
+
+    Raises SourceError if the input has changed and no longer has the samples that the other parts were made from.
+    """
     unit, spec = task.unit, context.spec
-    now = store.current_version(unit, spec.source_options)
-    is_as_planned = (now.bytes, now.etag) == (unit.bytes, unit.etag or now.etag)
-    if not is_as_planned and now.bytes != unit.bytes and not task.any_size:
+    current = store.current_version(unit, spec.source_options)
+    is_as_planned = (current.bytes, current.etag) == (unit.bytes, unit.etag or current.etag)
+    if not is_as_planned and current.bytes != unit.bytes and not task.any_size:
         raise SourceError(
-            f"{unit.url} has {now.bytes} bytes, {unit.bytes} when it was planned: its ranges would have other rows; "
-            "encode it into another cache"
+            f"{unit.url} has {current.bytes} bytes, but had {unit.bytes} when it was planned: its ranges would have "
+            "other rows; encode it into another cache"
         )
-    readable = read_samples(now, spec, on_piece=context.on_piece, mended=range(len(unit.paths)))
+    readable = read_samples(current, spec, on_piece=context.on_piece, mended=range(len(unit.paths)))
     samples = until_damage(readable, context.damaged_at, damage)
     if is_as_planned:
         return samples
@@ -231,54 +249,54 @@ def read_for_retry(task: RetryTask, context: WorkerContext, damage: list[str]) -
     return input_hash.check_inputs(samples, [*(part.record for part in parts), *task.rests], unit.url)
 
 
-def take_existing_parts(unit: Unit, number: int, left: RemainingRejects, spec: EncodeSpec) -> None:
-    """Take in the parts of this number that were written since the task was made: by another worker, or an attempt."""
-    form = spec.layout.container
-    while part := find_part(spec.cache, unit.name, number, spec.identity, form, left.next_round(number)):
-        left.take(part.record)
+def add_existing_parts(unit: Unit, number: int, remaining: RemainingRejects, spec: EncodeSpec) -> None:
+    """Add retry parts of this number that were written since the task was made, by another worker or attempt."""
+    container = spec.layout.container
+    while part := find_part(spec.cache, unit.name, number, spec.identity, container, remaining.next_round(number)):
+        remaining.add(part.record)
 
 
 def make_retry_record(
     unit: Unit,
     number: int,
-    filled: PartBuffer,
+    buffer: PartBuffer,
     positions: list[int],
-    left: RemainingRejects,
+    remaining: RemainingRejects,
     following: Sample | Reject | None,
     context: WorkerContext,
 ) -> Record | None:
-    """The record of what has succeeded; None where nothing has. What has not is taken out of `filled`.
+    """Return the record of the samples that succeeded, or None if none did. Other samples are removed from `buffer`.
 
-    positions: of the samples that were tried. following: the next one that will be.
+    positions: those of the samples that were retried. following: the next sample to retry, if any.
     """
-    failed = {reject.position for reject in filled.rejects}
-    superseded = [(p, left.reasons[p]) for p in positions if p in left.reasons and p not in failed]
-    rest = [position for position in positions if left.is_in_rest(position)]
-    if left.rest is not None and (rest or not positions):
-        superseded.append((left.rest, REST_OF_SHARD))
-        if following is not None and left.is_in_rest(following.position):
-            chained = reject_rest(following.position)
-            filled.rejects.append(chained)
-            filled.digests[chained.position] = input_hash.hash_sample(chained)
-            rest.append(chained.position)
+    failed = {reject.position for reject in buffer.rejects}
+    superseded = [(p, remaining.reasons[p]) for p in positions if p in remaining.reasons and p not in failed]
+    rest = [position for position in positions if remaining.is_in_rest(position)]
+    if remaining.rest is not None and (rest or not positions):
+        superseded.append((remaining.rest, REST_OF_SHARD))
+        if following is not None and remaining.is_in_rest(following.position):
+            next_rest = reject_rest(following.position)
+            buffer.rejects.append(next_rest)
+            buffer.digests[next_rest.position] = input_hash.hash_sample(next_rest)
+            rest.append(next_rest.position)
     if not superseded:
         return None
-    kept = {position for position, _ in superseded if position in filled.digests} | set(rest)
-    filled.rejects = [reject for reject in filled.rejects if reject.position in rest]
-    filled.digests = {position: digest for position, digest in filled.digests.items() if position in kept}
+    accounted = {position for position, _ in superseded if position in buffer.digests} | set(rest)
+    buffer.rejects = [reject for reject in buffer.rejects if reject.position in rest]
+    buffer.digests = {position: digest for position, digest in buffer.digests.items() if position in accounted}
     return replace(
-        make_record(unit, number, filled, last=False, context=context),
+        make_record(unit, number, buffer, last=False, context=context),
         first=min(position for position, _ in superseded),
-        round=left.next_round(number),
+        round=remaining.next_round(number),
         supersedes=tuple(sorted(superseded)),
     )
 
 
-def publish_retry_part(record: Record, filled: PartBuffer, left: RemainingRejects, spec: EncodeSpec) -> PartInfo:
-    """Write a part and its commit. Raises StorageError where another retry was first with one of other samples."""
-    part = publish_part(spec.cache, record, filled.rows, spec.layout)
+def publish_retry_part(record: Record, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec) -> PartInfo:
+    """Write a retry part and its commit. Raises StorageError if another retry wrote the part with other samples."""
+    part = publish_part(spec.cache, record, buffer.rows, spec.layout)
     commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
-        raise StorageError(f"{spec.cache.at(part.file)} was written by another retry, of other samples")
-    left.take(part.record)
+        raise StorageError(f"another retry wrote {spec.cache.at(part.file)} with other samples; run retry again")
+    remaining.add(part.record)
     return part

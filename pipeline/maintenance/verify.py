@@ -1,7 +1,7 @@
-"""Whether a cache is what it says it is: every file against its record, the records against the plan and each other.
+"""Check a cache: every file against its record, and the records against the plan and each other.
 
-Nothing is believed: rows are read and counted, their statistics made again, hashes compared. What is found is told file
-by file, with what to do. Two further proofs need more than the cache: `pipeline.maintenance.reencode` has them.
+Nothing is taken on trust: rows are read and counted, their statistics are computed again, and hashes are compared. Each
+problem names a file and says what to do. Two further checks need the inputs: see `pipeline.maintenance.reencode`.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats.record import PartInfo
-from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, redo_hint
+from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.sources.units import unit_name_of
 from pipeline.storage.store import Folder
 
-AT_ONCE = 4  # files with rows that are held and read
-SMALL_AT_ONCE = 16  # other files: stores are slow to answer
-REBUILD = "latentmill verify --rebuild writes it again"
-RESTORE = "restore it from a copy: nothing else in the cache says what stood there"
-REWRITE = "the encode command writes it again"
+PART_THREADS = 4  # threads that check parts: each one holds a whole file in memory
+SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to answer
+REBUILD = "run latentmill verify --rebuild, which writes it again"
+RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
+REWRITE = "run the encode command again, which writes it again"
 AWAY = "move it away"
 
 
@@ -50,9 +50,10 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(slots=True)
 class Findings:
-    """All that was found.
+    """The result of a check.
 
-    units: those of the plan, by name. rebuildable: the units whose parts are sound, but not what is said of them.
+    units: the planned units, by name. parts: the parts with a readable record, sound or not.
+    rebuildable: the commits that can be rewritten, by name, because their parts are sound.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -60,19 +61,17 @@ class Findings:
     parts: list[PartInfo] = field(default_factory=list)
     rebuildable: list[str] = field(default_factory=list)
 
-    @property
-    def parts_of_units(self) -> dict[str, list[PartInfo]]:
-        """The parts by unit, in their order; without those that `retry` wrote."""
-        by_unit: dict[str, list[PartInfo]] = {}
+    def group_by_unit(self) -> dict[str, list[PartInfo]]:
+        """Return the parts of each unit in the order of their numbers, including those that `retry` wrote."""
+        parts_of_units: dict[str, list[PartInfo]] = {}
         for part in sorted(self.parts, key=lambda part: part.record.part):
-            if not part.record.round:
-                by_unit.setdefault(part.record.unit, []).append(part)
-        return by_unit
+            parts_of_units.setdefault(part.record.unit, []).append(part)
+        return parts_of_units
 
 
 @dataclass(frozen=True, slots=True)
-class CommitStatements:
-    """What stands under a name in `_commits` and in `_rejects`; None where nothing does."""
+class CommitFiles:
+    """The content of the files with this name in `_commits` and `_rejects`; None if a file does not exist."""
 
     name: str
     commit: bytes | None
@@ -80,61 +79,63 @@ class CommitStatements:
 
 
 def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Findings:
-    """Check everything in a cache. on_file is called after each file with rows."""
-    found = Findings()
-    found.problems += parse_part_info(identity.NAME, RESTORE, check_content(cache))
-    if found.problems:  # what everything else is held against cannot be trusted
-        return found
-    check_plan(cache.folder, found)
-    listed = {below: cache.folder.listed(below) for below in reversed([*SUFFIXES])}  # commits before parts
-    found.problems += check_unexpected_files(listed)
-    names = {below: [name for name in listed[below][0] if name.endswith(end)] for below, end in SUFFIXES.items()}
-    files = [f"{below}/{name}" for below in (EMPTY, DATA) for name in names[below]]
-    hidden = find_empty_duplicates(files)
-    what = "its part stands in data/ too, with rows, and that one counts"
-    found.problems += [Problem(file, what, f"{AWAY}, and run the encode command again") for file in sorted(hidden)]
-    files = [file for file in files if file not in hidden]
-    checked: list[PartCheck] = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for one in in_order(pool, lambda file: check_part(cache, file, found.units), files, window=AT_ONCE):
-            checked.append(one)
+    """Check everything in a cache. on_file: called after each part file."""
+    findings = Findings()
+    findings.problems += run_check(identity.NAME, RESTORE, check_content(cache))
+    if findings.problems:  # every other check compares with cache.json
+        return findings
+    check_plan(cache.folder, findings)
+    listed = {folder: cache.folder.listed(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
+    findings.problems += check_unexpected_files(listed)
+    names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
+    files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
+    duplicates = find_empty_duplicates(files)
+    message = "the same part is also in data/, with rows, and only that file counts"
+    findings.problems += [
+        Problem(file, message, f"{AWAY}, and run the encode command again") for file in sorted(duplicates)
+    ]
+    files = [file for file in files if file not in duplicates]
+    checks: list[PartCheck] = []
+    with ThreadPoolExecutor(PART_THREADS) as pool:
+        for check in in_order(pool, lambda file: check_part(cache, file, findings.units), files, window=PART_THREADS):
+            checks.append(check)
             on_file()
-    for one in checked:
-        found.problems += one.problems
-    found.parts = [one.standing for one in checked if one.standing is not None]
-    sound = [one.standing for one in checked if one.standing is not None and not one.problems]
-    found.problems += check_keys(checked)
+    for check in checks:
+        findings.problems += check.problems
+    findings.parts = [check.part for check in checks if check.part is not None]
+    sound = [check.part for check in checks if check.part is not None and not check.problems]
+    findings.problems += check_keys(checks)
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 
-    def said(names: Iterable[str]) -> Iterator[CommitStatements]:
-        with ThreadPoolExecutor(SMALL_AT_ONCE) as pool:
-            read = partial(read_commit_statements, cache.folder, committed, rejected)
-            yield from in_order(pool, read, names, window=SMALL_AT_ONCE)
+    def read(names: Iterable[str]) -> Iterator[CommitFiles]:
+        with ThreadPoolExecutor(SMALL_FILE_THREADS) as pool:
+            read_files = partial(read_commit_files, cache.folder, committed, rejected)
+            yield from in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
 
-    found.problems += check_names(found.units, committed, rejected)
-    check_units(said(found.units), found, sound)
-    found.problems += check_retries(said, committed, rejected, found, sound)
-    if not any(problem.do != REBUILD for problem in found.problems):  # else they differ as a matter of course
-        found.problems += parse_part_info(stats.NAME, REWRITE, check_statistics(cache, found.parts))
-    found.problems += check_runs(cache.folder)
-    return found
+    findings.problems += check_names(findings.units, committed, rejected)
+    check_units(read(findings.units), findings, sound)
+    findings.problems += check_retries(read, committed, rejected, findings, sound)
+    if not any(problem.do != REBUILD for problem in findings.problems):  # otherwise the statistics must differ
+        findings.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, findings.parts))
+    findings.problems += check_runs(cache.folder)
+    return findings
 
 
-def parse_part_info(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
-    """A check's problems; or one, where a file's content leads the check astray."""
+def run_check(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
+    """Return the problems that a check yields, or a single problem if the content of the file makes the check fail."""
     try:
         return list(check)
     except LatentmillError:
         raise
-    except Exception as error:  # of whatever kind JSON of another shape leads to
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Problem(file, f"it cannot be understood: {said:.200}", do)]
+    except Exception as error:  # of any kind, depending on the shape of the JSON
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [Problem(file, f"its content is not valid: {message:.200}", do)]
 
 
-def read_commit_statements(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitStatements:
-    """What is said under a name: only files that are listed are asked for."""
-    return CommitStatements(
+def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitFiles:
+    """Read the files of a commit. Only files that were listed are requested."""
+    return CommitFiles(
         name,
         folder.read_if_there(f"{commits.COMMITS}/{name}.json") if name in committed else None,
         folder.read_if_there(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
@@ -142,62 +143,62 @@ def read_commit_statements(folder: Folder, committed: Set[str], rejected: Set[st
 
 
 def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
-    """What is in a cache's folders and is no file of it, by its name: some readers would take it for one.
+    """Find files in a cache's folders that do not belong there, by their names: some readers would read them.
 
-    listed: of each folder the files, and what else is there.
+    listed: the files of each folder, and its other entries.
     """
-    for below, suffixes in SUFFIXES.items():
-        files, others = listed[below]
+    for folder, suffixes in SUFFIXES.items():
+        files, others = listed[folder]
         for name in files:
             if not name.endswith(suffixes):
-                yield Problem(f"{below}/{name}", "it is no file of a cache", AWAY)
+                yield Problem(f"{folder}/{name}", "unexpected file", AWAY)
         for name in others:
             if not name.startswith("."):
-                yield Problem(f"{below}/{name}", "it is a folder, or a link that leads nowhere", AWAY)
+                yield Problem(f"{folder}/{name}", "unexpected folder, or a broken link", AWAY)
 
 
 def check_content(cache: Cache) -> Iterator[Problem]:
-    """cache.json: its own sha256, and whether what it says twice agrees."""
+    """Check cache.json: its own sha256, and that the values which it holds twice are equal."""
     info = cache.info
     try:
         config = identity.raw_config(cache.config)
     except ValueError as error:
-        yield Problem(identity.NAME, f"the VAE's configuration cannot be: {error}", RESTORE)
+        yield Problem(identity.NAME, f"the VAE's configuration is not valid: {error}", RESTORE)
         return
     data = cache.folder.read(identity.NAME)
     if data != identity.encode_json(with_checksum(info.to_dict())):
-        yield Problem(identity.NAME, "it was changed after it was written: it does not have its own sha256", RESTORE)
+        yield Problem(identity.NAME, "it was changed after it was written: its sha256 does not match", RESTORE)
     if info.vae.constants != {name: info.vae.config.get(name) for name in info.vae.constants}:
-        yield Problem(identity.NAME, "the constants of the VAE are not those of its configuration", RESTORE)
+        yield Problem(identity.NAME, "the constants of the VAE differ from its configuration", RESTORE)
     if config != info.identity.config:
-        yield Problem(identity.NAME, "the VAE's configuration is not the one of the identity", RESTORE)
+        yield Problem(identity.NAME, "the VAE's configuration differs from the identity", RESTORE)
     if [asdict(column) for column in info.schema] != schema_as_json(cache.layout):
-        yield Problem(identity.NAME, "the schema is not the one of the identity and the columns", RESTORE)
+        yield Problem(identity.NAME, "the schema does not match the identity and the columns", RESTORE)
 
 
-def check_plan(folder: Folder, found: Findings) -> None:
-    """The plan's files: as the runs saw them, each unit named after what it reads, none twice as it is."""
-    vouched: dict[str, set[str]] = {}
+def check_plan(folder: Folder, findings: Findings) -> None:
+    """Check the plan's files: they have the hashes that runs recorded, and name each unit correctly and only once."""
+    recorded: dict[str, set[str]] = {}
     for run in runs.read_runs(folder).values():
-        if isinstance(worked_by := run.get("plan"), dict):
-            for name, sha256 in worked_by.items():
-                vouched.setdefault(name, set()).add(str(sha256))
+        if isinstance(hashes := run.get("plan"), dict):
+            for name, sha256 in hashes.items():
+                recorded.setdefault(name, set()).add(str(sha256))
     names, files = plan.list_plan_files(folder), list[list[Unit]]()
     for name in names:
         file = f"{plan.FOLDER}/{name}"
-        if name in vouched and hashlib.sha256(folder.read(file)).hexdigest() not in vouched[name]:
-            found.problems.append(Problem(file, "it is not the file that the runs worked by", RESTORE))
-        found.problems += parse_part_info(file, RESTORE, check_plan_file(folder, name, found, files))
-    found.units = {unit.name: unit for unit in plan.latest_units(files)}
-    gone = sorted(vouched.keys() - set(names))
-    for name in gone:
-        found.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is gone, but runs worked by it", RESTORE))
-    if not gone and not found.units:
-        found.problems.append(Problem(plan.FOLDER, "there are no units in it", RESTORE))
+        if name in recorded and hashlib.sha256(folder.read(file)).hexdigest() not in recorded[name]:
+            findings.problems.append(Problem(file, "it does not match the checksum that runs recorded", RESTORE))
+        findings.problems += run_check(file, RESTORE, check_plan_file(folder, name, findings, files))
+    findings.units = {unit.name: unit for unit in plan.select_latest_units(files)}
+    missing = sorted(recorded.keys() - set(names))
+    for name in missing:
+        findings.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is missing, but runs recorded it", RESTORE))
+    if not missing and not findings.units:
+        findings.problems.append(Problem(plan.FOLDER, "it has no units", RESTORE))
 
 
-def check_plan_file(folder: Folder, name: str, found: Findings, files: list[list[Unit]]) -> Iterator[Problem]:
-    """The units in a file of the plan; they are put into `files`. A later file may plan a unit anew, in another way."""
+def check_plan_file(folder: Folder, name: str, findings: Findings, files: list[list[Unit]]) -> Iterator[Problem]:
+    """Check the units in a file of the plan, and append them to `files`. A later file may change a unit."""
     file = f"{plan.FOLDER}/{name}"
     try:
         units = plan.read_plan_files(folder, [name])
@@ -205,71 +206,80 @@ def check_plan_file(folder: Folder, name: str, found: Findings, files: list[list
         yield Problem(file, str(error), RESTORE)
         return
     files.append(units)
-    here: set[str] = set()
+    names: set[str] = set()
     for unit in units:
         if unit.name != unit_name_of(unit):
-            yield Problem(file, f"the unit {unit.name} does not read what it is named after", RESTORE)
-        if unit.name in here or found.units.get(unit.name) == unit:
+            yield Problem(file, f"the name of the unit {unit.name} does not match its input", RESTORE)
+        if unit.name in names or findings.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
-        here.add(unit.name)
-        found.units[unit.name] = unit
+        names.add(unit.name)
+        findings.units[unit.name] = unit
 
 
-def check_keys(checked: Iterable[PartCheck]) -> Iterator[Problem]:
-    """Rows with one key in one input, whichever of its files they are in."""
+def check_keys(checks: Iterable[PartCheck]) -> Iterator[Problem]:
+    """Find rows of one input that have the same key, in one part or in several."""
     by_source: dict[str, list[PartCheck]] = {}
-    for one in checked:
-        if one.standing is not None and len(one.keys):
-            by_source.setdefault(one.standing.record.source, []).append(one)
-    for source, files in by_source.items():
-        keys = np.concatenate([one.keys for one in files])
-        twice = len(keys) - len(np.unique(keys))
-        if twice:
-            seen = np.zeros(0, np.uint64)
-            for one in files:
-                if len(np.unique(one.keys)) < len(one.keys) or np.isin(one.keys, seen).any():
-                    yield Problem(one.file, f"rows of {source} stand here a second time", redo_hint(one.file))
-                seen = np.concatenate([seen, one.keys])
+    for check in checks:
+        if check.part is not None and len(check.keys):
+            by_source.setdefault(check.part.record.source, []).append(check)
+    for source, checks_of_source in by_source.items():
+        keys = np.concatenate([check.keys for check in checks_of_source])
+        if len(keys) > len(np.unique(keys)):
+            earlier_keys = np.zeros(0, np.uint64)
+            for check in checks_of_source:
+                if len(np.unique(check.keys)) < len(check.keys) or np.isin(check.keys, earlier_keys).any():
+                    yield Problem(check.file, f"it repeats rows of {source}", describe_redo(check.file))
+                earlier_keys = np.concatenate([earlier_keys, check.keys])
 
 
 def check_names(units: Collection[str], committed: Set[str], rejected: Set[str]) -> Iterator[Problem]:
-    """Files of `_commits` and `_rejects` whose units are not planned."""
+    """Find files in `_commits` and `_rejects` whose units are not planned."""
     for name in sorted(name for name in committed if name not in units and not is_retry_part(name)):
         yield Problem(f"{commits.COMMITS}/{name}.json", "its unit is not in the plan", AWAY)
     for name in sorted(name for name in rejected if name not in units and not is_retry_part(name)):
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY)
 
 
-def check_units(said: Iterable[CommitStatements], found: Findings, sound: Sequence[PartInfo]) -> None:
-    """Each unit: all parts, one of each, and `_commits` and `_rejects` that say the same. said: in the units' order."""
-    by_unit = found.parts_of_units
-    whole = {part.file for part in sound}
-    named = {problem.file for problem in found.problems}  # what is wrong with these has been said
-    stems = {PurePosixPath(stem_of(file)).name for file in named}
+def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Sequence[PartInfo]) -> None:
+    """Check that each unit has every part once, and that `_commits` and `_rejects` agree with the parts.
+
+    all_files: one per planned unit. sound: the parts without problems.
+    """
+    parts_of_units = findings.group_by_unit()
+    sound_files = {part.file for part in sound}
+    reported = {problem.file for problem in findings.problems}
+    stems = {PurePosixPath(stem_of(file)).name for file in reported}
     units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
-    for one in said:
-        name = one.name
-        parts = by_unit.get(name, [])
-        complete = [p.record.part for p in parts] == list(range(len(parts))) and parts and parts[-1].record.last
-        if not complete and one.commit is None:
+    for files in all_files:
+        name = files.name
+        parts = [part for part in parts_of_units.get(name, []) if not part.record.round]
+        numbers = [part.record.part for part in parts]
+        is_complete = bool(parts) and numbers == list(range(len(parts))) and parts[-1].record.last
+        if not is_complete and files.commit is None:
             unfinished += 1
             continue
         problems = list(check_part_numbers(name, parts, stems, name in units))
-        problems += check_commit(one, parts, whole, named)
-        problems += check_rejects(one, parts) if complete else []
-        found.problems += problems
-        if complete and problems and all(p.do == REBUILD for p in problems) and all(p.file in whole for p in parts):
-            found.rebuildable.append(name)
+        problems += check_commit(files, parts, sound_files, reported)
+        problems += check_rejects(files, parts) if is_complete else []
+        findings.problems += problems
+        if is_complete and is_rebuildable(problems, parts, sound_files):
+            findings.rebuildable.append(name)
     if unfinished:
-        what = f"{unfinished} of {len(found.units)} units are not done"
-        found.problems.append(Problem(plan.FOLDER, what, "the encode command goes on"))
+        message = f"{unfinished} of {len(findings.units)} units are not done"
+        findings.problems.append(Problem(plan.FOLDER, message, "run the encode command again to resume"))
 
 
-def check_part_numbers(unit: str, parts: Sequence[PartInfo], stems: Set[str], is_named: bool) -> Iterator[Problem]:
-    """A finished unit's parts: each number once, the last one last.
+def is_rebuildable(problems: Sequence[Problem], parts: Sequence[PartInfo], sound_files: Collection[str]) -> bool:
+    """Return whether a commit has problems, and rewriting it from its sound parts solves all of them."""
+    are_records_wrong = bool(problems) and all(problem.do == REBUILD for problem in problems)
+    return are_records_wrong and all(part.file in sound_files for part in parts)
 
-    stems: of the files of which something has been said. is_named: whether one of the unit's is among them.
+
+def check_part_numbers(unit: str, parts: Sequence[PartInfo], stems: Set[str], is_reported: bool) -> Iterator[Problem]:
+    """Check that a finished unit has each part once, and that its last part is the last one.
+
+    stems: the stems of the files that have been reported. is_reported: whether a file of the unit is among them.
     """
     file = f"{commits.COMMITS}/{unit}.json"
     do = f"move {file} away, and run the encode command again"
@@ -277,133 +287,136 @@ def check_part_numbers(unit: str, parts: Sequence[PartInfo], stems: Set[str], is
     for number in range(max(counts, default=-1) + 1):
         stem = f"{unit}-{number:05d}"
         if counts[number] != 1 and stem not in stems:
-            yield Problem(f"{DATA}/{stem}", f"part {number} is there {counts[number]} times", do)
-    if parts and not is_named and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
-        yield Problem(file, f"the unit's last part is gone, or is not the last: there are {len(parts)}", do)
+            yield Problem(f"{DATA}/{stem}", f"part {number} exists {counts[number]} times", do)
+    if parts and not is_reported and [part.record.last for part in parts] != [False] * (len(parts) - 1) + [True]:
+        yield Problem(file, f"the unit's last part is missing, or is not the last: the unit has {len(parts)} parts", do)
 
 
 def check_retries(
-    read: Callable[[Iterable[str]], Iterable[CommitStatements]],
+    read: Callable[[Iterable[str]], Iterable[CommitFiles]],
     committed: Set[str],
     rejected: Set[str],
-    found: Findings,
+    findings: Findings,
     sound: Sequence[PartInfo],
 ) -> Iterator[Problem]:
-    """The parts that `retry` wrote: each with its own commit, and in place of rejects that there are."""
-    whole = {part.file for part in sound}
-    named = {problem.file for problem in found.problems}
-    retries = {commits.commit_name([part]): part for part in found.parts if part.record.round}
-    for one in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
-        part = retries.get(one.name)
-        problems = check_commit(one, [part] if part else [], whole, named)
-        problems += check_rejects(one, [part]) if part else []
+    """Check the parts that `retry` wrote: each has a commit of its own, and supersedes rejects that exist."""
+    sound_files = {part.file for part in sound}
+    reported = {problem.file for problem in findings.problems}
+    retries = {commits.commit_name([part]): part for part in findings.parts if part.record.round}
+    for files in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
+        part = retries.get(files.name)
+        problems = check_commit(files, [part] if part else [], sound_files, reported)
+        problems += check_rejects(files, [part]) if part else []
         yield from problems
-        if part and problems and all(problem.do == REBUILD for problem in problems) and part.file in whole:
-            found.rebuildable.append(one.name)
+        if part and is_rebuildable(problems, [part], sound_files):
+            findings.rebuildable.append(files.name)
     for name in sorted(set(filter(is_retry_part, rejected)) - retries.keys()):
-        yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its part is gone", AWAY)
-    left = {
-        (part.record.unit, reject.position, reject.reason) for part in found.parts for reject in part.record.rejects
+        yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its part is missing", AWAY)
+    rejects = {
+        (part.record.unit, reject.position, reject.reason) for part in findings.parts for reject in part.record.rejects
     }
     for part in sorted(retries.values(), key=lambda part: part.record.round):
-        mine = {(part.record.unit, position, why) for position, why in part.record.supersedes}
-        if not mine <= left and part.file not in named:
-            yield Problem(part.file, "it supersedes rejects that there are not, or not any more", redo_hint(part.file))
-        left -= mine
+        superseded = {(part.record.unit, position, reason) for position, reason in part.record.supersedes}
+        if not superseded <= rejects and part.file not in reported:
+            message = "it supersedes rejects that do not exist, or that another part supersedes"
+            yield Problem(part.file, message, describe_redo(part.file))
+        rejects -= superseded
 
 
-def check_rejects(said: CommitStatements, parts: Sequence[PartInfo]) -> list[Problem]:
-    """What `_rejects` has under a name, against the parts."""
-    if (said.rejects or b"") == commits.rejects_as_jsonl(parts):
+def check_rejects(files: CommitFiles, parts: Sequence[PartInfo]) -> list[Problem]:
+    """Compare a file in `_rejects` with the parts."""
+    if (files.rejects or b"") == commits.encode_rejects(parts):
         return []
-    return [Problem(f"{commits.REJECTS}/{said.name}.jsonl", "it does not say what the unit's records say", REBUILD)]
+    return [Problem(f"{commits.REJECTS}/{files.name}.jsonl", "it differs from the records of its parts", REBUILD)]
 
 
 def check_commit(
-    said: CommitStatements, parts: Sequence[PartInfo], whole: Collection[str], named: Collection[str]
+    files: CommitFiles, parts: Sequence[PartInfo], sound_files: Collection[str], reported: Collection[str]
 ) -> list[Problem]:
-    """What `_commits` has under a name, against the parts. whole: the files that nothing is known against."""
-    file = f"{commits.COMMITS}/{said.name}.json"
-    if said.commit is None:
-        return [Problem(file, "it is gone, or was never written", REBUILD)]
-    found = parse_part_info(file, REBUILD, _against_parts(file, said.name, said.commit, parts, whole))
-    return [problem for problem in found if problem.file not in named]
+    """Compare a file in `_commits` with the parts. sound_files: without problems. reported: left out of the result."""
+    file = f"{commits.COMMITS}/{files.name}.json"
+    if files.commit is None:
+        return [Problem(file, "it is missing", REBUILD)]
+    problems = run_check(file, REBUILD, _compare_with_parts(file, files.name, files.commit, parts, sound_files))
+    return [problem for problem in problems if problem.file not in reported]
 
 
-def _against_parts(
-    file: str, name: str, data: bytes, parts: Sequence[PartInfo], whole: Collection[str]
+def _compare_with_parts(
+    file: str, name: str, data: bytes, parts: Sequence[PartInfo], sound_files: Collection[str]
 ) -> Iterator[Problem]:
-    content = _json(data)
+    content = _parse_object(data)
     if content != with_checksum(content) or data != canonical_json(content):
         yield Problem(file, "it was changed after it was written", REBUILD)
         return
     command = "latentmill retry" if is_retry_part(name) else "the encode command again"
-    standing = {part.file: part for part in parts}
-    committed = {part["file"]: part for part in content["parts"]}
+    existing = {part.file: part for part in parts}
+    committed = {entry["file"]: entry for entry in content["parts"]}
     if not committed:
         yield Problem(file, "it names no parts", f"move it away, and run {command}")
     if len(committed) != len(content["parts"]) or any(part.record.unit != content["unit"] for part in parts):
-        yield Problem(file, "it names parts twice, or another unit", REBUILD)
-    full = {stem_of(name) for name in standing}
-    twins = {name for name in committed if data_twin(name) in full}
+        yield Problem(file, "it names a part twice, or another unit", REBUILD)
+    stems = {stem_of(name) for name in existing}
+    twins = {name for name in committed if data_twin(name) in stems}
     if twins:
-        yield Problem(file, "it names parts without rows that stand in data/, with rows", "the encode command mends it")
-    for gone in sorted(committed.keys() - standing.keys() - twins):
-        what = "it is gone, or no part of this cache any more, but was committed"
-        yield Problem(gone, what, f"move it, if it is there, and {file} away, and run {command}")
-    said = {data_twin(name) for name in twins}
-    for new in sorted(name for name in standing.keys() - committed.keys() if stem_of(name) not in said):
-        yield Problem(new, "it was not there when its unit was done", AWAY)
-    for both in sorted(standing.keys() & committed.keys()):
-        part = standing[both]
-        if part.sha256 != committed[both]["sha256"]:
-            if both in whole:
-                what = "its bytes are not those that were committed"
-                yield Problem(both, what, f"move it and {file} away, and run {command}")
-        elif json.loads(canonical_json(part.to_dict())) != committed[both]:
-            yield Problem(file, f"it does not say what {both} says", REBUILD)
+        message = "it names parts without rows that also exist in data/, with rows"
+        yield Problem(file, message, "run the encode command again, which repairs it")
+    for missing in sorted(committed.keys() - existing.keys() - twins):
+        message = "it was committed, but is missing or is not a part of this cache"
+        yield Problem(missing, message, f"move it, if it exists, and {file} away, and run {command}")
+    twin_stems = {data_twin(name) for name in twins}
+    for added in sorted(name for name in existing.keys() - committed.keys() if stem_of(name) not in twin_stems):
+        yield Problem(added, "it was added after its unit was finished", AWAY)
+    for name in sorted(existing.keys() & committed.keys()):
+        part = existing[name]
+        if part.sha256 != committed[name]["sha256"]:
+            if name in sound_files:
+                message = "it differs from the file that was committed"
+                yield Problem(name, message, f"move it and {file} away, and run {command}")
+        elif json.loads(canonical_json(part.to_dict())) != committed[name]:
+            yield Problem(file, f"it differs from the record in {name}", REBUILD)
 
 
 def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
-    """stats.json and README.md, against what they are made from."""
-    made = stats.summarize_tallies(stats.parse_part(part.to_dict()) for part in parts)
+    """Compare stats.json and README.md with what the parts give."""
+    expected = stats.summarize_parts(part.summary for part in parts)
     data = cache.folder.read_if_there(stats.NAME)
     if data is None:
-        yield Problem(stats.NAME, "it is not there: no run has come to its end", REWRITE)
+        yield Problem(stats.NAME, "it is missing: no run has ended yet", REWRITE)
         return
-    if data != stats.encode_json(made):
-        yield Problem(stats.NAME, "it is not what the records say together", REWRITE)
+    if data != stats.encode_json(expected):
+        yield Problem(stats.NAME, "it differs from the statistics of the records", REWRITE)
     card = cache.folder.read_if_there(NAME)
-    told = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
-    versions = {str(one.get("latentmill")) for one in told if isinstance(one, dict)}
-    if card not in [card_module.render_card(cache, made, version) for version in versions]:
-        yield Problem(NAME, "it is not the card of this cache", REWRITE)
+    versions_of_runs = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
+    versions = {str(entry.get("latentmill")) for entry in versions_of_runs if isinstance(entry, dict)}
+    if card not in [card_module.render_card(cache, expected, version) for version in versions]:
+        yield Problem(NAME, "it differs from the card of this cache", REWRITE)
 
 
 def check_runs(folder: Folder) -> Iterator[Problem]:
-    """The records of runs, and their logs: informative, but not to be changed either."""
+    """Check the records of runs and their logs. They only inform, but must not be changed either."""
     for name in filter(lambda name: name.endswith(".json"), folder.names(runs.FOLDER)):
-        data = folder.read(f"{runs.FOLDER}/{name}")
-        if not _is_run(data):
-            yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it informs only")
+        if not _is_unchanged_run(folder.read(f"{runs.FOLDER}/{name}")):
+            yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it only informs")
     for run, content in runs.read_runs(folder).items():
-        # of a run that was killed, the log may be newer than the record
-        known, log = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
-        said = folder.read_if_there(log) if known else None
-        if said is not None and hashlib.sha256(said).hexdigest() != known:
-            yield Problem(log, "it was changed after it was written", f"{AWAY}: it informs only")
+        # the log of a run that was killed can be newer than the run's record
+        sha256, file = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
+        log = folder.read_if_there(file) if sha256 else None
+        if log is not None and hashlib.sha256(log).hexdigest() != sha256:
+            yield Problem(file, "it was changed after it was written", f"{AWAY}: it only informs")
 
 
-def rebuild_records(cache: Cache, found: Findings) -> list[str]:
-    """Write `_commits` and `_rejects` again of the units where the parts are sound. Returns the units' names."""
-    by_name = found.parts_of_units | {commits.commit_name([part]): [part] for part in found.parts if part.record.round}
-    for name in found.rebuildable:
-        commits.rewrite_commit(cache.folder, by_name[name])
-    return found.rebuildable
+def rebuild_records(cache: Cache, findings: Findings) -> list[str]:
+    """Rewrite the rebuildable files in `_commits` and `_rejects` from their parts. Returns the commits' names."""
+    parts_of_commits: dict[str, list[PartInfo]] = {}
+    for part in sorted(findings.parts, key=lambda part: part.record.part):
+        parts_of_commits.setdefault(commits.commit_name([part]), []).append(part)
+    for name in findings.rebuildable:
+        commits.rewrite_commit(cache.folder, parts_of_commits[name])
+    return findings.rebuildable
 
 
-def _is_run(data: bytes) -> bool:
-    """Whether this is a run's record as it was written."""
+def _is_unchanged_run(data: bytes) -> bool:
+    """Return whether this is the record of a run as it was written."""
     try:
         content = json.loads(data)
         return bool(data == runs.encode_json(content))
@@ -411,8 +424,8 @@ def _is_run(data: bytes) -> bool:
         return False
 
 
-def _json(data: bytes) -> dict[str, Any]:
-    """An object; an empty one for what is none."""
+def _parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Returns an empty one if the data is anything else."""
     try:
         content = json.loads(data)
     except ValueError:

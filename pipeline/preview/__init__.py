@@ -1,1 +1,1 @@
-"""The way back: latents to images that a person can look at."""
+"""Previews: decode latents to images and contact sheets that a person can look at."""

@@ -45,22 +45,22 @@ def test_the_limit_is_spread_over_the_cache(latentmill: Command, cache: Path, tm
     assert [image["key"] for image in report["images"]] == ["a/1", "b/1"]
 
 
-def test_without_the_source_the_images_stand_alone(
+def test_without_the_source_only_decoded_images_are_drawn(
     latentmill: Command, micro_vae: Path, tmp_path: Path, photos: Path
 ) -> None:
-    gone, cache = tmp_path / "photos", tmp_path / "c"
-    gone.mkdir()
-    (gone / "x.jpg").write_bytes((photos / "a/1.jpg").read_bytes())
-    latentmill("encode", gone, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    source, cache = tmp_path / "photos", tmp_path / "c"
+    source.mkdir()
+    (source / "x.jpg").write_bytes((photos / "a/1.jpg").read_bytes())
+    latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
     (tmp_path / "elsewhere").mkdir()
-    gone.rename(tmp_path / "elsewhere/photos")
+    source.rename(tmp_path / "elsewhere/photos")
 
     code, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json")
     assert code == 0
     assert json.loads(out)["psnr"] is None
 
-    found = ("--source", tmp_path / "elsewhere/photos")
-    _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
+    moved = ("--source", tmp_path / "elsewhere/photos")
+    _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *moved)
     assert json.loads(out)["psnr"] is not None
 
 
@@ -71,12 +71,12 @@ def test_originals_are_found_in_a_copy_without_times(
     shutil.copytree(photos, copy)
     for image in copy.rglob("*.*"):
         os.utime(image, (1, 1))
-    found = ("--source", copy)
-    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *found)
+    moved = ("--source", copy)
+    _, out, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *moved)
     assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
-def test_an_original_is_drawn_though_its_caption_was_edited(
+def test_an_original_is_drawn_if_only_its_caption_was_edited(
     latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     source, cache = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "cache"
@@ -87,7 +87,7 @@ def test_an_original_is_drawn_though_its_caption_was_edited(
     assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
-def test_previews_may_stand_in_the_cache(latentmill: Command, cache: Path) -> None:
+def test_previews_can_be_written_into_the_cache(latentmill: Command, cache: Path) -> None:
     assert latentmill("decode", cache, "--to", cache / "previews", "--workers", 0)[0] == 0
     assert size_of(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
 
@@ -99,7 +99,7 @@ def test_another_model_is_refused(latentmill: Command, cache: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("verb", ["decode", "stats"])
-def test_what_is_no_cache_is_refused(latentmill: Command, photos: Path, tmp_path: Path, verb: str) -> None:
+def test_a_folder_without_a_cache_is_refused(latentmill: Command, photos: Path, tmp_path: Path, verb: str) -> None:
     to = ("--to", tmp_path / "p") if verb == "decode" else ()
     code, _, err = latentmill(verb, photos, *to)
     assert code == 1

@@ -166,7 +166,10 @@ def test_a_tar_that_is_rewritten_in_the_same_size_is_noticed_and_done_by_the_nex
     assert (code, "s/0.tar has changed since it was planned (its time or ETag); " in err) == (1, True)
     code, _, err = encode(shards)
     assert code == 0
-    assert "INFO inputs that have changed since they were planned: 1 (s/0.tar); nothing of them was encoded yet" in err
+    assert (
+        "INFO inputs that have changed since they were planned: 1 (s/0.tar); none of their samples are encoded yet"
+        in err
+    )
     assert sorted(by_key(tmp_path / "c", "key")) == ["000000010", "000000011", "000000020", "000000021"]
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
     status = json.loads(latentmill("status", tmp_path / "c", "--json")[1])
@@ -191,8 +194,8 @@ def test_a_touch_between_two_runs_leaves_a_cache_that_can_be_finished(encode: Co
         os.utime(path, (1, 1))
     code, out, err = encode(shards)
     assert (code, "encoded 2 images" in out) == (0, True)
-    assert "planned: 1 (s/0.tar); the cache keeps what they were" in err
-    assert "planned: 1 (s/1.tar); nothing of them was encoded yet" in err
+    assert "planned: 1 (s/0.tar); the cache still holds the old version" in err
+    assert "planned: 1 (s/1.tar); none of their samples are encoded yet" in err
     assert encode(shards, "--same-source")[2] == encode(shards)[2] == ""
 
 
@@ -206,12 +209,12 @@ def test_a_unit_that_is_half_done_and_has_changed_is_said(
     next((tmp_path / "c/_commits").iterdir()).unlink()
     tar(shards / "0.tar", 20)
     code, _, err = encode(shards)
-    assert (code, "a part of them is encoded, " in err, first.stem + " was made from other samples" in err) == (
+    assert (code, "they are partly encoded. " in err, first.stem + " was made from other samples" in err) == (
         1,
         True,
         True,
     )
-    assert "If its unit fails: put them back as they were, or move away" in err
+    assert "If a unit fails: restore its input, or move away" in err
     assert list((tmp_path / "c/data").iterdir()) == [first]
     first.unlink()
     assert encode(shards)[0] == 0
@@ -295,7 +298,7 @@ def test_retry_takes_an_image_that_was_mended_in_its_tar(encode: Command, latent
     assert encode(shards, "--max-reject-rate", 1)[0] == 0
     others = write_tar(tmp_path / "s/0.tar", members | {"000000002.jpg": encoded(smooth(99))})
     code, _, err = latentmill("retry", tmp_path / "c", "--workers", 0)
-    assert (code, f"{others} has changed since it was planned, and not in its damage alone" in err) == (1, True)
+    assert (code, f"{others} has changed since it was planned, and not only where it was damaged" in err) == (1, True)
     assert rows(tmp_path / "c") == 2
     write_tar(tmp_path / "s/0.tar", members)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0

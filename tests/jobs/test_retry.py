@@ -1,4 +1,4 @@
-"""Rejected samples again: what now succeeds is added, and nothing that stands is changed."""
+"""Retry of rejected samples: those that now succeed are added, and existing files are not changed."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def shell_digest(cache: Path) -> str:
     return hashlib.sha256(lines).hexdigest()
 
 
-def test_what_now_succeeds_is_a_further_part_and_what_does_not_stays_rejected(latentmill: Command, cache: Path) -> None:
+def test_samples_that_now_succeed_become_a_part_and_others_stay_rejected(latentmill: Command, cache: Path) -> None:
     before, already = stats(cache), data(cache)
     assert before["rejected"] == {"not_an_image": 1, "too_many_pixels": 3}
     code, out, err = latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
@@ -74,7 +74,7 @@ def test_what_now_succeeds_is_a_further_part_and_what_does_not_stays_rejected(la
     assert stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
 
 
-def test_the_rows_are_those_of_a_run_that_never_rejected_them(
+def test_the_rows_equal_those_of_a_run_without_rejects(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
@@ -93,7 +93,7 @@ def test_the_rows_are_those_of_a_run_that_never_rejected_them(
         assert rows == expected
 
 
-def test_encode_and_status_know_of_it(
+def test_encode_and_status_count_the_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
@@ -108,7 +108,7 @@ def test_encode_and_status_know_of_it(
 
 
 @pytest.mark.parametrize("pixels", [13000, 100_000])
-def test_parts_that_were_lost_are_made_again_without_what_a_retry_has(
+def test_lost_parts_are_encoded_again_without_the_samples_of_a_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, pixels: int
 ) -> None:
     latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
@@ -127,7 +127,7 @@ def test_parts_that_were_lost_are_made_again_without_what_a_retry_has(
     assert code == 0, out
 
 
-def test_an_image_that_was_mended_and_retried_is_not_encoded_a_second_time(
+def test_a_repaired_and_retried_image_is_not_encoded_twice(
     latentmill: Command, micro_vae: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "p").mkdir()
@@ -151,7 +151,7 @@ def test_an_image_that_was_mended_and_retried_is_not_encoded_a_second_time(
     assert code == 0, out
 
 
-def test_what_stands_before_a_damage_is_retried(
+def test_rejects_before_a_damage_are_retried(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     whole = (source / "0.tar").read_bytes()
@@ -164,7 +164,7 @@ def test_what_stands_before_a_damage_is_retried(
     assert latentmill("verify", tmp_path / "c")[0] == 0
 
 
-def test_what_is_no_more_is_not_taken_for_solved(
+def test_a_sample_that_is_missing_now_stays_rejected(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]

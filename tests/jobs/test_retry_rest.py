@@ -1,4 +1,4 @@
-"""Shards that were damaged and restored: `retry` takes up what follows the damage, and every sample is there once."""
+"""Shards that were damaged and restored: `retry` encodes the samples after the damage, each of them once."""
 
 import json
 import re
@@ -65,22 +65,24 @@ class Case:
     def rejected(self) -> dict[str, int]:
         return dict(self.stats["rejected"])
 
-    def is_all_there(self, calm: Path) -> None:
-        """All rows and rejects of a cache that was made of the whole shard, and proof of it."""
+    def check_complete(self, calm: Path) -> None:
+        """Check that the cache has the rows and rejects of one that was made from the whole shard."""
         code, out, err = self.verify("--recount", "--reencode", 60)
         assert (code, err) == (0, ""), out
         assert "the inputs have the samples that are recorded; " in out
-        mine, theirs = rows(self.cache), rows(calm)
-        assert len(mine) == len({(row["shard"], row["key"]) for row in mine})
-        assert mine == theirs
+        actual = rows(self.cache)
+        assert len(actual) == len({(row["shard"], row["key"]) for row in actual})
+        assert actual == rows(calm)
         expected = json.loads((calm / "stats.json").read_text())
         assert (self.stats["count"], self.rejected) == (expected["count"], expected["rejected"])
         assert self.stats["mean"] == pytest.approx(expected["mean"], rel=1e-12)
 
 
 def rows(cache: Path) -> list[dict[str, Any]]:
-    found = [row for path in (cache / "data").iterdir() for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
-    return sorted(found, key=lambda row: (row["shard"], row["key"]))
+    unsorted = [
+        row for path in (cache / "data").iterdir() for row in read_rows(Folder(str(cache)), f"data/{path.name}")
+    ]
+    return sorted(unsorted, key=lambda row: (row["shard"], row["key"]))
 
 
 @pytest.fixture(params=["parquet", "webdataset"])
@@ -96,10 +98,10 @@ def calm(case: Case, whole: bytes, tmp_path: Path) -> Path:
     return tmp_path / "calm"
 
 
-def test_a_restored_shard_is_encoded_anew_where_all_of_it_was_moved_away(
+def test_a_restored_shard_is_encoded_again_if_all_its_files_were_moved_away(
     case: Case, whole: bytes, calm: Path, tmp_path: Path
 ) -> None:
-    """As the note says of a unit whose first part was lost, if the cut file of which it was made is no more."""
+    """The note gives this advice for a unit that lost its first part and whose truncated input no longer exists."""
     case.shard.write_bytes(whole[: place_of(whole, 9)])
     assert case.encode()[0] == 3
     case.shard.write_bytes(whole)
@@ -108,30 +110,30 @@ def test_a_restored_shard_is_encoded_anew_where_all_of_it_was_moved_away(
     (unit,) = plan.read_plan(Folder(str(case.cache)))
     (case.cache / f"_commits/{unit.name}.json").unlink()
     _, _, err = case.encode()
-    (said,) = re.findall("move away all that (.*) have of their units", err)
-    for folder in re.findall(r"\w+", said.replace("and ", "")):
+    (folders,) = re.findall("move away the unit's files in (.*), and run", err)
+    for folder in re.findall(r"\w+", folders.replace("and ", "")):
         for path in (case.cache / folder).glob(f"{unit.name}*"):
             path.unlink()
     assert case.encode()[0] == 0
-    case.is_all_there(calm)
+    case.check_complete(calm)
 
 
 @pytest.mark.parametrize("sample", [1, 5, 7, 9, 22])
-def test_a_shard_that_was_cut_off_and_is_restored(case: Case, whole: bytes, calm: Path, sample: int) -> None:
-    """The cut leads to a rest that begins with a part, inside one, and in the last one."""
+def test_a_truncated_shard_that_is_restored(case: Case, whole: bytes, calm: Path, sample: int) -> None:
+    """The rest begins at the start of a part, inside a part, and in the last part."""
     case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
     assert case.encode()[0] == 3
     before = case.stats
     assert before["rejected"]["rest_of_shard"] == 1
     code, out, _ = case.retry()
-    assert (code, case.stats["digest"]) == (0, before["digest"]), "it is damaged where it was"
-    assert "and the rest of 1 damaged shards\n  rows       0 more" in out
+    assert (code, case.stats["digest"]) == (0, before["digest"]), "the damage is still at the same position"
+    assert "and what follows the damage of 1 shards\n  rows       0 more" in out
 
     case.shard.write_bytes(whole)
     code, out, err = case.retry()
     assert code == 0, err
     assert f"rows       {COUNT - 2 - before['count']} more, {COUNT - 2} in all" in out
-    case.is_all_there(calm)
+    case.check_complete(calm)
     digest = case.stats["digest"]
     assert case.retry()[1].startswith("retried 2 rejected samples\n  rows       0 more")
     assert case.encode()[0] == 0, "nothing is left of the damage"
@@ -139,7 +141,7 @@ def test_a_shard_that_was_cut_off_and_is_restored(case: Case, whole: bytes, calm
     assert case.command("status", case.cache)[0] == 0
 
 
-def test_what_stands_before_a_later_damage_is_taken_and_a_new_rest_stands(case: Case, whole: bytes, calm: Path) -> None:
+def test_samples_before_a_later_damage_are_encoded_and_a_new_rest_remains(case: Case, whole: bytes, calm: Path) -> None:
     for sample in (6, 11, 19):
         case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
         assert (case.encode if sample == 6 else case.retry)()[0] == (3 if sample == 6 else 0)
@@ -152,43 +154,46 @@ def test_what_stands_before_a_later_damage_is_taken_and_a_new_rest_stands(case: 
     assert case.encode()[0] == 3
     case.shard.write_bytes(whole)
     assert case.retry()[0] == 0
-    case.is_all_there(calm)
+    case.check_complete(calm)
 
 
-def test_verify_says_that_a_rest_can_be_read_now(case: Case, whole: bytes) -> None:
+def test_verify_reports_that_a_rest_can_be_read_now(case: Case, whole: bytes) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     content = json.loads(case.command("verify", case.cache, "--recount", "--json")[1])
-    assert [one["samples"] for one in content["uncounted"]] == [5]
+    assert [item["samples"] for item in content["uncounted"]] == [5]
     case.shard.write_bytes(whole)
     code, out, _ = case.verify("--recount")
     assert code == 1
-    assert f"it has {COUNT} samples, it was damaged after 5\n  latentmill retry takes up what follows" in out
+    assert (
+        f"it has {COUNT} samples, but was damaged after 5 samples when it was encoded\n  run latentmill retry, which"
+        in out
+    )
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("same_run", [False, True])
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
-def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
-    case: Case, whole: bytes, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, again: bool
+def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
+    case: Case, whole: bytes, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, same_run: bool
 ) -> None:
-    """again: in the same run, which tries three times."""
+    """same_run: the same run tries again, up to three times."""
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     case.shard.write_bytes(whole)
     shutil.copytree(case.cache, tmp_path / "copy")
     publish, count = parts.publish_part, 0
 
-    def failing(*argv: Any) -> Any:
+    def fail_after_some(*argv: Any) -> Any:
         nonlocal count
         count += 1
-        if count > written and not (again and count > written + 1):
+        if count > written and not (same_run and count > written + 1):
             raise StorageError("the store is away")
         return publish(*argv)
 
     with monkeypatch.context() as patch:
-        patch.setattr(retry, "publish_part", failing)
-        assert case.retry()[0] == (0 if again else 1)
-    if not again:
+        patch.setattr(retry, "publish_part", fail_after_some)
+        assert case.retry()[0] == (0 if same_run else 1)
+    if not same_run:
         assert case.rejected["rest_of_shard"] == 1
         assert len(list(case.cache.glob("data/*r1.*"))) == written
         assert case.verify()[0] == 0
@@ -196,8 +201,8 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
         code, _, err = case.retry()
         assert code == 0, err
     else:
-        assert count == 6, "five parts, one of them twice: those that stand are adopted"
-    case.is_all_there(calm)
+        assert count == 6, "five parts, one of them twice: existing parts are adopted"
+    case.check_complete(calm)
     digest = case.stats["digest"]
     shutil.rmtree(case.cache)
     (tmp_path / "copy").rename(case.cache)
@@ -206,7 +211,7 @@ def test_a_retry_that_ends_anywhere_leaves_a_rest_that_the_next_one_takes(
 
 
 def forget(cache: Path, pattern: str) -> None:
-    """Move parts away as verify says: with their commits."""
+    """Delete parts together with their commits, as verify advises."""
     for path in cache.glob(f"*/{pattern}"):
         stem = path.stem if "r" in path.stem.rpartition("-")[2] else path.stem.rpartition("-")[0]
         path.unlink()
@@ -214,7 +219,7 @@ def forget(cache: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_a_part_of_a_retry_that_was_lost_is_a_rest_again(case: Case, whole: bytes, calm: Path, number: int) -> None:
+def test_a_lost_retry_part_is_a_rest_again(case: Case, whole: bytes, calm: Path, number: int) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     case.shard.write_bytes(whole)
@@ -226,14 +231,14 @@ def test_a_part_of_a_retry_that_was_lost_is_a_rest_again(case: Case, whole: byte
     assert case.verify()[0] == (0 if number == 5 else 1)
     assert case.retry()[0] == 0
     assert case.stats["digest"] == digest
-    case.is_all_there(calm)
+    case.check_complete(calm)
 
 
 @pytest.mark.parametrize("lost", ["*-00000.*", "*-00001.*", "*-0000?.*", "*-0000[01]*"])
-def test_a_part_of_the_unit_that_was_lost_is_made_again_without_what_the_retry_has(
+def test_a_lost_part_of_the_unit_is_encoded_again_without_the_samples_of_the_retry(
     case: Case, whole: bytes, calm: Path, lost: str
 ) -> None:
-    """The damage is one inside the file, which is restored to the size that it was planned with."""
+    """The damage is inside the file, and the restored file has the planned size."""
     damaged = bytearray(whole)
     place = place_of(whole, 6)
     damaged[place : place + 100] = bytes(range(100))
@@ -247,27 +252,30 @@ def test_a_part_of_the_unit_that_was_lost_is_made_again_without_what_the_retry_h
     assert case.rejected == {"duplicate_key": 1, "not_an_image": 1}
     if lost != "*-0000[01]*":  # the first of the retry's parts is lost, too: its samples are the unit's own now
         assert case.stats["digest"] == digest
-    case.is_all_there(calm)
+    case.check_complete(calm)
 
 
-def test_another_shard_is_not_taken_for_the_restored_one(case: Case, whole: bytes) -> None:
+def test_a_different_shard_is_refused(case: Case, whole: bytes) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     before = case.stats
     other = whole.replace(b"image 2", b"image 7", 1)
-    for content, said in (
-        (other, "has changed since it was planned, and not in its damage alone: 0-"),
-        (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not in its damage alone"),
-        (whole[: place_of(whole, 3)] + bytes(1024), "has changed since it was planned, and not in its damage alone"),
+    for content, message in (
+        (other, "has changed since it was planned, and not only where it was damaged: 0-"),
+        (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not only where it was damaged"),
+        (
+            whole[: place_of(whole, 3)] + bytes(1024),
+            "has changed since it was planned, and not only where it was damaged",
+        ),
     ):
         case.shard.write_bytes(content)
         code, _, err = case.retry()
         assert (code, case.stats["digest"]) == (1, before["digest"])
-        assert said in err
+        assert message in err
         assert case.verify()[0] == 0
 
 
-def test_nor_is_one_that_differs_in_what_a_retry_took(case: Case, whole: bytes) -> None:
+def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, whole: bytes) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     other = whole.replace(b"image 9", b"image 8", 1)
@@ -285,7 +293,7 @@ def test_nor_is_one_that_differs_in_what_a_retry_took(case: Case, whole: bytes) 
     assert case.verify("--recount")[0] == 0
 
 
-def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, calm: Path) -> None:
+def test_two_concurrent_retries_encode_each_sample_once(case: Case, whole: bytes, calm: Path) -> None:
     case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
     case.encode()
     case.shard.write_bytes(whole)
@@ -306,10 +314,10 @@ def test_two_retries_together_take_each_sample_once(case: Case, whole: bytes, ca
     for thread in threads:
         thread.join()
     assert codes == [0, 0]
-    case.is_all_there(calm)
+    case.check_complete(calm)
 
 
-def test_an_empty_tar_that_was_cut_off(case: Case, tmp_path: Path) -> None:
+def test_a_truncated_tar_without_samples(case: Case, tmp_path: Path) -> None:
     write_tar(case.shard, {})
     sound = case.shard.read_bytes()
     write_tar(case.shard.with_name("1.tar"), img2dataset_members(0, 1))
@@ -344,15 +352,15 @@ class TestParquet:
         assert case.encode(tmp_path / "calm")[0] == 0
         return tmp_path / "calm"
 
-    def test_a_file_that_was_cut_off(self, case: Case, parquet: bytes, calm: Path) -> None:
+    def test_a_truncated_file(self, case: Case, parquet: bytes, calm: Path) -> None:
         case.shard.write_bytes(parquet[: len(parquet) * 3 // 4])
         assert case.encode()[0] == 3
         assert case.rejected["rest_of_shard"] > 1
         case.shard.write_bytes(parquet)
         assert case.retry()[0] == 0
-        case.is_all_there(calm)
+        case.check_complete(calm)
 
-    def test_a_file_of_which_a_page_was_damaged(self, case: Case, parquet: bytes, calm: Path) -> None:
+    def test_a_file_with_a_damaged_page(self, case: Case, parquet: bytes, calm: Path) -> None:
         damaged = bytearray(parquet)
         column = pq.read_metadata(case.shard).row_group(4).column(0)
         place = column.dictionary_page_offset or column.data_page_offset
@@ -367,4 +375,4 @@ class TestParquet:
         assert "its ranges would have other rows; encode it into another cache" in err
         case.shard.write_bytes(parquet)
         assert case.retry()[0] == 0
-        case.is_all_there(calm)
+        case.check_complete(calm)

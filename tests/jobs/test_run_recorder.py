@@ -181,7 +181,7 @@ def test_a_run_shows_that_it_lives_from_its_plan_on(
 
     def slowly(*given: Any, **named: Any) -> Any:
         time.sleep(3.6)
-        seen.append(runs.find_alive(Folder(str(tmp_path / "c")), but=""))
+        seen.append(runs.find_alive(Folder(str(tmp_path / "c")), exclude=""))
         return real(*given, **named)
 
     monkeypatch.setattr(module, name, slowly)

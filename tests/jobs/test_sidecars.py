@@ -68,7 +68,7 @@ def test_texts_of_no_image_are_named(encode: Command, source: Path) -> None:
         (source / name).write_text("t")
     _, _, err = encode(source)
     assert (
-        "INFO texts that belong to no image, or to several, or in whose place another one counts: 3 "
+        "INFO texts that belong to no image or to several images, or that another text replaces: 3 "
         "(photos/a.txt, photos/x.txt, photos/y.txt)\n" in err
     )
 
@@ -105,7 +105,7 @@ def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command
     assert (code, "encoded 0 images" in out) == (0, True)
     assert (
         "INFO inputs that have changed since they were planned: 3 (photos/a.txt, photos/b.txt, photos/c.txt); the "
-        "cache keeps what they were" in err
+        "cache still holds the old version" in err
     )
 
 
@@ -152,7 +152,7 @@ def test_other_texts_are_planned_where_they_are_asked_for(encode: Command, sourc
     assert code == 0, err
     assert column(tmp_path / "c", "caption") == {"a": "kohya", "b": "of the whole name", "c": None}
     assert "1 of 3 images have no caption" in out
-    assert "INFO texts that belong to no image, or to several, or in whose place another one counts: 1 (" in err
+    assert "INFO texts that belong to no image or to several images, or that another text replaces: 1 (" in err
     assert ".caption" not in err.replace("x.caption", "")
     (source / "c.txt").write_text("edited, but the cache has no such column")
     (source / "a.caption").write_text("edited")
@@ -198,4 +198,4 @@ def test_an_image_that_was_mended_and_retried_is_what_the_cache_holds(
     assert (code, all(image["psnr"] for image in json.loads(out)["images"])) == (0, True)
     (source / "c.txt").write_text("edited")
     code, out, _ = latentmill("verify", cache, "--recount")
-    assert (code, "its images or their columns are not those of which data/" in out) == (1, True)
+    assert (code, "its images or their columns differ from those in data/" in out) == (1, True)

@@ -187,7 +187,7 @@ def test_a_shard_that_changed_is_reported_and_not_mixed_in(encode: Command, tmp_
     write_parquet(source / "0.parquet", images(5, 3), caption=["x", "y", "z"])
     _, out, err = encode(source, "--to", cache)
     assert "encoded 0 images" in out
-    assert "since they were planned: 1 (p/0.parquet); the cache keeps what they were" in err
+    assert "since they were planned: 1 (p/0.parquet); the cache still holds the old version" in err
     assert table_of(cache)["caption"].to_pylist() == ["a", "b"]
 
 

@@ -1,4 +1,4 @@
-"""Status: what a cache says of a job that runs, has run, or has died."""
+"""The status of a cache whose job is running, has ended, or has crashed."""
 
 import datetime
 import json
@@ -33,7 +33,7 @@ def rewrite_run(cache: Path, **facts: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
 
 
-def test_a_trial_is_planned_further(cache: Path, latentmill: Command) -> None:
+def test_a_partial_run_leaves_the_cache_planned(cache: Path, latentmill: Command) -> None:
     code, out, _ = latentmill("status", cache)
     assert code == 0
     assert out.splitlines()[0] == f"{cache}: planned"
@@ -54,13 +54,13 @@ def test_a_finished_cache_is_done(cache: Path, latentmill: Command, micro_vae: P
 
 
 @pytest.mark.parametrize(("outcome", "state"), [("running", "silent"), ("failed", "failed"), ("stopped", "stopped")])
-def test_a_run_that_is_no_more_is_named(cache: Path, latentmill: Command, outcome: str, state: str) -> None:
+def test_the_state_names_how_the_last_run_ended(cache: Path, latentmill: Command, outcome: str, state: str) -> None:
     rewrite_run(cache, outcome=outcome, ended=None, alive="2026-05-01T11:50:00+00:00")
     assert read_status(Folder(str(cache)), NOW)["state"] == state
     out = latentmill("status", cache)[1]
     assert ("no heartbeat since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 
 
-def test_what_is_no_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:
     code, _, err = latentmill("status", tmp_path)
     assert (code, "there is no latentmill cache" in err) == (1, True)

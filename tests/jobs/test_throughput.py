@@ -21,7 +21,7 @@ from pipeline import flow
 from pipeline.encoder import EncodedBatch, LatentEncoder
 from pipeline.images import decode
 from pipeline.limits import Limits
-from pipeline.maintenance.status import read_status, seconds_left
+from pipeline.maintenance.status import estimate_seconds_left, read_status
 from pipeline.records import PreparedImage
 from pipeline.storage.store import Folder
 from tests.conftest import img2dataset_members, write_tar
@@ -133,9 +133,9 @@ def test_status_of_a_living_run_tells_the_pace_at_which_rows_appear(
 
 def test_two_living_runs_share_what_is_left() -> None:
     runs = [{"images_per_second": 2.0, "seconds_left": 100}, {"images_per_second": 3.0, "seconds_left": 60}]
-    assert seconds_left(runs) == 200 / 5
-    assert seconds_left(runs[:1]) == 100
-    assert seconds_left([{"images_per_second": 0.0, "seconds_left": None}]) is None
+    assert estimate_seconds_left(runs) == 200 / 5
+    assert estimate_seconds_left(runs[:1]) == 100
+    assert estimate_seconds_left([{"images_per_second": 0.0, "seconds_left": None}]) is None
 
 
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:

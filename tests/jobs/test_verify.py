@@ -1,4 +1,4 @@
-"""Damages of every kind, planted one by one: each is found, and named by its file."""
+"""Damages of every kind, made one at a time: verify finds each one, and names its file."""
 
 import json
 import random
@@ -44,18 +44,18 @@ def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFa
     """A sound cache of each format."""
     from jobs.encode import main
 
-    found = {}
+    caches = {}
     for form in FORMATS:
         cache = tmp_path_factory.mktemp(form) / "c"
         argv = [source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 4]
         assert main([*map(str, argv), "--format", form, "--max-reject-rate", "1"]) == 0
-        found[form] = cache
-    return found
+        caches[form] = cache
+    return caches
 
 
 @pytest.fixture(params=FORMATS)
 def cache(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a sound cache, to be spoiled."""
+    """A copy of a sound cache, for a test to damage."""
     return Path(shutil.copytree(originals[request.param], tmp_path / "c"))
 
 
@@ -64,7 +64,7 @@ def data(cache: Path, number: int = 0) -> Path:
 
 
 def edit(path: Path, seal: bool, **fields: Any) -> None:
-    """Change fields of a JSON file; seal: with its sha256 made anew, as somebody would who knows of it."""
+    """Change fields of a JSON file. seal: also update its sha256, as somebody would who knows of it."""
     content = {**json.loads(path.read_text()), **fields}
     path.write_bytes(canonical_json(with_checksum(content) if seal else content))
 
@@ -77,23 +77,23 @@ def test_a_sound_cache_has_no_problems(latentmill: Command, cache: Path) -> None
     assert json.loads(latentmill("verify", cache, "--json")[1])["problems"] == []
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, index: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
-def test_a_flipped_byte_is_found_wherever_it_is(latentmill: Command, cache: Path) -> None:
-    draw = random.Random(0)
+def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -> None:
+    rng = random.Random(0)
     files = [path for path in cache.rglob("*") if path.is_file()]
     assert len(files) > 15
     for path in files:
         before = path.read_bytes()
-        for place in {0, len(before) - 1, *(draw.randrange(len(before)) for _ in range(6))}:
-            flip(path, place)
+        for index in {0, len(before) - 1, *(rng.randrange(len(before)) for _ in range(6))}:
+            flip(path, index)
             code, out, _ = latentmill("verify", cache)
-            assert code == 1, f"{path.relative_to(cache)} at {place}"
-            assert path.name in out or path.parent.name == "_plan", f"{path.relative_to(cache)} at {place}: {out}"
+            assert code == 1, f"{path.relative_to(cache)} at {index}"
+            assert path.name in out or path.parent.name == "_plan", f"{path.relative_to(cache)} at {index}: {out}"
             path.write_bytes(before)
     assert latentmill("verify", cache)[0] == 0
 
@@ -102,9 +102,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def swap(one: Path, other: Path) -> None:
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
+def swap(path: Path, other: Path) -> None:
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
     other.write_bytes(first)
 
 
@@ -156,7 +156,7 @@ def reshape(cache: Path, **fields: Any) -> None:
 
 
 def forget_unit(cache: Path) -> None:
-    """A unit's only part, and all that its commit says of it."""
+    """Delete a unit's only part, and its entry in the commit."""
     next((cache / "_empty").iterdir()).unlink()
     edit(commit(cache, "2"), seal=True, parts=[])
 
@@ -166,61 +166,61 @@ def add_reject(cache: Path) -> None:
     path.write_bytes(path.read_bytes() * 2)
 
 
-# What was done to a cache, and a file that must be named.
+# Each damage to a cache, and a file that must be named.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file of rows": (lambda c: data(c).unlink(), "data/0-"),
     "a truncated file of rows": (lambda c: cut(data(c)), "data/0-"),
     "an empty file of rows": (lambda c: data(c).write_bytes(b""), "data/0-"),
     "two files swapped": (lambda c: swap(data(c, 0), data(c, 1)), "data/0-"),
     "two files of two units swapped": (lambda c: swap(data(c, 0), data(c, -1)), "data/0-"),
-    "a copy beside": (lambda c: shutil.copy(data(c), data(c).with_stem(data(c).stem + "-copy")), "-copy"),
+    "a copy in the same folder": (lambda c: shutil.copy(data(c), data(c).with_stem(data(c).stem + "-copy")), "-copy"),
     "a copy under the name of a further part": (
         lambda c: shutil.copy(data(c), data(c).with_name(data(c).name.replace("00000", "00003"))),
         "-00003",
     ),
     "a foreign file": (lambda c: (c / "data/notes.txt").write_text("hello"), "data/notes.txt"),
     "a foreign file with our suffix": (lambda c: data(c).with_name("x" + data(c).suffix).write_text("hello"), "data/x"),
-    "the last part gone, and the commit edited": (drop_last_part, "_commits/1-"),
-    "a commit that is gone": (lambda c: commit(c).unlink(), "_commits/1-"),
-    "a commit that was edited": (lambda c: edit(commit(c), seal=False, run="another"), "_commits/1-"),
-    "a commit that says more than the part": (claim_more_rows, "_commits/1-"),
-    "a commit of no unit": (lambda c: shutil.copy(commit(c), c / "_commits/x-0.json"), "_commits/x-0.json"),
-    "rejects that are gone": (lambda c: next((c / "_rejects").glob("1-*")).unlink(), "_rejects/1-"),
-    "rejects that are there twice": (add_reject, "_rejects/1-"),
-    "rejects of no unit": (lambda c: (c / "_rejects/x-0.jsonl").write_text("{}\n"), "_rejects/x-0.jsonl"),
-    "a record without rows that is gone": (lambda c: next((c / "_empty").iterdir()).unlink(), "_empty/2-"),
-    "a plan that is gone": (lambda c: (c / "_plan/00000.parquet").unlink(), "_plan/00000.parquet"),
+    "the last part missing, and the commit edited": (drop_last_part, "_commits/1-"),
+    "a missing commit": (lambda c: commit(c).unlink(), "_commits/1-"),
+    "an edited commit": (lambda c: edit(commit(c), seal=False, run="another"), "_commits/1-"),
+    "a commit that counts more rows than the part": (claim_more_rows, "_commits/1-"),
+    "a commit without a unit": (lambda c: shutil.copy(commit(c), c / "_commits/x-0.json"), "_commits/x-0.json"),
+    "missing rejects": (lambda c: next((c / "_rejects").glob("1-*")).unlink(), "_rejects/1-"),
+    "rejects that are listed twice": (add_reject, "_rejects/1-"),
+    "rejects without a unit": (lambda c: (c / "_rejects/x-0.jsonl").write_text("{}\n"), "_rejects/x-0.jsonl"),
+    "a missing part without rows": (lambda c: next((c / "_empty").iterdir()).unlink(), "_empty/2-"),
+    "a missing plan": (lambda c: (c / "_plan/00000.parquet").unlink(), "_plan/00000.parquet"),
     "a plan with another path": (lambda c: replan(c, lambda row: row.update(path="s/9.tar")), "_plan/00000.parquet"),
     "a plan with another URL": (lambda c: replan(c, lambda row: row.update(url="/x/0.tar")), "_plan/00000.parquet"),
     "a plan with another size": (lambda c: replan(c, lambda row: row.update(bytes=1)), "_plan/00000.parquet"),
-    "an identity that was edited": (reidentify, "cache.json"),
-    "constants that were edited": (rescale, "cache.json"),
-    "statistics that were edited": (count_more, "stats.json"),
-    "statistics that are gone": (lambda c: (c / "stats.json").unlink(), "stats.json"),
-    "a card that was edited": (lambda c: (c / "README.md").write_text("# Mine"), "README.md"),
-    "a unit's only part gone, and the commit edited": (forget_unit, "_commits/2-"),
+    "an edited identity": (reidentify, "cache.json"),
+    "edited constants": (rescale, "cache.json"),
+    "edited statistics": (count_more, "stats.json"),
+    "missing statistics": (lambda c: (c / "stats.json").unlink(), "stats.json"),
+    "an edited card": (lambda c: (c / "README.md").write_text("# Mine"), "README.md"),
+    "a unit's only part missing, and the commit edited": (forget_unit, "_commits/2-"),
     "a commit that names parts twice": (
         lambda c: edit(commit(c), seal=True, parts=json.loads(commit(c).read_text())["parts"] * 2),
         "_commits/1-",
     ),
     "a commit of another shape": (lambda c: edit(commit(c), seal=True, parts=[{}]), "_commits/1-"),
-    "a commit that is no number": (lambda c: commit(c).write_text('{"unit": NaN}'), "_commits/1-"),
-    "a copy without rows beside rows": (
+    "a commit with NaN": (lambda c: commit(c).write_text('{"unit": NaN}'), "_commits/1-"),
+    "a part without rows beside the same part with rows": (
         lambda c: (c / "_empty" / data(c).with_suffix(".json").name).write_bytes(b"{}"),
         "_empty/0-",
     ),
     "another unit's part over this one": (lambda c: shutil.copy(data(c, -1), data(c)), "data/0-"),
-    "a folder beside the rows": (lambda c: (c / "data/below").mkdir(), "data/below"),
-    "a link to rows": (lambda c: (c / f"data/zz{data(c).suffix}").symlink_to(data(c)), "data/zz"),
-    "a link that leads nowhere": (lambda c: (c / "data/zz").symlink_to(c / "nothing"), "data/zz"),
+    "a folder among the parts": (lambda c: (c / "data/below").mkdir(), "data/below"),
+    "a link to a part": (lambda c: (c / f"data/zz{data(c).suffix}").symlink_to(data(c)), "data/zz"),
+    "a broken link": (lambda c: (c / "data/zz").symlink_to(c / "nothing"), "data/zz"),
     "a note among commits": (lambda c: (c / "_commits/notes.txt").write_text("hello"), "_commits/notes.txt"),
     "a note in the plan": (lambda c: (c / "_plan/notes.txt").write_text("hello"), "_plan/notes.txt"),
     "a plan of another shape": (lambda c: replan(c, lambda row: row.update(path=None)), "_plan/00000.parquet"),
     "a VAE of another shape": (lambda c: reshape(c, vae=[]), "cache.json"),
-    "a schema that is gone": (lambda c: reshape(c, schema=None), "cache.json"),
+    "a missing schema": (lambda c: reshape(c, schema=None), "cache.json"),
     "a run of another shape": (lambda c: next((c / "_runs").glob("*.json")).write_text("[NaN]"), "_runs/"),
     "a run whose plan is a list": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=True, plan=[1]), "_runs/"),
-    "a run that was edited": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=False, outcome="x"), "_runs/"),
+    "an edited run": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=False, outcome="x"), "_runs/"),
 }
 
 
@@ -236,7 +236,7 @@ def test_each_damage_is_found_and_named(latentmill: Command, cache: Path, damage
         assert advice.startswith("  ")
 
 
-def test_strangers_are_named_once_and_never_end_a_command(latentmill: Command, cache: Path) -> None:
+def test_unexpected_files_are_named_once_and_never_stop_a_command(latentmill: Command, cache: Path) -> None:
     folders = ("_commits", "_empty", "_plan", "_rejects", "_runs", "data")
     for folder in folders:
         (cache / folder / "notes.txt").write_text("hello")
@@ -244,14 +244,14 @@ def test_strangers_are_named_once_and_never_end_a_command(latentmill: Command, c
     code, out, _ = latentmill("verify", cache)
     assert code == 1
     named = [line.split(":")[0] for line in out.splitlines() if not line.startswith("  ")][:-1]
-    strangers = [f"{folder}/notes.txt" for folder in folders]
-    assert sorted(set(named) - {"stats.json", "README.md"}) == strangers
+    unexpected = [f"{folder}/notes.txt" for folder in folders]
+    assert sorted(set(named) - {"stats.json", "README.md"}) == unexpected
     assert len(named) == len(set(named)), named
     assert latentmill("status", cache)[0] == 0
     assert latentmill("stats", cache)[0] == 0
 
 
-def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Path) -> None:
+def test_rebuild_writes_commits_and_rejects_from_the_parts(latentmill: Command, cache: Path) -> None:
     before = {path.name: json.loads(path.read_text()) for path in (cache / "_commits").iterdir()}
     shutil.rmtree(cache / "_commits")
     shutil.rmtree(cache / "_rejects")
@@ -264,24 +264,27 @@ def test_what_the_parts_say_can_be_written_again(latentmill: Command, cache: Pat
     }
 
 
-def test_what_is_written_again_is_looked_up_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many units: to look for the parts of each among all parts took minutes."""
-    count, real, asked = 300, commit_files.commit_name, list[str]()
-    one = verify.verify_cache(Cache.open(str(cache))).parts[0]
-    parts = [replace(one, record=replace(one.record, unit=f"u-{number}")) for number in range(count)]
+def test_rebuild_looks_up_each_commit_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many units, a search for the parts of each unit among all parts took minutes."""
+    count, commit_name, names = 300, commit_files.commit_name, list[str]()
+    part = verify.verify_cache(Cache.open(str(cache))).parts[0]
+    parts = [replace(part, record=replace(part.record, unit=f"u-{number}")) for number in range(count)]
 
-    def name_of(standing: Sequence[PartInfo]) -> str:
-        asked.append(real(standing))
-        return asked[-1]
+    def record_name(parts: Sequence[PartInfo]) -> str:
+        names.append(commit_name(parts))
+        return names[-1]
 
-    monkeypatch.setattr(commit_files, "commit_name", name_of)
-    found = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
-    assert verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), info_of(IDENTITY)), found) == found.rebuildable
+    monkeypatch.setattr(commit_files, "commit_name", record_name)
+    findings = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
+    assert (
+        verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), info_of(IDENTITY)), findings)
+        == findings.rebuildable
+    )
     assert len(list((tmp_path / "again/_commits").iterdir())) == count
-    assert len(asked) <= 2 * count
+    assert len(names) <= 2 * count
 
 
-def test_damaged_rows_are_never_made_good_by_a_new_commit(latentmill: Command, cache: Path) -> None:
+def test_rebuild_does_not_commit_damaged_rows(latentmill: Command, cache: Path) -> None:
     flip(data(cache), data(cache).stat().st_size // 2)
     commits = {path.name: path.read_bytes() for path in (cache / "_commits").iterdir()}
     code, _, err = latentmill("verify", cache, "--rebuild")
@@ -289,7 +292,9 @@ def test_damaged_rows_are_never_made_good_by_a_new_commit(latentmill: Command, c
     assert {path.name: path.read_bytes() for path in (cache / "_commits").iterdir()} == commits
 
 
-def test_following_the_advice_mends_it(latentmill: Command, cache: Path, source: Path, micro_vae: Path) -> None:
+def test_following_the_advice_repairs_the_cache(
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path
+) -> None:
     digest = json.loads((cache / "stats.json").read_text())["digest"]
     flip(data(cache), data(cache).stat().st_size // 2)
     (line, *_) = latentmill("verify", cache)[1].splitlines()
@@ -303,12 +308,12 @@ def test_following_the_advice_mends_it(latentmill: Command, cache: Path, source:
 
 
 @pytest.mark.parametrize(
-    "damage", ["another unit's part over this one", "a unit's only part gone, and the commit edited"]
+    "damage", ["another unit's part over this one", "a unit's only part missing, and the commit edited"]
 )
-def test_so_it_does_where_files_were_exchanged(
+def test_following_the_advice_repairs_exchanged_files(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, damage: str, tmp_path: Path
 ) -> None:
-    """What verify says to move away is moved away, to the letter, until it says nothing."""
+    """Every file that verify says to move away is moved away."""
     digest = json.loads((cache / "stats.json").read_text())["digest"]
     DAMAGES[damage][0](cache)
     for problem in json.loads(latentmill("verify", cache, "--json")[1])["problems"]:
@@ -323,15 +328,15 @@ def test_so_it_does_where_files_were_exchanged(
     assert json.loads((cache / "stats.json").read_text())["digest"] == digest
 
 
-def test_a_part_that_stands_twice_is_mended_as_is_said(
+def test_following_the_advice_repairs_a_part_that_exists_twice(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
-    """Two jobs with other limits: one committed a part without rows, the other then wrote it with rows, and died."""
+    """Two jobs with different limits: one committed a part without rows, the other wrote it with rows and crashed."""
     cache = tmp_path / "c"
     argv = ["encode", source / "0.tar", "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "image_bytes=10")
     late = {
-        path: path.read_bytes() for below in ("_empty", "_commits", "_rejects") for path in (cache / below).iterdir()
+        path: path.read_bytes() for folder in ("_empty", "_commits", "_rejects") for path in (cache / folder).iterdir()
     }
     for path in late:
         path.unlink()
@@ -342,7 +347,7 @@ def test_a_part_that_stands_twice_is_mended_as_is_said(
     assert [problem["file"].split("/")[0] for problem in problems] == ["_empty", "_commits", "_rejects"]
     assert [problem["do"] for problem in problems[:2]] == [
         "move it away, and run the encode command again",
-        "the encode command mends it",
+        "run the encode command again, which repairs it",
     ]
     next((cache / "_empty").iterdir()).unlink()
     assert latentmill(*argv)[0] == 0
@@ -351,35 +356,35 @@ def test_a_part_that_stands_twice_is_mended_as_is_said(
 
 @pytest.fixture
 def moved(source: Path, tmp_path: Path) -> Iterator[Path]:
-    """The inputs at another place, to be spoiled."""
+    """A copy of the inputs at another location, for a test to damage."""
     yield Path(shutil.copytree(source, tmp_path / "elsewhere/s"))
 
 
-def test_inputs_that_were_exchanged_are_found(latentmill: Command, cache: Path, moved: Path) -> None:
+def test_exchanged_inputs_are_found(latentmill: Command, cache: Path, moved: Path) -> None:
     assert latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)[0] == 0
     members = img2dataset_members(0, 10)
     members["000000003.jpg"] = members["000000004.jpg"]
     write_tar(moved / "0.tar", members)
     whole = (moved / "0.tar").read_bytes()
     size = next(unit["bytes"] for unit in pq.read_table(cache / "_plan/00000.parquet").to_pylist())
-    assert len(whole) == size, "the same size, so that only the images tell"
+    assert len(whole) == size, "the size is the same, so only the images differ"
     code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)
     assert code == 1
-    assert "000000003 comes out as another latent" in out
+    assert "000000003 is encoded to another latent" in out
 
 
-def test_inputs_that_are_gone_are_said(latentmill: Command, cache: Path, tmp_path: Path) -> None:
+def test_missing_inputs_are_an_error(latentmill: Command, cache: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "t/s/9.tar", img2dataset_members(0, 2))
     code, _, err = latentmill("verify", cache, "--recount", "--source", tmp_path / "t/s")
     assert (code, "none of the cache's inputs is at" in err) == (2, True)
 
 
-def test_an_unfinished_cache_is_not_proven(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
+def test_an_unfinished_cache_is_a_problem(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--max-shards", 1)
     code, out, _ = latentmill("verify", tmp_path / "c")
     assert code == 1
-    assert out.startswith("_plan: 2 of 3 units are not done\n  the encode command goes on\n")
+    assert out.startswith("_plan: 2 of 3 units are not done\n  run the encode command again to resume\n")
 
 
 def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
@@ -408,16 +413,18 @@ def recaption(path: Path) -> None:
 
 
 RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a caption that was changed": recaption,
-    "a file that is gone": lambda path: path.unlink(),
-    "a file that was cut off": cut,
-    "its commit is gone": lambda path: (path.parents[1] / f"_commits/{path.stem}.json").unlink(),
-    "its commit was edited": lambda path: edit(path.parents[1] / f"_commits/{path.stem}.json", seal=False, run="x"),
+    "a changed caption": recaption,
+    "a missing file": lambda path: path.unlink(),
+    "a truncated file": cut,
+    "a missing commit of the part": lambda path: (path.parents[1] / f"_commits/{path.stem}.json").unlink(),
+    "an edited commit of the part": lambda path: edit(
+        path.parents[1] / f"_commits/{path.stem}.json", seal=False, run="x"
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", RETRY_DAMAGES)
-def test_what_a_retry_wrote_is_proven_too(latentmill: Command, retried: Path, damage: str) -> None:
+def test_damages_to_a_retry_part_are_found(latentmill: Command, retried: Path, damage: str) -> None:
     path = next(path for path in sorted(retried.glob("data/*r1.tar")) if b"image 1" in path.read_bytes())
     RETRY_DAMAGES[damage](path)
     code, out, _ = latentmill("verify", retried)
@@ -432,7 +439,7 @@ def test_what_a_retry_wrote_is_proven_too(latentmill: Command, retried: Path, da
     assert latentmill("verify", retried)[0] == 0
 
 
-def test_images_beyond_a_limit_are_not_taken_for_other_ones(
+def test_images_beyond_a_limit_are_not_reported_as_exchanged(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2, height=300, width=300))
@@ -448,10 +455,10 @@ def test_images_beyond_a_limit_are_not_taken_for_other_ones(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_captions_that_were_edited_are_found_without_the_vae(
+def test_edited_captions_are_found_without_the_vae(
     latentmill: Command, micro_vae: Path, tmp_path: Path, form: str
 ) -> None:
-    """In folders, tars, Parquet files and metadata beside tars; and what no latent would show of an image."""
+    """In folders, tars, Parquet files and metadata beside tars, and in image bytes that do not change the latent."""
     vae = shutil.copytree(micro_vae, tmp_path / "vae")
     members = img2dataset_members(0, 6, height=64, width=64)
     (tmp_path / "f").mkdir()
@@ -477,7 +484,7 @@ def test_captions_that_were_edited_are_found_without_the_vae(
         assert (code, "the inputs have the samples that are recorded" in out) == (0, True), out
 
     (tmp_path / "f/000000001.txt").write_text("image 9")
-    changed = members | {"000000005.jpg": members["000000005.jpg"][:-2] + b"\0\0"}  # behind the image's own data
+    changed = members | {"000000005.jpg": members["000000005.jpg"][:-2] + b"\0\0"}  # after the image's own data
     write_tar(tmp_path / "t/0.tar", changed)
     captions = table["caption"].to_pylist()
     captions[2] = "caption 9"
@@ -487,26 +494,24 @@ def test_captions_that_were_edited_are_found_without_the_vae(
         assert latentmill("verify", caches[source])[0] == 0
         code, out, _ = latentmill("verify", caches[source], "--recount")
         assert code == 1
-        told = re.search(
-            r"its images or their columns are not those of which (\S+) were made\n  restore the input", out
-        )
-        assert told, f"{source}: {out}"
-        assert f"-{part:05d}" in told[1], f"{source}: {out}"
+        match = re.search(r"its images or their columns differ from those in (\S+)\n  restore the input", out)
+        assert match, f"{source}: {out}"
+        assert f"-{part:05d}" in match[1], f"{source}: {out}"
         assert "1 problem" in out
 
 
-def test_a_caption_that_came_later_and_parts_that_are_all_others(
+def test_several_changed_parts_of_an_input_are_one_problem(
     latentmill: Command, cache: Path, moved: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     write_tar(moved / "0.tar", img2dataset_members(100, 10))
     whole = (moved / "0.tar").read_bytes()
     assert len(whole) == pq.read_table(cache / "_plan/00000.parquet").to_pylist()[0]["bytes"]
     code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
-    assert (code, out.count("its images or their columns are not those of which")) == (1, 1)
-    assert re.search(r"of which data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+ were made", out)
+    assert (code, out.count("its images or their columns differ from those in")) == (1, 1)
+    assert re.search(r"those in data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+\n", out)
 
 
-def test_a_shard_that_was_sound_and_is_damaged_now_is_said(latentmill: Command, cache: Path, moved: Path) -> None:
+def test_a_shard_that_was_damaged_after_encoding_is_a_problem(latentmill: Command, cache: Path, moved: Path) -> None:
     damaged = bytearray((moved / "0.tar").read_bytes())
     damaged[damaged.index(b"000000005.jpg")] ^= 1
     (moved / "0.tar").write_bytes(damaged)
@@ -514,7 +519,7 @@ def test_a_shard_that_was_sound_and_is_damaged_now_is_said(latentmill: Command, 
     assert (code, "it was sound when it was encoded: " in out) == (1, True)
 
 
-def test_the_same_samples_in_a_file_of_another_size_are_proven(latentmill: Command, cache: Path, moved: Path) -> None:
+def test_the_same_samples_in_a_file_of_another_size_are_accepted(latentmill: Command, cache: Path, moved: Path) -> None:
     with (moved / "0.tar").open("ab") as tar:
         tar.write(bytes(10240))
     code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
@@ -522,5 +527,5 @@ def test_the_same_samples_in_a_file_of_another_size_are_proven(latentmill: Comma
     write_tar(moved / "0.tar", img2dataset_members(0, 9))
     code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
     assert code == 1
-    assert "0.tar: it has 9 samples, 10 are recorded of 0-" in out
-    assert re.search(r"0\.tar: its images or their columns are not those of which data/0-\w+-00002", out)
+    assert "0.tar: it has 9 samples, but 10 are recorded for 0-" in out
+    assert re.search(r"0\.tar: its images or their columns differ from those in data/0-\w+-00002", out)

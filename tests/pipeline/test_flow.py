@@ -639,7 +639,7 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
     (cache / f"_commits/{unit.name}.json").unlink()
     assert stats.StatsWriter(Folder(str(cache)), "the identity").write() == written
     next(cache.glob("_empty/*")).unlink()
-    with pytest.raises(CacheError, match="is gone, but was committed"):
+    with pytest.raises(CacheError, match="was committed, but is missing"):
         stats.StatsWriter(Folder(str(cache)), "the identity").write()
 
 
@@ -647,4 +647,4 @@ def test_of_two_commits_the_first_counts(worker: Callable[..., UnitWorker], unit
     worker(tmp_path / "c", run="first").run(unit)
     worker(tmp_path / "c", run="second").run(unit)
     assert json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())["run"] == "first"
-    assert commits.finished_units(Folder(str(tmp_path / "c"))) == {unit.name}
+    assert commits.list_finished_units(Folder(str(tmp_path / "c"))) == {unit.name}

@@ -1,4 +1,4 @@
-"""`inputs` of a part's record, against a second program that was written from docs/cache-format.md alone."""
+"""The `inputs` of a record, compared with a second implementation of docs/cache-format.md."""
 
 import dataclasses
 import datetime
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import parts
-from pipeline.cache.input_hash import value_bytes
+from pipeline.cache.input_hash import encode_value
 from pipeline.flow import UnitWorker
 from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
@@ -40,17 +40,17 @@ def reject(position: int, reason: str) -> bytes:
     return digest(b"reject", b"%d" % position, reason.encode())
 
 
-def together(digests: list[bytes]) -> str:
+def combine(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def records(cache: Path) -> list[Record]:
     folder = Folder(str(cache))
-    found = [parts.inspect_part(folder, name, "the identity") for name in parts.list_part_files(folder)]
-    return sorted((part.record for part in found if part), key=lambda record: record.stem)
+    inspected = [parts.inspect_part(folder, name, "the identity") for name in parts.list_part_files(folder)]
+    return sorted((part.record for part in inspected if part), key=lambda record: record.stem)
 
 
-def of_tar(
+def hash_tar(
     members: Mapping[str, bytes], first: int, count: int, texts: tuple[str, ...] = ("txt", "json")
 ) -> list[bytes]:
     return [
@@ -61,7 +61,7 @@ def of_tar(
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_it_is_what_the_page_says(worker: Make, tmp_path: Path, container: Any, threads: int) -> None:
+def test_it_follows_the_documentation(worker: Make, tmp_path: Path, container: Any, threads: int) -> None:
     members = img2dataset_members(0, 6, height=64, width=64)
     members["000000002.jpg"] = b"no image"  # read, and rejected when it is opened
     members["000000003.jpg"] = img2dataset_members(3, 1, height=64, width=200)["000000003.jpg"]  # another bucket
@@ -71,38 +71,38 @@ def test_it_is_what_the_page_says(worker: Make, tmp_path: Path, container: Any, 
     encoder = worker(tmp_path / "c", layout=layout, open_threads=threads, transform=transform)
     encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     assert [record.inputs for record in records(tmp_path / "c")] == [
-        together([*of_tar(members, 0, 2), reject(2, "not_an_image"), *of_tar(members, 3, 1)]),
-        together([*of_tar(members, 4, 1), reject(5, "bad_text")]),
+        combine([*hash_tar(members, 0, 2), reject(2, "not_an_image"), *hash_tar(members, 3, 1)]),
+        combine([*hash_tar(members, 4, 1), reject(5, "bad_text")]),
     ]
 
 
-def test_a_sample_that_is_filtered_was_read_and_a_part_of_nothing_has_it_too(worker: Make, tmp_path: Path) -> None:
+def test_filtered_samples_count_and_an_empty_part_has_inputs(worker: Make, tmp_path: Path) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
     encoder = worker(tmp_path / "c", transform=Transform(resolution=64, min_size=100))
     assert encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members))).filtered == 3
     encoder.run(unit_of(write_tar(tmp_path / "t/1.tar", {})))
-    assert [record.inputs for record in records(tmp_path / "c")] == [together(of_tar(members, 0, 3)), together([])]
+    assert [record.inputs for record in records(tmp_path / "c")] == [combine(hash_tar(members, 0, 3)), combine([])]
 
 
-def test_what_is_not_passed_through_does_not_count(worker: Make, tmp_path: Path) -> None:
+def test_columns_that_are_not_passed_through_do_not_count(worker: Make, tmp_path: Path) -> None:
     layout = OutputSchema(columns=PassthroughColumns(pa.schema([("txt", pa.string())]), ("txt",)))
     members = img2dataset_members(0, 3, height=64, width=64)
     worker(tmp_path / "a", layout=layout).run(unit_of(write_tar(tmp_path / "a/0.tar", members)))
     other = {name: b"{}" if name.endswith("json") else data for name, data in members.items()} | {"000000002.cls": b"7"}
     worker(tmp_path / "b", layout=layout).run(unit_of(write_tar(tmp_path / "b/0.tar", other)))
     (a,), (b,) = records(tmp_path / "a"), records(tmp_path / "b")
-    assert a.inputs == b.inputs == together(of_tar(members, 0, 3, ("txt",)))
+    assert a.inputs == b.inputs == combine(hash_tar(members, 0, 3, ("txt",)))
 
 
 @pytest.mark.parametrize("limit", ["image_bytes", "text_bytes"])
-def test_limits_reject_what_was_read(worker: Make, tmp_path: Path, limit: str) -> None:
+def test_a_sample_beyond_a_limit_counts_as_its_reject(worker: Make, tmp_path: Path, limit: str) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
     members["000000001.jpg" if limit == "image_bytes" else "000000001.txt"] *= 100
     limits = Limits(**{limit: 10_000 if limit == "image_bytes" else 100})
     worker(tmp_path / "c", limits=limits).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (record,) = records(tmp_path / "c")
     reason = {"image_bytes": "too_many_bytes", "text_bytes": "text_too_long"}[limit]
-    assert record.inputs == together([*of_tar(members, 0, 1), reject(1, reason), *of_tar(members, 2, 1)])
+    assert record.inputs == combine([*hash_tar(members, 0, 1), reject(1, reason), *hash_tar(members, 2, 1)])
 
 
 def test_the_values_of_columns(worker: Make, tmp_path: Path) -> None:
@@ -134,23 +134,23 @@ def test_the_values_of_columns(worker: Make, tmp_path: Path) -> None:
     (record,) = records(tmp_path / "c")
     expected = []
     for n in range(3):
-        values = {name: said[n] for name, (_, said) in columns.items()}
-        there = {name: value for name, value in values.items() if value is not None}
-        expected.append(sample(n, str(n), jpegs[n], there))
-    assert record.inputs == together(expected)
+        values = {name: encoded[n] for name, (_, encoded) in columns.items()}
+        present = {name: value for name, value in values.items() if value is not None}
+        expected.append(sample(n, str(n), jpegs[n], present))
+    assert record.inputs == combine(expected)
 
 
-def test_whatever_is_in_latent_json_has_bytes() -> None:
-    """The same bytes as there, without the quotes of a string."""
+def test_every_json_value_has_an_encoding() -> None:
+    """The bytes are those in latent.json, but a string has no quotes."""
     for value in ({"a": [1, None, "\u2028"]}, [["k", 1.5]], 12, 1e300, -0.0, True):
         assert (
-            value_bytes(value) == json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+            encode_value(value) == json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
         )
-    assert value_bytes(None) is None
-    assert value_bytes("null") == b"null" == value_bytes(float("inf"))
+    assert encode_value(None) is None
+    assert encode_value("null") == b"null" == encode_value(float("inf"))
 
 
-def test_neither_the_batch_nor_an_interruption_changes_it(worker: Make, tmp_path: Path) -> None:
+def test_batch_size_and_interruptions_do_not_change_it(worker: Make, tmp_path: Path) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 10, height=64, width=64)))
     worker(tmp_path / "a").run(unit)
     worker(tmp_path / "b", compute=dataclasses.replace(CPU, batch_size=6), open_threads=3).run(unit)

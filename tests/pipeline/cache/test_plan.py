@@ -15,32 +15,32 @@ def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:
     return Shard(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
 
 
-def test_a_tars_unit_has_the_same_name_wherever_it_lies() -> None:
-    here, there = (make_tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
-    assert here.name == there.name
-    assert here.name.startswith("00_0-")
-    assert len(here.name) == len("00_0-") + 16
-    assert here.name != make_tar_unit(shard("other/00 0?.tar")).name
+def test_the_name_of_a_tar_unit_does_not_depend_on_its_location() -> None:
+    local, remote = (make_tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
+    assert local.name == remote.name
+    assert local.name.startswith("00_0-")
+    assert len(local.name) == len("00_0-") + 16
+    assert local.name != make_tar_unit(shard("other/00 0?.tar")).name
 
 
-def test_a_folders_units_have_up_to_256_images() -> None:
+def test_folder_units_have_up_to_256_images() -> None:
     units = make_units([shard(f"data/{n:04}.jpg") for n in range(600)])
     assert [len(unit.paths) for unit in units] == [256, 256, 88]
     assert {unit.kind for unit in units} == {"folder"}
     assert len({unit.name for unit in units}) == 3
 
 
-def test_images_of_one_name_stay_together() -> None:
+def test_images_with_the_same_stem_stay_in_one_unit() -> None:
     names = [f"data/{n:04}.jpg" for n in range(255)] + ["data/0255.jpg", "data/0255.png"]
     units = make_units([shard(name) for name in names])
     assert [len(unit.paths) for unit in units] == [255, 2]
 
 
-def test_other_files_are_passed_over() -> None:
+def test_other_files_are_skipped() -> None:
     assert make_units([shard("data/a.txt"), shard("data/a_stats.json")]) == []
 
 
-def test_other_files_and_texts_that_are_not_looked_for_are_counted(tmp_path: Path) -> None:
+def test_other_files_and_unused_texts_are_counted(tmp_path: Path) -> None:
     shards = [
         shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
     ]
@@ -59,7 +59,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert not plan.write_plan_file(cache, 0, [])
 
 
-def test_a_plan_only_grows(tmp_path: Path) -> None:
+def test_a_plan_is_append_only(tmp_path: Path) -> None:
     cache, source = Folder(str(tmp_path / "c")), tmp_path / "data"
     source.mkdir()
     (source / "0.tar").write_bytes(b"x")
@@ -71,14 +71,14 @@ def test_a_plan_only_grows(tmp_path: Path) -> None:
     assert extend() == (first, [])
     (source / "1.tar").write_bytes(b"y")
     (source / "0.tar").write_bytes(b"changed")
-    units, noticed = extend()
+    units, notes = extend()
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
     assert (units[0].name, units[0].bytes) == (first[0].name, 7)
     assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
     assert plan.read_plan(cache) == units
-    assert noticed == [
-        "inputs that have changed since they were planned: 1 (data/0.tar); nothing of them was encoded yet, and they "
-        "are planned anew"
+    assert notes == [
+        "inputs that have changed since they were planned: 1 (data/0.tar); none of their samples are encoded yet, and "
+        "they are planned again"
     ]
 
 
@@ -92,7 +92,7 @@ def test_of_two_planners_the_second_reads_what_the_first_planned(
     def read_then_lose(folder: Folder, names: Sequence[str]) -> list[Unit]:
         units = original(folder, names)
         if not calls:
-            plan.write_plan_file(cache, 0, make_units(shards))  # another run is quicker
+            plan.write_plan_file(cache, 0, make_units(shards))  # another run is faster
         calls.append(units)
         return units
 
@@ -102,27 +102,29 @@ def test_of_two_planners_the_second_reads_what_the_first_planned(
     assert cache.names("_plan") == ["00000.parquet"]
 
 
-def test_a_new_image_of_an_old_name_is_noticed_and_left_out(tmp_path: Path) -> None:
+def test_a_new_image_with_a_planned_stem_is_noted_and_skipped(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     plan.extend_plan(cache, [shard("data/a.jpg")])
-    units, noticed = plan.extend_plan(cache, [shard("data/a.jpg"), shard("data/a.png")])
+    units, notes = plan.extend_plan(cache, [shard("data/a.jpg"), shard("data/a.png")])
     assert len(units) == 1
-    assert "left out: 1 (data/a.png); the cache has another image of their name" in noticed[0]
+    assert "skipped: 1 (data/a.png); the cache has another image with the same name" in notes[0]
 
 
-def test_an_image_that_changed_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_image_is_noted(tmp_path: Path) -> None:
     cache, images = Folder(str(tmp_path)), [shard(f"data/{n}.jpg") for n in range(3)]
     first, _ = plan.extend_plan(cache, images)
     cache.create(f"_commits/{first[0].name}.json", b"{}")
     assert plan.extend_plan(cache, images) == (first, [])
-    assert plan.extend_plan(cache, images[:2]) == (first, []), "a part of the source"
+    assert plan.extend_plan(cache, images[:2]) == (first, []), "only a part of the source is listed"
     images[1] = shard("data/1.jpg", size=2)
     units, (line,) = plan.extend_plan(cache, images)
     assert units == first
-    assert line == ("inputs that have changed since they were planned: 1 (data/1.jpg); the cache keeps what they were")
+    assert line == (
+        "inputs that have changed since they were planned: 1 (data/1.jpg); the cache still holds the old version"
+    )
 
 
-def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
+def test_a_plan_with_a_missing_file_is_extended_at_its_end(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     for number in range(3):
         plan.extend_plan(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
@@ -132,13 +134,13 @@ def test_a_plan_with_a_gap_is_added_to_at_its_end(tmp_path: Path) -> None:
     assert sorted(unit.path for unit in units) == [f"data/{n}.tar" for n in range(4)]
 
 
-def test_a_name_that_is_taken_by_no_file_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_with_the_name_of_a_plan_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "_plan/00000.parquet").mkdir(parents=True)
-    with pytest.raises(CacheError, match=r"00000.parquet is no file, but its name is taken"):
+    with pytest.raises(CacheError, match=r"00000.parquet exists but is not a regular file; move it away"):
         plan.extend_plan(Folder(str(tmp_path)), [shard("data/0.tar")])
 
 
-def test_a_plan_that_is_none_is_named(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_an_error_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "_plan").mkdir()
     (tmp_path / "_plan/00000.parquet").write_bytes(b"no plan")
     with pytest.raises(CacheError, match=r"00000.parquet cannot be read as a plan"):
@@ -150,7 +152,7 @@ def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
         plan.extend_plan(Folder(str(tmp_path)), [])
 
 
-def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
+def test_the_size_of_a_parquet_file_decides_its_ranges() -> None:
     units = make_units([shard("data/a.parquet", size=3 * RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
     assert [(unit.path, unit.range) for unit in units] == [
         *(("data/a.parquet", (k, 3)) for k in range(3)),
@@ -160,19 +162,19 @@ def test_a_parquet_file_is_cut_into_ranges_by_its_size() -> None:
     assert sum(unit.share for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
 
 
-def test_a_parquet_file_beside_a_tar_of_its_name_is_its_metadata(tmp_path: Path) -> None:
+def test_a_parquet_file_beside_a_tar_of_the_same_name_is_metadata(tmp_path: Path) -> None:
     shards = [shard(f"data/0.{kind}") for kind in ("tar", "parquet")] + [shard("data/0_stats.json")]
     assert [unit.kind for unit in make_units(shards)] == ["tar"]
     plan.extend_plan(Folder(str(tmp_path)), shards[:1])
-    units, noticed = plan.extend_plan(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
+    units, notes = plan.extend_plan(Folder(str(tmp_path)), [*shards, shard("data/1.parquet")])
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.parquet"]
-    assert noticed == []
+    assert notes == []
 
 
-def test_a_parquet_file_that_changed_is_noticed(tmp_path: Path) -> None:
+def test_a_changed_parquet_file_is_noted(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     first, _ = plan.extend_plan(cache, [shard("data/a.parquet")])
     cache.create(f"_commits/{first[0].name}.json", b"{}")
     units, (line,) = plan.extend_plan(cache, [shard("data/a.parquet", size=2)])
     assert units == first
-    assert "planned: 1 (data/a.parquet); the cache keeps what they were" in line
+    assert "planned: 1 (data/a.parquet); the cache still holds the old version" in line

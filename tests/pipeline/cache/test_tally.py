@@ -11,36 +11,36 @@ def latents(count: int, seed: int = 0) -> list[torch.Tensor]:
     return [(torch.randn(3, 4, 5, generator=generator) * 7 + 2).half() for _ in range(count)]
 
 
-def test_merged_pieces_are_numpys_statistics_of_the_whole() -> None:
+def test_merged_tallies_equal_the_statistics_by_numpy() -> None:
     all_latents = latents(50)
-    pieces = [tally.tally_latents(all_latents[start : start + 7]) for start in range(0, 50, 7)]
-    merged = tally.merge(pieces)
+    tallies = [tally.tally_latents(all_latents[start : start + 7]) for start in range(0, 50, 7)]
+    merged = tally.merge(tallies)
     assert merged is not None
     values = torch.stack(all_latents).double().numpy()
     assert (merged.samples, merged.values) == (50, 50 * 4 * 5)
     np.testing.assert_allclose(merged.mean, values.mean(axis=(0, 2, 3)), rtol=1e-13)
-    np.testing.assert_allclose(tally.std_of(merged), values.std(axis=(0, 2, 3)), rtol=1e-13)
+    np.testing.assert_allclose(tally.compute_std(merged), values.std(axis=(0, 2, 3)), rtol=1e-13)
     assert merged.min == values.min(axis=(0, 2, 3)).tolist()
     assert merged.max == values.max(axis=(0, 2, 3)).tolist()
     np.testing.assert_allclose(tally.pool_channels(merged), (values.mean(), values.std()), rtol=1e-13)
 
 
-def test_a_small_spread_about_a_large_mean_is_kept() -> None:
+def test_a_small_spread_around_a_large_mean_is_exact() -> None:
     values = [torch.full((1, 2, 2), 1e6) + torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]) for _ in range(100)]
     merged = tally.merge([tally.tally_latents([value]) for value in values])
     assert merged is not None
-    assert tally.std_of(merged)[0] == pytest.approx(np.std([0, 1, 2, 3]), rel=1e-9)
+    assert tally.compute_std(merged)[0] == pytest.approx(np.std([0, 1, 2, 3]), rel=1e-9)
 
 
 def test_a_constant_channel_has_no_spread() -> None:
-    assert tally.std_of(tally.tally_latents([torch.ones(1, 1, 1)])) == [0.0]
+    assert tally.compute_std(tally.tally_latents([torch.ones(1, 1, 1)])) == [0.0]
 
 
-def test_nothing_merges_to_nothing() -> None:
+def test_merging_no_tallies_gives_none() -> None:
     assert tally.merge([]) is None
 
 
-def test_results_come_in_order_and_no_more_is_taken_than_the_window() -> None:
+def test_results_are_in_order_and_no_more_items_are_taken_than_the_window() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     taken, given = [], []
@@ -64,29 +64,29 @@ def test_an_exception_in_the_pool_reaches_the_caller() -> None:
         list(in_order(pool, lambda number: 1 // number, [1, 0, 2], window=2))
 
 
-def test_looking_ahead_takes_nothing_away() -> None:
+def test_looking_ahead_consumes_no_item() -> None:
     items = Peekable([1, 2])
     assert not items.is_done
     assert list(items) == [1, 2]
     assert items.is_done
 
 
-def test_moments_have_the_spread_of_the_latents_that_are_drawn_from_them() -> None:
+def test_moments_have_the_standard_deviation_of_latents_sampled_from_them() -> None:
     generator = torch.Generator().manual_seed(3)
     moments = [torch.randn(4, 6, 6, generator=generator) for _ in range(40)]
     merged = tally.merge([tally.tally_moments(moments[start : start + 9]) for start in range(0, 40, 9)])
     assert merged is not None
     means, logvars = torch.stack(moments).double().chunk(2, dim=1)
-    drawn = torch.cat(
+    sampled = torch.cat(
         [means + (0.5 * logvars).exp() * torch.randn(means.shape, generator=generator) for _ in range(99)]
     )
-    np.testing.assert_allclose(tally.std_of(merged), drawn.std(dim=(0, 2, 3)), rtol=0.01)
-    np.testing.assert_allclose(tally.pool_channels(merged), (means.mean(), drawn.std()), rtol=0.01)
+    np.testing.assert_allclose(tally.compute_std(merged), sampled.std(dim=(0, 2, 3)), rtol=0.01)
+    np.testing.assert_allclose(tally.pool_channels(merged), (means.mean(), sampled.std()), rtol=0.01)
     assert merged.variance == pytest.approx(logvars.exp().mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
 
 
-def test_nothing_runs_on_when_an_exception_has_ended_it() -> None:
-    """What the calls use is closed next: a process that opens images, say, which they would start again."""
+def test_no_call_runs_after_an_exception() -> None:
+    """The caller then closes what the calls use, such as a process that decodes images. A call would start it again."""
     import time
     from concurrent.futures import ThreadPoolExecutor
 

@@ -9,8 +9,9 @@ from PIL import Image
 from pipeline.cache import card as card_module
 from pipeline.cache import runs
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import choose_rows
 from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
-from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, image_file_name, psnr
+from pipeline.preview.render import IMAGES_PER_SHEET, make_image_name, make_tasks, psnr
 from pipeline.records import Unit
 from pipeline.storage.store import Folder
 from tests.cache_infos import IDENTITY, info_of
@@ -19,25 +20,25 @@ from tests.conftest import smooth
 UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
 
 
-def chosen(limit: int, *rows: int) -> list[tuple[str, int]]:
+def choose(limit: int, *rows: int) -> list[tuple[str, int]]:
     files = [(f"f{n}", count, UNIT) for n, count in enumerate(rows)]
-    return [(wanted.file, wanted.index) for task in choose_rows(files, limit) for wanted in task.rows]
+    return [(ref.file, ref.index) for ref in choose_rows(files, limit)]
 
 
 def test_rows_are_chosen_evenly_over_the_cache() -> None:
-    assert chosen(4, 3, 5) == [("f0", 0), ("f0", 2), ("f1", 1), ("f1", 3)]
-    assert chosen(0, 2, 1) == [("f0", 0), ("f0", 1), ("f1", 0)]
-    assert chosen(9, 1, 1) == [("f0", 0), ("f1", 0)]
-    assert chosen(3) == []
+    assert choose(4, 3, 5) == [("f0", 0), ("f0", 2), ("f1", 1), ("f1", 3)]
+    assert choose(0, 2, 1) == [("f0", 0), ("f0", 1), ("f1", 0)]
+    assert choose(9, 1, 1) == [("f0", 0), ("f1", 0)]
+    assert choose(3) == []
 
 
-def test_a_task_is_a_sheet() -> None:
-    tasks = choose_rows([("f", 30, UNIT)], 0)
+def test_a_task_holds_the_rows_of_one_sheet() -> None:
+    tasks = make_tasks(choose_rows([("f", 30, UNIT)], 0))
     assert [len(task.rows) for task in tasks] == [IMAGES_PER_SHEET, IMAGES_PER_SHEET, 6]
     assert [task.name for task in tasks] == ["sheet 0", "sheet 1", "sheet 2"]
 
 
-def test_psnr_is_its_definition() -> None:
+def test_psnr_follows_its_definition() -> None:
     black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
     assert psnr(black, grey) == pytest.approx(20 * np.log10(255 / 51))
     assert psnr(grey, black) == psnr(black, grey)
@@ -46,11 +47,11 @@ def test_psnr_is_its_definition() -> None:
 
 @pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
 def test_a_key_becomes_one_safe_file_name(key: str) -> None:
-    name = image_file_name(key)
+    name = make_image_name(key)
     assert "/" not in name
     assert "\0" not in name
     assert len(name) <= 150
-    assert image_file_name(key + "!") != name
+    assert make_image_name(key + "!") != name
 
 
 def test_a_sheet_has_a_cell_for_every_image() -> None:
@@ -62,7 +63,7 @@ def test_a_sheet_has_a_cell_for_every_image() -> None:
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
 
 
-def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
+def test_datasets_can_read_the_card(tmp_path: Path) -> None:
     stats = {"count": 1234, "rejected": {"corrupt": 2}, "filtered": 0, "enlarged": 5, "digest": "d" * 64}
     (tmp_path / "data").mkdir()
     for number in range(3):
@@ -76,7 +77,7 @@ def test_the_card_can_be_read_by_datasets(tmp_path: Path) -> None:
     assert "2 rejected, 0 filtered, 5 enlarged" in card
 
 
-def test_a_run_is_written_from_its_start_to_its_end(tmp_path: Path) -> None:
+def test_the_record_of_a_run_is_written_from_start_to_end(tmp_path: Path) -> None:
     run = runs.Run(Folder(str(tmp_path)), "encode", {"resolution": 64})
     run.write(units=3)
     (path,) = (tmp_path / "_runs").iterdir()

@@ -126,7 +126,7 @@ def test_a_text_that_comes_or_goes_is_noticed(tmp_path: Path, before: str, after
     }
     assert {text.path for files in unpack_files(units[0]) for text in files.texts} == texts | {"p/b.txt"}
     said = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
-    assert noticed[0] == f"{said}nothing of them was encoded yet, and they are planned anew"
+    assert noticed[0] == f"{said}none of their samples are encoded yet, and they are planned again"
 
 
 def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) -> None:

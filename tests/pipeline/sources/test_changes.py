@@ -334,7 +334,7 @@ def test_what_is_gone_is_counted_if_its_source_is_named(extend: Extend, tmp_path
     assert extend(tmp_path / "others")[1] == []
     assert extend(tmp_path / "photos/8.png")[1] == []
     gone = "photos/0.png, photos/1.png, photos/2.png, photos/3.png, photos/4.png and 2 more"
-    expected = [f"planned inputs that are gone: 7 ({gone}); what was encoded of them stays"]
+    expected = [f"planned inputs that are missing: 7 ({gone}); their encoded samples stay in the cache"]
     assert extend(tmp_path / "photos")[1] == extend(tmp_path / "photos/*")[1] == expected
 
 
@@ -364,14 +364,14 @@ def test_an_input_of_the_same_size_that_changed_is_noticed(
     _, (note,) = extend(tmp_path / "s")
     assert note.startswith(f"inputs that have changed since they were planned: 1 (s/1.{kind}); ")
     if standing == "nothing":
-        assert note.endswith("nothing of them was encoded yet, and they are planned anew")
+        assert note.endswith("none of their samples are encoded yet, and they are planned again")
         assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
         after = plan.read_plan(cache)
         assert [unit.name for unit in after] == [unit.name for unit in before]
         assert after != before
         assert extend(tmp_path / "s")[1] == []
     else:
-        assert ("run this again" in note) is (standing != "commit")
+        assert ("run this command again" in note) is (standing != "commit")
         assert plan.read_plan(cache) == before
         assert extend(tmp_path / "s", same_source=True)[1] == [], "the user says that nothing but the time changed"
         assert extend(tmp_path / "s")[1] == []
@@ -389,7 +389,7 @@ def test_a_parquet_file_that_grew_is_planned_in_other_ranges(
     first = plan.read_plan(cache)[0]
     cache.create(f"data/{first.name}-00000.parquet", b"")
     put(tmp_path, "s/0.parquet", data=bytes(90))
-    assert "run this again" in extend(tmp_path / "s")[1][0], "one range stands, so that all of them stay"
+    assert "run this command again" in extend(tmp_path / "s")[1][0], "one range stands, so that all of them stay"
     assert [unit.range for unit in plan.read_plan(cache)] == [(0, 3), (1, 3), (2, 3)]
 
 

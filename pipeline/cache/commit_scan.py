@@ -1,0 +1,110 @@
+"""One scan of a cache: each part file, in the order of the names, together with the entry of its commit.
+
+Each commit is read once, and few are held at a time. A commit that does not name the parts that exist can be repaired
+during the scan.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.cache import parts as part_files
+from pipeline.cache.commits import list_commits, read_commits, repair_commit
+from pipeline.cache.parts import DATA, is_retry_part, stem_of
+from pipeline.canonical_json import VERIFY_HINT
+from pipeline.errors import CacheError
+from pipeline.records import Container
+from pipeline.storage.store import Folder
+
+CommitEntry = Mapping[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """How commits are repaired. rehash: files may have been overwritten, so each one is read and hashed."""
+
+    identity: str
+    container: Container
+    rehash: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheListing:
+    """The names of a cache's commits and part files.
+
+    The commits are listed before the files. So every file that a listed commit names is in `files`, unless it is lost.
+    """
+
+    commits: frozenset[str]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, cache: Folder) -> "CacheListing":
+        """List a cache."""
+        commits = frozenset(list_commits(cache))
+        return cls(commits, tuple(part_files.list_part_files(cache)))
+
+
+def file_name(file: str) -> str:
+    """Return a file's name without its folder. Parts are ordered by it."""
+    return file.rpartition("/")[2]
+
+
+def commit_name(file: str) -> str:
+    """Return the name of the commit to which a part's file belongs."""
+    stem = file_name(stem_of(file))
+    return stem if is_retry_part(stem) else stem.rpartition("-")[0]
+
+
+def pair_with_commits(
+    cache: Folder,
+    listing: CacheListing,
+    parse_entry: Callable[[str, CommitEntry], T],
+    repair: Repair | None = None,
+    after: str = "",
+) -> Iterator[tuple[str, T | None]]:
+    """Yield the files in the order of their names, each with its parsed commit entry; None if no commit names it.
+
+    Each commit is read once, shortly before its first file, and held until its last file.
+    parse_entry: called with the commit's name and a part's entry; its result is yielded.
+    repair: rewrite commits that do not name the parts that exist; default: leave them alone.
+    after: skip the files whose names are not greater than this one, and the commits that have only such files.
+    Raises CacheError if a file that a commit names does not exist.
+    """
+    data_stems = {stem_of(file) for file in listing.files if file.startswith(f"{DATA}/")}
+    listed = set(listing.files)
+    files = sorted((file for file in listing.files if file_name(file) > after), key=file_name)
+    files_left = Counter(name for name in map(commit_name, files) if name in listing.commits)
+    without_files = listing.commits - set(map(commit_name, listing.files))
+    commits = read_commits(cache, [*files_left, *sorted(without_files)])
+
+    def parse_commit(name: str, content: dict[str, Any]) -> dict[str, T]:
+        if repair is not None:
+            content = repair_commit(cache, name, content, data_stems, repair.identity, repair.container, repair.rehash)
+        entries = {entry["file"]: parse_entry(name, entry) for entry in content["parts"]}
+        check_files_exist(cache, entries.keys() - listed)
+        return entries
+
+    held: dict[str, dict[str, T]] = {}
+    for file in files:
+        name = commit_name(file)
+        if name not in files_left:
+            yield file, None
+            continue
+        if name not in held:
+            held[name] = parse_commit(*next(commits))
+        yield file, held[name].get(file)
+        files_left[name] -= 1
+        if not files_left[name]:
+            del held[name]
+    for name, content in commits:
+        parse_commit(name, content)
+
+
+def check_files_exist(cache: Folder, files: Collection[str]) -> None:
+    """Raise CacheError if one of these committed files, which were not listed, does not exist now either."""
+    for file in sorted(files):
+        if cache.read_if_there(file) is None:
+            raise CacheError(f"{cache.at(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")
