@@ -32,10 +32,10 @@ from bench import account
 from bench.make_shards import MICRO, make_shards
 from pipeline import flow
 from pipeline.cache import commits
-from pipeline.clock import StageClock
 from pipeline.encoder import LatentEncoder
 from pipeline.errors import StorageError
 from pipeline.flow import EncodeSpec, UnitWorker
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 
@@ -92,7 +92,7 @@ class SoakJob(EncodeSpec):
     def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
         stage, open_sample, finish, read = (
-            StageClock.stage,
+            StageTimer.stage,
             flow.open_sample,
             commits.write_commit,
             LocalFileOpener.read,
@@ -100,7 +100,7 @@ class SoakJob(EncodeSpec):
         encode, names = LatentEncoder.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
-        def staged(clock: StageClock, name: str) -> Iterator[None]:
+        def staged(clock: StageTimer, name: str) -> Iterator[None]:
             with board.doing(names[name]) if name in names else nullcontext(), stage(clock, name):
                 if name == "write" and board.sickness == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
@@ -127,7 +127,7 @@ class SoakJob(EncodeSpec):
                 finish(*arguments)  # type: ignore[arg-type]
 
         LocalFileOpener.read = read_half
-        StageClock.stage = staged  # type: ignore[method-assign, assignment]
+        StageTimer.stage = staged  # type: ignore[method-assign, assignment]
         LatentEncoder.encode = encoded  # type: ignore[method-assign, assignment]
         flow.open_sample = opened  # type: ignore[assignment]
         commits.write_commit = finished  # type: ignore[assignment]

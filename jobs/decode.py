@@ -22,8 +22,8 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, choose_rows
 from pipeline.sources.own_outputs import MADE_BY, REPORT
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import connection
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 
 NO_COLUMNS = PassthroughColumns(
@@ -52,7 +52,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 
 def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Draw the sheets on the replicas, then write the report and say what was drawn."""
-    out = Folder(store.absolute(options.to), cache.folder.options)
+    out = Folder(connection.absolute(options.to), cache.folder.options)
     begun = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, begun)  # marks what is drawn, also if this is cut short
     done: list[RenderReport] = []
@@ -84,8 +84,8 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             meter.tick(engine.images, engine.waiting_for)
 
         def probe(task: RenderTask) -> None:
-            store.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
-            store.check_reachable(out.url, out.options)
+            connection.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
+            connection.check_reachable(out.url, out.options)
 
         with meter.shown():
             driven = run_tasks(tasks, engine, signals, on_done, on_tick, probe, options.stall_timeout)

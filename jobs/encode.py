@@ -39,8 +39,8 @@ from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.units import is_table_log, make_units
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import connection
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from vae.load import is_single_file
 
@@ -61,7 +61,7 @@ class RunTotals:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
         self.texts.update(done.texts)
-        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
     @property
@@ -126,7 +126,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """The whole job; its exit code. Raises Stopped where a signal ends it."""
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give one of them")
-    cache = Folder(store.absolute(options.to), parse_storage_options(options.storage_option))
+    cache = Folder(connection.absolute(options.to), parse_storage_options(options.storage_option))
     standing = identity.read_cache_json(cache)
     if standing is not None:
         options = cache_spec.inherit_unset(options, given, standing["identity"])
@@ -146,7 +146,7 @@ def look_at_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     """The files of the sources, and the columns that come along."""
     where = parse_source_options(options)
     listing = list_sources(options.source, where, cache.url)
-    log_each([f"note: {line}" for line in listing.noticed])
+    log_each([f"note: {line}" for line in listing.notes])
     shards = listing.shards
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -262,8 +262,8 @@ def encode_pending(
         log.tell(**{**describe_totals(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
-        store.check_reachable(cache.at(identity.NAME), cache.options)
-        store.check_reachable(unit.url, parse_source_options(options))
+        connection.check_reachable(cache.at(identity.NAME), cache.options)
+        connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():
         try:
@@ -338,8 +338,8 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
     if totals.without:
         lines.append(f"  texts      {totals.without}")
-    if counts["again"]:
-        lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
+    if counts["fp32_fallbacks"]:
+        lines.append(f"  overflowed {counts['fp32_fallbacks']:,} in half precision, and were encoded again in fp32")
     if totals.shares:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"

@@ -12,7 +12,7 @@ from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
 from pipeline.sources import changes
 from pipeline.sources.listing import list_sources
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 
 ROUNDS = 3  # a job that goes on beside us sums up after us anyway
@@ -36,7 +36,7 @@ def read_units(
     """
     planned = plan.read_plan(cache.folder)
     if options.source:
-        listing = list_sources(options.source, parse_source_options(options), but=cache.folder.url)
+        listing = list_sources(options.source, parse_source_options(options), excluded=cache.folder.url)
         planned = changes.find_units_at(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 

@@ -17,7 +17,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 # From below: a room (a file or a folder of pipeline/) imports rooms of its own floor and of lower ones.
 FLOORS: tuple[set[str], ...] = (
     {"errors", "values"},
-    {"canonical_json", "records", "limits", "prefetch", "clock", "subprocess_server", "batching"},
+    {"canonical_json", "records", "limits", "prefetch", "timing", "subprocess_server", "batching"},
     {"storage"},
     {"formats", "images", "weights"},
     {"readers", "encoder"},
@@ -86,7 +86,7 @@ def test_the_front_door_imports_nothing_of_ours_before_it_can_find_it() -> None:
     ("package", "allowed"),
     [
         ("ray", {"jobs.ray_executor"}),
-        ("fsspec", {"pipeline.storage.store"}),
+        ("fsspec", {"pipeline.storage.connection"}),
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),

@@ -14,7 +14,8 @@ from pipeline.formats import parquet, webdataset
 from pipeline.formats.record import PartInfo, Record
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
-from pipeline.storage.store import READ_AHEAD, Folder, open_stream
+from pipeline.storage.folder import Folder
+from pipeline.storage.reading import READ_AHEAD, open_stream
 
 DATA, EMPTY = "data", "_empty"
 

@@ -13,7 +13,8 @@ from pipeline.errors import CacheError, IdentityError
 from pipeline.formats import parquet, webdataset
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
-from pipeline.storage.store import Folder, absolute
+from pipeline.storage.connection import absolute
+from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 from vae.scaling import Scaling, scaling_of
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.canonical_json import with_checksum
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 FOLDER = "_runs"
 DEAD_AFTER = 120  # seconds; a run gives a sign of life every 30

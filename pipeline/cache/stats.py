@@ -17,7 +17,7 @@ from pipeline.cache.tally import merge, merge_two, pool_channels, std_of
 from pipeline.canonical_json import VERIFY_HINT, parse_json_object
 from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 NAME = "stats.json"
 UNCOUNTED: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import Problem
 from pipeline.preview.render import RowRef, read_refs
 from pipeline.records import PreparedImage, Reject, Sample, Unit
-from pipeline.storage import store
+from pipeline.storage import reading
 
 TOLERANCE = 0.05  # of a latent's own size: what another device or another slice may change, and no other image
 
@@ -36,7 +36,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     found, damage = bytearray(), ""
     try:
         for sample in flow.read_samples(
-            store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+            reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
         ):
             found += input_hash.hash_sample(sample)
     except DamagedError as error:
@@ -69,7 +69,7 @@ def reencode(cache: Cache, wanted: Sequence[RowRef], encoder: UnitWorker) -> Ite
         rejected: dict[str, str] = {}
         try:
             for sample in flow.read_samples(
-                store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+                reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
             ):
                 if isinstance(sample, Sample) and sample.key in left:
                     file, row = left.pop(sample.key)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
 from pipeline.cache.parts import find_part, publish_part
-from pipeline.clock import StageClock
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
 from pipeline.flow import (
     EncodeSpec,
@@ -28,9 +27,10 @@ from pipeline.flow import (
 from pipeline.formats.record import PartInfo, Record
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.prefetch import Peekable
-from pipeline.readers.damage import reject_rest, until_damage
+from pipeline.readers.damage import ReadableSamples, reject_rest
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
-from pipeline.storage import store
+from pipeline.storage import reading
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
 
@@ -186,9 +186,9 @@ def record_positions(samples: Iterable[Sample | Reject], positions: list[int]) -
 
 def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
     """Encode what now succeeds of a unit's rejects, a part for each part that has any."""
-    spec, clock, left = context.spec, StageClock(), RemainingRejects(task)
-    damage: list[str] = []
-    samples = Peekable(select_rejects(instrument(read_for_retry(task, context, damage), context, clock), left))
+    spec, clock, left = context.spec, StageTimer(), RemainingRejects(task)
+    readable, checked = read_for_retry(task, context)
+    samples = Peekable(select_rejects(instrument(checked, context, clock), left))
     standing: list[PartInfo] = []
 
     def write(number: int, filled: PartBuffer, positions: list[int]) -> None:
@@ -204,7 +204,7 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         filled = fill_part(task.unit, record_positions(some, positions), context, clock, {})
         if positions:
             write(number, filled, positions)
-    if left.rest is not None and not damage:
+    if left.rest is not None and not readable.damage:
         if left.end < left.rest:
             raise ShardError(f"{task.unit.url} has {left.end} samples, but {left.rest} were read before its damage")
         take_existing_parts(task.unit, left.rest // spec.rows_per_part, left, spec)
@@ -213,22 +213,26 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
     return make_report(task.unit, standing, 0, clock.seconds)
 
 
-def read_for_retry(task: RetryTask, context: WorkerContext, damage: list[str]) -> Iterator[Sample | Reject]:
-    """The samples of a task's unit, as its input is now: if that has the samples of which the other parts were made."""
+def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSamples, Iterable[Sample | Reject]]:
+    """Return the samples of a task's unit, as its input is now, and the same samples with a check.
+
+    The check raises an error if the input does not have the samples from which the other parts were made.
+    """
     unit, spec = task.unit, context.spec
-    now = store.current_version(unit, spec.source_options)
+    now = reading.current_version(unit, spec.source_options)
     is_as_planned = (now.bytes, now.etag) == (unit.bytes, unit.etag or now.etag)
     if not is_as_planned and now.bytes != unit.bytes and not task.any_size:
         raise SourceError(
             f"{unit.url} has {now.bytes} bytes, {unit.bytes} when it was planned: its ranges would have other rows; "
             "encode it into another cache"
         )
-    readable = read_samples(now, spec, on_piece=context.on_piece, mended=range(len(unit.paths)))
-    samples = until_damage(readable, context.damaged_at, damage)
+    samples = read_samples(now, spec, on_piece=context.on_piece, may_differ=range(len(unit.paths)))
+    readable = ReadableSamples(samples, context.damaged_at)
     if is_as_planned:
-        return samples
+        return readable, readable
     parts = commits.inspect_committed(spec.cache, unit.name, spec.identity, spec.layout.container)
-    return input_hash.check_inputs(samples, [*(part.record for part in parts), *task.rests], unit.url)
+    records = [*(part.record for part in parts), *task.rests]
+    return readable, input_hash.check_inputs(iter(readable), records, unit.url)
 
 
 def take_existing_parts(unit: Unit, number: int, left: RemainingRejects, spec: EncodeSpec) -> None:

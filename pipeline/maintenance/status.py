@@ -8,7 +8,7 @@ from pipeline.cache import parts, plan, stats
 from pipeline.cache import runs as runs_module
 from pipeline.cache.commits import commit_names
 from pipeline.cache.runs import is_alive, seconds_since_heartbeat
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 
 def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, red
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.sources.units import unit_name_of
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 AT_ONCE = 4  # files with rows that are held and read
 SMALL_AT_ONCE = 16  # other files: stores are slow to answer

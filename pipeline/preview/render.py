@@ -23,7 +23,7 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
 from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample, Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 

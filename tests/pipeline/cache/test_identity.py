@@ -11,7 +11,7 @@ from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.formats.schema import TEXT_COLUMNS
 from pipeline.images.transform import Transform
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import MICRO
 from vae import AutoencoderKLConfig
 

@@ -12,7 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
 from pipeline.preview.render import IMAGES_PER_SHEET, choose_rows, image_file_name, psnr
 from pipeline.records import Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import smooth
 
 UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
