@@ -246,7 +246,7 @@ def test_types_that_do_not_go_together_are_refused(latentmill: Command, micro_va
     write_parquet(tmp_path / "p/1.parquet", images(1, 1), label=[{"a": 1}])
     code, _, err = latentmill("encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--workers", 0)
     assert code == 2
-    assert "the sources have columns of one name whose types do not go together" in err
+    assert "the sources have columns with the same name and incompatible types" in err
 
 
 @pytest.mark.parametrize("damaged", [b"", b"PAR1", b"<html>404 not found</html>"])
