@@ -239,14 +239,9 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
         if part.record.last:
             break
     commits.write_commit(spec.cache, unit_parts, describe_run(context, timer.seconds))
-    return replace(
-        make_report(unit, unit_parts, adopted, timer.seconds),
-        encoded=encoded,
-        fp32_fallbacks=fp32_fallbacks,
-        texts=texts,
-        damage=readable.damage,
-        passed_over=skipped,
-    )
+    report = make_report(unit, unit_parts, adopted, timer.seconds)
+    report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
+    return replace(report, damage=readable.damage, passed_over=skipped)
 
 
 def read_samples(
@@ -282,13 +277,10 @@ def read_samples(
             )
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":
-        retried = spec.superseded.get(unit.name, ())
-        may_differ = retried if may_differ is None else may_differ
+        may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
         yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
     else:
-        raise ShardError(
-            f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; use the version that planned them"
-        )
+        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
 
 
 def instrument(
