@@ -35,10 +35,10 @@ from bench import audit
 from bench.make_shards import MICRO, make_shards
 from pipeline import flow
 from pipeline.cache import commits
-from pipeline.clock import StageClock
 from pipeline.encoder import LatentEncoder
 from pipeline.errors import StorageError
 from pipeline.flow import EncodeSpec, UnitWorker
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 
@@ -95,7 +95,7 @@ class SoakJob(EncodeSpec):
     def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
         stage, open_sample, write_commit, read = (
-            StageClock.stage,
+            StageTimer.stage,
             flow.open_sample,
             commits.write_commit,
             LocalFileOpener.read,
@@ -103,7 +103,7 @@ class SoakJob(EncodeSpec):
         encode, names = LatentEncoder.encode, {"read": "reading", "write": "publishing"}
 
         @contextmanager
-        def record_stage(clock: StageClock, name: str) -> Iterator[None]:
+        def record_stage(clock: StageTimer, name: str) -> Iterator[None]:
             with board.enter_phase(names[name]) if name in names else nullcontext(), stage(clock, name):
                 if name == "write" and board.sickness == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
@@ -130,7 +130,7 @@ class SoakJob(EncodeSpec):
                 write_commit(*arguments)  # type: ignore[arg-type]
 
         LocalFileOpener.read = read_half
-        StageClock.stage = record_stage  # type: ignore[method-assign, assignment]
+        StageTimer.stage = record_stage  # type: ignore[method-assign, assignment]
         LatentEncoder.encode = record_encode  # type: ignore[method-assign, assignment]
         flow.open_sample = record_open  # type: ignore[assignment]
         commits.write_commit = record_commit  # type: ignore[assignment]

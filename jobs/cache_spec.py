@@ -17,7 +17,7 @@ from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 
 

@@ -24,8 +24,8 @@ from pipeline.errors import CacheError, UsageError
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.preview.render import Rendered, RenderReport, RenderSpec, RenderTask, make_tasks
 from pipeline.sources.own_outputs import MADE_BY, REPORT
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import connection
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 
 # Originals are drawn without columns, so that captions that have changed since do not matter.
@@ -55,7 +55,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 
 def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Render the sheets on the workers, write the report and print the summary."""
-    out = Folder(store.absolute(options.to), cache.folder.options)
+    out = Folder(connection.absolute(options.to), cache.folder.options)
     unfinished = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, unfinished)  # the report marks the folder as rendered, even if the job is interrupted
     done: list[RenderReport] = []
@@ -87,8 +87,8 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             meter.tick(executor.images, executor.waiting_for)
 
         def probe(task: RenderTask) -> None:
-            store.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
-            store.check_reachable(out.url, out.options)
+            connection.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
+            connection.check_reachable(out.url, out.options)
 
         with meter.shown():
             result = run_tasks(tasks, executor, signals, on_done, on_tick, probe, options.stall_timeout)

@@ -33,8 +33,8 @@ from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.units import is_table_log, make_units
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import connection
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from vae.load import is_single_file
 
@@ -54,7 +54,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
-    cache = Folder(store.absolute(options.to), parse_storage_options(options.storage_option))
+    cache = Folder(connection.absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
@@ -75,7 +75,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     """Return the files of the sources, and the columns that are copied from them. Raises SourceError without inputs."""
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
-    log_each(listing.noticed, log_note)
+    log_each(listing.notes, log_note)
     shards = listing.shards
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -192,8 +192,8 @@ def encode_pending(
         recorder.update(**{**describe_totals(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
-        store.check_reachable(cache.at(identity.NAME), cache.options)
-        store.check_reachable(unit.url, parse_source_options(options))
+        connection.check_reachable(cache.at(identity.NAME), cache.options)
+        connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():
         try:

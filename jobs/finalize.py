@@ -7,7 +7,7 @@ from pipeline.cache.commit_scan import Repair
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import library_versions
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 MAX_ROUNDS = 3  # then it does not matter: a second job that still writes parts writes the statistics after this one
 

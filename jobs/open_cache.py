@@ -28,7 +28,7 @@ def read_units(
     """
     planned = plan.read_plan(cache.folder)
     if options.source:
-        listing = list_sources(options.source, parse_source_options(options), but=cache.folder.url)
+        listing = list_sources(options.source, parse_source_options(options), excluded=cache.folder.url)
         planned = changes.find_units_at(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 

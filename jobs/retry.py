@@ -26,7 +26,7 @@ from pipeline.errors import REST_OF_SHARD
 from pipeline.formats.record import PartInfo, PartSummary
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
-from pipeline.storage import store
+from pipeline.storage import connection
 from pipeline.weights import Vae
 
 
@@ -126,8 +126,8 @@ def run_retry(
             recorder.update(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
-            store.check_reachable(cache.folder.at(NAME), cache.folder.options)
-            store.check_reachable(task.unit.url, parse_source_options(options))
+            connection.check_reachable(cache.folder.at(NAME), cache.folder.options)
+            connection.check_reachable(task.unit.url, parse_source_options(options))
 
         with meter.shown():
             return run_tasks(tasks, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout)

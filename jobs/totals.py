@@ -13,7 +13,7 @@ from jobs.scheduler import Failure
 from pipeline.cache import stats
 from pipeline.errors import REST_OF_SHARD
 from pipeline.records import Seconds, UnitReport
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 
 @dataclass(kw_only=True)

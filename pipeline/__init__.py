@@ -1,4 +1,4 @@
-"""The data's way: storage -> shards -> samples -> pixels -> latents -> part files -> statistics; and back.
+"""The pipeline: storage -> shards -> samples -> pixels -> latents -> part files -> statistics, and back.
 
-Read `flow` first. Knows vae, nothing of Ray.
+Read `flow` first. This package imports `vae`. It does not import Ray.
 """

@@ -1,4 +1,4 @@
-"""Images into batches of one size, so that each can be encoded at one static shape."""
+"""Group images into batches of one bucket, so that each batch can be encoded at one static shape."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +6,7 @@ from pipeline.records import PreparedImage
 
 
 def make_batches(images: Iterable[PreparedImage], size: int) -> Iterator[list[PreparedImage]]:
-    """Lists of up to `size` images of one bucket: full ones as soon as they are, the rest at the end."""
+    """Yield lists of up to `size` images of one bucket: a full list at once, the others at the end."""
     waiting: dict[tuple[int, int], list[PreparedImage]] = {}
     for image in images:
         batch = waiting.setdefault(image.bucket, [])

@@ -1,9 +1,10 @@
-"""The whole way of one unit: samples in, part files and their records out.
+"""Encode one unit: samples are read, part files and their records are written.
 
-    read -> open -> transform -> batches -> encode -> write
+    read -> decode -> transform -> batch -> encode -> write
 
-A part file is its own commit: it is made in memory and published by one conditional create, so that a unit can be
-cut short anywhere and taken up by anybody; what stands is never made again.
+`process_unit` runs all of these steps. A part file is its own commit: it is built in memory and published by one
+conditional create. So a unit can be interrupted anywhere, and any worker can resume it. An existing part is never
+written again.
 """
 
 import itertools
@@ -20,7 +21,6 @@ import numpy as np
 from pipeline.batching import make_batches
 from pipeline.cache import commits, input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
-from pipeline.clock import StageClock
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Rejected, ShardError, Stopped
 from pipeline.formats.record import PartInfo, Record
@@ -32,11 +32,11 @@ from pipeline.limits import Limits, check_columns, check_share
 from pipeline.prefetch import Peekable, in_order
 from pipeline.readers import parquet_keys
 from pipeline.readers.damage import (
+    ReadableSamples,
     before_retried_rest,
     keep_rejected,
     read_past_damage,
     reject_missing_rest,
-    until_damage,
 )
 from pipeline.readers.folder import read_folder_unit
 from pipeline.readers.metadata import merge_metadata, read_tar_metadata
@@ -54,13 +54,14 @@ from pipeline.records import (
     Unit,
     UnitReport,
 )
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import reading
+from pipeline.storage.folder import Folder
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
 
 class ReadSpec(Protocol):
-    """What of a job says how a unit is read."""
+    """The settings of a job that decide how a unit is read."""
 
     @property
     def source_options(self) -> Mapping[str, str]: ...
@@ -78,12 +79,13 @@ class ReadSpec(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSpec:
-    """What a worker must know, and little enough to be sent to it. `build` builds the worker on arrival.
+    """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity: sha256 of the cache's identity. image_column, key_column: of Parquet sources.
-    open_threads: threads that open images, shared by the units in flight.
-    run: name of this run. versions: of the libraries that decide bytes.
-    superseded: what parts of `retry` have of units whose own parts were lost (`commit.superseded`).
+    identity: sha256 of the cache's identity. image_column, key_column: columns of Parquet sources.
+    open_threads: threads that decode images, shared by the units in flight.
+    run: name of this run. versions: versions of the libraries that affect the written bytes.
+    superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
+    parts were lost (`parts.superseded`).
     """
 
     cache: Folder
@@ -105,198 +107,200 @@ class EncodeSpec:
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
-        """The worker, its replica loaded."""
+        """Build the worker and load its model. stop: set when the job is to stop."""
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
         latent_encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         return UnitWorker(WorkerContext(spec=self, latent_encoder=latent_encoder, pool=pool, stop=stop))
 
     def with_smaller_slices(self) -> "EncodeSpec":
-        """The same job for less memory."""
+        """Return the same job with smaller slices, which need less memory."""
         return replace(self, compute=self.compute.with_smaller_slices())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
-    """What a unit needs on its way; the units in flight share them.
+    """The objects that a unit needs. The units in flight share them.
 
-    seen: how many `samples` were read so far, in all units, and `pieces` of what is read past.
-    damaged_at: of the unit that is done, see `Attempt`.
+    progress: how many `samples` were read so far, in all units, and how many `pieces` were skipped after a damage.
+    damaged_at: the known damage of the unit that is processed, see `Attempt`.
     """
 
     spec: EncodeSpec
     latent_encoder: LatentEncoder
     pool: ThreadPoolExecutor
     stop: threading.Event
-    seen: Counter[str] = field(default_factory=Counter)
+    progress: Counter[str] = field(default_factory=Counter)
     open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
     damaged_at: int | None = None
 
     def on_piece(self) -> None:
-        """Count a piece of what is read past. Raises Stopped once the job is to stop."""
+        """Count a skipped piece of a damaged shard. Raises Stopped once the job is to stop."""
         if self.stop.is_set():
             raise Stopped
-        self.seen["pieces"] += 1
+        self.progress["pieces"] += 1
 
 
 class UnitWorker:
-    """A worker that does units. Threads may call `run` together."""
+    """A worker that processes units. Several threads may call `run` at the same time."""
 
     def __init__(self, context: WorkerContext) -> None:
         self.context = context
 
     def run(self, unit: Unit, attempt: Attempt = FIRST_ATTEMPT) -> UnitReport:
-        """Do what is missing of a unit.
+        """Encode the missing parts of a unit.
 
-        A careful attempt has the images opened by a process of its own: one of them may have ended a worker. One that
-        knows of a damage, and finds it again, takes the shard as far as it can be read, and rejects the rest.
+        An isolated attempt decodes the images in a separate process, because one of them may have ended a worker.
+        An attempt with a known damage that finds the same damage encodes the shard up to it, and rejects the rest.
         """
         context = replace(self.context, damaged_at=attempt.damaged_at)
         if not attempt.isolated:
             return process_unit(unit, context)
-        with SandboxedDecoder(context.spec.limits) as opener:
-            return process_unit(unit, replace(context, open_pixels=opener.open_pixels))
+        with SandboxedDecoder(context.spec.limits) as decoder:
+            return process_unit(unit, replace(context, open_pixels=decoder.open_pixels))
 
     @property
     def images(self) -> int:
-        """Images encoded so far."""
+        """The number of images encoded so far."""
         return self.context.latent_encoder.images
 
     @property
     def steps(self) -> int:
-        """What moves as long as anything does: samples read, images encoded, the model's own runs."""
-        return self.context.seen.total() + self.images + self.context.latent_encoder.runs
+        """A counter that increases whenever the worker makes progress: samples read, images encoded, model runs."""
+        return self.context.progress.total() + self.images + self.context.latent_encoder.runs
 
 
 @dataclass(slots=True)
 class PartBuffer:
-    """What became of the samples of one part. digests: of the samples as they were read, by position."""
+    """The results of the samples of one part. digests: the digest of each sample as it was read, by position."""
 
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     filtered: int = 0
-    again: int = 0
+    fp32_fallbacks: int = 0
     digests: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def digests_in_order(self) -> list[bytes]:
-        """The digest of each sample; of one that was rejected, also later than when it was read, that of its reject."""
+        """The digest of each sample, or of its reject if it was rejected, in the reader or in any later step."""
         digests = self.digests | {reject.position: input_hash.hash_sample(reject) for reject in self.rejects}
         return [digests[position] for position in sorted(digests)]
 
     @property
     def samples(self) -> int:
+        """The number of samples: encoded, rejected and filtered."""
         return len(self.rows) + len(self.rejects) + self.filtered
 
 
 def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
-    """Encode what is missing of a unit, and record it as done. Raises what makes the unit fail as a whole.
+    """Encode the missing parts of a unit, and record the unit as done. Raises any error that fails the whole unit.
 
-    An input with another time or ETag than was planned is read as it is now, if it has the samples of which the parts
-    that stand were made. All of it is read for that before anything is written.
+    If the input has another time or ETag than was planned, its current version is used, provided that it has the
+    samples from which the existing parts were made. The whole input is read to check that before anything is written.
     """
-    spec, clock = context.spec, StageClock()
+    spec, timer = context.spec, StageTimer()
     try:
-        return encode_missing(unit, context, clock)
+        return encode_missing_parts(unit, context, timer)
     except ChangedError:
-        now = store.current_version(unit, spec.source_options)
+        current = reading.current_version(unit, spec.source_options)
         records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
-        if now.bytes != unit.bytes or not records:
+        if current.bytes != unit.bytes or not records:
             raise
-        samples = until_damage(read_samples(now, spec, on_piece=context.on_piece), context.damaged_at, [])
-        drain(input_hash.check_inputs(instrument(samples, context, clock), records, unit.url))
-    return encode_missing(now, context, clock)
+        samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
+        exhaust(input_hash.check_inputs(instrument(samples, context, timer), records, unit.url))
+    return encode_missing_parts(current, context, timer)
 
 
-def encode_missing(unit: Unit, context: WorkerContext, clock: StageClock) -> UnitReport:
-    """The same, of an input that is as it was planned. Raises ChangedError if it is not."""
+def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) -> UnitReport:
+    """Encode a unit whose input is as it was planned. Raises ChangedError if it is not."""
     spec = context.spec
-    damage: list[str] = []
-    passed = Counter[str]()
+    skipped = Counter[str]()
     superseded = spec.superseded.get(unit.name, {})
-    reading = until_damage(read_samples(unit, spec, passed, context.on_piece), context.damaged_at, damage)
-    samples = Peekable(instrument(before_retried_rest(reading, superseded), context, clock))
-    standing: list[PartInfo] = []
-    adopted = behind = encoded = again = 0
+    readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
+    samples = Peekable(instrument(before_retried_rest(readable, superseded), context, timer))
+    unit_parts: list[PartInfo] = []
+    adopted = parts_to_skip = encoded = fp32_fallbacks = 0
     texts: Counter[str] = Counter()
     for number in itertools.count():
         part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
         if part is None:
-            drain(itertools.islice(samples, behind * spec.rows_per_part))  # what the parts that stood there hold
-            some: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
-            if number and samples.is_done:  # what stands was read farther than this
-                some = iter([reject_missing_rest(unit.url, number * spec.rows_per_part, damage)])
-            filled, behind = fill_part(unit, some, context, clock, superseded), 0
-            encoded, again = encoded + len(filled.rows), again + filled.again
-            texts += tally.count_texts(filled.rows, spec.layout.columns.texts)
-            record = make_record(unit, number, filled, samples.is_done, context)
-            with clock.stage("write"):
-                part = parts.publish_part(spec.cache, record, filled.rows, spec.layout)
+            exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
+            part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
+            if number and samples.is_done:  # an earlier worker read farther, and its parts exist
+                part_samples = iter([reject_missing_rest(unit.url, number * spec.rows_per_part, readable.damage)])
+            buffer, parts_to_skip = fill_part(unit, part_samples, context, timer, superseded), 0
+            encoded, fp32_fallbacks = encoded + len(buffer.rows), fp32_fallbacks + buffer.fp32_fallbacks
+            texts += tally.count_texts(buffer.rows, spec.layout.columns.texts)
+            record = make_record(unit, number, buffer, samples.is_done, context)
+            with timer.stage("write"):
+                part = parts.publish_part(spec.cache, record, buffer.rows, spec.layout)
         else:
-            adopted, behind = adopted + 1, behind + 1
-        standing.append(part)
+            adopted, parts_to_skip = adopted + 1, parts_to_skip + 1
+        unit_parts.append(part)
         if part.record.last:
             break
-    commits.write_commit(spec.cache, standing, describe_run(context, clock.seconds))
-    report = make_report(unit, standing, adopted, clock.seconds)
-    damaged = "".join(damage)
-    return replace(report, encoded=encoded, again=again, texts=texts, damage=damaged, passed_over=passed)
+    commits.write_commit(spec.cache, unit_parts, describe_run(context, timer.seconds))
+    report = make_report(unit, unit_parts, adopted, timer.seconds)
+    report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
+    return replace(report, damage=readable.damage, passed_over=skipped)
 
 
 def read_samples(
     unit: Unit,
     spec: ReadSpec,
-    passed: Counter[str] | None = None,
+    skipped: Counter[str] | None = None,
     on_piece: Callable[[], None] = lambda: None,
-    mended: Container[int] | None = None,
+    may_differ: Container[int] | None = None,
 ) -> Iterator[Sample | Reject]:
-    """The samples of a unit, in its reading order. Nothing is opened before the first one is asked for.
+    """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
-    passed: what is no part of a sample is counted there, by kind.
-    on_piece: called again and again while what follows a damage is read. A DamagedError is raised after that.
-    mended: positions at which files of a folder may be others than were planned; those that a retry has, if not given.
+    skipped: receives the number of inputs that are not part of a sample, by kind.
+    on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
+    may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
+    Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns = spec.source_options, spec.layout.columns
     if unit.kind == "tar":
-        beside = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, passed)
-        with store.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, passed)
+        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
+        with reading.open_stream(unit.url, options, unit) as stream:
+            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
             for sample in read_past_damage(samples, stream, on_piece):
-                if isinstance(sample, Sample) and sample.key in beside:
-                    yield merge_metadata(sample, beside[sample.key])
+                if isinstance(sample, Sample) and sample.key in metadata:
+                    yield merge_metadata(sample, metadata[sample.key])
                 else:
                     yield sample
     elif unit.kind == "parquet":
-        with store.open_stream(unit.url, options, unit, seeking=True) as stream:
+        with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             part, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
             known = parquet_keys.keys_of_file(unit.url, unit.bytes, unit.etag, key)
             samples = read_parquet(
-                stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, passed
+                stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, skipped
             )
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":
-        retried = spec.superseded.get(unit.name, ())
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, retried if mended is None else mended)
+        may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
+        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
     else:
-        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'")
+        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
 
 
 def instrument(
-    samples: Iterator[Sample | Reject], context: WorkerContext, clock: StageClock
+    samples: Iterable[Sample | Reject], context: WorkerContext, timer: StageTimer
 ) -> Iterator[Sample | Reject]:
-    """The same samples, each timed and counted; Stopped is raised between two of them once the job is to stop."""
+    """Yield the same samples, and time and count each. Raises Stopped between two samples once the job is to stop."""
+    samples = iter(samples)
     while True:
         if context.stop.is_set():
             raise Stopped
-        with clock.stage("read"):
+        with timer.stage("read"):
             sample = next(samples, None)
         if sample is None:
             return
-        context.seen["samples"] += 1
+        context.progress["samples"] += 1
         yield sample
 
 
-def drain(samples: Iterable[Sample | Reject]) -> None:
-    """Read past samples."""
+def exhaust(samples: Iterable[Sample | Reject]) -> None:
+    """Read all samples and discard them."""
     deque(samples, maxlen=0)
 
 
@@ -304,53 +308,53 @@ def fill_part(
     unit: Unit,
     samples: Iterable[Sample | Reject],
     context: WorkerContext,
-    clock: StageClock,
+    timer: StageTimer,
     superseded: Mapping[int, str],
 ) -> PartBuffer:
-    """Open, transform and encode the samples of one part; its rows by bucket, then position.
+    """Decode, transform and encode the samples of one part. Its rows are sorted by bucket, then by position.
 
-    superseded: those that another part has, by position, and why they were rejected here.
+    superseded: by position, the reject reasons of samples that are in a part of `retry`.
     """
-    filled = PartBuffer()
+    buffer = PartBuffer()
     spec = context.spec
 
-    def opened_once(sample: Sample | Reject) -> tuple[PreparedImage | Reject | Filtered, float]:
+    def prepare(sample: Sample | Reject) -> tuple[PreparedImage | Reject | Filtered, float]:
         item, seconds = open_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
-        filled.digests[sample.position] = input_hash.hash_sample(sample)
+        buffer.digests[sample.position] = input_hash.hash_sample(sample)
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
-        except Rejected as why:
-            item = Reject.of(sample.position, sample.key, why)
+        except Rejected as error:
+            item = Reject.of(sample.position, sample.key, error)
         return keep_rejected(sample, item, superseded.get(sample.position)), seconds
 
     window = spec.compute.batch_size + 2 * spec.open_threads
-    opened = in_order(context.pool, opened_once, samples, window, wait=clock.wait)
-    for batch in make_batches(images_to_encode(opened, filled, clock), spec.compute.batch_size):
+    prepared = in_order(context.pool, prepare, samples, window, wait=timer.wait)
+    for batch in make_batches(images_to_encode(prepared, buffer, timer), spec.compute.batch_size):
         encoded = context.latent_encoder.encode(batch, unit.path)
-        clock.add(queue=encoded.queued, encode=encoded.seconds)
-        filled.again += encoded.again
+        timer.add(queue=encoded.queued, encode=encoded.seconds)
+        buffer.fp32_fallbacks += encoded.fp32_fallbacks
         for image, latent in zip(batch, encoded.latents, strict=True):
             if isinstance(latent, Rejected):
-                filled.rejects.append(Reject.of(image.position, image.key, latent))
+                buffer.rejects.append(Reject.of(image.position, image.key, latent))
             else:
-                filled.rows.append(Row(image.drop_pixels(), latent))
-    filled.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
-    filled.rejects.sort(key=lambda reject: reject.position)
-    return filled
+                buffer.rows.append(Row(image.drop_pixels(), latent))
+    buffer.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
+    buffer.rejects.sort(key=lambda reject: reject.position)
+    return buffer
 
 
 def images_to_encode(
-    opened: Iterable[tuple[PreparedImage | Reject | Filtered, float]], filled: PartBuffer, clock: StageClock
+    prepared: Iterable[tuple[PreparedImage | Reject | Filtered, float]], buffer: PartBuffer, timer: StageTimer
 ) -> Iterator[PreparedImage]:
-    """The images that are to be encoded; what is not is put aside in `filled`."""
-    for item, seconds in opened:
-        clock.add(open=seconds)
+    """Yield the images to encode. Rejects and the number of filtered samples are stored in `buffer`."""
+    for item, seconds in prepared:
+        timer.add(open=seconds)
         if isinstance(item, PreparedImage):
             yield item
         elif isinstance(item, Reject):
-            filled.rejects.append(item)
+            buffer.rejects.append(item)
         else:
-            filled.filtered += 1
+            buffer.filtered += 1
 
 
 def open_sample(
@@ -360,7 +364,7 @@ def open_sample(
     limits: Limits,
     open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
 ) -> tuple[PreparedImage | Reject | Filtered, float]:
-    """Bytes to pixels at the size they are encoded at, and the seconds that took. Runs in a pool's thread."""
+    """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
     start = time.perf_counter()
     return _open_sample(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
 
@@ -377,8 +381,8 @@ def _open_sample(
     try:
         check_columns(sample.columns, limits)
         rgb = open_pixels(sample.image, limits)
-    except Rejected as why:
-        return Reject.of(sample.position, sample.key, why)
+    except Rejected as error:
+        return Reject.of(sample.position, sample.key, error)
     height, width = rgb.shape[:2]
     fit = transform.fit(height, width, unit.path, sample.key)
     if fit is None:
@@ -397,8 +401,8 @@ def _open_sample(
     )
 
 
-def make_record(unit: Unit, number: int, filled: PartBuffer, last: bool, context: WorkerContext) -> Record:
-    """What the part will say of itself."""
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> Record:
+    """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
     return Record(
         format=FORMAT,
         identity=context.spec.identity,
@@ -409,18 +413,18 @@ def make_record(unit: Unit, number: int, filled: PartBuffer, last: bool, context
         source_bytes=unit.bytes,
         range=unit.range,
         first=number * context.spec.rows_per_part,
-        samples=filled.samples,
-        rows=len(filled.rows),
-        filtered=filled.filtered,
-        enlarged=sum(row.image.enlarged for row in filled.rows),
-        inputs=input_hash.combine_digests(filled.digests_in_order),
-        rejects=tuple(filled.rejects),
-        tally=tally.tally_rows(filled.rows, context.spec.layout.store),
+        samples=buffer.samples,
+        rows=len(buffer.rows),
+        filtered=buffer.filtered,
+        enlarged=sum(row.image.enlarged for row in buffer.rows),
+        inputs=input_hash.combine_digests(buffer.digests_in_order),
+        rejects=tuple(buffer.rejects),
+        tally=tally.tally_rows(buffer.rows, context.spec.layout.store),
     )
 
 
 def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
-    """What `_commits` keeps of a unit that does not follow from its parts."""
+    """Return the facts about a unit that `_commits` stores and that do not follow from its parts."""
     return {
         "seconds": asdict(seconds),
         "compute": asdict(context.latent_encoder.compute),
@@ -429,9 +433,9 @@ def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
     }
 
 
-def make_report(unit: Unit, standing: list[PartInfo], adopted: int, seconds: Seconds) -> UnitReport:
-    """What the driver is told of a finished unit."""
-    records = [part.record for part in standing]
+def make_report(unit: Unit, unit_parts: list[PartInfo], adopted: int, seconds: Seconds) -> UnitReport:
+    """Return the report of a finished unit for the driver. adopted: how many of its parts existed before."""
+    records = [part.record for part in unit_parts]
     return UnitReport(
         unit=unit.name,
         samples=sum(record.samples for record in records),
@@ -439,8 +443,8 @@ def make_report(unit: Unit, standing: list[PartInfo], adopted: int, seconds: Sec
         filtered=sum(record.filtered for record in records),
         enlarged=sum(record.enlarged for record in records),
         rejects=Counter(reject.reason for record in records for reject in record.rejects),
-        parts=len(standing),
+        parts=len(unit_parts),
         adopted=adopted,
-        bytes=sum(part.bytes for part in standing),
+        bytes=sum(part.bytes for part in unit_parts),
         seconds=seconds,
     )

@@ -1,7 +1,7 @@
-"""What an input may be at most. More is a reject or a failed unit, never a process without memory.
+"""Limits of the inputs. An input above a limit is a reject or a failed unit. It never exhausts a process's memory.
 
-Each can be set by `--input-limit NAME=N`. No number is part of a cache's identity: what is kept out is recorded as
-rejected, and `retry` takes it up under other limits.
+Each limit can be set by `--input-limit NAME=N`. No limit is part of a cache's identity: samples above a limit are
+recorded as rejected, and `retry` encodes them under other limits.
 """
 
 import re
@@ -11,22 +11,23 @@ from dataclasses import dataclass
 from pipeline.errors import Rejected
 from pipeline.values import iter_texts, size_in_bytes
 
-# what steers a terminal or turns the letters of a line around: C0, C1, separators of lines, bidirectional overrides
+# characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_HIDDEN = re.compile(r"__[^/]*__/")  # webdataset passes over a shard's folders of such names
-_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # what Python makes of a byte that is none
-_INSTEAD = "\x1a"  # SUBSTITUTE: no key may have it
+_HIDDEN = re.compile(r"__[^/]*__/")  # webdataset skips folders of a shard that have such names
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
+_SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The numbers; bytes unless said.
+    """The limits.
 
-    image_bytes: of an encoded image. pixels, side: of an image once it is open; checked before it is.
-    text_bytes: of a caption, or of any other text beside an image. key_bytes: of a key.
-    columns_bytes: that the columns of a part's rows take until it is written; each row may take an equal share.
-    members: files in a tar. header_bytes: of one extended header of a tar. footer_bytes: of a Parquet file's footer.
-    seconds, memory: for one image, where it is opened by a process of its own because another one died.
+    image_bytes: bytes of an encoded image. pixels, side: pixels of a decoded image, in total and of its longer side;
+    checked before it is decoded. text_bytes: bytes of a caption, or of any other text beside an image.
+    key_bytes: bytes of a key. columns_bytes: bytes of memory for the columns of a part's rows until the part is
+    written; each row may take an equal share. members: files in a tar. header_bytes: bytes of one extended header of a
+    tar. footer_bytes: bytes of a Parquet file's footer. seconds, memory: seconds and bytes of memory for one image, if
+    it is decoded in a separate process because a worker died.
     """
 
     image_bytes: int = 64 << 20
@@ -46,12 +47,12 @@ DEFAULT_LIMITS = Limits()
 
 
 def to_valid_text(name: str) -> str:
-    """A name as valid text. One that is not UTF-8, its odd bytes lone surrogates, becomes one that no key may be."""
-    return _NOT_UTF8.sub(lambda byte: f"{_INSTEAD}x{ord(byte[0]) - 0xDC00:02x}", name)
+    """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
+    return _NOT_UTF8.sub(lambda byte: f"{_SUBSTITUTE}x{ord(byte[0]) - 0xDC00:02x}", name)
 
 
 def check_key(key: str, limits: Limits) -> None:
-    """Raise Rejected for a key that could lead a reader of the cache astray: it names members of tars, and files."""
+    """Raise Rejected for a key that is unsafe: readers of the cache use it as the name of tar members and files."""
     if (
         not key
         or len(key.encode(errors="replace")) > limits.key_bytes
@@ -65,26 +66,26 @@ def check_key(key: str, limits: Limits) -> None:
 
 
 def printable_key(key: str, limits: Limits) -> str:
-    """A key as a reject names it: as long as a key may be, its control characters and odd bytes as escapes."""
+    """Return a key for a reject: cut to the limit, with escapes for control characters and bytes that are not UTF-8."""
     return printable(key[: limits.key_bytes])[: limits.key_bytes]
 
 
 def printable(text: str) -> str:
-    """A text that a terminal can show, as `text_of` gave it."""
-    return _CONTROL.sub(lambda one: one[0].encode("unicode_escape").decode(), text.replace(_INSTEAD, "\\"))
+    """Return a text of `to_valid_text` with escapes for control characters, safe to print on a terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace(_SUBSTITUTE, "\\"))
 
 
 def check_columns(columns: Mapping[str, object], limits: Limits) -> None:
-    """Raise Rejected where a text among the values, or inside one, is too long."""
+    """Raise Rejected if a text among the values, or inside a value, is too long."""
     for name, value in columns.items():
         if any(len(text.encode()) > limits.text_bytes for text in iter_texts(value)):
             raise Rejected("read", "text_too_long", name, limits.text_bytes)
 
 
 def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> None:
-    """Raise Rejected where columns take more than a row's share of a part of so many rows.
+    """Raise Rejected if the columns of a row take more than its share of a part with `rows` rows.
 
-    Of its own columns alone: what becomes of a sample must not depend on those beside it.
+    Only the row's own columns count, because the result of a sample must not depend on other samples.
     """
     share = limits.columns_bytes // rows
     size = sum(size_in_bytes(value) for value in columns.values())
@@ -93,9 +94,9 @@ def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> Non
 
 
 def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:
-    """The text in a file beside an image, without a byte-order mark; None of None.
+    """Return the text in a file beside an image, without a byte-order mark. Return None if `data` is None.
 
-    Raises Rejected where it is too long, or none.
+    Raises Rejected if it is too long, or is not UTF-8.
     """
     if data is None:
         return None

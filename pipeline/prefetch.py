@@ -1,4 +1,4 @@
-"""The one place where steps run at the same time: a bounded look-ahead on a pool of threads."""
+"""A bounded look-ahead on a thread pool. This is the only place where steps of the pipeline run concurrently."""
 
 import concurrent.futures
 from collections import deque
@@ -19,11 +19,11 @@ def in_order(
     weight: Callable[[In], int] = lambda item: 0,
     budget: int = 0,
 ) -> Iterator[Out]:
-    """`map(function, items)` with up to `window` calls under way: the same results, in the same order.
+    """Yield the results of `map(function, items)` in order, with up to `window` calls in progress.
 
-    Items are taken in the caller's thread, one whenever a result is handed out, so memory is bounded by `window`; and
-    by `budget`, which the weights of all but the last item under way do not exceed together.
-    wait: gets a call's result, once the call has ended.
+    Items are taken in the caller's thread, one per yielded result, so `window` bounds the memory. `budget` bounds it
+    too: the weights of all items in progress but the last do not exceed it together.
+    wait: waits for a call to end, and returns its result.
     """
     running: deque[Future[Out]] = deque()
     weights: deque[int] = deque()
@@ -37,12 +37,12 @@ def in_order(
         while running:
             yield wait(running.popleft())
     finally:
-        left = [each for each in running if not each.cancel()]
-        concurrent.futures.wait(left)  # what they use may be closed next
+        uncancelled = [future for future in running if not future.cancel()]
+        concurrent.futures.wait(uncancelled)  # the caller may close their resources next
 
 
 class Peekable(Iterator[In]):
-    """An iterator that can be asked whether anything is left."""
+    """An iterator that can show its next item without taking it."""
 
     def __init__(self, items: Iterable[In]) -> None:
         self._items = iter(items)
@@ -53,10 +53,11 @@ class Peekable(Iterator[In]):
 
     @property
     def is_done(self) -> bool:
+        """Whether no item is left."""
         return self.peek() is None
 
     def peek(self) -> In | None:
-        """What comes next, and stays; None at the end."""
+        """Return the next item without taking it, or None at the end."""
         if not self._next:
             try:
                 self._next.append(next(self._items))

@@ -1,4 +1,4 @@
-"""The things that flow through the pipeline, as plain data. The words are those of docs/cache-format.md."""
+"""The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Rejected
 
-if TYPE_CHECKING:  # two seconds, which `latentmill --help` need not take
+if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help` can save
     from torch import Tensor
 
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
@@ -15,17 +15,17 @@ Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
-TEXT_EXTENSIONS = ("txt", "json")  # passed through from beside an image, as the exact text
+TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """An input file as it was listed.
 
-    url: where it is, without credentials. root: URL of the source's last directory without a wildcard.
-    path: its path below the root, after the name of the source: the same on every disk, mount and bucket.
-    etag: the version of its content (`storage.etag_of`); empty if it is unknown.
-    file: equal for two paths that lead to one file of a local disk (`walk.file_id`); empty elsewhere.
+    url: its location, without credentials. root: URL of the source's last directory without a wildcard.
+    path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
+    etag: the version of its content (`reading.etag_of`); empty if it is unknown.
+    file: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     """
 
     url: str
@@ -38,7 +38,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An image of a folder, or a text beside one, as it was listed. path: from the root's own name on."""
+    """An image of a folder, or a text beside it, as it was listed. path: starts with the name of the source."""
 
     path: str
     bytes: int
@@ -47,12 +47,12 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What one task does: a whole tar, a range of a Parquet file, or up to 256 images of a folder.
+    """The work of one task: a whole tar, a range of a Parquet file, or up to 256 images of a folder.
 
-    name: unique, safe in a file name, and the same wherever the input lies. kind: tar, parquet or folder; of a folder
-    `paths` lists the images, `url` is the root. range: (k, n) of a Parquet file. bytes: of the whole input.
-    root: of the source. files: of a folder, what its images and texts were (`readers.sidecars` packs them); `etag` is
-    their sha256.
+    name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
+    range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
+    For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
+    texts (packed by `readers.sidecars`), and `etag` is the sha256 of `files`.
     """
 
     name: str
@@ -68,18 +68,18 @@ class Unit:
 
     @property
     def source(self) -> str:
-        """The name of its source."""
+        """The name of the unit's source."""
         return self.path.split("/", 1)[0]
 
     @property
     def share(self) -> int:
-        """How many of the input's bytes are this unit's, about."""
+        """The approximate number of the input's bytes that this unit reads."""
         return self.bytes // (self.range[1] if self.range else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A key with the bytes of an image and its columns, at a position of the unit's reading order."""
+    """A key, the encoded bytes of an image, and its columns. position: in the unit's reading order, from 0."""
 
     position: int
     key: str
@@ -89,7 +89,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A sample that is not in the cache, and why."""
+    """A sample that is not in the cache, with the stage and the reason of its rejection."""
 
     position: int
     key: str
@@ -98,16 +98,18 @@ class Reject:
     detail: str
 
     @classmethod
-    def of(cls, position: int, key: str, why: Rejected) -> "Reject":
-        return cls(position, key, why.stage, why.reason, why.detail)
+    def of(cls, position: int, key: str, error: Rejected) -> "Reject":
+        """Return the reject of a sample that raised `error`."""
+        return cls(position, key, error.stage, error.reason, error.detail)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What is known of a task that is tried again.
+    """Facts about the earlier attempts of a task.
 
-    isolated: a worker died under it, perhaps because of one of its images.
-    damaged_at: the byte at which another worker found its shard damaged: if this one finds the same, it is believed.
+    isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
+    damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
+    byte, the damage is accepted as the file's own.
     """
 
     isolated: bool = False
@@ -119,14 +121,14 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings leave out (`--min-size`)."""
+    """A sample that the settings exclude (`--min-size`)."""
 
     position: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedImage:
-    """A sample opened and brought to size: pixels is RGB uint8 [3, H, W], with what was done to get there."""
+    """A decoded and transformed sample: pixels are RGB uint8 [3, H, W], with the parameters of the transform."""
 
     position: int
     key: str
@@ -146,21 +148,21 @@ class PreparedImage:
 
     @property
     def geometry(self) -> dict[str, int | bool]:
-        """What a row says of how the image came to its size."""
+        """The columns of a row that describe the transform of its image."""
         names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
         height, width = self.bucket
         return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
 
     def drop_pixels(self) -> "PreparedImage":
-        """The same, of its pixels their shape alone (as torch's `meta` tensors have it)."""
+        """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""
         return replace(self, pixels=self.pixels.to("meta"))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An image and its latent: raw, as stored, [C, H/f, W/f] of the cache's dtype, on the CPU (moments: [2C, ...]).
+    """An image and its raw latent as it is stored: [C, H/f, W/f] in the cache's dtype, on the CPU (moments: [2C, ...]).
 
-    image: without its pixels, since a part's rows, thousands of them, are held until it is written.
+    image: without its pixels, because thousands of rows stay in memory until their part is written.
     """
 
     image: PreparedImage
@@ -169,10 +171,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Where the time of a unit went, in seconds.
+    """The time that a unit spent in each stage, in seconds.
 
-    Of the unit's own thread: read; starved (it waited for images to be opened); queue (it waited for the model, which
-    another unit used); encode (the model's own time); write. Of the threads that open images, summed: open.
+    In the unit's own thread: read; starved (waiting for decoded images); queue (waiting for the model while another
+    unit uses it); encode (the model's own time); write. Summed over the threads that decode images: open.
     """
 
     read: float = 0.0
@@ -183,6 +185,7 @@ class Seconds:
     write: float = 0.0
 
     def plus(self, **more: float) -> "Seconds":
+        """Return the sum with more seconds, by stage."""
         return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
 
     def __add__(self, other: "Seconds") -> "Seconds":
@@ -191,12 +194,12 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitReport:
-    """What a finished unit tells the driver: counts, never pixels.
+    """The report of a finished unit to the driver. It has counts, never pixels.
 
-    adopted: parts that stood there already. encoded: rows of the others. again: images that overflowed and were
-    encoded again in float32. texts: by text column, how many of the encoded rows have that text.
-    damage: what is wrong with the shard, where its rest was rejected.
-    passed_over: how much of the input was read as no part of a sample, by kind (`jobs.skipped_inputs`).
+    adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
+    half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
+    damage: the error of a damaged shard whose rest was rejected; otherwise empty.
+    passed_over: the number of skipped inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
     """
 
     unit: str
@@ -208,7 +211,7 @@ class UnitReport:
     parts: int = 0
     adopted: int = 0
     encoded: int = 0
-    again: int = 0
+    fp32_fallbacks: int = 0
     texts: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     damage: str = ""
@@ -217,16 +220,16 @@ class UnitReport:
 
 
 def stem(path: str) -> str:
-    """A path without its extension."""
+    """Return a path without its extension."""
     dot = path.rfind(".")
     return path[:dot] if path.rfind("/") + 1 < dot < len(path) - 1 else path
 
 
 def extension(path: str) -> str:
-    """In small letters, without its dot."""
+    """Return the extension of a path in lower case, without its dot."""
     return path[len(stem(path)) + 1 :].lower()
 
 
 def is_image(path: str) -> bool:
-    """By its extension."""
+    """Whether a path is an image's, by its extension."""
     return extension(path) in IMAGE_EXTENSIONS

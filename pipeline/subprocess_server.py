@@ -1,7 +1,8 @@
-"""A process of its own for what may end a process: libraries in C++ that hostile bytes lead to an abort.
+"""Run code that may abort in a separate process: hostile bytes can make C++ libraries end their process.
 
-A program of ours reads on standard input a length (8 bytes) and so many bytes, again and again, and answers each with a
-line of JSON, in which `bytes` says how many bytes follow. It ends with its standard input.
+The child process is one of our modules. In a loop it reads a length (8 bytes) and that many bytes from standard input.
+It answers each request with a line of JSON, in which `bytes` is the number of bytes that follow. It exits when its
+standard input is closed.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-WRITE_AT_ONCE = 1 << 20  # bytes
+WRITE_SIZE = 1 << 20  # bytes per write
 
 
 class Child:
-    """`python -m MODULE ARGUMENT`, started when it is first asked and again when it has died. Threads may share it."""
+    """The process `python -m MODULE ARGUMENT`. A request starts it if it is not running. Threads may share it."""
 
     def __init__(self, module: str, argument: str = "") -> None:
         self.command = [sys.executable, "-P", "-m", module, argument]
@@ -36,7 +37,10 @@ class Child:
         self.end()
 
     def ask(self, data: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
-        """Its answer. Raises ChildProcessError where it died of the question, or took too long; then it is ended."""
+        """Send a request and return the answer. If the child dies or is too slow, end it and raise ChildProcessError.
+
+        seconds: time limit of the request.
+        """
         with self.lock:
             try:
                 self.process = self.process or self._start()
@@ -46,6 +50,7 @@ class Child:
                 raise ChildProcessError(str(error)) from error
 
     def _start(self) -> subprocess.Popen[bytes]:
+        """Start the child, with this package on its path."""
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path}
@@ -53,15 +58,16 @@ class Child:
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # its last words are C++'s
+            stderr=subprocess.DEVNULL,  # after an abort it has only messages of C++
             bufsize=0,
             env=environment,
         )
         assert process.stdin is not None
-        os.set_blocking(process.stdin.fileno(), False)  # a child that does not read must not hold us for ever
+        os.set_blocking(process.stdin.fileno(), False)  # a child that does not read must not block this process forever
         return process
 
     def _exchange(self, process: subprocess.Popen[bytes], data: bytes, end: float) -> tuple[dict[str, Any], bytes]:
+        """Write a request and read its answer. end: deadline on the monotonic clock."""
         self._write(process, len(data).to_bytes(8, "little"), end)
         self._write(process, data, end)
         line = b""
@@ -71,29 +77,29 @@ class Child:
         return answer, bytes(self._read(process, answer.get("bytes", 0), end))
 
     def _write(self, process: subprocess.Popen[bytes], data: bytes, end: float) -> None:
-        """All of this to its input, as it takes it. Raises TimeoutError after the end."""
+        """Write all data to the child, as fast as it reads. Raises TimeoutError after `end`."""
         assert process.stdin is not None
-        left = memoryview(data)
-        while left:
+        remaining = memoryview(data)
+        while remaining:
             if not select.select([], [process.stdin], [], max(0.0, end - time.monotonic()))[1]:
                 raise TimeoutError
-            left = left[os.write(process.stdin.fileno(), left[:WRITE_AT_ONCE]) :]
+            remaining = remaining[os.write(process.stdin.fileno(), remaining[:WRITE_SIZE]) :]
 
     def _read(self, process: subprocess.Popen[bytes], count: int, end: float) -> bytearray:
-        """Exactly so many bytes of its output. Raises EOFError where it died, TimeoutError after the end."""
+        """Read exactly `count` bytes of output. Raises EOFError if the child died, TimeoutError after `end`."""
         assert process.stdout is not None
-        found = bytearray()
-        while len(found) < count:
+        data = bytearray()
+        while len(data) < count:
             if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
                 raise TimeoutError
-            some = process.stdout.read(count - len(found))
-            if not some:
+            chunk = process.stdout.read(count - len(data))
+            if not chunk:
                 raise EOFError
-            found += some
-        return found
+            data += chunk
+        return data
 
     def end(self) -> None:
-        """End the process, if there is one."""
+        """End the process if it is running."""
         if self.process is not None:
             self.process.kill()
             with contextlib.suppress(OSError):
@@ -102,9 +108,9 @@ class Child:
 
 
 def limit_itself(memory: int | None = None) -> None:
-    """Bound this process: it leaves no core file, and takes so many bytes of memory at most.
+    """Limit this process: it writes no core file, and takes at most `memory` bytes of memory.
 
-    macOS does not bound a process's memory. (Windows has no `resource`: importing this module must not need it.)
+    macOS does not enforce a memory limit. Windows has no `resource`, so importing this module must not need it.
     """
     import resource
 
@@ -114,11 +120,11 @@ def limit_itself(memory: int | None = None) -> None:
 
 
 def serve(answer: Callable[[bytes], tuple[dict[str, Any], bytes]], seconds: int) -> None:
-    """What such a program does until there are no more questions. seconds: for each; then it ends by itself."""
+    """Answer requests until standard input is closed. seconds: limit per request; then the process ends itself."""
     while length := sys.stdin.buffer.read(8):
         data = sys.stdin.buffer.read(int.from_bytes(length, "little"))
-        signal.alarm(seconds)  # for a parent that has died
-        said, content = answer(data)
-        sys.stdout.buffer.write(json.dumps({**said, "bytes": len(content)}).encode() + b"\n" + content)
+        signal.alarm(seconds)  # in case the parent has died
+        header, content = answer(data)
+        sys.stdout.buffer.write(json.dumps({**header, "bytes": len(content)}).encode() + b"\n" + content)
         sys.stdout.buffer.flush()
         signal.alarm(0)

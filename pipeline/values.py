@@ -1,7 +1,7 @@
-"""Values that Arrow knows and Python or JSON may not: times of far years, in nanoseconds, in zones nobody has heard of.
+"""Convert values that Arrow supports and Python or JSON may not: far years, nanoseconds, unknown time zones.
 
-They go through as Arrow's own. Where text is wanted, Arrow makes it: it needs neither pandas nor a list of zones,
-and makes the same one on every machine.
+Such values stay Arrow scalars. Arrow also formats them as text. It needs neither pandas nor a time zone database for
+that, and gives the same text on every machine.
 """
 
 import base64
@@ -13,13 +13,16 @@ from uuid import UUID
 
 import pyarrow as pa
 
-_SLOT = 32  # bytes of a number in a list, and its place there
+_SLOT = 32  # bytes of a number in a list, including its reference
 
 
 def to_json_value(value: Any) -> Any:
-    """A value as JSON can say it: what is not finite as null, times and decimals as text, bytes as base64."""
+    """Return a value for JSON: floats that are not finite as null, times and decimals as text, bytes as base64.
+
+    Raises TypeError for other types.
+    """
     if isinstance(value, pa.Scalar):
-        return _plain_scalar(value)
+        return _scalar_to_json(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -32,11 +35,11 @@ def to_json_value(value: Any) -> Any:
         return {str(name): to_json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json_value(item) for item in value]
-    raise TypeError(f"there is no rule for a {type(value).__name__} in JSON")
+    raise TypeError(f"a {type(value).__name__} cannot be converted to JSON")
 
 
 def size_in_bytes(value: Any) -> int:
-    """The bytes that a value takes in memory, about: of texts and bytes their length, of a number in a list 32."""
+    """Return about how many bytes a value takes in memory: the length of text and bytes, 32 per number in a list."""
     if isinstance(value, str):
         return len(value.encode())
     if isinstance(value, bytes):
@@ -46,14 +49,14 @@ def size_in_bytes(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(len(name) + _SLOT + size_in_bytes(item) for name, item in value.items())
     if isinstance(value, list | tuple):
-        if value and isinstance(value[0], int | float):  # a column's values are all of one type
+        if value and isinstance(value[0], int | float):  # all values of a column have one type
             return _SLOT * len(value)
         return sum(_SLOT + size_in_bytes(item) for item in value)
     return 0
 
 
 def iter_texts(value: Any) -> Iterator[str]:
-    """The texts in a value: itself, or those in a list, a struct or a map."""
+    """Yield the texts in a value: the value itself, or the texts in a list, a struct or a map."""
     if isinstance(value, pa.Scalar):
         value = to_json_value(value)
     if isinstance(value, str):
@@ -66,31 +69,33 @@ def iter_texts(value: Any) -> Iterator[str]:
             yield from iter_texts(item)
 
 
-def _plain_scalar(value: Any) -> Any:
+def _scalar_to_json(value: Any) -> Any:
+    """Return an Arrow scalar as a value for JSON."""
     kind = value.type
     if not value.is_valid:
         return None
     if pa.types.is_temporal(kind):
-        return _time(value)
+        return _format_time(value)
     if pa.types.is_dictionary(kind):
         return to_json_value(value.value)
     if pa.types.is_struct(kind):
         return {field.name: to_json_value(value[index]) for index, field in enumerate(kind)}
     if pa.types.is_map(kind):
         return [[to_json_value(pair[0]), to_json_value(pair[1])] for pair in value.values]
-    if kind.num_fields:  # lists of all kinds
+    if kind.num_fields:  # any list type
         return [to_json_value(item) for item in value.values]
     return to_json_value(value.as_py())
 
 
-def _time(value: Any) -> str:
-    """The text of a time: in UTC where it has a zone, with its unit where it is a duration.
+def _format_time(value: Any) -> str:
+    """Return the text of a time: in UTC if it has a zone, with its unit if it is a duration.
 
-    Of one beyond the years that Arrow writes (some 32,700 each way), that it is out of range, and its number.
+    For a year that Arrow cannot format (beyond about 32,700 in either direction), the text states that the value is
+    out of range, and its number.
     """
-    kind, end = value.type, ""
+    kind, suffix = value.type, ""
     if pa.types.is_timestamp(kind) and kind.tz:
-        value, end = value.cast(pa.timestamp(kind.unit)), "Z"
+        value, suffix = value.cast(pa.timestamp(kind.unit)), "Z"
     elif pa.types.is_duration(kind):
-        end = f" {kind.unit}"
-    return f"{value.cast(pa.string()).as_py()}{end}"
+        suffix = f" {kind.unit}"
+    return f"{value.cast(pa.string()).as_py()}{suffix}"

@@ -1,4 +1,4 @@
-"""The VAE as it travels to workers: loaded and hashed once, by the driver."""
+"""The weights of a VAE, loaded and hashed once by the driver and then sent to the workers."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import VaeError
-from pipeline.storage import store
+from pipeline.storage import reading
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
 from vae.load import ConfigLike, is_single_file, weights_sha256
 
@@ -20,9 +20,10 @@ VAE_FILES = re.compile(r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(saf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vae:
-    """A trained model as it travels to actors: float32 weights in numpy, which Ray shares between processes.
+    """A trained model in the form that is sent to workers.
 
-    sha256: what the weights are (`vae.load.weights_sha256`). ref: what the user called it, without credentials.
+    weights: float32 numpy arrays, which Ray shares between processes. sha256: of the weights
+    (`vae.load.weights_sha256`). ref: the name that the user gave, without credentials.
     """
 
     ref: str
@@ -32,14 +33,14 @@ class Vae:
 
 
 def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: ConfigLike = None) -> Vae:
-    """Load and hash the model that `ref` names: a directory as diffusers saves it, a hub id, a single file, or `demo`.
+    """Load and hash the model that `ref` names: a directory saved by diffusers, a hub id, a single file, or `demo`.
 
-    options: for the storage behind a URL. config: of a single file, which does not say how its latents are scaled.
-    Raises VaeError where there is no model, and where its configuration would have to be assumed.
+    options: for the storage behind a URL. config: for a single file, which does not record how its latents are scaled.
+    Raises VaeError if there is no model, or if its configuration would have to be assumed.
     """
-    if hub.parse_url(ref):  # the hub's own library fetches it, and keeps it
+    if hub.parse_url(ref):  # the hub's own library downloads it and caches it
         return _load(ref, ref, config)
-    with store.fetch(ref, options or {}, VAE_FILES) as local:
+    with reading.fetch(ref, options or {}, VAE_FILES) as local:
         return _load(local, ref, config)
 
 
@@ -51,8 +52,8 @@ def _load(path: str, ref: str, config: ConfigLike) -> Vae:
                 model = AutoencoderKL.from_single_file(path, config, torch_dtype=torch.float32)
         else:
             model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
-    except AssumedConfigWarning as doubt:
-        raise VaeError(str(doubt).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from doubt
+    except AssumedConfigWarning as warning:
+        raise VaeError(str(warning).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from warning
     except (LoadError, OSError) as error:
         raise VaeError(str(error).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from error
     tensors = model.state_dict()

@@ -17,7 +17,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 # From below: a room (a file or a folder of pipeline/) imports rooms of its own floor and of lower ones.
 FLOORS: tuple[set[str], ...] = (
     {"errors", "values"},
-    {"canonical_json", "records", "limits", "prefetch", "clock", "subprocess_server", "batching"},
+    {"canonical_json", "records", "limits", "prefetch", "timing", "subprocess_server", "batching"},
     {"storage"},
     {"formats", "images", "weights"},
     {"readers", "encoder"},
@@ -100,7 +100,7 @@ def test_what_trainers_import_needs_four_libraries() -> None:
     ("package", "allowed"),
     [
         ("ray", {"jobs.ray_executor"}),
-        ("fsspec", {"latentmill.folder", "pipeline.storage.store"}),
+        ("fsspec", {"latentmill.folder", "pipeline.storage.connection"}),
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),

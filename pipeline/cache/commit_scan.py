@@ -15,7 +15,7 @@ from pipeline.cache.parts import DATA, is_retry_part, stem_of
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Container
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 CommitEntry = Mapping[str, Any]
 T = TypeVar("T")

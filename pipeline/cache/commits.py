@@ -23,7 +23,7 @@ from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_obje
 from pipeline.errors import CacheError
 from pipeline.formats.record import PartInfo
 from pipeline.records import Container
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 COMMITS, REJECTS = "_commits", "_rejects"
 _NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None}

@@ -13,7 +13,7 @@ from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 
 __all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing"]

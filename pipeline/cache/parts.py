@@ -18,7 +18,7 @@ from pipeline.formats import parquet, webdataset
 from pipeline.formats.record import PartInfo, Record
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 _RETRY_STEM = re.compile(r"-\d{5}r\d+$")
 

@@ -24,7 +24,7 @@ from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_i
 from pipeline.sources import changes
 from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 FOLDER = "_plan"
 SCHEMA = pa.schema(

@@ -12,7 +12,8 @@ from pipeline.cache import identity
 from pipeline.errors import CacheError
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
-from pipeline.storage.store import Folder, absolute
+from pipeline.storage.connection import absolute
+from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.cache.reader import read_rows
 from pipeline.records import Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 
 @dataclass(frozen=True, slots=True)

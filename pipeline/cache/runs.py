@@ -16,7 +16,7 @@ from typing import Any
 
 from latentmill import __version__
 from pipeline.canonical_json import with_checksum
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 FOLDER = "_runs"
 DEAD_AFTER = 120  # seconds without a heartbeat; a run writes one every 30 seconds

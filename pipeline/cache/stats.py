@@ -20,7 +20,7 @@ from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally, PartSummary
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 NAME = STATS
 NOT_COUNTED: dict[str, Any] = {

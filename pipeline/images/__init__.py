@@ -1,1 +1,1 @@
-"""Bytes to pixels: images decoded, resized and cropped, by rules that depend on the sample alone."""
+"""Decode, resize and crop images. The result depends on the sample and the settings alone."""

@@ -1,14 +1,14 @@
-"""Bytes to pixels ("open"), by one rule for every kind of image.
+"""Decode images to pixels (stage "open"), by one rule for every kind of image.
 
-    orientation   the EXIF orientation is applied; original sizes are counted after it
+    orientation   the EXIF orientation is applied; original sizes are measured after it
     animation     the first frame
-    alpha         composited over white, in a palette too
-    16-bit grey   divided by 257, rounded; 16-bit RGB keeps its high byte, as Pillow reads it
-    CMYK          Pillow's conversion, without a colour profile
-    profiles      embedded ICC profiles are ignored, as training code does
-    else          RGB by Pillow's conversion (grey, palette, YCbCr, LAB, HSV)
+    alpha         composited over white, also for palettes
+    16-bit gray   divided by 257, rounded; 16-bit RGB keeps its high byte, as Pillow reads it
+    CMYK          Pillow's conversion, without a color profile
+    profiles      embedded ICC profiles are ignored, as in training code
+    otherwise     RGB by Pillow's conversion (gray, palette, YCbCr, LAB, HSV)
 
-Size and number of pixels are checked before anything is decompressed.
+The number of bytes and of pixels is checked before an image is decompressed.
 """
 
 import io
@@ -21,14 +21,14 @@ from pipeline.errors import Rejected
 from pipeline.limits import DEFAULT_LIMITS, Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PNG_TEXT = 64 << 20  # bytes of a PNG's texts and colour profile once they are decompressed
+PNG_TEXT = 64 << 20  # bytes of a PNG's decompressed texts and color profile
 
-# Pillow's own limit warns once a process and raises later than ours; it is checked here instead.
+# Pillow's own limit warns once per process, and raises above a higher number than ours. So it is checked here instead.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow takes up to 1 MiB of a text or a profile, and calls images that have more broken.
+# By default Pillow accepts up to 1 MiB of a text or a profile, and reports images with more as broken.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
-# What Pillow warns of (damaged metadata, mostly) says neither which image nor what to do. For the process, because
-# `warnings.catch_warnings` is not safe in threads.
+# Pillow's warnings, mostly about damaged metadata, name neither the image nor a remedy. They are ignored in the whole
+# process, because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _ORIENTATION = 0x0112
@@ -44,9 +44,9 @@ _UPRIGHT = {
 
 
 def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """An encoded image as RGB uint8 [H, W, 3].
+    """Decode an image to RGB uint8 [H, W, 3].
 
-    Raises Rejected (stage "open") for what cannot be opened: it depends on the bytes alone.
+    Raises Rejected (stage "open") if it cannot be decoded. That depends on the bytes and the limits alone.
     """
     if not data:
         raise Rejected("open", "empty")
@@ -58,7 +58,7 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         raise Rejected("open", "not_an_image") from None
     except MemoryError:
         raise
-    except Exception:  # Pillow's parsers raise whatever damaged bytes lead them to
+    except Exception:  # Pillow's parsers raise exceptions of any type for damaged bytes
         raise Rejected("open", "corrupt") from None
     width, height = image.size
     if width * height > limits.pixels or max(width, height) > limits.side:
@@ -73,7 +73,7 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation asks. Damaged metadata does not spoil a whole image: it counts as none."""
+    """Apply the EXIF orientation. Damaged metadata is ignored, because the image itself may be intact."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except MemoryError:
@@ -84,6 +84,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB by the rules of this module."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):

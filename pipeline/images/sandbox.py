@@ -1,7 +1,7 @@
-"""Images opened by a process of its own: for a unit whose worker died, where one of its images may be the reason.
+"""Decode images in a separate process, for a unit whose worker died: one of its images may be the cause.
 
-An image that ends this process, that takes it too long or too much memory, is rejected by name; a new process opens
-the next one. Normally images are opened by threads of the worker (`pipeline.flow`), which cannot be stopped.
+An image is rejected if it ends this process, takes too long, or needs too much memory. A new process decodes the next
+image. Normally images are decoded in threads of the worker (`pipeline.flow`), which cannot be stopped.
 """
 
 import json
@@ -18,7 +18,7 @@ from pipeline.subprocess_server import Child, limit_itself, serve
 
 
 class SandboxedDecoder(Child):
-    """Opens images as `pixels.open_pixels` does, in a process of its own."""
+    """Decode images as `decode.open_pixels` does, in a separate process with time and memory limits."""
 
     def __init__(self, limits: Limits) -> None:
         super().__init__("pipeline.images.sandbox", json.dumps(asdict(limits)))
@@ -28,7 +28,7 @@ class SandboxedDecoder(Child):
         return self
 
     def open_pixels(self, data: bytes, limits: Limits) -> np.ndarray:
-        """An encoded image as RGB uint8 [H, W, 3]. Raises Rejected, `unsafe` for what ends the process."""
+        """Decode an image to RGB uint8 [H, W, 3]. Raises Rejected, with the reason `unsafe` if it ended the process."""
         try:
             answer, content = self.ask(data, limits.seconds)
         except ChildProcessError:
@@ -40,15 +40,15 @@ class SandboxedDecoder(Child):
 
 
 def main() -> None:
-    """The process: answers with `shape` and the pixels, or `rejected`, what Rejected is made of."""
+    """Run the separate process. It answers with `shape` and pixels, or with `rejected`, the arguments of Rejected."""
     limits = Limits(**json.loads(sys.argv[1]))
     limit_itself(limits.memory)
 
     def answer(data: bytes) -> tuple[dict[str, Any], bytes]:
         try:
             pixels = open_pixels(data, limits)
-        except Rejected as why:
-            return {"rejected": [why.stage, why.reason, *why.numbers]}, b""
+        except Rejected as error:
+            return {"rejected": [error.stage, error.reason, *error.numbers]}, b""
         except MemoryError:
             return {"rejected": ["open", "unsafe", limits.seconds, limits.memory]}, b""
         return {"shape": pixels.shape[:2]}, pixels.tobytes()

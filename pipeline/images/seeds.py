@@ -1,12 +1,12 @@
-"""Random draws that follow from a sample alone: seeded by the cache's seed, the sample's shard and its key.
+"""Seeds for random numbers, derived from the cache's seed, the sample's shard and the sample's key.
 
-So they are the same in every run, whatever the order of the work and whoever does it.
+So the numbers are the same in every run, on any worker and in any order of the work.
 """
 
 import hashlib
 
 
 def seed_of(seed: int, purpose: str, shard: str, key: str) -> int:
-    """The seed of one sample's draws for one purpose, of 63 bits. seed: the cache's (`--seed`)."""
+    """Return the 63-bit seed of one sample's random numbers for one purpose. seed: of the cache (`--seed`)."""
     text = "\0".join((str(seed), purpose, shard, key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

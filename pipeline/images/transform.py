@@ -1,16 +1,18 @@
-"""Pixels to the size they are encoded at: resize, then crop.
+"""Resize and crop images to the size at which they are encoded.
 
-An image is resized until it just covers its target, the square of `resolution` or the bucket nearest to its shape: to
-a square, the short side to `resolution` and the long side to `round(long * resolution / short)`. Then the target is cut
-out: the middle, `(excess) // 2` from the top and from the left, or a place drawn evenly from all there are. Half of the
-images are mirrored where that is asked for. Resizing is always antialiased and equals Pillow's of the
-same name within 1/255 a channel. Reductions to half and less, where it costs most, run in torch, which is three to
-five times faster; the rest runs in Pillow itself: torch's integer weights are off by 2 in one of ten noise images
-reduced to more than half, and of an image about twice as tall as wide Pillow 13 resizes the columns first, which
-clamping between the passes makes another image.
+An image is resized so that it just covers its target: the square of `resolution`, or the bucket nearest to its shape.
+For a square, the shorter side becomes `resolution`, and the longer side `round(long * resolution / short)`. Then the
+target is cropped: at the center, `excess // 2` from the top and from the left, or at a uniformly random position.
+With `flip`, half of the images are mirrored.
 
-A line of pixels becomes a very long image. Where it would have more than MAX_RESIZED pixels, and more than MAX_TIMES
-as many as are cut out, only these are made; they may differ then by what clamping between the passes changes.
+Resizing is always antialiased, and equals Pillow's filter of the same name within 1/255 per channel. Reductions to half
+or less, which cost most, run in torch, which is three to five times faster. All others run in Pillow, for two reasons.
+If noise images are reduced to more than half, torch's integer weights are off by 2 in one of ten. If an image is about
+twice as tall as wide, Pillow 13 resizes the columns first, and clamping between the passes then gives another image.
+
+A line of pixels would become a very long image. If the resized image had more than MAX_RESIZED pixels, and more than
+MAX_TIMES as many as the crop, only the crop is computed. It may then differ by the effect of clamping between the
+passes.
 """
 
 import math
@@ -27,12 +29,12 @@ from pipeline.images.buckets import Bucket, nearest
 from pipeline.images.seeds import seed_of
 from pipeline.records import Crop, Flip, Interpolation
 
-# Part of a cache's identity: goes up when the same settings give other pixels.
+# Part of a cache's identity. Increase it if the same settings give other pixels.
 VERSION = 1
 
-MAX_RESIZED = 1 << 25  # half a GB while it is resized: at 1,024 px an image 32 times as long as high
+MAX_RESIZED = 1 << 25  # pixels; half a GB during the resize. At 1,024 px, an image 32 times as long as high.
 MAX_TIMES = 16
-MAX_TALL = 1.9  # height over width up to which Pillow resizes the rows first, as torch does
+MAX_TALL = 1.9  # height / width up to which Pillow resizes the rows first, as torch does
 
 _PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -43,8 +45,11 @@ _PILLOW = {
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How an image is brought to size: resized to height x width, then out_height x out_width cut from (top, left),
-    then mirrored left to right where `flipped`."""
+    """The transform of one image, in pixels.
+
+    The image is resized to height x width. Then out_height x out_width is cropped at (top, left), and mirrored left to
+    right if `flipped`. enlarged: whether resizing enlarges it.
+    """
 
     height: int
     width: int
@@ -58,11 +63,12 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """resolution: height and width of what comes out, in pixels; of buckets the side of the square of their area.
+    """The settings of the transform. Sizes are in pixels.
 
-    buckets: the sizes that come out, multiples of `multiple_of`; without any, the square of `resolution` alone.
-    min_size: an image with a shorter side than this is filtered.
-    seed: of the draws that `crop` and `flip` ask for.
+    resolution: height and width of the output; with buckets, the side of a square of their area.
+    buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
+    min_size: images with a shorter side than this are filtered.
+    seed: of random crops and flips.
     """
 
     resolution: int
@@ -75,12 +81,12 @@ class Transform:
     seed: int = 0
 
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
-        """What to do with an image of this size; None where it is to be left out. Draws follow from shard and key."""
+        """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers."""
         if min(height, width) < self.min_size:
             return None
         square = (self.resolution, self.resolution)
         out_height, out_width = nearest(self.buckets, height, width) if self.buckets else square
-        if out_height * width >= out_width * height:  # the height decides the scale
+        if out_height * width >= out_width * height:  # the height determines the scale
             tall, wide = out_height, max(out_width, round(width * out_height / height))
         else:
             tall, wide = max(out_height, round(height * out_width / width)), out_width
@@ -98,10 +104,11 @@ class Transform:
         )
 
     def _draw(self, purpose: str, shard: str, key: str) -> float:
+        """Return a random number in [0, 1) that follows from the sample."""
         return random.Random(seed_of(self.seed, purpose, shard, key)).random()
 
     def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
-        """RGB uint8 [H, W, 3] -> uint8 [3, out_height, out_width]."""
+        """Transform RGB uint8 [H, W, 3] to uint8 [3, out_height, out_width]."""
         if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
             cut = resize_cut(pixels, fit, self.interpolation)
         else:
@@ -111,7 +118,7 @@ class Transform:
 
 
 def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    """RGB uint8 [H, W, 3] -> uint8 [height, width, 3], antialiased."""
+    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased."""
     tall, wide = pixels.shape[:2]
     if (tall, wide) == (height, width):
         return torch.from_numpy(pixels.copy())
@@ -125,7 +132,7 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpola
 
 
 def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
-    """What `fit` cuts out of the resized image, uint8 [out_height, out_width, 3], without the rest of it."""
+    """Compute only the crop of the resized image, uint8 [out_height, out_width, 3]."""
     rows, top, bottom = _window(fit.top, fit.out_height, fit.height, pixels.shape[0])
     columns, left, right = _window(fit.left, fit.out_width, fit.width, pixels.shape[1])
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
@@ -134,12 +141,12 @@ def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Te
 
 
 def _window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
-    """What of a side's pixels is seen by `count` of the resized ones, and where in it they begin and end.
+    """Return the source pixels of one side that `count` resized pixels depend on, and the box inside them.
 
-    Pillow has boxes in float32: in an image of 65,535 pixels they would be off by some of the resized ones.
+    Pillow stores boxes in float32. In a whole image of 65,535 pixels the box would be off by several resized pixels.
     """
     step = side / resized
     begin, end = first * step, min((first + count) * step, side)
-    seen = math.ceil(3 * max(step, 1)) + 1  # Lanczos looks three pixels far, of the coarser image
-    low, high = max(0, math.floor(begin) - seen), min(side, math.ceil(end) + seen)
+    margin = math.ceil(3 * max(step, 1)) + 1  # the radius of Lanczos is three pixels of the coarser image
+    low, high = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
     return slice(low, high), begin - low, end - low

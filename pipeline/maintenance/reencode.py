@@ -16,7 +16,7 @@ from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import Problem
 from pipeline.records import PreparedImage, Reject, Sample, Unit
-from pipeline.storage import store
+from pipeline.storage import reading
 
 # relative to a latent's own size: another device or slice size changes less, another image changes more
 TOLERANCE = 0.05
@@ -38,7 +38,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     digests, damage = bytearray(), ""
     try:
         for sample in flow.read_samples(
-            store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+            reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
         ):
             digests += input_hash.hash_sample(sample)
     except DamagedError as error:
@@ -73,7 +73,7 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
         rejected: dict[str, str] = {}
         try:
             for sample in flow.read_samples(
-                store.current_version(unit, spec.source_options), spec, mended=range(len(unit.paths))
+                reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
             ):
                 if isinstance(sample, Sample) and sample.key in remaining:
                     file, row = remaining.pop(sample.key)

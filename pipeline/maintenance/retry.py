@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
 from pipeline.cache.parts import find_part, publish_part
-from pipeline.clock import StageClock
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
 from pipeline.flow import (
     EncodeSpec,
@@ -30,9 +29,10 @@ from pipeline.flow import (
 from pipeline.formats.record import PartInfo, Record
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.prefetch import Peekable
-from pipeline.readers.damage import reject_rest, until_damage
+from pipeline.readers.damage import ReadableSamples, reject_rest
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
-from pipeline.storage import store
+from pipeline.storage import reading
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
 
@@ -198,14 +198,14 @@ def record_positions(samples: Iterable[Sample | Reject], positions: list[int]) -
 
 def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
     """Encode the rejects of a unit that now succeed: one retry part for each part that has such rejects."""
-    spec, clock, remaining = context.spec, StageClock(), RemainingRejects(task)
-    damage: list[str] = []
-    samples = Peekable(select_rejects(instrument(read_for_retry(task, context, damage), context, clock), remaining))
+    spec, timer, remaining = context.spec, StageTimer(), RemainingRejects(task)
+    readable, checked = read_for_retry(task, context)
+    samples = Peekable(select_rejects(instrument(checked, context, timer), remaining))
     parts: list[PartInfo] = []
 
     def write(number: int, buffer: PartBuffer, positions: list[int]) -> None:
         if record := make_retry_record(task.unit, number, buffer, positions, remaining, samples.peek(), context):
-            with clock.stage("write"):
+            with timer.stage("write"):
                 parts.append(publish_retry_part(record, buffer, remaining, spec))
 
     while (first := samples.peek()) is not None:
@@ -213,10 +213,10 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         add_existing_parts(task.unit, number, remaining, spec)
         positions: list[int] = []
         part_samples = take_samples_of_part(samples, number, spec.rows_per_part, remaining)
-        buffer = fill_part(task.unit, record_positions(part_samples, positions), context, clock, {})
+        buffer = fill_part(task.unit, record_positions(part_samples, positions), context, timer, {})
         if positions:
             write(number, buffer, positions)
-    if remaining.rest is not None and not damage:
+    if remaining.rest is not None and not readable.damage:
         if remaining.end < remaining.rest:
             raise ShardError(
                 f"{task.unit.url} has {remaining.end} samples, but {remaining.rest} were read before it was damaged; "
@@ -225,28 +225,29 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         add_existing_parts(task.unit, remaining.rest // spec.rows_per_part, remaining, spec)
         if remaining.rest is not None:  # no sample follows the damage
             write(remaining.rest // spec.rows_per_part, PartBuffer(), [])
-    return make_report(task.unit, parts, 0, clock.seconds)
+    return make_report(task.unit, parts, 0, timer.seconds)
 
 
-def read_for_retry(task: RetryTask, context: WorkerContext, damage: list[str]) -> Iterator[Sample | Reject]:
-    """Yield the samples of a task's unit, as its input is now.
+def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSamples, Iterable[Sample | Reject]]:
+    """Return the samples of a task's unit, as its input is now, and the same samples with a check.
 
-    Raises SourceError if the input has changed and no longer has the samples that the other parts were made from.
+    The check raises an error if the input does not have the samples from which the other parts were made.
     """
     unit, spec = task.unit, context.spec
-    current = store.current_version(unit, spec.source_options)
+    current = reading.current_version(unit, spec.source_options)
     is_as_planned = (current.bytes, current.etag) == (unit.bytes, unit.etag or current.etag)
     if not is_as_planned and current.bytes != unit.bytes and not task.any_size:
         raise SourceError(
             f"{unit.url} has {current.bytes} bytes, but had {unit.bytes} when it was planned: its ranges would have "
             "other rows; encode it into another cache"
         )
-    readable = read_samples(current, spec, on_piece=context.on_piece, mended=range(len(unit.paths)))
-    samples = until_damage(readable, context.damaged_at, damage)
+    samples = read_samples(current, spec, on_piece=context.on_piece, may_differ=range(len(unit.paths)))
+    readable = ReadableSamples(samples, context.damaged_at)
     if is_as_planned:
-        return samples
+        return readable, readable
     parts = commits.inspect_committed(spec.cache, unit.name, spec.identity, spec.layout.container)
-    return input_hash.check_inputs(samples, [*(part.record for part in parts), *task.rests], unit.url)
+    records = [*(part.record for part in parts), *task.rests]
+    return readable, input_hash.check_inputs(iter(readable), records, unit.url)
 
 
 def add_existing_parts(unit: Unit, number: int, remaining: RemainingRejects, spec: EncodeSpec) -> None:

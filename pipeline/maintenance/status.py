@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.cache import parts, plan, stats
 from pipeline.cache.commits import list_commits
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 
 def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, des
 from pipeline.prefetch import in_order
 from pipeline.records import Unit
 from pipeline.sources.units import unit_name_of
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 PART_THREADS = 4  # threads that check parts: each one holds a whole file in memory
 SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to answer

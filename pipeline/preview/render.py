@@ -26,7 +26,7 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
 from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 

@@ -1,4 +1,4 @@
-"""Archives that are not read, because tars are read as streams and uncompressed: told by their bytes or their names."""
+"""Detect compressed archives by their bytes or names. They are not supported: tars are read as uncompressed streams."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ _NAMED = 3
 
 
 def archive_kind(start: bytes) -> str | None:
-    """What these first bytes of a file are those of; None of anything else."""
+    """Return the kind of archive that begins with these bytes, or None if it is not a known one."""
     return next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None)
 
 
 def find_archives(shards: Sequence[Shard]) -> str:
-    """Which of the files are archives that are not read, and what to do; "" where there are none."""
+    """Return a message that names the compressed archives among the files, and a remedy; "" if there are none."""
     urls = [shard.url for shard in shards if shard.path.lower().endswith(_ENDINGS)]
     if not urls:
         return ""
     more = f" and {len(urls) - _NAMED} more" if len(urls) > _NAMED else ""
-    return f"compressed archives are not read: {', '.join(map(printable, urls[:_NAMED]))}{more}; {ADVICE}"
+    return f"compressed archives are not supported: {', '.join(map(printable, urls[:_NAMED]))}{more}; {ADVICE}"

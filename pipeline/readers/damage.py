@@ -1,72 +1,81 @@
-"""What is believed of a damaged shard, and what is left of it to be read.
+"""Damaged shards: which damage is accepted as the file's own, and which samples remain readable.
 
-A damage is believed where the file came whole, and a second look, by another worker where there is one, finds it at the
-same byte. Until then it is an error of whoever read it.
+A damage is accepted if the whole file was delivered, and if a second attempt finds it at the same byte. The second
+attempt runs on another worker if there is one. Until then the damage counts as an error of the worker that read it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import BinaryIO
 
 from pipeline.errors import REST_OF_SHARD, DamagedError, Rejected, ShardError
 from pipeline.records import Filtered, PreparedImage, Reject, Sample
 
-AT_ONCE = 1 << 20  # bytes of what is read past
-RETRIED = "it was rejected when it was first read; a part that latentmill retry wrote has it"
+PIECE = 1 << 20  # bytes per read after a damage
+RETRIED = "the sample was rejected at first; it is now in a part that latentmill retry wrote"
 
 
 def read_past_damage(
     samples: Iterator[Sample | Reject], stream: BinaryIO, on_piece: Callable[[], None]
 ) -> Iterator[Sample | Reject]:
-    """The same samples. Before a DamagedError goes on, the file is read from the damage to its end.
+    """Yield the same samples. After a DamagedError, read the file from the damage to its end, then raise the error.
 
-    The stream raises StorageError where that does not come. on_piece: called after each piece.
+    The stream raises StorageError if that rest is not delivered in full. on_piece: called after each piece.
     """
     try:
         yield from samples
     except DamagedError as error:
         stream.seek(error.at or 0)
-        while stream.read(AT_ONCE):
+        while stream.read(PIECE):
             on_piece()
         raise
 
 
-def until_damage(samples: Iterator[Sample | Reject], at: int | None, damage: list[str]) -> Iterator[Sample | Reject]:
-    """The same samples; where the shard is damaged, one reject in place of all that cannot be read or counted.
+class ReadableSamples:
+    """The samples of a shard up to an accepted damage, then one reject for all that cannot be read or counted.
 
-    at: the byte at which it was found damaged before. A damage at another one, or at none, is raised.
-    damage: the error is put in there.
+    damaged_at: the byte at which an earlier attempt found the shard damaged. A damage at another byte, or at an unknown
+    one, is raised. damage: the accepted error, once iteration has reached it; until then empty.
     """
-    position = 0
-    try:
-        for sample in samples:
-            position = sample.position + 1
-            yield sample
-    except DamagedError as error:
-        if at is None or error.at != at:
-            raise
-        damage.append(str(error))
-        yield reject_rest(position)
+
+    def __init__(self, samples: Iterator[Sample | Reject], damaged_at: int | None) -> None:
+        self._samples = samples
+        self._damaged_at = damaged_at
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[Sample | Reject]:
+        position = 0
+        try:
+            for sample in self._samples:
+                position = sample.position + 1
+                yield sample
+        except DamagedError as error:
+            if self._damaged_at is None or error.at != self._damaged_at:
+                raise
+            self.damage = str(error)
+            yield reject_rest(position)
 
 
 def reject_rest(position: int) -> Reject:
-    """The reject that stands for all samples from here on."""
+    """Return the reject that stands for all samples from this position on."""
     return Reject.of(position, "", Rejected("read", REST_OF_SHARD))
 
 
-def reject_missing_rest(url: str, position: int, damage: list[str]) -> Reject:
-    """The reject for the rest behind parts that stand, where they have more samples than are there before a damage.
+def reject_missing_rest(url: str, position: int, damage: str) -> Reject:
+    """Return the reject for the rest of a shard whose existing parts have more samples than can be read now.
 
-    Raises ShardError where there is none: then the shard is another one.
+    damage: the accepted damage. Raises ShardError if it is empty, because the shard is then another one.
     """
     if not damage:
-        raise ShardError(f"{url} has fewer samples than the parts that were made of it")
+        raise ShardError(
+            f"{url} has fewer samples than the parts that were made of it; restore the file that they were made of"
+        )
     return reject_rest(position)
 
 
-def before_retried_rest(samples: Iterator[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
-    """The samples in front of a rest that parts of `retry` have, and one reject for it.
+def before_retried_rest(samples: Iterable[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
+    """Yield the samples before a rest that is in parts of `retry`, and one reject for that rest.
 
-    superseded: what they have, as reasons by position.
+    superseded: by position, the reject reasons of the samples in those parts.
     """
     rest = min((position for position, reason in superseded.items() if reason == REST_OF_SHARD), default=None)
     for sample in samples:
@@ -79,9 +88,9 @@ def before_retried_rest(samples: Iterator[Sample | Reject], superseded: Mapping[
 def keep_rejected(
     sample: Sample | Reject, item: PreparedImage | Reject | Filtered, reason: str | None
 ) -> PreparedImage | Reject | Filtered:
-    """What became of a sample; where a part of `retry` has it, a reject as it was, so that no sample is in two parts.
+    """Return the result of a sample, or its earlier reject if a part of `retry` has it. So no sample is in two parts.
 
-    reason: why it was rejected before; None where no such part has it.
+    reason: why the sample was rejected before; None if no part of `retry` has it.
     """
     if reason is None or (isinstance(item, Reject) and item.reason in (reason, REST_OF_SHARD)):
         return item

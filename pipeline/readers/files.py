@@ -1,4 +1,4 @@
-"""Single files of a folder: each read whole, by one request on a store, and held against what was planned."""
+"""Read single files of a folder: each whole, by one request on a store, and checked against the plan."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,13 +7,14 @@ from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.sidecars import is_same_file
 from pipeline.records import File
-from pipeline.storage.store import connect, http_status, is_local, protocols_of, version_of
+from pipeline.storage.connection import connect, http_status, is_local, protocols_of
+from pipeline.storage.reading import version_of
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:
-    """At most `limit` + 1 bytes of a file: one too many tells that there are more.
+    """Read at most `limit` + 1 bytes of a file. The extra byte shows that the file is longer than the limit.
 
-    Raises SourceError where it is not what was planned any more; StorageError where it is, but came incomplete.
+    Raises SourceError if the file differs from the plan, and StorageError if it does not but arrived incomplete.
     """
     with name_url_in_errors(url, "read"):
         fs, path = connect(url, options)
@@ -21,7 +22,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
         if is_local(fs):
             with fs.open(path, "rb") as file:
                 data = cast(bytes, file.read(limit + 1))
-            if not planned.bytes and not planned.etag:  # a link that led nowhere: nobody knows what it was
+            if not planned.bytes and not planned.etag:  # a broken link when it was planned: there is nothing to compare
                 return data
         elif not planned.bytes:
             data = b""  # stores refuse a range of nothing
@@ -33,15 +34,15 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
         if in_doubt and not is_same_file(planned, File(planned.path, *version_of(fs, path))):
             raise _changed(url, planned)
         if len(data) != expected:
-            text = f"cannot read {url}: {len(data)} of its {planned.bytes} bytes were delivered"
+            text = f"cannot read {url}: only {len(data)} of {planned.bytes} bytes were delivered"
             raise StorageError(text, may_pass=True)
         return data
 
 
 def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> bytes:
-    """The first bytes of an object on S3, if its ETag is the planned one: by a single GET with that condition."""
+    """Read the first bytes of an object on S3 by one GET, on the condition that its ETag is the planned one."""
     with fs.open(path, "rb", size=count, cache_type="none") as file:
-        # what s3fs would find out by a HEAD is known from the listing
+        # the listing has what s3fs would otherwise request by a HEAD
         file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
         file.read_kw = {**file.read_kw, "IfMatch": f'"{planned.etag}"'}
         try:
@@ -53,4 +54,5 @@ def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> by
 
 
 def _changed(url: str, planned: File) -> SourceError:
+    """Return the error for a file that differs from the plan."""
     return SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")

@@ -1,4 +1,4 @@
-"""Images of a folder, one file each, with their captions and metadata in files beside them (`.txt`, `.json`)."""
+"""Read the images of a folder, with captions and metadata from the files beside them (`.txt`, `.json`)."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -9,11 +9,12 @@ from pipeline.prefetch import in_order
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, stem
-from pipeline.storage.store import check_has_files, none_if_missing, parent, read_file_if_there
+from pipeline.storage.connection import parent
+from pipeline.storage.reading import check_has_files, none_if_missing, read_file_if_exists
 
-READERS = 16  # threads a unit: stores are slow to answer
+READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
-BYTES_AHEAD = 64 << 20  # of them; at least one image
+BYTES_AHEAD = 64 << 20  # bytes of these images; at least one image is read
 
 
 def read_folder_unit(
@@ -21,45 +22,48 @@ def read_folder_unit(
     options: Mapping[str, str],
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
-    mended: Container[int] = (),
+    may_differ: Container[int] = (),
 ) -> Iterator[Sample | Reject]:
-    """The images of a folder's unit from its storage, read ahead by threads of their own.
+    """Yield the images of a folder's unit from its storage. They are read ahead by separate threads.
 
-    mended: positions of images whose files may be others than they were; all else must be what was planned.
+    may_differ: positions of images whose files may differ from the plan. All other files must be as planned.
+    Raises SourceError if they are not.
     """
 
     def content(file: File, limit: int) -> bytes | None:
         url = url_of(file)
         if file.bytes == UNKNOWN:
-            return read_file_if_there(url, options, limit)
+            return read_file_if_exists(url, options, limit)
         return none_if_missing(url, options, lambda: read_planned_file(url, options, limit, file))
 
     def missing(file: File) -> None:
         if is_image(file.path):
             check_has_files(parent(url_of(file)), options)
         elif not file.bytes and not file.etag:
-            raise Rejected("read", "image_not_embedded")  # a link that leads nowhere, as in a tar
+            raise Rejected("read", "image_not_embedded")  # a broken link, as in a tar
         elif file.bytes != UNKNOWN:
-            raise SourceError(f"{url_of(file)} has gone since it was planned; its image has not")
+            raise SourceError(f"{url_of(file)} was deleted since it was planned, but its image was not; restore it")
 
     def url_of(file: File) -> str:
         return f"{unit.url}/{below_root(file.path)}"
 
-    images = (files.unpinned() if n in mended else files for n, files in enumerate(unpack_files(unit)))
+    images = (
+        files.unpinned() if position in may_differ else files for position, files in enumerate(unpack_files(unit))
+    )
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
         yield from read_folder(images, content, missing, pool, texts, limits)
     finally:
-        pool.shutdown(cancel_futures=True)  # no request outlives its unit
+        pool.shutdown(cancel_futures=True)  # no request continues after its unit has ended
 
 
 def below_root(path: str) -> str:
-    """A path without its first step, the root's own name."""
+    """Return a path without its first step, the name of the source."""
     return path.split("/", 1)[1]
 
 
 def folder_key(path: str) -> str:
-    """The key of an image: its path below the root without the extension, `%` and `.` written %25 and %2E."""
+    """Return the key of an image: its path below the root without the extension, with `%` as %25 and `.` as %2E."""
     return stem(below_root(path)).replace("%", "%25").replace(".", "%2E")
 
 
@@ -71,13 +75,13 @@ def read_folder(
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Sample | Reject]:
-    """The images, in their order; `read` and `on_missing` are called in the threads of the pool.
+    """Yield the images in their order. `read` and `on_missing` are called in the threads of the pool.
 
-    read: up to so many bytes of a file and one more; None where there is no such file.
-    on_missing: told of a file that is not there, before an image is rejected for it, or comes without that text.
-    texts: extensions of the files beside an image that come along as columns.
-    Rejects (stage "read"): `duplicate_key`, `no_image` (the file has gone), `bad_key`, `bad_text`, `text_too_long`;
-    and what `read` and `on_missing` raise as one.
+    read: returns up to `limit` + 1 bytes of a file, or None if the file does not exist.
+    on_missing: called for a missing file, before its image is rejected or is returned without that text.
+    texts: extensions of the files beside an image that are copied as columns.
+    Rejects (stage "read"): `duplicate_key`, `no_image` (the file was deleted), `bad_key`, `bad_text`, `text_too_long`,
+    and each Rejected that `read` or `on_missing` raises.
     """
 
     def column(text: File) -> str | None:
@@ -95,30 +99,30 @@ def read_folder(
             if image is None:
                 on_missing(files.image)
                 raise Rejected("read", "no_image")
-            beside = {extension(text.path): column(text) for text in files.texts if extension(text.path) in texts}
-            return Sample(position, key, image, {**dict.fromkeys(texts), **beside})
-        except Rejected as why:
-            return Reject.of(position, printable_key(key, limits), why)
+            columns = {extension(text.path): column(text) for text in files.texts if extension(text.path) in texts}
+            return Sample(position, key, image, {**dict.fromkeys(texts), **columns})
+        except Rejected as error:
+            return Reject.of(position, printable_key(key, limits), error)
 
     entries = add_keys(images, limits)
     return in_order(pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _bytes(entry[2]), budget=BYTES_AHEAD)
 
 
 def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int, str, ImageFiles | Rejected]]:
-    """Position and key of each image, and its files; or why it is rejected before they are read."""
-    seen: set[str] = set()
+    """Yield the position, key and files of each image. A Rejected replaces the files if the key is not accepted."""
+    keys: set[str] = set()
     for position, files in enumerate(images):
         key = folder_key(files.image.path)
         try:
             check_key(key, limits)
-            if key in seen:
+            if key in keys:
                 raise Rejected("read", "duplicate_key")
-            seen.add(key)
+            keys.add(key)
             yield position, key, files
-        except Rejected as why:
-            yield position, key, why
+        except Rejected as error:
+            yield position, key, error
 
 
 def _bytes(files: ImageFiles | Rejected) -> int:
-    """What reading takes of the memory."""
+    """Return the bytes of memory that the files take."""
     return 0 if isinstance(files, Rejected) else sum(max(file.bytes, 0) for file in (files.image, *files.texts))

@@ -1,7 +1,7 @@
-"""Images in a Parquet file: a column of bytes, or of Hugging Face's `{bytes, path}`; and columns beside them.
+"""Read images from a Parquet file: a column of bytes, or of Hugging Face's `{bytes, path}`, and further columns.
 
-Only the columns that are needed are read, a few pages at a time, whatever the size of a row group. A unit is a range of
-the file's bytes and has the row groups whose middle byte falls in it, so that units follow from the file's size alone.
+Only the needed columns are read, a few pages at a time, whatever the size of a row group. A unit is a range of the
+file's bytes. It has the row groups whose middle byte is in that range, so units follow from the file's size alone.
 """
 
 from collections import Counter
@@ -17,15 +17,15 @@ from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.formats.schema import cache_column_name, source_column_name
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, printable_key
 from pipeline.readers import parquet_footer
-from pipeline.readers.parquet_keys import FileKeys, Known
+from pipeline.readers.parquet_keys import FileKeys, KeySet
 from pipeline.records import Reject, Sample
 from pipeline.values import to_json_value
 
-SMALLEST = 12  # bytes of a Parquet file: two marks and the size of its footer
-ROWS_AT_ONCE = 16
-READ_AT_ONCE = 4 << 20  # bytes of one column
-NO_IMAGES = "no_images"  # what a unit's report counts of files that it passed over
-KEY = "key"  # of img2dataset's metadata
+MIN_BYTES = 12  # of a Parquet file: two magic numbers and the size of its footer
+BATCH_ROWS = 16
+BUFFER_BYTES = 4 << 20  # per column
+NO_IMAGES = "no_images"  # the kind under which a unit's report counts a skipped file
+KEY = "key"  # key column of img2dataset's metadata
 _IMAGE_COLUMN_NAMES = (
     "image",
     "jpg",
@@ -35,99 +35,106 @@ _IMAGE_COLUMN_NAMES = (
     "img",
     "picture",
     "bytes",
-)  # where several columns are binary
+)  # preferred names if several columns are binary
 
 
 @contextmanager
 def open_parquet(stream: BinaryIO, url: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises DamagedError, which names the URL, where it or what is read of it is damaged: at the place
-    of its footer, where nothing else is known."""
+    """Open a Parquet file.
+
+    Raises DamagedError, which names the URL, if the file is damaged, or if a read inside the block fails. Its byte is
+    the start of the footer unless a more precise one is known. Raises ShardError if two columns have one name.
+    """
     size = stream.seek(0, 2)
-    if size < SMALLEST:  # checked first: stores refuse to seek before the start, each in its own way
+    if size < MIN_BYTES:  # checked first, because stores refuse a seek before the start, each with its own error
         raise DamagedError(f"{url} is not a Parquet file: it has {size} bytes", at=0)
     stream.seek(size - 8)
     end = stream.read(8)
     if end[4:] != b"PAR1":
-        raise DamagedError(f"{url} is not a Parquet file, or is cut off: it has no end mark", at=size - 8)
+        raise DamagedError(f"{url} is not a Parquet file, or is truncated: it has no end mark", at=size - 8)
     footer = max(0, size - 8 - int.from_bytes(end[:4], "little"))
     if int.from_bytes(end[:4], "little") > limits.footer_bytes:
-        said = f"{url} has a footer of more than {limits.footer_bytes} bytes: that is more than is read"
-        raise DamagedError(said, at=footer)
+        message = (
+            f"{url} has a footer of more than {limits.footer_bytes} bytes; --input-limit footer_bytes=N accepts it"
+        )
+        raise DamagedError(message, at=footer)
     stream.seek(0)
     with damage_at(footer, url):
-        file = pq.ParquetFile(stream, buffer_size=READ_AT_ONCE, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
         for name, count in Counter(file.schema_arrow.names).items():
             if count > 1:
-                raise ShardError(f"{url} has {count} columns called {name}")
+                raise ShardError(f"{url} has {count} columns with the name {name}; rename or remove one of them")
         yield file
 
 
 @contextmanager
-def damage_at(place: int, url: str) -> Iterator[None]:
-    """Take Arrow's errors for damage of the file at this byte."""
+def damage_at(offset: int, url: str) -> Iterator[None]:
+    """Turn Arrow's errors into a DamagedError at this byte of the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns that are no text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # column names that are not UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"{url} cannot be read as Parquet: {reason}", at=place) from error
+        raise DamagedError(f"{url} cannot be read as Parquet: {reason}", at=offset) from error
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
-    """The column with the images: `wanted`, else the only one there can be.
+    """Return the name of the column with the images: `wanted`, or otherwise the only candidate.
 
-    A column without any value may have no type: where it is called like one of images, it is one without images.
-    Raises NoImagesError where nothing in the file may be images; ShardError where something may be, but is nothing
-    that is read, and where there is more than one column and none is called like one.
+    A column without any value may have no type. If its name is one of an image column, it is one without images.
+    Raises NoImagesError if no column may hold images. Raises ShardError if a column may hold images in a form that is
+    not supported, and if several columns hold bytes but none has the name of an image column.
     """
-    there = [field.name for field in schema if holds_bytes(field.type)]
-    named = [name for name in _IMAGE_COLUMN_NAMES if name in there]
+    binary = [field.name for field in schema if holds_bytes(field.type)]
+    named = [name for name in _IMAGE_COLUMN_NAMES if name in binary]
     empty = [name for name in _IMAGE_COLUMN_NAMES if name in schema.names and _has_no_type(schema.field(name).type)]
     if wanted is not None:
-        if wanted not in there and not (wanted in schema.names and _has_no_type(schema.field(wanted).type)):
-            what = "holds no bytes" if wanted in schema.names else f"is not there: it has {', '.join(schema.names)}"
-            raise ShardError(f"{url}: the column {wanted} {what}; name another one with --image-column")
+        if wanted not in binary and not (wanted in schema.names and _has_no_type(schema.field(wanted).type)):
+            problem = (
+                "holds no bytes" if wanted in schema.names else f"does not exist; columns: {', '.join(schema.names)}"
+            )
+            raise ShardError(f"{url}: the column {wanted} {problem}; name another one with --image-column")
         return wanted
-    if len(there) > 1 and not named and not empty:
-        raise ShardError(f"{url} has several columns with bytes, {', '.join(there)}; name one with --image-column")
-    if found := [*named, *empty, *there]:
-        return str(found[0])
+    if len(binary) > 1 and not named and not empty:
+        raise ShardError(f"{url} has several columns with bytes, {', '.join(binary)}; name one with --image-column")
+    if candidates := [*named, *empty, *binary]:
+        return str(candidates[0])
     nothing = f"{url} has no column with the bytes of images: it has {', '.join(schema.names)}"
-    if near := _looks_like_images(schema):
-        raise ShardError(f"{nothing}; {near}. If it is not a file of images, leave it out of the sources")
-    raise NoImagesError(nothing + _addresses(schema))
+    if hint := _unsupported_images_hint(schema):
+        raise ShardError(f"{nothing}; {hint}. If the file has no images, remove it from the sources")
+    raise NoImagesError(nothing + _download_hint(schema))
 
 
-def _looks_like_images(schema: pa.Schema) -> str:
-    """What in a file without an image column may be images in a form that is not read, and what to do; or ""."""
+def _unsupported_images_hint(schema: pa.Schema) -> str:
+    """Return which column may hold images in a form that is not supported, and a remedy; "" if there is none."""
     for field in schema:
         if _has_bytes_inside(field.type) and _is_list(field.type):
-            return f"{field.name} is a list of images: write a row for each"
+            return f"{field.name} is a list of images: write one row per image"
         if _has_bytes_inside(field.type):
-            return f"{field.name} has bytes inside it: make them a column of their own"
+            return f"{field.name} has bytes inside it: write them to a separate column"
     for name in _IMAGE_COLUMN_NAMES:
         if name in schema.names:
             kind = schema.field(name).type
-            return f"{name} is {kind}, not binary: decode base64 to bytes, or fetch the images that it names"
+            return f"{name} is {kind}, not binary: decode base64 to bytes, or download the images that it names"
     return ""
 
 
-def _addresses(schema: pa.Schema) -> str:
-    """What to do with a file of addresses."""
+def _download_hint(schema: pa.Schema) -> str:
+    """Return a remedy for a file with URLs of images; "" if there are none."""
     names = [name for name in schema.names if name.lower() in ("url", "urls", "image_url", "img_url")]
-    return f"; download the images that {names[0]} names first, with img2dataset for example" if names else ""
+    return f"; first download the images that {names[0]} names, for example with img2dataset" if names else ""
 
 
 def available_columns(
     stream: BinaryIO, url: str, image_column: str | None, limits: Limits = DEFAULT_LIMITS
 ) -> pa.Schema:
-    """The columns that a file of images offers beside them, by their names in a cache."""
+    """Return the columns beside the images of a file, by their names in a cache."""
     with open_parquet(stream, url, limits) as file:
         images = find_image_column(file.schema_arrow, image_column, url)
         return _passable(file.schema_arrow, images)
 
 
 def available_metadata_columns(stream: BinaryIO, url: str, limits: Limits = DEFAULT_LIMITS) -> pa.Schema:
-    """The columns that img2dataset's metadata offers, the file beside a tar. Raises ShardError for another file."""
+    """Return the columns of img2dataset's metadata beside a tar. Raises ShardError if the file is not such metadata."""
     with open_parquet(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
         return _passable(file.schema_arrow, None)
@@ -136,17 +143,17 @@ def available_metadata_columns(stream: BinaryIO, url: str, limits: Limits = DEFA
 def read_metadata(
     stream: BinaryIO, url: str, wanted: pa.Schema, limits: Limits = DEFAULT_LIMITS
 ) -> dict[str, dict[str, Any]]:
-    """The wanted columns of img2dataset's metadata, by key; a Rejected in place of a text that is none."""
+    """Return the wanted columns of img2dataset's metadata, by key. A Rejected replaces text that is not UTF-8."""
     with open_parquet(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
         rows: dict[str, dict[str, Any]] = {}
-        there = [
+        names = [
             source_column_name(name) for name in wanted.names if source_column_name(name) in file.schema_arrow.names
         ]
-        for batch in file.iter_batches(columns=sorted({KEY, *there}), use_threads=False):
+        for batch in file.iter_batches(columns=sorted({KEY, *names}), use_threads=False):
             values = _columns(batch, wanted, url)
             for index, key in enumerate(_keys(batch.column(KEY), KEY)):
-                if isinstance(key, str):  # no sample has another one
+                if isinstance(key, str):  # a sample's key is always text
                     rows[key] = {name: column[index] for name, column in values.items()}
         return rows
 
@@ -161,25 +168,25 @@ def read_parquet(
     wanted: pa.Schema,
     limits: Limits = DEFAULT_LIMITS,
     known: FileKeys | None = None,
-    passed: Counter[str] | None = None,
+    skipped: Counter[str] | None = None,
 ) -> Iterator[Sample | Reject]:
-    """The samples of range k of n of a Parquet file, in the order of its rows.
+    """Yield the samples of range k of n of a Parquet file, in the order of its rows. part: (k, n).
 
-    size: of the file, in bytes. image_column: None for the only one there is.
-    key_column: None for the number of the row in the file.
-    wanted: the columns that come along, as the cache names and types them; those that are not there are left out.
-    known: what is known of the file's keys. passed: a file without images has no samples, and is counted there once.
+    size: bytes of the file. image_column: default: the only candidate.
+    key_column: default: the number of the row in the file.
+    wanted: the columns to copy, with their names and types in the cache; columns that the file lacks are omitted.
+    known: keys of the file that were read before. skipped: receives 1, once per file, for a file without images.
     Rejects (stage "read"): `no_key`, `bad_key`, `duplicate_key`, `no_image`, `image_not_embedded`,
     `too_many_bytes`, `bad_text`.
-    Raises DamagedError where the file is damaged, ShardError where a column has another type than the cache's.
+    Raises DamagedError if the file is damaged, and ShardError if a column's type differs from the cache's.
     """
     with open_parquet(stream, url, limits) as file:
         schema = file.schema_arrow
         try:
             images = find_image_column(schema, image_column, url)
         except NoImagesError:
-            if passed is not None:
-                passed[NO_IMAGES] += part[0] == 0
+            if skipped is not None:
+                skipped[NO_IMAGES] += part[0] == 0
             return
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
@@ -187,9 +194,9 @@ def read_parquet(
         rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if rows_of_groups != file.metadata.num_rows:
             footer = stream.seek(0, 2) - 8 - file.metadata.serialized_size
-            raise DamagedError(f"{url} is damaged: its footer says two different numbers of rows", at=footer)
-        before = _keys_before(file, groups, key_column, known or FileKeys())
-        seen: set[str] = set()
+            raise DamagedError(f"{url} is damaged: its footer has two different numbers of rows", at=footer)
+        earlier_keys = _keys_before(file, groups, key_column, known or FileKeys())
+        keys: set[str] = set()
         names = {images, *([key_column] if key_column else []), *map(source_column_name, wanted.names)}
         rows = _rows(file, groups, sorted(names & set(schema.names)), images, key_column, wanted, url)
         for position, (row, key, image, columns) in enumerate(rows):
@@ -201,16 +208,16 @@ def read_parquet(
                 if key is None and key_column is not None:
                     raise Rejected("read", "no_key")
                 check_key(name, limits)
-                if name in seen or name in before:
+                if name in keys or name in earlier_keys:
                     raise Rejected("read", "duplicate_key")
-                seen.add(name)
+                keys.add(name)
                 yield Sample(position, name, _bytes(image, limits), columns)
-            except Rejected as why:
-                yield Reject.of(position, printable_key(name, limits), why)
+            except Rejected as error:
+                yield Reject.of(position, printable_key(name, limits), error)
 
 
 def row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:
-    """The row groups whose middle byte falls in range k of n of the file's bytes."""
+    """Return the row groups whose middle byte is in range k of n of the file's bytes."""
     k, n = part
     return [group for group, middle in enumerate(middles) if k * size <= middle * n < (k + 1) * size]
 
@@ -224,11 +231,11 @@ def _rows(
     wanted: pa.Schema,
     url: str,
 ) -> Iterator[tuple[int, Any, Any, Mapping[str, Any]]]:
-    """Number in the file, key, image and columns of each row; a few rows are held at a time."""
+    """Yield the number in the file, key, image and columns of each row. Only a few rows are in memory at a time."""
     for group in groups:
         first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
         with damage_at(_start(file, group), url):
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names, use_threads=False):
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
                 values = _columns(batch, wanted, url)
                 keys = _keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
                 for index in range(len(batch)):
@@ -236,19 +243,19 @@ def _rows(
                     yield first + count + index, keys[index], _value(batch.column(images)[index], images), columns
                 count += len(batch)
         if count != file.metadata.row_group(group).num_rows:
-            said = f"{url} is damaged: row group {group} has {count} rows, its footer says otherwise"
-            raise DamagedError(said, at=_start(file, group))
+            message = f"{url} is damaged: row group {group} has {count} rows, which differs from its footer"
+            raise DamagedError(message, at=_start(file, group))
 
 
 def _start(file: Any, group: int) -> int:
-    """The first byte of a row group. Only where `footers.middles` has found that this ends no process."""
+    """Return the first byte of a row group. Safe only after `parquet_footer.row_group_middles`, see there."""
     metadata = file.metadata.row_group(group)
     chunks = [metadata.column(number) for number in range(metadata.num_columns)]
     return max(0, min(int(chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks))
 
 
-def _keys_before(file: Any, groups: list[int], key_column: str | None, known: FileKeys) -> Known:
-    """The keys of the rows in front of a range, so that each is unique in the whole file."""
+def _keys_before(file: Any, groups: list[int], key_column: str | None, known: FileKeys) -> KeySet:
+    """Return the keys of the rows before a range, so that a key is unique in the whole file."""
 
     def read(group: int) -> Iterator[str]:
         for batch in file.iter_batches(row_groups=[group], columns=[key_column], use_threads=False):
@@ -258,7 +265,7 @@ def _keys_before(file: Any, groups: list[int], key_column: str | None, known: Fi
 
 
 def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
-    """The wanted columns that a batch has, by their names in the cache, as values of the wanted types."""
+    """Return the wanted columns that a batch has, by their names in the cache, cast to the wanted types."""
     values: dict[str, list[Any]] = {}
     for field in wanted:
         name = source_column_name(field.name)
@@ -267,18 +274,19 @@ def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
         try:
             array = batch.column(name).cast(field.type)
         except pa.ArrowException as error:
-            have = batch.schema.field(name).type
-            raise ShardError(f"{url}: the column {name} is {have}, in the cache it is {field.type}") from error
+            found = batch.schema.field(name).type
+            raise ShardError(f"{url}: the column {name} is {found}, but in the cache it is {field.type}") from error
         values[field.name] = _values(array, name)
     return values
 
 
 def _keys(array: Any, name: str) -> list[Any]:
-    """Keys as text, whatever their type; None where there is none, a Rejected in place of one that is no text."""
+    """Return keys as text, whatever their type: None for a missing key, a Rejected for one that is not UTF-8."""
     return [_key(value, name) for value in _values(array, name)]
 
 
 def _key(value: Any, name: str) -> Any:
+    """Return one key as `_keys` does."""
     try:
         if isinstance(value, pa.Scalar):  # a time
             value = to_json_value(value)
@@ -290,12 +298,12 @@ def _key(value: Any, name: str) -> Any:
 
 
 def _values(array: Any, name: str) -> list[Any]:
-    """The values of a column for Python, times as Arrow's own: it knows more of them.
+    """Return the values of a column as Python objects, but times as Arrow scalars, which cover more years.
 
-    A Rejected in place of a text that is none (Arrow does not check them).
+    A Rejected replaces text that is not UTF-8, which Arrow does not check.
     """
     if has_times(array.type):
-        return [_with_texts(scalar, name) for scalar in array]
+        return [_checked_scalar(scalar, name) for scalar in array]
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
@@ -303,14 +311,15 @@ def _values(array: Any, name: str) -> list[Any]:
 
 
 def _value(scalar: Any, name: str) -> Any:
+    """Return a scalar's Python object, or a Rejected if its text is not UTF-8."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
         return Rejected("read", "bad_text", name)
 
 
-def _with_texts(scalar: Any, name: str) -> Any:
-    """A value of Arrow's whose texts, where it has some beside its times, are looked at."""
+def _checked_scalar(scalar: Any, name: str) -> Any:
+    """Return an Arrow scalar with times unchanged, or a Rejected if it contains text that is not UTF-8."""
     try:
         to_json_value(scalar)
     except UnicodeDecodeError:
@@ -319,7 +328,7 @@ def _with_texts(scalar: Any, name: str) -> Any:
 
 
 def _bytes(image: Any, limits: Limits) -> bytes:
-    """The bytes of a value of the image column."""
+    """Return the bytes of a value of the image column. Raises Rejected if there are none or too many."""
     if isinstance(image, dict):
         if image["bytes"] is None and image.get("path"):
             raise Rejected("read", "image_not_embedded")
@@ -332,19 +341,19 @@ def _bytes(image: Any, limits: Limits) -> bytes:
 
 
 def _escaped(key: str) -> str:
-    """A key that webdataset can split: `%` and `.` written %25 and %2E."""
+    """Return a key that webdataset can split: with `%` as %25 and `.` as %2E."""
     return key.replace("%", "%25").replace(".", "%2E")
 
 
 def _passable(schema: pa.Schema, images: str | None) -> pa.Schema:
-    """What may be passed through: all but the images, dictionaries as their values."""
+    """Return the columns that can be copied: all except the images, with dictionaries as their value type."""
     types = {field.name: field.type for field in schema if field.name != images}
     plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
     return pa.schema([(cache_column_name(name), kind) for name, kind in plain.items()])
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether a type is one of images: binary, or a struct with a binary field `bytes`; or a dictionary of such."""
+    """Whether a type can hold images: binary, a struct with a binary field `bytes`, or a dictionary of these."""
     if pa.types.is_dictionary(kind):
         return holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
@@ -354,7 +363,7 @@ def holds_bytes(kind: Any) -> bool:
 
 
 def _has_no_type(kind: Any) -> bool:
-    """Whether a type is that of a column in which all is null, or of a struct whose `bytes` are."""
+    """Whether a type is null, as in a column without values, or is a struct whose `bytes` are null."""
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and bool(pa.types.is_null(kind.field(index).type))
@@ -362,7 +371,7 @@ def _has_no_type(kind: Any) -> bool:
 
 
 def _has_bytes_inside(kind: Any) -> bool:
-    """Whether a type has bytes in a list, a struct or a map."""
+    """Whether a type contains bytes in a list, a struct or a map."""
     inside = [kind.field(index).type for index in range(kind.num_fields)]
     return any(_is_binary(inner) or _has_bytes_inside(inner) for inner in inside)
 
@@ -376,9 +385,12 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _check_metadata(schema: pa.Schema, url: str) -> None:
+    """Raise ShardError if a file beside a tar is not img2dataset's metadata."""
     if any(holds_bytes(field.type) for field in schema):
         raise ShardError(
-            f"{url} stands beside a tar of its name but has images of its own; rename it, or move it to a folder"
+            f"{url} is beside a tar with the same name but has images itself; rename it, or move it to another folder"
         )
     if KEY not in schema.names:
-        raise ShardError(f"{url} stands beside a tar of its name but has no column '{KEY}' that its rows are joined by")
+        raise ShardError(
+            f"{url} is beside a tar with the same name but has no column '{KEY}' to join its rows by; rename it"
+        )

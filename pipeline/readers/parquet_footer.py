@@ -1,7 +1,7 @@
-"""Where the row groups of a Parquet file lie, read off its footer by a process of its own.
+"""Read the positions of a Parquet file's row groups from its footer, in a separate process.
 
-pyarrow 26 ends its process where a footer's statistics are damaged (an exception of C++ that nobody catches, in
-`RowGroupMetaData.column`): found by fuzzing. Nothing else of a footer is dangerous so, and the rest is read at home.
+pyarrow 26 ends its process if a footer's statistics are damaged: `RowGroupMetaData.column` raises a C++ exception that
+is not caught. Fuzzing found this. It is the only call known to abort, so the rest of the footer is read in-process.
 """
 
 import atexit
@@ -22,39 +22,42 @@ atexit.register(_reader.end)
 
 
 def row_group_middles(stream: BinaryIO, url: str) -> list[int]:
-    """The middle byte of each row group. stream: the file, at any place. Raises DamagedError where none can be told."""
+    """Return the middle byte of each row group. stream: the file, at any offset.
+
+    Raises DamagedError if the footer is damaged.
+    """
     stream.seek(-8, 2)
     size = int.from_bytes(stream.read(8)[:4], "little")
     end = stream.seek(0, 2)
     if size + 8 > end:
-        raise DamagedError(f"{url} cannot be read as Parquet: its footer would be longer than the file", at=end - 8)
+        raise DamagedError(f"{url} cannot be read as Parquet: its footer claims to be longer than the file", at=end - 8)
     start = stream.seek(-8 - size, 2)
     try:
         answer, _ = _reader.ask(stream.read(size + 8), SECONDS)
     except ChildProcessError as error:
-        said = f"{url} cannot be read as Parquet: its footer ends the process that reads it"
-        raise DamagedError(said, at=start) from error
+        message = f"{url} cannot be read as Parquet: its footer ends the process that reads it"
+        raise DamagedError(message, at=start) from error
     if "error" in answer:
         raise DamagedError(f"{url} cannot be read as Parquet: {answer['error']}", at=start)
-    found = list(answer["middles"])
-    if not all(0 <= middle < end for middle in found):  # it would belong to no range, and be lost
-        raise DamagedError(f"{url} is damaged: by its footer it has rows outside of the file", at=start)
-    return found
+    middles = list(answer["middles"])
+    if not all(0 <= middle < end for middle in middles):  # the row group would belong to no range, and be lost
+        raise DamagedError(f"{url} is damaged: its footer places rows outside of the file", at=start)
+    return middles
 
 
 def main() -> None:
-    """The process: answers a footer (and the end mark after it) with `middles`, or `error`."""
+    """Run the separate process. It answers a footer, with the end mark after it, with `middles` or `error`."""
     limit_itself()
 
     def answer(footer: bytes) -> tuple[dict[str, Any], bytes]:
         try:
             metadata = pq.read_metadata(io.BytesIO(MAGIC + footer))
-            found = []
+            middles = []
             for group in range(metadata.num_row_groups):
                 chunks = [metadata.row_group(group).column(number) for number in range(metadata.num_columns)]
                 start = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
-                found.append(start + sum(chunk.total_compressed_size for chunk in chunks) // 2)
-            return {"middles": found}, b""
+                middles.append(start + sum(chunk.total_compressed_size for chunk in chunks) // 2)
+            return {"middles": middles}, b""
         except (pa.ArrowException, OSError, ValueError) as error:
             return {"error": (str(error).splitlines() or [type(error).__name__])[0]}, b""
 

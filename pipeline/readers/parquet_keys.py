@@ -1,7 +1,7 @@
-"""The keys of a Parquet file's row groups, so that a key is unique in the whole file though a unit reads a range of it.
+"""The keys of a Parquet file's row groups. They make a key unique in the whole file, although a unit reads a range.
 
-Each process reads the keys of a row group once, whichever of the file's ranges it works on, and keeps 16 bytes of each:
-the first half of its sha256. So a file of n ranges is not read n/2 times for its keys.
+Each process reads the keys of a row group once, for all ranges of the file that it works on. It stores 16 bytes per
+key, the first half of its sha256. Otherwise a file of n ranges would be read n/2 times for its keys.
 """
 
 import hashlib
@@ -11,32 +11,32 @@ from functools import lru_cache
 
 import numpy as np
 
-FILES = 8  # that are remembered
-_WORDS = 2  # of 64 bits, of a hash
+FILES = 8  # files whose keys a process keeps
+_WORDS = 2  # 64-bit words per hash
 
 
 class FileKeys:
-    """What is known of one file. Threads may share it."""
+    """The keys of one file that were read so far. Threads may share it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.groups: dict[int, np.ndarray] = {}  # hashes by row group, uint64 [keys, 2]
 
-    def before(self, group: int, read: Callable[[int], Iterable[str]]) -> "Known":
-        """The keys in front of a row group. read: the keys of a row group, out of the file."""
+    def before(self, group: int, read: Callable[[int], Iterable[str]]) -> "KeySet":
+        """Return the keys of all row groups before this one. read: reads the keys of a row group from the file."""
         with self.lock:
             for earlier in range(group):
                 if earlier not in self.groups:
                     self.groups[earlier] = _hashes(read(earlier))
-            return Known([self.groups[earlier] for earlier in range(group)])
+            return KeySet([self.groups[earlier] for earlier in range(group)])
 
 
-class Known:
-    """A set of keys, by their hashes."""
+class KeySet:
+    """A set of keys, stored as their hashes."""
 
     def __init__(self, hashes: list[np.ndarray]) -> None:
-        found = np.concatenate([*hashes, _hashes(())])
-        self.hashes = found[found[:, 0].argsort()]
+        rows = np.concatenate([*hashes, _hashes(())])
+        self.hashes = rows[rows[:, 0].argsort()]
 
     def __contains__(self, key: str) -> bool:
         if not len(self.hashes):
@@ -47,15 +47,18 @@ class Known:
 
 
 def _hashes(keys: Iterable[str]) -> np.ndarray:
+    """Return the hashes of keys, uint64 [keys, 2]."""
     data = b"".join(hashlib.sha256(key.encode()).digest()[: 8 * _WORDS] for key in keys)
     return np.frombuffer(data, np.uint64).reshape(-1, _WORDS)
 
 
 def keys_of_file(url: str, size: int, etag: str, column: str | None) -> FileKeys:
-    """What this process knows of a column of a file; nothing where there is no ETag to tell its versions apart."""
-    return _remembered(url, size, etag, column) if etag else FileKeys()
+    """Return the keys of a file's column that this process has read. Without an ETag, versions cannot be told apart, so
+    it is empty.
+    """
+    return _cached_keys(url, size, etag, column) if etag else FileKeys()
 
 
 @lru_cache(maxsize=FILES)
-def _remembered(url: str, size: int, etag: str, column: str | None) -> FileKeys:
+def _cached_keys(url: str, size: int, etag: str, column: str | None) -> FileKeys:
     return FileKeys()

@@ -1,8 +1,8 @@
-"""Which texts belong to which images of a folder, and how a unit keeps what all of them were when it was planned.
+"""Match the texts and images of a folder, and store their sizes and ETags in a unit when it is planned.
 
-A text has the name of its image, `a.txt` or `a.jpg.txt`; where there are both, the longer name counts. If no text has
-exactly that name, one whose name differs in the case of letters or in its Unicode normalisation does, unless there are
-several, or several images that it could belong to.
+A text has the name of its image: `a.txt` or `a.jpg.txt`. If both exist, the longer name counts. If no text has exactly
+that name, a text whose name differs in the case of letters or in Unicode normalization belongs to the image. It does
+not if there are several such texts, or several images that the text could belong to.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from pipeline.records import File, Shard, Unit, extension, is_image, stem
 from pipeline.storage.etags import same_etag
 
 SHARDS = frozenset({"tar", "parquet"})
-UNKNOWN = -1  # bytes of a file that need not be what was planned
+UNKNOWN = -1  # size of a file that may differ from the plan
 
 
 @dataclass(frozen=True, slots=True)
 class SidecarIndex:
-    """texts: those of each image that has any, by the image's path, one for each extension; unused: the others."""
+    """texts: by the path of an image, its texts, one per extension. unused: the paths of the other texts."""
 
     texts: Mapping[str, Sequence[Shard]]
     unused: Sequence[str]
@@ -38,30 +38,30 @@ class ImageFiles:
     texts: tuple[File, ...]
 
     def unpinned(self) -> "ImageFiles":
-        """The same files, whatever they are by now."""
+        """Return the same files without sizes and ETags, so that they may differ from the plan."""
         image, *texts = (File(file.path, UNKNOWN, "") for file in (self.image, *self.texts))
         return ImageFiles(image, tuple(texts))
 
 
 def folder_of(path: str) -> str:
-    """The folder of a file, with the `/` at its end."""
+    """Return the folder of a file, with a trailing `/`."""
     return path[: path.rfind("/") + 1]
 
 
 def fold_name(path: str) -> str:
-    """A path that is equal for names which differ only in the case of letters or in their Unicode normalisation."""
+    """Return a path that is equal for names which differ only in the case of letters or in Unicode normalization."""
     folder = folder_of(path)
     name = unicodedata.normalize("NFC", path[len(folder) :]).casefold()
     return folder + unicodedata.normalize("NFC", name)
 
 
 def names_for(image: str) -> tuple[str, str]:
-    """What the texts of an image are called but for their extension; the one that counts first."""
+    """Return the names that texts of an image may have, without extension. The first one takes precedence."""
     return image, stem(image)
 
 
 def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
-    """Those of these names of files that could be of texts of images, by what they have in common with an image's."""
+    """Return the file names that may be texts of images, by the folded name that they share with an image."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if not is_image(name) and extension(name) not in SHARDS:
@@ -69,32 +69,32 @@ def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def is_near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
-    """Those of `possible_texts` that could be of one of the images."""
-    called = {fold_name(name) for image in images for name in names_for(image)}
-    return (text for name in called for text in texts.get(name, ()))
+def texts_near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
+    """Return the `possible_texts` that may belong to one of the images."""
+    folded = {fold_name(name) for image in images for name in names_for(image)}
+    return (text for name in folded for text in texts.get(name, ()))
 
 
 def match_sidecars(shards: Sequence[Shard], wanted: Collection[str]) -> SidecarIndex:
-    """The texts beside all images among the shards. wanted: extensions of texts, in small letters."""
+    """Match texts to the images among the shards. wanted: extensions of texts, in lower case."""
     images = [shard for shard in shards if is_image(shard.path)]
-    left = {shard.path: shard for shard in shards if extension(shard.path) in wanted} if images else {}
+    unmatched = {shard.path: shard for shard in shards if extension(shard.path) in wanted} if images else {}
     found: dict[str, list[Shard]] = {}
-    for key in (_exact, _small_extension, fold_name):
-        if not left:
+    for key in (_exact, _lower_extension, fold_name):
+        if not unmatched:
             break
-        pairs = list(_pairs(images, left.values(), wanted, key, found))
+        pairs = list(_pairs(images, unmatched.values(), wanted, key, found))
         for image, text in pairs if key is _exact else _with_one_owner(pairs):
             found.setdefault(image, []).append(text)
-            left.pop(text.path, None)
-    return SidecarIndex(found, _unused(left.values(), shards, images) if left else [])
+            unmatched.pop(text.path, None)
+    return SidecarIndex(found, _unused(unmatched.values(), shards, images) if unmatched else [])
 
 
 def _exact(path: str) -> str:
     return path
 
 
-def _small_extension(path: str) -> str:
+def _lower_extension(path: str) -> str:
     return f"{stem(path)}.{extension(path)}"
 
 
@@ -105,45 +105,51 @@ def _pairs(
     key: Callable[[str], str],
     found: Mapping[str, Sequence[Shard]],
 ) -> Iterator[tuple[str, Shard]]:
-    """The path of each image with a text that it lacks so far: the only one whose key is that of the text's name."""
+    """Yield the path of an image with a text of an extension that it has no text of so far.
+
+    The text must be the only one with the same key as the name that the image's text would have.
+    """
     by_key: dict[str, list[Shard]] = defaultdict(list)
     for text in texts:
         by_key[key(text.path)].append(text)
     for image in images:
-        had = {extension(text.path) for text in found.get(image.path, ())}
+        matched = {extension(text.path) for text in found.get(image.path, ())}
         for kind in wanted:
-            if kind not in had:
-                so_called = (by_key.get(key(f"{name}.{kind}")) for name in names_for(image.path))
-                match next(filter(None, so_called), ()):
+            if kind not in matched:
+                candidates = (by_key.get(key(f"{name}.{kind}")) for name in names_for(image.path))
+                match next(filter(None, candidates), ()):
                     case [text]:
                         yield image.path, text
 
 
 def _with_one_owner(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[str, Shard]]:
-    """The pairs whose text belongs to one image only, or to several of one name."""
+    """Return the pairs whose text belongs to a single image, or to several images with one name."""
     stems: dict[str, set[str]] = defaultdict(set)
     for image, text in pairs:
         stems[text.path].add(stem(image))
     return ((image, text) for image, text in pairs if len(stems[text.path]) == 1)
 
 
-def _unused(left: Iterable[Shard], shards: Sequence[Shard], images: Sequence[Shard]) -> list[str]:
-    """The texts among those that are left which could have been meant for an image: not the metadata of shards."""
+def _unused(texts: Iterable[Shard], shards: Sequence[Shard], images: Sequence[Shard]) -> list[str]:
+    """Return the unmatched texts that may have been meant for an image, without the metadata of shards."""
     roots = {image.root for image in images}
     of_shards = {folder_of(shard.path) for shard in shards if extension(shard.path) in SHARDS}
     of_shards -= {folder_of(image.path) for image in images}
-    return sorted(text.path for text in left if text.root in roots and folder_of(text.path) not in of_shards)
+    return sorted(text.path for text in texts if text.root in roots and folder_of(text.path) not in of_shards)
 
 
 def files_of(image: Shard, texts: Mapping[str, Sequence[Shard]]) -> ImageFiles:
-    """An image and its texts as they were listed."""
-    beside = sorted(texts.get(image.path, ()), key=lambda text: text.path)
-    first, *others = (File(shard.path, shard.bytes, shard.etag) for shard in (image, *beside))
+    """Return an image and its texts as they were listed."""
+    sidecars = sorted(texts.get(image.path, ()), key=lambda text: text.path)
+    first, *others = (File(shard.path, shard.bytes, shard.etag) for shard in (image, *sidecars))
     return ImageFiles(first, tuple(others))
 
 
 def pack_files(images: Iterable[ImageFiles]) -> str:
-    """What images and their texts are, as canonical JSON: one text a unit, because there may be millions of them."""
+    """Return the sizes and ETags of images and their texts as canonical JSON, one string per unit.
+
+    There may be millions of files.
+    """
     content = []
     for files in images:
         names = [[text.path[len(folder_of(text.path)) :], text.bytes, text.etag] for text in files.texts]
@@ -152,25 +158,25 @@ def pack_files(images: Iterable[ImageFiles]) -> str:
 
 
 def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:
-    """What a folder's unit says of the content of its files."""
+    """Return the fields of a folder's unit that pin the content of its files."""
     files = pack_files(images)
-    size = sum(each.image.bytes for each in images)
+    size = sum(image_files.image.bytes for image_files in images)
     return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
 
 
 def unpack_files(unit: Unit) -> list[ImageFiles]:
-    """The files of a folder's unit, as they were planned."""
+    """Return the files of a folder's unit as they were planned. Raises CacheError if the plan is corrupt."""
     try:
         return [
             ImageFiles(File(path, size, etag), tuple(File(folder_of(path) + name, *facts) for name, *facts in texts))
             for path, (size, etag, texts) in zip(unit.paths, json.loads(unit.files), strict=True)
         ]
     except (ValueError, TypeError) as error:
-        raise CacheError(f"the plan does not say what the files of the unit {unit.name} are; {VERIFY_HINT}") from error
+        raise CacheError(f"the plan has no valid list of the files of the unit {unit.name}; {VERIFY_HINT}") from error
 
 
 def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
-    """The paths of what is not as it was: edited, or only in one of the two. same_source: as for `same`."""
+    """Yield the paths of files that were edited, added or removed. same_source: as for `is_same_file`."""
     earlier, later = ({file.path: file for file in (files.image, *files.texts)} for files in (before, now))
     for path in sorted(earlier.keys() | later.keys()):
         if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
@@ -178,8 +184,8 @@ def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = Fa
 
 
 def is_same_file(before: File, now: File | Shard, same_source: bool = False) -> bool:
-    """Whether a file is as it was, as far as its size and its ETag tell; one that is unknown tells nothing.
+    """Whether a file is unchanged, judged by its size and its ETag. An unknown ETag matches any other.
 
-    same_source: the user says that a file of this path and size is the one that was planned.
+    same_source: the user states that a file with this path and size is the one that was planned.
     """
     return before.bytes == now.bytes and (same_source or same_etag(before.etag, now.etag))

@@ -1,1 +1,1 @@
-"""Which inputs there are: sources listed, compared with the plan, and cut into units."""
+"""List the sources, compare them with the plan, and divide them into units."""

@@ -98,7 +98,7 @@ def find_units_at(planned: Sequence[Unit], listing: Listing, same_source: bool) 
     """
     listed = {shard.path: shard for shard in listing.shards}
     if not any(file.path in listed for unit in planned for file in input_files(unit)):
-        given = " ".join(source.given for source in listing.sources)
+        given = " ".join(source.argument for source in listing.sources)
         missing = {file.path: file for unit in planned for file in input_files(unit)}
         check_renamed(listing.shards, missing, (), otherwise="")
         raise SourceError(f"none of the cache's inputs is at {given}")
@@ -130,7 +130,7 @@ def _refuse_moved(
     files: Sequence[File], listed: Mapping[str, Shard], source: Source, roots: Mapping[str, str], same_source: bool
 ) -> None:
     differ = [f.path for f in files if f.path not in listed or not is_same_file(f, listed[f.path], same_source)]
-    named = format_argument(free_name(source.name, {*roots, *map(source_name, listed)}), source.given)
+    named = format_argument(free_name(source.name, {*roots, *map(source_name, listed)}), source.argument)
     what = f"of {len(files):,} planned files {len(differ):,} are missing or differ ({abbreviate(differ)})"
     if not differ:
         what = "nothing but their sizes says that its files are the planned ones"

@@ -1,7 +1,7 @@
-"""A look at the sources before a cache is begun: which columns they offer to be passed through.
+"""Find the columns that the sources offer, before a cache is created.
 
-A few files of each kind are looked at, spread evenly; what the others have is checked when they are read. Damaged ones
-are passed over: they are named when their units fail.
+A few files of each kind are inspected, spread evenly. The others are checked when they are read. Damaged files are
+skipped here, and named when their units fail.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension
-from pipeline.storage import store
+from pipeline.storage import connection, reading
 
 FILES = 16
 MORE_FILES = 256
-MEMBERS = 64  # of a tar
+MEMBERS = 64  # members of a tar that are inspected
 
 
 def find_columns(
@@ -33,17 +33,17 @@ def find_columns(
     wanted: Sequence[str] | None,
     limits: Limits,
 ) -> PassthroughColumns:
-    """The columns to pass through: those that are wanted, else all but the binary ones.
+    """Return the columns to copy. wanted: their names; default: all except binary ones.
 
-    shards: as listed; units: what is made of them. Raises SourceError for a wanted one that is nowhere, for types that
-    do not go together, and for Parquet files without images.
+    shards: as listed. units: made of these shards. Raises SourceError if no source has a wanted column, if types are
+    incompatible, or if Parquet files have no images.
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
         _check_tars(tars, options, limits)
-        alone = all(unit.kind == "parquet" for unit in units)
-        schema = _schema(sorted(parquets), tars, options, image_column, limits, alone)
+        only_parquet = all(unit.kind == "parquet" for unit in units)
+        schema = _schema(sorted(parquets), tars, options, image_column, limits, only_parquet)
         texts = _texts(shards, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
@@ -53,11 +53,11 @@ def find_columns(
         wanted = [*texts, *(name for name in chosen if name not in texts)]
     for name in wanted:
         if name not in texts and name not in schema.names:
-            there = [*texts, *(name for name in schema.names if name not in texts)]
-            near = get_close_matches(name, there, 1)
+            available = [*texts, *(name for name in schema.names if name not in texts)]
+            near = get_close_matches(name, available, 1)
             raise SourceError(
                 f"--columns: there is no column {name} in the sources"
-                + (f"; did you mean {near[0]}?" if near else f"; they have {', '.join(there) or 'none'}")
+                + (f"; did you mean {near[0]}?" if near else f"; they have {', '.join(available) or 'none'}")
             )
     types = {name: pa.string() for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
@@ -71,93 +71,96 @@ def _schema(
     options: Mapping[str, str],
     image_column: str | None,
     limits: Limits,
-    alone: bool,
+    only_parquet: bool,
 ) -> pa.Schema:
-    """The columns of Parquet files with images, and of img2dataset's beside tars, in one schema.
+    """Return one schema of the columns of Parquet files with images and of img2dataset's metadata beside tars.
 
-    alone: whether the sources have nothing but Parquet files. What has no type anywhere, as nothing but null is seen of
-    it, is text.
+    only_parquet: whether the sources have only Parquet files. A column that has no type in any inspected file, because
+    it has only nulls, becomes text.
     """
 
-    def of_images(url: str) -> pa.Schema:
-        with store.open_stream(url, options) as stream:
+    def image_file_columns(url: str) -> pa.Schema:
+        with reading.open_stream(url, options) as stream:
             return parquet.available_columns(stream, url, image_column, limits)
 
-    def beside(tar: str) -> pa.Schema | None:
-        url = store.sibling_url(tar)
-        if not store.exists(url, options):
+    def metadata_columns(tar: str) -> pa.Schema | None:
+        url = connection.sibling_url(tar)
+        if not connection.exists(url, options):
             return None
-        with store.open_stream(url, options) as stream:
+        with reading.open_stream(url, options) as stream:
             return parquet.available_metadata_columns(stream, url, limits)
 
-    schemas = [*_with_images(of_images, parquets, alone), *_sound(beside, _some(tars))]
+    schemas = [*_with_images(image_file_columns, parquets, only_parquet), *_readable(metadata_columns, _spread(tars))]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
         return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields])
     except pa.ArrowException as error:
-        raise SourceError(f"the sources have columns of one name whose types do not go together: {error}") from error
+        raise SourceError(
+            f"the sources have columns with the same name and incompatible types; rename them: {error}"
+        ) from error
 
 
 def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> None:
-    """Raise ShardError where one of a few tars is compressed. All else that is wrong with one fails its unit alone."""
+    """Raise ShardError if one of a few tars is compressed. Any other problem of a tar fails only its own unit."""
 
-    def look(url: str) -> None:
-        with contextlib.suppress(DamagedError, StorageError), store.open_stream(url, options, seeking=True) as stream:
+    def check(url: str) -> None:
+        with contextlib.suppress(DamagedError, StorageError), reading.open_stream(url, options, seeking=True) as stream:
             next(read_members(stream, url, limits=limits), None)
 
     with ThreadPoolExecutor(FILES) as pool:
-        list(pool.map(look, _some(tars)))
+        list(pool.map(check, _spread(tars)))
 
 
-def _with_images(look: Callable[[str], pa.Schema], urls: list[str], alone: bool) -> list[pa.Schema]:
-    """What is seen of a few files; where none of them has images, of the next ones until one has.
+def _with_images(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
+    """Return the schemas of a few files. If none of them has images, inspect more files until one has.
 
-    Raises NoImagesError where no file has, if they are all that there is (`alone`). Else not all are looked at.
+    Raises NoImagesError if no file has images and the sources have nothing else (`only_parquet`). Otherwise at most
+    MORE_FILES files are inspected.
     """
     refused: list[NoImagesError] = []
 
-    def seen(url: str) -> pa.Schema | None:
+    def schema_of(url: str) -> pa.Schema | None:
         try:
-            return look(url)
+            return inspect(url)
         except NoImagesError as error:
             refused.append(error)
             return None
 
-    schemas = _sound(seen, _some(urls))
-    most = len(urls) if alone else MORE_FILES
-    for start in range(0, min(len(urls), most), FILES):
+    schemas = _readable(schema_of, _spread(urls))
+    limit = len(urls) if only_parquet else MORE_FILES
+    for start in range(0, min(len(urls), limit), FILES):
         if schemas or not refused:
             break
         with contextlib.suppress(DamagedError):
-            schemas = _sound(seen, urls[start : start + FILES])
-    if refused and alone and not schemas:
+            schemas = _readable(schema_of, urls[start : start + FILES])
+    if refused and only_parquet and not schemas:
         raise refused[0]
     return schemas
 
 
-def _sound(look: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
-    """What is seen of the files that are there and sound: of those that are damaged, the units fail, each by its name.
+def _readable(inspect: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
+    """Return the schemas of the files that exist and are not damaged. Units of damaged files fail later, by name.
 
-    Raises DamagedError where all that are there are damaged: then nobody knows the columns.
+    Raises DamagedError if all existing files are damaged, because the columns are then unknown.
     """
 
-    def seen(url: str) -> pa.Schema | DamagedError | None:
+    def schema_or_error(url: str) -> pa.Schema | DamagedError | None:
         try:
-            return look(url)
+            return inspect(url)
         except DamagedError as error:
             return error
 
     with ThreadPoolExecutor(FILES) as pool:
-        found = [one for one in pool.map(seen, urls) if one is not None]
-    schemas = [one for one in found if not isinstance(one, DamagedError)]
-    for error in found:
+        results = [result for result in pool.map(schema_or_error, urls) if result is not None]
+    schemas = [result for result in results if not isinstance(result, DamagedError)]
+    for error in results:
         if isinstance(error, DamagedError) and not schemas:
             raise error
     return schemas
 
 
-def _some(urls: list[str]) -> list[str]:
-    """Up to FILES of them, spread evenly."""
+def _spread(urls: list[str]) -> list[str]:
+    """Return up to FILES of the URLs, spread evenly."""
     count = min(FILES, len(urls))
     return [urls[number * len(urls) // count] for number in range(count)]
 
@@ -169,40 +172,41 @@ def _texts(
     wanted: Sequence[str] | None,
     limits: Limits,
 ) -> list[str]:
-    """The text members that tars and folders offer: captions and metadata always, others where one is seen."""
-    seen: set[str] = set()
+    """Return the texts that tars and folders offer: captions and metadata always, others if one is found."""
+    found: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
-        seen |= _members(tars, options, limits)
-    images = any(extension(shard.path) in IMAGE_EXTENSIONS for shard in shards)
-    if images:
-        seen |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
-    if tars or images:
-        seen |= set(TEXT_EXTENSIONS)
-    taken = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # what we call things ourselves
-    others = sorted(seen - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - taken)
-    return [*(name for name in TEXT_EXTENSIONS if name in seen), *others]
+        found |= _member_extensions(tars, options, limits)
+    has_images = any(extension(shard.path) in IMAGE_EXTENSIONS for shard in shards)
+    if has_images:
+        found |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
+    if tars or has_images:
+        found |= set(TEXT_EXTENSIONS)
+    reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
+    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - reserved)
+    return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 
 
-def _members(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
-    """The extensions of a tar's first members: of the first one that is sound so far, or of all up to their damage."""
-    seen: set[str] = set()
-    for tar in _some(tars):
+def _member_extensions(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
+    """Return the extensions of the first members of the first undamaged tar, and of damaged tars before it."""
+    found: set[str] = set()
+    for tar in _spread(tars):
         try:
-            with store.open_stream(tar, options) as stream:
+            with reading.open_stream(tar, options) as stream:
                 for member in islice(read_members(stream, tar, limits=limits), MEMBERS):
-                    seen.add(member.extension)
+                    found.add(member.extension)
             break
         except DamagedError:
             continue
-    return seen
+    return found
 
 
 def is_text(kind: object) -> bool:
+    """Whether an Arrow type is text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise SourceError where a name is a text here and something else in a Parquet file."""
+    """Raise SourceError if a name is a text beside images and has another type in a Parquet file."""
     for name in wanted:
         if name in texts and not is_text(types[name]):
             raise SourceError(

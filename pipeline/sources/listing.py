@@ -1,4 +1,4 @@
-"""Which files the sources name: files, directories, globs and brace ranges, on any storage."""
+"""List the files of the sources: files, directories, globs and brace ranges, on any storage."""
 
 import contextlib
 import fnmatch
@@ -16,167 +16,178 @@ from braceexpand import braceexpand
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import printable, to_valid_text
-from pipeline.readers.sidecars import is_near, possible_texts
+from pipeline.readers.sidecars import possible_texts, texts_near
 from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.store import connect, etag_of, full_url, is_local, parent, read_file_if_there, url_as_listed
+from pipeline.storage.connection import connect, full_url, is_local, parent, url_as_listed
+from pipeline.storage.reading import etag_of, read_file_if_exists
 
 WILDCARDS = frozenset("*?[{")
-NAMED = 5  # of many files, in a note
-SYSTEM = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # thumbnails and rubbish of systems
+NAMED = 5  # files that a note names
+SYSTEM_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # of thumbnails and deleted files
 INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in IMAGE_EXTENSIONS)})
 
 FoundFiles = Mapping[str, Mapping[str, Any]]
-Places = dict[str, tuple[FoundFiles, Mapping[str, list[str]]]]  # what lies in folders, and which of it may be texts
+FolderListings = dict[str, tuple[FoundFiles, Mapping[str, list[str]]]]  # files of folders, and which may be texts
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the user named.
+    """A source that the user named.
 
-    name: the first step of its files' paths. given: as it was written, without its name. root: the URL of its last
-    directory without a wildcard. patterns: what below the root it lists; an empty one is all of it.
+    name: the first step of its files' paths. argument: the source as it was written, without its name. root: the URL of
+    its last directory without a wildcard. patterns: of the listed paths below the root; an empty pattern means all.
     """
 
     name: str
-    given: str
+    argument: str
     root: str
     patterns: tuple[str, ...]
 
     def covers(self, path: str) -> bool:
-        """Whether it would list a file of this path, if there was one."""
+        """Whether the source would list a file with this path, if the file existed."""
         name, _, below = path.partition("/")
         return name == self.name and any(_matches_pattern(below, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of all sources, sorted by path. noticed: a line for each kind of what was left out."""
+    """The files of all sources, sorted by path. notes: one line per kind of skipped file."""
 
     shards: list[Shard]
     sources: tuple[Source, ...]
-    noticed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def list_shards(
-    sources: tuple[str, ...], options: Mapping[str, Any], but: str, noticed: list[str] | None = None
+    sources: tuple[str, ...], options: Mapping[str, Any], excluded: str, notes: list[str] | None = None
 ) -> list[Shard]:
-    """The files of `list_sources`. noticed: its notes are put in there."""
-    listing = list_sources(sources, options, but)
-    if noticed is not None:
-        noticed += listing.noticed
+    """Return the files of `list_sources`. notes: receives the notes of the listing."""
+    listing = list_sources(sources, options, excluded)
+    if notes is not None:
+        notes += listing.notes
     return listing.shards
 
 
-def list_sources(sources: Sequence[str], options: Mapping[str, Any], but: str) -> Listing:
-    """The files that the sources name; those below the URL `but` (the cache) are left out.
+def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: str) -> Listing:
+    """List the files that the sources name. Files below the URL `excluded` (the cache) are skipped.
 
-    A source is a file, a directory (all files below it, but hidden ones), a glob or a brace range; what has the name of
-    an image, but for its extension, comes with it. `NAME=SOURCE` gives it another name than its root's.
-    Noted is what is no file, folders that may not be entered, links to files that are listed themselves, and what
-    latentmill wrote.
-    Raises SourceError for a source that names nothing, two with one name, and a shard whose name is not UTF-8.
+    A source is a file, a directory (all files below it that are not hidden), a glob or a brace range. Texts that share
+    an image's name except for its extension are listed with the image. `NAME=SOURCE` names a source; default: the name
+    of its root.
+    The notes name entries that are not files, folders without permission, links to files that are listed themselves,
+    and files that latentmill wrote.
+    Raises SourceError if a source names nothing, if two sources have one name, or if a shard's name is not UTF-8.
     """
-    cache = url_as_listed(but).rstrip("/") + "/"
+    cache = url_as_listed(excluded).rstrip("/") + "/"
     local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
-    passed, places = SkippedFiles(), Places()
-    for given in sources:
-        source, shards = _expand(given, options, local, cache, passed, places)
+    skipped, listings = SkippedFiles(), FolderListings()
+    for argument in sources:
+        source, shards = _expand(argument, options, local, cache, skipped, listings)
         _check_name(source, named)
         named.append(source)
         for shard in shards:
             found.setdefault(shard.path, shard)
-    return Listing([found[path] for path in sorted(found)], tuple(named), passed.notes())
+    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.notes())
 
 
 @dataclass(slots=True)
 class SkippedFiles:
-    """What the sources have and is no input.
+    """Entries of the sources that are not inputs.
 
-    others: no files. system: in folders that systems make. links: to files that are listed themselves. ours: what
-    latentmill wrote, by what it belongs to.
+    others: entries that are not files, and folders without permission. system: files in folders of operating systems.
+    links: links to files that are listed themselves. own_outputs: files that latentmill wrote, by cache or previews.
     """
 
     others: set[str] = field(default_factory=set)
     system: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
-    ours: dict[str, set[str]] = field(default_factory=dict)
+    own_outputs: dict[str, set[str]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """A line for each kind."""
+        """Return one line per kind of skipped entry."""
         notes = []
         if self.others:
-            notes.append(f"passed over what is no file, or a folder that may not be entered: {abbreviate(self.others)}")
+            notes.append(
+                f"skipped entries that are not files, or folders without permission: {abbreviate(self.others)}"
+            )
         if self.system:
-            notes.append(f"files of the system, left out: {len(self.system):,} ({abbreviate(self.system)})")
+            notes.append(f"skipped files of the operating system: {len(self.system):,} ({abbreviate(self.system)})")
         if self.links:
-            notes.append(f"links to files of the same source, left out: {len(self.links):,} ({abbreviate(self.links)})")
-        for what, files in self.ours.items():
+            notes.append(f"skipped links to files of the same source: {len(self.links):,} ({abbreviate(self.links)})")
+        for owner, files in self.own_outputs.items():
             if files:
-                notes.append(f"files of {printable(to_valid_text(what))}, left out: {len(files):,}")
+                notes.append(f"skipped files of {printable(to_valid_text(owner))}: {len(files):,}")
         return notes
 
 
 def abbreviate(names: Collection[str]) -> str:
-    """A few names in their order, and how many more there are."""
+    """Return the first few sorted names, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(printable(to_valid_text(name)) for name in sorted(names)[:NAMED]) + more
 
 
 def _check_name(source: Source, others: Sequence[Source]) -> None:
-    """Raise SourceError if another source has this name and another root."""
+    """Raise SourceError if another source has the same name and a different root."""
     for other in others:
         if other.name == source.name and not same_root(other.root, source.root):
-            free = free_name(source.name, {one.name for one in others})
+            free = free_name(source.name, {other.name for other in others})
             raise SourceError(
                 f"two sources have the name {source.name}: {other.root} and {source.root}; give one of them another: "
-                f"{shlex.quote(f'{free}={source.given}')}"
+                f"{shlex.quote(f'{free}={source.argument}')}"
             )
 
 
-def same_root(one: str, other: str) -> bool:
-    """Whether two roots are one directory; local ones may lead there through links."""
-    if one == other or "://" in one or "://" in other:
-        return one == other
-    return os.path.realpath(one) == os.path.realpath(other)
+def same_root(first: str, second: str) -> bool:
+    """Whether two roots are the same directory. Local roots may lead there through links."""
+    if first == second or "://" in first or "://" in second:
+        return first == second
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
-    """A name like this one that no other source has."""
+    """Return the name with the first number from 2 on that makes it free."""
     number = 2
     while f"{name}{number}" in taken:
         number += 1
     return f"{name}{number}"
 
 
-def name_and_source(given: str) -> tuple[str, str]:
-    """`NAME=SOURCE` in its two parts; an empty name if there is none. A path with `=` in it that exists is a path."""
-    name, equals, source = given.partition("=")
-    if not equals or "/" in name or ("://" not in given and _names_something(given)):
-        return "", given
+def name_and_source(argument: str) -> tuple[str, str]:
+    """Split `NAME=SOURCE`. The name is empty if there is none. An existing path that contains `=` is a path."""
+    name, equals, source = argument.partition("=")
+    if not equals or "/" in name or ("://" not in argument and _matches_any(argument)):
+        return "", argument
     if not name or name in (".", "..") or "%" in name or not name.isprintable() or to_valid_text(name) != name:
         raise SourceError(
-            f"{printable(to_valid_text(given))}: the name before `=` must not contain `/`, `%` or control characters; "
-            f"for a path with `=` in it, write ./{printable(to_valid_text(given))}"
+            f"{printable(to_valid_text(argument))}: the name before `=` must not contain `/`, `%` or control "
+            "characters; "
+            f"for a path that contains `=`, write ./{printable(to_valid_text(argument))}"
         )
     if not source:
-        raise SourceError(f"{given} names no source: write {name}=SOURCE")
+        raise SourceError(f"{argument} names no source: write {name}=SOURCE")
     return name, source
 
 
-def _names_something(path: str) -> bool:
-    """Whether a local path, or one of its alternatives, is there."""
+def _matches_any(path: str) -> bool:
+    """Whether a local path, or one of its brace alternatives, exists."""
     local = connect(path, {})[1]
-    return any(os.path.lexists(each) or glob.glob(each) for each in _alternatives(local))
+    return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _alternatives(local))
 
 
 def _expand(
-    given: str, options: Mapping[str, Any], but: str | None, cache: str, passed: SkippedFiles, places: Places
+    argument: str,
+    options: Mapping[str, Any],
+    excluded: str | None,
+    cache: str,
+    skipped: SkippedFiles,
+    listings: FolderListings,
 ) -> tuple[Source, list[Shard]]:
-    name, source = name_and_source(given)
+    """Return one source and its files. What is skipped is added to `skipped`."""
+    name, source = name_and_source(argument)
     fs, path = connect(source, options)
     path = _plain(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
@@ -186,14 +197,14 @@ def _expand(
             root, patterns = _fixed_directory(path), _alternatives(path)
         name = name or PurePosixPath(root).name
         if not name:
-            raise SourceError(f"the source {source} has no name: give it one, as NAME={source}")
+            raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         named: dict[str, set[str]] = {}
         for pattern in patterns:
             matches = _matches(fs, pattern)
             if not matches:
-                raise SourceError(f"there is no source at {source}: nothing is called {full_url(fs, pattern)}")
-            below = _files_of(fs, matches, root, but, passed.others)
+                raise SourceError(f"there is no source at {source}: {full_url(fs, pattern)} does not exist")
+            below = _files_of(fs, matches, root, excluded, skipped.others)
             if not below:
                 raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
             files.update(below)
@@ -201,25 +212,25 @@ def _expand(
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
         for place, images in named.items():
-            files.update(_beside(fs, place, images, root, but, passed.others, places))
+            files.update(_sidecars(fs, place, images, root, excluded, skipped.others, listings))
         root = root.rstrip("/")
         files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
-        system = {file for file in files if not SYSTEM.isdisjoint(file[len(root) + 1 :].split("/"))}
-        passed.system |= system
+        system = {file for file in files if not SYSTEM_FOLDERS.isdisjoint(file[len(root) + 1 :].split("/"))}
+        skipped.system |= system
         for file in system:
             del files[file]
-        wanted = _without_ours(fs, files, source, options, cache, passed)
-    found = Source(
+        wanted = _without_own_outputs(fs, files, source, options, cache, skipped)
+    expanded = Source(
         name=name,
-        given=source,
+        argument=source,
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return found, list(_shards(fs, wanted, root, name))
+    return expanded, list(_shards(fs, wanted, root, name))
 
 
 def _shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]:
-    """The files as shards, sorted by path."""
+    """Yield the files as shards, sorted by path."""
     for file in sorted(files):
         _check_utf8(file, root)
         yield Shard(
@@ -233,38 +244,40 @@ def _shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]
 
 
 def _is_shown(below: str) -> bool:
-    """Whether nothing of a path is hidden."""
+    """Whether no step of a path is hidden."""
     return not (below.startswith(".") or "/." in below)
 
 
-def _without_ours(
-    fs: Any, files: FoundFiles, source: str, options: Mapping[str, Any], cache: str, passed: SkippedFiles
+def _without_own_outputs(
+    fs: Any, files: FoundFiles, source: str, options: Mapping[str, Any], cache: str, skipped: SkippedFiles
 ) -> FoundFiles:
-    """The files without those of the cache, those that latentmill wrote, and second paths to one of them.
+    """Return the files without the cache's, without others that latentmill wrote, and without second paths to a file.
 
-    Raises SourceError if latentmill wrote all there is.
+    Raises SourceError if latentmill wrote all files.
     """
     files = {file: info for file, info in files.items() if not full_url(fs, file).startswith(cache)}
 
     def read(path: str) -> bytes | None:
-        with contextlib.suppress(StorageError, Rejected):  # what cannot be read is no mark of ours
-            return read_file_if_there(full_url(fs, path), options, own_outputs.LIMIT)
+        with contextlib.suppress(
+            StorageError, Rejected
+        ):  # a file that cannot be read does not mark an output of latentmill
+            return read_file_if_exists(full_url(fs, path), options, own_outputs.LIMIT)
         return None
 
-    ours = own_outputs.find_own_outputs(files, read)
-    left_out = {file for some_files in ours.values() for file in some_files}
-    if files and left_out >= files.keys():
-        raise SourceError(f"there is no source at {source}: latentmill wrote what is there, {', '.join(ours)}")
-    for what, some_files in ours.items():
-        passed.ours.setdefault(what, set()).update(some_files)
-    inputs = [file for file in files if os.path.splitext(file)[1].lower() in INPUTS and file not in left_out]
+    outputs = own_outputs.find_own_outputs(files, read)
+    written = {file for owner_files in outputs.values() for file in owner_files}
+    if files and written >= files.keys():
+        raise SourceError(f"there is no source at {source}: latentmill wrote all files there, {', '.join(outputs)}")
+    for owner, owner_files in outputs.items():
+        skipped.own_outputs.setdefault(owner, set()).update(owner_files)
+    inputs = [file for file in files if os.path.splitext(file)[1].lower() in INPUTS and file not in written]
     links = find_second_paths(files, inputs)
-    passed.links |= links
-    return {file: info for file, info in files.items() if file not in left_out and file not in links}
+    skipped.links |= links
+    return {file: info for file, info in files.items() if file not in written and file not in links}
 
 
 def _plain(path: str) -> str:
-    """A local path without `.`, `..` and `//`. What `..` leads to is asked of the disk: a link may stand before it."""
+    """Return a local path without `.`, `..` and `//`. The disk resolves `..`, because a link may precede it."""
     steps = path.split("/")
     if ".." in steps:
         last = len(steps) - steps[::-1].index("..")
@@ -273,7 +286,7 @@ def _plain(path: str) -> str:
 
 
 def _matches_pattern(below: str, pattern: str) -> bool:
-    """Whether a path is one that a pattern lists: it fits, or lies in a directory that does."""
+    """Whether a pattern lists a path: the path, or a directory above it, matches."""
     if not pattern or below == pattern or below.startswith(f"{pattern}/"):
         return True
     if "**" in pattern:
@@ -284,18 +297,18 @@ def _matches_pattern(below: str, pattern: str) -> bool:
 
 
 def _matches(fs: Any, pattern: str) -> FoundFiles:
-    """The files and directories that a pattern names."""
+    """Return the files and directories that a pattern names."""
     if fs.exists(pattern):
         return {pattern: fs.info(pattern)}
-    if is_local(fs) and "**" not in pattern:  # fsspec's does not follow links to directories
+    if is_local(fs) and "**" not in pattern:  # fsspec's own glob does not follow links to directories
         return {path: {} for path in glob.glob(pattern)}
     return cast(FoundFiles, fs.glob(pattern, detail=True))
 
 
-def _files_of(fs: Any, paths: FoundFiles, root: str, but: str | None, others: set[str]) -> FoundFiles:
-    """The files among these paths, and those below directories."""
+def _files_of(fs: Any, paths: FoundFiles, root: str, excluded: str | None, others: set[str]) -> FoundFiles:
+    """Return the files among these paths and below the directories among them. others: receives all other entries."""
     if is_local(fs):
-        walk = Walk(root or "/", but)
+        walk = Walk(root or "/", excluded)
         walk.run(paths)
         others.update(walk.others)
         return walk.found
@@ -305,43 +318,42 @@ def _files_of(fs: Any, paths: FoundFiles, root: str, but: str | None, others: se
     return found
 
 
-def _beside(
-    fs: Any, place: str, images: set[str], root: str, but: str | None, others: set[str], places: Places
+def _sidecars(
+    fs: Any, place: str, images: set[str], root: str, excluded: str | None, others: set[str], listings: FolderListings
 ) -> FoundFiles:
-    """The files beside images that were named one by one, or by their extension, and not with all of their folder.
+    """Return the texts of images that were named one by one, or by their extension, without the rest of their folder.
 
-    place: that folder with a `/` at its end, or the pattern of all that lies there.
-    places: those that were listed before. A shell makes many sources of one pattern.
+    place: that folder with a trailing `/`, or the pattern of all entries in it.
+    listings: the folders that were listed before. A shell expands one pattern to many sources.
     """
     url = full_url(fs, place)
-    if url not in places:
+    if url not in listings:
         is_folder = place.endswith("/")
         found: FoundFiles = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _matches(fs, place)
-        places[url] = found, possible_texts(found)
-    there, by_name = places[url]
-    folders = fs.isdir if is_local(fs) else lambda path: there[path]["type"] == "directory"
-    texts = {path: there[path] for path in is_near(by_name, images) if not folders(path)}
-    return _files_of(fs, texts, root, but, others)
+        listings[url] = found, possible_texts(found)
+    entries, by_name = listings[url]
+    is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
+    texts = {path: entries[path] for path in texts_near(by_name, images) if not is_directory(path)}
+    return _files_of(fs, texts, root, excluded, others)
 
 
 def _check_utf8(file: str, root: str) -> None:
-    """Raise SourceError where the name of a shard is not UTF-8. (An image's is a bad key.)"""
+    """Raise SourceError if the name of a shard is not UTF-8. Such a name of an image is the reject `bad_key`."""
     is_shard = file.lower().endswith((".tar", ".parquet"))
     if to_valid_text(root) != root or (is_shard and to_valid_text(file) != file):
-        raise SourceError(
-            f"the name of {printable(to_valid_text(file))} is not UTF-8: rename it, or the folder that it lies in"
-        )
+        raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")
 
 
 def _alternatives(path: str) -> list[str]:
+    """Expand the brace ranges of a path."""
     try:
         return list(braceexpand(path))
-    except ValueError:  # unbalanced braces: a name with a brace in it
+    except ValueError:  # unbalanced braces: the name contains a brace
         return [path]
 
 
 def _fixed_directory(path: str) -> str:
-    """The last directory of a pattern before its first wildcard."""
+    """Return the last directory of a pattern before its first wildcard."""
     steps = path.split("/")
     first = next((i for i, step in enumerate(steps) if WILDCARDS & set(step)), len(steps) - 1)
     return "/".join(steps[:first])

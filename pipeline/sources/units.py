@@ -1,4 +1,4 @@
-"""From shards to units: what one task reads."""
+"""Divide shards into units. A unit is what one task reads."""
 
 import hashlib
 import itertools
@@ -14,23 +14,24 @@ from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pi
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, stem
 
 IMAGES_PER_UNIT = 256
-RANGE_BYTES = 128 << 20  # of a Parquet file, about
-TABLES_OWN = frozenset({"_delta_log", "_change_data", "_temporary"})  # folders
+RANGE_BYTES = 128 << 20  # approximate size of a range of a Parquet file
+TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
 
 
 def unit_name(name: str, identity: object) -> str:
-    """A file-name-safe stem, a dash, and 16 hex digits of the sha256 of what the unit reads (canonical JSON)."""
+    """Return a file-name-safe stem, a dash, and 16 hex digits of the sha256 of `identity` as canonical JSON."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:64] or "unit"
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def make_units(shards: Sequence[Shard], beside: SidecarIndex | None = None) -> list[Unit]:
-    """The units of these shards: tars, Parquet files, images, each in the order of the paths; others are passed over.
+def make_units(shards: Sequence[Shard], sidecars: SidecarIndex | None = None) -> list[Unit]:
+    """Return the units of these shards: tars, Parquet files, images, each in the order of the paths.
 
-    A Parquet file beside a tar of its name is img2dataset's metadata, and no unit; nor is `is_tables_own`.
-    beside: the texts of images, if they are known already, or others than captions and metadata come along.
+    Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
+    file of `is_table_log` is not a unit either.
+    sidecars: the texts of images, if they are already known or include more than captions and metadata.
     """
-    texts = (beside or match_sidecars(shards, TEXT_EXTENSIONS)).texts
+    texts = (sidecars or match_sidecars(shards, TEXT_EXTENSIONS)).texts
     shards = select_inputs(shards)
     tars = [make_tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
     parquets = [shard for shard in shards if extension(shard.path) == "parquet"]
@@ -42,40 +43,41 @@ def make_units(shards: Sequence[Shard], beside: SidecarIndex | None = None) -> l
 
 
 def is_table_log(shard: Shard) -> bool:
-    """Whether Delta Lake or Spark keeps a Parquet file for itself: logs, changes, and rows not yet committed."""
-    return extension(shard.path) == "parquet" and not TABLES_OWN.isdisjoint(shard.path.split("/")[1:-1])
+    """Whether a Parquet file is internal to Delta Lake or Spark: logs, changes, and uncommitted rows."""
+    return extension(shard.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(shard.path.split("/")[1:-1])
 
 
 def select_inputs(shards: Sequence[Shard]) -> list[Shard]:
-    """Those of the files that units are made of."""
-    beside = {stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
+    """Return the files that units are made of."""
+    tar_stems = {stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
 
     def is_input(shard: Shard) -> bool:
         kind = extension(shard.path)
         if kind == "parquet":
-            return stem(shard.path) not in beside and not is_table_log(shard)
+            return stem(shard.path) not in tar_stems and not is_table_log(shard)
         return kind == "tar" or is_image(shard.path)
 
     return [shard for shard in shards if is_input(shard)]
 
 
 def count_other_files(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
-    """How many of the files are of no use, by extension: not those that may stand beside an image or a tar.
+    """Count the files that are not used, by extension. Files that may belong to an image or a tar do not count.
 
-    texts: extensions of the files beside an image that come along.
+    texts: extensions of the files beside an image that are copied.
     """
     known = {"tar", "parquet", *IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
     return Counter(printable(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
 
 
 def unit_name_of(unit: Unit) -> str:
-    """The name that a unit must have for what it reads."""
+    """Return the name that follows from what a unit reads."""
     if unit.kind == "folder":
         return unit_name(unit.path, list(unit.paths))
     return unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
 def make_tar_unit(shard: Shard) -> Unit:
+    """Return the unit of a tar."""
     return Unit(
         name=unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
         kind="tar",
@@ -88,7 +90,7 @@ def make_tar_unit(shard: Shard) -> Unit:
 
 
 def make_parquet_units(shard: Shard) -> list[Unit]:
-    """A unit for each range k of n, n from the file's size alone."""
+    """Return one unit per range k of n of a Parquet file. n follows from the file's size alone."""
     count = max(1, math.ceil(shard.bytes / RANGE_BYTES))
     name = PurePosixPath(shard.path).stem
     return [
@@ -107,7 +109,7 @@ def make_parquet_units(shard: Shard) -> list[Unit]:
 
 
 def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
-    """Up to 256 images each, in order; images that differ in their extension only stay together."""
+    """Yield groups of up to 256 images, in order. Images that differ only in their extension stay together."""
     group: list[Shard] = []
     for _, twins in itertools.groupby(images, key=lambda shard: stem(shard.path)):
         same = list(twins)
@@ -120,6 +122,7 @@ def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
 
 
 def make_folder_unit(images: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
+    """Return the unit of these images. texts: of each image that has any, by the image's path."""
     root, paths = images[0].root, tuple(shard.path for shard in images)
     folder = paths[0].split("/", 1)[0]
     return Unit(

@@ -1,4 +1,4 @@
-"""Which files lie in directories of a local disk, where there are links, pipes and closed folders, too."""
+"""List the files in directories of a local disk, which also has links, pipes and folders without permission."""
 
 import errno
 import os
@@ -10,33 +10,34 @@ from typing import Any
 
 @dataclass(slots=True)
 class Walk:
-    """A walk from some paths on, all in the directory `top` or that itself; what is hidden is left out, and `but`.
+    """A walk from paths that are in the directory `top`, or are `top`. Hidden entries and `excluded` are skipped.
 
-    found: the files, by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: what is neither file
-    nor directory, and directories that may not be entered. Links to directories are followed, but no directory is
-    entered twice: under its own name, where it has one here.
+    found: the files by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: entries that are neither
+    files nor directories, and directories without permission. Links to directories are followed, but no directory is
+    entered twice. A directory with a name of its own below `top` is entered under that name.
     """
 
     top: str
-    but: str | None
+    excluded: str | None
     found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     _folders: list[str] = field(default_factory=list)
     _links: list[str] = field(default_factory=list)
 
     def run(self, paths: Iterable[str]) -> None:
-        """Raises PermissionError where `top` itself may not be entered."""
-        top, but, paths = os.path.realpath(self.top), self.but and os.path.realpath(self.but), list(paths)
+        """Walk. Raises PermissionError if `top` itself may not be entered."""
+        top, excluded = os.path.realpath(self.top), self.excluded and os.path.realpath(self.excluded)
+        paths = list(paths)
         folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
-        self._take(path for path in paths if not _is_in(folders[os.path.dirname(path)], but))
+        self._add(path for path in paths if not _is_in(folders[os.path.dirname(path)], excluded))
         entered: set[str] = set()
         while self._folders or self._links:
             folder = (self._folders or self._links).pop()
             real = os.path.realpath(folder)
-            if real in entered or _is_in(real, but):
+            if real in entered or _is_in(real, excluded):
                 continue
             entered.add(real)
-            if folder != self.top and _is_in(top, real):  # a link upwards: to the whole disk, perhaps
+            if folder != self.top and _is_in(top, real):  # a link to a directory above, perhaps to the whole disk
                 self.others.append(folder)
                 continue
             try:
@@ -46,16 +47,17 @@ class Walk:
                     raise
                 self.others.append(folder)
                 continue
-            self._take(os.path.join(folder, name) for name in names if not name.startswith("."))
+            self._add(os.path.join(folder, name) for name in names if not name.startswith("."))
 
-    def _take(self, paths: Iterable[str]) -> None:
+    def _add(self, paths: Iterable[str]) -> None:
+        """Add each path to the files, the other entries or the directories to visit."""
         for path in paths:
             try:
                 info = os.stat(path)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES):
                     raise
-                # a link that leads nowhere, say: it is named when it is read
+                # for example a broken link; the error when it is read names it
                 self.found[path] = {"size": 0}
                 continue
             if stat.S_ISREG(info.st_mode):
@@ -70,14 +72,14 @@ class Walk:
                 self._links.append(path)
             else:
                 self._folders.append(path)
-        self._links.sort(reverse=True)  # of two links to one directory the first by name counts, on any disk
+        self._links.sort(reverse=True)  # the first by name of two links to one directory is entered, on any disk
 
 
 def file_id(path: str, info: os.stat_result) -> str:
-    """A text that is equal for two paths to one file: through links, mounts, or names in other letters.
+    """Return a text that is equal for two paths to one file, through links, mounts, or a disk that ignores case.
 
-    Hard links are files of their own: backups and tools that save space make them of equal files. Size and time are a
-    part of it, because some network disks give numbers that are not unique.
+    Hard links count as separate files, because backups and deduplication tools create them for equal files. Size and
+    time are part of the text, because some network disks have inode numbers that are not unique.
     """
     if info.st_nlink > 1 or not info.st_ino:
         return os.path.realpath(path)
@@ -85,7 +87,7 @@ def file_id(path: str, info: os.stat_result) -> str:
 
 
 def file_id_at(path: str) -> str:
-    """The same of a path; empty if there is no such file, or none that one may look at."""
+    """Return the `file_id` of a path. It is empty if the file does not exist or is not accessible."""
     try:
         return file_id(path, os.stat(path))
     except (OSError, ValueError):
@@ -93,10 +95,10 @@ def file_id_at(path: str) -> str:
 
 
 def find_second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> set[str]:
-    """Those of the paths that lead to a file which another of them names without a link.
+    """Return the paths to files that another of the paths names without a link.
 
-    Several links to a file that none of them names so are files of their own: stores that go by content (git-annex,
-    the hub's cache) link equal files to one.
+    If all paths to a file are links, they count as separate files: content-addressed stores (git-annex, the hub's
+    cache) link equal files to one.
     """
     by_file: dict[str, list[str]] = {}
     for path in paths:
@@ -110,4 +112,5 @@ def find_second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[st
 
 
 def _is_in(path: str, folder: str | None) -> bool:
+    """Whether a path is a folder or is below it."""
     return folder is not None and f"{path.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")

@@ -1,1 +1,4 @@
-"""Where all bytes come from and go to."""
+"""All bytes are read and written here.
+
+`connection` turns URLs into filesystems, `reading` opens and reads files, and `folder` writes a cache's files.
+"""

@@ -1,20 +1,23 @@
-"""Whether a file is what was planned, by its size and its ETag (`storage.etag_of`)."""
+"""Whether a file is the one that was planned, judged by its size and its ETag (`reading.etag_of`)."""
 
 import re
 
-ROUNDED = (100, 10**3, 10**6, 10**9)  # nanoseconds, to which disks and tools round the time of a file
+ROUNDING = (100, 10**3, 10**6, 10**9)  # nanoseconds to which disks and tools round a file's time
 
 
-def same_etag(one: str, other: str) -> bool:
-    """Whether two ETags can be of one content. One that is unknown tells nothing; some disks and tools round times."""
-    if one == other or not one or not other:
+def same_etag(first: str, second: str) -> bool:
+    """Whether two ETags may belong to the same content.
+
+    An unknown ETag matches any other. Times match if one of them is the other, rounded down by a disk or a tool.
+    """
+    if first == second or not first or not second:
         return True
-    if not (re.fullmatch(r"m-?\d+", one) and re.fullmatch(r"m-?\d+", other)):
+    if not (re.fullmatch(r"m-?\d+", first) and re.fullmatch(r"m-?\d+", second)):
         return False
-    times = int(one[1:]), int(other[1:])
-    return any(times[0] // step == times[1] // step for step in ROUNDED for time in times if time % step == 0)
+    times = int(first[1:]), int(second[1:])
+    return any(times[0] // step == times[1] // step for step in ROUNDING for time in times if time % step == 0)
 
 
-def same_version(planned: tuple[int, str], now: tuple[int, str]) -> bool:
-    """Whether a file is what was planned. Both: its size, its ETag."""
-    return planned[0] == now[0] and same_etag(planned[1], now[1])
+def same_version(planned: tuple[int, str], current: tuple[int, str]) -> bool:
+    """Whether a file is the one that was planned. Both arguments are its size in bytes and its ETag."""
+    return planned[0] == current[0] and same_etag(planned[1], current[1])

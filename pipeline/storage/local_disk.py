@@ -1,8 +1,8 @@
-"""Files of a local disk, published whole: under a name that is free (`create`), or over what stands there (`replace`).
+"""Publish whole files on a local disk: under a free name (`create`), or over an existing file (`replace`).
 
-A disk that has hard links lets one of any number of writers win. Some have none (exFAT, FAT, many that are mounted by
-FUSE or SMB), or none from one directory to another (BeeGFS). There a rename that refuses a name that is taken does the
-same, where the disk knows that kind of rename. Where it does not, two writers at once may both be told that they won.
+On a disk with hard links, one of any number of concurrent writers wins. Some disks have no hard links (exFAT, FAT,
+many FUSE and SMB mounts), or none between directories (BeeGFS). On those, an exclusive rename has the same effect, if
+the disk supports it. If it does not, `create` may return True for two concurrent writers of one name.
 In every case a reader sees a whole file or none.
 """
 
@@ -17,41 +17,43 @@ from typing import Any
 
 from pipeline.errors import StorageError
 
-# what a disk says that has no such call: EPERM by the manual of link(2), the others by some filesystem
-REFUSED = frozenset(
+# errno values of an unsupported call: EPERM by the manual of link(2), the others from various filesystems
+UNSUPPORTED = frozenset(
     {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
     | {errno.EXDEV, errno.EMLINK}
 )
-AT_FDCWD, RENAME_NOREPLACE = -100, 1  # of Linux
+AT_FDCWD, RENAME_NOREPLACE = -100, 1  # constants of Linux
 
 
 class NotExclusive(StorageError):
-    """The disk cannot let one writer win."""
+    """The disk cannot make sure that one of several concurrent writers wins."""
 
 
 def create(path: str, data: bytes, spool: str, exclusive: bool) -> bool:
-    """Publish a file, unless the name is taken: then False, and what stands there is untouched.
+    """Publish a file if the name is free. Otherwise return False and leave the existing file untouched.
 
-    spool: a directory of the same disk, for the file on its way.
-    exclusive: raise NotExclusive where the disk cannot let one writer win; otherwise do without.
+    spool: a directory on the same disk, for the temporary file.
+    exclusive: raise NotExclusive if the disk cannot make sure that one of several concurrent writers wins. Otherwise
+    the file is written without that guarantee.
     """
     directory = os.path.dirname(path)
-    for needed in (directory, spool):
-        os.makedirs(needed, exist_ok=True)
+    for folder in (directory, spool):
+        os.makedirs(folder, exist_ok=True)
     file = _write_hidden(spool, data)
     try:
-        created = _tried(os.link, file, path)
+        created = _try_publish(os.link, file, path)
         if created is None:
-            beside = os.path.join(directory, os.path.basename(file))
-            os.rename(file, beside)
-            file = beside
-            created = _tried(os.link, file, path)  # BeeGFS links within a directory
+            neighbour = os.path.join(directory, os.path.basename(file))
+            os.rename(file, neighbour)
+            file = neighbour
+            created = _try_publish(os.link, file, path)  # BeeGFS links within a directory
         if created is None:
-            created = _tried(_rename_to_free_name, file, path)
+            created = _try_publish(_rename_to_free_name, file, path)
         if created is None:
             if exclusive:
                 raise NotExclusive(
-                    f"cannot write {path}: the disk has neither hard links nor exclusive renames on this machine"
+                    f"cannot write {path}: the disk has neither hard links nor exclusive renames on this machine; "
+                    "mount it as on the driver's machine, or write the cache to another disk"
                 )
             created = not os.path.lexists(path)
             if created:
@@ -65,27 +67,27 @@ def create(path: str, data: bytes, spool: str, exclusive: bool) -> bool:
 
 
 def replace(path: str, data: bytes) -> None:
-    """Write a file whole, over what may stand there."""
+    """Write a whole file, and overwrite an existing one."""
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
     os.replace(_write_hidden(directory, data), path)
 
 
-def _tried(put: Callable[[str, str], Any], file: str, path: str) -> bool | None:
-    """Whether `put` has published the file; None where this disk has no such call."""
+def _try_publish(operation: Callable[[str, str], Any], file: str, path: str) -> bool | None:
+    """Return whether `operation` published the file, or None if this disk does not support it."""
     try:
-        put(file, path)
+        operation(file, path)
     except FileExistsError:
-        return os.path.exists(file) and os.path.samefile(file, path)  # NFS: won, and the first answer was lost
+        return os.path.exists(file) and os.path.samefile(file, path)  # NFS: the call succeeded, but its answer was lost
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in UNSUPPORTED:
             raise
         return None
     return True
 
 
 def _rename_to_free_name(file: str, path: str) -> None:
-    """A rename that refuses a name that is taken, where `os.rename` overwrites it. Of Linux only."""
+    """Rename a file, but refuse a taken name, which `os.rename` would overwrite. Linux only."""
     rename = _renameat2()
     if rename is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), file)
@@ -96,19 +98,19 @@ def _rename_to_free_name(file: str, path: str) -> None:
 
 @cache
 def _renameat2() -> Any:
-    """The C library's function; None where it has none."""
+    """Return the C library's function, or None if it has none."""
     return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
 def _write_hidden(directory: str, data: bytes) -> str:
-    """Write a hidden file under a name of its own, safe on the disk when this returns."""
+    """Write a hidden file under a unique name, and return its path once the content is safe on the disk."""
     path = f"{directory}/.{uuid.uuid4().hex}"
     try:
         with open(path, "xb") as file:
             file.write(data)
             file.flush()
             _sync(file.fileno())
-    except BaseException:  # a signal, too
+    except BaseException:  # also for a signal
         if os.path.exists(path):
             os.unlink(path)
         raise
@@ -116,7 +118,7 @@ def _write_hidden(directory: str, data: bytes) -> str:
 
 
 def _sync_directory(directory: str) -> None:
-    """Make the names in a directory safe on the disk, as far as one may and it can."""
+    """Make the names in a directory safe on the disk, as far as permissions and the disk allow."""
     try:
         number = os.open(directory, os.O_RDONLY)
     except PermissionError:
@@ -128,9 +130,9 @@ def _sync_directory(directory: str) -> None:
 
 
 def _sync(number: int) -> None:
-    """fsync, but for disks that have none."""
+    """Call fsync. Ignore disks that do not support it."""
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in UNSUPPORTED:
             raise

@@ -347,7 +347,7 @@ class TestRefusals:
         rows = len(all_rows(tmp_path / "c"))
         assert code == 3
         assert 40 < rows < 50
-        assert f"damaged: {tmp_path}/s/1.tar is cut off at byte {cut}: it has no end mark; what could be read" in err
+        assert f"damaged: {tmp_path}/s/1.tar is truncated at byte {cut}: it has no end mark; what could be read" in err
         assert "rejected   1: 1 rest_of_shard" in out
         (reject,) = (
             json.loads(line) for path in tmp_path.glob("c/_rejects/*") for line in path.read_text().splitlines()

@@ -42,7 +42,7 @@ def test_in_batch_use_each_message_has_its_time_and_level(latentmill: Command, j
     _, _, err = latentmill(*job)
     assert err
     assert [line for line in err.splitlines() if not re.match(rf"{STAMP} (INFO|WARNING|ERROR) \S", line)] == []
-    assert re.search(rf"^{STAMP} WARNING damaged: .*1\.tar is cut off", err, re.MULTILINE)
+    assert re.search(rf"^{STAMP} WARNING damaged: .*1\.tar is truncated", err, re.MULTILINE)
 
 
 def test_at_a_terminal_messages_are_plain(job: list[object], tmp_path: Path) -> None:

@@ -120,11 +120,11 @@ def test_what_latentmill_wrote_into_its_source_is_not_encoded(
     assert latentmill("decode", source / "latents", "--to", source, "--workers", 0)[0] == 0
     code, out, err = encode(source)
     assert (code, "encoded 2 images" in out) == (0, True)
-    assert f"INFO files of the cache {source}/latents, left out: " in err
-    assert f"INFO files of the previews {source}/previews, left out: 4\n" in err
-    assert f"INFO files of the previews {source}, left out: 4\n" in err
+    assert f"INFO skipped files of the cache {source}/latents: " in err
+    assert f"INFO skipped files of the previews {source}/previews: 4\n" in err
+    assert f"INFO skipped files of the previews {source}: 4\n" in err
     code, _, err = latentmill("encode", source / "previews", "--to", tmp_path / "d", *argv)
-    assert (code, f"latentmill wrote what is there, the previews {source}/previews" in err) == (2, True)
+    assert (code, f"latentmill wrote all files there, the previews {source}/previews" in err) == (2, True)
 
 
 def test_previews_are_marked_before_the_first_is_drawn(

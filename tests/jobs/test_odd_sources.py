@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import store
+from pipeline.storage import reading
 from tests.conftest import img2dataset_members, write_tar
 from tests.jobs.test_sources import by_key, images, table_of
 
@@ -46,7 +46,7 @@ def test_texts_that_stand_apart_from_their_images_are_said(encode: Command, tmp_
     write_tar(tmp_path / "s/0.tar", dict(members))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, err.count("INFO 3 images are not next to their texts")) == (3, 1), err
-    assert all("its image stands elsewhere in the tar" in reject["detail"] for reject in rejects(tmp_path / "c")[3:])
+    assert all("its image is elsewhere in the tar" in reject["detail"] for reject in rejects(tmp_path / "c")[3:])
 
 
 def compress(path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_gzip_called_tar_is_refused_before_anything_is_done(encode: Command, t
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(0, 1))
     compress(tmp_path / "s/1.tar")
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, f"{tmp_path}/s/1.tar is not a tar but gzip; decompress it" in err) == (2, True), err
+    assert (code, f"{tmp_path}/s/1.tar is not a tar, but a gzip file; decompress it" in err) == (2, True), err
     assert not (tmp_path / "c").exists()
 
 
@@ -68,7 +68,7 @@ def test_a_gzip_that_was_not_looked_at_fails_its_unit_by_name(encode: Command, t
         write_tar(tmp_path / f"s/{number:02}.tar", img2dataset_members(number, 1))
     compress(tmp_path / "s/01.tar")
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "failed: unit 01-" in err, "01.tar is not a tar but gzip" in err) == (1, True, True), err
+    assert (code, "failed: unit 01-" in err, "01.tar is not a tar, but a gzip file" in err) == (1, True, True), err
     assert "rejected   0" in out, "nothing of it counts as read"
 
 
@@ -78,7 +78,7 @@ def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
     """By its permissions, say: root reads all the same, so the disk's answer is made here."""
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(number, 1))
-    open_stream = store.open_stream
+    open_stream = reading.open_stream
 
     @contextmanager
     def refusing(url: str, *given: Any, **how: Any) -> Iterator[BinaryIO]:
@@ -87,7 +87,7 @@ def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
         with open_stream(url, *given, **how) as stream:
             yield stream
 
-    monkeypatch.setattr(store, "open_stream", refusing)
+    monkeypatch.setattr(reading, "open_stream", refusing)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 1 images" in out, "1.tar: permission denied" in err) == (1, True, True), err
 
@@ -97,7 +97,7 @@ def test_archives_that_are_not_read_are_named(encode: Command, tmp_path: Path, n
     (tmp_path / "s").mkdir()
     with zipfile.ZipFile(tmp_path / "s" / name, "w") as archive:
         archive.writestr("0.jpg", b"")
-    said = f"compressed archives are not read: {tmp_path}/s/{name}; decompress it"
+    said = f"compressed archives are not supported: {tmp_path}/s/{name}; decompress it"
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, said in err) == (2, True), err
     write_tar(tmp_path / "s/1.tar", img2dataset_members(0, 1))
@@ -214,7 +214,7 @@ def test_sources_that_have_no_images_at_all_are_refused(encode: Command, tmp_pat
         put(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "has no column with the bytes of images: it has key, URL" in err) == (2, True), err
-    assert "download the images that URL names first" in err
+    assert "first download the images that URL names" in err
     assert not (tmp_path / "c").exists()
 
 
@@ -222,7 +222,7 @@ def test_a_column_that_is_asked_for_must_be_in_every_file(encode: Command, tmp_p
     put(tmp_path / "s/0.parquet", **IMAGES)
     put(tmp_path / "s/1.parquet", key=["x"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--image-column", "image")
-    assert (code, "1.parquet: the column image is not there: it has key" in err) == (2, True), err
+    assert (code, "1.parquet: the column image does not exist; columns: key" in err) == (2, True), err
 
 
 def test_images_in_a_form_that_is_not_read_are_never_passed_over(encode: Command, tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
 def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "hush")
     assert parse_storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
-    with pytest.raises(UsageError, match="the environment variable NOT_THERE is not set"):
-        parse_storage_options(["secret=env:NOT_THERE"])
+    with pytest.raises(UsageError, match="the environment variable NO_SUCH_FILE is not set"):
+        parse_storage_options(["secret=env:NO_SUCH_FILE"])
     with pytest.raises(UsageError, match="must be KEY=VALUE"):
         parse_storage_options(["secret"])
 

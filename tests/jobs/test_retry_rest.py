@@ -17,7 +17,7 @@ from pipeline.cache.reader import read_rows
 from pipeline.errors import StorageError
 from pipeline.maintenance import retry
 from pipeline.sources import units
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

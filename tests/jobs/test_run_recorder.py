@@ -19,7 +19,7 @@ from jobs.signals import Signals
 from pipeline.cache import plan, runs, stats
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, StorageError
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 Command = Callable[..., tuple[int, str, str]]
 

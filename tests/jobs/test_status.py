@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.maintenance.status import read_status
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

@@ -23,7 +23,7 @@ from pipeline.images import decode
 from pipeline.limits import Limits
 from pipeline.maintenance.status import estimate_seconds_left, read_status
 from pipeline.records import PreparedImage
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]

@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance import verify
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import img2dataset_members, write_tar
 

@@ -17,7 +17,7 @@ from pipeline.limits import Limits
 from pipeline.records import Unit
 from pipeline.sources import units
 from pipeline.sources.listing import list_shards
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
 

@@ -23,7 +23,6 @@ from latentmill.part_files import to_tensor
 from pipeline.cache import commits, stats
 from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
-from pipeline.clock import StageClock
 from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import UnitWorker, fill_part, read_samples
@@ -33,7 +32,8 @@ from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.records import Attempt, PreparedImage, Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
+from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
@@ -86,7 +86,7 @@ def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., UnitWork
     assert rejects == {"columns_too_large": 32}
     assert bounded < 10 << 20, "the columns, and a few samples that are read ahead"
     (reject, *_) = (reject for record in records(tmp_path / "c") for reject in record.rejects)
-    assert reject.detail.startswith("the columns take 1048596 bytes, a row's share of its part is 65536")
+    assert reject.detail.startswith("the columns take 1048596 bytes, but a row's share of its part is 65536")
 
 
 def test_a_row_group_holds_few_columns(worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: Any) -> None:
@@ -133,7 +133,10 @@ def test_damaged_metadata_rejects_nothing_of_its_tar(
     worker: Callable[..., UnitWorker], tmp_path: Path, damaged: bytes
 ) -> None:
     unit = beside(tmp_path / "s", damaged)
-    with pytest.raises(ShardError, match=r"0\.parquet .*; mend it, or move it away: .*0\.tar goes without its columns"):
+    with pytest.raises(
+        ShardError,
+        match=r"0\.parquet .*; repair or remove .* \(without it, .*0\.tar is encoded without",
+    ):
         worker(tmp_path / "c", layout=URLS).run(unit, Attempt(damaged_at=0))
     (tmp_path / "s/0.parquet").unlink()
     assert worker(tmp_path / "c", layout=URLS).run(unit).rows == 3
@@ -187,7 +190,7 @@ def test_rows_that_wait_for_their_part_have_no_pixels(
         return encode(batch, shard)
 
     context.latent_encoder.encode = watched  # type: ignore[method-assign]
-    filled = fill_part(unit, read_samples(unit, context.spec), context, StageClock(), {})
+    filled = fill_part(unit, read_samples(unit, context.spec), context, StageTimer(), {})
     assert (len(filled.rows), len(seen)) == (9, 9)
     assert [row.image.bucket for row in filled.rows] == [(64, 64)] * 9
     assert all(row.image.pixels.is_meta for row in filled.rows), "a shape, and no memory"
@@ -362,7 +365,7 @@ def test_a_damaged_shard_fails_and_is_not_committed(
     path = Path(unit.url)
     path.write_bytes(path.read_bytes()[:9000])
     cut = unit_of(path)
-    with pytest.raises(ShardError, match="is cut off at byte 9000"):
+    with pytest.raises(ShardError, match="is truncated at byte 9000"):
         worker(tmp_path / "c").run(cut)
     assert not (tmp_path / "c/_commits").exists()
 
@@ -463,7 +466,7 @@ class TestOverflow:
         half, exact = self.latent_encoder(vae, "fp16", 1e7), self.latent_encoder(vae, "fp32", 1e7)
         exact.dtype = torch.float32
         encoded = half.encode([self.image()])
-        assert encoded.again == 1
+        assert encoded.fp32_fallbacks == 1
         (latent,), (expected,) = encoded.latents, exact.encode([self.image()]).latents
         assert isinstance(latent, torch.Tensor)
         assert isinstance(expected, torch.Tensor)
@@ -508,19 +511,21 @@ class TestMemory:
     def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         exact, tried = self.latent_encoder(vae, monkeypatch, room=1)
         half = LatentEncoder(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
-        half._exact = exact.model
+        half._fp32_model = exact.model
 
         def overflowing(x: torch.Tensor) -> object:
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.full((len(x), 4, 8, 8), torch.inf)))
 
         monkeypatch.setattr(half.model, "encode", overflowing)
         encoded = half.encode([TestOverflow().image()] * 4)
-        assert (encoded.again, half.compute.slice_size) == (4, 1)
+        assert (encoded.fp32_fallbacks, half.compute.slice_size) == (4, 1)
         assert tried == [4, 2, 1, 1, 1, 1]
 
     def test_a_single_image_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         latent_encoder, _ = self.latent_encoder(vae, monkeypatch, room=0)
-        with pytest.raises(VaeError, match="out of memory on cpu, encoding a single image of 64x64 pixels; --tile"):
+        with pytest.raises(
+            VaeError, match="out of memory on cpu while encoding a single image of 64x64 pixels; use --tile"
+        ):
             latent_encoder.encode([TestOverflow().image()])
 
     @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from s3fs import S3File
 from pipeline.errors import SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_shards
-from pipeline.storage import store
-from pipeline.storage.store import Folder
+from pipeline.storage import connection, reading
+from pipeline.storage.folder import Folder
 from tests.proxy import Proxy
 
 
@@ -67,14 +67,14 @@ def test_a_name_may_contain_two_colons(bucket: str) -> None:
         Folder(f"{bucket}/data").replace(name, name.encode())
     shards = list_shards((f"{bucket}/data",), {}, "nowhere")
     assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/s3::b.jpg"]
-    assert all(store.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
+    assert all(reading.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
 
 
 def test_a_missing_folder_is_distinguished_from_missing_images(bucket: str) -> None:
     Folder(bucket).replace("data/a.jpg", b"")
-    store.check_has_files(f"{bucket}/data", {})
-    with pytest.raises(SourceError, match="none has gone since it was planned"):
-        store.check_has_files(f"{bucket}/none", {})
+    reading.check_has_files(f"{bucket}/data", {})
+    with pytest.raises(SourceError, match="none is missing or empty"):
+        reading.check_has_files(f"{bucket}/none", {})
 
 
 def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -> None:
@@ -83,7 +83,7 @@ def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -
     unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
     Folder(bucket).replace("0.tar", b"new")
     changed = pytest.raises(SourceError, match="has changed since it was planned")
-    with changed, store.open_stream(shard.url, {}, unit):
+    with changed, reading.open_stream(shard.url, {}, unit):
         pass
 
 
@@ -96,7 +96,7 @@ def test_a_burst_of_errors_is_retried(bucket: str, proxy: Proxy, fault: int | st
     assert folder.read("a") == b"1"
     assert folder.names() == ["a"]
     folder.replace("a", b"2")
-    with store.open_stream(folder.at("a"), {}) as stream:
+    with reading.open_stream(folder.at("a"), {}) as stream:
         assert stream.read() == b"2"
 
 
@@ -118,7 +118,7 @@ def test_errors_name_the_url_and_the_reason(bucket: str, monkeypatch: pytest.Mon
 
 
 def test_a_password_in_a_url_is_refused() -> None:
-    with pytest.raises(store.UsageError, match="must not hold a password"):
+    with pytest.raises(connection.UsageError, match="must not contain a password"):
         Folder("s3://key:secret@bucket/x").names()
 
 
@@ -133,12 +133,12 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         S3File, "_fetch_range", lambda self, start, end: fetch(self, start, end)[: max(0, 9000 - start)]
     )
-    message = r"0\.tar ended at byte \d+, but has 25600: it was cut short on its way"
-    with pytest.raises(StorageError, match=message), store.open_stream(shard.url, {}, unit, seeking) as stream:
+    said = r"0\.tar ended at byte \d+, but has 25600 bytes: the transfer was cut short"
+    with pytest.raises(StorageError, match=said), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         assert stream.read(5000) == content[:5000]
         stream.read()
-    with pytest.raises(StorageError, match=message), store.open_stream(shard.url, {}, unit, seeking) as stream:
+    with pytest.raises(StorageError, match=said), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         stream.seek(20_000)
         stream.read(10)
-    with pytest.raises(StorageError, match=message):
-        store.read_file(shard.url, {}, 1 << 20)
+    with pytest.raises(StorageError, match=said):
+        reading.read_file(shard.url, {}, 1 << 20)

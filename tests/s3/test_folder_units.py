@@ -12,7 +12,7 @@ from pipeline.readers.folder import READERS, read_folder_unit
 from pipeline.records import Reject, Sample, Unit
 from pipeline.sources import units
 from pipeline.sources.listing import list_shards
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.proxy import Proxy, Request
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_was_empty_is_checked_for_changes(images: Folder) -> None:
 
 
 def remove(folder: Folder, *names: str) -> None:
-    fs, root = folder._on("")
+    fs, root = folder._locate("")
     for name in names:
         fs.rm_file(f"{root}/{name}")
 
@@ -114,10 +114,10 @@ def test_a_missing_image_a_missing_text_and_a_missing_folder_are_distinguished(i
     items = list(read_folder_unit(unit, {}))
     assert [(item.key, item.reason) for item in items if isinstance(item, Reject)] == [("01", "no_image")]
     remove(images, "00.txt")
-    with pytest.raises(SourceError, match=r"00\.txt has gone since it was planned; its image has not"):
+    with pytest.raises(SourceError, match=r"00\.txt was deleted since it was planned, but its image was not"):
         list(read_folder_unit(unit, {}))
     remove(images, *(name for name in images.names() if name != "00.txt"))
-    with pytest.raises(SourceError, match=f"{images.url} has gone since it was planned, or is empty"):
+    with pytest.raises(SourceError, match=f"{images.url} is missing or empty"):
         list(read_folder_unit(unit, {}))
 
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.cache import plan
 from pipeline.errors import SourceError
 from pipeline.sources.listing import Listing, list_sources
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.proxy import Proxy
 
 

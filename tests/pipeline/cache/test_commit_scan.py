@@ -20,7 +20,7 @@ from pipeline.cache.parts import inspect_part
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
 from pipeline.formats.record import BucketTally, PartInfo, Record
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 IDENTITY = "identity"
 

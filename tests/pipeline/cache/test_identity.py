@@ -10,7 +10,7 @@ from pipeline.cache.identity import Identity, encode_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.images.transform import Transform
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import MICRO
 from vae import AutoencoderKLConfig

@@ -20,7 +20,7 @@ from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 

@@ -21,7 +21,7 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
 from pipeline.records import Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
@@ -157,7 +157,7 @@ def test_a_damaged_commit_is_an_error_with_its_name(
     worker(tmp_path / "c").run(unit)
     (path,) = tmp_path.glob("c/_commits/*.json")
     path.write_text(content)
-    with pytest.raises(CacheError, match=f"{path.name}.*; latentmill verify says what to do"):
+    with pytest.raises(CacheError, match=f"{path.name}.*; run latentmill verify, which says what to do"):
         parts(tmp_path / "c")
 
 

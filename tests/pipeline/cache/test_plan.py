@@ -8,7 +8,7 @@ from pipeline.errors import CacheError, SourceError
 from pipeline.records import Shard, Unit
 from pipeline.sources.listing import list_shards
 from pipeline.sources.units import RANGE_BYTES, count_other_files, make_tar_unit, make_units
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 
 def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:

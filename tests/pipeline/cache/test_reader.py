@@ -8,7 +8,7 @@ import pytest
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import IdentityError
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 Command = Callable[..., tuple[int, str, str]]
 

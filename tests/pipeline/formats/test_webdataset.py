@@ -172,7 +172,7 @@ def test_times_of_any_year_are_in_the_json_and_in_parquet() -> None:
 
 def test_a_value_that_has_no_rule_is_never_written() -> None:
     layout = OutputSchema(columns=PassthroughColumns(pa.schema([("caption", pa.string())]), ()))
-    with pytest.raises(TypeError, match="there is no rule for a Rejected"):
+    with pytest.raises(TypeError, match="a Rejected cannot be converted to JSON"):
         webdataset_format.serialize_part(
             [row(0, "a", caption=Rejected("read", "bad_text", "caption"))], record(1), layout
         )

@@ -247,9 +247,9 @@ def test_a_limit_can_be_met_but_not_passed() -> None:
     data = encoded(smooth(5, 30, 40), "PNG")
     assert open_pixels(data, Limits(image_bytes=len(data), pixels=1200, side=40)).shape == (30, 40, 3)
     why = rejected(data, Limits(image_bytes=len(data) - 1))
-    assert why.detail == f"the image has {len(data)} bytes, the limit is {len(data) - 1}"
+    assert why.detail == f"the image has {len(data)} bytes, but the limit is {len(data) - 1}"
     why = rejected(data, Limits(pixels=1199, side=50))
-    assert why.detail == "the image is 40 x 30 pixels, the limit is 1199 in all and 50 a side"
+    assert why.detail == "the image has 40 x 30 pixels, but the limit is 1199 in total and 50 per side"
     assert rejected(data, Limits(side=39)).reason == "too_many_pixels"
 
 

@@ -66,7 +66,7 @@ def test_an_image_that_takes_too_long_is_rejected() -> None:
         start = time.monotonic()
         why = rejected(opener, good)
         assert (why.reason, time.monotonic() - start < 10) == ("unsafe", True)
-        assert why.detail == "opening the image ended its process, or took more than 2 s or 2147483648 bytes of memory"
+        assert why.detail == "decoding the image ended its process, or took more than 2 s or 2147483648 bytes of memory"
 
 
 def test_an_image_that_takes_too_much_memory_is_rejected() -> None:

@@ -13,7 +13,7 @@ from pipeline.cache.rows import choose_rows
 from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
 from pipeline.preview.render import IMAGES_PER_SHEET, make_image_name, make_tasks, psnr
 from pipeline.records import Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import smooth
 

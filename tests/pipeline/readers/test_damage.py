@@ -23,7 +23,7 @@ from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.readers import damage
 from pipeline.readers.parquet import read_parquet
 from pipeline.records import Attempt, Reject, Sample, Unit
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
@@ -191,14 +191,17 @@ def test_an_error_that_names_no_byte_is_not_believed_either() -> None:
 
     for at in (None, 0):
         with pytest.raises(DamagedError, match="somewhere"):
-            list(damage.until_damage(broken(), at, []))
+            list(damage.ReadableSamples(broken(), at))
 
 
 def test_every_error_of_damage_names_its_byte() -> None:
-    for path in (Path(__file__).parents[2] / "pipeline").glob("*.py"):
+    found = 0
+    for path in (Path(__file__).parents[3] / "pipeline").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "DamagedError":
                 assert [keyword.arg for keyword in node.keywords] == ["at"], f"{path.name}:{node.lineno}"
+                found += 1
+    assert found > 10
 
 
 @pytest.mark.parametrize("what", ["footer", "page"])
@@ -233,16 +236,18 @@ def test_a_shard_that_changes_while_it_is_read_is_not_damaged(
 ) -> None:
     unit = damaged_tar(tmp_path / "s")
     at = Path(unit.url).read_bytes().index(bytes(range(100)))
-    original = damage.until_damage
 
-    def rewritten(samples: Iterator[Sample | Reject], *rest: Any) -> Iterator[Sample | Reject]:
-        for sample in original(samples, *rest):
-            if sample.position == 5:
-                Path(unit.url).write_bytes(Path(unit.url).read_bytes() + bytes(512))
-            yield sample
+    class Rewritten(damage.ReadableSamples):
+        """Appends to the shard after its fifth sample."""
 
-    monkeypatch.setattr("pipeline.flow.until_damage", rewritten)
-    with pytest.raises(SourceError, match="has changed while it was read"):
+        def __iter__(self) -> Iterator[Sample | Reject]:
+            for sample in super().__iter__():
+                if sample.position == 5:
+                    Path(unit.url).write_bytes(Path(unit.url).read_bytes() + bytes(512))
+                yield sample
+
+    monkeypatch.setattr("pipeline.flow.ReadableSamples", Rewritten)
+    with pytest.raises(SourceError, match="changed while it was being read"):
         worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
 
 
@@ -254,20 +259,20 @@ def test_a_long_rest_is_read_in_pieces_and_left_at_once_on_a_signal(worker: Make
     unit, encoder = unit_of(path), worker(tmp_path / "c", **PLAIN)
     with pytest.raises(DamagedError):
         encoder.run(unit)
-    pieces = encoder.context.seen["pieces"]
-    assert pieces == 20, "each a sign of life"
+    pieces = encoder.context.progress["pieces"]
+    assert pieces == 20, "each counts as progress"
     assert encoder.steps >= pieces
 
     class Late(threading.Event):
         """Set while the fifth piece is read."""
 
         def is_set(self) -> bool:
-            return encoder.context.seen["pieces"] >= pieces + 5
+            return encoder.context.progress["pieces"] >= pieces + 5
 
     encoder.context = dataclasses.replace(encoder.context, stop=Late())
     with pytest.raises(Stopped):
         encoder.run(unit, Attempt(damaged_at=at))
-    assert encoder.context.seen["pieces"] == pieces + 5
+    assert encoder.context.progress["pieces"] == pieces + 5
 
 
 def test_of_the_rests_of_a_unit_those_count_that_no_part_has() -> None:

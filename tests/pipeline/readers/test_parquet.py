@@ -173,7 +173,7 @@ def test_times_that_python_has_not_come_along() -> None:
 
 
 def test_a_column_of_another_type_fails_the_unit() -> None:
-    with pytest.raises(ShardError, match="the column caption is string, in the cache it is int64"):
+    with pytest.raises(ShardError, match="the column caption is string, but in the cache it is int64"):
         read(parquet(PLAIN), wanted=pa.schema([("caption", pa.int64())]))
 
 
@@ -211,7 +211,7 @@ def test_one_of_several_image_columns_must_be_named() -> None:
 @pytest.mark.parametrize(
     ("image", "key", "message"),
     [
-        ("pixels", None, "the column pixels is not there: it has jpg, caption, width"),
+        ("pixels", None, "the column pixels does not exist; columns: jpg, caption, width"),
         ("caption", None, "the column caption holds no bytes"),
         (None, "id", "has no column id for keys: it has jpg, caption, width"),
     ],
@@ -237,8 +237,8 @@ class Strict(io.BytesIO):
         (b"PAR1", "is not a Parquet file: it has 4 bytes"),
         (b"PAR1\0\0\0PAR1", "is not a Parquet file: it has 11 bytes"),
         (b"PAR1\0\0\0\0PAR1", "cannot be read as Parquet"),
-        (b"<html>404 not found</html>", "is not a Parquet file, or is cut off: it has no end mark"),
-        (parquet(PLAIN)[:-10], "is not a Parquet file, or is cut off: it has no end mark"),
+        (b"<html>404 not found</html>", "is not a Parquet file, or is truncated: it has no end mark"),
+        (parquet(PLAIN)[:-10], "is not a Parquet file, or is truncated: it has no end mark"),
     ],
 )
 def test_a_damaged_file_is_named(data: bytes, message: str) -> None:
@@ -277,14 +277,14 @@ def test_rows_beside_a_tar_whose_key_is_no_text_are_passed_over() -> None:
     assert rows["0"] == {"caption": "ok"}
     why = rows["2"]["caption"]
     assert isinstance(why, Rejected)
-    assert (why.reason, why.detail[:29]) == ("bad_text", "the caption is not UTF-8 text")
+    assert (why.reason, why.detail[:36]) == ("bad_text", "the column caption is not UTF-8 text")
     nulls = pa.table({"key": ["None", None], "caption": ["a", "b"]})
     found = read_metadata(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
     assert found == {"None": {"caption": "a"}}
 
 
 def test_images_beside_a_tar_are_never_lost_silently() -> None:
-    with pytest.raises(ShardError, match="has images of its own; rename it"):
+    with pytest.raises(ShardError, match="has images itself; rename it"):
         available_metadata_columns(io.BytesIO(parquet(PLAIN)), "p")
     with pytest.raises(ShardError, match="has no column 'key'"):
         read_metadata(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
@@ -321,7 +321,7 @@ def test_dots_in_names_are_no_paths() -> None:
 
 def test_two_columns_of_one_name_are_refused() -> None:
     table = pa.Table.from_arrays([pa.array([b"0"]), pa.array([1]), pa.array([2])], names=["jpg", "n", "n"])
-    with pytest.raises(ShardError, match=r"p\.parquet has 2 columns called n"):
+    with pytest.raises(ShardError, match=r"p\.parquet has 2 columns with the name n"):
         read(parquet(table))
 
 
@@ -344,35 +344,35 @@ def test_a_column_of_images_without_any_has_no_type(wanted: str | None) -> None:
 @pytest.mark.parametrize("names", [["key", "caption"], ["file_name", "text"], ["clip"], ["URL", "TEXT"]])
 def test_a_file_without_images_has_no_samples_and_is_counted_once(names: list[str]) -> None:
     data = parquet(pa.table({name: ["x"] * 40 for name in names}), row_group_size=10)
-    passed = Counter[str]()
+    skipped = Counter[str]()
     for k in range(3):
         part = (k, 3)
-        items = read_parquet(io.BytesIO(data), "p", len(data), part, None, None, NOTHING, passed=passed)
+        items = read_parquet(io.BytesIO(data), "p", len(data), part, None, None, NOTHING, skipped=skipped)
         assert list(items) == []
-    assert passed == {NO_IMAGES: 1}
-    with pytest.raises(ShardError, match="the column image is not there"):
+    assert skipped == {NO_IMAGES: 1}
+    with pytest.raises(ShardError, match="the column image does not exist"):
         read(data, image="image")
 
 
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ({"images": [[{"bytes": b"0"}]]}, "images is a list of images: write a row for each"),
-        ({"images": [[b"0"]]}, "images is a list of images: write a row for each"),
-        ({"sample": [{"jpg": b"0", "txt": "t"}]}, "sample has bytes inside it: make them a column of their own"),
-        ({"image": ["aGVsbG8="]}, "image is string, not binary: decode base64 to bytes, or fetch the images"),
+        ({"images": [[{"bytes": b"0"}]]}, "images is a list of images: write one row per image"),
+        ({"images": [[b"0"]]}, "images is a list of images: write one row per image"),
+        ({"sample": [{"jpg": b"0", "txt": "t"}]}, "sample has bytes inside it: write them to a separate column"),
+        ({"image": ["aGVsbG8="]}, "image is string, not binary: decode base64 to bytes, or download the images"),
         ({"img": [[1, 2]]}, "img is list<element: int64>, not binary"),
     ],
 )
 def test_what_may_be_images_but_is_not_read_is_an_error(column: dict[str, Any], message: str) -> None:
-    """Never passed over: images would be missing."""
+    """Never skipped over: images would be missing."""
     with pytest.raises(ShardError, match=re.escape(message)) as error:
         read(parquet(pa.table({**column, "text": ["t"]})))
     assert not isinstance(error.value, NoImagesError)
 
 
 def test_addresses_are_to_be_downloaded_first() -> None:
-    with pytest.raises(NoImagesError, match="download the images that URL names first"):
+    with pytest.raises(NoImagesError, match="first download the images that URL names"):
         available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
 from pipeline.limits import Limits
 from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, below_root, folder_key, read_folder
 from pipeline.readers.sidecars import ImageFiles
-from pipeline.readers.tar import Member, _by_key, read_tar
+from pipeline.readers.tar import Member, _group_by_key, read_tar
 from pipeline.records import File, Reject, Sample
 from tests.conftest import img2dataset_members, write_tar
 
@@ -81,7 +81,11 @@ def test_twins_and_captions_alone_are_rejects() -> None:
 def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
     (item,) = read(tar({"a.jpg": b"1", "a.txt": b"\xff"}))
     assert isinstance(item, Reject)
-    assert (item.stage, item.reason, item.detail) == ("read", "bad_text", "the txt is not UTF-8 text, or there are two")
+    assert (item.stage, item.reason, item.detail) == (
+        "read",
+        "bad_text",
+        "the column txt is not UTF-8 text, or occurs twice",
+    )
 
 
 def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
@@ -132,7 +136,7 @@ def test_of_many_members_with_one_key_few_are_held() -> None:
     """The bytes of images that are rejected anyway would fill the memory."""
     names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
     members = [Member(name, 2, b"xx") for name in names]
-    ((key, group),) = _by_key(iter(members))
+    ((key, group),) = _group_by_key(iter(members))
     assert key == "k"
     assert [member.name for member in group] == names
     assert [n for n, member in enumerate(group) if member.data is not None][:2] == [0, 1]
@@ -175,7 +179,7 @@ def test_extended_headers_are_read_record_by_record() -> None:
     ):
         with pytest.raises(DamagedError, match="extended header at byte 0"):
             read(with_pax(data))
-    with pytest.raises(DamagedError, match="cut off"):
+    with pytest.raises(DamagedError, match="truncated"):
         read(with_pax(b"17 size=99999999\n"))
 
 
@@ -188,7 +192,7 @@ def test_a_tar_that_is_cut_anywhere_is_never_taken_for_a_whole_one() -> None:
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     for length in [*range(0, end + 1024, 512), 1, 511, 513, 1300, end + 1, end + 1023]:
         if length < end + 1024:
-            with pytest.raises(ShardError, match=r"s\.tar is (cut off|damaged)"):
+            with pytest.raises(ShardError, match=r"s\.tar is (truncated|damaged)"):
                 read(whole[:length])
     assert len(read(whole[: end + 1024])) == 3
 
@@ -209,13 +213,13 @@ def test_what_is_too_large_is_a_reject_and_the_rest_is_read() -> None:
     items = list(read_tar(stream, "s.tar", limits=limits))
     assert [outcome(item)[2] for item in items] == ["too_many_bytes", "text_too_long", b"w"]
     assert [item.detail for item in items if isinstance(item, Reject)] == [
-        "the image has 1001 bytes, the limit is 1000",
-        "the txt has more than 100 bytes",
+        "the image has 1001 bytes, but the limit is 1000",
+        "the column txt has more than 100 bytes",
     ]
 
 
 def test_a_shard_has_a_limit_of_members() -> None:
-    with pytest.raises(ShardError, match="more than 2 members; --input-limit members=N reads more"):
+    with pytest.raises(ShardError, match="more than 2 members; --input-limit members=N accepts more"):
         list(read_tar(io.BytesIO(tar(dict.fromkeys("abc", b""))), "s.tar", limits=Limits(members=2)))
 
 
@@ -223,7 +227,7 @@ def test_a_header_of_a_name_has_a_limit() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as file:
         file.addfile(tarfile.TarInfo("x" * 3000 + ".jpg"))
-    with pytest.raises(DamagedError, match=r"a header of 3... bytes at byte 0: that is more than is read"):
+    with pytest.raises(DamagedError, match=r"header of 3... bytes at byte 0; --input-limit header_bytes=N accepts it"):
         list(read_tar(io.BytesIO(sink.getvalue()), "s.tar", limits=Limits(header_bytes=2000)))
 
 

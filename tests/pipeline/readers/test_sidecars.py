@@ -11,7 +11,7 @@ from pipeline.errors import CacheError
 from pipeline.readers.sidecars import ImageFiles, SidecarIndex, match_sidecars, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Shard
 from pipeline.sources.units import make_units
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
@@ -154,5 +154,5 @@ def test_an_etag_that_is_unknown_is_not_a_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", ["", "[]", "[[1]]", "{}", '[[1,"e",[1]]]'])
 def test_a_plan_that_does_not_say_what_its_files_are_is_named(files: str) -> None:
     (unit,) = make_units(listed("a.jpg"))
-    with pytest.raises(CacheError, match=r"the plan does not say what the files of the unit p-\w+ are"):
+    with pytest.raises(CacheError, match=r"the plan has no valid list of the files of the unit p-\w+; "):
         unpack_files(replace(unit, files=files))

@@ -21,8 +21,8 @@ APPLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 def read(
     members: dict[str, bytes], texts: tuple[str, ...] = TEXT_EXTENSIONS
 ) -> tuple[list[Sample | Reject], Counter[str]]:
-    passed = Counter[str]()
-    return list(read_tar(io.BytesIO(tar(members)), "s.tar", texts, passed=passed)), passed
+    skipped = Counter[str]()
+    return list(read_tar(io.BytesIO(tar(members)), "s.tar", texts, skipped=skipped)), skipped
 
 
 def rows(items: list[Sample | Reject]) -> list[tuple[str, bytes, dict[str, object]]]:
@@ -150,7 +150,7 @@ def test_texts_that_stand_apart_from_their_images_are_named() -> None:
         assert passed[APART] == 3
     details = {item.detail for item in read(images | texts)[0] if isinstance(item, Reject)}
     assert [said.split("; ")[1] for said in details] == [
-        "its image stands elsewhere in the tar: the files of a sample must follow each other"
+        "its image is elsewhere in the tar: the files of a sample must be adjacent"
     ]
 
 
@@ -165,7 +165,7 @@ def test_texts_that_stand_apart_from_their_images_are_named() -> None:
 )
 def test_a_text_that_is_spelled_otherwise_than_its_image_is_named(image: str, text: str) -> None:
     assert detail({image: b"0", text: b"zero"}).endswith(
-        "; an image's key differs from it in the case of letters or in Unicode normalization only: rename one of them"
+        "; the key of an image differs only in the case of letters or in Unicode normalization: rename one of them"
     )
 
 
@@ -183,7 +183,7 @@ def test_backslashes_of_windows_are_slashes() -> None:
 @pytest.mark.parametrize("members", [{}, {"0.jpg": bytes(5000)}])
 def test_a_tar_that_is_compressed_is_said_at_once(members: dict[str, bytes]) -> None:
     data = gzip.compress(tar(members))
-    with pytest.raises(ShardError, match=r"s\.tar is not a tar but gzip; decompress it \(gunzip") as error:
+    with pytest.raises(ShardError, match=r"s\.tar is not a tar, but a gzip file; decompress it \(gunzip") as error:
         list(read_tar(io.BytesIO(data), "s.tar"))
     assert not isinstance(error.value, DamagedError), "a damage is read up to, and the rest rejected"
 
@@ -193,7 +193,7 @@ def test_a_tar_that_is_compressed_is_said_at_once(members: dict[str, bytes]) -> 
     [(b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")],
 )
 def test_so_are_other_archives(start: bytes, kind: str) -> None:
-    with pytest.raises(ShardError, match=f"is not a tar but {kind}"):
+    with pytest.raises(ShardError, match=f"is not a tar, but a {kind} file"):
         list(read_tar(io.BytesIO(start + bytes(2000)), "s.tar"))
 
 

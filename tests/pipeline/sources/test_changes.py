@@ -15,7 +15,7 @@ from pipeline.records import Shard, Unit
 from pipeline.sources import changes, units
 from pipeline.sources.listing import list_sources
 from pipeline.sources.units import make_units
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 Extend = Callable[..., tuple[list[str], list[str]]]
 

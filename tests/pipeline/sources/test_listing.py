@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.errors import SourceError
 from pipeline.sources import own_outputs
 from pipeline.sources.listing import Listing, list_sources
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 IMAGE = b"x"
 UNIT = "photos-0123456789abcdef"
@@ -67,7 +67,7 @@ def test_a_source_without_a_name_is_told_to_have_one(monkeypatch: pytest.MonkeyP
         listed("a=")
     put("memory://", "zero.tar")
     for source in ("memory://zero.tar", "/"):
-        with pytest.raises(SourceError, match="has no name: give it one, as NAME="):
+        with pytest.raises(SourceError, match="has no name: give it a name, as in NAME="):
             listed(source)
     assert paths("m=memory://zero.tar") == ["m/zero.tar"]
 
@@ -108,7 +108,7 @@ def test_links_to_files_of_the_source_are_left_out_and_counted(tmp_path: Path) -
     assert [shard.path for shard in found.shards] == [
         *("data/a.jpg", "data/a.txt", "data/b.txt", "data/c.jpg", "data/d.jpg", "data/hard.jpg")
     ], "texts stay; equal files that a store by content links to one are files of their own, and so are hard links"
-    assert found.noticed == [f"links to files of the same source, left out: 1 ({tmp_path}/data/b.jpg)"]
+    assert found.notes == [f"skipped links to files of the same source: 1 ({tmp_path}/data/b.jpg)"]
 
 
 @pytest.mark.parametrize("root", ["disk", "memory"])
@@ -124,9 +124,9 @@ def test_caches_and_previews_in_a_source_are_left_out(root: str, tmp_path: Path)
     assert [shard.path.removeprefix("photos/") for shard in found.shards] == [
         *("a.jpg", "data/b.jpg", "images/d.png", "previews/mine.png", "sheets/c.png")
     ]
-    cache, previews = found.noticed
-    assert cache.endswith("photos/latents, left out: 5")
-    assert previews.endswith("photos/previews, left out: 3")
+    cache, previews = found.notes
+    assert cache.endswith("photos/latents: 5")
+    assert previews.endswith("photos/previews: 3")
     assert paths(f"{place}/photos/*/*.png") == [
         "photos/images/d.png",
         "photos/previews/mine.png",
@@ -139,7 +139,7 @@ def test_what_latentmill_wrote_is_no_source(tmp_path: Path, source: str) -> None
     put(tmp_path, "latents/cache.json", data=CACHE_JSON)
     put(tmp_path, "previews/report.json", data=REPORT)
     put(tmp_path, f"latents/data/{UNIT}-00000.parquet", f"previews/images/{UNIT}/1.png")
-    with pytest.raises(SourceError, match=r"latentmill wrote what is there, the (cache|previews) "):
+    with pytest.raises(SourceError, match=r"latentmill wrote all files there, the (cache|previews) "):
         listed(tmp_path / source)
 
 
@@ -189,7 +189,7 @@ def test_thumbnails_of_a_disk_station_are_left_out(tmp_path: Path) -> None:
     put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
     found = listed(tmp_path / "photos")
     assert [shard.path for shard in found.shards] == ["photos/0.png"]
-    assert found.noticed[0].startswith("files of the system, left out: 2 (")
+    assert found.notes[0].startswith("skipped files of the operating system: 2 (")
 
 
 @pytest.mark.parametrize(

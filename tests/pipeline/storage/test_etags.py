@@ -9,7 +9,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.listing import list_shards
 from pipeline.sources.units import make_tar_unit
 from pipeline.storage.etags import same_etag
-from pipeline.storage.store import etag_of, open_stream
+from pipeline.storage.reading import etag_of, open_stream
 
 
 def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_file_that_is_rewritten_in_its_size_while_it_is_read_is_reported(tmp_p
     path = tmp_path / "0.tar"
     path.write_bytes(b"old")
     (shard,) = list_shards((str(path),), {}, "nowhere")
-    changed = pytest.raises(SourceError, match=r"0.tar has changed while it was read")
+    changed = pytest.raises(SourceError, match=r"0.tar changed while it was being read")
     with changed, open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
         path.write_bytes(b"new")
         stream.read()

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import local_disk
-from pipeline.storage.store import Folder
+from pipeline.storage.folder import Folder
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -67,7 +67,7 @@ def winners(folder: Folder) -> list[int]:
     return won
 
 
-@pytest.mark.parametrize("number", sorted(local_disk.REFUSED), ids=lambda number: errno.errorcode[number])
+@pytest.mark.parametrize("number", sorted(local_disk.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
 def test_without_links_an_exclusive_rename_lets_one_writer_win(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

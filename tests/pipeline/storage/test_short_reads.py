@@ -14,8 +14,9 @@ from pipeline.errors import DamagedError, SourceError, StorageError
 from pipeline.flow import UnitWorker
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.records import Unit
-from pipeline.storage import store
-from pipeline.storage.store import Folder, open_stream, read_file
+from pipeline.storage import connection, reading
+from pipeline.storage.folder import Folder
+from pipeline.storage.reading import open_stream, read_file
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
@@ -38,7 +39,7 @@ def planned(url: str) -> Unit:
     return Unit(name="u", kind="tar", url=url, path="x.tar", bytes=len(CONTENT))
 
 
-SAID = re.escape(f"x.tar ended at byte 9000, but has {len(CONTENT)}: it was cut short on its way")
+SAID = re.escape(f"x.tar ended at byte 9000, but has {len(CONTENT)} bytes: the transfer was cut short")
 
 
 @pytest.mark.parametrize("seeking", [False, True])
@@ -64,7 +65,7 @@ def test_at_a_place_inside_the_file_nothing_is_not_the_end(short_reads: Cut, url
 
 def test_what_is_asked_for_in_pieces_comes_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file may give less than was asked for, as pipes and sockets do."""
-    for opened in (store.LocalFileSystem, store.MemoryFileSystem):
+    for opened in (connection.LocalFileSystem, connection.MemoryFileSystem):
         original = opened.open
 
         def open_raw(self: Any, path: str, mode: str, original: Callable[..., Any] = original, **how: Any) -> Any:
@@ -95,7 +96,7 @@ def test_a_file_that_has_become_shorter_has_changed(tmp_path: Path) -> None:
     path.write_bytes(bytes(20 << 20))
     unit = Unit(name="u", kind="tar", url=str(path), path="x.tar", bytes=20 << 20)
     with (
-        pytest.raises(SourceError, match=r"x\.tar has changed while it was read"),
+        pytest.raises(SourceError, match=r"x\.tar changed while it was being read"),
         open_stream(str(path), {}, unit) as stream,
     ):
         stream.read(100)
@@ -107,7 +108,7 @@ def test_a_damage_of_a_file_that_changes_while_it_is_read_is_none(tmp_path: Path
     path = tmp_path / "x.tar"
     path.write_bytes(CONTENT)
     with (
-        pytest.raises(SourceError, match=r"x\.tar has changed while it was read"),
+        pytest.raises(SourceError, match=r"x\.tar changed while it was being read"),
         open_stream(str(path), {}, planned(str(path))),
     ):
         path.write_bytes(CONTENT[::-1] + b"x")
@@ -133,13 +134,13 @@ def test_files_that_are_read_whole(short_reads: Cut, root: str, url: str) -> Non
 def test_a_copy_of_a_checkpoint_is_whole(short_reads: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     root = f"memory://{uuid.uuid4().hex}"
     Folder(root).replace("vae/x.safetensors", CONTENT)
-    with store.fetch(f"{root}/vae", {}, re.compile(r".*\.safetensors")) as local:
+    with reading.fetch(f"{root}/vae", {}, re.compile(r".*\.safetensors")) as local:
         assert Path(local, "x.safetensors").read_bytes() == CONTENT
     short_reads("x.safetensors", 9000)
     for ref in (f"{root}/vae", f"{root}/vae/x.safetensors"):
         with (
             pytest.raises(StorageError, match=r"memory://.*x\.safetensors ended at byte 9000, but has 10240"),
-            store.fetch(ref, {}, re.compile(r".*\.safetensors")),
+            reading.fetch(ref, {}, re.compile(r".*\.safetensors")),
         ):
             pass
 

@@ -10,7 +10,9 @@ import pytest
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_shards
-from pipeline.storage.store import Folder, absolute, check_has_files, connect, open_stream, read_file_if_there
+from pipeline.storage.connection import absolute, connect
+from pipeline.storage.folder import Folder
+from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -24,8 +26,8 @@ def put(root: str, *names: str) -> None:
         Folder(root).replace(name, name.encode())
 
 
-def paths(*sources: str, but: str = "nowhere/at/all", noticed: list[str] | None = None) -> list[str]:
-    return [shard.path for shard in list_shards(sources, {}, but, noticed)]
+def paths(*sources: str, but: str = "nowhere/at/all", notes: list[str] | None = None) -> list[str]:
+    return [shard.path for shard in list_shards(sources, {}, but, notes)]
 
 
 @pytest.mark.parametrize(
@@ -78,8 +80,8 @@ def test_two_colons_are_a_part_of_a_name(root: str) -> None:
     shards = list_shards((f"{root}/data",), {}, "nowhere")
     assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"]
     for shard in shards:
-        assert read_file_if_there(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
-        assert read_file_if_there(shard.url, {}, 99) == shard.path.encode()
+        assert read_file_if_exists(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
+        assert read_file_if_exists(shard.url, {}, 99) == shard.path.encode()
     assert connect("s3://bucket/a::b.jpg", {})[1] == "bucket/a::b.jpg"
     with pytest.raises(StorageError, match="cannot reach simplecache::s3://b/x"):
         connect("simplecache::s3://b/x", {})
@@ -88,9 +90,9 @@ def test_two_colons_are_a_part_of_a_name(root: str) -> None:
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     put(str(tmp_path), "data/a.jpg", "data/dir.jpg/b.jpg")
     os.mkfifo(tmp_path / "data/pipe\n.jpg")
-    noticed: list[str] = []
-    assert paths(f"{tmp_path}/data", noticed=noticed) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
-    assert noticed == [f"passed over what is no file, or a folder that may not be entered: {tmp_path}/data/pipe\\n.jpg"]
+    notes: list[str] = []
+    assert paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+    assert notes == [f"skipped entries that are not files, or folders without permission: {tmp_path}/data/pipe\\n.jpg"]
     assert paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
 
 
@@ -104,9 +106,9 @@ def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: 
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    noticed: list[str] = []
-    assert paths(f"{tmp_path}/data", noticed=noticed) == ["data/a.jpg"]
-    assert noticed[0].endswith(": " + str(tmp_path / "data/closed"))
+    notes: list[str] = []
+    assert paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg"]
+    assert notes[0].endswith(": " + str(tmp_path / "data/closed"))
     with pytest.raises(StorageError, match=r"cannot list .*closed: permission denied"):
         paths(f"{tmp_path}/data/closed")
 
@@ -128,9 +130,9 @@ def test_links_are_followed_and_no_directory_is_entered_twice(tmp_path: Path) ->
     assert paths(f"{tmp_path}/data/b/*.jpg") == ["b/2.jpg"]
     assert paths(f"{tmp_path}/data/*/2.jpg") == ["data/b/2.jpg"]
     (tmp_path / "data/up").symlink_to(tmp_path)
-    noticed: list[str] = []
-    assert paths(f"{tmp_path}/data", noticed=noticed) == expected
-    assert noticed[0].endswith(": " + str(tmp_path / "data/up"))
+    notes: list[str] = []
+    assert paths(f"{tmp_path}/data", notes=notes) == expected
+    assert notes[0].endswith(": " + str(tmp_path / "data/up"))
 
 
 def test_a_cache_is_left_out_of_a_source_that_is_a_link(tmp_path: Path) -> None:
@@ -148,9 +150,9 @@ def test_a_cache_is_left_out_of_a_source_that_is_a_link(tmp_path: Path) -> None:
 def test_a_shard_whose_name_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"d\xe9")).mkdir()
     (tmp_path / os.fsdecode(b"d\xe9") / "0.tar").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8: rename it"):
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
         paths(str(tmp_path))
-    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8: rename it"):
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
         paths(str(tmp_path / os.fsdecode(b"d\xe9")))
 
 
@@ -211,7 +213,7 @@ def test_what_is_not_there(root: str) -> None:
     assert (folder.names("x"), folder.is_empty(), folder.read_if_there("x")) == ([], True, None)
     with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
         folder.read("x")
-    assert read_file_if_there(f"{root}/none/x", {}, 10) is None
+    assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
 
 
 def test_what_is_no_text_on_a_disk_is_not_there(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_what_is_no_text_on_a_disk_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "dir.txt").mkdir()
     (tmp_path / "loop.txt").symlink_to("loop.txt")
     for name in ("dir.txt", "loop.txt", "file/x.txt", "x" * 300):
-        assert read_file_if_there(f"{tmp_path}/{name}", {}, 10) is None
+        assert read_file_if_exists(f"{tmp_path}/{name}", {}, 10) is None
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
@@ -233,20 +235,20 @@ def test_a_file_that_may_not_be_read_is_a_reject(
         monkeypatch.setattr(f"fsspec.implementations.{kind}.open", refuse)
     monkeypatch.setattr(os, "access", lambda path, mode: not whole_folder)
     with pytest.raises(StorageError if whole_folder else Rejected, match=r"permission denied|unreadable"):
-        read_file_if_there(f"{tmp_path}/x.jpg", {}, 10)
+        read_file_if_exists(f"{tmp_path}/x.jpg", {}, 10)
     with pytest.raises(StorageError, match="permission denied"):
-        read_file_if_there("memory://x/x.jpg", {}, 10)
+        read_file_if_exists("memory://x/x.jpg", {}, 10)
 
 
 def test_a_directory_without_files_has_gone(root: str) -> None:
     put(root, "data/a.jpg")
     check_has_files(f"{root}/data", {})
     for name in ("none", "data/a.jpg/b"):
-        with pytest.raises(SourceError, match=f"{name} has gone since it was planned"):
+        with pytest.raises(SourceError, match=f"{name} is missing or empty"):
             check_has_files(f"{root}/{name}", {})
     if not root.startswith("memory"):
         Path(root, "empty").mkdir()
-        with pytest.raises(SourceError, match="empty has gone"):
+        with pytest.raises(SourceError, match="empty is missing or empty"):
             check_has_files(f"{root}/empty", {})
 
 
@@ -291,7 +293,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_is_reported(tmp_path: Path, s
     with open_stream(str(path), {}, unit, seeking) as stream:
         assert stream.read(6) == b"before"
     with (
-        pytest.raises(SourceError, match=r"s\.tar has changed while it was read"),
+        pytest.raises(SourceError, match=r"s\.tar changed while it was being read"),
         open_stream(str(path), {}, unit, seeking) as stream,
     ):
         stream.read(3)

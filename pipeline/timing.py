@@ -1,4 +1,4 @@
-"""Where the time of a unit goes."""
+"""Measure the time that a unit spends in each stage."""
 
 import time
 from collections import defaultdict
@@ -12,14 +12,15 @@ from pipeline.records import Seconds
 Out = TypeVar("Out")
 
 
-class StageClock:
-    """Seconds in each stage of a unit's way (`Seconds`)."""
+class StageTimer:
+    """Add up the seconds of each stage of a unit (`Seconds`)."""
 
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Add the duration of the block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -27,15 +28,16 @@ class StageClock:
             self.add(**{name: time.perf_counter() - start})
 
     def add(self, **seconds: float) -> None:
-        """Count time that was measured elsewhere."""
+        """Add times that were measured elsewhere, by stage."""
         for name, more in seconds.items():
             self.spent[name] += more
 
-    def wait(self, opening: Future[Out]) -> Out:
-        """The result of a call that opens an image; waiting for it is the stage `starved`."""
+    def wait(self, decoding: Future[Out]) -> Out:
+        """Return the result of a call that decodes an image. Waiting for it counts as the stage `starved`."""
         with self.stage("starved"):
-            return opening.result()
+            return decoding.result()
 
     @property
     def seconds(self) -> Seconds:
+        """The seconds of each stage, rounded to milliseconds."""
         return Seconds(**{name: round(spent, 3) for name, spent in self.spent.items()})

@@ -1,0 +1,121 @@
+"""URLs, and the filesystems behind them. This is the only module that imports fsspec.
+
+Failed requests are retried with growing pauses by each store's own library (S3: `RETRIES`). A request that still fails
+then fails the unit.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from latentmill.stream import first_line, name_url_in_errors
+from pipeline.errors import StorageError, UsageError
+
+RETRIES = {"mode": "standard", "max_attempts": 8}  # of botocore, for 500, 503 and resets: about a minute in total
+CONNECTIONS = 64  # per S3 server. With botocore's default of 10, the readers of folders would wait for each other.
+
+
+def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the filesystem of a URL or a local path, and the path on that filesystem.
+
+    `::` is part of a name. It does not chain filesystems as in fsspec.
+    Raises UsageError if the URL contains a password, StorageError if the library refuses the URL or its options.
+    """
+    if re.match(r"[^/]*://[^/]*:[^/]*@", url):
+        raise UsageError(
+            "a URL must not contain a password, because URLs are written to the cache; "
+            "use --storage-option KEY=env:NAME instead"
+        )
+    if "://" not in url:
+        local = LocalFileSystem()
+        return local, cast(str, local._strip_protocol(url))
+    protocol = url.partition("://")[0]
+    extra: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        retries = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": RETRIES}
+        extra["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **retries}
+    try:
+        filesystem = fsspec.get_filesystem_class(protocol)
+        fs = filesystem(**{**filesystem._get_kwargs_from_urls(url), "use_listings_cache": False, **extra, **options})
+        return fs, cast(str, filesystem._strip_protocol(url))
+    except Exception as error:  # libraries check their options here, each with its own exceptions
+        raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}") from error
+
+
+def absolute(url: str) -> str:
+    """Return a URL unchanged, and a local path as an absolute one: workers have another working directory."""
+    if "://" in url and not url.startswith("file://"):
+        return url
+    return os.path.abspath(connect(url, {})[1])
+
+
+def is_local(fs: Any) -> bool:
+    """Whether a filesystem is this machine's. Only a local one has links, pipes and permissions."""
+    return isinstance(fs, LocalFileSystem)
+
+
+def is_memory(fs: Any) -> bool:
+    """Whether a filesystem is in this process's memory (`memory://`)."""
+    return isinstance(fs, MemoryFileSystem)
+
+
+def protocols_of(fs: Any) -> set[str]:
+    """Return the protocols with which URLs of a filesystem may begin."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def full_url(fs: Any, path: str) -> str:
+    """Return the URL of a path, valid on any machine. A local path is returned unchanged."""
+    return path if is_local(fs) else cast(str, fs.unstrip_protocol(path))
+
+
+def url_as_listed(url: str) -> str:
+    """Return a URL or a path in the spelling of `full_url`.
+
+    It does not connect to the store, because the store may need options that are not known here.
+    """
+    filesystem = fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
+    path = cast(str, filesystem._strip_protocol(url))
+    if filesystem is LocalFileSystem:
+        return path
+    protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+    return f"{protocol}://{path}"
+
+
+def parent(path: str) -> str:
+    """Return the path up to its last `/`. It is empty if the path has none."""
+    return path.rsplit("/", 1)[0] if "/" in path else ""
+
+
+def sibling_url(tar: str) -> str:
+    """Return the URL at which img2dataset stores the metadata of a tar's samples."""
+    return tar[: -len(".tar")] + ".parquet"
+
+
+def exists(url: str, options: Mapping[str, Any]) -> bool:
+    """Whether a file or a directory exists at a URL."""
+    with name_url_in_errors(url, "look for"):
+        fs, path = connect(url, options)
+        return bool(fs.exists(path))
+
+
+def check_reachable(url: str, options: Mapping[str, Any]) -> None:
+    """Raise StorageError if the storage of a URL does not answer. "No such file" counts as an answer."""
+    with name_url_in_errors(url, "reach"), contextlib.suppress(FileNotFoundError):
+        fs, path = connect(url, options)
+        fs.info(path)
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status that caused an error. It is None if no store answered."""
+    while error is not None:
+        if response := getattr(error, "response", None):
+            return cast(int | None, response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        error = error.__cause__
+    return None

@@ -1,0 +1,204 @@
+"""The directory that a cache or previews are written to, on any storage.
+
+`create` is the one way to publish a file that must never change. `replace` is the one for files that are rewritten.
+There is no open-for-write: an fsspec file that is closed by an exception publishes half of its content.
+
+In memory and on most local disks, one of any number of concurrent calls of `create` wins, and no reader sees a partial
+file. On object stores `create` is one conditional request. `supports_conditional_create` tests that.
+"""
+
+import base64
+import contextlib
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from latentmill.stream import Stream, name_url_in_errors
+from pipeline.prefetch import in_order
+from pipeline.storage import local_disk
+from pipeline.storage.connection import connect, http_status, is_local, is_memory, protocols_of
+from pipeline.storage.reading import open_stream
+
+ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
+PROBES = 3
+READERS = 16  # threads that read small files at once
+CONDITIONAL = frozenset({"s3", "gs", "abfs"})  # protocols whose fsspec library has a conditional create
+
+_memory_lock = threading.Lock()  # memory:// checks and creates in two steps
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A directory to write to, by names relative to it. It is small enough to be sent to another process.
+
+    exclusive: `supports_conditional_create` was true on the driver. A local disk without that support is then an error.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    exclusive: bool = False
+
+    def _locate(self, name: str) -> tuple[Any, str]:
+        """Return the filesystem, and the path of a name on it."""
+        fs, root = connect(self.url, self.options)
+        return fs, f"{root.rstrip('/')}/{name}" if name else root
+
+    def at(self, name: str) -> str:
+        """Return the full URL or path of a name."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    def names(self, below: str = "") -> list[str]:
+        """Return the sorted names of the files directly in the sub-folder `below`, without hidden files.
+
+        The list is empty if the sub-folder does not exist.
+        """
+        return self.listed(below)[0]
+
+    def listed(self, below: str) -> tuple[list[str], list[str]]:
+        """Return the names of `names`, and all other names: folders, hidden files, broken links."""
+        files, others = list[str](), list[str]()
+        for name, is_file in sorted(self._entries(below)):
+            (files if is_file and not name.startswith(".") else others).append(name)
+        return files, others
+
+    def _entries(self, below: str) -> list[tuple[str, bool]]:
+        """Return each name in a sub-folder, and whether it is a file."""
+        fs, path = self._locate(below)
+        with name_url_in_errors(self.at(below), "list"):
+            try:
+                entries = fs.ls(path, detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+        return [
+            (PurePosixPath(e["name"]).name, e["type"] == "file" or bool(e.get("islink") and fs.isfile(e["name"])))
+            for e in entries
+            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
+        ]
+
+    def is_empty(self) -> bool:
+        """Whether the directory has no entry, or does not exist."""
+        fs, path = self._locate("")
+        with name_url_in_errors(self.url, "list"):
+            try:
+                return not fs.ls(path, detail=False, refresh=True)
+            except FileNotFoundError:
+                return True
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file. Raises StorageError, also if the file does not exist."""
+        fs, path = self._locate(name)
+        with name_url_in_errors(self.at(name), "read"):
+            return _read_whole(fs, path, self.at(name))
+
+    def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Read these files of a sub-folder, each name with its content. Many are read at once, as stores are slow."""
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """Read a whole file. Return None if it does not exist."""
+        fs, path = self._locate(name)
+        with name_url_in_errors(self.at(name), "read"):
+            try:
+                return _read_whole(fs, path, self.at(name))
+            except FileNotFoundError:
+                return None
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file for reads at any offset, for example of a Parquet footer."""
+        with open_stream(self.at(name), self.options, seeking=True) as stream:
+            yield stream
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
+        fs, path = self._locate(name)
+        with name_url_in_errors(self.at(name), "write"):
+            if is_local(fs):
+                return local_disk.create(path, data, self._locate("_tmp")[1], self.exclusive)
+            if is_memory(fs):
+                with _memory_lock, contextlib.suppress(FileExistsError):
+                    fs.pipe_file(path, data, mode="create")
+                    return True
+                return False
+            return _create_object(fs, path, data)
+
+    def supports_conditional_create(self) -> bool:
+        """Whether one of several concurrent writers wins on this storage.
+
+        If the storage may support that, a probe file is created twice and removed.
+        """
+        fs, _ = self._locate("")
+        if is_memory(fs):
+            return True
+        if not is_local(fs) and not protocols_of(fs) & CONDITIONAL:
+            return False
+        probed = replace(self, exclusive=True)
+        for _ in range(PROBES):
+            name = f"_tmp/probe-{uuid.uuid4().hex}"
+            try:
+                first, second = probed.create(name, b"probe"), probed.create(name, b"probe")
+            except local_disk.NotExclusive:
+                return False
+            with name_url_in_errors(self.at(name), "remove"):
+                fs.rm_file(self._locate(name)[1])
+            if first:  # otherwise the first answer was lost, and the library's own retry was refused
+                return not second
+        return False
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a whole file, and overwrite an existing one."""
+        fs, path = self._locate(name)
+        with name_url_in_errors(self.at(name), "write"):
+            if is_local(fs):
+                local_disk.replace(path, data)
+            else:
+                fs.pipe_file(path, data)
+
+
+def _read_whole(fs: Any, path: str, url: str) -> bytes:
+    """Read a whole file. The stores' libraries check its length against the answer's header; on disks `Stream` does."""
+    if not is_local(fs):
+        return cast(bytes, fs.cat_file(path, **_single_request_option(fs)))
+    with fs.open(path, "rb") as file:
+        return Stream(file, url, file.size).read()
+
+
+def _create_object(fs: Any, path: str, data: bytes) -> bool:
+    """Send the whole body in one conditional request. Return False if the name is taken.
+
+    Stores refuse a taken name in different ways: FileExistsError, or status 412.
+    """
+    for attempt in range(6):
+        try:
+            fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            status = http_status(error)
+            if status == 412:
+                return False
+            if status != 409 or attempt == 5:  # 409: another writer's request is in progress, and may still fail
+                raise
+            time.sleep(0.1 * 2**attempt)
+    return False
+
+
+def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
+    """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
+    if "s3" not in protocols_of(fs):
+        return {}
+    return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+
+
+def _single_request_option(fs: Any) -> dict[str, int]:
+    """Return the option that keeps s3fs from requesting a file's size before the file."""
+    return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}

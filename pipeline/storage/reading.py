@@ -1,0 +1,180 @@
+"""Files read from any storage: as streams, whole, or copied to the local disk."""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, BinaryIO, cast
+
+from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors
+from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
+from pipeline.records import Unit
+from pipeline.storage.connection import connect, full_url, is_local, parent
+from pipeline.storage.etags import same_version
+
+READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to end
+
+
+@contextmanager
+def open_stream(
+    url: str, options: Mapping[str, Any], planned: Unit | None = None, seeking: bool = False
+) -> Iterator[BinaryIO]:
+    """Open a file for reading: from start to end in blocks, or at any offset (`seeking`).
+
+    Raises ChangedError if the size or the ETag differs from the plan, and SourceError if the file changes meanwhile.
+    Raises StorageError if fewer bytes arrive than the file has, even if the caller turned that error into another.
+    """
+    with name_url_in_errors(url, "read"):
+        fs, path = connect(url, options)
+        before = version_of(fs, path) if planned is not None else (0, "")
+        if planned and not same_version((planned.bytes, planned.etag), before):
+            same_size = before[0] == planned.bytes
+            difference = "its time or ETag" if same_size else f"{planned.bytes} bytes then, {before[0]} now"
+            raise ChangedError(
+                f"{url} has changed since it was planned ({difference}); run latentmill encode, which says what to do"
+            )
+        # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
+        mode = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
+        file = fs.open(path, "rb", **mode)
+
+    def check() -> None:
+        if planned is not None:
+            with name_url_in_errors(url, "read"):
+                after = version_of(fs, path)
+            if after != before:
+                raise SourceError(f"{url} changed while it was being read")
+
+    stream = Stream(file, url, planned.bytes if planned else getattr(file, "size", None), check)
+    try:
+        with file:
+            yield cast(BinaryIO, stream)
+    except Exception as error:
+        if stream.error is not None and error is not stream.error:
+            raise stream.error from error
+        if isinstance(error, DamagedError):
+            check()
+        raise
+    if stream.error is not None:
+        raise stream.error
+    check()
+
+
+def current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
+    """Return the unit with the size and ETag that its input has now. Images of a folder are not pinned by a unit."""
+    if unit.kind == "folder":
+        return unit
+    with name_url_in_errors(unit.url, "read"):
+        fs, path = connect(unit.url, options)
+        size, etag = version_of(fs, path)
+    return replace(unit, bytes=size, etag=etag)
+
+
+def etag_of(info: Mapping[str, Any]) -> str:
+    """Return the version of a file's content from what its storage reports. It is empty if nothing is reported.
+
+    It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
+    """
+    if "mtime_ns" in info:
+        return f"m{info['mtime_ns']}"
+    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
+
+
+def version_of(fs: Any, path: str) -> tuple[int, str]:
+    """Return the size in bytes and the ETag of a file."""
+    if is_local(fs):
+        stat = os.stat(path)
+        info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    else:
+        info = fs.info(path)
+    return int(info["size"] or 0), etag_of(info)
+
+
+def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:
+    """Read at most `limit` + 1 bytes of a file. The extra byte shows that the file is longer than the limit.
+
+    size: bytes that the file had when it was planned. Raises SourceError if its size differs.
+    """
+    with open_stream(url, options) as stream:
+        if size is not None and stream.seek(0, 2) != size:
+            raise SourceError(f"{url} has changed since it was planned (then {size} bytes)")
+        stream.seek(0)
+        return stream.read(limit + 1)
+
+
+def read_file_if_exists(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
+    """Read a file as `read_file` does. Return None if it does not exist.
+
+    Raises Rejected for a local file whose permissions forbid reading.
+    """
+    return none_if_missing(url, options, lambda: read_file(url, options, limit, size))
+
+
+def none_if_missing(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
+    """Return the result of `read`, or None if the file does not exist.
+
+    Raises Rejected for a local file whose permissions forbid reading.
+    """
+    try:
+        return read()
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError):
+            return None
+        fs, path = connect(url, options)
+        if is_local(fs) and isinstance(cause, OSError):
+            if cause.errno in NO_SUCH_FILE:
+                return None
+            # if the folder is closed too, the file is not the cause: the ticket of a mount may have expired, say
+            if isinstance(cause, PermissionError) and os.access(parent(path), os.R_OK | os.X_OK):
+                raise Rejected("read", "unreadable") from error
+        raise
+
+
+def check_has_files(url: str, options: Mapping[str, Any]) -> None:
+    """Raise SourceError if a directory is missing or empty, for example because its disk is no longer mounted."""
+    with name_url_in_errors(url, "list"):
+        fs, path = connect(url, options)
+        if is_local(fs):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+                if next(entries, None) is not None:
+                    return
+        elif fs.exists(path):  # stores have no empty directories
+            return
+    raise SourceError(f"{url} is missing or empty, but had files when it was planned: check its disk or bucket")
+
+
+@contextmanager
+def fetch(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iterator[str]:
+    """Give a local path for `ref`: a local path unchanged, a URL as a temporary copy of its file or directory.
+
+    wanted: pattern of the files to copy from a directory, matched against their paths below it.
+    """
+    if "://" not in ref:
+        yield ref
+        return
+    with tempfile.TemporaryDirectory(prefix="latentmill-") as local:
+        with name_url_in_errors(ref, "read"):
+            fs, root = connect(ref, options)
+            root = root.rstrip("/")
+            if fs.isfile(root):
+                copy = f"{local}/{root.rpartition('/')[2]}"
+                _copy(fs, root, fs.size(root), copy)
+            else:
+                copy = local
+                for path, info in fs.find(root, detail=True).items():
+                    below = path[len(root) + 1 :]
+                    if wanted.fullmatch(below):
+                        os.makedirs(parent(f"{local}/{below}"), exist_ok=True)
+                        _copy(fs, path, info["size"], f"{local}/{below}")
+        yield copy
+
+
+def _copy(fs: Any, path: str, size: int | None, local: str) -> None:
+    """Copy a file to the local disk. size: its bytes. Raises StorageError if fewer bytes arrive."""
+    fs.get_file(path, local)
+    if size is not None and (received := os.path.getsize(local)) != size:
+        message = f"{full_url(fs, path)} ended at byte {received}, but has {size} bytes: the transfer was cut short"
+        raise StorageError(message, may_pass=True)
