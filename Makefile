@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--no-build-isolation --config-settings editable_mode=compat --editable '.[dev,train]'
+		--no-build-isolation --config-settings editable_mode=compat --editable '.[dev,peers,train]'
 	touch $@
 
 $(VENV)/docs-installed: $(VENV)/installed

@@ -7,7 +7,7 @@ from typing import Any
 
 from latentmill.errors import CacheError
 
-VERIFY_HINT = "latentmill verify says what to do"
+VERIFY_HINT = "run latentmill verify, which says what to do"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -25,7 +25,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise CacheError(f"{where} cannot be understood: it is damaged; {VERIFY_HINT}")
+        raise CacheError(f"{where} is corrupt: it is not a JSON object; {VERIFY_HINT}")
     return content
 
 

@@ -18,13 +18,13 @@ class IdentityError(UsageError):
 
 
 class CacheError(LatentmillError):
-    """A folder is not a latentmill cache, or its files contradict each other."""
+    """A folder is not a latentmill cache, or its files are inconsistent."""
 
 
 class StorageError(LatentmillError):
-    """The storage refused: no such file, no right, no room, no answer.
+    """A storage operation failed: no such file, no permission, no space or no answer.
 
-    may_pass: whether the same request may succeed later, because the storage did not answer, or not as it should.
+    may_pass: whether the same request may succeed later, because the storage gave no answer or an incomplete one.
     """
 
     def __init__(self, message: str, may_pass: bool = False) -> None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from jobs.cli import VERBS
 from jobs.options import OPTIONS
-from jobs.parsing import flag_of, make_parser
+from jobs.parsing import make_parser
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
@@ -22,6 +24,7 @@ from pipeline.formats.parquet import schema_of
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
 from pipeline.records import Seconds
+from tests.servers import upload
 from vae.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -71,21 +74,90 @@ def test_the_python_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
 
 
-def test_the_commands_of_the_readme_exist(latentmill: Callable[..., tuple[int, str, str]]) -> None:
+def shell_lines(text: str) -> list[str]:
+    """The command lines of the `sh` blocks of a page: continued lines joined, comments removed."""
+    joined = "".join(blocks(text, "sh")).replace("\\\n", " ")
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
+    return [line for line in lines if line]
+
+
+def section(title: str) -> str:
+    """The text of one section of README.md."""
+    (text,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    return str(text)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_commands_of_a_page_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for line in "".join(blocks(README, "sh")).splitlines():
-        words = line.split("#")[0].replace("python -m jobs.", ".venv/bin/latentmill ").split()
+    lines = shell_lines((ROOT / page).read_text(encoding="utf-8"))
+    assert any(line.startswith("make ") for line in lines)
+    for line in lines:
+        words = shlex.split(line.replace("python -m jobs.", "latentmill "))
         words = words[words.index("--") + 1 :] if "--" in words else words
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
-        elif words[0] not in ("export", ".", "ray", ".venv/bin/python"):
-            assert words[0] == ".venv/bin/latentmill"
-            flags = {flag_of(field) for field in OPTIONS[words[1]].__dataclass_fields__.values()}
-            assert {word for word in words if word.startswith("--")} <= flags, line
+        elif words[0] == "latentmill":
+            make_parser(OPTIONS[words[1]], words[1]).parse_args(words[2:])
+        else:
+            assert words[0] in ("export", ".", "ray", "python", "python3", "pip", "pre-commit"), line
+
+
+def without_numbers(line: str) -> list[str]:
+    """The words of a line of output, numbers, paths and shapes left out."""
+    return [word for word in line.split() if not re.search(r"[\d/]", word)]
+
+
+def test_the_readmes_quickstart_prints_what_it_shows(
+    latentmill: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    quickstart = section("Quickstart")
+    (first, *_), (shown,) = blocks(quickstart, "sh"), blocks(quickstart, "text")
+    printed = []
+    for line in shell_lines(f"```sh\n{first}```"):
+        argv = shlex.split(line)[1:]
+        code, out, err = latentmill(*argv, *([] if argv[0] == "stats" else ["--workers", 0]))
+        assert code == 0, err
+        printed += [without_numbers(each) for each in out.splitlines()]
+    for line in shown.splitlines():
+        assert without_numbers(line) in printed, line
+
+
+def test_the_readmes_s3_block_runs(
+    latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, bucket: str
+) -> None:
+    # the bucket, the shards and the VAE are the test's; all else is the README's
+    upload(shards, f"{bucket}/shards")
+    upload(micro_vae, f"{bucket}/sdxl-vae")
+    lines = [line for line in shell_lines(section("WebDataset on S3")) if line.startswith("latentmill ")]
+    assert [shlex.split(line)[1] for line in lines] == ["encode", "status", "decode"]
+    for line in lines:
+        argv = shlex.split(line.replace("s3://bucket", bucket).replace("00127", "00002"))[1:]
+        code, out, err = latentmill(*argv, *([] if argv[0] == "status" else ["--workers", 0]))
+        assert code == 0, err
+        assert "18" in out, line
+
+
+def test_the_readmes_measurements_stand_in_the_page_of_benchmarks() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"\d[\d,]*\.\d+|\d,\d{3}", section("Performance"))
+    assert len(numbers) >= 10
+    for number in numbers:
+        assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", page), number
+
+
+def test_the_readme_names_every_preset_and_extra() -> None:
+    for name in PRESETS:
+        assert f"`{name}`" in section("Supported VAEs"), name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name in set(project["optional-dependencies"]) - {"dev", "peers"}:
+        assert f"`{name}`" in section("Install"), name
 
 
 def test_every_link_of_the_documentation_has_a_target() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples/README.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

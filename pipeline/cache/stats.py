@@ -68,7 +68,7 @@ def _parse_entry(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
         return PartSummary.from_commit(entry)
     except (KeyError, TypeError, AttributeError) as error:
         file = cache.at(f"{commits.COMMITS}/{name}.json")
-        raise CacheError(f"{file} cannot be understood: it is damaged; {VERIFY_HINT}") from error
+        raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
 
 
 def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: bool) -> PartSummary:
