@@ -38,7 +38,7 @@ class RunTotals:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
         self.texts.update(done.texts)
-        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "again", "bytes")
+        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
     @property
@@ -145,8 +145,8 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
     if totals.missing_texts:
         lines.append(f"  texts      {totals.missing_texts}")
-    if counts["again"]:
-        lines.append(f"  overflowed {counts['again']:,} in half precision, and were encoded again in fp32")
+    if counts["fp32_fallbacks"]:
+        lines.append(f"  overflowed {counts["fp32_fallbacks"]:,} in half precision, and were encoded again in fp32")
     if totals.shares:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"

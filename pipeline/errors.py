@@ -49,7 +49,7 @@ REASONS: dict[str, str] = {
     "no_image": "the sample has no image",
     "duplicate_key": "another image of the shard has this key",
     "no_key": "the key column has no value in this row",
-    "image_not_embedded": "the sample has a path or a link in place of an image's bytes, or a link in place of a text",
+    "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
     "unreadable": "the permissions of the image, or of a text beside it, forbid reading it",
     "bad_key": "the key is empty, is longer than {} bytes, is not UTF-8, has control characters, or is a path that "
     "is absolute, ends with `/`, contains `.` or `..`, or is skipped by tar readers",
