@@ -146,7 +146,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
     if totals.missing_texts:
         lines.append(f"  texts      {totals.missing_texts}")
     if counts["fp32_fallbacks"]:
-        lines.append(f"  overflowed {counts["fp32_fallbacks"]:,} in half precision, and were encoded again in fp32")
+        lines.append(f"  overflowed {counts['fp32_fallbacks']:,} in half precision, and were encoded again in fp32")
     if totals.shares:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"
