@@ -84,6 +84,21 @@ def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
+def make_transform(options: EncodeOptions) -> Transform:
+    """Return the transform that the options describe."""
+    side = options.buckets or options.resolution
+    return Transform(
+        resolution=side,
+        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
+        multiple_of=options.multiple_of if options.buckets else 0,
+        min_size=options.min_size,
+        interpolation=options.interpolation,
+        crop=options.crop,
+        flip=options.flip,
+        seed=options.seed,
+    )
+
+
 def describe_cache(
     options: EncodeOptions,
     vae: Vae,
@@ -97,16 +112,7 @@ def describe_cache(
     """
     precision = resolve_precision(options, vae, resources)
     side = options.buckets or options.resolution
-    transform = Transform(
-        resolution=side,
-        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
-        multiple_of=options.multiple_of if options.buckets else 0,
-        min_size=options.min_size,
-        interpolation=options.interpolation,
-        crop=options.crop,
-        flip=options.flip,
-        seed=options.seed,
-    )
+    transform = make_transform(options)
     wanted = Identity(
         weights=vae.sha256,
         config=identity.raw_config(vae.config),

@@ -300,7 +300,7 @@ class TestRefusals:
         (tmp_path / "other").mkdir()
         (tmp_path / "other/config.json").write_text('{"_class_name": "AutoencoderDC"}')
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "other", "--workers", 0)
-        self.refused(result, 2, "configuration of a AutoencoderDC, not of an AutoencoderKL")
+        self.refused(result, 2, "this is a configuration of class AutoencoderDC, not AutoencoderKL")
 
     def test_another_identity(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
         encode(photos, "--to", tmp_path / "c")

@@ -127,7 +127,7 @@ def test_a_truncated_shard_that_is_restored(case: Case, whole: bytes, calm: Path
     assert before["rejected"]["rest_of_shard"] == 1
     code, out, _ = case.retry()
     assert (code, case.stats["digest"]) == (0, before["digest"]), "the damage is still at the same position"
-    assert "and what follows the damage of 1 shards\n  rows       0 more" in out
+    assert "and the rest of 1 damaged shards\n  rows       0 more" in out
 
     case.shard.write_bytes(whole)
     code, out, err = case.retry()

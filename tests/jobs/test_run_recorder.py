@@ -17,6 +17,7 @@ from jobs.local_executor import LocalExecutor
 from jobs.run_recorder import RunRecorder
 from jobs.signals import Signals
 from pipeline.cache import plan, runs, stats
+from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, StorageError
 from pipeline.storage.folder import Folder
@@ -130,8 +131,8 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
         return real(content)
 
     monkeypatch.setattr(stats, "encode_json", slow)
-    cache = json.loads((tmp_path / "c/cache.json").read_text())
-    assert finalize.finalize_cache(Folder(str(tmp_path / "c")), cache, single_writer=False)["count"] == 18
+    info = Cache.open(str(tmp_path / "c")).info
+    assert finalize.finalize_cache(Folder(str(tmp_path / "c")), info, single_writer=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 

@@ -137,9 +137,9 @@ def test_a_file_whose_bytes_end_too_early_is_an_error(
         return bytes(read(self, *size)[: max(0, end - start)])
 
     monkeypatch.setattr(LocalFileOpener, "read", read_short)
-    with pytest.raises(StorageError, match=rf"{file} ended at byte \d+, but has \d+: it was cut short on its way"):
+    with pytest.raises(StorageError, match=rf"{file} ended at byte \d+, but has \d+ bytes: the transfer was cut short"):
         list(cache.rows(file))
-    with pytest.raises(StorageError, match="it was cut short on its way"):
+    with pytest.raises(StorageError, match="the transfer was cut short"):
         hash_files(cache.folder, [file])
 
 

@@ -51,7 +51,7 @@ def rests(cache: Path) -> dict[str, set[int]]:
     found = (
         parts.inspect_part(Folder(str(cache)), name, identity) for name in parts.list_part_files(Folder(str(cache)))
     )
-    return record_format.unread_rests(part.record for part in found if part is not None)
+    return record_format.find_unread_rests(part.record for part in found if part is not None)
 
 
 @KINDS
@@ -283,9 +283,9 @@ def test_of_the_rests_of_a_unit_those_count_that_no_part_has() -> None:
         return Record(**{**made, "supersedes": tuple((position, REST_OF_SHARD) for position in supersedes)})
 
     chain = [record(0, 3), record(0, 4, 3), record(1, 8, 4), record(2, None, 8)]
-    assert record_format.unread_rests(chain) == {}
-    assert record_format.unread_rests(chain[:1]) == {"u": {3}}
-    assert record_format.unread_rests(chain[:3]) == {"u": {8}}
-    assert record_format.unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, (
+    assert record_format.find_unread_rests(chain) == {}
+    assert record_format.find_unread_rests(chain[:1]) == {"u": {3}}
+    assert record_format.find_unread_rests(chain[:3]) == {"u": {8}}
+    assert record_format.find_unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, (
         "what a lost part had is not forgotten"
     )
