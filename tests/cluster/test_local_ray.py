@@ -61,7 +61,7 @@ def actors(driver: int) -> list[int]:
     found = []
     for pid in descendants(driver):
         try:
-            if b"ray::Actor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"ray::RayWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
         except OSError:  # it has ended meanwhile
             continue
