@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -371,6 +371,9 @@ class RayExecutor:
             for task in handle.tasks.values()
         ]
         if not with_node:
+            if handle.location is None:  # the worker may have ended before the first check of its progress
+                with suppress(RayError):
+                    self._update_location(handle, 0)
             for line in _last_lines(handle.location):
                 log_info(f"  {handle.name}: {line}")
         if handle.load_ref is not None:
