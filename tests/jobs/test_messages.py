@@ -131,12 +131,12 @@ def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
         "import logging, sys, warnings\n"
         "from jobs import encode\n"
         "from jobs.entry import run_as_script\n"
-        "real = encode.finish\n"
+        "real = encode.finalize_cache\n"
         "def finish(*given):\n"
         "    warnings.warn('an old driver')\n"
         "    logging.getLogger('botocore').warning('a slow store')\n"
         "    return real(*given)\n"
-        "encode.finish = finish\n"
+        "encode.finalize_cache = finish\n"
         "run_as_script(encode.main)\n"
     )
     (tmp_path / "warned.py").write_text(script)
