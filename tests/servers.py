@@ -66,6 +66,7 @@ def endpoint() -> Iterator[str]:
 @contextmanager
 def moto() -> Iterator[str]:
     """Start a new moto server and return its URL."""
+    pytest.importorskip("moto", reason="the S3 server of the tests, moto, is not installed (extra peers)")
     port = free_port()
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

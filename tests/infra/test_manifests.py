@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
 from jobs.options import Common, DecodeOptions, EncodeOptions, StatusOptions
 from jobs.parsing import parse
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

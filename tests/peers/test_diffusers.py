@@ -5,7 +5,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,8 @@ from tests.checkpoints import ldm
 from vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussianDistribution
 from vae.load import WEIGHTS, weights_sha256
 from vae.presets import PRESETS
+
+diffusers = pytest.importorskip("diffusers")
 
 FOUR_LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -68,19 +68,19 @@ def test_pyarrow_reads_parquet(encode: Callable[..., Path], source: Path, latent
 
 
 def test_pandas_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
-    import pandas
+    pandas = pytest.importorskip("pandas")
 
     check_rows(pandas.read_parquet(encode(source) / "data").to_dict("records"), latents)
 
 
 def test_polars_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
-    import polars
+    polars = pytest.importorskip("polars")
 
     check_rows(polars.read_parquet(encode(source) / "data/*.parquet").to_dicts(), latents)
 
 
 def test_duckdb_reads_parquet(encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray]) -> None:
-    import duckdb
+    duckdb = pytest.importorskip("duckdb")
 
     with duckdb.connect() as connection:
         rows = connection.sql(f"select * from '{encode(source)}/data/*.parquet' order by key").to_arrow_table()
@@ -88,7 +88,7 @@ def test_duckdb_reads_parquet(encode: Callable[..., Path], source: Path, latents
 
 
 def load_dataset(cache: Path, tmp_path: Path) -> Any:
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     datasets.disable_progress_bars()
     return datasets.load_dataset(str(cache), split="train", cache_dir=str(tmp_path / "hub"))
@@ -120,7 +120,7 @@ def test_datasets_reads_tars(
 def test_webdataset_reads_tars(
     encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], store: str
 ) -> None:
-    import webdataset
+    webdataset = pytest.importorskip("webdataset")
 
     cache = encode(source, "--format", "webdataset", "--store", store)
     tars = sorted(map(str, (cache / "data").glob("*.tar")))

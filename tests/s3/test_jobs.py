@@ -135,10 +135,13 @@ def test_options_replace_the_environment_and_no_secret_is_stored(
 @pytest.fixture
 def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Start rclone's server, which ignores conditions, and return the URL of a bucket on it."""
+    rclone = Path(sys.executable).with_name("rclone")
+    if not rclone.exists():
+        pytest.skip("rclone is not installed (extra peers)")
     (tmp_path / "rclone/bucket").mkdir(parents=True)
     port = free_port()
     argv = [
-        str(Path(sys.executable).with_name("rclone")),
+        str(rclone),
         "serve",
         "s3",
         tmp_path / "rclone",

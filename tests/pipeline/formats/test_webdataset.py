@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import webdataset
 
 from latentmill.part_files import read_parquet_rows, read_webdataset_rows
 from pipeline.cache.parts import read_record
@@ -77,6 +76,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves the file open
 def test_webdataset_reads_every_sample(file: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
     dataset = webdataset.WebDataset(str(file), shardshuffle=False, empty_check=False).decode()
     samples = list(dataset)
     assert [sample["__key__"] for sample in samples] == [row.image.key for row in ROWS]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-import webdataset
 
 from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
 from pipeline.limits import Limits
@@ -41,6 +40,7 @@ def outcome(item: Sample | Reject) -> tuple[int, str, object]:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", img2dataset_members(0, 5))
+    webdataset = pytest.importorskip("webdataset")
     expected = list(webdataset.WebDataset(str(path), shardshuffle=False))
     with open(path, "rb") as stream:
         samples = list(read_tar(stream, "s.tar"))
