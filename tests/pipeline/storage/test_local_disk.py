@@ -15,7 +15,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import local_disk
 from pipeline.storage.folder import Folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Command = Callable[..., tuple[int, str, str]]
 
 # what makes a process's disk one without links, and one without exclusive renames either
