@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
 from latentmill.errors import CacheError, IdentityError
-from latentmill.folder import CacheFolder, ReadableFolder, absolute
+from latentmill.folder import CacheFolder, absolute
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
 
@@ -26,7 +26,7 @@ class Cache:
     folder: where it is. info: its cache.json.
     """
 
-    folder: ReadableFolder
+    folder: CacheFolder
     info: CacheInfo
 
     @classmethod
@@ -88,12 +88,12 @@ class Cache:
         return self.scaling.to_model(latent)
 
 
-def list_part_files(folder: ReadableFolder) -> list[str]:
+def list_part_files(folder: CacheFolder) -> list[str]:
     """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
     return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.names(below)]
 
 
-def hash_files(folder: ReadableFolder, files: Iterable[str]) -> dict[str, str]:
+def hash_files(folder: CacheFolder, files: Iterable[str]) -> dict[str, str]:
     """Return the sha256 of each of these files, by its name. Each is read one block at a time."""
     hashes = {}
     for file in files:
@@ -105,7 +105,7 @@ def hash_files(folder: ReadableFolder, files: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-def check_digest(folder: ReadableFolder, digest: str | None, verify: bool) -> None:
+def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
     """Raise IdentityError unless a cache is the one that stats.json describes, with this digest (None: any).
 
     verify: hash every file.
@@ -126,7 +126,7 @@ def check_digest(folder: ReadableFolder, digest: str | None, verify: bool) -> No
         )
 
 
-def read_stats(folder: ReadableFolder) -> dict[str, Any] | None:
+def read_stats(folder: CacheFolder) -> dict[str, Any] | None:
     """Return the content of stats.json, or None if no run has ended yet. Raises CacheError if it is damaged."""
     data = folder.read_if_there(STATS)
     return None if data is None else parse_json_object(data, folder.at(STATS))

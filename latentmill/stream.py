@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from latentmill.errors import LatentmillError, StorageError
 
@@ -93,3 +93,20 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
+
+
+@contextmanager
+def open_while(stream: Stream, file: Any) -> Iterator[BinaryIO]:
+    """Yield a stream, and close its file at the end. A failed read is raised, whatever its reader made of it.
+
+    A reader may take the end of the bytes for the end of the file, or turn the error into another one.
+    """
+    with file:
+        try:
+            yield cast(BinaryIO, stream)
+        except Exception as error:
+            if stream.error is not None and error is not stream.error:
+                raise stream.error from error
+            raise
+    if stream.error is not None:
+        raise stream.error

@@ -1,4 +1,4 @@
-"""URLs, and the filesystems behind them. This is the only module that imports fsspec.
+"""URLs, and the filesystems behind them. In pipeline/, only this module imports fsspec.
 
 Failed requests are retried with growing pauses by each store's own library (S3: `RETRIES`). A request that still fails
 then fails the unit.
@@ -6,7 +6,6 @@ then fails the unit.
 
 import contextlib
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from latentmill.folder import has_password, open_filesystem
 from latentmill.stream import first_line, name_url_in_errors
 from pipeline.errors import StorageError, UsageError
 
@@ -27,7 +27,7 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     `::` is part of a name. It does not chain filesystems as in fsspec.
     Raises UsageError if the URL contains a password, StorageError if the library refuses the URL or its options.
     """
-    if re.match(r"[^/]*://[^/]*:[^/]*@", url):
+    if has_password(url):
         raise UsageError(
             "a URL must not contain a password, because URLs are written to the cache; "
             "use --storage-option KEY=env:NAME instead"
@@ -41,9 +41,7 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         retries = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": RETRIES}
         extra["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **retries}
     try:
-        filesystem = fsspec.get_filesystem_class(protocol)
-        fs = filesystem(**{**filesystem._get_kwargs_from_urls(url), "use_listings_cache": False, **extra, **options})
-        return fs, cast(str, filesystem._strip_protocol(url))
+        return open_filesystem(url, {**extra, **options})
     except Exception as error:  # libraries check their options here, each with its own exceptions
         raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}") from error
 

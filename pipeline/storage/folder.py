@@ -13,18 +13,16 @@ import hashlib
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+from latentmill.folder import CacheFolder
 from latentmill.stream import Stream, name_url_in_errors
 from pipeline.prefetch import in_order
 from pipeline.storage import local_disk
 from pipeline.storage.connection import connect, http_status, is_local, is_memory, protocols_of
-from pipeline.storage.reading import open_stream
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -35,52 +33,18 @@ _memory_lock = threading.Lock()  # memory:// checks and creates in two steps
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class Folder(CacheFolder):
     """A directory to write to, by names relative to it. It is small enough to be sent to another process.
 
     exclusive: `supports_conditional_create` was true on the driver. A local disk without that support is then an error.
     """
 
-    url: str
-    options: Mapping[str, Any] = field(default_factory=dict)
     exclusive: bool = False
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Return the filesystem, and the path of a name on it."""
         fs, root = connect(self.url, self.options)
         return fs, f"{root.rstrip('/')}/{name}" if name else root
-
-    def at(self, name: str) -> str:
-        """Return the full URL or path of a name."""
-        return f"{self.url.rstrip('/')}/{name}" if name else self.url
-
-    def names(self, below: str = "") -> list[str]:
-        """Return the sorted names of the files directly in the sub-folder `below`, without hidden files.
-
-        The list is empty if the sub-folder does not exist.
-        """
-        return self.listed(below)[0]
-
-    def listed(self, below: str) -> tuple[list[str], list[str]]:
-        """Return the names of `names`, and all other names: folders, hidden files, broken links."""
-        files, others = list[str](), list[str]()
-        for name, is_file in sorted(self._entries(below)):
-            (files if is_file and not name.startswith(".") else others).append(name)
-        return files, others
-
-    def _entries(self, below: str) -> list[tuple[str, bool]]:
-        """Return each name in a sub-folder, and whether it is a file."""
-        fs, path = self._locate(below)
-        with name_url_in_errors(self.at(below), "list"):
-            try:
-                entries = fs.ls(path, detail=True, refresh=True)
-            except FileNotFoundError:
-                return []
-        return [
-            (PurePosixPath(e["name"]).name, e["type"] == "file" or bool(e.get("islink") and fs.isfile(e["name"])))
-            for e in entries
-            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
-        ]
 
     def is_empty(self) -> bool:
         """Whether the directory has no entry, or does not exist."""
@@ -110,12 +74,6 @@ class Folder:
                 return _read_whole(fs, path, self.at(name))
             except FileNotFoundError:
                 return None
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file for reads at any offset, for example of a Parquet footer."""
-        with open_stream(self.at(name), self.options, seeking=True) as stream:
-            yield stream
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors
+from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.storage.connection import connect, full_url, is_local, parent
@@ -49,16 +49,11 @@ def open_stream(
 
     stream = Stream(file, url, planned.bytes if planned else getattr(file, "size", None), check)
     try:
-        with file:
-            yield cast(BinaryIO, stream)
-    except Exception as error:
-        if stream.error is not None and error is not stream.error:
-            raise stream.error from error
-        if isinstance(error, DamagedError):
-            check()
+        with open_while(stream, file) as opened:
+            yield opened
+    except DamagedError:
+        check()
         raise
-    if stream.error is not None:
-        raise stream.error
     check()
 
 
