@@ -22,6 +22,7 @@ from pipeline.readers.parquet import read_parquet
 from pipeline.readers.tar import read_tar
 from pipeline.records import Reject, Sample
 from tests.conftest import encoded, img2dataset_members, smooth
+from tests.pipeline.readers.test_read import tar
 
 SECONDS = 5  # that a case may take at most
 LIMITS = Limits(pixels=1_000_000)
@@ -58,13 +59,7 @@ def tars() -> list[bytes]:
     long = {f"{'folder/' * 20}{name}": data for name, data in members.items()}
     made = []
     for form, content in ((tarfile.USTAR_FORMAT, members), (tarfile.GNU_FORMAT, long), (tarfile.PAX_FORMAT, long)):
-        sink = io.BytesIO()
-        with tarfile.open(fileobj=sink, mode="w", format=form) as tar:
-            for name, data in content.items():
-                header = tarfile.TarInfo(name)
-                header.size = len(data)
-                tar.addfile(header, io.BytesIO(data))
-        data = sink.getvalue().rstrip(b"\0")  # the last member is a text
+        data = tar(content, form).rstrip(b"\0")  # the last member is a text
         made.append(data + bytes(-len(data) % 512 + 1024))
     return made
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from pipeline.errors import StorageError
 from pipeline.storage import local_disk
 from pipeline.storage.folder import Folder
+from tests.pipeline.storage.concurrent_writers import winners
 
 ROOT = Path(__file__).parents[3]
 Command = Callable[..., tuple[int, str, str]]
@@ -44,27 +44,8 @@ def refuse_exclusive_renames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_disk, "_renameat2", lambda: None)
 
 
-def winners(folder: Folder) -> list[int]:
-    """Those of 16 writers at once that are told that they won. A reader never sees anything but one whole file."""
-    barrier, won = threading.Barrier(17), list[int]()
-
-    def create(number: int) -> None:
-        barrier.wait()
-        if folder.create("data/x", bytes([number]) * 100_000):
-            won.append(number)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
-    while any(thread.is_alive() for thread in threads):
-        seen = folder.read_if_there("data/x")
-        assert seen is None or (len(seen), len(set(seen))) == (100_000, 1)
-        assert folder.names("data") in ([], ["x"])
-    for thread in threads:
-        thread.join()
-    assert [path.name for path in Path(folder.url).rglob("*") if path.is_file()] == ["x"], "nothing else is left"
-    return won
+def files_below(folder: Folder) -> list[str]:
+    return [path.name for path in Path(folder.url).rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("number", sorted(local_disk.UNSUPPORTED), ids=lambda number: errno.errorcode[number])
@@ -75,6 +56,7 @@ def test_without_links_an_exclusive_rename_lets_one_writer_win(
     folder = Folder(str(tmp_path / "c"))
     assert folder.supports_conditional_create()
     (won,) = winners(folder)
+    assert files_below(folder) == ["x"], "nothing else is left"
     assert folder.read("data/x") == bytes([won]) * 100_000
 
 
@@ -86,6 +68,7 @@ def test_a_disk_that_links_within_a_directory_only_keeps_the_promise(
     folder = Folder(str(tmp_path / "c"))
     assert folder.supports_conditional_create()
     assert len(winners(folder)) == 1
+    assert files_below(folder) == ["x"], "nothing else is left"
 
 
 def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
@@ -96,6 +79,7 @@ def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
     folder = Folder(str(tmp_path / "c"))
     assert not folder.supports_conditional_create()
     assert winners(folder)
+    assert files_below(folder) == ["x"], "nothing else is left"
     assert not folder.create("data/x", b"late")
     assert folder.read("data/x") != b"late"
 

@@ -1,6 +1,5 @@
 import os
 import shlex
-import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeline.sources.listing import list_shards
 from pipeline.storage.connection import absolute, connect
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
+from tests.pipeline.storage.concurrent_writers import winners
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -179,19 +179,8 @@ def test_a_source_that_is_not_there_is_named(root: str, source: str) -> None:
 
 
 def test_of_many_creators_one_wins_and_the_content_is_whole(root: str) -> None:
-    folder, won = Folder(root), []
-    barrier = threading.Barrier(16)
-
-    def create(number: int) -> None:
-        barrier.wait()
-        if folder.create("data/x", bytes([number]) * 100_000):
-            won.append(number)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    folder = Folder(root)
+    won = winners(folder)
     assert len(won) == 1
     assert folder.read("data/x") == bytes(won) * 100_000
     assert folder.names("data") == ["x"]
