@@ -337,7 +337,6 @@ class RayExecutor:
         except RayTaskError as error:  # the call failed, and the actor still runs
             if handle.load_ref is None:  # a bug in this program, which a retry would hit again
                 raise JobError(f"a worker failed: {_cause(error)}") from error
-            self._update_location(handle, 1.0)
             self._lose(slot, handle, _cause(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
@@ -373,7 +372,7 @@ class RayExecutor:
         if not with_node:
             if handle.location is None:  # the worker may have ended before the first check of its progress
                 with suppress(RayError):
-                    self._update_location(handle, 0)
+                    self._update_location(handle, 1.0)
             for line in _last_lines(handle.location):
                 log_info(f"  {handle.name}: {line}")
         if handle.load_ref is not None:
