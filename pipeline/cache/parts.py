@@ -6,7 +6,7 @@ one that counts. Nothing in this module removes or overwrites a part.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 from latentmill.cache import DATA as DATA
@@ -146,19 +146,23 @@ def is_retry_part(stem: str) -> bool:
 
 def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
     """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
-    names = list_part_files(cache)
-    duplicates = find_empty_duplicates(names)
-    retry_names = (name for name in names if is_retry_part(stem_of(name)) and name not in duplicates)
-    parts = (inspect_part(cache, name, identity) for name in retry_names if units is None or unit_of(name) in units)
-    return [part for part in parts if part is not None]
+
+    def is_wanted(name: str) -> bool:
+        return is_retry_part(stem_of(name)) and (units is None or unit_of(name) in units)
+
+    return _read_parts(cache, identity, is_wanted)
 
 
 def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
     """Read all parts of a unit that exist, also those that `retry` wrote. unit: the unit's name."""
+    return _read_parts(cache, identity, lambda name: unit_of(name) == unit)
+
+
+def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
+    """Read the parts whose file names are wanted, without those in `_empty/` that do not count."""
     names = list_part_files(cache)
     duplicates = find_empty_duplicates(names)
-    unit_names = (name for name in names if unit_of(name) == unit and name not in duplicates)
-    parts = (inspect_part(cache, name, identity) for name in unit_names)
+    parts = (inspect_part(cache, name, identity) for name in names if is_wanted(name) and name not in duplicates)
     return [part for part in parts if part is not None]
 
 
