@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from PIL import Image
 
 from jobs import cli
@@ -27,6 +28,11 @@ MICRO = {
     "latent_channels": 4,
     "norm_num_groups": 4,
 }
+
+
+def slow_param(*values: object) -> ParameterSet:
+    """Return the parameters of a case that only `make test-slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

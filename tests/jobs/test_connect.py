@@ -16,7 +16,7 @@ import pytest
 
 from jobs.connect import call_with_timeout, check_listening, resolve_address
 from pipeline.errors import UsageError
-from tests.conftest import STAMP
+from tests.conftest import STAMP, slow_param
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_where_nobody_answers_the_wait_has_an_end(argv: list[str], silent: str) 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), slow_param(signal.SIGINT, 130)])
 def test_a_signal_ends_the_wait(argv: list[str], silent: str, sign: signal.Signals, code: int) -> None:
     with start([*argv, "--address", silent], 60) as job:
         assert job.stderr is not None

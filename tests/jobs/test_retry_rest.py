@@ -18,7 +18,7 @@ from pipeline.errors import StorageError
 from pipeline.maintenance import retry
 from pipeline.sources import units
 from pipeline.storage.folder import Folder
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 COUNT = 23  # samples of the tar: the ninth is no image, the thirteenth has the key of the second
@@ -172,7 +172,7 @@ def test_verify_reports_that_a_rest_can_be_read_now(case: Case, whole: bytes) ->
 
 
 @pytest.mark.parametrize("same_run", [False, True])
-@pytest.mark.parametrize("written", [0, 1, 2, 3])
+@pytest.mark.parametrize("written", [0, slow_param(1), slow_param(2), 3])
 def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
     case: Case, whole: bytes, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, same_run: bool
 ) -> None:

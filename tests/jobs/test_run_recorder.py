@@ -21,6 +21,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, StorageError
 from pipeline.storage.folder import Folder
+from tests.conftest import slow_param
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -165,7 +166,8 @@ def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_writt
 
 
 @pytest.mark.parametrize(
-    "module_and_name", [(plan, "extend_plan"), (encode, "encode_pending"), (encode, "check_commits")]
+    "module_and_name",
+    [(plan, "extend_plan"), slow_param((encode, "encode_pending")), slow_param((encode, "check_commits"))],
 )
 def test_a_run_shows_that_it_lives_from_its_plan_on(
     latentmill: Command,

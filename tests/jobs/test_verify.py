@@ -20,7 +20,7 @@ from pipeline.formats.record import PartInfo
 from pipeline.maintenance import verify
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 FORMATS = ("parquet", "webdataset")
@@ -83,6 +83,7 @@ def flip(path: Path, index: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("cache", ["parquet", slow_param("webdataset")], indirect=True)
 def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -> None:
     rng = random.Random(0)
     files = [path for path in cache.rglob("*") if path.is_file()]

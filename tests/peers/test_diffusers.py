@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import ldm
+from tests.conftest import slow_param
 from vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussianDistribution
 from vae.load import WEIGHTS, weights_sha256
 from vae.presets import PRESETS
@@ -88,6 +89,7 @@ def test_encode_decode_and_forward_are_equal(pair: tuple[AutoencoderKL, Any], he
     torch.testing.assert_close(ours(x).sample, theirs(x).sample, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", ["sd", *map(slow_param, list(ARCHITECTURES)[1:])], indirect=True)
 @torch.inference_mode()
 def test_results_at_512_pixels_agree_with_the_reference_in_float64(pair: tuple[AutoencoderKL, Any]) -> None:
     """The round trip of the reference in float32 differs from float64 by up to 2e-4, ours by 4e-5."""
@@ -251,7 +253,11 @@ def test_a_directory_that_diffusers_saved_in_several_files_loads(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "form",
-    [{"safe_serialization": False}, {"variant": "fp16"}, {"safe_serialization": False, "max_shard_size": "50KB"}],
+    [
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        slow_param({"safe_serialization": False, "max_shard_size": "50KB"}),
+    ],
 )
 def test_a_directory_that_diffusers_saved_in_another_form_loads(form: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = make_pair()

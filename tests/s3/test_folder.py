@@ -12,6 +12,7 @@ from pipeline.records import Unit
 from pipeline.sources.listing import list_shards
 from pipeline.storage import connection, reading
 from pipeline.storage.folder import Folder
+from tests.conftest import slow_param
 from tests.proxy import Proxy
 
 
@@ -88,7 +89,7 @@ def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [500, pytest.param(503, marks=pytest.mark.slow), "reset"])
+@pytest.mark.parametrize("fault", [500, slow_param(503), "reset"])
 def test_a_burst_of_errors_is_retried(bucket: str, proxy: Proxy, fault: int | str) -> None:
     folder = Folder(bucket)
     proxy.rule = lambda request: fault if request.number < 2 else None
