@@ -1,6 +1,6 @@
 """The building blocks of the autoencoder.
 
-Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1 and appendix G.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1.
 The layout is that of VQGAN (Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis").
 
 Shapes: B images, C channels, H and W height and width at a level. Every block keeps the dtype and device of its input.
