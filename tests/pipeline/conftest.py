@@ -1,4 +1,4 @@
-"""A worker without an engine, and a unit for it to do."""
+"""Shared by the tests of the pipeline: a unit worker without Ray, and a unit."""
 
 import threading
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def vae(micro_vae: Path) -> Vae:
 
 @pytest.fixture
 def worker(vae: Vae) -> Callable[..., UnitWorker]:
-    """Makes a worker for a cache; keyword arguments change its job."""
+    """Return a function that makes a worker for a cache. Its keyword arguments change the settings of the job."""
 
     def make(cache: Path | str, **settings: Any) -> UnitWorker:
         job = {
@@ -64,7 +64,7 @@ def unit_of(source: Path) -> Unit:
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Unit:
-    """A tar of ten samples, of which the second is no image."""
+    """Return the unit of a tar with ten samples. The second sample is not an image."""
     members = img2dataset_members(0, 10, height=64, width=64)
     members["000000001.jpg"] = b"no image"
     return unit_of(write_tar(tmp_path / "s/0.tar", members))
@@ -72,13 +72,13 @@ def unit(tmp_path: Path) -> Unit:
 
 @pytest.fixture
 def short_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int | None], None]:
-    """A sick reader: makes all files of a name end at a byte when they are read, whatever else is said of them.
+    """Return a function that truncates all files of a name at a byte when they are read. Their size is unchanged.
 
-    None heals it.
+    None restores them.
     """
     ends: dict[str, int] = {}
 
-    def cut(read: Callable[..., bytes]) -> Callable[..., bytes]:
+    def truncate(read: Callable[..., bytes]) -> Callable[..., bytes]:
         def read_short(file: Any, *size: int) -> bytes:
             start = file.tell()
             data = read(file, *size)
@@ -87,8 +87,8 @@ def short_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int | None], 
 
         return read_short
 
-    for opened in (LocalFileOpener, MemoryFile):
-        monkeypatch.setattr(opened, "read", cut(opened.read))
+    for file_class in (LocalFileOpener, MemoryFile):
+        monkeypatch.setattr(file_class, "read", truncate(file_class.read))
 
     def set_end(name: str, end: int | None) -> None:
         ends.pop(name, None)

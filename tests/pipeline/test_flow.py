@@ -1,4 +1,4 @@
-"""A unit's whole way: what stands in the cache afterwards, whatever happened on the way."""
+"""A unit from its shard to the files in the cache, with rejects, errors and interruptions."""
 
 import dataclasses
 import gc
@@ -39,7 +39,7 @@ from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
 
-def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+def test_texts_of_parquet_columns_have_a_limit(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     texts = ["x" * 400, "\u00e9" * 400, "\u00e9" * 401, None]
     jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
     (tmp_path / "s").mkdir()
@@ -50,7 +50,7 @@ def test_texts_have_a_limit_wherever_they_come_from(worker: Callable[..., UnitWo
     assert (report.rows, report.rejects) == (3, {"text_too_long": 1})
 
 
-def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+def test_texts_inside_other_values_have_the_same_limit(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     tags = [["x" * 8, "y" * 8], ["x" * 9], [], None]
     notes = [{"by": "z" * 8}, None, {"by": "z" * 9}, {"by": None}]
     jpegs = [data for name, data in img2dataset_members(0, 4).items() if name.endswith("jpg")]
@@ -62,16 +62,16 @@ def test_texts_inside_other_values_have_the_limit_too(worker: Callable[..., Unit
     assert (report.rows, report.rejects) == (2, {"text_too_long": 2})
 
 
-def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
-    """Of all rows together, as each has its share; what it is depends on its own columns alone."""
+def test_the_columns_of_a_part_have_a_memory_limit(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+    """Each row has the same share of the limit, so a reject depends only on the sample's own columns."""
     members = img2dataset_members(0, 64, height=64, width=64)
     small, large = ("x" * (60 << 10)).encode(), ("y" * (1 << 20)).encode()
     for number in range(64):
         members[f"{number:09d}.txt"] = large if number % 2 else small
     unit = unit_of(write_tar(tmp_path / "s/0.tar", members))
 
-    def peak(cache: Path, limits: Limits) -> tuple[int, dict[str, int]]:
-        """The most bytes that Python held while the unit was encoded, and its rejects."""
+    def measure_peak(cache: Path, limits: Limits) -> tuple[int, dict[str, int]]:
+        """Return the peak of Python's memory while the unit is encoded, in bytes, and the rejects."""
         encoder = worker(cache, rows_per_part=64, limits=limits)
         tracemalloc.start()
         try:
@@ -80,16 +80,18 @@ def test_what_comes_along_with_a_part_has_a_bound(worker: Callable[..., UnitWork
         finally:
             tracemalloc.stop()
 
-    unbounded, rejects = peak(tmp_path / "d", Limits())  # first, as modules are imported on the way
+    unbounded, rejects = measure_peak(tmp_path / "d", Limits())  # first, because it imports modules
     assert (rejects, unbounded > 32 << 20) == ({}, True)
-    bounded, rejects = peak(tmp_path / "c", Limits(columns_bytes=4 << 20))
+    bounded, rejects = measure_peak(tmp_path / "c", Limits(columns_bytes=4 << 20))
     assert rejects == {"columns_too_large": 32}
-    assert bounded < 10 << 20, "the columns, and a few samples that are read ahead"
+    assert bounded < 10 << 20, "the columns, and a few samples read ahead"
     (reject, *_) = (reject for record in records(tmp_path / "c") for reject in record.rejects)
     assert reject.detail.startswith("the columns take 1048596 bytes, but a row's share of its part is 65536")
 
 
-def test_a_row_group_holds_few_columns(worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: Any) -> None:
+def test_large_columns_make_row_groups_smaller(
+    worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4000)
     members = img2dataset_members(0, 8, height=64, width=64)
     members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
@@ -100,8 +102,8 @@ def test_a_row_group_holds_few_columns(worker: Callable[..., UnitWorker], tmp_pa
     assert [row["key"] for row in rows_of(tmp_path / "c")] == [f"{n:09d}" for n in range(8)]
 
 
-def beside(folder: Path, metadata: bytes | pa.Table) -> Unit:
-    """A tar of three samples with img2dataset's metadata beside it."""
+def make_tar_with_metadata(folder: Path, metadata: bytes | pa.Table) -> Unit:
+    """Write a tar of three samples with the metadata file of img2dataset beside it, and return its unit."""
     tar = write_tar(folder / "0.tar", img2dataset_members(0, 3, height=64, width=64))
     if isinstance(metadata, bytes):
         (folder / "0.parquet").write_bytes(metadata)
@@ -114,25 +116,25 @@ URLS = OutputSchema(columns=PassthroughColumns(pa.schema([("url", pa.string())])
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
-def test_metadata_that_is_no_text_rejects_its_sample(
+def test_metadata_that_is_not_utf8_rejects_its_sample(
     worker: Callable[..., UnitWorker], tmp_path: Path, container: Any
 ) -> None:
     raw = pa.array([b"ok", b"\xff", b"ok"], pa.binary())
     urls = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     table = pa.table({"key": [f"{n:09d}" for n in range(3)], "url": urls})
-    unit, layout = beside(tmp_path / "s", table), dataclasses.replace(URLS, container=container)
+    unit, layout = make_tar_with_metadata(tmp_path / "s", table), dataclasses.replace(URLS, container=container)
     report = worker(tmp_path / "c", layout=layout).run(unit)
     assert (report.rows, report.rejects) == (2, {"bad_text": 1})
     (rejects,) = (path.read_text() for path in (tmp_path / "c/_rejects").iterdir())
     assert json.loads(rejects)["key"] == "000000001"
-    assert [row["url"] for row in rows_in(tmp_path / "c")] == ["ok", "ok"]
+    assert [row["url"] for row in rows_of_any_container(tmp_path / "c")] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("damaged", [b"", b"<html>", b"PAR1" + bytes(100) + b"PAR1"])
-def test_damaged_metadata_rejects_nothing_of_its_tar(
+def test_a_damaged_metadata_file_fails_its_unit_and_rejects_nothing(
     worker: Callable[..., UnitWorker], tmp_path: Path, damaged: bytes
 ) -> None:
-    unit = beside(tmp_path / "s", damaged)
+    unit = make_tar_with_metadata(tmp_path / "s", damaged)
     with pytest.raises(
         ShardError,
         match=r"0\.parquet .*; repair or remove .* \(without it, .*0\.tar is encoded without",
@@ -143,7 +145,7 @@ def test_damaged_metadata_rejects_nothing_of_its_tar(
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    """What no run may change: the files of data/, _empty/ and _rejects/."""
+    """Return the files of data/, _empty/ and _rejects/. A second run must not change them."""
     return {
         f"{folder}/{path.name}": path.read_bytes()
         for folder in ("data", "_empty", "_rejects")
@@ -155,8 +157,8 @@ def rows_of(cache: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(cache.glob("data/*")) for row in pq.read_table(path, use_threads=False).to_pylist()]
 
 
-def rows_in(cache: Path) -> list[dict[str, Any]]:
-    """The rows of either container."""
+def rows_of_any_container(cache: Path) -> list[dict[str, Any]]:
+    """Return the rows of Parquet or WebDataset parts."""
     return [row for path in cache.glob("data/*") for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
 
 
@@ -179,26 +181,28 @@ def test_every_sample_is_in_one_part_as_a_row_or_a_reject(
     assert report.rows == sum(pq.read_metadata(path).num_rows for path in (tmp_path / "c/data").iterdir())
 
 
-def test_rows_that_wait_for_their_part_have_no_pixels(
+def test_rows_of_an_unfinished_part_hold_no_pixels(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
-    context, seen = worker(tmp_path / "c").context, list[weakref.ref[torch.Tensor]]()
+    context, encoded_pixels = worker(tmp_path / "c").context, list[weakref.ref[torch.Tensor]]()
     encode = context.latent_encoder.encode
 
-    def watched(batch: Sequence[PreparedImage], shard: str) -> EncodedBatch:
-        seen.extend(weakref.ref(image.pixels) for image in batch)
+    def encode_and_watch(batch: Sequence[PreparedImage], shard: str) -> EncodedBatch:
+        encoded_pixels.extend(weakref.ref(image.pixels) for image in batch)
         return encode(batch, shard)
 
-    context.latent_encoder.encode = watched  # type: ignore[method-assign]
+    context.latent_encoder.encode = encode_and_watch  # type: ignore[method-assign]
     filled = fill_part(unit, read_samples(unit, context.spec), context, StageTimer(), {})
-    assert (len(filled.rows), len(seen)) == (9, 9)
+    assert (len(filled.rows), len(encoded_pixels)) == (9, 9)
     assert [row.image.bucket for row in filled.rows] == [(64, 64)] * 9
-    assert all(row.image.pixels.is_meta for row in filled.rows), "a shape, and no memory"
+    assert all(row.image.pixels.is_meta for row in filled.rows), "the shape is kept without the memory"
     gc.collect()
-    assert not [pixels for pixels in seen if pixels() is not None]
+    assert not [pixels for pixels in encoded_pixels if pixels() is not None]
 
 
-def test_a_commit_says_what_stands(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+def test_a_commit_lists_its_parts_with_their_checksums(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
     worker(tmp_path / "c").run(unit)
     content = json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())
     for part in content["parts"]:
@@ -209,7 +213,9 @@ def test_a_commit_says_what_stands(worker: Callable[..., UnitWorker], unit: Unit
     assert (content["run"], set(content["seconds"])) == ("a run", stages)
 
 
-def test_memory_and_disk_hold_the_same(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+def test_a_cache_in_memory_equals_a_cache_on_disk(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
     worker(tmp_path / "c").run(unit)
     worker("memory://flow/c").run(unit)
     folder = Folder("memory://flow/c")
@@ -222,21 +228,21 @@ def test_memory_and_disk_hold_the_same(worker: Callable[..., UnitWorker], unit: 
     "settings",
     [{"layout": OutputSchema(store="sample")}, {"transform": Transform(resolution=64, crop="random", flip="random")}],
 )
-def test_draws_follow_from_the_sample_and_the_seed(
+def test_random_values_depend_only_on_the_sample_and_the_seed(
     worker: Callable[..., UnitWorker], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Not from the batch, the parts, or what was done before; another seed gives others."""
+    """They do not depend on the batch size or on the parts. Another seed gives other values."""
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 6, height=64, width=150)))
     worker(tmp_path / "a", **settings).run(unit)
     worker(tmp_path / "b", **settings, rows_per_part=2, compute=dataclasses.replace(CPU, batch_size=3)).run(unit)
-    other = {"seed": 1}
+    other_seed = {"seed": 1}
     if transform := settings.get("transform"):
-        other["transform"] = dataclasses.replace(transform, seed=1)
-    worker(tmp_path / "c", **(settings | other)).run(unit)
+        other_seed["transform"] = dataclasses.replace(transform, seed=1)
+    worker(tmp_path / "c", **(settings | other_seed)).run(unit)
     a, b, c = (rows_of(tmp_path / name) for name in "abc")
     assert a == b
     assert [row["key"] for row in a] == [row["key"] for row in c]
-    assert all(one["latent"] != another["latent"] for one, another in zip(a, c, strict=True))
+    assert all(first["latent"] != second["latent"] for first, second in zip(a, c, strict=True))
 
 
 def test_moments_are_the_mean_and_the_log_variance(
@@ -248,16 +254,14 @@ def test_moments_are_the_mean_and_the_log_variance(
     assert {tuple(row["shape"]) for row in moments} == {(8, 8, 8)}
     means = [to_tensor(row)[:4] for row in moments]
     assert all(torch.equal(mean, to_tensor(mode)) for mean, mode in zip(means, modes, strict=True))
-    one, two = (records(tmp_path / store)[0].tally["64x64"] for store in ("mode", "moments"))
-    assert (one.mean, one.m2, one.variance) == (two.mean, two.m2, None)
-    assert two.variance == pytest.approx(
+    mode_tally, moments_tally = (records(tmp_path / store)[0].tally["64x64"] for store in ("mode", "moments"))
+    assert (mode_tally.mean, mode_tally.m2, mode_tally.variance) == (moments_tally.mean, moments_tally.m2, None)
+    assert moments_tally.variance == pytest.approx(
         [float(torch.stack([to_tensor(r)[4 + c].double().exp() for r in moments[:3]]).mean()) for c in range(4)]
     )
 
 
-def test_samples_are_spread_as_the_posterior_says(
-    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
-) -> None:
+def test_stored_samples_follow_the_posterior(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     for store in ("moments", "sample"):
         worker(tmp_path / store, layout=OutputSchema(store=store), dtype="float32").run(unit)
     pairs = zip(rows_of(tmp_path / "moments"), rows_of(tmp_path / "sample"), strict=True)
@@ -272,7 +276,7 @@ def test_samples_are_spread_as_the_posterior_says(
     assert len(noise.flatten(1).unique(dim=0)) == 9
 
 
-def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+def test_bfloat16_is_stored_in_two_bytes(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         worker(tmp_path / dtype, dtype=dtype).run(unit)
     for exact, short in zip(rows_of(tmp_path / "float32"), rows_of(tmp_path / "bfloat16"), strict=True):
@@ -281,10 +285,10 @@ def test_bfloat16_is_stored_as_its_two_bytes(worker: Callable[..., UnitWorker], 
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 8])
-def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
+def test_a_unit_that_failed_anywhere_is_resumed(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    worker(tmp_path / "calm").run(unit)
+    worker(tmp_path / "expected").run(unit)
     encoded: list[str] = []
     original = LatentEncoder.encode
 
@@ -298,14 +302,14 @@ def test_a_unit_that_was_cut_short_anywhere_is_taken_up(
         patch.setattr(LatentEncoder, "encode", encode)
         with pytest.raises(MemoryError):
             worker(tmp_path / "c").run(unit)
-    standing = contents(tmp_path / "c")
+    existing = contents(tmp_path / "c")
     report = worker(tmp_path / "c").run(unit)
-    assert contents(tmp_path / "c") == contents(tmp_path / "calm")
-    assert standing.items() <= contents(tmp_path / "c").items()
-    assert report.adopted == len([name for name in standing if name.startswith("data/")])
+    assert contents(tmp_path / "c") == contents(tmp_path / "expected")
+    assert existing.items() <= contents(tmp_path / "c").items()
+    assert report.adopted == len([name for name in existing if name.startswith("data/")])
 
 
-def test_parts_that_stand_are_not_encoded_again(
+def test_existing_parts_are_not_encoded_again(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker(tmp_path / "c").run(unit)
@@ -314,18 +318,22 @@ def test_parts_that_stand_are_not_encoded_again(
     assert worker(tmp_path / "c").run(unit).adopted == 3
 
 
-def test_two_workers_on_one_unit_leave_one_cache(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
-    worker(tmp_path / "calm").run(unit)
-    twins = [threading.Thread(target=worker(tmp_path / "c").run, args=(unit,)) for _ in range(2)]
-    for twin in twins:
-        twin.start()
-    for twin in twins:
-        twin.join()
-    assert contents(tmp_path / "c") == contents(tmp_path / "calm")
+def test_two_workers_on_one_unit_write_the_same_cache_as_one_worker(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+) -> None:
+    worker(tmp_path / "expected").run(unit)
+    threads = [threading.Thread(target=worker(tmp_path / "c").run, args=(unit,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert contents(tmp_path / "c") == contents(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 6])
-def test_the_batch_changes_no_byte(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, batch: int) -> None:
+def test_the_batch_size_changes_no_byte(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, batch: int
+) -> None:
     worker(tmp_path / "a").run(unit)
     compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=batch, threads=1)
     worker(tmp_path / "b", compute=compute, open_threads=3).run(unit)
@@ -335,7 +343,7 @@ def test_the_batch_changes_no_byte(worker: Callable[..., UnitWorker], unit: Unit
 @pytest.mark.parametrize(
     ("count", "parts"), [(4, [(4, True)]), (8, [(4, False), (4, True)]), (5, [(4, False), (1, True)])]
 )
-def test_the_last_part_says_so(
+def test_only_the_last_part_is_marked_as_last(
     worker: Callable[..., UnitWorker], tmp_path: Path, count: int, parts: list[tuple[int, bool]]
 ) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, count)))
@@ -343,7 +351,7 @@ def test_the_last_part_says_so(
     assert [(record.samples, record.last) for record in records(tmp_path / "c")] == parts
 
 
-def test_a_part_without_rows_stands_outside_data(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+def test_a_part_without_rows_has_no_file_in_data(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     members = {f"{n}.jpg": b"no image" for n in range(4)} | img2dataset_members(4, 1)
     worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (empty,) = (tmp_path / "c/_empty").iterdir()
@@ -364,9 +372,9 @@ def test_a_damaged_shard_fails_and_is_not_committed(
 ) -> None:
     path = Path(unit.url)
     path.write_bytes(path.read_bytes()[:9000])
-    cut = unit_of(path)
+    truncated = unit_of(path)
     with pytest.raises(ShardError, match="is truncated at byte 9000"):
-        worker(tmp_path / "c").run(cut)
+        worker(tmp_path / "c").run(truncated)
     assert not (tmp_path / "c/_commits").exists()
 
 
@@ -388,27 +396,27 @@ def test_a_part_of_another_cache_is_refused(worker: Callable[..., UnitWorker], u
         worker(tmp_path / "c").run(unit)
 
 
-def test_a_job_that_is_to_stop_stops_between_samples(
-    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
-) -> None:
-    stopped = worker(tmp_path / "c")
-    stopped.context.stop.set()
+def test_a_worker_stops_between_samples(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+    encoder = worker(tmp_path / "c")
+    encoder.context.stop.set()
     with pytest.raises(Stopped):
-        stopped.run(unit)
+        encoder.run(unit)
     assert contents(tmp_path / "c") == {}
 
 
-def test_every_sample_and_every_tile_is_a_sign_of_life(
+def test_every_sample_and_every_tile_counts_as_progress(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     whole, tiled = worker(tmp_path / "a"), worker(tmp_path / "b", tile_above=32)
     done = whole.run(unit)
     assert whole.steps == done.samples + 2 * done.encoded
     tiled.run(unit)
-    assert tiled.steps == done.samples + (1 + 3 * 3) * done.encoded, "tiles of 32 pixels, one every 24, in 64"
+    assert tiled.steps == done.samples + (1 + 3 * 3) * done.encoded, (
+        "3 x 3 tiles of 32 pixels, 24 pixels apart, cover 64 x 64"
+    )
 
 
-def test_the_file_is_as_the_format_says(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+def test_a_part_file_follows_the_cache_format(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
     assert file.schema_arrow.equals(parquet.schema_of(OutputSchema()))
@@ -422,7 +430,7 @@ def test_the_file_is_as_the_format_says(worker: Callable[..., UnitWorker], unit:
     assert len(row["latent"]) == 4 * 8 * 8 * 2
 
 
-def test_row_groups_hold_one_bucket_and_are_capped(
+def test_row_groups_have_a_limit_in_bytes(
     monkeypatch: pytest.MonkeyPatch, worker: Any, unit: Unit, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
@@ -433,17 +441,17 @@ def test_row_groups_hold_one_bucket_and_are_capped(
 
 
 class TestOverflow:
-    """No NaN is ever written."""
+    """NaN is never written."""
 
-    def latent_encoder(self, vae: Vae, precision: str, gain: float) -> LatentEncoder:
-        """A replica whose latents are `gain` times as large as the model's; within, activations overflow float16."""
+    def make_latent_encoder(self, vae: Vae, precision: str, gain: float) -> LatentEncoder:
+        """Return an encoder whose latents are `gain` times larger. Its activations overflow float16."""
         weights = dict(vae.weights)
         weights["quant_conv.weight"] = weights["quant_conv.weight"] * np.float32(gain)
-        louder = Vae(ref="", config=vae.config, weights=weights, sha256="")
+        amplified = Vae(ref="", config=vae.config, weights=weights, sha256="")
         compute = ComputeConfig(device="cpu", precision=precision, slice_size=1, batch_size=1, threads=1)
-        return LatentEncoder(louder, compute, "float32" if precision == "fp16" else "float16")
+        return LatentEncoder(amplified, compute, "float32" if precision == "fp16" else "float16")
 
-    def image(self) -> PreparedImage:
+    def make_image(self) -> PreparedImage:
         pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return PreparedImage(
             position=0,
@@ -457,40 +465,40 @@ class TestOverflow:
             enlarged=False,
         )
 
-    def test_a_latent_that_its_dtype_cannot_hold_is_rejected(self, vae: Vae) -> None:
-        (latent,) = self.latent_encoder(vae, "fp32", 1e7).encode([self.image()]).latents
+    def test_a_latent_outside_the_range_of_its_dtype_is_rejected(self, vae: Vae) -> None:
+        (latent,) = self.make_latent_encoder(vae, "fp32", 1e7).encode([self.make_image()]).latents
         assert isinstance(latent, Rejected)
         assert (latent.stage, latent.reason) == ("encode", "not_finite")
 
-    def test_what_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
-        half, exact = self.latent_encoder(vae, "fp16", 1e7), self.latent_encoder(vae, "fp32", 1e7)
+    def test_an_image_that_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
+        half, exact = self.make_latent_encoder(vae, "fp16", 1e7), self.make_latent_encoder(vae, "fp32", 1e7)
         exact.dtype = torch.float32
-        encoded = half.encode([self.image()])
+        encoded = half.encode([self.make_image()])
         assert encoded.fp32_fallbacks == 1
-        (latent,), (expected,) = encoded.latents, exact.encode([self.image()]).latents
+        (latent,), (expected,) = encoded.latents, exact.encode([self.make_image()]).latents
         assert isinstance(latent, torch.Tensor)
         assert isinstance(expected, torch.Tensor)
         assert torch.equal(latent, expected)
 
 
 class TestMemory:
-    """A device whose memory does not suffice."""
+    """A device without enough memory."""
 
-    def latent_encoder(
+    def make_latent_encoder(
         self,
         vae: Vae,
         monkeypatch: pytest.MonkeyPatch,
-        room: int,
+        capacity: int,
         error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
     ) -> tuple[LatentEncoder, list[int]]:
-        """A replica that has memory for slices of `room`, and the sizes of those that it tried."""
+        """Return an encoder with memory for slices of `capacity` images, and a list of the sizes that it tries."""
         compute = ComputeConfig(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
         latent_encoder, tried = LatentEncoder(vae, compute, "float32"), []
         encode = latent_encoder.model.encode
 
         def limited(x: torch.Tensor) -> object:
             tried.append(len(x))
-            if len(x) > room:
+            if len(x) > capacity:
                 raise error
             return encode(x)
 
@@ -499,17 +507,17 @@ class TestMemory:
 
     @pytest.mark.fault(15, "a device out of memory")
     def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        latent_encoder, tried = self.latent_encoder(vae, monkeypatch, room=1)
-        batch = [TestOverflow().image()] * 4
+        latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
+        batch = [TestOverflow().make_image()] * 4
         first = latent_encoder.encode(batch).latents
         assert tried == [4, 2, 1, 1, 1, 1]
         assert latent_encoder.compute.slice_size == 1
-        again = latent_encoder.encode(batch).latents
+        second = latent_encoder.encode(batch).latents
         assert tried[6:] == [1, 1, 1, 1]
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
 
     def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        exact, tried = self.latent_encoder(vae, monkeypatch, room=1)
+        exact, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
         half = LatentEncoder(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
         half._fp32_model = exact.model
 
@@ -517,21 +525,21 @@ class TestMemory:
             return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.full((len(x), 4, 8, 8), torch.inf)))
 
         monkeypatch.setattr(half.model, "encode", overflowing)
-        encoded = half.encode([TestOverflow().image()] * 4)
+        encoded = half.encode([TestOverflow().make_image()] * 4)
         assert (encoded.fp32_fallbacks, half.compute.slice_size) == (4, 1)
         assert tried == [4, 2, 1, 1, 1, 1]
 
-    def test_a_single_image_that_does_not_fit_is_said(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        latent_encoder, _ = self.latent_encoder(vae, monkeypatch, room=0)
+    def test_a_single_image_that_does_not_fit_is_an_error(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        latent_encoder, _ = self.make_latent_encoder(vae, monkeypatch, capacity=0)
         with pytest.raises(
             VaeError, match="out of memory on cpu while encoding a single image of 64x64 pixels; use --tile"
         ):
-            latent_encoder.encode([TestOverflow().image()])
+            latent_encoder.encode([TestOverflow().make_image()])
 
     @pytest.mark.parametrize(
         "error",
         [
-            # c10/cuda/CUDACachingAllocator.cpp; the same with HIP in place of CUDA
+            # c10/cuda/CUDACachingAllocator.cpp; the same with HIP instead of CUDA
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity of ..."),
             # c10/cuda/CUDAException.cpp, with the runtime's cudaGetErrorString(cudaErrorMemoryAllocation)
             RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
@@ -549,21 +557,21 @@ class TestMemory:
             # c10/core/impl/alloc_cpu.cpp: Linux and macOS; Windows and Android
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
-            # C++'s own, through torch's bindings and through pybind11
+            # std::bad_alloc of C++, through the bindings of torch and through pybind11
             RuntimeError("std::bad_alloc"),
             MemoryError("std::bad_alloc"),
         ],
         ids=str,
     )
-    def test_every_librarys_words_for_it_make_slices_smaller(
+    def test_the_out_of_memory_errors_of_all_libraries_make_slices_smaller(
         self, vae: Vae, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
-        latent_encoder, tried = self.latent_encoder(vae, monkeypatch, room=1, error=error)
-        latent_encoder.encode([TestOverflow().image()] * 4)
+        latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1, error=error)
+        latent_encoder.encode([TestOverflow().make_image()] * 4)
         assert (tried, latent_encoder.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
 
     @pytest.mark.parametrize(
-        "said",
+        "message",
         [
             "CUDA error: an illegal memory access was encountered",
             "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`",
@@ -572,17 +580,17 @@ class TestMemory:
             "expected scalar type Float but found Half",
         ],
     )
-    def test_errors_of_devices_are_not_taken_for_it(self, said: str) -> None:
-        assert not is_out_of_memory(RuntimeError(said))
+    def test_other_device_errors_are_not_out_of_memory_errors(self, message: str) -> None:
+        assert not is_out_of_memory(RuntimeError(message))
 
-    def test_other_errors_are_not_taken_for_it(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
-        latent_encoder, _ = self.latent_encoder(vae, monkeypatch, room=4)
+    def test_other_errors_do_not_change_the_slice_size(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        latent_encoder, _ = self.make_latent_encoder(vae, monkeypatch, capacity=4)
         monkeypatch.setattr(latent_encoder.model, "encode", lambda x: torch.ones(2) @ torch.ones(3))
         with pytest.raises(RuntimeError, match=r"expected|size|shape"):
-            latent_encoder.encode([TestOverflow().image()] * 4)
+            latent_encoder.encode([TestOverflow().make_image()] * 4)
         assert latent_encoder.compute.slice_size == 4
 
-    def test_the_smaller_slices_are_recorded(
+    def test_the_smaller_slice_size_is_recorded(
         self, worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = worker(tmp_path / "c")
@@ -604,23 +612,23 @@ class TestMemory:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch, in torch
 def test_a_compiled_encoder_gives_the_same_latents(vae: Vae) -> None:
-    """Within rounding; each shape is compiled once."""
+    """The latents are equal up to rounding. Each shape is compiled once."""
     plain, compiled = (
         LatentEncoder(
             vae,
-            ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=way),
+            ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=is_compiled),
             "float32",
         )
-        for way in (False, True)
+        for is_compiled in (False, True)
     )
-    image = TestOverflow().image()
+    image = TestOverflow().make_image()
     tall = dataclasses.replace(image, pixels=image.pixels.repeat(1, 2, 1))
-    for each in (image, tall, image):
-        (expected,), (found,) = plain.encode([each]).latents, compiled.encode([each]).latents
+    for prepared in (image, tall, image):
+        (expected,), (found,) = plain.encode([prepared]).latents, compiled.encode([prepared]).latents
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_statistics_are_numpys_and_the_digest_is_the_shells(
+def test_statistics_equal_numpys_and_the_digest_equals_sha256sums(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     members = {f"{n}.jpg": b"no image" for n in range(4)}
@@ -648,7 +656,7 @@ def test_statistics_are_numpys_and_the_digest_is_the_shells(
         stats.StatsWriter(Folder(str(cache)), "the identity").write()
 
 
-def test_of_two_commits_the_first_counts(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
+def test_the_first_of_two_commits_is_kept(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c", run="first").run(unit)
     worker(tmp_path / "c", run="second").run(unit)
     assert json.loads((tmp_path / f"c/_commits/{unit.name}.json").read_text())["run"] == "first"

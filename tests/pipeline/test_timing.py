@@ -1,4 +1,4 @@
-"""Where the time of a unit goes: each second counts where it was spent, and the model's own time once."""
+"""The time per stage of a unit: each second counts where it was spent, and the time of the model counts once."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,27 +19,27 @@ from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
 IMAGES = 8
-SLOW = 0.1  # seconds an image
+SLOW = 0.1  # seconds per image
 
 
-def slow_model(encoder: UnitWorker, seconds: float = SLOW) -> list[float]:
-    """Have the model take so long for an image, and more. Returns how long it took each time."""
-    latent_encoder, took = encoder.context.latent_encoder, list[float]()
+def slow_down_model(encoder: UnitWorker, seconds: float = SLOW) -> list[float]:
+    """Make the model take at least this long per image. Return the durations of its calls."""
+    latent_encoder, durations = encoder.context.latent_encoder, list[float]()
     run = latent_encoder._run
 
-    def slowly(model: Any, some: Sequence[PreparedImage], shard: str) -> Tensor:
+    def run_slowly(model: Any, images: Sequence[PreparedImage], shard: str) -> Tensor:
         start = time.perf_counter()
-        time.sleep(seconds * len(some))
-        latents = run(model, some, shard)
-        took.append(time.perf_counter() - start)
+        time.sleep(seconds * len(images))
+        latents = run(model, images, shard)
+        durations.append(time.perf_counter() - start)
         return latents
 
-    latent_encoder._run = slowly  # type: ignore[method-assign]
-    return took
+    latent_encoder._run = run_slowly  # type: ignore[method-assign]
+    return durations
 
 
-def spent_on(encoder: UnitWorker, folder: Path, units: int = 1) -> tuple[list[Seconds], float]:
-    """Where the time of so many units at once went, and how long they took together."""
+def measure_units(encoder: UnitWorker, folder: Path, units: int = 1) -> tuple[list[Seconds], float]:
+    """Encode this many units at once. Return the times per stage of each unit, and the total time."""
     shards = [img2dataset_members(IMAGES * number, IMAGES, height=64, width=64) for number in range(units)]
     work = [unit_of(write_tar(folder / f"s/{number}.tar", members)) for number, members in enumerate(shards)]
     start = time.perf_counter()
@@ -50,34 +50,36 @@ def spent_on(encoder: UnitWorker, folder: Path, units: int = 1) -> tuple[list[Se
 
 def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     encoder = worker(tmp_path / "c", rows_per_part=100)
-    took = slow_model(encoder)
-    spent, wall = spent_on(encoder, tmp_path, units=2)
-    assert len(took) == 2 * IMAGES
-    assert sum(one.encode for one in spent) == pytest.approx(sum(took), rel=0.2)
-    assert sum(one.encode for one in spent) <= wall
-    assert sum(one.queue for one in spent) > 0.4 * sum(took), "each waits while the other has the model"
+    durations = slow_down_model(encoder)
+    times, wall = measure_units(encoder, tmp_path, units=2)
+    assert len(durations) == 2 * IMAGES
+    assert sum(stages.encode for stages in times) == pytest.approx(sum(durations), rel=0.2)
+    assert sum(stages.encode for stages in times) <= wall
+    assert sum(stages.queue for stages in times) > 0.4 * sum(durations), (
+        "each unit waits while the other uses the model"
+    )
 
 
-def test_waiting_for_images_to_be_opened_is_a_stage_of_its_own(
+def test_waiting_for_images_to_be_opened_is_a_separate_stage(
     worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(data: bytes, limits: Limits) -> np.ndarray:
+    def open_slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(SLOW)
         return decode.open_pixels(data, limits)
 
     encoder = worker(tmp_path / "c", rows_per_part=100)
-    encoder.context = replace(encoder.context, open_pixels=slowly)
-    (spent,), wall = spent_on(encoder, tmp_path)
-    assert spent.open == pytest.approx(IMAGES * SLOW, rel=0.5)
-    assert 0.7 * IMAGES * SLOW < spent.starved <= wall
-    assert spent.encode + spent.queue < spent.starved
+    encoder.context = replace(encoder.context, open_pixels=open_slowly)
+    (stages,), wall = measure_units(encoder, tmp_path)
+    assert stages.open == pytest.approx(IMAGES * SLOW, rel=0.5)
+    assert 0.7 * IMAGES * SLOW < stages.starved <= wall
+    assert stages.encode + stages.queue < stages.starved
 
 
-def test_the_stages_of_a_units_thread_are_no_more_than_the_time_it_took(
+def test_the_stages_of_a_unit_take_no_more_than_its_total_time(
     worker: Callable[..., UnitWorker], tmp_path: Path
 ) -> None:
     encoder = worker(tmp_path / "c")
-    slow_model(encoder, 0.01)
-    (spent,), wall = spent_on(encoder, tmp_path)
-    own = spent.read + spent.starved + spent.queue + spent.encode + spent.write
+    slow_down_model(encoder, 0.01)
+    (stages,), wall = measure_units(encoder, tmp_path)
+    own = stages.read + stages.starved + stages.queue + stages.encode + stages.write
     assert 0.5 * wall < own <= wall

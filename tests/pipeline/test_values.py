@@ -1,4 +1,4 @@
-"""Values that Arrow has and Python or JSON may not."""
+"""Values that Arrow can represent, but Python or JSON may not."""
 
 import uuid
 from decimal import Decimal
@@ -48,13 +48,13 @@ def test_every_time_has_a_text(number: int, kind: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(("array", "expected"), NESTED, ids=lambda value: str(getattr(value, "type", ""))[:10])
-def test_times_are_found_inside_of_others(array: pa.Array, expected: object) -> None:
+def test_times_are_found_inside_nested_values(array: pa.Array, expected: object) -> None:
     assert has_times(array.type)
     assert to_json_value(array[0]) == (expected or {"x": FAR_TEXT, "y": "a", "z": None})
     assert len(to_python(array)) == 1
 
 
-def test_other_values_are_said_in_json() -> None:
+def test_other_values_are_converted_to_json() -> None:
     assert to_json_value([1, True, None, "a", 0.5, float("nan"), float("inf")]) == [1, True, None, "a", 0.5, None, None]
     assert to_json_value({"n": (Decimal("1.20"), b"\xff\0"), "u": uuid.UUID(int=1)}) == {
         "n": ["1.20", "/wA="],
@@ -64,7 +64,7 @@ def test_other_values_are_said_in_json() -> None:
 
 
 @pytest.mark.parametrize("value", [Rejected("read", "bad_text", "txt"), object(), {"a": [{1}]}])
-def test_what_has_no_rule_is_refused(value: object) -> None:
+def test_a_value_without_a_json_form_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match="cannot be converted to JSON"):
         to_json_value(value)
 
@@ -83,5 +83,5 @@ def test_what_has_no_rule_is_refused(value: object) -> None:
         (pa.scalar([1] * 100, pa.list_(US)), 804),
     ],
 )
-def test_what_values_take(value: Any, size: int) -> None:
+def test_the_size_of_values_in_bytes(value: Any, size: int) -> None:
     assert size_in_bytes(value) == size

@@ -210,7 +210,7 @@ def followers(state: State, distinct: bool, twins: bool, conditional: bool) -> I
 
 
 def check(before: State, after: State, twins: bool) -> None:
-    """Check the invariants of one step. With twins, two writers can end with different parts: a repair mends that."""
+    """Check the invariants of one step. With twins, two writers can end with different parts, until a repair."""
     earlier, now = dict(before.store), dict(after.store)
     assert all(now.get(name) == data for name, data in earlier.items()), "an existing file never changes"
     results = {writer.parts for writer in after.writers if writer.ended == "done"}

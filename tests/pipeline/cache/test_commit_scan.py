@@ -157,7 +157,7 @@ def test_a_commit_whose_files_are_all_missing_is_damage(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("stem", ["0", "a-8", "a-b-8", "zz"])
-def test_parts_that_another_job_adds_are_counted_without_reading_all_files_again(
+def test_parts_that_another_job_adds_are_counted_by_reading_few_files_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, stem: str
 ) -> None:
     folder = Folder(str(cache))

@@ -17,7 +17,7 @@ from vae import AutoencoderKLConfig
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
-def test_every_field_counts_and_is_named_when_it_differs(field: str, tmp_path: Path) -> None:
+def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     other = dataclasses.replace(IDENTITY, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
     assert other.sha256 != IDENTITY.sha256
@@ -42,7 +42,7 @@ def test_a_broken_cache_json_is_named(tmp_path: Path, text: str, message: str) -
         identity.read_cache_json(Folder(str(tmp_path)))
 
 
-def test_scaling_is_no_part_of_the_identity() -> None:
+def test_scaling_is_not_part_of_the_identity() -> None:
     plain = AutoencoderKLConfig(**MICRO)
     scaled = dataclasses.replace(plain, scaling_factor=0.5, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     deeper = dataclasses.replace(plain, layers_per_block=2)
@@ -63,20 +63,20 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
     assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
 
 
-def test_the_transform_is_found_again() -> None:
+def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
     data = encode_json(info_of(wanted).to_dict())
     assert identity.parse_transform(parse_cache_json(data, "c").identity) == transform
 
 
-def test_a_cache_that_another_job_begins_just_now_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_another_job_creates_meanwhile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, is_empty = Folder(str(tmp_path)), Folder.is_empty
 
-    def late(self: Folder) -> bool:
+    def create_first(self: Folder) -> bool:
         cache.create(identity.NAME, b'{"format": 99}')
         return is_empty(self)
 
-    monkeypatch.setattr(Folder, "is_empty", late)
+    monkeypatch.setattr(Folder, "is_empty", create_first)
     with pytest.raises(CacheError, match="has cache format 99"):
         identity.read_cache_json(cache)

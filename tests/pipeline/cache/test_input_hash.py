@@ -24,7 +24,7 @@ from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
-Make = Callable[..., UnitWorker]
+MakeWorker = Callable[..., UnitWorker]
 
 
 def digest(*fields: bytes) -> bytes:
@@ -61,7 +61,7 @@ def hash_tar(
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_it_follows_the_documentation(worker: Make, tmp_path: Path, container: Any, threads: int) -> None:
+def test_the_hash_follows_the_documentation(worker: MakeWorker, tmp_path: Path, container: Any, threads: int) -> None:
     members = img2dataset_members(0, 6, height=64, width=64)
     members["000000002.jpg"] = b"no image"  # read, and rejected when it is opened
     members["000000003.jpg"] = img2dataset_members(3, 1, height=64, width=200)["000000003.jpg"]  # another bucket
@@ -76,7 +76,7 @@ def test_it_follows_the_documentation(worker: Make, tmp_path: Path, container: A
     ]
 
 
-def test_filtered_samples_count_and_an_empty_part_has_inputs(worker: Make, tmp_path: Path) -> None:
+def test_filtered_samples_count_and_an_empty_part_has_inputs(worker: MakeWorker, tmp_path: Path) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
     encoder = worker(tmp_path / "c", transform=Transform(resolution=64, min_size=100))
     assert encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members))).filtered == 3
@@ -84,7 +84,7 @@ def test_filtered_samples_count_and_an_empty_part_has_inputs(worker: Make, tmp_p
     assert [record.inputs for record in records(tmp_path / "c")] == [combine(hash_tar(members, 0, 3)), combine([])]
 
 
-def test_columns_that_are_not_passed_through_do_not_count(worker: Make, tmp_path: Path) -> None:
+def test_columns_that_are_not_passed_through_do_not_count(worker: MakeWorker, tmp_path: Path) -> None:
     layout = OutputSchema(columns=PassthroughColumns(pa.schema([("txt", pa.string())]), ("txt",)))
     members = img2dataset_members(0, 3, height=64, width=64)
     worker(tmp_path / "a", layout=layout).run(unit_of(write_tar(tmp_path / "a/0.tar", members)))
@@ -95,7 +95,7 @@ def test_columns_that_are_not_passed_through_do_not_count(worker: Make, tmp_path
 
 
 @pytest.mark.parametrize("limit", ["image_bytes", "text_bytes"])
-def test_a_sample_beyond_a_limit_counts_as_its_reject(worker: Make, tmp_path: Path, limit: str) -> None:
+def test_a_sample_beyond_a_limit_counts_as_its_reject(worker: MakeWorker, tmp_path: Path, limit: str) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
     members["000000001.jpg" if limit == "image_bytes" else "000000001.txt"] *= 100
     limits = Limits(**{limit: 10_000 if limit == "image_bytes" else 100})
@@ -105,7 +105,7 @@ def test_a_sample_beyond_a_limit_counts_as_its_reject(worker: Make, tmp_path: Pa
     assert record.inputs == combine([*hash_tar(members, 0, 1), reject(1, reason), *hash_tar(members, 2, 1)])
 
 
-def test_the_values_of_columns(worker: Make, tmp_path: Path) -> None:
+def test_the_encoding_of_column_values(worker: MakeWorker, tmp_path: Path) -> None:
     jpegs = [data for name, data in img2dataset_members(0, 3, height=64, width=64).items() if name.endswith("jpg")]
     times = pa.array([datetime.datetime(2024, 2, 29, 1, 2, 3)] * 3, pa.timestamp("us", "Europe/Paris"))
     columns = {
@@ -150,7 +150,7 @@ def test_every_json_value_has_an_encoding() -> None:
     assert encode_value("null") == b"null" == encode_value(float("inf"))
 
 
-def test_batch_size_and_interruptions_do_not_change_it(worker: Make, tmp_path: Path) -> None:
+def test_batch_size_and_interruptions_do_not_change_the_hash(worker: MakeWorker, tmp_path: Path) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 10, height=64, width=64)))
     worker(tmp_path / "a").run(unit)
     worker(tmp_path / "b", compute=dataclasses.replace(CPU, batch_size=6), open_threads=3).run(unit)

@@ -82,7 +82,7 @@ def test_a_plan_is_append_only(tmp_path: Path) -> None:
     ]
 
 
-def test_of_two_planners_the_second_reads_what_the_first_planned(
+def test_the_second_of_two_planners_reads_the_plan_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, shards = Folder(str(tmp_path)), [shard("data/0.tar")]
@@ -147,7 +147,7 @@ def test_a_damaged_plan_is_an_error_with_its_name(tmp_path: Path) -> None:
         plan.read_plan(Folder(str(tmp_path)))
 
 
-def test_nothing_to_plan_is_an_error(tmp_path: Path) -> None:
+def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="the source is empty"):
         plan.extend_plan(Folder(str(tmp_path)), [])
 

@@ -1,4 +1,4 @@
-"""What opening a cache by its digest proves."""
+"""Opening a cache by its digest, and checking its files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,24 +24,24 @@ def digest_of(cache: str) -> str:
     return str((stats.read_stats(Folder(cache)) or {})["digest"])
 
 
-def test_a_whole_cache_is_proved(cache: str) -> None:
+def test_an_intact_cache_passes_the_check(cache: str) -> None:
     assert Cache.open(cache, digest=digest_of(cache), verify=True).files()
     assert Cache.open(cache, verify=True).files()
     with pytest.raises(IdentityError, match=r"has the digest [0-9a-f]{64}, not abc"):
         Cache.open(cache, digest="abc")
 
 
-def test_a_byte_that_changed_is_found_where_every_file_is_read(cache: str) -> None:
+def test_a_changed_byte_is_found_if_every_file_is_read(cache: str) -> None:
     path = Path(cache, Cache.open(cache).files()[0])
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert Cache.open(cache, digest=digest_of(cache)), "that is not looked at"
+    assert Cache.open(cache, digest=digest_of(cache)), "the files are not read without verify"
     with pytest.raises(IdentityError, match=r"the files of the cache .* have the digest .*: they were changed"):
         Cache.open(cache, digest=digest_of(cache), verify=True)
 
 
-def test_files_that_came_after_the_statistics_are_found(cache: str, latentmill: Command, shards: Path) -> None:
+def test_files_that_are_newer_than_the_statistics_are_found(cache: str, latentmill: Command, shards: Path) -> None:
     """A job was killed while it added shards."""
     written = {name: Path(cache, name).read_bytes() for name in ("stats.json", "README.md")}
     vae = Cache.open(cache).info.vae.reference

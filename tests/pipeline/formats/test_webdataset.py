@@ -1,4 +1,4 @@
-"""The WebDataset container: read by the webdataset library, by tarfile and by us."""
+"""The WebDataset container, read by the webdataset library, by tarfile and by latentmill."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
 
 
-def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
+def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
     image = PreparedImage(
         position=number,
@@ -43,10 +43,14 @@ def row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int
     return Row(image, torch.randn(channels, 8, 9, generator=generator).to(dtype))
 
 
-ROWS = [row(0, "a/000", txt="a cat\n", json='{"b": "\u00e9"}'), row(1, "\u00fcber%2Ev1"), row(2, "k" * 300, txt="")]
+ROWS = [
+    make_row(0, "a/000", txt="a cat\n", json='{"b": "\u00e9"}'),
+    make_row(1, "\u00fcber%2Ev1"),
+    make_row(2, "k" * 300, txt=""),
+]
 
 
-def record(rows: int = 3) -> Record:
+def make_record(rows: int = 3) -> Record:
     return Record(
         format=1,
         identity="i" * 64,
@@ -70,7 +74,7 @@ def record(rows: int = 3) -> Record:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "part.tar"
-    path.write_bytes(webdataset_format.serialize_part(ROWS, record(), OutputSchema()))
+    path.write_bytes(webdataset_format.serialize_part(ROWS, make_record(), OutputSchema()))
     return path
 
 
@@ -80,30 +84,30 @@ def test_webdataset_reads_every_sample(file: Path) -> None:
     dataset = webdataset.WebDataset(str(file), shardshuffle=False, empty_check=False).decode()
     samples = list(dataset)
     assert [sample["__key__"] for sample in samples] == [row.image.key for row in ROWS]
-    for sample, ours in zip(samples, ROWS, strict=True):
+    for sample, expected in zip(samples, ROWS, strict=True):
         assert sample["latent.npy"].dtype == np.float16
-        assert np.array_equal(sample["latent.npy"], ours.latent.numpy())
+        assert np.array_equal(sample["latent.npy"], expected.latent.numpy())
         assert sample["latent.json"]["shard"] == "shards/\u00fc.tar"
     assert (samples[0]["txt"], samples[0]["json"]) == ("a cat\n", {"b": "\u00e9"})
     assert [sample.get("txt") for sample in samples[1:]] == [None, ""]
 
 
 class Garbage:
-    """Lets another thread run while it is collected."""
+    """An object that lets another thread run while it is collected."""
 
     def __init__(self) -> None:
-        self.me = self
+        self.cycle = self
 
     def __del__(self) -> None:
         time.sleep(1e-5)
 
 
-def test_parts_can_be_read_by_many_threads() -> None:
-    """Else Python 3.11 fails now and then, and a sound cache is called damaged."""
+def test_many_threads_can_read_parts_at_once() -> None:
+    """Otherwise, Python 3.11 fails occasionally, and an intact cache is reported as damaged."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    rows = [row(number, f"{number:03}") for number in range(200)]
-    data = webdataset_format.serialize_part(rows, record(200), OutputSchema(container="webdataset"))
+    rows = [make_row(number, f"{number:03}") for number in range(200)]
+    data = webdataset_format.serialize_part(rows, make_record(200), OutputSchema(container="webdataset"))
 
     def count(depth: int) -> int:
         return count(depth - 1) if depth else sum(bool(Garbage()) for _ in read_webdataset_rows(io.BytesIO(data)))
@@ -115,8 +119,8 @@ def test_parts_can_be_read_by_many_threads() -> None:
         sys.setswitchinterval(before)
 
 
-def test_we_read_the_rows_that_a_parquet_part_has(file: Path) -> None:
-    parquet = io.BytesIO(parquet_format.serialize_part(ROWS, record(), OutputSchema()))
+def test_rows_equal_those_of_a_parquet_part(file: Path) -> None:
+    parquet = io.BytesIO(parquet_format.serialize_part(ROWS, make_record(), OutputSchema()))
     for wanted in (None, [0, 2], [1], []):
         parquet.seek(0)
         with file.open("rb") as stream:
@@ -129,12 +133,12 @@ def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(fil
     with tarfile.open(file) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
         assert tar.getnames()[:4] == ["a/000.latent.npy", "a/000.latent.json", "a/000.txt", "a/000.json"]
-    assert webdataset_format.serialize_part(ROWS, record(), OutputSchema()) == file.read_bytes()
+    assert webdataset_format.serialize_part(ROWS, make_record(), OutputSchema()) == file.read_bytes()
 
 
-def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
+def test_the_record_is_read_and_a_file_without_one_is_an_error(file: Path) -> None:
     data = file.read_bytes()
-    assert read_record(data, "x.tar") == record()
+    assert read_record(data, "x.tar") == make_record()
     with tarfile.open(file) as tar:
         assert json.loads(tar.pax_headers["LATENTMILL.record"])["source"] == "shards/\u00fc.tar"
     empty = io.BytesIO()
@@ -145,9 +149,9 @@ def test_the_record_comes_back_and_what_has_none_is_named(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])
-def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
+def test_the_name_of_a_member_depends_on_its_values(store: Any, member: str) -> None:
     data = webdataset_format.serialize_part(
-        [row(0, "a", torch.float32, channels=8)], dataclasses.replace(record(1)), OutputSchema(store=store)
+        [make_row(0, "a", torch.float32, channels=8)], dataclasses.replace(make_record(1)), OutputSchema(store=store)
     )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[0] == member
@@ -155,24 +159,24 @@ def test_what_is_stored_is_named_by_its_member(store: Any, member: str) -> None:
     assert (read["dtype"], read["shape"]) == ("float32", [8, 8, 9])
 
 
-def test_times_of_any_year_are_in_the_json_and_in_parquet() -> None:
+def test_times_of_any_year_are_written_as_json_and_to_parquet() -> None:
     kind = pa.list_(pa.timestamp("us"))
     times = pa.ListArray.from_arrays([0, 2], pa.array([1, 2**62]).cast(pa.timestamp("us")))
     rows, layout = (
-        [row(0, "a", times=times[0])],
+        [make_row(0, "a", times=times[0])],
         OutputSchema(columns=PassthroughColumns(pa.schema([("times", kind)]), ())),
     )
-    (read,) = read_webdataset_rows(io.BytesIO(webdataset_format.serialize_part(rows, record(1), layout)))
+    (read,) = read_webdataset_rows(io.BytesIO(webdataset_format.serialize_part(rows, make_record(1), layout)))
     assert read["times"] == ["1970-01-01 00:00:00.000001", f"<value out of range: {2**62}>"]
-    part = io.BytesIO(parquet_format.serialize_part([row(0, "a", times=times[0])], record(1), layout))
+    part = io.BytesIO(parquet_format.serialize_part([make_row(0, "a", times=times[0])], make_record(1), layout))
     assert pq.read_table(part)["times"].combine_chunks().equals(times)
     (read,) = read_parquet_rows(part)
     assert pa.array([read["times"]], kind).equals(times)
 
 
-def test_a_value_that_has_no_rule_is_never_written() -> None:
+def test_a_value_without_a_json_form_is_never_written() -> None:
     layout = OutputSchema(columns=PassthroughColumns(pa.schema([("caption", pa.string())]), ()))
     with pytest.raises(TypeError, match="a Rejected cannot be converted to JSON"):
         webdataset_format.serialize_part(
-            [row(0, "a", caption=Rejected("read", "bad_text", "caption"))], record(1), layout
+            [make_row(0, "a", caption=Rejected("read", "bad_text", "caption"))], make_record(1), layout
         )

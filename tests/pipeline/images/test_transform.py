@@ -25,7 +25,7 @@ FILTERS = {
         ((1000, 65), (985, 64), (460, 0), False),
     ],
 )
-def test_the_short_side_is_resized_and_the_middle_cut_out(
+def test_the_short_side_is_resized_and_the_center_is_cropped(
     size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int], enlarged: bool
 ) -> None:
     fit = Transform(resolution=64).fit(*size)
@@ -33,7 +33,7 @@ def test_the_short_side_is_resized_and_the_middle_cut_out(
     assert ((fit.height, fit.width), (fit.top, fit.left), fit.enlarged) == (resized, corner, enlarged)
 
 
-def test_pixels_are_those_of_pillows_resize_and_crop() -> None:
+def test_pixels_equal_pillows_resize_and_crop() -> None:
     pixels, transform = smooth(1, 96, 128), Transform(resolution=64)
     fit = transform.fit(96, 128)
     assert fit is not None
@@ -43,19 +43,19 @@ def test_pixels_are_those_of_pillows_resize_and_crop() -> None:
     assert np.abs(done.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_small_images_are_left_out() -> None:
+def test_small_images_are_filtered() -> None:
     assert Transform(resolution=64, min_size=50).fit(49, 500) is None
     assert Transform(resolution=64, min_size=50).fit(50, 500) is not None
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_resizing_equals_pillows_within_one(name: str) -> None:
+def test_resizing_differs_from_pillow_by_at_most_one(name: str) -> None:
     draw = np.random.default_rng(0)
-    for turn in range(60):
+    for number in range(60):
         height, width = (int(side) for side in draw.integers(20, 500, 2))
-        # noise is the hardest image: every value overshoots, and is clamped between the passes
+        # Noise is the hardest case: every value overshoots, and is clamped between the passes.
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        scale = draw.uniform(0.1, 1.0) if turn % 4 else draw.uniform(1.0, 2.0)
+        scale = draw.uniform(0.1, 1.0) if number % 4 else draw.uniform(1.0, 2.0)
         target = (max(1, round(height * scale)), max(1, round(width * scale)))
         ours = resize(pixels, *target, name).numpy().astype(int)  # type: ignore[arg-type]
         theirs = np.asarray(Image.fromarray(pixels).resize(target[::-1], FILTERS[name]))
@@ -63,7 +63,7 @@ def test_resizing_equals_pillows_within_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 100), (100, 64)])
-def test_a_random_crop_lies_anywhere_and_is_the_samples_own(size: tuple[int, int]) -> None:
+def test_random_crops_cover_every_position_and_depend_on_the_sample(size: tuple[int, int]) -> None:
     transform = Transform(resolution=64, crop="random", seed=3)
     fits = [transform.fit(*size, "s.tar", str(key)) for key in range(2000)]
     places = np.array([(fit.top, fit.left) for fit in fits if fit])
@@ -91,30 +91,30 @@ LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
 
 @pytest.mark.parametrize("size", LINES)
 @pytest.mark.parametrize("buckets", [(), grid(1024, 64)])
-def test_a_line_of_pixels_takes_no_more_memory_than_a_image(
+def test_a_line_of_pixels_takes_no_more_memory_than_an_image(
     size: tuple[int, int], buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[tuple[int, int]] = []
-    pillows = Image.Image.resize
+    sizes: list[tuple[int, int]] = []
+    original = Image.Image.resize
 
-    def watched(image: Image.Image, to: tuple[int, int], *more: object) -> Image.Image:
-        made.append(to)
-        return pillows(image, to, *more)  # type: ignore[arg-type]
+    def resize_and_record(image: Image.Image, target: tuple[int, int], *options: object) -> Image.Image:
+        sizes.append(target)
+        return original(image, target, *options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Image.Image, "resize", watched)
+    monkeypatch.setattr(Image.Image, "resize", resize_and_record)
     ramp = (np.arange(max(size)) >> 8).astype(np.uint8)
     pixels = np.broadcast_to(ramp[:, None] if size[0] > size[1] else ramp, size)[..., None].repeat(3, 2)
     transform = Transform(resolution=1024, buckets=buckets)
     fit = transform.fit(*size)
     assert fit is not None
     done = transform.apply(pixels, fit)
-    assert made == [(fit.out_width, fit.out_height)]
+    assert sizes == [(fit.out_width, fit.out_height)]
     assert (fit.top, fit.left) == ((fit.height - fit.out_height) // 2, (fit.width - fit.out_width) // 2)
-    # what is seen is the middle of the line
+    # The output shows the middle of the line.
     assert abs(done.float().mean() - (max(size) // 2 >> 8)) < 1
 
 
-def test_what_is_made_alone_is_what_would_be_cut_out() -> None:
+def test_resizing_only_the_crop_equals_resizing_and_cropping() -> None:
     draw = np.random.default_rng(1)
     for name in FILTERS:
         for crop in ("center", "random"):
@@ -128,7 +128,7 @@ def test_what_is_made_alone_is_what_would_be_cut_out() -> None:
                 assert (resize_cut(pixels, fit, name).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
 
 
-def test_ordinary_images_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_ordinary_shapes_are_resized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resize_cut", None)
     for resolution, size in ((64, (64, 64)), (64, (1000, 65)), (64, (130, 20_000)), (2048, (20, 300))):
         transform = Transform(resolution=resolution)

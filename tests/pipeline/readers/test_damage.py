@@ -1,4 +1,4 @@
-"""When a damage of a shard is believed: the file came whole, and a second look finds it at the same byte."""
+"""Damage of a shard is accepted only if the file was read completely, and a second attempt finds the same byte."""
 
 import ast
 import dataclasses
@@ -27,8 +27,8 @@ from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
 
-Cut = Callable[[str, int | None], None]
-Make = Callable[..., UnitWorker]
+ShortReads = Callable[[str, int | None], None]
+MakeWorker = Callable[..., UnitWorker]
 
 
 def tar(folder: Path) -> Unit:
@@ -46,7 +46,7 @@ PLAIN = {"layout": OutputSchema(columns=PassthroughColumns(pa.schema([]), ()))}
 KINDS = pytest.mark.parametrize("make", [tar, parquet])
 
 
-def rests(cache: Path) -> dict[str, set[int]]:
+def find_rests(cache: Path) -> dict[str, set[int]]:
     identity = "the identity"
     found = (
         parts.inspect_part(Folder(str(cache)), name, identity) for name in parts.list_part_files(Folder(str(cache)))
@@ -55,10 +55,10 @@ def rests(cache: Path) -> dict[str, set[int]]:
 
 
 @KINDS
-def test_a_sick_reader_never_gives_up_the_rest_of_a_sound_shard(
-    worker: Make, short_reads: Cut, tmp_path: Path, make: Callable[[Path], Unit]
+def test_a_faulty_reader_never_rejects_the_rest_of_an_intact_shard(
+    worker: MakeWorker, short_reads: ShortReads, tmp_path: Path, make: Callable[[Path], Unit]
 ) -> None:
-    """Wherever it ends, and whatever it is told of a damage there."""
+    """This holds for every byte at which its reads end, and for every position of damage from earlier attempts."""
     unit, encoder = make(tmp_path / "s"), worker(tmp_path / "c", **PLAIN)
     name = unit.url.rpartition("/")[2]
     for end in {0, 1, 511, 512, 1000, 5000, unit.bytes // 2, unit.bytes - 5000, unit.bytes - 600, unit.bytes - 1}:
@@ -66,14 +66,14 @@ def test_a_sick_reader_never_gives_up_the_rest_of_a_sound_shard(
         for at in (None, end, end // 512 * 512, 0, unit.bytes - 8):
             with pytest.raises(StorageError, match=rf"{name} ended at byte \d+, but has {unit.bytes}"):
                 encoder.run(unit, Attempt(damaged_at=at))
-    assert rests(tmp_path / "c") == {}
+    assert find_rests(tmp_path / "c") == {}
     short_reads(name, None)
     report = encoder.run(unit)
     assert (report.rows, report.rejects) == (10, {})
 
 
 def damaged_tar(folder: Path) -> Unit:
-    """The header of the eighth image is overwritten; the file is as long as it was."""
+    """Overwrite the header of the eighth image. The size of the file is unchanged."""
     path = Path(tar(folder).url)
     data = bytearray(path.read_bytes())
     place = data.index(b"000000007.jpg")
@@ -82,7 +82,7 @@ def damaged_tar(folder: Path) -> Unit:
     return unit_of(path)
 
 
-def cut_tar(folder: Path) -> Unit:
+def truncated_tar(folder: Path) -> Unit:
     path = Path(tar(folder).url)
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"000000007.jpg") + 700])
@@ -90,7 +90,7 @@ def cut_tar(folder: Path) -> Unit:
 
 
 def damaged_parquet(folder: Path) -> Unit:
-    """A byte of the third row group is another one."""
+    """Change one byte of the third row group."""
     path = Path(parquet(folder).url)
     data = bytearray(path.read_bytes())
     data[group_starts(path)[2] + 500] ^= 1
@@ -99,30 +99,31 @@ def damaged_parquet(folder: Path) -> Unit:
 
 
 def group_starts(path: Path) -> list[int]:
-    """As pyarrow reads them off the footer."""
+    """Return the first byte of each row group, as pyarrow reads it from the footer."""
     metadata = pq.read_metadata(path)
     columns = [metadata.row_group(group).column(0) for group in range(metadata.num_row_groups)]
     return [column.dictionary_page_offset or column.data_page_offset for column in columns]
 
 
-def cut_parquet(folder: Path) -> Unit:
+def truncated_parquet(folder: Path) -> Unit:
     path = Path(parquet(folder).url)
     path.write_bytes(path.read_bytes()[:-100])
     return unit_of(path)
 
 
-# what was damaged, the byte at which it is found, and the samples before that: of a tar's last one more might follow
+# How to make the damage, the byte at which it is found, and the number of complete samples before it. In a tar, the
+# last sample before damage is not complete, as more of its files might follow.
 DAMAGED: dict[str, tuple[Callable[[Path], Unit], Callable[[Path], int], int]] = {
     "a header of a tar": (damaged_tar, lambda path: path.read_bytes().index(bytes(range(100))), 6),
-    "a tar that is cut off": (cut_tar, lambda path: path.stat().st_size, 6),
+    "a tar that is cut off": (truncated_tar, lambda path: path.stat().st_size, 6),
     "a page of a Parquet file": (damaged_parquet, lambda path: group_starts(path)[2], 6),
-    "a Parquet file that is cut off": (cut_parquet, lambda path: path.stat().st_size - 8, 0),
+    "a Parquet file that is cut off": (truncated_parquet, lambda path: path.stat().st_size - 8, 0),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_the_second_look_at_the_same_damage_takes_what_stands_before_it(
-    worker: Make, tmp_path: Path, kind: str
+def test_a_second_attempt_at_the_same_damage_keeps_the_samples_before_it(
+    worker: MakeWorker, tmp_path: Path, kind: str
 ) -> None:
     make, place, rows = DAMAGED[kind]
     unit = make(tmp_path / "s")
@@ -131,18 +132,18 @@ def test_the_second_look_at_the_same_damage_takes_what_stands_before_it(
         worker(tmp_path / "c", **PLAIN).run(unit)
     assert first.value.at == at
     for other in (at - 1, at + 512, 0 if at else 1):
-        with pytest.raises(DamagedError) as again:
+        with pytest.raises(DamagedError) as second:
             worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=other))
-        assert again.value.at == at
+        assert second.value.at == at
     assert not (tmp_path / "c/_commits").exists()
     report = worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
     assert (report.rows, report.rejects, report.damage) == (rows, {REST_OF_SHARD: 1}, str(first.value))
-    assert rests(tmp_path / "c") == {unit.name: {rows}}
+    assert find_rests(tmp_path / "c") == {unit.name: {rows}}
 
 
 @pytest.mark.parametrize("kind", ["a header of a tar", "a page of a Parquet file"])
-def test_a_damaged_shard_whose_rest_does_not_come_is_not_believed(
-    worker: Make, short_reads: Cut, tmp_path: Path, kind: str
+def test_damage_in_a_shard_that_is_read_incompletely_is_not_accepted(
+    worker: MakeWorker, short_reads: ShortReads, tmp_path: Path, kind: str
 ) -> None:
     make, place, _ = DAMAGED[kind]
     unit = make(tmp_path / "s")
@@ -150,13 +151,13 @@ def test_a_damaged_shard_whose_rest_does_not_come_is_not_believed(
     short_reads(unit.url.rpartition("/")[2], unit.bytes - 1)
     with pytest.raises(StorageError, match="ended at byte"):
         worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
-    assert rests(tmp_path / "c") == {}
+    assert find_rests(tmp_path / "c") == {}
 
 
-def test_parts_that_were_read_farther_than_the_damage_stay_and_what_follows_them_is_the_rest(
-    worker: Make, tmp_path: Path
+def test_parts_beyond_the_damage_stay_and_the_samples_after_them_are_rejected(
+    worker: MakeWorker, tmp_path: Path
 ) -> None:
-    """Another job read the shard while it was sound, or under other limits, and did not come to its end."""
+    """Another job read the shard while it was intact, or with other limits, and did not finish it."""
     unit = tar(tmp_path / "s")
     worker(tmp_path / "c", **PLAIN).run(unit)
     for path in (*(tmp_path / "c").glob("*/*-00002.parquet"), *(tmp_path / "c/_commits").iterdir()):
@@ -165,11 +166,11 @@ def test_parts_that_were_read_farther_than_the_damage_stay_and_what_follows_them
     at = Path(unit.url).read_bytes().index(bytes(range(100)))
     report = worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
     assert (report.rows, report.adopted, report.rejects) == (8, 2, {REST_OF_SHARD: 1})
-    assert rests(tmp_path / "c") == {unit.name: {8}}, "six samples stand before the damage, eight in parts"
+    assert find_rests(tmp_path / "c") == {unit.name: {8}}, "six samples are before the damage, eight are in parts"
 
 
-def test_a_shard_with_fewer_samples_than_its_parts_is_another_one(worker: Make, tmp_path: Path) -> None:
-    """Even if its size and its time do not tell."""
+def test_a_shard_with_fewer_samples_than_its_parts_is_an_error(worker: MakeWorker, tmp_path: Path) -> None:
+    """This holds even if its size and its time are unchanged."""
     unit = tar(tmp_path / "s")
     planned_at = os.stat(unit.url).st_mtime_ns
     worker(tmp_path / "c", **PLAIN).run(unit)
@@ -180,11 +181,11 @@ def test_a_shard_with_fewer_samples_than_its_parts_is_another_one(worker: Make, 
         file.truncate(unit.bytes)
     os.utime(unit.url, ns=(planned_at, planned_at))
     with pytest.raises(ShardError, match=r"0\.tar has fewer samples than the parts that were made of it"):
-        worker(tmp_path / "c", **PLAIN).run(dataclasses.replace(unit, etag=""))  # its time says nothing: --same-source
+        worker(tmp_path / "c", **PLAIN).run(dataclasses.replace(unit, etag=""))  # no time, as with --same-source
     assert not (tmp_path / "c/_commits").exists() or not list((tmp_path / "c/_commits").iterdir())
 
 
-def test_an_error_that_names_no_byte_is_not_believed_either() -> None:
+def test_damage_without_a_position_is_not_accepted() -> None:
     def broken() -> Iterator[Sample | Reject]:
         yield Sample(0, "a", b"", {})
         raise DamagedError("somewhere")
@@ -194,7 +195,7 @@ def test_an_error_that_names_no_byte_is_not_believed_either() -> None:
             list(damage.ReadableSamples(broken(), at))
 
 
-def test_every_error_of_damage_names_its_byte() -> None:
+def test_every_damage_error_in_the_code_has_a_position() -> None:
     found = 0
     for path in (Path(__file__).parents[3] / "pipeline").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -204,27 +205,27 @@ def test_every_error_of_damage_names_its_byte() -> None:
     assert found > 10
 
 
-@pytest.mark.parametrize("what", ["footer", "page"])
-def test_two_readers_find_a_damage_of_a_parquet_file_at_one_byte(tmp_path: Path, what: str) -> None:
-    """Whatever of its bytes it is: the place of the footer, or the start of the row group."""
+@pytest.mark.parametrize("region", ["footer", "page"])
+def test_two_readers_find_damage_of_a_parquet_file_at_the_same_byte(tmp_path: Path, region: str) -> None:
+    """That byte is the start of the footer or of the row group, whichever of their bytes is damaged."""
     data = Path(parquet(tmp_path / "s").url).read_bytes()
     starts = group_starts(tmp_path / "s/0.parquet")
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     found = []
 
-    def at(flipped: bytes) -> int | None:
+    def find_damage(flipped: bytes) -> int | None:
         with pytest.raises(DamagedError) as error:
             list(read_parquet(io.BytesIO(flipped), "p", len(data), (0, 1), None, None, pa.schema([])))
         return error.value.at
 
-    for place in range(footer, len(data) - 8, 7) if what == "footer" else range(starts[1] + 40, starts[2], 97):
+    for place in range(footer, len(data) - 8, 7) if region == "footer" else range(starts[1] + 40, starts[2], 97):
         flipped = bytearray(data)
         flipped[place] ^= 0xFF
-        with suppress(pytest.fail.Exception):  # not every byte of a footer is needed
-            found.append(at(flipped))
-            assert found[-1] == at(flipped)
+        with suppress(pytest.fail.Exception):  # some bytes of a footer are not needed
+            found.append(find_damage(flipped))
+            assert found[-1] == find_damage(flipped)
     assert len(found) > 10
-    if what == "footer":  # which may also lie about where a row group begins
+    if region == "footer":  # a damaged footer may also give a wrong start of a row group
         assert footer in found
         assert all(place is not None and 0 <= place <= footer for place in found)
     else:
@@ -232,13 +233,13 @@ def test_two_readers_find_a_damage_of_a_parquet_file_at_one_byte(tmp_path: Path,
 
 
 def test_a_shard_that_changes_while_it_is_read_is_not_damaged(
-    worker: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: MakeWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = damaged_tar(tmp_path / "s")
     at = Path(unit.url).read_bytes().index(bytes(range(100)))
 
     class Rewritten(damage.ReadableSamples):
-        """Appends to the shard after its fifth sample."""
+        """Append to the shard at the sample with position 5."""
 
         def __iter__(self) -> Iterator[Sample | Reject]:
             for sample in super().__iter__():
@@ -251,7 +252,7 @@ def test_a_shard_that_changes_while_it_is_read_is_not_damaged(
         worker(tmp_path / "c", **PLAIN).run(unit, Attempt(damaged_at=at))
 
 
-def test_a_long_rest_is_read_in_pieces_and_left_at_once_on_a_signal(worker: Make, tmp_path: Path) -> None:
+def test_a_long_rest_is_read_in_pieces_and_a_stop_takes_effect_at_once(worker: MakeWorker, tmp_path: Path) -> None:
     path = Path(damaged_tar(tmp_path / "s").url)
     at = path.read_bytes().index(bytes(range(100)))
     with path.open("ab") as file:
@@ -260,22 +261,22 @@ def test_a_long_rest_is_read_in_pieces_and_left_at_once_on_a_signal(worker: Make
     with pytest.raises(DamagedError):
         encoder.run(unit)
     pieces = encoder.context.progress["pieces"]
-    assert pieces == 20, "each counts as progress"
+    assert pieces == 20, "each piece counts as progress"
     assert encoder.steps >= pieces
 
-    class Late(threading.Event):
+    class LateStop(threading.Event):
         """Set while the fifth piece is read."""
 
         def is_set(self) -> bool:
             return encoder.context.progress["pieces"] >= pieces + 5
 
-    encoder.context = dataclasses.replace(encoder.context, stop=Late())
+    encoder.context = dataclasses.replace(encoder.context, stop=LateStop())
     with pytest.raises(Stopped):
         encoder.run(unit, Attempt(damaged_at=at))
     assert encoder.context.progress["pieces"] == pieces + 5
 
 
-def test_of_the_rests_of_a_unit_those_count_that_no_part_has() -> None:
+def test_a_rest_counts_until_a_part_supersedes_it() -> None:
     def record(part: int, rest: int | None, *supersedes: int) -> Record:
         rejects = () if rest is None else (damage.reject_rest(rest),)
         made: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__)
@@ -287,5 +288,5 @@ def test_of_the_rests_of_a_unit_those_count_that_no_part_has() -> None:
     assert record_format.find_unread_rests(chain[:1]) == {"u": {3}}
     assert record_format.find_unread_rests(chain[:3]) == {"u": {8}}
     assert record_format.find_unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, (
-        "what a lost part had is not forgotten"
+        "the rest of a lost part counts again"
     )

@@ -22,12 +22,12 @@ from pipeline.storage.folder import Folder
 
 @pytest.fixture(params=["disk", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty place, on disk and in memory."""
+    """Return the URL of an empty folder, on disk and in memory."""
     return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
 
 
-def planned(root: str, **files: bytes) -> Unit:
-    """A folder `data` with these files, their names with `_` for the dot, and its unit."""
+def plan_files(root: str, **files: bytes) -> Unit:
+    """Write files to a folder `data`, and return its unit. In the names, `_` stands for the dot."""
     for name, data in files.items():
         Folder(f"{root}/data").replace(name.replace("_", "."), data)
     (unit,) = units.make_units(list_shards((f"{root}/data",), {}, "nowhere"))
@@ -43,14 +43,14 @@ def change(root: str, name: str, data: bytes) -> None:
 
 
 def copy(root: str, name: str, data: bytes) -> None:
-    """The file `data/name`, which holds this, in the folder `other`; on disks with its time."""
+    """Write a file to the folder `other`. On disk, it has the time of the file in `data`."""
     Folder(f"{root}/other").replace(name, data)
     if "://" not in root:
         shutil.copystat(f"{root}/data/{name}", f"{root}/other/{name}")
 
 
 def test_a_folder_is_read_as_it_was_planned(root: str) -> None:
-    assert read(planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"", b_json=b"")) == [
+    assert read(plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"", b_json=b"")) == [
         Sample(0, "a", b"1", {"txt": "one", "json": None}),
         Sample(1, "b", b"", {"txt": None, "json": ""}),
     ]
@@ -58,24 +58,24 @@ def test_a_folder_is_read_as_it_was_planned(root: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
 @pytest.mark.parametrize("data", [b"larger than before", b"?", b""])
-def test_a_file_of_another_size_fails_its_unit_by_name(root: str, name: str, data: bytes) -> None:
-    unit = planned(root, a_jpg=b"11", a_txt=b"one")
+def test_a_file_with_another_size_fails_its_unit(root: str, name: str, data: bytes) -> None:
+    unit = plan_files(root, a_jpg=b"11", a_txt=b"one")
     change(root, name, data)
     with pytest.raises(SourceError, match=rf"data/{name} has changed since it was planned"):
         read(unit)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
-def test_a_file_of_a_store_that_was_empty_and_is_not_fails_its_unit(name: str) -> None:
+def test_a_file_on_a_store_that_is_no_longer_empty_fails_its_unit(name: str) -> None:
     root = f"memory://{uuid.uuid4().hex}"
-    unit = planned(root, a_jpg=b"", a_txt=b"")
+    unit = plan_files(root, a_jpg=b"", a_txt=b"")
     change(root, name, b"?")
     with pytest.raises(SourceError, match=rf"data/{name} has changed since it was planned"):
         read(unit)
 
 
-def test_a_text_that_has_gone_fails_its_unit_by_name(root: str) -> None:
-    unit = planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2")
+def test_a_deleted_text_fails_its_unit(root: str) -> None:
+    unit = plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2")
     (shorter,) = units.make_units([s for s in list_shards((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"])
     whole = replace(unit, url=f"{root}/other")
     for name, data in (("a.jpg", b"1"), ("b.jpg", b"2")):
@@ -85,40 +85,40 @@ def test_a_text_that_has_gone_fails_its_unit_by_name(root: str) -> None:
     assert len(read(replace(shorter, url=f"{root}/other"))) == 2
 
 
-def test_an_image_that_has_gone_with_its_text_is_one_reject(root: str) -> None:
-    unit = replace(planned(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2"), url=f"{root}/other")
+def test_an_image_deleted_with_its_text_is_one_reject(root: str) -> None:
+    unit = replace(plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2"), url=f"{root}/other")
     copy(root, "b.jpg", b"2")
-    gone, there = read(unit)
-    assert isinstance(gone, Reject)
-    assert (gone.key, gone.reason) == ("a", "no_image")
-    assert isinstance(there, Sample)
+    missing, present = read(unit)
+    assert isinstance(missing, Reject)
+    assert (missing.key, missing.reason) == ("a", "no_image")
+    assert isinstance(present, Sample)
 
 
-def test_what_was_mended_is_read_as_it_is_now(root: str) -> None:
-    unit = planned(root, a_jpg=b"1", a_txt=b"\xff", b_jpg=b"2")
-    change(root, "a.txt", b"mended")
+def test_repaired_files_are_read_as_they_are_now(root: str) -> None:
+    unit = plan_files(root, a_jpg=b"1", a_txt=b"\xff", b_jpg=b"2")
+    change(root, "a.txt", b"repaired")
     change(root, "b.jpg", b"another")
     samples = read(unit, may_differ=range(2))
     assert [(s.image, s.columns["txt"]) for s in samples if isinstance(s, Sample)] == [
-        (b"1", "mended"),
+        (b"1", "repaired"),
         (b"another", None),
     ]
     with pytest.raises(SourceError, match=r"b\.jpg has changed since it was planned"):
         read(unit, may_differ={0})
 
 
-def test_a_text_that_was_deleted_to_mend_its_image_is_none(tmp_path: Path) -> None:
-    unit = planned(str(tmp_path), a_jpg=b"1", a_txt=b"\xff")
+def test_a_text_that_was_deleted_to_repair_its_sample_is_null(tmp_path: Path) -> None:
+    unit = plan_files(str(tmp_path), a_jpg=b"1", a_txt=b"\xff")
     (tmp_path / "data/a.txt").unlink()
     (sample,) = read(unit, may_differ=range(2))
     assert isinstance(sample, Sample)
     assert sample.columns == {"txt": None, "json": None}
 
 
-def test_a_text_that_is_a_link_to_nowhere_is_a_reject_and_read_once_it_leads_somewhere(tmp_path: Path) -> None:
+def test_a_text_that_is_a_broken_link_is_a_reject_until_it_is_repaired(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.txt").symlink_to(tmp_path / "captions")
-    unit = planned(str(tmp_path), a_jpg=b"1")
+    unit = plan_files(str(tmp_path), a_jpg=b"1")
     (reject,) = read(unit)
     assert isinstance(reject, Reject)
     assert (reject.key, reject.reason) == ("a", "image_not_embedded")
@@ -129,7 +129,7 @@ def test_a_text_that_is_a_link_to_nowhere_is_a_reject_and_read_once_it_leads_som
 
 
 def test_no_more_than_the_limit_is_read(root: str) -> None:
-    unit = planned(root, a_jpg=b"x" * 1000, a_txt=b"t" * 100)
+    unit = plan_files(root, a_jpg=b"x" * 1000, a_txt=b"t" * 100)
     ((files),) = unpack_files(unit)
     assert len(read_planned_file(f"{root}/data/a.jpg", {}, 10, files.image)) == 11
     (reject,) = read_folder_unit(unit, {}, limits=Limits(text_bytes=99))
@@ -137,7 +137,7 @@ def test_no_more_than_the_limit_is_read(root: str) -> None:
     assert reject.reason == "text_too_long"
 
 
-def test_another_content_of_the_same_size_is_noticed_by_its_version(tmp_path: Path) -> None:
+def test_other_content_of_the_same_size_is_detected_by_its_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"old")
     before = File("data/a.jpg", 3, f"m{path.stat().st_mtime_ns}")
@@ -148,9 +148,9 @@ def test_another_content_of_the_same_size_is_noticed_by_its_version(tmp_path: Pa
         read_planned_file(str(path), {}, 9, before)
 
 
-def test_fewer_bytes_than_the_file_has_are_a_storage_error(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of that size whose reader gave up early: no damage of the image, and no change."""
-    unit = planned(root, a_jpg=b"12345")
+def test_an_incomplete_read_is_a_storage_error(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has its planned size, but the read stops early. The image is neither corrupt nor changed."""
+    unit = plan_files(root, a_jpg=b"12345")
 
     class Short:
         def __enter__(self) -> "Short":
@@ -162,7 +162,7 @@ def test_fewer_bytes_than_the_file_has_are_a_storage_error(root: str, monkeypatc
         def read(self, size: int) -> bytes:
             return b"123"
 
-    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", lambda *given, **how: Short())
-    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", lambda *given, **how: b"123")
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", lambda *args, **options: Short())
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", lambda *args, **options: b"123")
     with pytest.raises(StorageError, match=r"cannot read .*data/a\.jpg: only 3 of 5 bytes were delivered"):
         read(unit)

@@ -1,6 +1,6 @@
-"""More than ten thousand damaged images and shards: each is opened or rejected, every sample is accounted for.
+"""Thousands of damaged images and shards: each is opened or rejected, and every sample is accounted for.
 
-A case is made from its number alone; a failure names it, and `case(...)` makes it again.
+A case depends only on its number. A failure names the case, and `make_case(...)` makes it again.
 """
 
 import io
@@ -24,14 +24,14 @@ from pipeline.records import Reject, Sample
 from tests.conftest import encoded, img2dataset_members, smooth
 from tests.pipeline.readers.test_read import tar
 
-SECONDS = 5  # that a case may take at most
+SECONDS = 5  # the limit for one case
 LIMITS = Limits(pixels=1_000_000)
 BATCH = 500
 TEXTS = pa.schema([("txt", pa.string())])
 
 
 def images() -> list[bytes]:
-    """An image of each kind that is read, small."""
+    """Return a small image of each supported kind."""
     rgb = smooth(1, 24, 32)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -54,7 +54,7 @@ def images() -> list[bytes]:
 
 
 def tars() -> list[bytes]:
-    """Shards of four samples in the three dialects, one with long names."""
+    """Return shards of four samples in the three tar formats, two of them with long names."""
     members = img2dataset_members(0, 4, height=16, width=16)
     long = {f"{'folder/' * 20}{name}": data for name, data in members.items()}
     made = []
@@ -65,8 +65,10 @@ def tars() -> list[bytes]:
 
 
 def parquets() -> list[bytes]:
-    """Files of twelve rows in three row groups: plain bytes and Hugging Face's struct, with and without checksums; and
-    two with more columns, other encodings and pages.
+    """Return files of twelve rows in three row groups.
+
+    They have plain bytes or Hugging Face's struct, with and without checksums. Two files have more columns, other
+    encodings and small pages.
     """
     jpegs = [encoded(smooth(seed, 16, 16)) for seed in range(12)]
     plain = pa.table({"key": [f"k{n}" for n in range(12)], "jpg": jpegs})
@@ -80,8 +82,8 @@ def parquets() -> list[bytes]:
     rich = plain.append_column("txt", texts).append_column("tags", pa.array([["x"] * (n % 3) for n in range(12)]))
     for compression, pages in (("zstd", "1.0"), ("snappy", "2.0")):
         sink = io.BytesIO()
-        how = {"row_group_size": 4, "data_page_size": 256, "compression": compression, "data_page_version": pages}
-        pq.write_table(rich, sink, **how)
+        options = {"row_group_size": 4, "data_page_size": 256, "compression": compression, "data_page_version": pages}
+        pq.write_table(rich, sink, **options)
         made.append(sink.getvalue())
     return made
 
@@ -118,15 +120,15 @@ def repeat(data: bytearray, draw: random.Random) -> None:
 
 def swap(data: bytearray, draw: random.Random) -> None:
     size = draw.choice((4, 64, 512))
-    one, other = (draw.randrange(max(1, len(data) - size)) for _ in range(2))
-    data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
+    first, second = (draw.randrange(max(1, len(data) - size)) for _ in range(2))
+    data[first : first + size], data[second : second + size] = data[second : second + size], data[first : first + size]
 
 
 MUTATIONS: tuple[Callable[[bytearray, random.Random], None], ...] = (flip, overwrite, cut, remove, insert, repeat, swap)
 
 
-def case(whole: list[bytes], number: int) -> tuple[str, bytes]:
-    """A damaged file, and what was done to it: one or two mutations, or halves of two files."""
+def make_case(whole: list[bytes], number: int) -> tuple[str, bytes]:
+    """Return a description and a damaged file: one or two mutations, or halves of two files."""
     draw = random.Random(number)
     data = bytearray(whole[number % len(whole)])
     if draw.random() < 0.05:
@@ -141,17 +143,17 @@ def case(whole: list[bytes], number: int) -> tuple[str, bytes]:
     return f"case {number}: {' and '.join(names)}", bytes(data)
 
 
-def cases(whole: list[bytes], batch: int) -> Iterator[tuple[str, bytes]]:
-    """A batch of cases; each must end in time."""
+def make_cases(whole: list[bytes], batch: int) -> Iterator[tuple[str, bytes]]:
+    """Yield a batch of cases. Each of them must end in time."""
     for number in range(batch * BATCH, (batch + 1) * BATCH):
-        told, data = case(whole, number)
+        description, data = make_case(whole, number)
         start = time.monotonic()
-        yield told, data
-        assert time.monotonic() - start < SECONDS, told
+        yield description, data
+        assert time.monotonic() - start < SECONDS, description
 
 
-def accounted(told: str, read: Callable[[], Iterator[Sample | Reject]]) -> tuple[list[Sample | Reject], bool]:
-    """What a reader gives, in its order and each key once; and whether it reached the end."""
+def read_all(description: str, read: Callable[[], Iterator[Sample | Reject]]) -> tuple[list[Sample | Reject], bool]:
+    """Return the items of a reader, and whether it reached the end. Check their positions, and that keys are unique."""
     items: list[Sample | Reject] = []
     whole = True
     try:
@@ -160,10 +162,10 @@ def accounted(told: str, read: Callable[[], Iterator[Sample | Reject]]) -> tuple
     except ShardError:
         whole = False
     except Exception as error:
-        raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
-    assert [item.position for item in items] == list(range(len(items))), told
+        raise AssertionError(f"{description}: {type(error).__name__}: {error}") from error
+    assert [item.position for item in items] == list(range(len(items))), description
     keys = [item.key for item in items if isinstance(item, Sample)]
-    assert len(keys) == len(set(keys)), told
+    assert len(keys) == len(set(keys)), description
     return items, whole
 
 
@@ -171,70 +173,70 @@ def accounted(told: str, read: Callable[[], Iterator[Sample | Reject]]) -> tuple
 def test_damaged_images_are_opened_or_rejected(batch: int) -> None:
     whole = images()
     opened = 0
-    for told, data in cases(whole, batch):
+    for description, data in make_cases(whole, batch):
         try:
             array = open_pixels(data, LIMITS)
-        except Rejected as why:
-            assert why.stage == "open", told
+        except Rejected as reject:
+            assert reject.stage == "open", description
         except Exception as error:
-            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{description}: {type(error).__name__}: {error}") from error
         else:
             opened += 1
-            assert array.dtype == np.uint8, told
-            assert array.ndim == 3, told
-            assert array.shape[2] == 3, told
-            assert array.shape[0] * array.shape[1] <= LIMITS.pixels, told
-    assert 20 < opened < BATCH - 20, "some open, some do not"
+            assert array.dtype == np.uint8, description
+            assert array.ndim == 3, description
+            assert array.shape[2] == 3, description
+            assert array.shape[0] * array.shape[1] <= LIMITS.pixels, description
+    assert 20 < opened < BATCH - 20, "some can be opened, some cannot"
 
 
 @pytest.mark.parametrize("batch", range(6))
 def test_every_sample_of_a_damaged_tar_is_accounted_for(batch: int) -> None:
     whole = tars()
     ended = 0
-    for told, data in cases(whole, batch):
-        _, end = accounted(told, lambda data=data: read_tar(io.BytesIO(data), "s.tar"))  # type: ignore[misc]
+    for description, data in make_cases(whole, batch):
+        _, end = read_all(description, lambda data=data: read_tar(io.BytesIO(data), "s.tar"))  # type: ignore[misc]
         ended += end
     assert 20 < ended < BATCH - 20
 
 
-def test_a_tar_that_is_cut_anywhere_says_so() -> None:
+def test_a_tar_that_is_truncated_anywhere_is_an_error() -> None:
     for whole in tars():
         for length in range(0, len(whole) - 1, 37):
-            _, end = accounted(f"cut at {length}", lambda: read_tar(io.BytesIO(whole[:length]), "s.tar"))  # noqa: B023
+            _, end = read_all(f"cut at {length}", lambda: read_tar(io.BytesIO(whole[:length]), "s.tar"))  # noqa: B023
             assert not end, length
 
 
 @pytest.mark.parametrize("batch", range(4))
 def test_every_row_of_a_damaged_parquet_file_is_accounted_for(batch: int) -> None:
-    """As many as the footer says, over all ranges, or an error. (A value that was changed silently cannot be seen.)"""
+    """The ranges have as many rows as the footer gives, or there is an error. (A changed value cannot be detected.)"""
     whole = parquets()
     ended = 0
-    for told, data in cases(whole, batch):
+    for description, data in make_cases(whole, batch):
         found, ends = 0, True
         for part in ((0, 2), (1, 2)):
 
             def read(data: bytes = data, part: tuple[int, int] = part) -> Iterator[Sample | Reject]:
                 return read_parquet(io.BytesIO(data), "s.parquet", len(data), part, None, None, TEXTS)
 
-            items, end = accounted(told, read)
+            items, end = read_all(description, read)
             found, ends = found + len(items), ends and end
         if ends:
-            assert found == pq.read_metadata(io.BytesIO(data)).num_rows, told
+            assert found == pq.read_metadata(io.BytesIO(data)).num_rows, description
             ended += 1
     assert 20 < ended < BATCH - 20
 
 
 @pytest.mark.parametrize("number", [50_280, 54_047, 57_196])
-def test_what_fuzzing_found(number: int) -> None:
-    """A footer whose statistics abort pyarrow 26.0.1; one with two numbers of rows; one with rows beyond the file."""
-    told, data = case(parquets()[:4], number)
+def test_damage_that_fuzzing_found(number: int) -> None:
+    """Footers whose statistics abort pyarrow 26.0.1, with two row counts, and with rows beyond the end of the file."""
+    description, data = make_case(parquets()[:4], number)
     schema = pa.schema([])
-    _, end = accounted(told, lambda: read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, schema))
+    _, end = read_all(description, lambda: read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, schema))
     assert not end
     assert len(list(read_parquet(io.BytesIO(parquets()[0]), "p", len(data), (0, 1), None, None, schema))) == 12
 
 
-def test_undamaged_files_give_all() -> None:
+def test_undamaged_files_are_read_completely() -> None:
     assert all(open_pixels(data).shape in ((24, 32, 3), (32, 24, 3)) for data in images())
     for data in tars():
         assert len(list(read_tar(io.BytesIO(data), "s.tar"))) == 4

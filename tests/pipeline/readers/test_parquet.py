@@ -1,4 +1,4 @@
-"""Images in Parquet files: which columns, which rows, which keys; and what is wrong with a file."""
+"""Images in Parquet files: columns, rows and keys; and files that are damaged or cannot be read."""
 
 import datetime
 import io
@@ -61,7 +61,7 @@ def test_the_image_feature_of_hugging_face_is_read() -> None:
 
 
 @pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary(1)])
-def test_other_kinds_of_bytes_are_read(kind: pa.DataType) -> None:
+def test_large_binary_is_read_and_fixed_size_binary_is_refused(kind: pa.DataType) -> None:
     table = pa.table({"image": pa.array([b"0"], kind)})
     if kind == pa.binary(1):
         with pytest.raises(ShardError, match="has no column with the bytes of images: it has image"):
@@ -70,7 +70,7 @@ def test_other_kinds_of_bytes_are_read(kind: pa.DataType) -> None:
         assert [outcome(item) for item in read(parquet(table))] == [(0, "0", b"0")]
 
 
-def test_keys_come_from_their_column() -> None:
+def test_keys_are_read_from_the_key_column() -> None:
     table = pa.table({"jpg": [b"a", b"b", b"c", b"d"], "id": ["x.1", "50%", "x.1", None]})
     assert [outcome(item) for item in read(parquet(table), key="id")] == [
         (0, "x%2E1", b"a"),
@@ -93,12 +93,12 @@ def test_keys_may_be_bytes_or_times() -> None:
 
 
 def text(*values: bytes) -> pa.Array:
-    """Strings, of which Arrow does not look whether they are any."""
+    """Return an array of strings. Arrow does not check that they are valid UTF-8."""
     raw = pa.array(values, pa.binary())
     return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
 
 
-def test_texts_that_are_no_utf8_are_rejects() -> None:
+def test_texts_that_are_not_utf8_are_rejected() -> None:
     table = pa.table({"jpg": [b"0", b"1", b"2"], "id": text(b"a", b"b", b"\xff"), "txt": text(b"ok", b"\xff", b"ok")})
     items = read(parquet(table), key="id", wanted=pa.schema([("txt", pa.string())]))
     assert [outcome(item) for item in items] == [(0, "a", b"0"), (1, "b", "bad_text"), (2, "2", "bad_text")]
@@ -106,7 +106,7 @@ def test_texts_that_are_no_utf8_are_rejects() -> None:
     assert [outcome(item)[2] for item in read(parquet(pa.table({"image": images})))] == [b"0", "bad_text"]
 
 
-def test_images_have_a_limit() -> None:
+def test_images_have_a_size_limit() -> None:
     data, limits = parquet(pa.table({"jpg": [b"12", b"123"]})), Limits(image_bytes=2)
     items = list(read_parquet(io.BytesIO(data), "p", len(data), (0, 1), None, None, NOTHING, limits))
     assert [outcome(item)[2] for item in items] == [b"12", "too_many_bytes"]
@@ -117,7 +117,7 @@ def test_rows_without_an_image_are_rejected() -> None:
     assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", "image_not_embedded", "no_image"]
 
 
-def test_ranges_share_the_rows_among_them() -> None:
+def test_ranges_divide_the_rows() -> None:
     table = pa.table({"jpg": [bytes([n]) * 1000 for n in range(40)], "id": [n // 2 for n in range(40)]})
     data = parquet(table, row_group_size=4, compression="none", use_dictionary=False, write_statistics=False)
     parts = [read(data, (k, 3)) for k in range(3)]
@@ -132,14 +132,14 @@ def test_a_key_is_unique_in_the_whole_file() -> None:
     assert [isinstance(item, Sample) for item in items] == [True] * 20 + [False] * 20
 
 
-def test_more_ranges_than_row_groups_leave_some_empty() -> None:
+def test_some_ranges_are_empty_if_there_are_fewer_row_groups() -> None:
     data = parquet(PLAIN)
     assert [len(read(data, (k, 4))) for k in range(4)].count(0) == 3
     groups = [row_groups(parquet_footer.row_group_middles(io.BytesIO(data), "p"), (k, 4), len(data)) for k in range(4)]
-    assert sorted(group for some in groups for group in some) == [0]
+    assert sorted(group for row_group_indices in groups for group in row_group_indices) == [0]
 
 
-def test_columns_come_along_with_their_types() -> None:
+def test_columns_are_copied_with_their_types() -> None:
     wanted = pa.schema([("caption", pa.large_string()), ("source_width", pa.int64()), ("nowhere", pa.string())])
     columns = [item.columns for item in read(parquet(PLAIN), wanted=wanted) if isinstance(item, Sample)]
     assert columns == [
@@ -154,8 +154,8 @@ def test_times_keep_their_nanoseconds() -> None:
     assert pa.array(values, pa.timestamp("ns")).equals(times)
 
 
-def test_times_that_python_has_not_come_along() -> None:
-    """Texts beside them are looked at all the same."""
+def test_times_that_python_cannot_represent_are_copied() -> None:
+    """Texts in the same column are checked anyway."""
     far = pa.array([2**62, None], pa.int64()).cast(pa.timestamp("us"))
     columns = {
         "far": far,
@@ -168,8 +168,8 @@ def test_times_that_python_has_not_come_along() -> None:
     items = [item for item in read(parquet(table), wanted=table.schema.remove(0)) if isinstance(item, Sample)]
     for name, column in columns.items():
         assert pa.array([item.columns[name] for item in items], column.type).equals(column)
-    bad = pa.table({"jpg": [b"0"], "pair": pa.StructArray.from_arrays([far[:1], text(b"\xff")], ["time", "text"])})
-    assert [outcome(item)[2] for item in read(parquet(bad), wanted=bad.schema.remove(0))] == ["bad_text"]
+    invalid = pa.table({"jpg": [b"0"], "pair": pa.StructArray.from_arrays([far[:1], text(b"\xff")], ["time", "text"])})
+    assert [outcome(item)[2] for item in read(parquet(invalid), wanted=invalid.schema.remove(0))] == ["bad_text"]
 
 
 def test_a_column_of_another_type_fails_the_unit() -> None:
@@ -177,7 +177,7 @@ def test_a_column_of_another_type_fails_the_unit() -> None:
         read(parquet(PLAIN), wanted=pa.schema([("caption", pa.int64())]))
 
 
-def test_bytes_deeper_inside_are_no_images() -> None:
+def test_bytes_inside_nested_columns_are_not_images() -> None:
     table = pa.table({"image": [{"bytes": {"bytes": b"0"}}], "other": [[b"0"]]})
     with pytest.raises(ShardError, match="has no column with the bytes of images: it has image, other"):
         read(parquet(table))
@@ -185,7 +185,7 @@ def test_bytes_deeper_inside_are_no_images() -> None:
     assert [outcome(item)[2] for item in read(parquet(both))] == [b"1"]
 
 
-def test_what_a_file_offers() -> None:
+def test_the_available_columns_of_a_file() -> None:
     table = pa.table(
         {
             "key": ["k"],
@@ -216,18 +216,18 @@ def test_one_of_several_image_columns_must_be_named() -> None:
         (None, "id", "has no column id for keys: it has jpg, caption, width"),
     ],
 )
-def test_a_column_that_is_not_there_is_named(image: str | None, key: str | None, message: str) -> None:
+def test_a_missing_or_unsuitable_column_is_named(image: str | None, key: str | None, message: str) -> None:
     with pytest.raises(ShardError, match=message):
         read(parquet(PLAIN), image=image, key=key)
 
 
-class Strict(io.BytesIO):
-    """A file as object stores have them: a place before its start is an error of their own."""
+class StrictFile(io.BytesIO):
+    """A file like those of object stores: a seek to before its start is an error."""
 
-    def seek(self, place: int, whence: int = 0) -> int:
-        if (place if whence == 0 else len(self.getvalue()) + place) < 0:
+    def seek(self, position: int, whence: int = 0) -> int:
+        if (position if whence == 0 else len(self.getvalue()) + position) < 0:
             raise ValueError("Seek before start of file")
-        return super().seek(place, whence)
+        return super().seek(position, whence)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ class Strict(io.BytesIO):
 )
 def test_a_damaged_file_is_named(data: bytes, message: str) -> None:
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
-        list(read_parquet(Strict(data), "p.parquet", len(data), (0, 1), None, None, NOTHING))
+        list(read_parquet(StrictFile(data), "p.parquet", len(data), (0, 1), None, None, NOTHING))
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
-        available_columns(Strict(data), "p.parquet", None)
+        available_columns(StrictFile(data), "p.parquet", None)
 
 
 def test_a_flipped_bit_in_a_page_is_found() -> None:
@@ -270,27 +270,27 @@ def test_metadata_beside_a_tar_is_joined_by_key() -> None:
     ]
 
 
-def test_rows_beside_a_tar_whose_key_is_no_text_are_passed_over() -> None:
+def test_metadata_rows_whose_key_is_not_a_text_are_skipped() -> None:
     table = pa.table({"key": text(b"0", b"\xff", b"2"), "caption": text(b"ok", b"ok", b"\xff")})
     rows = read_metadata(io.BytesIO(parquet(table)), "p", pa.schema([("caption", pa.string())]))
     assert list(rows) == ["0", "2"]
     assert rows["0"] == {"caption": "ok"}
-    why = rows["2"]["caption"]
-    assert isinstance(why, Rejected)
-    assert (why.reason, why.detail[:36]) == ("bad_text", "the column caption is not UTF-8 text")
+    reject = rows["2"]["caption"]
+    assert isinstance(reject, Rejected)
+    assert (reject.reason, reject.detail[:36]) == ("bad_text", "the column caption is not UTF-8 text")
     nulls = pa.table({"key": ["None", None], "caption": ["a", "b"]})
     found = read_metadata(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
     assert found == {"None": {"caption": "a"}}
 
 
-def test_images_beside_a_tar_are_never_lost_silently() -> None:
+def test_a_parquet_file_beside_a_tar_must_be_metadata() -> None:
     with pytest.raises(ShardError, match="has images itself; rename it"):
         available_metadata_columns(io.BytesIO(parquet(PLAIN)), "p")
     with pytest.raises(ShardError, match="has no column 'key'"):
         read_metadata(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
 
 
-def test_a_row_group_is_not_held_whole() -> None:
+def test_a_row_group_is_not_held_in_memory_as_a_whole() -> None:
     table = pa.table({"jpg": [bytes([n]) * (1 << 20) for n in range(100)]})
     data = parquet(table, use_dictionary=False, compression="none", write_batch_size=4, data_page_size=1 << 20)
     del table
@@ -301,7 +301,7 @@ def test_a_row_group_is_not_held_whole() -> None:
     assert max(held) < 50 << 20
 
 
-def test_names_that_are_ours_are_told_apart_from_those_that_look_so() -> None:
+def test_source_columns_with_names_of_latentmill_are_renamed() -> None:
     table = pa.table({"jpg": [b""], "width": [1], "source_width": [2], "source_source_width": [3], "source_x": [4]})
     data = parquet(table)
     wanted = available_columns(io.BytesIO(data), "p", None)
@@ -311,7 +311,7 @@ def test_names_that_are_ours_are_told_apart_from_those_that_look_so() -> None:
     assert list(sample.columns.values()) == [1, 2, 3, 4]
 
 
-def test_dots_in_names_are_no_paths() -> None:
+def test_a_dot_in_a_column_name_is_not_a_path() -> None:
     table = pa.table({"jpg": [b"0"], "a.b": [1], "a": [{"b": 2, "c": 3}], "the.key": ["k"]})
     wanted = pa.schema([("a.b", pa.int64()), ("a", table.schema.field("a").type)])
     (sample,) = read(parquet(table), key="the.key", wanted=wanted)
@@ -319,21 +319,21 @@ def test_dots_in_names_are_no_paths() -> None:
     assert (sample.key, sample.columns) == ("k", {"a.b": 1, "a": {"b": 2, "c": 3}})
 
 
-def test_two_columns_of_one_name_are_refused() -> None:
+def test_two_columns_with_one_name_are_refused() -> None:
     table = pa.Table.from_arrays([pa.array([b"0"]), pa.array([1]), pa.array([2])], names=["jpg", "n", "n"])
     with pytest.raises(ShardError, match=r"p\.parquet has 2 columns with the name n"):
         read(parquet(table))
 
 
-def test_a_dictionary_of_images_is_read() -> None:
+def test_a_dictionary_encoded_column_of_images_is_read() -> None:
     table = pa.table({"image": pa.array([b"0", b"1", b"0", None]).dictionary_encode()})
     assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", b"1", b"0", "no_image"]
     assert available_columns(io.BytesIO(parquet(table)), "p", None).names == []
 
 
 @pytest.mark.parametrize("wanted", [None, "image"])
-def test_a_column_of_images_without_any_has_no_type(wanted: str | None) -> None:
-    """As pandas writes it. Another column with bytes is not taken in its place."""
+def test_a_null_column_named_image_is_the_image_column(wanted: str | None) -> None:
+    """pandas writes it if all images are missing. Another column with bytes is not used instead."""
     table = pa.table({"image": pa.nulls(2), "mask": [b"0", b"1"], "other": [b"0", b"1"]})
     assert [outcome(item)[2] for item in read(parquet(table), image=wanted)] == ["no_image", "no_image"]
     assert read(parquet(table.slice(0, 0)), image=wanted) == []
@@ -364,33 +364,33 @@ def test_a_file_without_images_has_no_samples_and_is_counted_once(names: list[st
         ({"img": [[1, 2]]}, "img is list<element: int64>, not binary"),
     ],
 )
-def test_what_may_be_images_but_is_not_read_is_an_error(column: dict[str, Any], message: str) -> None:
-    """Never skipped over: images would be missing."""
+def test_a_column_that_may_hold_images_in_another_form_is_an_error(column: dict[str, Any], message: str) -> None:
+    """If the file were skipped, its images would be missing."""
     with pytest.raises(ShardError, match=re.escape(message)) as error:
         read(parquet(pa.table({**column, "text": ["t"]})))
     assert not isinstance(error.value, NoImagesError)
 
 
-def test_addresses_are_to_be_downloaded_first() -> None:
+def test_urls_of_images_must_be_downloaded_first() -> None:
     with pytest.raises(NoImagesError, match="first download the images that URL names"):
         available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
 
 
 class TestKeysOfManyRanges:
-    """A file of many ranges, read by one process."""
+    """A file of many ranges that one process reads."""
 
     N = 20
 
     @pytest.fixture
     def data(self) -> bytes:
-        """40 row groups of 25 rows; every key is there twice, in the first half and in the second."""
+        """Return a file of 40 row groups of 25 rows. Every key occurs twice: in the first half and in the second."""
         count = 1000
         columns = {"jpg": [bytes(200)] * count, "id": [f"key {n % (count // 2):06}" for n in range(count)]}
         return parquet(pa.table(columns), row_group_size=25, use_dictionary=False, compression="none")
 
     def read_all(self, data: bytes, order: list[int], known: FileKeys | None) -> tuple[list[Sample | Reject], float]:
-        """The samples of all ranges, read in this order; and how often the keys of the file were read, on average."""
-        stream, parts = Counting(data), {}
+        """Read the ranges in this order. Return their samples, and how often a row group was read on average."""
+        stream, parts = CountingFile(data), {}
         for k in order:
             part = (k, self.N)
             items = read_parquet(stream, "p", len(data), part, None, "id", NOTHING, known=known)
@@ -401,44 +401,44 @@ class TestKeysOfManyRanges:
         return [item for k in sorted(parts) for item in parts[k]], reads / len(chunks)
 
     @pytest.mark.parametrize("order", ["forwards", "backwards"])
-    def test_a_key_is_unique_whatever_the_order_of_the_ranges(self, data: bytes, order: str) -> None:
+    def test_keys_are_unique_in_any_order_of_the_ranges(self, data: bytes, order: str) -> None:
         ranges = list(range(self.N)) if order == "forwards" else list(range(self.N))[::-1]
-        remembered, _ = self.read_all(data, ranges, FileKeys())
-        forgotten, _ = self.read_all(data, ranges, None)
-        assert [outcome(item) for item in remembered] == [outcome(item) for item in forgotten]
-        assert [isinstance(item, Sample) for item in remembered] == [True] * 500 + [False] * 500
-        assert {item.reason for item in remembered if isinstance(item, Reject)} == {"duplicate_key"}
+        with_known_keys, _ = self.read_all(data, ranges, FileKeys())
+        without_known_keys, _ = self.read_all(data, ranges, None)
+        assert [outcome(item) for item in with_known_keys] == [outcome(item) for item in without_known_keys]
+        assert [isinstance(item, Sample) for item in with_known_keys] == [True] * 500 + [False] * 500
+        assert {item.reason for item in with_known_keys if isinstance(item, Reject)} == {"duplicate_key"}
 
-    def test_the_keys_of_a_row_group_are_read_once_for_all_other_ranges(self, data: bytes) -> None:
+    def test_the_keys_of_a_row_group_are_read_once_for_all_ranges(self, data: bytes) -> None:
         ranges = list(range(self.N))
         assert self.read_all(data, ranges, FileKeys())[1] < 2
-        assert self.read_all(data, ranges, None)[1] > self.N / 2, "by a process for each range"
+        assert self.read_all(data, ranges, None)[1] > self.N / 2, "with one process per range"
 
-    def test_versions_of_a_file_are_told_apart(self) -> None:
-        one = parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id")
-        assert parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id") is one
+    def test_every_version_of_a_file_has_its_own_keys(self) -> None:
+        keys = parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id")
+        assert parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id") is keys
         others = [("s3://b/p", 10, "etag 2", "id"), ("s3://b/p", 10, "etag 1", "key"), ("s3://b/p", 10, "", "id")]
-        assert all(parquet_keys.keys_of_file(*other) is not one for other in others)
+        assert all(parquet_keys.keys_of_file(*other) is not keys for other in others)
         assert parquet_keys.keys_of_file(*others[2]) is not parquet_keys.keys_of_file(*others[2]), (
-            "nobody knows its version"
+            "the version is unknown"
         )
 
     def test_threads_read_the_keys_of_a_row_group_once(self) -> None:
-        keys, read = FileKeys(), Counter[int]()
+        keys, reads = FileKeys(), Counter[int]()
 
-        def of_group(group: int) -> list[str]:
-            read[group] += 1
+        def read_keys(group: int) -> list[str]:
+            reads[group] += 1
             return [f"{group}-{n}" for n in range(3)]
 
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda group: keys.before(group, of_group), [3, 5, 2, 5, 0, 4] * 5))
-        assert read == dict.fromkeys(range(5), 1)
+            found = list(pool.map(lambda group: keys.before(group, read_keys), [3, 5, 2, 5, 0, 4] * 5))
+        assert reads == dict.fromkeys(range(5), 1)
         assert ["2-1" in known for known in found[:6]] == [True, True, False, True, False, True]
         assert all("5-0" not in known and "" not in known for known in found)
 
 
-class Counting(io.BytesIO):
-    """Counts where reads begin."""
+class CountingFile(io.BytesIO):
+    """A file that counts the positions at which reads start."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)

@@ -38,7 +38,7 @@ def outcome(item: Sample | Reject) -> tuple[int, str, object]:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
+def test_samples_equal_those_of_webdataset(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", img2dataset_members(0, 5))
     webdataset = pytest.importorskip("webdataset")
     expected = list(webdataset.WebDataset(str(path), shardshuffle=False))
@@ -51,7 +51,7 @@ def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_dialect_of_tar_is_read(form: int) -> None:
+def test_every_tar_format_is_read(form: int) -> None:
     names = ["a.jpg", "folder/b.jpg", "x" * 90 + "/" + "y" * 90 + ".jpg"]
     if form != tarfile.USTAR_FORMAT:
         names += ["ü/" + "z" * 300 + ".png", "deep/" * 60 + "c.webp"]
@@ -66,7 +66,7 @@ def test_the_key_ends_at_the_first_dot_of_the_base_name() -> None:
     assert [outcome(item) for item in items] == [(0, "v1.0/a", b"1")]
 
 
-def test_twins_and_captions_alone_are_rejects() -> None:
+def test_duplicate_keys_and_texts_without_an_image_are_rejected() -> None:
     members = {"a.jpg": b"1", "a.png": b"2", "b.txt": b"", "c.jpg": b"3", "a.jpeg": b"4", "d.jpg": b"5"}
     assert [outcome(item) for item in read(tar(members))] == [
         (0, "a", b"1"),
@@ -88,7 +88,7 @@ def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
     )
 
 
-def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
+def test_links_and_devices_are_rejected_and_folders_are_skipped() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as archive:
         for number, kind in enumerate((tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)):
@@ -99,8 +99,8 @@ def test_links_and_devices_are_rejected_and_folders_are_none() -> None:
     assert items == [(n, str(n + 1), "image_not_embedded") for n in range(3)]
 
 
-def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
-    """No data follows them, by POSIX and for Python's tarfile."""
+def test_the_size_in_the_header_of_a_link_or_a_folder_is_ignored() -> None:
+    """No data follows such headers, in POSIX and in Python's tarfile."""
     data = b""
     for name, kind in (("h.jpg", b"1"), ("s.jpg", b"2"), ("p.jpg", b"6"), ("d", b"5"), ("old/", b"\0")):
         header = tarfile.TarInfo(name)
@@ -111,7 +111,7 @@ def test_what_a_link_or_a_folder_says_of_its_size_is_not_believed() -> None:
 
 
 def test_no_text_is_dropped_silently() -> None:
-    """A text that is a link has no content here; of two, nobody knows which is the image's."""
+    """A text that is a link has no content. Of two texts, either can be that of the image."""
     link = tarfile.TarInfo("a.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "b.txt"
     data = tar({"a.jpg": b"1"})[:1024] + link.tobuf() + tar({"b.jpg": b"2", "b.txt": b"one", "b.TXT": b"two"})
@@ -119,7 +119,7 @@ def test_no_text_is_dropped_silently() -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_name_that_is_not_utf8_costs_one_sample(form: int) -> None:
+def test_a_name_that_is_not_utf8_rejects_one_sample(form: int) -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=form, encoding="latin-1") as archive:
         for name in ("a.jpg", "caf\u00e9" + "x" * (150 if form == tarfile.GNU_FORMAT else 0) + ".jpg", "b.jpg"):
@@ -128,12 +128,12 @@ def test_a_name_that_is_not_utf8_costs_one_sample(form: int) -> None:
     if form == tarfile.PAX_FORMAT:
         data = data.replace(b"path=caf\xc3\xa9", b"path=caf\xe9\xe8")
     items = [outcome(item) for item in read(data)]
-    assert [(key[:7], what) for _, key, what in items] == [("a", b""), ("caf\\xe9", "bad_key"), ("b", b"")]
+    assert [(key[:7], result) for _, key, result in items] == [("a", b""), ("caf\\xe9", "bad_key"), ("b", b"")]
     items[1][1].encode()  # a record can hold it
 
 
-def test_of_many_members_with_one_key_few_are_held() -> None:
-    """The bytes of images that are rejected anyway would fill the memory."""
+def test_few_of_many_members_with_one_key_are_held_in_memory() -> None:
+    """Otherwise, images that are rejected anyway would fill the memory."""
     names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
     members = [Member(name, 2, b"xx") for name in names]
     ((key, group),) = _group_by_key(iter(members))
@@ -144,23 +144,27 @@ def test_of_many_members_with_one_key_few_are_held() -> None:
     assert group[-1].data is None
 
 
-def test_archives_that_were_appended_to_one_another_are_all_read() -> None:
-    """tarfile and webdataset end silently after the first."""
-    one, two = tar({"a.jpg": b"1"}), tar({"b.jpg": b"2", "a.jpg": b"3"})
-    assert [outcome(item) for item in read(one + two)] == [(0, "a", b"1"), (1, "b", b"2"), (2, "a", "duplicate_key")]
-    assert [outcome(item)[1] for item in read(one[:2048] + two[:3072])] == ["a", "b", "a"]
-    assert len(read(one + bytes(77))) == 1, "what is padded is whole"
+def test_concatenated_archives_are_all_read() -> None:
+    """tarfile and webdataset stop silently after the first archive."""
+    first, second = tar({"a.jpg": b"1"}), tar({"b.jpg": b"2", "a.jpg": b"3"})
+    assert [outcome(item) for item in read(first + second)] == [
+        (0, "a", b"1"),
+        (1, "b", b"2"),
+        (2, "a", "duplicate_key"),
+    ]
+    assert [outcome(item)[1] for item in read(first[:2048] + second[:3072])] == ["a", "b", "a"]
+    assert len(read(first + bytes(77))) == 1, "padding is not damage"
 
 
-def test_what_follows_an_end_mark_and_is_no_tar_is_damage() -> None:
-    one = tar({"a.jpg": b"1"})
+def test_other_bytes_after_an_end_mark_are_damage() -> None:
+    archive = tar({"a.jpg": b"1"})
     for rest in (b"x", b"x" * 512, tar({"b.jpg": b"2"})[:700]):
         with pytest.raises(DamagedError):
-            read(one + rest)
+            read(archive + rest)
 
 
 def test_extended_headers_are_read_record_by_record() -> None:
-    """A value may look like another record, and the length of a number is not believed."""
+    """A value may look like another record, and the length in a record may be wrong."""
 
     def with_pax(data: bytes) -> bytes:
         header = tarfile.TarInfo("x")
@@ -187,7 +191,7 @@ def test_an_empty_tar_has_no_samples() -> None:
     assert read(tar({})) == []
 
 
-def test_a_tar_that_is_cut_anywhere_is_never_taken_for_a_whole_one() -> None:
+def test_a_tar_that_is_truncated_anywhere_is_an_error() -> None:
     whole = tar({"a.jpg": b"x" * 700, "b.jpg": b"y" * 512, "c.txt": b"z"})
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     for length in [*range(0, end + 1024, 512), 1, 511, 513, 1300, end + 1, end + 1023]:
@@ -206,7 +210,7 @@ def test_a_damaged_header_is_named(place: int) -> None:
             read(bytes(whole))
 
 
-def test_what_is_too_large_is_a_reject_and_the_rest_is_read() -> None:
+def test_samples_that_are_too_large_are_rejected_and_the_others_are_read() -> None:
     members = {"a.jpg": b"x" * 1001, "b.jpg": b"y", "b.txt": b"z" * 101, "b.mp4": b"v" * 5000, "c.jpg": b"w"}
     stream = io.BytesIO(tar(members))
     limits = Limits(image_bytes=1000, text_bytes=100)
@@ -223,7 +227,7 @@ def test_a_shard_has_a_limit_of_members() -> None:
         list(read_tar(io.BytesIO(tar(dict.fromkeys("abc", b""))), "s.tar", limits=Limits(members=2)))
 
 
-def test_a_header_of_a_name_has_a_limit() -> None:
+def test_the_header_of_a_long_name_has_a_limit() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as file:
         file.addfile(tarfile.TarInfo("x" * 3000 + ".jpg"))
@@ -238,7 +242,7 @@ def test_a_header_of_a_name_has_a_limit() -> None:
         *("a\nb", "a\x7f", "a\x85b", "a\x9b31m", "a\u2028b", "a\u2029b", "a\u202egpj", "a\u2066b"),
     ],
 )
-def test_keys_that_could_lead_astray_are_rejected(name: str) -> None:
+def test_unsafe_keys_are_rejected(name: str) -> None:
     (item,) = read(tar({f"{name}.jpg": b"x"}, tarfile.GNU_FORMAT))
     assert outcome(item)[2] == "bad_key"
     assert len(item.key) <= 512
@@ -251,7 +255,7 @@ def test_keys_may_have_folders_and_any_letters(name: str) -> None:
     assert outcome(item) == (0, name, b"x")
 
 
-def test_a_stream_may_give_less_than_was_asked_for() -> None:
+def test_a_stream_may_return_fewer_bytes_than_requested() -> None:
     class Trickle(io.BytesIO):
         def read(self, count: int | None = -1) -> bytes:
             return super().read(min(count or 0, 100))
@@ -265,7 +269,7 @@ def test_a_stream_may_give_less_than_was_asked_for() -> None:
     ("path", "key"),
     [("p/a.jpg", "a"), ("p/b/a.v1.jpg", "b/a%2Ev1"), ("p/100%.png", "100%25"), ("p/x.y/a.gif", "x%2Ey/a")],
 )
-def test_the_key_of_a_folders_image(path: str, key: str) -> None:
+def test_the_key_of_an_image_in_a_folder(path: str, key: str) -> None:
     assert folder_key(path) == key
 
 
@@ -276,13 +280,13 @@ def pool() -> Iterator[Executor]:
 
 
 def images(*names: str) -> Iterator[ImageFiles]:
-    """A folder `p` as it was planned: each image, and the texts named after it behind it, by a space."""
+    """Yield the planned files of a folder `p`. In each argument, the texts of the image follow its name."""
     for name in names:
         image, *texts = (File(f"p/{part}", 1, "") for part in name.split())
         yield ImageFiles(image, tuple(texts))
 
 
-def test_a_folders_images_come_with_their_sidecars_or_their_reason(pool: Executor) -> None:
+def test_images_of_a_folder_have_their_texts_or_a_reject_reason(pool: Executor) -> None:
     files = {"a.jpg": b"1", "a.txt": b"one", "b.v2.png": b"2", "b.v2.json": b"{}", "c.jpg": b"3", "c.txt": b"\xff"}
     planned = images("a.jpg a.txt", "a.png a.txt", "b.v2.png b.v2.json", "c.jpg c.txt", "gone.jpg gone.txt")
     missing: list[str] = []
@@ -306,53 +310,53 @@ def test_a_folders_images_come_with_their_sidecars_or_their_reason(pool: Executo
     assert missing == ["gone.jpg"]
 
 
-def test_an_image_or_a_text_that_may_not_be_read_is_a_reject(pool: Executor) -> None:
+def test_an_unreadable_image_or_text_is_a_reject(pool: Executor) -> None:
     files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
 
-    def read_but(file: File, limit: int) -> bytes | None:
-        below = below_root(file.path)
-        if below in ("a.jpg", "b.txt"):
+    def read_or_refuse(file: File, limit: int) -> bytes | None:
+        path = below_root(file.path)
+        if path in ("a.jpg", "b.txt"):
             raise Rejected("read", "unreadable")
-        return files.get(below)
+        return files.get(path)
 
-    items = list(read_folder(images("a.jpg", "b.jpg b.txt", "c.jpg"), read_but, lambda below: None, pool))
+    items = list(read_folder(images("a.jpg", "b.jpg b.txt", "c.jpg"), read_or_refuse, lambda path: None, pool))
     assert [outcome(item) for item in items] == [(0, "a", "unreadable"), (1, "b", "unreadable"), (2, "c", b"3")]
 
 
-def test_a_folder_is_read_ahead_by_several_threads_but_not_without_bounds(pool: Executor) -> None:
-    """Four files are on their way at once; no more images are held than the bounds let."""
-    together = threading.Barrier(4, timeout=20)
-    asked: list[str] = []
+def test_a_folder_is_read_ahead_by_several_threads_up_to_a_limit(pool: Executor) -> None:
+    """Four files are read at once, and the number of images in memory is limited."""
+    barrier = threading.Barrier(4, timeout=20)
+    requested: list[str] = []
 
     def read_four(file: File, limit: int) -> bytes:
-        asked.append(file.path)
-        together.wait()
+        requested.append(file.path)
+        barrier.wait()
         return b"x"
 
     names = [f"{n:03d}.jpg" for n in range(400)]
     items = read_folder(images(*names), read_four, lambda file: None, pool)
     assert outcome(next(items)) == (0, "000", b"x")
-    assert len(asked) <= IMAGES_AHEAD
+    assert len(requested) <= IMAGES_AHEAD
     assert [item.key for item in items] == [name[:3] for name in names[1:]]
-    assert len(asked) == 400
+    assert len(requested) == 400
 
 
-def test_large_images_are_read_ahead_up_to_their_bytes(pool: Executor) -> None:
+def test_large_images_are_read_ahead_up_to_a_limit_in_bytes(pool: Executor) -> None:
     large = [ImageFiles(File(f"p/{n}.jpg", BYTES_AHEAD // 2, ""), ()) for n in range(20)]
-    asked: list[str] = []
+    requested: list[str] = []
 
     def read(file: File, limit: int) -> bytes:
-        asked.append(file.path)
+        requested.append(file.path)
         return b"x"
 
     items = read_folder(large, read, lambda file: None, pool)
     next(items)
     pool.submit(lambda: None).result()
-    assert len(asked) <= 3
+    assert len(requested) <= 3
     assert len(list(items)) == 19
 
 
-def test_what_fails_in_a_thread_fails_the_folder_in_its_place(pool: Executor) -> None:
+def test_an_error_in_a_thread_is_raised_at_its_image(pool: Executor) -> None:
     def read(file: File, limit: int) -> bytes:
         if file.path == "p/b.jpg":
             raise StorageError("cannot read p/b.jpg: no answer")
@@ -365,19 +369,19 @@ def test_what_fails_in_a_thread_fails_the_folder_in_its_place(pool: Executor) ->
 
 
 def test_each_kind_of_file_is_read_up_to_its_own_limit(pool: Executor) -> None:
-    asked: dict[str, int] = {}
+    limit_by_path: dict[str, int] = {}
 
     def read(file: File, limit: int) -> bytes:
-        asked[file.path] = limit
+        limit_by_path[file.path] = limit
         return b"x" * (limit + 1)
 
     limits = Limits(image_bytes=1000, text_bytes=100)
     (item,) = read_folder(images("a.jpg a.txt"), read, lambda file: None, pool, limits=limits)
-    assert asked == {"p/a.jpg": 1000, "p/a.txt": 100}
+    assert limit_by_path == {"p/a.jpg": 1000, "p/a.txt": 100}
     assert outcome(item)[2] == "text_too_long"
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(pool: Executor) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_text(pool: Executor) -> None:
     text = b"\xef\xbb\xbfcaf\xc3\xa9 \xef\xbb\xbf"
     (sample,) = read(tar({"a.jpg": b"1", "a.txt": text}))
     files = {"a.jpg": b"1", "a.txt": text}

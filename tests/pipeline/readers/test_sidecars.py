@@ -1,4 +1,4 @@
-"""Which text belongs to which image, and how a plan keeps them."""
+"""Which text belongs to which image, and how a plan records it."""
 
 import unicodedata
 from dataclasses import replace
@@ -16,8 +16,8 @@ from pipeline.storage.folder import Folder
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
 
-def listed(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
-    """Files of a folder `p`; sizes by the stem of a name, else 1."""
+def make_shards(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
+    """Return the files of a folder `p`. sizes: in bytes, by the stem of a name (default: 1)."""
     return [
         Shard(
             url=f"{root}/{name}",
@@ -30,8 +30,8 @@ def listed(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
     ]
 
 
-def found(beside: SidecarIndex) -> dict[str, list[str]]:
-    return {image[2:]: sorted(text.path[2:] for text in texts) for image, texts in beside.texts.items()}
+def list_texts(sidecars: SidecarIndex) -> dict[str, list[str]]:
+    return {image[2:]: sorted(text.path[2:] for text in texts) for image, texts in sidecars.texts.items()}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def found(beside: SidecarIndex) -> dict[str, list[str]]:
     ],
 )
 def test_a_text_has_the_name_of_its_image(names: str, expected: dict[str, list[str]]) -> None:
-    beside = match_sidecars(listed(*names.split()), TEXT_EXTENSIONS)
-    assert found(beside) == expected
-    assert list(beside.unused) == []
+    sidecars = match_sidecars(make_shards(*names.split()), TEXT_EXTENSIONS)
+    assert list_texts(sidecars) == expected
+    assert list(sidecars.unused) == []
 
 
 @pytest.mark.parametrize(
@@ -69,27 +69,27 @@ def test_a_text_has_the_name_of_its_image(names: str, expected: dict[str, list[s
         ("images/a.jpg captions/a.txt", {}, ["captions/a.txt"]),
     ],
 )
-def test_a_text_that_is_not_used_is_named(names: str, expected: dict[str, list[str]], unused: list[str]) -> None:
-    beside = match_sidecars(listed(*names.split()), TEXT_EXTENSIONS)
-    assert found(beside) == expected
-    assert [path[2:] for path in beside.unused] == unused
+def test_an_unused_text_is_named(names: str, expected: dict[str, list[str]], unused: list[str]) -> None:
+    sidecars = match_sidecars(make_shards(*names.split()), TEXT_EXTENSIONS)
+    assert list_texts(sidecars) == expected
+    assert [path[2:] for path in sidecars.unused] == unused
 
 
-def test_the_metadata_of_shards_is_no_text_of_an_image() -> None:
-    shards = listed("tars/0.tar", "tars/0_stats.json", "photos/a.jpg", "photos/b.txt")
+def test_the_metadata_of_shards_is_not_an_unused_text() -> None:
+    shards = make_shards("tars/0.tar", "tars/0_stats.json", "photos/a.jpg", "photos/b.txt")
     assert list(match_sidecars(shards, TEXT_EXTENSIONS).unused) == ["p/photos/b.txt"]
-    assert list(match_sidecars(listed("0.tar", "0_stats.json", "a.txt"), TEXT_EXTENSIONS).unused) == []
+    assert list(match_sidecars(make_shards("0.tar", "0_stats.json", "a.txt"), TEXT_EXTENSIONS).unused) == []
 
 
-def test_only_the_wanted_kinds_of_texts_are_looked_for() -> None:
-    beside = match_sidecars(listed("a.jpg", "a.txt", "a.caption", "b.caption"), ("caption",))
-    assert found(beside) == {"a.jpg": ["a.caption"]}
-    assert list(beside.unused) == ["p/b.caption"]
+def test_only_requested_kinds_of_texts_are_matched() -> None:
+    sidecars = match_sidecars(make_shards("a.jpg", "a.txt", "a.caption", "b.caption"), ("caption",))
+    assert list_texts(sidecars) == {"a.jpg": ["a.caption"]}
+    assert list(sidecars.unused) == ["p/b.caption"]
 
 
-def test_a_plan_knows_each_file_of_a_folder(tmp_path: Path) -> None:
+def test_a_plan_lists_each_file_of_a_folder(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    plan.extend_plan(cache, listed("x/a.jpg", "x/a.txt", "x/a.jpg.json", "b.png", a=7, b=9))
+    plan.extend_plan(cache, make_shards("x/a.jpg", "x/a.txt", "x/a.jpg.json", "b.png", a=7, b=9))
     (unit,) = plan.read_plan(cache)
     assert unit.paths == ("p/b.png", "p/x/a.jpg")
     assert unpack_files(unit) == [
@@ -102,7 +102,7 @@ def test_a_plan_knows_each_file_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_texts_do_not_change_the_name_of_a_unit() -> None:
-    with_text, without = (make_units(listed(*names.split())) for names in ("a.jpg a.txt", "a.jpg"))
+    with_text, without = (make_units(make_shards(*names.split())) for names in ("a.jpg a.txt", "a.jpg"))
     assert with_text[0].name == without[0].name
     assert with_text[0].etag != without[0].etag
 
@@ -115,24 +115,24 @@ def test_texts_do_not_change_the_name_of_a_unit() -> None:
         ("a.jpg a.txt", "a.jpg a.txt a.jpg.txt", ["p/a.jpg.txt", "p/a.txt"]),
     ],
 )
-def test_a_text_that_comes_or_goes_is_noticed(tmp_path: Path, before: str, after: str, changed: list[str]) -> None:
+def test_a_text_that_is_added_or_removed_is_noted(tmp_path: Path, before: str, after: str, changed: list[str]) -> None:
     cache = Folder(str(tmp_path))
-    first, noticed = plan.extend_plan(cache, listed(*before.split(), "b.jpg", "b.txt"))
-    assert noticed == []
-    units, noticed = plan.extend_plan(cache, listed(*after.split(), "b.jpg", "b.txt"))
+    first, notes = plan.extend_plan(cache, make_shards(*before.split(), "b.jpg", "b.txt"))
+    assert notes == []
+    units, notes = plan.extend_plan(cache, make_shards(*after.split(), "b.jpg", "b.txt"))
     assert [unit.name for unit in units] == [unit.name for unit in first]
     texts = {f"p/{name}" for name in after.split() if name.endswith("txt")} - {
         "p/a.txt" if "a.jpg.txt" in after else ""
     }
     assert {text.path for files in unpack_files(units[0]) for text in files.texts} == texts | {"p/b.txt"}
-    said = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
-    assert noticed[0] == f"{said}none of their samples are encoded yet, and they are planned again"
+    message = f"inputs that have changed since they were planned: {len(changed)} ({', '.join(changed)}); "
+    assert notes[0] == f"{message}none of their samples are encoded yet, and they are planned again"
 
 
-def test_texts_that_were_edited_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
+def test_edited_texts_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
     cache, names = Folder(str(tmp_path)), [f"{n}.{kind}" for n in range(8) for kind in ("jpg", "txt")]
-    plan.extend_plan(cache, listed(*names))
-    edited = [shard if shard.path.endswith("jpg") else edit(shard) for shard in listed(*names)]
+    plan.extend_plan(cache, make_shards(*names))
+    edited = [shard if shard.path.endswith("jpg") else edit(shard) for shard in make_shards(*names)]
     _, (line,) = plan.extend_plan(cache, edited)
     assert line.startswith("inputs that have changed since they were planned: 8 (")
     assert "p/0.txt, p/1.txt, p/2.txt, p/3.txt, p/4.txt and 3 more" in line
@@ -142,8 +142,8 @@ def edit(shard: Shard) -> Shard:
     return Shard(url=shard.url, root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
 
 
-def test_an_etag_that_is_unknown_is_not_a_change(tmp_path: Path) -> None:
-    cache, shards = Folder(str(tmp_path)), listed("a.jpg", "a.txt")
+def test_an_unknown_etag_is_not_a_change(tmp_path: Path) -> None:
+    cache, shards = Folder(str(tmp_path)), make_shards("a.jpg", "a.txt")
     unknown = [Shard(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
     plan.extend_plan(cache, shards)
     assert plan.extend_plan(cache, unknown)[1] == []
@@ -152,7 +152,7 @@ def test_an_etag_that_is_unknown_is_not_a_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", ["", "[]", "[[1]]", "{}", '[[1,"e",[1]]]'])
-def test_a_plan_that_does_not_say_what_its_files_are_is_named(files: str) -> None:
-    (unit,) = make_units(listed("a.jpg"))
+def test_a_plan_without_a_valid_list_of_files_is_an_error(files: str) -> None:
+    (unit,) = make_units(make_shards("a.jpg"))
     with pytest.raises(CacheError, match=r"the plan has no valid list of the files of the unit p-\w+; "):
         unpack_files(replace(unit, files=files))

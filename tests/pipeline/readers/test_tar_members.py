@@ -1,4 +1,4 @@
-"""Tars as people make them: what is no part of a sample, and what is said of one without an image."""
+"""Tars of users: files that belong to no sample, and samples without an image."""
 
 import gzip
 import io
@@ -66,27 +66,27 @@ STRAYS = {
 }
 
 
-def test_what_macos_adds_is_no_sample_and_splits_none() -> None:
-    items, passed = read(MAC)
+def test_files_of_macos_are_skipped_and_split_no_sample() -> None:
+    items, skipped = read(MAC)
     assert rows(items) == [("0", b"0", {"txt": "caption"}), ("1", b"1", {"txt": "caption"})]
-    assert (len(items), passed) == (2, {HIDDEN: 4, APART: 0})
+    assert (len(items), skipped) == (2, {HIDDEN: 4, APART: 0})
 
 
-def test_what_other_systems_add_is_none_either() -> None:
-    items, passed = read(WINDOWS)
+def test_files_of_other_operating_systems_are_skipped() -> None:
+    items, skipped = read(WINDOWS)
     assert rows(items) == [("d/0", b"0", {"txt": "zero"})]
-    assert (len(items), passed[HIDDEN], passed[STRAY]) == (1, 8, 0)
+    assert (len(items), skipped[HIDDEN], skipped[STRAY]) == (1, 8, 0)
 
 
-def test_documents_and_indexes_are_no_rejects() -> None:
-    items, passed = read(STRAYS)
+def test_documents_and_indexes_are_skipped() -> None:
+    items, skipped = read(STRAYS)
     assert rows(items) == [("0", b"0", {"txt": "zero"})]
-    assert (len(items), passed[HIDDEN], passed[STRAY]) == (1, 0, 10)
+    assert (len(items), skipped[HIDDEN], skipped[STRAY]) == (1, 0, 10)
 
 
 @pytest.mark.parametrize("members", [MAC, WINDOWS, STRAYS], ids=["mac", "windows", "strays"])
-def test_the_samples_are_those_of_webdataset(members: dict[str, bytes]) -> None:
-    """But for what is an operating system's: webdataset makes samples of it, and lets it split one."""
+def test_samples_equal_those_of_webdataset(members: dict[str, bytes]) -> None:
+    """Files of operating systems are excluded: webdataset makes samples of them, and they split other samples."""
     system = ("__MACOSX/", "d/@eaDir/", "d/.ipynb_checkpoints/", "d/desktop.ini")
     data = tar({name: data for name, data in members.items() if not name.startswith(system)})
     tariterators = pytest.importorskip("webdataset.tariterators")
@@ -99,25 +99,25 @@ def test_the_samples_are_those_of_webdataset(members: dict[str, bytes]) -> None:
     assert rows(read(members)[0]) == theirs
 
 
-def test_what_may_be_left_of_a_sample_is_a_reject() -> None:
-    """Of many samples, each without its image, none is passed over: the tar may hold formats that are not read."""
+def test_files_of_a_sample_without_an_image_are_a_reject() -> None:
+    """They are never skipped, however many there are: their image may have a format that is not supported."""
     members = {"0.txt": b"", "1.json": b"", "2.tiff": b"", "3": b"", "4.cls": b"", "5.mp4": b"", "6.jfif": b""}
-    items, passed = read(members)
+    items, skipped = read(members)
     assert [outcome(item)[1:] for item in items] == [(str(n), "no_image") for n in range(7)]
-    assert not passed[STRAY]
+    assert not skipped[STRAY]
 
 
-def test_an_extension_that_is_wanted_is_no_index() -> None:
+def test_a_requested_extension_is_not_an_index() -> None:
     members = {"0.jpg": b"0", "0.tsv": b"zero", "1.tsv": b"one"}
     items, _ = read(members, ("tsv",))
     assert [outcome(item)[1:] for item in items] == [("0", b"0"), ("1", "no_image")]
     assert rows(items)[0][2] == {"tsv": "zero"}
 
 
-def test_an_image_whose_whole_name_is_its_extension_is_a_bad_key() -> None:
-    items, passed = read({"d/.jpg": b"0", ".jpeg": b"1"})
+def test_an_image_named_only_by_its_extension_has_a_bad_key() -> None:
+    items, skipped = read({"d/.jpg": b"0", ".jpeg": b"1"})
     assert [outcome(item)[2] for item in items] == ["bad_key", "bad_key"]
-    assert not passed[HIDDEN]
+    assert not skipped[HIDDEN]
 
 
 def detail(members: dict[str, bytes]) -> str:
@@ -126,7 +126,7 @@ def detail(members: dict[str, bytes]) -> str:
     return reject.detail
 
 
-def test_a_sample_without_an_image_says_what_it_has() -> None:
+def test_the_reject_of_a_sample_without_an_image_names_its_extensions() -> None:
     dots = " (a key ends at the first dot of a file's name)"
     assert detail({"v1.0.jpg": b"", "v1.1.jpg": b"", "v1": b""}) == (
         f"the sample has no image: its files end in .0.jpg, .1.jpg, nothing{dots}"
@@ -135,21 +135,21 @@ def test_a_sample_without_an_image_says_what_it_has() -> None:
     assert detail(many).endswith(f"its files end in .0.jpg, .1.jpg, .2.jpg, .3.jpg, .4.jpg and 4 more{dots}")
 
 
-def test_what_a_reject_says_of_names_is_short_and_safe() -> None:
-    said = detail({f"0.{n}\x1b[31m\u202e{'x' * 80}": b"" for n in range(9)})
-    assert said.isprintable()
-    assert len(said) < 300
-    json.dumps(said).encode()
+def test_names_in_a_reject_are_shortened_and_printable() -> None:
+    detail_text = detail({f"0.{n}\x1b[31m\u202e{'x' * 80}": b"" for n in range(9)})
+    assert detail_text.isprintable()
+    assert len(detail_text) < 300
+    json.dumps(detail_text).encode()
 
 
-def test_texts_that_stand_apart_from_their_images_are_named() -> None:
+def test_texts_that_are_not_adjacent_to_their_image_are_named() -> None:
     images, texts = {f"{n}.jpg": b"%d" % n for n in range(3)}, {f"{n}.txt": b"" for n in range(3)}
     for members in (images | texts, texts | images):
-        items, passed = read(members)
+        items, skipped = read(members)
         assert [columns for _, _, columns in rows(items)] == [{}] * 3
-        assert passed[APART] == 3
+        assert skipped[APART] == 3
     details = {item.detail for item in read(images | texts)[0] if isinstance(item, Reject)}
-    assert [said.split("; ")[1] for said in details] == [
+    assert [detail_text.split("; ")[1] for detail_text in details] == [
         "its image is elsewhere in the tar: the files of a sample must be adjacent"
     ]
 
@@ -163,7 +163,7 @@ def test_texts_that_stand_apart_from_their_images_are_named() -> None:
         ("img_1.jpg", "IMG_1.txt"),
     ],
 )
-def test_a_text_that_is_spelled_otherwise_than_its_image_is_named(image: str, text: str) -> None:
+def test_a_text_with_another_spelling_than_its_image_is_named(image: str, text: str) -> None:
     assert detail({image: b"0", text: b"zero"}).endswith(
         "; the key of an image differs only in the case of letters or in Unicode normalization: rename one of them"
     )
@@ -174,28 +174,28 @@ def test_the_case_of_an_extension_does_not_matter() -> None:
     assert rows(items) == [("B", b"0", {"txt": "zero", "json": "{}"})]
 
 
-def test_backslashes_of_windows_are_slashes() -> None:
+def test_backslashes_of_windows_become_slashes() -> None:
     items, _ = read({"v1.0\\a.jpg": b"0", "v1.0\\a.txt": b"zero", ".\\b.jpg": b"1", "..\\c.jpg": b"2"})
     assert [outcome(item)[1:] for item in items] == [("v1.0/a", b"0"), ("b", b"1"), ("../c", "bad_key")]
     assert rows(items)[0][2] == {"txt": "zero"}
 
 
 @pytest.mark.parametrize("members", [{}, {"0.jpg": bytes(5000)}])
-def test_a_tar_that_is_compressed_is_said_at_once(members: dict[str, bytes]) -> None:
+def test_a_compressed_tar_is_an_error(members: dict[str, bytes]) -> None:
     data = gzip.compress(tar(members))
     with pytest.raises(ShardError, match=r"s\.tar is not a tar, but a gzip file; decompress it \(gunzip") as error:
         list(read_tar(io.BytesIO(data), "s.tar"))
-    assert not isinstance(error.value, DamagedError), "a damage is read up to, and the rest rejected"
+    assert not isinstance(error.value, DamagedError), "damage would only reject the rest of the shard"
 
 
 @pytest.mark.parametrize(
     ("start", "kind"),
     [(b"PK\x03\x04", "zip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\0", "xz"), (b"BZh9", "bzip2")],
 )
-def test_so_are_other_archives(start: bytes, kind: str) -> None:
+def test_other_archives_are_an_error(start: bytes, kind: str) -> None:
     with pytest.raises(ShardError, match=f"is not a tar, but a {kind} file"):
         list(read_tar(io.BytesIO(start + bytes(2000)), "s.tar"))
 
 
-def test_a_name_may_begin_like_an_archive() -> None:
+def test_a_file_name_may_start_like_an_archive() -> None:
     assert [outcome(item)[1:] for item in read({"BZh.jpg": b"0"})[0]] == [("BZh", b"0")]

@@ -1,4 +1,4 @@
-"""Names of sources, and what in a source is no input: second paths to one file, and what latentmill wrote."""
+"""Names of sources; and files that are no inputs: second paths to one file, and outputs of latentmill."""
 
 import json
 import os
@@ -25,76 +25,78 @@ def put(folder: Path | str, *names: str, data: bytes = IMAGE) -> None:
         Folder(str(folder)).replace(name, data)
 
 
-def listed(*sources: object) -> Listing:
+def list_inputs(*sources: object) -> Listing:
     return list_sources([str(source) for source in sources], {}, "nowhere/at/all")
 
 
-def paths(*sources: object) -> list[str]:
-    return [shard.path for shard in listed(*sources).shards]
+def list_paths(*sources: object) -> list[str]:
+    return [shard.path for shard in list_inputs(*sources).shards]
 
 
-def test_a_source_has_the_name_that_it_is_given(tmp_path: Path) -> None:
+def test_a_source_has_its_given_name(tmp_path: Path) -> None:
     put(tmp_path, "dogs/images/a/1.jpg", "dogs/images/2.jpg")
     for source in ("dogs/images", "dogs/images/", "dogs/images/*", "dogs/images/{2.jpg,a}"):
-        assert paths(f"images2={tmp_path}/{source}") == ["images2/2.jpg", "images2/a/1.jpg"]
-    assert paths(f"the set={tmp_path}/dogs/images/2.jpg") == ["the set/2.jpg"]
-    (source,) = listed(f"images2={tmp_path}/dogs/images/*").sources
+        assert list_paths(f"images2={tmp_path}/{source}") == ["images2/2.jpg", "images2/a/1.jpg"]
+    assert list_paths(f"the set={tmp_path}/dogs/images/2.jpg") == ["the set/2.jpg"]
+    (source,) = list_inputs(f"images2={tmp_path}/dogs/images/*").sources
     assert (source.name, source.root) == ("images2", f"{tmp_path}/dogs/images")
 
 
-def test_a_store_is_named_too() -> None:
+def test_a_source_on_a_store_can_be_named() -> None:
     put("memory://named", "data/0.tar")
-    assert paths("b=memory://named/data") == ["b/0.tar"]
+    assert list_paths("b=memory://named/data") == ["b/0.tar"]
 
 
-def test_a_path_with_an_equals_sign_that_is_there_stays_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "year=2024/0.tar", "year=2025/0.tar")
     monkeypatch.chdir(tmp_path)
-    assert paths("year=2024") == ["year=2024/0.tar"]
-    assert paths(f"{tmp_path}/year=2024/*.tar") == ["year=2024/0.tar"]
-    assert len(paths("year={2024,2025}/*.tar")) == len(paths("year=*/*.tar")) == 2
-    assert paths("new=year=2024") == ["new/0.tar"]
+    assert list_paths("year=2024") == ["year=2024/0.tar"]
+    assert list_paths(f"{tmp_path}/year=2024/*.tar") == ["year=2024/0.tar"]
+    assert len(list_paths("year={2024,2025}/*.tar")) == len(list_paths("year=*/*.tar")) == 2
+    assert list_paths("new=year=2024") == ["new/0.tar"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a%b", "a\nb", "a\x1bb"])
-def test_a_name_must_be_plain(name: str) -> None:
+def test_a_source_name_must_be_plain(name: str) -> None:
     with pytest.raises(SourceError, match="the name before `=` must not contain"):
-        listed(f"{name}=photos")
+        list_inputs(f"{name}=photos")
 
 
-def test_a_source_without_a_name_is_told_to_have_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_source_without_a_name_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="names no source"):
-        listed("a=")
+        list_inputs("a=")
     put("memory://", "zero.tar")
     for source in ("memory://zero.tar", "/"):
         with pytest.raises(SourceError, match="has no name: give it a name, as in NAME="):
-            listed(source)
-    assert paths("m=memory://zero.tar") == ["m/zero.tar"]
+            list_inputs(source)
+    assert list_paths("m=memory://zero.tar") == ["m/zero.tar"]
 
 
 @pytest.mark.parametrize(
     ("source", "name"), [("data/./photos", "photos"), ("data//photos/", "photos"), ("data/x/../photos", "photos")]
 )
-def test_however_a_directory_is_spelled_it_has_one_name(tmp_path: Path, source: str, name: str) -> None:
+def test_every_spelling_of_a_directory_has_the_same_name(tmp_path: Path, source: str, name: str) -> None:
     put(tmp_path, "data/photos/1.jpg", "data/x/2.jpg")
-    (shard,) = listed(f"{tmp_path}/{source}", f"file://{tmp_path}/data/photos", tmp_path / "data/photos/1.jpg").shards
+    (shard,) = list_inputs(
+        f"{tmp_path}/{source}", f"file://{tmp_path}/data/photos", tmp_path / "data/photos/1.jpg"
+    ).shards
     assert (shard.path, shard.url) == (f"{name}/1.jpg", f"{tmp_path}/data/photos/1.jpg")
 
 
-def test_the_folder_above_a_link_is_the_one_on_the_disk(tmp_path: Path) -> None:
+def test_the_parent_of_a_link_is_the_parent_of_its_target(tmp_path: Path) -> None:
     put(tmp_path, "real/photos/1.jpg", "real/sub/2.jpg", "photos/3.jpg")
     (tmp_path / "link").symlink_to("real/sub")
-    assert paths(f"{tmp_path}/link/../photos") == ["photos/1.jpg"]
+    assert list_paths(f"{tmp_path}/link/../photos") == ["photos/1.jpg"]
 
 
-def test_roots_that_are_one_through_links_are_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_to_one_root_are_one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "real/photos/1.jpg")
     (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path)
-    assert paths(tmp_path / "real/photos", tmp_path / "link/photos", "link/photos/*") == ["photos/1.jpg"]
+    assert list_paths(tmp_path / "real/photos", tmp_path / "link/photos", "link/photos/*") == ["photos/1.jpg"]
 
 
-def test_links_to_files_of_the_source_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_links_to_files_of_the_same_source_are_skipped_and_counted(tmp_path: Path) -> None:
     put(tmp_path, "data/a.jpg", "data/a.txt", "pool/x.jpg")
     for link, target in {
         "b.jpg": "a.jpg",
@@ -104,30 +106,30 @@ def test_links_to_files_of_the_source_are_left_out_and_counted(tmp_path: Path) -
     }.items():
         (tmp_path / "data" / link).symlink_to(target)
     os.link(tmp_path / "data/a.jpg", tmp_path / "data/hard.jpg")
-    found = listed(tmp_path / "data")
-    assert [shard.path for shard in found.shards] == [
+    listing = list_inputs(tmp_path / "data")
+    assert [shard.path for shard in listing.shards] == [
         *("data/a.jpg", "data/a.txt", "data/b.txt", "data/c.jpg", "data/d.jpg", "data/hard.jpg")
-    ], "texts stay; equal files that a store by content links to one are files of their own, and so are hard links"
-    assert found.notes == [f"skipped links to files of the same source: 1 ({tmp_path}/data/b.jpg)"]
+    ], "texts stay; several links to one file outside the source are separate files, and so are hard links"
+    assert listing.notes == [f"skipped links to files of the same source: 1 ({tmp_path}/data/b.jpg)"]
 
 
 @pytest.mark.parametrize("root", ["disk", "memory"])
-def test_caches_and_previews_in_a_source_are_left_out(root: str, tmp_path: Path) -> None:
-    place = str(tmp_path) if root == "disk" else "memory://outputs"
-    put(place, "photos/a.jpg", "photos/data/b.jpg", "photos/sheets/c.png", "photos/images/d.png")
-    put(place, "photos/latents/cache.json", data=CACHE_JSON)
-    put(place, f"photos/latents/data/{UNIT}-00000.parquet", f"photos/latents/data/{UNIT}-00001r1.parquet")
-    put(place, "photos/latents/_plan/00000.parquet", "photos/latents/stats.json")
-    put(place, "photos/previews/report.json", data=REPORT)
-    put(place, f"photos/previews/images/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
-    found = listed(f"{place}/photos")
-    assert [shard.path.removeprefix("photos/") for shard in found.shards] == [
+def test_caches_and_previews_in_a_source_are_skipped(root: str, tmp_path: Path) -> None:
+    base = str(tmp_path) if root == "disk" else "memory://outputs"
+    put(base, "photos/a.jpg", "photos/data/b.jpg", "photos/sheets/c.png", "photos/images/d.png")
+    put(base, "photos/latents/cache.json", data=CACHE_JSON)
+    put(base, f"photos/latents/data/{UNIT}-00000.parquet", f"photos/latents/data/{UNIT}-00001r1.parquet")
+    put(base, "photos/latents/_plan/00000.parquet", "photos/latents/stats.json")
+    put(base, "photos/previews/report.json", data=REPORT)
+    put(base, f"photos/previews/images/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
+    listing = list_inputs(f"{base}/photos")
+    assert [shard.path.removeprefix("photos/") for shard in listing.shards] == [
         *("a.jpg", "data/b.jpg", "images/d.png", "previews/mine.png", "sheets/c.png")
     ]
-    cache, previews = found.notes
+    cache, previews = listing.notes
     assert cache.endswith("photos/latents: 5")
     assert previews.endswith("photos/previews: 3")
-    assert paths(f"{place}/photos/*/*.png") == [
+    assert list_paths(f"{base}/photos/*/*.png") == [
         "photos/images/d.png",
         "photos/previews/mine.png",
         "photos/sheets/c.png",
@@ -135,61 +137,61 @@ def test_caches_and_previews_in_a_source_are_left_out(root: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("source", ["latents", "latents/data", "latents/data/*.parquet", "previews/images", "previews"])
-def test_what_latentmill_wrote_is_no_source(tmp_path: Path, source: str) -> None:
+def test_outputs_of_latentmill_are_refused_as_a_source(tmp_path: Path, source: str) -> None:
     put(tmp_path, "latents/cache.json", data=CACHE_JSON)
     put(tmp_path, "previews/report.json", data=REPORT)
     put(tmp_path, f"latents/data/{UNIT}-00000.parquet", f"previews/images/{UNIT}/1.png")
     with pytest.raises(SourceError, match=r"latentmill wrote all files there, the (cache|previews) "):
-        listed(tmp_path / source)
+        list_inputs(tmp_path / source)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"format": 1}', b"\xff", b'{"made_by": "someone"}'])
-def test_files_that_are_called_like_ours_are_not_ours(tmp_path: Path, content: bytes) -> None:
+def test_foreign_files_with_names_of_outputs_are_inputs(tmp_path: Path, content: bytes) -> None:
     names = (f"data/{UNIT}-00000.parquet", f"images/{UNIT}/1.png", "sheets/00000.png")
     put(tmp_path / "x", "cache.json", "report.json", data=content)
     put(tmp_path / "x", *names)
-    assert set(paths(tmp_path / "x")) >= {f"x/{name}" for name in names}
+    assert set(list_paths(tmp_path / "x")) >= {f"x/{name}" for name in names}
 
 
-def test_only_files_that_look_like_ours_cost_a_look(tmp_path: Path) -> None:
-    looked: list[str] = []
+def test_only_files_that_may_mark_outputs_are_read(tmp_path: Path) -> None:
+    read_paths: list[str] = []
 
     def read(path: str) -> bytes | None:
-        looked.append(path)
+        read_paths.append(path)
         return None
 
     files = [f"/s/{n}/{name}" for n in range(100) for name in ("cache.json", "report.json", "data/0-00001.parquet")]
     files += [f"/s/data/{UNIT}-{n:05d}.parquet" for n in range(100)]
     assert own_outputs.find_own_outputs(files, read) == {}
-    assert looked == ["/s/cache.json"]
+    assert read_paths == ["/s/cache.json"]
 
 
 @pytest.mark.parametrize("root", ["memory://shell", ""])
-def test_a_folder_of_images_that_are_named_one_by_one_is_listed_once(
+def test_a_folder_whose_images_are_named_individually_is_listed_once(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a shell does with `photos/*.jpg`: to list it for each of them takes minutes for thousands."""
+    """A shell passes such names for `photos/*.jpg`. One listing per image would take minutes."""
     folder = f"{root or tmp_path}/photos"
     names = [f"{number}.{end}" for number in range(9) for end in ("jpg", "txt")]
     put(folder, *names)
-    asked: list[str] = []
+    listed_folders: list[str] = []
     for kind in (MemoryFileSystem, LocalFileSystem):
 
-        def ls(self: Any, path: str, *given: Any, ls: Any = kind.ls, **named: Any) -> Any:
-            asked.append(path)
-            return ls(self, path, *given, **named)
+        def ls(self: Any, path: str, *args: Any, ls: Any = kind.ls, **options: Any) -> Any:
+            listed_folders.append(path)
+            return ls(self, path, *args, **options)
 
         monkeypatch.setattr(kind, "ls", ls)
-    found = paths(*(f"{folder}/{number}.jpg" for number in range(9)))
+    found = list_paths(*(f"{folder}/{number}.jpg" for number in range(9)))
     assert found == [f"photos/{name}" for name in names]
-    assert len(asked) == 1
+    assert len(listed_folders) == 1
 
 
-def test_thumbnails_of_a_disk_station_are_left_out(tmp_path: Path) -> None:
+def test_thumbnails_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
-    found = listed(tmp_path / "photos")
-    assert [shard.path for shard in found.shards] == ["photos/0.png"]
-    assert found.notes[0].startswith("skipped files of the operating system: 2 (")
+    listing = list_inputs(tmp_path / "photos")
+    assert [shard.path for shard in listing.shards] == ["photos/0.png"]
+    assert listing.notes[0].startswith("skipped files of the operating system: 2 (")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,9 @@ def test_thumbnails_of_a_disk_station_are_left_out(tmp_path: Path) -> None:
         ("s/*", ["s/a/9.jpg"], []),
     ],
 )
-def test_a_source_knows_what_it_would_list(tmp_path: Path, source: str, covered: list[str], others: list[str]) -> None:
+def test_a_source_covers_the_paths_that_it_would_list(
+    tmp_path: Path, source: str, covered: list[str], others: list[str]
+) -> None:
     put(tmp_path, *(f"s/{n}.tar" for n in range(4)), "s/a/5.tar")
-    (found,) = listed(f"{tmp_path}/{source}").sources
-    assert [path for path in [*covered, *others] if found.covers(path)] == covered
+    (listed_source,) = list_inputs(f"{tmp_path}/{source}").sources
+    assert [path for path in [*covered, *others] if listed_source.covers(path)] == covered

@@ -1,4 +1,4 @@
-"""What pins an input: its size, and its ETag or its time."""
+"""The version of an input: its size, and its ETag or its time."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_that_is_rewritten_in_its_size_while_it_is_read_is_reported(tmp_path: Path) -> None:
+def test_a_file_rewritten_with_the_same_size_while_it_is_read_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(b"old")
     (shard,) = list_shards((str(path),), {}, "nowhere")
@@ -47,12 +47,12 @@ def test_a_file_that_is_rewritten_in_its_size_while_it_is_read_is_reported(tmp_p
         ({"size": 1}, ""),
     ],
 )
-def test_what_storage_says_of_a_version(info: dict[str, object], etag: str) -> None:
+def test_the_etag_of_a_file_by_its_storage(info: dict[str, object], etag: str) -> None:
     assert etag_of(info) == etag
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("first", "second", "same"),
     [
         ("m1700000000123456789", "m1700000000123456789", True),
         ("m1700000000123456789", "m1700000000123456788", False),
@@ -66,6 +66,6 @@ def test_what_storage_says_of_a_version(info: dict[str, object], etag: str) -> N
         ("d41d8cd9", "", True),
     ],
 )
-def test_etags_that_can_be_of_one_content(one: str, other: str, same: bool) -> None:
-    assert same_etag(one, other) is same
-    assert same_etag(other, one) is same
+def test_whether_two_etags_can_belong_to_the_same_content(first: str, second: str, same: bool) -> None:
+    assert same_etag(first, second) is same
+    assert same_etag(second, first) is same

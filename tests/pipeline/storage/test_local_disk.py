@@ -1,4 +1,4 @@
-"""Disks that do not have all calls: what is promised there, and that it is said where it is not."""
+"""Disks without hard links or exclusive renames: whether they support conditional creates, and how jobs report it."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from tests.pipeline.storage.concurrent_writers import winners
 ROOT = Path(__file__).parents[3]
 Command = Callable[..., tuple[int, str, str]]
 
-# what makes a process's disk one without links, and one without exclusive renames either
+# Code that disables hard links in a process, and exclusive renames too.
 NO_LINKS = """
 import errno, os
 def link(file, path, **how):
@@ -29,13 +29,13 @@ NO_EXCLUSIVE_RENAMES = "from pipeline.storage import local_disk; local_disk._ren
 
 
 def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int = errno.EPERM, within: bool = True) -> None:
-    """A disk that links from one directory to another, or not within one either (`within`)."""
-    real = os.link
+    """Refuse all hard links, or only those from one directory to another (within=False)."""
+    original = os.link
 
     def link(file: str, path: str) -> None:
         if within or os.path.dirname(file) != os.path.dirname(path):
             raise OSError(number, os.strerror(number), file, None, path)
-        real(file, path)
+        original(file, path)
 
     monkeypatch.setattr(os, "link", link)
 
@@ -56,22 +56,20 @@ def test_without_links_an_exclusive_rename_lets_one_writer_win(
     folder = Folder(str(tmp_path / "c"))
     assert folder.supports_conditional_create()
     (won,) = winners(folder)
-    assert files_below(folder) == ["x"], "nothing else is left"
+    assert files_below(folder) == ["x"], "no other file is left"
     assert folder.read("data/x") == bytes([won]) * 100_000
 
 
-def test_a_disk_that_links_within_a_directory_only_keeps_the_promise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_within_a_directory_support_conditional_creates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_links(monkeypatch, errno.EXDEV, within=False)
     refuse_exclusive_renames(monkeypatch)
     folder = Folder(str(tmp_path / "c"))
     assert folder.supports_conditional_create()
     assert len(winners(folder)) == 1
-    assert files_below(folder) == ["x"], "nothing else is left"
+    assert files_below(folder) == ["x"], "no other file is left"
 
 
-def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
+def test_a_disk_with_neither_has_whole_files_without_conditional_creates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_links(monkeypatch)
@@ -79,21 +77,23 @@ def test_a_disk_with_neither_promises_nothing_and_still_shows_whole_files(
     folder = Folder(str(tmp_path / "c"))
     assert not folder.supports_conditional_create()
     assert winners(folder)
-    assert files_below(folder) == ["x"], "nothing else is left"
+    assert files_below(folder) == ["x"], "no other file is left"
     assert not folder.create("data/x", b"late")
     assert folder.read("data/x") != b"late"
 
 
-def test_a_rename_that_overwrites_all_the_same_promises_nothing(
+def test_a_rename_that_ignores_its_flags_is_no_conditional_create(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A filesystem of FUSE that does not look at the flags."""
+    """Some FUSE filesystems ignore the flag that forbids overwriting."""
     refuse_links(monkeypatch)
     monkeypatch.setattr(local_disk, "_renameat2", lambda: lambda at, file, into, path, flags: os.replace(file, path))
     assert not Folder(str(tmp_path)).supports_conditional_create()
 
 
-def test_where_the_driver_was_promised_more_a_worker_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_fails_if_only_the_driver_has_conditional_creates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_links(monkeypatch)
     refuse_exclusive_renames(monkeypatch)
     with pytest.raises(StorageError, match=r"cannot write .*/data/x: the disk has neither hard links nor exclusive"):
@@ -102,19 +102,21 @@ def test_where_the_driver_was_promised_more_a_worker_says_so(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE, errno.EROFS])
-def test_other_errors_of_a_link_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_other_errors_of_a_link_are_storage_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     refuse_links(monkeypatch, number)
     with pytest.raises(StorageError, match=f"cannot write .*/x: {os.strerror(number).lower()}"):
         Folder(str(tmp_path)).create("x", b"1")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_link_whose_answer_was_lost_has_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS asks again, and is told that the name is taken."""
-    real = os.link
+def test_a_link_whose_answer_was_lost_counts_as_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS sends the request again, and gets the answer that the name exists."""
+    original = os.link
 
     def link(file: str, path: str) -> None:
-        real(file, path)
+        original(file, path)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), file, None, path)
 
     monkeypatch.setattr(os, "link", link)
@@ -124,8 +126,8 @@ def test_a_link_whose_answer_was_lost_has_won(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
-def test_a_disk_without_fsync_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """An fsync that fails is one."""
+def test_a_disk_without_fsync_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """An fsync that fails with an I/O error is an error."""
 
     def refuse(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -157,14 +159,14 @@ def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
     assert record["conditional_creates"] is False
     assert latentmill("verify", tmp_path / "c")[0] == 0
     run.write_text(json.dumps({**record, "outcome": "running"}))
-    for again in (argv, ["retry", tmp_path / "c"]):
-        code, _, err = latentmill(*again, "--workers", 0)
+    for command in (argv, ["retry", tmp_path / "c"]):
+        code, _, err = latentmill(*command, "--workers", 0)
         assert code == 1
         assert f"another run (started {record['started']}) is writing to" in err
 
 
 @pytest.mark.parametrize("verb", ["encode", "retry"])
-def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
+def test_a_job_fails_if_only_its_driver_has_conditional_creates(
     latentmill: Command,
     argv: list[object],
     micro_vae: Path,
@@ -177,13 +179,13 @@ def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
         argv = ["retry", tmp_path / "c"]
     supports_conditional_create = Folder.supports_conditional_create
 
-    def then_refuse(folder: Folder) -> bool:
-        kept = supports_conditional_create(folder)
+    def check_then_refuse(folder: Folder) -> bool:
+        is_supported = supports_conditional_create(folder)
         refuse_links(monkeypatch)
         refuse_exclusive_renames(monkeypatch)
-        return kept
+        return is_supported
 
-    monkeypatch.setattr(Folder, "supports_conditional_create", then_refuse)
+    monkeypatch.setattr(Folder, "supports_conditional_create", check_then_refuse)
     code, _, err = latentmill(*argv, "--workers", 0)
     assert code == 1
     assert "the disk has neither hard links nor exclusive renames on this machine" in err
@@ -192,7 +194,9 @@ def test_a_job_fails_where_its_workers_disk_keeps_less_than_the_drivers(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("kept", [True, False], ids=["exclusive renames", "neither"])
-def test_workers_of_ray_agree_with_the_driver_on_such_a_disk(argv: list[object], tmp_path: Path, kept: bool) -> None:
+def test_ray_workers_agree_with_the_driver_on_a_disk_without_links(
+    argv: list[object], tmp_path: Path, kept: bool
+) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(NO_LINKS + ("" if kept else NO_EXCLUSIVE_RENAMES))
     job = subprocess.run(

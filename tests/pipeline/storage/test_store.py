@@ -17,7 +17,7 @@ from tests.pipeline.storage.concurrent_writers import winners
 
 @pytest.fixture(params=["disk", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty place, on disk and in memory."""
+    """Return the URL of an empty folder, on disk and in memory."""
     return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
 
 
@@ -26,8 +26,8 @@ def put(root: str, *names: str) -> None:
         Folder(root).replace(name, name.encode())
 
 
-def paths(*sources: str, but: str = "nowhere/at/all", notes: list[str] | None = None) -> list[str]:
-    return [shard.path for shard in list_shards(sources, {}, but, notes)]
+def list_paths(*sources: str, exclude: str = "nowhere/at/all", notes: list[str] | None = None) -> list[str]:
+    return [shard.path for shard in list_shards(sources, {}, exclude, notes)]
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def paths(*sources: str, but: str = "nowhere/at/all", notes: list[str] | None = 
 )
 def test_a_source_is_a_file_a_directory_a_glob_or_a_range(root: str, source: str, expected: list[str]) -> None:
     put(root, "data/0.tar", "data/1.tar", "data/sub/2.tar", "data/.hidden/3.tar", "data/.4.tar")
-    assert paths(f"{root}/{source}") == expected
+    assert list_paths(f"{root}/{source}") == expected
 
 
-def test_a_name_with_wildcards_in_it_is_itself(root: str) -> None:
+def test_an_existing_name_with_wildcards_is_not_a_glob(root: str) -> None:
     put(root, "a[1]{2/x.jpg")
-    assert paths(f"{root}/a[1]{{2") == ["a[1]{2/x.jpg"]
+    assert list_paths(f"{root}/a[1]{{2") == ["a[1]{2/x.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -63,19 +63,19 @@ def test_a_name_with_wildcards_in_it_is_itself(root: str) -> None:
         ("data/?.tar", ["0.tar"]),
     ],
 )
-def test_what_stands_beside_images_that_are_named_comes_along(root: str, source: str, expected: list[str]) -> None:
+def test_texts_beside_the_named_images_are_listed(root: str, source: str, expected: list[str]) -> None:
     put(root, "data/a.jpg", "data/a.txt", "data/b.jpg", "data/b.jpg.json", "data/a.png", "data/c.txt", "data/a.JPG.Txt")
     put(root, "data/sub/c.jpg", "data/sub/c.txt", "data/0.tar", "data/0.txt", "data/b.txt/d.txt")
-    assert paths(f"{root}/{source}") == [f"data/{name}" for name in expected]
+    assert list_paths(f"{root}/{source}") == [f"data/{name}" for name in expected]
 
 
-def test_texts_of_images_in_a_folder_with_wildcards_in_its_name_come_along(root: str) -> None:
+def test_texts_are_listed_in_a_folder_with_wildcards_in_its_name(root: str) -> None:
     put(root, "a[1]/x.jpg", "a[1]/x.txt")
-    assert paths(f"{root}/a[1]/x.jpg") == ["a[1]/x.jpg", "a[1]/x.txt"]
+    assert list_paths(f"{root}/a[1]/x.jpg") == ["a[1]/x.jpg", "a[1]/x.txt"]
 
 
-def test_two_colons_are_a_part_of_a_name(root: str) -> None:
-    """fsspec would take them for a chain of filesystems, and read another file."""
+def test_two_colons_are_part_of_a_name(root: str) -> None:
+    """fsspec would interpret them as a chain of filesystems, and read another file."""
     put(root, "data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar")
     shards = list_shards((f"{root}/data",), {}, "nowhere")
     assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"]
@@ -87,16 +87,16 @@ def test_two_colons_are_a_part_of_a_name(root: str) -> None:
         connect("simplecache::s3://b/x", {})
 
 
-def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+def test_entries_that_are_not_files_are_noted_and_skipped(tmp_path: Path) -> None:
     put(str(tmp_path), "data/a.jpg", "data/dir.jpg/b.jpg")
     os.mkfifo(tmp_path / "data/pipe\n.jpg")
     notes: list[str] = []
-    assert paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+    assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
     assert notes == [f"skipped entries that are not files, or folders without permission: {tmp_path}/data/pipe\\n.jpg"]
-    assert paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+    assert list_paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
 
 
-def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(str(tmp_path), "data/a.jpg", "data/closed/b.jpg")
     listdir = os.listdir
 
@@ -107,10 +107,10 @@ def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "listdir", refuse)
     notes: list[str] = []
-    assert paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg"]
+    assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg"]
     assert notes[0].endswith(": " + str(tmp_path / "data/closed"))
     with pytest.raises(StorageError, match=r"cannot list .*closed: permission denied"):
-        paths(f"{tmp_path}/data/closed")
+        list_paths(f"{tmp_path}/data/closed")
 
 
 def test_links_are_followed_and_no_directory_is_entered_twice(tmp_path: Path) -> None:
@@ -125,60 +125,60 @@ def test_links_are_followed_and_no_directory_is_entered_twice(tmp_path: Path) ->
         (tmp_path / "data" / link).symlink_to(target)
     (tmp_path / "data/broken.jpg").symlink_to("nowhere")
     expected = ["data/a/1.jpg", "data/b/2.jpg", "data/broken.jpg", "data/l.jpg"]
-    assert paths(f"{tmp_path}/data") == expected
-    assert paths(f"{tmp_path}/data/*") == expected
-    assert paths(f"{tmp_path}/data/b/*.jpg") == ["b/2.jpg"]
-    assert paths(f"{tmp_path}/data/*/2.jpg") == ["data/b/2.jpg"]
+    assert list_paths(f"{tmp_path}/data") == expected
+    assert list_paths(f"{tmp_path}/data/*") == expected
+    assert list_paths(f"{tmp_path}/data/b/*.jpg") == ["b/2.jpg"]
+    assert list_paths(f"{tmp_path}/data/*/2.jpg") == ["data/b/2.jpg"]
     (tmp_path / "data/up").symlink_to(tmp_path)
     notes: list[str] = []
-    assert paths(f"{tmp_path}/data", notes=notes) == expected
+    assert list_paths(f"{tmp_path}/data", notes=notes) == expected
     assert notes[0].endswith(": " + str(tmp_path / "data/up"))
 
 
-def test_a_cache_is_left_out_of_a_source_that_is_a_link(tmp_path: Path) -> None:
+def test_a_cache_in_a_source_that_is_a_link_is_skipped(tmp_path: Path) -> None:
     put(str(tmp_path), "photos/a.jpg", "photos/cache/data/part.parquet")
     (tmp_path / "link").symlink_to("photos")
     (tmp_path / "photos/b").symlink_to("cache/data")
     for source in ("link", "link/*", "link/cache/data/*.parquet", "link/cache"):
         if "cache" in source:
             with pytest.raises(SourceError, match="there are no files in"):
-                paths(f"{tmp_path}/{source}", but=f"{tmp_path}/photos/cache")
+                list_paths(f"{tmp_path}/{source}", exclude=f"{tmp_path}/photos/cache")
         else:
-            assert paths(f"{tmp_path}/{source}", but=f"{tmp_path}/photos/cache") == ["link/a.jpg"]
+            assert list_paths(f"{tmp_path}/{source}", exclude=f"{tmp_path}/photos/cache") == ["link/a.jpg"]
 
 
 def test_a_shard_whose_name_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"d\xe9")).mkdir()
     (tmp_path / os.fsdecode(b"d\xe9") / "0.tar").write_bytes(b"")
     with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
-        paths(str(tmp_path))
+        list_paths(str(tmp_path))
     with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
-        paths(str(tmp_path / os.fsdecode(b"d\xe9")))
+        list_paths(str(tmp_path / os.fsdecode(b"d\xe9")))
 
 
-def test_a_cache_inside_its_source_is_left_out(root: str) -> None:
+def test_a_cache_inside_its_source_is_skipped(root: str) -> None:
     put(root, "data/0.tar", "data/cache/data/part.parquet")
-    assert paths(f"{root}/data", but=f"{root}/data/cache") == ["data/0.tar"]
+    assert list_paths(f"{root}/data", exclude=f"{root}/data/cache") == ["data/0.tar"]
 
 
-def test_two_sources_of_one_name_are_an_error_that_says_how_to_name_them(root: str) -> None:
+def test_two_sources_with_one_name_are_an_error_with_a_suggestion(root: str) -> None:
     put(root, "a/data/0.tar", "b/data/0.tar", "b/data/1.tar")
     for second in ("b/data", "b/data/1.tar", "b/data/*.tar"):
         with pytest.raises(SourceError, match="two sources have the name data: ") as error:
-            paths(f"{root}/a/data", f"{root}/{second}")
+            list_paths(f"{root}/a/data", f"{root}/{second}")
         argument = shlex.split(str(error.value).rpartition("give one of them another: ")[2])[0]
-        assert "data2/1.tar" in paths(f"{root}/a/data", argument)
-    assert paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
+        assert "data2/1.tar" in list_paths(f"{root}/a/data", argument)
+    assert list_paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
 
 
 @pytest.mark.parametrize("source", ["no", "no/*.tar", "data/{0..2}.tar"])
-def test_a_source_that_is_not_there_is_named(root: str, source: str) -> None:
+def test_a_missing_source_is_named(root: str, source: str) -> None:
     put(root, "data/0.tar", "data/1.tar")
     with pytest.raises(SourceError, match="there is no source at .*/" + source.split("/")[0]):
-        paths(f"{root}/{source}")
+        list_paths(f"{root}/{source}")
 
 
-def test_of_many_creators_one_wins_and_the_content_is_whole(root: str) -> None:
+def test_one_of_many_creators_wins_with_its_whole_content(root: str) -> None:
     folder = Folder(root)
     won = winners(folder)
     assert len(won) == 1
@@ -187,7 +187,7 @@ def test_of_many_creators_one_wins_and_the_content_is_whole(root: str) -> None:
     assert folder.names("_tmp") == []
 
 
-def test_replace_writes_over_and_leaves_nothing_else(root: str) -> None:
+def test_replace_overwrites_and_leaves_no_other_file(root: str) -> None:
     folder = Folder(root)
     folder.replace("a/b", b"1")
     folder.replace("a/b", b"2")
@@ -197,7 +197,7 @@ def test_replace_writes_over_and_leaves_nothing_else(root: str) -> None:
         assert [path.name for path in Path(root, "a").iterdir()] == ["b"]
 
 
-def test_what_is_not_there(root: str) -> None:
+def test_missing_files_and_folders(root: str) -> None:
     folder = Folder(f"{root}/none")
     assert (folder.names("x"), folder.is_empty(), folder.read_if_there("x")) == ([], True, None)
     with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
@@ -205,7 +205,7 @@ def test_what_is_not_there(root: str) -> None:
     assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
 
 
-def test_what_is_no_text_on_a_disk_is_not_there(tmp_path: Path) -> None:
+def test_a_path_on_disk_that_cannot_be_a_text_is_a_missing_file(tmp_path: Path) -> None:
     put(str(tmp_path), "file")
     (tmp_path / "dir.txt").mkdir()
     (tmp_path / "loop.txt").symlink_to("loop.txt")
@@ -214,10 +214,10 @@ def test_what_is_no_text_on_a_disk_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
-def test_a_file_that_may_not_be_read_is_a_reject(
+def test_a_file_without_permission_is_a_reject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_folder: bool
 ) -> None:
-    def refuse(self: object, path: str, mode: str, **how: object) -> None:
+    def refuse(self: object, path: str, mode: str, **options: object) -> None:
         raise PermissionError(13, "no")
 
     for kind in ("local.LocalFileSystem", "memory.MemoryFileSystem"):
@@ -229,7 +229,7 @@ def test_a_file_that_may_not_be_read_is_a_reject(
         read_file_if_exists("memory://x/x.jpg", {}, 10)
 
 
-def test_a_directory_without_files_has_gone(root: str) -> None:
+def test_a_directory_without_files_is_missing(root: str) -> None:
     put(root, "data/a.jpg")
     check_has_files(f"{root}/data", {})
     for name in ("none", "data/a.jpg/b"):
@@ -241,23 +241,23 @@ def test_a_directory_without_files_has_gone(root: str) -> None:
             check_has_files(f"{root}/empty", {})
 
 
-def planned(size: int) -> Unit:
+def make_unit(size: int) -> Unit:
     return Unit(name="u", kind="tar", url="", path="", bytes=size)
 
 
-def test_a_stream_of_another_size_is_an_error(root: str) -> None:
+def test_a_stream_with_another_size_is_an_error(root: str) -> None:
     put(root, "abc")
-    with open_stream(f"{root}/abc", {}, planned(3)) as stream:
+    with open_stream(f"{root}/abc", {}, make_unit(3)) as stream:
         assert stream.read() == b"abc"
     with (
         pytest.raises(SourceError, match="has changed since it was planned"),
-        open_stream(f"{root}/abc", {}, planned(4)),
+        open_stream(f"{root}/abc", {}, make_unit(4)),
     ):
         pass
 
 
 @pytest.mark.parametrize("write", [Folder.create, Folder.replace], ids=["create", "replace"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[..., object]) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[..., object]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*/file/c/x: not a directory"):
         write(Folder(str(tmp_path / "file/c")), "x", b"")
