@@ -440,6 +440,18 @@ def test_row_groups_have_a_limit_in_bytes(
     assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [3, 3, 3]
 
 
+def test_row_groups_have_one_bucket_each(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
+    wide, tall = ({"height": height, "width": width} for height, width in ((64, 128), (128, 64)))
+    members = img2dataset_members(0, 3, **wide) | img2dataset_members(3, 2, **tall) | img2dataset_members(5, 2, **wide)
+    transform = Transform(resolution=64, buckets=((48, 96), (64, 64), (96, 48)))
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", members))
+    worker(tmp_path / "c", rows_per_part=100, transform=transform).run(unit)
+    (path,) = (tmp_path / "c/data").iterdir()
+    file = pq.ParquetFile(path)
+    groups = [file.read_row_group(n, ["height", "width"]).to_pylist() for n in range(file.num_row_groups)]
+    assert groups == [[{"height": 48, "width": 96}] * 5, [{"height": 96, "width": 48}] * 2]
+
+
 class TestOverflow:
     """NaN is never written."""
 

@@ -6,7 +6,6 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +220,11 @@ def test_two_readers_find_damage_of_a_parquet_file_at_the_same_byte(tmp_path: Pa
     for place in range(footer, len(data) - 8, 7) if region == "footer" else range(starts[1] + 40, starts[2], 97):
         flipped = bytearray(data)
         flipped[place] ^= 0xFF
-        with suppress(pytest.fail.Exception):  # some bytes of a footer are not needed
+        try:
             found.append(find_damage(flipped))
-            assert found[-1] == find_damage(flipped)
+        except pytest.fail.Exception:  # some bytes of a footer are not needed
+            continue
+        assert found[-1] == find_damage(flipped)
     assert len(found) > 10
     if region == "footer":  # a damaged footer may also give a wrong start of a row group
         assert footer in found

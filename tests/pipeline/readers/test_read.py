@@ -205,9 +205,8 @@ def test_a_tar_that_is_truncated_anywhere_is_an_error() -> None:
 def test_a_damaged_header_is_named(place: int) -> None:
     whole = bytearray(tar({"a.jpg": b"x" * 100, "b.jpg": b"y"}))
     whole[place] ^= 0x15
-    if place >= 1024 or place < 512:
-        with pytest.raises(ShardError, match="the header at byte"):
-            read(bytes(whole))
+    with pytest.raises(ShardError, match="the header at byte"):
+        read(bytes(whole))
 
 
 def test_samples_that_are_too_large_are_rejected_and_the_others_are_read() -> None:
