@@ -1,4 +1,4 @@
-"""The main job without Ray, through the command line."""
+"""The encode job without Ray, through the command line."""
 
 import json
 import re

@@ -28,8 +28,8 @@ def job(micro_vae: Path, tmp_path: Path) -> list[object]:
     """Return an encode command for two shards, one of them truncated."""
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 8, height=64, width=64))
-    whole = (tmp_path / "s/1.tar").read_bytes()
-    (tmp_path / "s/1.tar").write_bytes(whole[: len(whole) // 2])
+    intact = (tmp_path / "s/1.tar").read_bytes()
+    (tmp_path / "s/1.tar").write_bytes(intact[: len(intact) // 2])
     return ["encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
 
 

@@ -295,9 +295,12 @@ def test_retry_encodes_an_image_that_was_repaired_in_its_tar(
     damaged = {name: data if name != "000000001.jpg" else b"no image" for name, data in members.items()}
     shards = write_tar(tmp_path / "s/0.tar", damaged).parent
     assert encode(shards, "--max-reject-rate", 1)[0] == 0
-    others = write_tar(tmp_path / "s/0.tar", members | {"000000002.jpg": encoded(smooth(99))})
+    changed_shard = write_tar(tmp_path / "s/0.tar", members | {"000000002.jpg": encoded(smooth(99))})
     code, _, err = latentmill("retry", tmp_path / "c", "--workers", 0)
-    assert (code, f"{others} has changed since it was planned, and not only where it was damaged" in err) == (1, True)
+    assert (code, f"{changed_shard} has changed since it was planned, and not only where it was damaged" in err) == (
+        1,
+        True,
+    )
     assert count_rows(tmp_path / "c") == 2
     write_tar(tmp_path / "s/0.tar", members)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0

@@ -115,7 +115,7 @@ class Simulation:
 
 @dataclass
 class Result:
-    """What a simulated job came to."""
+    """The result of a simulated job."""
 
     run: RunResult
     done: list[str]

@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def read_arguments_of_all_processes() -> bytes:
-    found = b""
+    arguments = b""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found += path.read_bytes() + b"\n"
+            arguments += path.read_bytes() + b"\n"
         except OSError:  # the process has ended
             continue
-    return found
+    return arguments
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Faults of image libraries, for processes with this folder on PYTHONPATH: Python imports this module at its start.
 
-To open an image that ends with ABORT aborts the process. To open one that ends with SLEEP never ends.
+Opening an image that ends with ABORT aborts the process. Opening one that ends with SLEEP never ends.
 """
 
 import os
