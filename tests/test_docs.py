@@ -32,12 +32,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINE = ROOT / "docs/command-line.md"
 
 
-def blocks(text: str, language: str) -> list[str]:
+def find_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def command_line_page() -> str:
-    """docs/command-line.md, as the options make it."""
+def make_command_line_page() -> str:
+    """Return docs/command-line.md, generated from the options."""
     parts = ["# The command line\n\nMade from the options by `python -m tests.test_docs`; a test keeps it true.\n"]
     for verb, text in VERBS.items():
         parts.append(f"## latentmill {verb}\n\n{text[0].upper()}{text[1:]}.\n")
@@ -46,12 +46,12 @@ def command_line_page() -> str:
 
 
 def test_the_command_line_page_has_the_current_help() -> None:
-    assert COMMAND_LINE.read_text(encoding="utf-8") == command_line_page()
+    assert COMMAND_LINE.read_text(encoding="utf-8") == make_command_line_page()
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with demo-output/latents in it, made as `make demo` does, but without Ray."""
+    """Return a folder with the cache demo-output/latents, made like that of `make demo`, but without Ray."""
     folder = tmp_path_factory.mktemp("readme")
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "latentmill encode" in line)
     argv = line.split("latentmill ")[1].replace("$(DEMO)", "demo-output").split()
@@ -61,10 +61,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_python_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_code_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
     names: dict[str, object] = {}
-    for block in blocks(README, "python"):
+    for block in find_blocks(README, "python"):
         exec(block, names)
     latents, last = names["latents"], names["latent"]
     assert isinstance(latents, np.ndarray)
@@ -74,15 +74,15 @@ def test_the_python_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
 
 
-def shell_lines(text: str) -> list[str]:
-    """The command lines of the `sh` blocks of a page: continued lines joined, comments removed."""
-    joined = "".join(blocks(text, "sh")).replace("\\\n", " ")
+def find_command_lines(text: str) -> list[str]:
+    """Return the command lines of the `sh` blocks of a page, with continued lines joined and comments removed."""
+    joined = "".join(find_blocks(text, "sh")).replace("\\\n", " ")
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in joined.splitlines())
     return [line for line in lines if line]
 
 
-def section(title: str) -> str:
-    """The text of one section of README.md."""
+def find_section(title: str) -> str:
+    """Return the text of a section of README.md."""
     (text,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
     return str(text)
 
@@ -90,7 +90,7 @@ def section(title: str) -> str:
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_commands_of_a_page_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    lines = shell_lines((ROOT / page).read_text(encoding="utf-8"))
+    lines = find_command_lines((ROOT / page).read_text(encoding="utf-8"))
     assert any(line.startswith("make ") for line in lines)
     for line in lines:
         words = shlex.split(line.replace("python -m jobs.", "latentmill "))
@@ -103,35 +103,35 @@ def test_the_commands_of_a_page_exist(page: str) -> None:
             assert words[0] in ("export", ".", "ray", "python", "python3", "pip", "pre-commit"), line
 
 
-def without_numbers(line: str) -> list[str]:
-    """The words of a line of output, numbers, paths and shapes left out."""
+def remove_numbers(line: str) -> list[str]:
+    """Return the words of a line of output, without numbers, paths and shapes."""
     return [word for word in line.split() if not re.search(r"[\d/]", word)]
 
 
-def test_the_readmes_quickstart_prints_what_it_shows(
+def test_the_quickstart_prints_the_output_that_it_shows(
     latentmill: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    quickstart = section("Quickstart")
-    (first, *_), (shown,) = blocks(quickstart, "sh"), blocks(quickstart, "text")
+    quickstart = find_section("Quickstart")
+    (first, *_), (shown,) = find_blocks(quickstart, "sh"), find_blocks(quickstart, "text")
     printed = []
-    for line in shell_lines(f"```sh\n{first}```"):
+    for line in find_command_lines(f"```sh\n{first}```"):
         argv = shlex.split(line)[1:]
         code, out, err = latentmill(*argv, *([] if argv[0] == "stats" else ["--workers", 0]))
         assert code == 0, err
-        printed += [without_numbers(each) for each in out.splitlines()]
+        printed += [remove_numbers(output_line) for output_line in out.splitlines()]
     for line in shown.splitlines():
-        assert without_numbers(line) in printed, line
+        assert remove_numbers(line) in printed, line
 
 
-def test_the_readmes_s3_block_runs(
+def test_the_s3_commands_of_the_readme_run(
     latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, bucket: str
 ) -> None:
-    # the bucket, the shards and the VAE are the test's; all else is the README's
+    # the bucket, the shards and the VAE are those of the test; everything else is from the README
     upload(shards, f"{bucket}/shards")
     upload(micro_vae, f"{bucket}/sdxl-vae")
-    lines = [line for line in shell_lines(section("WebDataset on S3")) if line.startswith("latentmill ")]
+    lines = [line for line in find_command_lines(find_section("WebDataset on S3")) if line.startswith("latentmill ")]
     assert [shlex.split(line)[1] for line in lines] == ["encode", "status", "decode"]
     for line in lines:
         argv = shlex.split(line.replace("s3://bucket", bucket).replace("00127", "00002"))[1:]
@@ -140,9 +140,9 @@ def test_the_readmes_s3_block_runs(
         assert "18" in out, line
 
 
-def test_the_readmes_measurements_stand_in_the_page_of_benchmarks() -> None:
+def test_the_measurements_of_the_readme_are_in_the_benchmarks() -> None:
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    numbers = re.findall(r"\d[\d,]*\.\d+|\d,\d{3}", section("Performance"))
+    numbers = re.findall(r"\d[\d,]*\.\d+|\d,\d{3}", find_section("Performance"))
     assert len(numbers) >= 10
     for number in numbers:
         assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", page), number
@@ -150,10 +150,10 @@ def test_the_readmes_measurements_stand_in_the_page_of_benchmarks() -> None:
 
 def test_the_readme_names_every_preset_and_extra() -> None:
     for name in PRESETS:
-        assert f"`{name}`" in section("Supported VAEs"), name
+        assert f"`{name}`" in find_section("Supported VAEs"), name
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for name in set(project["optional-dependencies"]) - {"dev", "docs", "peers"}:
-        assert f"`{name}`" in section("Install"), name
+        assert f"`{name}`" in find_section("Install"), name
 
 
 def test_every_link_of_the_documentation_has_a_target() -> None:
@@ -162,7 +162,7 @@ def test_every_link_of_the_documentation_has_a_target() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def presets_table() -> str:
+def make_presets_table() -> str:
     """Return the rows of the table of presets in docs/models.md."""
     rows = []
     for name, preset in PRESETS.items():
@@ -174,13 +174,13 @@ def presets_table() -> str:
     return "".join(rows)
 
 
-def reasons_table() -> str:
+def make_reasons_table() -> str:
     """Return the table of reasons in docs/limits.md."""
     rows = "".join(f"| `{reason}` | {sentence.replace('{}', 'N')} |\n" for reason, sentence in REASONS.items())
     return "| reason | |\n|---|---|\n" + rows
 
 
-def limits_table() -> str:
+def make_limits_table() -> str:
     """Return the table of limits in docs/limits.md."""
     meanings = {
         "image_bytes": "bytes of an encoded image",
@@ -199,18 +199,18 @@ def limits_table() -> str:
     return "| name | default | |\n|---|---|---|\n" + rows
 
 
-def test_the_page_of_limits_has_every_reason_and_every_limit() -> None:
+def test_the_limits_page_has_every_reason_and_limit() -> None:
     page = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
-    assert reasons_table() in page
-    assert limits_table() in page
+    assert make_reasons_table() in page
+    assert make_limits_table() in page
 
 
-def test_the_page_of_models_has_every_preset() -> None:
-    assert presets_table() in (ROOT / "docs/models.md").read_text(encoding="utf-8")
+def test_the_models_page_has_every_preset() -> None:
+    assert make_presets_table() in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_page_of_models_runs() -> None:
-    (block,) = blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+def test_the_python_code_of_the_models_page_runs() -> None:
+    (block,) = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
     names: dict[str, Any] = {}
     exec(block, names)
     assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
@@ -222,7 +222,7 @@ def test_the_format_page_names_every_column() -> None:
         assert f"`{field.name}`" in page, field.name
 
 
-def test_the_format_page_names_every_stage_and_what_bounds_a_run() -> None:
+def test_the_format_page_names_every_stage_and_bottleneck() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
     stages = [field.name for field in dataclasses.fields(Seconds)]
     bounds = RunTotals(seconds=Seconds(**dict.fromkeys(stages, 1.0))).shares
@@ -238,4 +238,4 @@ def test_the_format_page_names_every_column_of_the_plan() -> None:
 
 
 if __name__ == "__main__":
-    COMMAND_LINE.write_text(command_line_page(), encoding="utf-8")
+    COMMAND_LINE.write_text(make_command_line_page(), encoding="utf-8")

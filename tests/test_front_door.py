@@ -96,8 +96,8 @@ def test_a_users_modules_do_not_break_the_installed_package(project: Path, micro
     (site,) = environment.glob("lib/*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    where = run([python, "-c", "import latentmill; print(latentmill.__file__, latentmill.__version__)"], tmp_path)
-    assert where.stdout.split() == [str(site / "latentmill/__init__.py"), "0.1.0"]
+    location = run([python, "-c", "import latentmill; print(latentmill.__file__, latentmill.__version__)"], tmp_path)
+    assert location.stdout.split() == [str(site / "latentmill/__init__.py"), "0.1.0"]
     for workers, command in ((0, [environment / "bin/latentmill"]), (1, [python, "-m", "latentmill"])):
         argv = encode_argv(micro_vae, "--workers", workers)
         argv[3] = f"c{workers}"
@@ -114,5 +114,5 @@ def test_an_unsupported_platform_is_named_in_the_error(tmp_path: Path, command: 
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
     argv = ["status", "cache"] if command == "latentmill" else ["cache"]
     job = run([sys.executable, "-m", command, *argv], tmp_path, tmp_path, ROOT)
-    said = f"latentmill: {sys.platform} is not supported; use Linux, macOS, or WSL on Windows\n"
-    assert (job.returncode, job.stdout, job.stderr) == (2, "", said)
+    message = f"latentmill: {sys.platform} is not supported; use Linux, macOS, or WSL on Windows\n"
+    assert (job.returncode, job.stdout, job.stderr) == (2, "", message)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("latentmill", "vae", "pipeline", "jobs")
-FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+PACKAGES = ("latentmill", "vae", "pipeline", "jobs")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-# From below: a room (a file or a folder of pipeline/) imports rooms of its own floor and of lower ones.
-FLOORS: tuple[set[str], ...] = (
+# From the lowest: a component (a file or a folder of pipeline/) imports those of its own layer and of lower ones.
+LAYERS: tuple[set[str], ...] = (
     {"errors", "values"},
     {"canonical_json", "records", "limits", "prefetch", "timing", "subprocess_server", "batching"},
     {"storage"},
@@ -26,7 +26,7 @@ FLOORS: tuple[set[str], ...] = (
     {"flow"},
     {"preview", "maintenance"},
 )
-STEP_ROOMS = ("readers", "images", "formats")  # what a sample goes through; flow alone puts them together
+STEPS = ("readers", "images", "formats")  # the steps of a sample, which only flow combines
 MAX_FUNCTION = 60
 MAX_FILE = 450
 
@@ -63,13 +63,13 @@ def importers(package: str) -> set[str]:
 
 def test_every_module_is_found() -> None:
     assert {"vae.model", "pipeline.flow", "jobs.ray_executor"} <= set(MODULES)
-    assert {f"pipeline.{room}" for floor in FLOORS for room in floor} == {
+    assert {f"pipeline.{component}" for layer in LAYERS for component in layer} == {
         ".".join(module.split(".")[:2]) for module in MODULES if module.startswith("pipeline.")
     }
 
 
 def packages_importing(package: str) -> set[str]:
-    """Our other top-level packages that import one of them."""
+    """Return the other top-level packages that import a package."""
     return {module.split(".")[0] for module in importers(package)} - {package}
 
 
@@ -89,8 +89,8 @@ def test_the_latentmill_package_imports_no_other_package_at_module_level() -> No
             assert not {name.split(".")[0] for name in names} & {"vae", "pipeline", "jobs"}, module
 
 
-def test_what_trainers_import_needs_four_libraries() -> None:
-    """Beside them only what comes with Python: no Pillow, no YAML, no Ray."""
+def test_the_latentmill_package_needs_four_libraries() -> None:
+    """All other imports are of the standard library: no Pillow, no YAML, no Ray."""
     paths = [path for module, path in MODULES.items() if module.split(".")[0] == "latentmill"]
     names = {name.split(".")[0] for path in paths for name in imports(path)}
     assert names - sys.stdlib_module_names - {"latentmill", "jobs"} == {"fsspec", "numpy", "pyarrow", "torch"}
@@ -120,37 +120,37 @@ def test_the_dependencies_are_the_packages_that_we_import() -> None:
     assert {called.get(name, name) for name in names} <= imported | {"s3fs"}
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """The rooms of pipeline/ that a file imports."""
+def imported_components(path: Path) -> set[str]:
+    """Return the components of pipeline/ that a file imports."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
 
 
-def test_only_these_modules_of_the_pipeline_import_the_vae() -> None:
-    knowing = {module for module in importers("vae") if module.startswith("pipeline.")}
-    assert knowing <= {
+def test_only_allowed_modules_of_the_pipeline_import_the_vae() -> None:
+    importing = {module for module in importers("vae") if module.startswith("pipeline.")}
+    assert importing <= {
         f"pipeline.{name}" for name in ("encoder", "weights", "preview.render", "cache.reader", "cache.identity")
     }
 
 
 def test_the_layers_of_the_pipeline_import_downwards() -> None:
-    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    layer_of = {component: number for number, layer in enumerate(LAYERS) for component in layer}
     for module, path in MODULES.items():
         if module.startswith("pipeline."):
-            room = module.split(".")[1]
-            above = {name for name in rooms_imported(path) - {room} if floor_of[name] >= floor_of[room]}
-            assert not {name for name in above if floor_of[name] > floor_of[room]}, (module, above)
+            component = module.split(".")[1]
+            above = {name for name in imported_components(path) - {component} if layer_of[name] >= layer_of[component]}
+            assert not {name for name in above if layer_of[name] > layer_of[component]}, (module, above)
 
 
 def test_maintenance_and_preview_do_not_import_each_other() -> None:
-    for room, other in (("maintenance", "preview"), ("preview", "maintenance")):
-        for path in (ROOT / "pipeline" / room).glob("*.py"):
-            assert other not in rooms_imported(path), path
+    for component, other in (("maintenance", "preview"), ("preview", "maintenance")):
+        for path in (ROOT / "pipeline" / component).glob("*.py"):
+            assert other not in imported_components(path), path
 
 
 def test_steps_do_not_import_each_other() -> None:
-    for room in STEP_ROOMS:
-        for path in (ROOT / "pipeline" / room).glob("*.py"):
-            assert not rooms_imported(path) & (set(STEP_ROOMS) - {room}) - {"formats"}, path
+    for component in STEPS:
+        for path in (ROOT / "pipeline" / component).glob("*.py"):
+            assert not imported_components(path) & (set(STEPS) - {component}) - {"formats"}, path
 
 
 def test_there_is_no_import_cycle() -> None:

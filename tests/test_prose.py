@@ -31,7 +31,7 @@ def plain_text(markdown: str) -> str:
 
 
 def help_text(markdown: str) -> str:
-    """Return docs/command-line.md with its help texts as prose: there, they stand in code blocks."""
+    """Return docs/command-line.md with its help texts as prose: they are in code blocks."""
     return re.sub(r"^```\w*$", "", markdown, flags=re.MULTILINE)
 
 
@@ -79,7 +79,7 @@ def test_pages_and_help_texts_use_the_words_of_the_project(path: Path) -> None:
     assert findings(path) == []
 
 
-def test_the_check_finds_the_words_and_long_sentences_that_it_is_for() -> None:
+def test_the_check_finds_wrong_words_and_long_sentences() -> None:
     page = "\n".join(
         [
             "The picture is made",

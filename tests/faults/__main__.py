@@ -73,16 +73,16 @@ def main() -> int:
     parser.add_argument("-k", default="", help="run only matching tests; the same as pytest -k")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found = Collector()
+    collector = Collector()
     argv = ["-q", "-m", "fault", "--timeout", "600", "-p", "no:cacheprovider", str(ROOT / "tests")]
     argv += ["-k", options.k] if options.k else []
     for number in range(options.times):
-        found.least = options.once_below if number else 0
-        pytest.main(argv, plugins=[found])
+        collector.least = options.once_below if number else 0
+        pytest.main(argv, plugins=[collector])
     lines = [
-        f"| {row} | {what} | `{name.split('::', 1)[1]}` | {found.passed[name]} of {found.runs[name]} | "
-        f"{found.seconds[name] / found.runs[name]:.0f} |\n"
-        for name, (row, what) in sorted(found.rows.items(), key=lambda item: item[1][0])
+        f"| {row} | {fault} | `{name.split('::', 1)[1]}` | {collector.passed[name]} of {collector.runs[name]} | "
+        f"{collector.seconds[name] / collector.runs[name]:.0f} |\n"
+        for name, (row, fault) in sorted(collector.rows.items(), key=lambda item: item[1][0])
     ]
     head = HEAD.format(
         times=options.times,
@@ -95,7 +95,7 @@ def main() -> int:
     print(head + "".join(lines))
     if not options.k:
         PAGE.write_text(head + "".join(lines), encoding="utf-8")
-    return 0 if all(found.passed[name] == found.runs[name] for name in found.rows) else 1
+    return 0 if all(collector.passed[name] == collector.runs[name] for name in collector.rows) else 1
 
 
 if __name__ == "__main__":

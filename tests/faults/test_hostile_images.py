@@ -1,4 +1,4 @@
-"""Images that end or hang the process that opens them: they are rejected by name, and all else is done."""
+"""Images that end or hang the process that opens them: they are rejected by name, and the others are encoded."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Three tars of ten samples; two of them have an image that is not to be opened."""
+    """Return a folder of three tars of ten samples. Two tars have an image that must not be opened."""
     for number, bad in enumerate((None, b"ABORT", b"SLEEP")):
         members = img2dataset_members(10 * number, 10)
         if bad:
@@ -43,12 +43,12 @@ def encode(source: Path, cache: Path, vae: Path) -> tuple[int, str]:
 
 @pytest.mark.fault(14, "an image ends its worker, another one hangs its own")
 @pytest.mark.timeout(300)
-def test_they_are_rejected_by_name_and_all_else_is_done(
+def test_hostile_images_are_rejected_by_name_and_the_others_encoded(
     latentmill: Callable[..., tuple[int, str, str]], source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     code, out = encode(source, tmp_path / "c", micro_vae)
     assert code == 3, out  # two of thirty are more than 5%
-    assert "Fatal Python error: Aborted" in out, "the last lines of the worker that was lost"
+    assert "Fatal Python error: Aborted" in out, "the last output of the lost worker is shown"
     rejects = [json.loads(line) for path in tmp_path.glob("c/_rejects/*") for line in path.read_text().splitlines()]
     assert sorted((reject["shard"], reject["key"], reject["reason"]) for reject in rejects) == [
         ("s/1.tar", "000000014", "unsafe"),

@@ -33,7 +33,7 @@ def test_help_lists_the_verbs(latentmill: Command) -> None:
     assert all(verb in out for verb in VERBS)
 
 
-def test_help_of_a_command_does_not_wait_for_torch() -> None:
+def test_help_of_a_command_does_not_import_torch() -> None:
     script = (
         "import sys\n"
         "from jobs.cli import main\n"
@@ -47,15 +47,15 @@ def test_help_of_a_command_does_not_wait_for_torch() -> None:
     assert "--resolution" in done.stdout
 
 
-def test_no_verb_is_wrong_usage(latentmill: Command) -> None:
+def test_a_missing_verb_is_wrong_usage(latentmill: Command) -> None:
     assert latentmill()[0] == 2
 
 
-def test_version(latentmill: Command) -> None:
+def test_version_is_printed(latentmill: Command) -> None:
     assert latentmill("--version") == (0, "latentmill 0.1.0\n", "")
 
 
-def test_an_unknown_verb_gets_the_nearest(latentmill: Command) -> None:
+def test_an_unknown_verb_gets_a_suggestion(latentmill: Command) -> None:
     code, out, err = latentmill("encoed", "x")
     assert (code, out) == (2, "")
     assert err == "latentmill: unknown command 'encoed'; did you mean encode?\n"

@@ -1,4 +1,4 @@
-"""Ray clusters that cannot be reached: said at once, or after a minute, and a signal ends the waiting."""
+"""Ray clusters that cannot be reached: an error at once or after a timeout. A signal ends the wait."""
 
 import errno
 import os
@@ -30,8 +30,8 @@ def argv(shards: Path, micro_vae: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def silent() -> Iterator[str]:
-    """The address of something that takes connections and never says a word."""
+def silent_server() -> Iterator[str]:
+    """Return the address of a server that accepts connections and never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
@@ -39,7 +39,7 @@ def silent() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("address", "environment", "named"),
+    ("address", "environment", "expected"),
     [
         ("", None, ""),
         ("", "", ""),
@@ -51,29 +51,29 @@ def silent() -> Iterator[str]:
         ("", "local", ""),
     ],
 )
-def test_which_cluster_is_meant(
-    monkeypatch: pytest.MonkeyPatch, address: str, environment: str | None, named: str
+def test_the_address_comes_from_the_option_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, address: str, environment: str | None, expected: str
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment is not None:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    assert resolve_address(address) == named
+    assert resolve_address(address) == expected
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":6379", "host:port", "host:0", "host:65536", "http://host:8265"])
-def test_what_is_no_address_is_wrong_usage(address: str) -> None:
+def test_an_invalid_address_is_wrong_usage(address: str) -> None:
     with pytest.raises(UsageError, match=f"must be HOST:PORT .*, not '{address}'"):
         check_listening(address)
 
 
-def test_what_listens_is_found(silent: str) -> None:
-    check_listening(silent)
-    check_listening(f"ray://{silent}")
+def test_a_port_must_have_a_listener(silent_server: str) -> None:
+    check_listening(silent_server)
+    check_listening(f"ray://{silent_server}")
     with pytest.raises(ConnectionRefusedError):
         check_listening(f"[::ffff:127.0.0.1]:{free_port()}")
 
 
-def test_a_call_that_takes_too_long_is_left_behind() -> None:
+def test_a_call_that_takes_too_long_is_abandoned() -> None:
     end = threading.Event()
     with pytest.raises(TimeoutError):
         call_with_timeout(end.wait, 0.1)
@@ -83,35 +83,35 @@ def test_a_call_that_takes_too_long_is_left_behind() -> None:
         call_with_timeout(lambda: {}[0], 10)
 
 
-@pytest.mark.parametrize("by", ["--address", "RAY_ADDRESS"])
-def test_where_nothing_listens_it_is_said_at_once(
-    latentmill: Command, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+@pytest.mark.parametrize("given_by", ["--address", "RAY_ADDRESS"])
+def test_an_address_without_a_listener_is_an_error_at_once(
+    latentmill: Command, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_by: str
 ) -> None:
-    where = f"127.0.0.1:{free_port()}"
-    if by == "RAY_ADDRESS":
-        monkeypatch.setenv(by, where)
-    start = time.monotonic()
-    code, out, err = latentmill("encode", *argv, *(["--address", where] if by == "--address" else []))
+    address = f"127.0.0.1:{free_port()}"
+    if given_by == "RAY_ADDRESS":
+        monkeypatch.setenv(given_by, address)
+    began = time.monotonic()
+    code, out, err = latentmill("encode", *argv, *(["--address", address] if given_by == "--address" else []))
     assert (code, out) == (2, "")
-    assert time.monotonic() - start < 20  # to import Ray, on a busy machine
-    shown = where if by == "--address" else f"{where} (RAY_ADDRESS)"
+    assert time.monotonic() - began < 20  # to import Ray, on a busy machine
+    label = address if given_by == "--address" else f"{address} (RAY_ADDRESS)"
     message, error = err.splitlines()
-    assert re.fullmatch(rf"{STAMP} INFO " + re.escape(f"connecting to the Ray cluster at {shown}"), message)
+    assert re.fullmatch(rf"{STAMP} INFO " + re.escape(f"connecting to the Ray cluster at {label}"), message)
     assert error == (
-        f"latentmill: cannot reach the Ray cluster at {shown}: {os.strerror(errno.ECONNREFUSED).lower()}; start it, "
+        f"latentmill: cannot reach the Ray cluster at {label}: {os.strerror(errno.ECONNREFUSED).lower()}; start it, "
         "correct the address, or leave it out for a local Ray"
     )
     assert not (tmp_path / "c").exists()
 
 
-def test_a_host_without_a_name_is_wrong_usage(latentmill: Command, argv: list[str]) -> None:
+def test_an_unknown_host_is_wrong_usage(latentmill: Command, argv: list[str]) -> None:
     code, _, err = latentmill("encode", *argv, "--address", "nowhere.invalid:6379")
     assert code == 2
     assert "cannot reach the Ray cluster at nowhere.invalid:6379: " in err
 
 
-def start(argv: list[str], seconds: float) -> "subprocess.Popen[str]":
-    """The encode job, which waits for so many seconds at most."""
+def start_job(argv: list[str], seconds: float) -> "subprocess.Popen[str]":
+    """Start an encode job. seconds: how long it may wait for the cluster."""
     shorten = f"ray_executor.CONNECT_SECONDS = {seconds}"
     job = f"from jobs import encode, ray_executor; {shorten}; encode.run_as_script(encode.main)"
     return subprocess.Popen(
@@ -124,33 +124,35 @@ def start(argv: list[str], seconds: float) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.ray
-def test_where_nobody_answers_the_wait_has_an_end(argv: list[str], silent: str) -> None:
-    with start([*argv, "--address", silent], 2) as job:
+def test_the_wait_for_a_silent_server_times_out(argv: list[str], silent_server: str) -> None:
+    with start_job([*argv, "--address", silent_server], 2) as job:
         _, err = job.communicate(timeout=60)
         assert job.returncode == 2
-        assert f"latentmill: cannot reach the Ray cluster at {silent}: no answer within 2 s; is it running" in err
+        assert (
+            f"latentmill: cannot reach the Ray cluster at {silent_server}: no answer within 2 s; is it running" in err
+        )
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), slow_param(signal.SIGINT, 130)])
-def test_a_signal_ends_the_wait(argv: list[str], silent: str, sign: signal.Signals, code: int) -> None:
-    with start([*argv, "--address", silent], 60) as job:
+def test_a_signal_ends_the_wait(argv: list[str], silent_server: str, sign: signal.Signals, code: int) -> None:
+    with start_job([*argv, "--address", silent_server], 60) as job:
         assert job.stderr is not None
-        connecting = re.escape(f"connecting to the Ray cluster at {silent}\n")
+        connecting = re.escape(f"connecting to the Ray cluster at {silent_server}\n")
         assert re.fullmatch(rf"{STAMP} INFO {connecting}", job.stderr.readline())
-        time.sleep(3)  # it is deep in Ray's own attempts by then
-        asked = time.monotonic()
+        time.sleep(3)  # by then, Ray itself retries the connection
+        signalled = time.monotonic()
         job.send_signal(sign)
         _, err = job.communicate(timeout=60)
-        assert time.monotonic() - asked < 5
+        assert time.monotonic() - signalled < 5
         assert job.returncode == code
         assert "stopped; the cache is consistent; run the same command to resume: " in err
 
 
 @pytest.mark.ray
-def test_a_token_that_is_missing_is_said(argv: list[str], silent: str, tmp_path: Path) -> None:
+def test_a_missing_token_is_named(argv: list[str], silent_server: str, tmp_path: Path) -> None:
     job = subprocess.run(
-        [sys.executable, "-m", "jobs.encode", *argv, "--address", silent],
+        [sys.executable, "-m", "jobs.encode", *argv, "--address", silent_server],
         cwd=ROOT,
         env={**os.environ, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
         capture_output=True,
@@ -159,5 +161,7 @@ def test_a_token_that_is_missing_is_said(argv: list[str], silent: str, tmp_path:
     )
     assert job.returncode == 2
     last = job.stderr.splitlines()[-1]
-    assert last.startswith(f"latentmill: cannot reach the Ray cluster at {silent}: Token authentication is enabled but")
+    assert last.startswith(
+        f"latentmill: cannot reach the Ray cluster at {silent_server}: Token authentication is enabled but"
+    )
     assert last.endswith("set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token")

@@ -14,13 +14,13 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def cache(latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path) -> Path:
-    """A cache of the photos at 64 px, made with the micro model."""
+    """Return a cache of the photos at 64 px, made with the micro model."""
     folder = tmp_path / "c"
     latentmill("encode", photos, "--to", folder, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
     return folder
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def read_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
 
@@ -34,9 +34,9 @@ def test_every_image_is_drawn_beside_its_original(latentmill: Command, cache: Pa
     assert all(0 < image["psnr"] < 30 for image in report["images"])
     assert report["psnr"]["min"] <= report["psnr"]["mean"] <= report["psnr"]["max"]
     for image in report["images"]:
-        assert size_of(tmp_path / "p" / image["file"]) == (64, 64)
+        assert read_size(tmp_path / "p" / image["file"]) == (64, 64)
     assert report["sheets"] == ["sheets/00000.png"]
-    assert size_of(tmp_path / "p/sheets/00000.png")[0] > 3 * 2 * 256
+    assert read_size(tmp_path / "p/sheets/00000.png")[0] > 3 * 2 * 256
 
 
 def test_the_limit_is_spread_over_the_cache(latentmill: Command, cache: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_an_original_is_drawn_if_only_its_caption_was_edited(
 
 def test_previews_can_be_written_into_the_cache(latentmill: Command, cache: Path) -> None:
     assert latentmill("decode", cache, "--to", cache / "previews", "--workers", 0)[0] == 0
-    assert size_of(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
+    assert read_size(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
 
 
 def test_another_model_is_refused(latentmill: Command, cache: Path, tmp_path: Path) -> None:

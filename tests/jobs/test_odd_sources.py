@@ -1,4 +1,4 @@
-"""Sources as people have them: what is no shard and no image among them is passed over, and said once."""
+"""Sources with unusual files: files that are neither shards nor images are skipped and reported once."""
 
 import gzip
 import json
@@ -15,12 +15,12 @@ import pytest
 from pipeline.errors import StorageError
 from pipeline.storage import reading
 from tests.conftest import img2dataset_members, write_tar
-from tests.jobs.test_sources import by_key, images, table_of
+from tests.jobs.test_sources import make_images, read_column, read_table
 
 Command = Callable[..., tuple[int, str, str]]
 
 
-def rejects(cache: Path) -> list[dict[str, Any]]:
+def read_rejects(cache: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for path in sorted((cache / "_rejects").iterdir()) for line in path.read_text().splitlines()
     ]
@@ -34,26 +34,26 @@ def test_a_tar_from_macos_keeps_its_captions(encode: Command, latentmill: Comman
         write_tar(tmp_path / f"s/{number}.tar", members)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "rejected   0" in out) == (0, True), err
-    assert list(by_key(tmp_path / "c", "txt").values()) == ["image 0", "image 1", "image 2"]
+    assert list(read_column(tmp_path / "c", "txt").values()) == ["image 0", "image 1", "image 2"]
     (note,) = (line for line in err.splitlines() if "no part of a sample" in line)
     assert "18 hidden files" in note
     assert "4 documents and indexes" in note
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
-def test_texts_that_stand_apart_from_their_images_are_said(encode: Command, tmp_path: Path) -> None:
+def test_texts_that_are_not_next_to_their_images_are_reported(encode: Command, tmp_path: Path) -> None:
     members = sorted(img2dataset_members(0, 3).items(), key=lambda member: member[0].rpartition(".")[2])
     write_tar(tmp_path / "s/0.tar", dict(members))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, err.count("INFO 3 images are not next to their texts")) == (3, 1), err
-    assert all("its image is elsewhere in the tar" in reject["detail"] for reject in rejects(tmp_path / "c")[3:])
+    assert all("its image is elsewhere in the tar" in reject["detail"] for reject in read_rejects(tmp_path / "c")[3:])
 
 
 def compress(path: Path) -> None:
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
-def test_a_gzip_called_tar_is_refused_before_anything_is_done(encode: Command, tmp_path: Path) -> None:
+def test_a_gzip_file_named_tar_is_refused_before_any_write(encode: Command, tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(0, 1))
     compress(tmp_path / "s/1.tar")
@@ -62,55 +62,55 @@ def test_a_gzip_called_tar_is_refused_before_anything_is_done(encode: Command, t
     assert not (tmp_path / "c").exists()
 
 
-def test_a_gzip_that_was_not_looked_at_fails_its_unit_by_name(encode: Command, tmp_path: Path) -> None:
-    """A few tars are looked at beforehand; of the others each says so when it is read."""
+def test_a_gzip_file_that_was_not_inspected_fails_its_unit(encode: Command, tmp_path: Path) -> None:
+    """Only a few tars are inspected before the job starts."""
     for number in range(40):
         write_tar(tmp_path / f"s/{number:02}.tar", img2dataset_members(number, 1))
     compress(tmp_path / "s/01.tar")
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "failed: unit 01-" in err, "01.tar is not a tar, but a gzip file" in err) == (1, True, True), err
-    assert "rejected   0" in out, "nothing of it counts as read"
+    assert "rejected   0" in out, "none of its samples counts as read"
 
 
-def test_a_tar_that_cannot_be_opened_fails_its_unit_alone(
+def test_a_tar_that_cannot_be_opened_fails_only_its_unit(
     encode: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its permissions, say: root reads all the same, so the disk's answer is made here."""
+    """The error is simulated, because root may read any file."""
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(number, 1))
     open_stream = reading.open_stream
 
     @contextmanager
-    def refusing(url: str, *given: Any, **how: Any) -> Iterator[BinaryIO]:
+    def open_or_refuse(url: str, *args: Any, **kwargs: Any) -> Iterator[BinaryIO]:
         if url.endswith("1.tar"):
             raise StorageError(f"cannot read {url}: permission denied")
-        with open_stream(url, *given, **how) as stream:
+        with open_stream(url, *args, **kwargs) as stream:
             yield stream
 
-    monkeypatch.setattr(reading, "open_stream", refusing)
+    monkeypatch.setattr(reading, "open_stream", open_or_refuse)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 1 images" in out, "1.tar: permission denied" in err) == (1, True, True), err
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar.zst", "0.zip", "0.TAR.XZ"])
-def test_archives_that_are_not_read_are_named(encode: Command, tmp_path: Path, name: str) -> None:
+def test_compressed_archives_are_named(encode: Command, tmp_path: Path, name: str) -> None:
     (tmp_path / "s").mkdir()
     with zipfile.ZipFile(tmp_path / "s" / name, "w") as archive:
         archive.writestr("0.jpg", b"")
-    said = f"compressed archives are not supported: {tmp_path}/s/{name}; decompress it"
+    message = f"compressed archives are not supported: {tmp_path}/s/{name}; decompress it"
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, said in err) == (2, True), err
+    assert (code, message in err) == (2, True), err
     write_tar(tmp_path / "s/1.tar", img2dataset_members(0, 1))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, f"INFO {said}" in err) == (0, True), err
+    assert (code, f"INFO {message}" in err) == (0, True), err
 
 
-def put(path: Path, **columns: Any) -> None:
+def write_table(path: Path, **columns: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
 
 
-IMAGES = {"image": pa.array(images(0, 2)), "text": ["zero", "one"]}
+IMAGES = {"image": pa.array(make_images(0, 2)), "text": ["zero", "one"]}
 
 
 @pytest.mark.parametrize(
@@ -121,44 +121,46 @@ IMAGES = {"image": pa.array(images(0, 2)), "text": ["zero", "one"]}
         {"image": pa.nulls(0), "text": pa.array([], pa.string()).dictionary_encode()},
     ],
 )
-def test_an_empty_first_file_is_no_obstacle(encode: Command, tmp_path: Path, first: dict[str, Any]) -> None:
-    put(tmp_path / "s/0.parquet", **first)
-    put(tmp_path / "s/1.parquet", **IMAGES)
+def test_an_empty_first_file_does_not_determine_the_columns(
+    encode: Command, tmp_path: Path, first: dict[str, Any]
+) -> None:
+    write_table(tmp_path / "s/0.parquet", **first)
+    write_table(tmp_path / "s/1.parquet", **IMAGES)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "rejected   0" in out) == (0, True), err
-    assert by_key(tmp_path / "c", "text") == {"0": "zero", "1": "one"}
-    assert "image" not in table_of(tmp_path / "c").column_names
+    assert read_column(tmp_path / "c", "text") == {"0": "zero", "1": "one"}
+    assert "image" not in read_table(tmp_path / "c").column_names
 
 
-def test_columns_without_a_type_take_the_others(encode: Command, tmp_path: Path) -> None:
-    """Where all is null in one file, pandas writes no type; where it is in all that were looked at, it may be text."""
+def test_a_column_without_a_type_takes_the_type_of_other_files(encode: Command, tmp_path: Path) -> None:
+    """pandas writes no type for a column of nulls. A column without a type in all inspected files is text."""
     for number in range(40):
         text = ["a text"] if number == 1 else pa.nulls(1)
         label = pa.array([1]) if number == 20 else pa.nulls(1)
-        put(tmp_path / f"s/{number:02}.parquet", image=pa.array(images(number, 1)), text=text, label=label)
+        write_table(tmp_path / f"s/{number:02}.parquet", image=pa.array(make_images(number, 1)), text=text, label=label)
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert code == 0, err
-    table = table_of(tmp_path / "c")
+    table = read_table(tmp_path / "c")
     assert (table.schema.field("text").type, table.schema.field("label").type) == (pa.string(), pa.int64())
     assert [text for text in table["text"].to_pylist() if text] == ["a text"]
     assert [label for label in table["label"].to_pylist() if label] == [1]
 
 
-def tars(folder: Path) -> None:
+def write_tars(folder: Path) -> None:
     write_tar(folder / "00000.tar", img2dataset_members(0, 2))
 
 
-def photos(folder: Path) -> None:
+def write_photos(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(images(0, 2)):
+    for number, data in enumerate(make_images(0, 2)):
         (folder / f"{number}.jpg").write_bytes(data)
 
 
-def parquet(folder: Path) -> None:
-    put(folder / "a.parquet", **IMAGES)
+def write_parquet_file(folder: Path) -> None:
+    write_table(folder / "a.parquet", **IMAGES)
 
 
-@pytest.mark.parametrize("images", [tars, photos, parquet])
+@pytest.mark.parametrize("write_source", [write_tars, write_photos, write_parquet_file])
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
@@ -167,81 +169,83 @@ def parquet(folder: Path) -> None:
         ("clip.parquet", {"clip": [[1.0], [2.0]]}),
     ],
 )
-def test_parquet_files_without_images_are_passed_over_beside_images(
+def test_parquet_files_without_images_are_skipped(
     encode: Command,
     latentmill: Command,
     tmp_path: Path,
-    images: Callable[[Path], None],
+    write_source: Callable[[Path], None],
     name: str,
     columns: dict[str, Any],
 ) -> None:
-    images(tmp_path / "s")
-    put(tmp_path / "s" / name, **columns)
-    put(tmp_path / "s/deeper" / name, **columns)
+    write_source(tmp_path / "s")
+    write_table(tmp_path / "s" / name, **columns)
+    write_table(tmp_path / "s/deeper" / name, **columns)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out, "rejected   0" in out) == (0, True, True), err
     assert err.count("INFO skipped 2 Parquet files without images") == 1
     assert f"s/{name}" in err
-    assert not (set(columns) - {"key"}) & set(table_of(tmp_path / "c").column_names)
+    assert not (set(columns) - {"key"}) & set(read_table(tmp_path / "c").column_names)
     assert "encoded 0 images" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 
 
-def test_what_a_delta_table_keeps_to_itself_is_not_read(encode: Command, tmp_path: Path) -> None:
-    put(tmp_path / "s/part-0.snappy.parquet", **IMAGES)
-    put(tmp_path / "s/_delta_log/00000000000000000010.checkpoint.parquet", protocol=[1], add=["x"])
-    put(tmp_path / "s/_change_data/cdc-0.parquet", **IMAGES)
+def test_internal_files_of_a_delta_table_are_not_read(encode: Command, tmp_path: Path) -> None:
+    write_table(tmp_path / "s/part-0.snappy.parquet", **IMAGES)
+    write_table(tmp_path / "s/_delta_log/00000000000000000010.checkpoint.parquet", protocol=[1], add=["x"])
+    write_table(tmp_path / "s/_change_data/cdc-0.parquet", **IMAGES)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out) == (0, True), err
     assert "INFO passed over 2 Parquet files of Delta Lake's and Spark's own, in _delta_log and the like" in err
-    put(tmp_path / "_change_data/0.parquet", **IMAGES)
-    assert encode(tmp_path / "_change_data", "--to", tmp_path / "d")[0] == 0, "a source of that name is one"
+    write_table(tmp_path / "_change_data/0.parquet", **IMAGES)
+    assert encode(tmp_path / "_change_data", "--to", tmp_path / "d")[0] == 0, "a source may have this name"
 
 
-def test_images_are_found_among_many_files_without(encode: Command, tmp_path: Path) -> None:
-    """A few files are looked at; where none of them has images, more are."""
+def test_images_are_found_among_many_files_without_images(encode: Command, tmp_path: Path) -> None:
+    """A few files are inspected, and more if none of them has images."""
     for number in range(32):
-        put(tmp_path / f"s/{number:02}-a.parquet", key=["x"])
-        put(tmp_path / f"s/{number:02}-b.parquet", image=pa.array(images(number, 1)), text=[f"text {number}"])
+        write_table(tmp_path / f"s/{number:02}-a.parquet", key=["x"])
+        write_table(
+            tmp_path / f"s/{number:02}-b.parquet", image=pa.array(make_images(number, 1)), text=[f"text {number}"]
+        )
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 32 images" in out) == (0, True), err
     assert "skipped 32 Parquet files without images" in err
-    assert sorted(table_of(tmp_path / "c")["text"].to_pylist()) == sorted(f"text {number}" for number in range(32))
+    assert sorted(read_table(tmp_path / "c")["text"].to_pylist()) == sorted(f"text {number}" for number in range(32))
 
 
-def test_sources_that_have_no_images_at_all_are_refused(encode: Command, tmp_path: Path) -> None:
+def test_sources_without_images_are_refused(encode: Command, tmp_path: Path) -> None:
     for number in range(40):
-        put(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
+        write_table(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "has no column with the bytes of images: it has key, URL" in err) == (2, True), err
     assert "first download the images that URL names" in err
     assert not (tmp_path / "c").exists()
 
 
-def test_a_column_that_is_asked_for_must_be_in_every_file(encode: Command, tmp_path: Path) -> None:
-    put(tmp_path / "s/0.parquet", **IMAGES)
-    put(tmp_path / "s/1.parquet", key=["x"])
+def test_a_requested_image_column_must_be_in_every_file(encode: Command, tmp_path: Path) -> None:
+    write_table(tmp_path / "s/0.parquet", **IMAGES)
+    write_table(tmp_path / "s/1.parquet", key=["x"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--image-column", "image")
     assert (code, "1.parquet: the column image does not exist; columns: key" in err) == (2, True), err
 
 
-def test_images_in_a_form_that_is_not_read_are_never_passed_over(encode: Command, tmp_path: Path) -> None:
-    """In a file that was not looked at beforehand."""
+def test_images_of_an_unsupported_type_fail_their_unit(encode: Command, tmp_path: Path) -> None:
+    """The file is not inspected before the job starts."""
     for number in range(40):
-        put(tmp_path / f"s/{number:02}.parquet", **IMAGES)
-    put(tmp_path / "s/01.parquet", image=["aGVsbG8="])
+        write_table(tmp_path / f"s/{number:02}.parquet", **IMAGES)
+    write_table(tmp_path / "s/01.parquet", image=["aGVsbG8="])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "failed: unit 01-" in err, "image is string, not binary" in err) == (1, True, True), err
 
 
-def test_a_tar_whose_metadata_have_gone_is_counted(encode: Command, tmp_path: Path) -> None:
+def test_tars_whose_parquet_file_was_removed_are_counted(encode: Command, tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(2 * number, 2))
-        put(tmp_path / f"s/{number}.parquet", key=[f"{2 * number + n:09d}" for n in range(2)], score=[0.5, 1.5])
+        write_table(tmp_path / f"s/{number}.parquet", key=[f"{2 * number + n:09d}" for n in range(2)], score=[0.5, 1.5])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--max-shards", 1)
     assert (code, "metadata" in err) == (0, False)
     (tmp_path / "s/1.parquet").unlink()
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert code == 0
-    said = "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: 1;"
-    assert f"INFO {said}" in err
+    message = "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: 1;"
+    assert f"INFO {message}" in err

@@ -1,4 +1,4 @@
-"""Latents of 1 x 1, from images as large as the VAE's factor: torch calls them contiguous whatever their strides."""
+"""Latents of 1 x 1, which torch considers contiguous regardless of their strides."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +31,12 @@ def source(tmp_path: Path) -> Path:
         ("webdataset", "float32", "moments"),
     ],
 )
-def test_they_are_stored_read_and_decoded(
+def test_latents_of_one_position_are_stored_read_and_decoded(
     latentmill: Command, micro_vae: Path, source: Path, tmp_path: Path, container: str, dtype: str, store: str
 ) -> None:
     cache = tmp_path / "c"
-    how = ("--format", container, "--dtype", dtype, "--store", store, "--resolution", 8)
-    code, _, err = latentmill("encode", source, "--to", cache, "--vae", micro_vae, *how, "--workers", 0)
+    options = ("--format", container, "--dtype", dtype, "--store", store, "--resolution", 8)
+    code, _, err = latentmill("encode", source, "--to", cache, "--vae", micro_vae, *options, "--workers", 0)
     assert code == 0, err
     opened = Cache.open(str(cache))
     rows = [row for file in opened.files() for row in opened.rows(file)]

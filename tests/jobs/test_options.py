@@ -7,18 +7,18 @@ from jobs.options import DecodeOptions, EncodeOptions, options_as_record, parse_
 from jobs.parsing import parse
 from pipeline.errors import UsageError
 
-NEEDED = ["in/", "--to", "out", "--vae", "demo"]
+REQUIRED = ["in/", "--to", "out", "--vae", "demo"]
 
 
-def test_defaults_are_the_dataclass() -> None:
-    options, given = parse(EncodeOptions, "encode", NEEDED)
+def test_defaults_are_those_of_the_dataclass() -> None:
+    options, given = parse(EncodeOptions, "encode", REQUIRED)
     assert options == EncodeOptions(source=("in/",), to="out", vae="demo")
     assert given == {"source", "to", "vae"}
 
 
 def test_flags_have_the_types_of_the_fields() -> None:
     options, _ = parse(
-        EncodeOptions, "encode", [*NEEDED, "more/", "--resolution", "256", "--max-reject-rate", "0.5", "--json"]
+        EncodeOptions, "encode", [*REQUIRED, "more/", "--resolution", "256", "--max-reject-rate", "0.5", "--json"]
     )
     assert (options.source, options.resolution, options.max_reject_rate, options.json) == (
         ("in/", "more/"),
@@ -28,7 +28,7 @@ def test_flags_have_the_types_of_the_fields() -> None:
     )
 
 
-def test_a_repeatable_flag_collects() -> None:
+def test_a_repeated_flag_collects_its_values() -> None:
     options, _ = parse(DecodeOptions, "decode", ["c", "--to", "o", "--source", "a", "--source", "b"])
     assert options.source == ("a", "b")
 
@@ -38,10 +38,10 @@ def test_a_repeatable_flag_collects() -> None:
     [
         ([], "SOURCE is missing"),
         (["in/", "--to", "out"], "--vae is missing"),
-        ([*NEEDED, "--resolutoin", "256"], "unknown option --resolutoin; did you mean --resolution?"),
-        ([*NEEDED, "--resolution", "big"], "'big' is not a whole number"),
-        ([*NEEDED, "--interpolation", "bicubik"], "did you mean bicubic?"),
-        ([*NEEDED, "--config", "nowhere.yaml"], "cannot read --config nowhere.yaml: no such file"),
+        ([*REQUIRED, "--resolutoin", "256"], "unknown option --resolutoin; did you mean --resolution?"),
+        ([*REQUIRED, "--resolution", "big"], "'big' is not a whole number"),
+        ([*REQUIRED, "--interpolation", "bicubik"], "did you mean bicubic?"),
+        ([*REQUIRED, "--config", "nowhere.yaml"], "cannot read --config nowhere.yaml: no such file"),
     ],
 )
 def test_a_mistake_is_named(argv: list[str], message: str) -> None:
@@ -49,7 +49,7 @@ def test_a_mistake_is_named(argv: list[str], message: str) -> None:
         parse(EncodeOptions, "encode", argv)
 
 
-def test_every_option_can_stand_in_a_file_and_a_flag_beats_it(tmp_path: Path) -> None:
+def test_a_file_may_set_every_option_and_flags_override_it(tmp_path: Path) -> None:
     config = tmp_path / "job.yaml"
     config.write_text("source: [a, b]\nto: out\nvae: demo\nresolution: 128\nmin-size: 64\njson: true\n")
     options, given = parse(EncodeOptions, "encode", ["--config", str(config), "--resolution", "256"])
@@ -71,10 +71,10 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, message: str)
     config = tmp_path / "job.yaml"
     config.write_text(text)
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
-        parse(EncodeOptions, "encode", [*NEEDED, "--config", str(config)])
+        parse(EncodeOptions, "encode", [*REQUIRED, "--config", str(config)])
 
 
-def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_options_read_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SECRET", "hush")
     assert parse_storage_options(["key=id", "secret=env:MY_SECRET"]) == {"key": "id", "secret": "hush"}
     with pytest.raises(UsageError, match="the environment variable NO_SUCH_FILE is not set"):
@@ -83,7 +83,7 @@ def test_storage_options_take_secrets_from_the_environment(monkeypatch: pytest.M
         parse_storage_options(["secret"])
 
 
-def test_the_record_of_a_run_keeps_no_secret() -> None:
+def test_the_record_of_a_run_has_no_secret() -> None:
     options = EncodeOptions(
         source=("in",),
         to="out",

@@ -18,7 +18,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two tars of ten samples; the images 3, 4 and 15 are larger than the others, 7 is none."""
+    """Return a folder of two tars of ten samples. Images 3, 4 and 15 are larger than the others, 7 is not an image."""
     for number in range(2):
         members = img2dataset_members(10 * number, 10)
         for key, size in (("000000003", 200), ("000000004", 300), ("000000015", 200)):
@@ -32,22 +32,22 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["parquet", "webdataset"])
 def cache(request: pytest.FixtureRequest, latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> Path:
-    """A cache in which the larger images were rejected."""
+    """Return a cache in which the larger images are rejected."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     argv += ["--rows-per-part", 4, "--format", request.param, "--input-limit", "pixels=13000"]
     assert latentmill(*argv)[0] == 3
     return tmp_path / "c"
 
 
-def stats(cache: Path) -> dict[str, Any]:
+def read_stats(cache: Path) -> dict[str, Any]:
     return dict(json.loads((cache / "stats.json").read_text()))
 
 
-def data(cache: Path) -> dict[str, bytes]:
+def read_parts(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (cache / "data").iterdir()}
 
 
-def shell_digest(cache: Path) -> str:
+def compute_digest_by_shell(cache: Path) -> str:
     lines = subprocess.run(
         "sha256sum _empty/* data/* 2>/dev/null", shell=True, cwd=cache, env={"LC_ALL": "C"}, capture_output=True
     ).stdout
@@ -55,23 +55,26 @@ def shell_digest(cache: Path) -> str:
 
 
 def test_samples_that_now_succeed_become_a_part_and_others_stay_rejected(latentmill: Command, cache: Path) -> None:
-    before, already = stats(cache), data(cache)
+    before, parts_before = read_stats(cache), read_parts(cache)
     assert before["rejected"] == {"not_an_image": 1, "too_many_pixels": 3}
     code, out, err = latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
     assert code == 0, err
     assert "retried 4 rejected samples\n  rows       2 more, 18 in all" in out
-    after, now = stats(cache), data(cache)
+    after, parts_after = read_stats(cache), read_parts(cache)
     assert (after["count"], after["rejected"]) == (18, {"not_an_image": 1, "too_many_pixels": 1})
-    assert {name: content for name, content in now.items() if name in already} == already
-    assert sorted(name.split("-")[-1].split(".")[0] for name in now.keys() - already.keys()) == ["00000r1", "00001r1"]
-    assert after["digest"] == shell_digest(cache)
+    assert {name: content for name, content in parts_after.items() if name in parts_before} == parts_before
+    assert sorted(name.split("-")[-1].split(".")[0] for name in parts_after.keys() - parts_before.keys()) == [
+        "00000r1",
+        "00001r1",
+    ]
+    assert after["digest"] == compute_digest_by_shell(cache)
 
     assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 2 rejected samples\n  rows       1 more")
-    assert stats(cache)["rejected"] == {"not_an_image": 1}
-    assert any("00001r1" in name for name in data(cache))
-    digest = stats(cache)["digest"]
+    assert read_stats(cache)["rejected"] == {"not_an_image": 1}
+    assert any("00001r1" in name for name in read_parts(cache))
+    digest = read_stats(cache)["digest"]
     assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected samples\n  rows       0 more")
-    assert stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
+    assert read_stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
 
 
 def test_the_rows_equal_those_of_a_run_without_rejects(
@@ -79,32 +82,32 @@ def test_the_rows_equal_those_of_a_run_without_rejects(
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
     form = json.loads((cache / "cache.json").read_text())["identity"]["container"]
-    argv = ["encode", source, "--to", tmp_path / "calm", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    argv = ["encode", source, "--to", tmp_path / "reference", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--rows-per-part", 4, "--format", form)
-    retried, calm = stats(cache), stats(tmp_path / "calm")
-    assert (retried["count"], retried["rejected"]) == (calm["count"], calm["rejected"])
-    assert retried["mean"] == pytest.approx(calm["mean"], rel=1e-12)
-    assert retried["std"] == pytest.approx(calm["std"], rel=1e-12)
+    retried, reference = read_stats(cache), read_stats(tmp_path / "reference")
+    assert (retried["count"], retried["rejected"]) == (reference["count"], reference["rejected"])
+    assert retried["mean"] == pytest.approx(reference["mean"], rel=1e-12)
+    assert retried["std"] == pytest.approx(reference["std"], rel=1e-12)
     if form == "parquet":
         rows, expected = (
             {row["key"]: row for path in folder.glob("data/*") for row in pq.read_table(path).to_pylist()}
-            for folder in (cache, tmp_path / "calm")
+            for folder in (cache, tmp_path / "reference")
         )
         assert rows == expected
 
 
-def test_encode_and_status_count_the_retry(
+def test_encode_and_status_count_the_rows_of_a_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
-    after = stats(cache)
+    after = read_stats(cache)
     content = json.loads(latentmill("status", cache, "--json")[1])
     assert (content["rows"], content["rejected"]) == (19, {"not_an_image": 1})
     assert (content["state"], content["parts_of_units_under_way"]) == ("done", 0)
     argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 0.06]
     code, out, _ = latentmill(*argv)
     assert (code, out.startswith("encoded 0 images")) == (0, True)
-    assert stats(cache) == after
+    assert read_stats(cache) == after
 
 
 @pytest.mark.parametrize("pixels", [13000, 100_000])
@@ -112,17 +115,19 @@ def test_lost_parts_are_encoded_again_without_the_samples_of_a_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, pixels: int
 ) -> None:
     latentmill("retry", cache, "--workers", 0, "--input-limit", "pixels=50000")
-    before = stats(cache)
+    before = read_stats(cache)
     for path in [*(cache / "data").iterdir(), *(cache / "_commits").iterdir()]:
         if not re.search(r"r1\.", path.name):
             path.unlink()
     argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0]
     code, _, err = latentmill(*argv, "--input-limit", f"pixels={pixels}", "--max-reject-rate", 0.1)
     assert code == 0, err
-    same = pixels == 13000
-    assert (stats(cache)["digest"] == before["digest"]) == same
-    assert stats(cache)["count"] == (18 if same else 19)
-    assert stats(cache)["rejected"] == ({"not_an_image": 1, "too_many_pixels": 1} if same else {"not_an_image": 1})
+    is_same_limit = pixels == 13000
+    assert (read_stats(cache)["digest"] == before["digest"]) == is_same_limit
+    assert read_stats(cache)["count"] == (18 if is_same_limit else 19)
+    assert read_stats(cache)["rejected"] == (
+        {"not_an_image": 1, "too_many_pixels": 1} if is_same_limit else {"not_an_image": 1}
+    )
     code, out, _ = latentmill("verify", cache, "--recount")
     assert code == 0, out
 
@@ -135,18 +140,18 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
         if name.endswith("jpg"):
             (tmp_path / "p" / name).write_bytes(image)
     broken = tmp_path / "p/000000001.jpg"
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-100])
+    intact = broken.read_bytes()
+    broken.write_bytes(intact[:-100])
     argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv)
     assert code == 3
     assert "WARNING more than 0.05 of all samples are rejected (--max-reject-rate)" in err
-    broken.write_bytes(whole)
+    broken.write_bytes(intact)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
     for path in (*tmp_path.glob("c/data/*-00000.parquet"), *tmp_path.glob("c/_commits/p-????????????????.json")):
         path.unlink()
     assert latentmill(*argv)[0] == 0
-    assert (stats(tmp_path / "c")["count"], stats(tmp_path / "c")["rejected"]) == (3, {})
+    assert (read_stats(tmp_path / "c")["count"], read_stats(tmp_path / "c")["rejected"]) == (3, {})
     code, out, _ = latentmill("verify", tmp_path / "c")
     assert code == 0, out
 
@@ -154,13 +159,13 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
 def test_rejects_before_a_damage_are_retried(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
-    whole = (source / "0.tar").read_bytes()
-    (source / "0.tar").write_bytes(whole[: whole.index(b"000000009.jpg") + 700])
+    intact = (source / "0.tar").read_bytes()
+    (source / "0.tar").write_bytes(intact[: intact.index(b"000000009.jpg") + 700])
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "pixels=13000")
-    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1, "too_many_pixels": 3}
+    assert read_stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1, "too_many_pixels": 3}
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
-    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1}
+    assert read_stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "rest_of_shard": 1}
     assert latentmill("verify", tmp_path / "c")[0] == 0
 
 
@@ -169,14 +174,16 @@ def test_a_sample_that_is_missing_now_stays_rejected(
 ) -> None:
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "pixels=13000")
-    before = stats(tmp_path / "c")["rejected"]
+    before = read_stats(tmp_path / "c")["rejected"]
     size = (source / "0.tar").stat().st_size
     write_tar(source / "0.tar", img2dataset_members(0, 3))
     with (source / "0.tar").open("ab") as tar:
         tar.truncate(size)
     latentmill("retry", tmp_path / "c", "--workers", 0)
     assert before == {"not_an_image": 1, "too_many_pixels": 3}
-    assert stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "too_many_pixels": 2}, "one was in the other tar"
+    assert read_stats(tmp_path / "c")["rejected"] == {"not_an_image": 1, "too_many_pixels": 2}, (
+        "one of the three is in the other tar"
+    )
 
 
 def test_another_vae_is_refused(latentmill: Command, cache: Path) -> None:

@@ -21,22 +21,22 @@ from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, slow_param, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
-COUNT = 23  # samples of the tar: the ninth is no image, the thirteenth has the key of the second
+COUNT = 23  # samples of the tar: the ninth is not an image, the thirteenth has the key of the second
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     members = img2dataset_members(0, COUNT, height=64, width=64)
     members["000000008.jpg"] = b"no image"
     twelfth = members.pop("000000012.jpg")
     names = list(members)
     ordered = {name: members[name] for name in names[:36]}
     ordered |= {"000000001.jpeg": twelfth} | {n: members[n] for n in names[36:] if not n.startswith("000000012")}
-    return write_tar(tmp_path_factory.mktemp("whole") / "0.tar", ordered).read_bytes()
+    return write_tar(tmp_path_factory.mktemp("intact") / "0.tar", ordered).read_bytes()
 
 
-def place_of(whole: bytes, sample: int) -> int:
-    return whole.index(b"%09d.jpg" % sample)
+def find_sample(intact: bytes, sample: int) -> int:
+    return intact.index(b"%09d.jpg" % sample)
 
 
 class Case:
@@ -65,20 +65,20 @@ class Case:
     def rejected(self) -> dict[str, int]:
         return dict(self.stats["rejected"])
 
-    def check_complete(self, calm: Path) -> None:
-        """Check that the cache has the rows and rejects of one that was made from the whole shard."""
+    def check_complete(self, reference: Path) -> None:
+        """Check that the cache has the rows and rejects of one that was made from the intact shard."""
         code, out, err = self.verify("--recount", "--reencode", 60)
         assert (code, err) == (0, ""), out
         assert "the inputs have the samples that are recorded; " in out
-        actual = rows(self.cache)
+        actual = read_sorted_rows(self.cache)
         assert len(actual) == len({(row["shard"], row["key"]) for row in actual})
-        assert actual == rows(calm)
-        expected = json.loads((calm / "stats.json").read_text())
+        assert actual == read_sorted_rows(reference)
+        expected = json.loads((reference / "stats.json").read_text())
         assert (self.stats["count"], self.rejected) == (expected["count"], expected["rejected"])
         assert self.stats["mean"] == pytest.approx(expected["mean"], rel=1e-12)
 
 
-def rows(cache: Path) -> list[dict[str, Any]]:
+def read_sorted_rows(cache: Path) -> list[dict[str, Any]]:
     unsorted = [
         row for path in (cache / "data").iterdir() for row in read_rows(Folder(str(cache)), f"data/{path.name}")
     ]
@@ -91,20 +91,20 @@ def case(request: pytest.FixtureRequest, latentmill: Command, micro_vae: Path, t
 
 
 @pytest.fixture
-def calm(case: Case, whole: bytes, tmp_path: Path) -> Path:
-    """A cache of the whole shard."""
-    case.shard.write_bytes(whole)
-    assert case.encode(tmp_path / "calm")[0] == 0
-    return tmp_path / "calm"
+def reference(case: Case, intact: bytes, tmp_path: Path) -> Path:
+    """Return a cache of the intact shard."""
+    case.shard.write_bytes(intact)
+    assert case.encode(tmp_path / "reference")[0] == 0
+    return tmp_path / "reference"
 
 
 def test_a_restored_shard_is_encoded_again_if_all_its_files_were_moved_away(
-    case: Case, whole: bytes, calm: Path, tmp_path: Path
+    case: Case, intact: bytes, reference: Path, tmp_path: Path
 ) -> None:
     """The note gives this advice for a unit that lost its first part and whose truncated input no longer exists."""
-    case.shard.write_bytes(whole[: place_of(whole, 9)])
+    case.shard.write_bytes(intact[: find_sample(intact, 9)])
     assert case.encode()[0] == 3
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     assert case.retry()[0] == 0
     next((case.cache / "data").glob("*-00000.*")).unlink()
     (unit,) = plan.read_plan(Folder(str(case.cache)))
@@ -115,13 +115,13 @@ def test_a_restored_shard_is_encoded_again_if_all_its_files_were_moved_away(
         for path in (case.cache / folder).glob(f"{unit.name}*"):
             path.unlink()
     assert case.encode()[0] == 0
-    case.check_complete(calm)
+    case.check_complete(reference)
 
 
 @pytest.mark.parametrize("sample", [1, 5, 7, 9, 22])
-def test_a_truncated_shard_that_is_restored(case: Case, whole: bytes, calm: Path, sample: int) -> None:
+def test_retry_completes_a_restored_shard(case: Case, intact: bytes, reference: Path, sample: int) -> None:
     """The rest begins at the start of a part, inside a part, and in the last part."""
-    case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
+    case.shard.write_bytes(intact[: find_sample(intact, sample) + 700])
     assert case.encode()[0] == 3
     before = case.stats
     assert before["rejected"]["rest_of_shard"] == 1
@@ -129,11 +129,11 @@ def test_a_truncated_shard_that_is_restored(case: Case, whole: bytes, calm: Path
     assert (code, case.stats["digest"]) == (0, before["digest"]), "the damage is still at the same position"
     assert "and the rest of 1 damaged shards\n  rows       0 more" in out
 
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     code, out, err = case.retry()
     assert code == 0, err
     assert f"rows       {COUNT - 2 - before['count']} more, {COUNT - 2} in all" in out
-    case.check_complete(calm)
+    case.check_complete(reference)
     digest = case.stats["digest"]
     assert case.retry()[1].startswith("retried 2 rejected samples\n  rows       0 more")
     assert case.encode()[0] == 0, "nothing is left of the damage"
@@ -141,28 +141,30 @@ def test_a_truncated_shard_that_is_restored(case: Case, whole: bytes, calm: Path
     assert case.command("status", case.cache)[0] == 0
 
 
-def test_samples_before_a_later_damage_are_encoded_and_a_new_rest_remains(case: Case, whole: bytes, calm: Path) -> None:
+def test_samples_before_a_later_damage_are_encoded_and_a_new_rest_remains(
+    case: Case, intact: bytes, reference: Path
+) -> None:
     for sample in (6, 11, 19):
-        case.shard.write_bytes(whole[: place_of(whole, sample) + 700])
+        case.shard.write_bytes(intact[: find_sample(intact, sample) + 700])
         assert (case.encode if sample == 6 else case.retry)()[0] == (3 if sample == 6 else 0)
         assert case.rejected["rest_of_shard"] == 1
-        assert len(rows(case.cache)) == sample - 1 - (sample > 8) - (sample > 12)
+        assert len(read_sorted_rows(case.cache)) == sample - 1 - (sample > 8) - (sample > 12)
         code, out, err = case.verify("--recount")
         assert code == 0, out
         assert "the inputs have the samples that are recorded, except after the damage of 1 input\n" in out
         assert f"is damaged after {sample - 1} samples: what follows is not counted" in err
     assert case.encode()[0] == 3
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     assert case.retry()[0] == 0
-    case.check_complete(calm)
+    case.check_complete(reference)
 
 
-def test_verify_reports_that_a_rest_can_be_read_now(case: Case, whole: bytes) -> None:
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+def test_verify_reports_that_a_rest_can_be_read_now(case: Case, intact: bytes) -> None:
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
     content = json.loads(case.command("verify", case.cache, "--recount", "--json")[1])
     assert [item["samples"] for item in content["uncounted"]] == [5]
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     code, out, _ = case.verify("--recount")
     assert code == 1
     assert (
@@ -174,12 +176,18 @@ def test_verify_reports_that_a_rest_can_be_read_now(case: Case, whole: bytes) ->
 @pytest.mark.parametrize("same_run", [False, True])
 @pytest.mark.parametrize("written", [0, slow_param(1), slow_param(2), 3])
 def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
-    case: Case, whole: bytes, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, same_run: bool
+    case: Case,
+    intact: bytes,
+    reference: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: int,
+    same_run: bool,
 ) -> None:
-    """same_run: the same run tries again, up to three times."""
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+    """same_run: the same run makes a second attempt."""
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     shutil.copytree(case.cache, tmp_path / "copy")
     publish, count = parts.publish_part, 0
 
@@ -202,7 +210,7 @@ def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
         assert code == 0, err
     else:
         assert count == 6, "five parts, one of them twice: existing parts are adopted"
-    case.check_complete(calm)
+    case.check_complete(reference)
     digest = case.stats["digest"]
     shutil.rmtree(case.cache)
     (tmp_path / "copy").rename(case.cache)
@@ -210,7 +218,7 @@ def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
     assert case.stats["digest"] == digest
 
 
-def forget(cache: Path, pattern: str) -> None:
+def delete_parts(cache: Path, pattern: str) -> None:
     """Delete parts together with their commits, as verify advises."""
     for path in cache.glob(f"*/{pattern}"):
         stem = path.stem if "r" in path.stem.rpartition("-")[2] else path.stem.rpartition("-")[0]
@@ -219,52 +227,52 @@ def forget(cache: Path, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, 6))
-def test_a_lost_retry_part_is_a_rest_again(case: Case, whole: bytes, calm: Path, number: int) -> None:
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+def test_a_lost_retry_part_is_a_rest_again(case: Case, intact: bytes, reference: Path, number: int) -> None:
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     case.retry()
     digest = case.stats["digest"]
-    forget(case.cache, f"*-{number:05d}r1.*")
+    delete_parts(case.cache, f"*-{number:05d}r1.*")
     assert case.encode()[0] == 3, "samples are missing"
     assert case.rejected["rest_of_shard"] == 1
     assert case.verify()[0] == (0 if number == 5 else 1)
     assert case.retry()[0] == 0
     assert case.stats["digest"] == digest
-    case.check_complete(calm)
+    case.check_complete(reference)
 
 
 @pytest.mark.parametrize("lost", ["*-00000.*", "*-00001.*", "*-0000?.*", "*-0000[01]*"])
 def test_a_lost_part_of_the_unit_is_encoded_again_without_the_samples_of_the_retry(
-    case: Case, whole: bytes, calm: Path, lost: str
+    case: Case, intact: bytes, reference: Path, lost: str
 ) -> None:
     """The damage is inside the file, and the restored file has the planned size."""
-    damaged = bytearray(whole)
-    place = place_of(whole, 6)
-    damaged[place : place + 100] = bytes(range(100))
+    damaged = bytearray(intact)
+    offset = find_sample(intact, 6)
+    damaged[offset : offset + 100] = bytes(range(100))
     case.shard.write_bytes(damaged)
     assert case.encode()[0] == 3
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     assert case.retry()[0] == 0
     digest = case.stats["digest"]
-    forget(case.cache, lost)
+    delete_parts(case.cache, lost)
     assert case.encode()[0] == 0
     assert case.rejected == {"duplicate_key": 1, "not_an_image": 1}
     if lost != "*-0000[01]*":  # the first of the retry's parts is lost, too: its samples are the unit's own now
         assert case.stats["digest"] == digest
-    case.check_complete(calm)
+    case.check_complete(reference)
 
 
-def test_a_different_shard_is_refused(case: Case, whole: bytes) -> None:
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+def test_a_different_shard_is_refused(case: Case, intact: bytes) -> None:
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
     before = case.stats
-    other = whole.replace(b"image 2", b"image 7", 1)
+    other = intact.replace(b"image 2", b"image 7", 1)
     for content, message in (
         (other, "has changed since it was planned, and not only where it was damaged: 0-"),
-        (whole[: place_of(whole, 3) + 700], "has changed since it was planned, and not only where it was damaged"),
+        (intact[: find_sample(intact, 3) + 700], "has changed since it was planned, and not only where it was damaged"),
         (
-            whole[: place_of(whole, 3)] + bytes(1024),
+            intact[: find_sample(intact, 3)] + bytes(1024),
             "has changed since it was planned, and not only where it was damaged",
         ),
     ):
@@ -275,15 +283,15 @@ def test_a_different_shard_is_refused(case: Case, whole: bytes) -> None:
         assert case.verify()[0] == 0
 
 
-def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, whole: bytes) -> None:
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, intact: bytes) -> None:
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
-    other = whole.replace(b"image 9", b"image 8", 1)
-    assert other != whole
-    case.shard.write_bytes(other[: place_of(whole, 15) + 700])
+    other = intact.replace(b"image 9", b"image 8", 1)
+    assert other != intact
+    case.shard.write_bytes(other[: find_sample(intact, 15) + 700])
     assert case.retry()[0] == 0
     before = case.stats
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     code, _, err = case.retry()
     assert (code, case.stats["digest"]) == (1, before["digest"])
     assert "-00002r1 was made from other samples" in err
@@ -293,10 +301,10 @@ def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, w
     assert case.verify("--recount")[0] == 0
 
 
-def test_two_concurrent_retries_encode_each_sample_once(case: Case, whole: bytes, calm: Path) -> None:
-    case.shard.write_bytes(whole[: place_of(whole, 6) + 700])
+def test_two_concurrent_retries_encode_each_sample_once(case: Case, intact: bytes, reference: Path) -> None:
+    case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
-    case.shard.write_bytes(whole)
+    case.shard.write_bytes(intact)
     from jobs import retry as job
     from jobs.options import RetryOptions
     from jobs.parsing import parse
@@ -314,10 +322,10 @@ def test_two_concurrent_retries_encode_each_sample_once(case: Case, whole: bytes
     for thread in threads:
         thread.join()
     assert codes == [0, 0]
-    case.check_complete(calm)
+    case.check_complete(reference)
 
 
-def test_a_truncated_tar_without_samples(case: Case, tmp_path: Path) -> None:
+def test_retry_completes_a_restored_tar_without_samples(case: Case, tmp_path: Path) -> None:
     write_tar(case.shard, {})
     sound = case.shard.read_bytes()
     write_tar(case.shard.with_name("1.tar"), img2dataset_members(0, 1))
@@ -348,23 +356,23 @@ class TestParquet:
         return case.shard.read_bytes()
 
     @pytest.fixture
-    def calm(self, case: Case, parquet: bytes, tmp_path: Path) -> Path:
-        assert case.encode(tmp_path / "calm")[0] == 0
-        return tmp_path / "calm"
+    def reference(self, case: Case, parquet: bytes, tmp_path: Path) -> Path:
+        assert case.encode(tmp_path / "reference")[0] == 0
+        return tmp_path / "reference"
 
-    def test_a_truncated_file(self, case: Case, parquet: bytes, calm: Path) -> None:
+    def test_retry_completes_a_truncated_file(self, case: Case, parquet: bytes, reference: Path) -> None:
         case.shard.write_bytes(parquet[: len(parquet) * 3 // 4])
         assert case.encode()[0] == 3
         assert case.rejected["rest_of_shard"] > 1
         case.shard.write_bytes(parquet)
         assert case.retry()[0] == 0
-        case.check_complete(calm)
+        case.check_complete(reference)
 
-    def test_a_file_with_a_damaged_page(self, case: Case, parquet: bytes, calm: Path) -> None:
+    def test_retry_completes_a_file_with_a_damaged_page(self, case: Case, parquet: bytes, reference: Path) -> None:
         damaged = bytearray(parquet)
         column = pq.read_metadata(case.shard).row_group(4).column(0)
-        place = column.dictionary_page_offset or column.data_page_offset
-        damaged[place : place + 50] = bytes(50)
+        offset = column.dictionary_page_offset or column.data_page_offset
+        damaged[offset : offset + 50] = bytes(50)
         case.shard.write_bytes(damaged)
         assert case.encode()[0] == 3
         assert case.rejected == {"rest_of_shard": 1}
@@ -375,4 +383,4 @@ class TestParquet:
         assert "its ranges would have other rows; encode it into another cache" in err
         case.shard.write_bytes(parquet)
         assert case.retry()[0] == 0
-        case.check_complete(calm)
+        case.check_complete(reference)

@@ -1,4 +1,4 @@
-"""What becomes of a run's record, and of the job, where signals come and the store refuses."""
+"""The record of a run: after signals, after errors of the store, and with concurrent jobs."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def argv(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
     return ["encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
 
 
-def records(cache: Path) -> list[dict[str, Any]]:
-    """The records of runs, the last one written at the end."""
+def read_records(cache: Path) -> list[dict[str, Any]]:
+    """Return the records of runs in the order in which they were written."""
     paths = sorted(cache.glob("_runs/*.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_text()) for path in paths]
 
@@ -48,7 +48,7 @@ def records(cache: Path) -> list[dict[str, Any]]:
         (stats, "summarize", ["stopped"]),
     ],
 )
-def test_a_signal_ends_the_job_wherever_it_is(
+def test_a_signal_ends_the_job_in_every_phase(
     latentmill: Command,
     argv: list[object],
     tmp_path: Path,
@@ -61,15 +61,15 @@ def test_a_signal_ends_the_job_wherever_it_is(
 ) -> None:
     real = getattr(module, name)
 
-    def struck(*given: Any, **named: Any) -> Any:
+    def send_signal(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), sign)
-        return real(*given)
+        return real(*args)
 
-    monkeypatch.setattr(module, name, struck)
+    monkeypatch.setattr(module, name, send_signal)
     returned, out, err = latentmill(*argv)
     assert (returned, out) == (code, "")
     assert "run the same command to resume" in err
-    assert [record["outcome"] for record in records(tmp_path / "c")] == outcomes
+    assert [record["outcome"] for record in read_records(tmp_path / "c")] == outcomes
     monkeypatch.undo()
     assert latentmill(*argv)[0] == 0
 
@@ -80,19 +80,19 @@ def test_a_record_that_cannot_be_written_does_not_end_the_job(
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
     write, written = Run.write, list[None]()
 
-    def refused(self: Run, **facts: Any) -> None:
+    def refuse(self: Run, **facts: Any) -> None:
         if written:
             raise StorageError("cannot write it: no answer")
         written.append(write(self, **facts))
 
-    monkeypatch.setattr(Run, "write", refused)
+    monkeypatch.setattr(Run, "write", refuse)
     code, _, err = latentmill(*argv)
     assert code == 0
     assert "WARNING cannot write it: no answer" in err
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
-def test_failed_units_are_named_where_the_end_fails_too(
+def test_failed_units_are_named_if_finalizing_fails_too(
     latentmill: Command, argv: list[object], tmp_path: Path
 ) -> None:
     assert latentmill(*argv)[0] == 0
@@ -103,26 +103,26 @@ def test_failed_units_are_named_where_the_end_fails_too(
     code, _, err = latentmill(*argv)
     assert code == 1
     assert f"failed: unit {unit}: {first} is not a part" in err
-    assert records(tmp_path / "c")[-1]["outcome"] == "failed"
+    assert read_records(tmp_path / "c")[-1]["outcome"] == "failed"
 
 
-def test_of_two_runs_on_a_store_that_cannot_keep_them_apart_the_second_is_refused(tmp_path: Path) -> None:
+def test_a_second_run_on_a_single_writer_store_is_refused(tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     first, second = (RunRecorder(Run(cache, "encode", {}), Signals()) for _ in range(2))
     first.begin(single_writer=True)
     with pytest.raises(JobError, match="is writing to"), second.recording():
         second.begin(single_writer=True)
-    assert [record["outcome"] for record in records(tmp_path)] == ["running", "failed"]
+    assert [record["outcome"] for record in read_records(tmp_path)] == ["running", "failed"]
     first.end("done", 0)
     third = RunRecorder(Run(cache, "encode", {}), Signals())
     third.begin(single_writer=True)
     third.end("done", 0)
 
 
-def test_statistics_are_of_all_that_is_there_in_the_end(
+def test_statistics_include_the_parts_of_a_concurrent_job(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another job ends between our sum and its file: the sum is made again."""
+    """Another job ends after the sum is computed and before it is written, so the sum is computed again."""
     assert latentmill(*argv, "--max-shards", 2)[0] == 0
     real = stats.encode_json
 
@@ -137,103 +137,105 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
 
 
-def test_a_run_shows_that_it_lives_while_its_end_is_written_and_nothing_is_written_after_it(
+def test_heartbeats_continue_while_finalizing_and_then_stop(
     latentmill: Command, argv: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.05)
     written: list[tuple[float, str]] = []
     write, finish, slow = Run.write, finalize.finalize_cache, list[tuple[float, float]]()
 
-    def noted(self: Run, **facts: Any) -> None:
+    def note_write(self: Run, **facts: Any) -> None:
         write(self, **facts)
         written.append((time.monotonic(), self.content["outcome"]))
 
-    def slowly(*given: Any) -> dict[str, Any]:
+    def run_slowly(*args: Any) -> dict[str, Any]:
         start = time.monotonic()
         time.sleep(1)
         slow.append((start, time.monotonic()))
-        return finish(*given)
+        return finish(*args)
 
-    monkeypatch.setattr(Run, "write", noted)
-    monkeypatch.setattr(encode, "finalize_cache", slowly)
+    monkeypatch.setattr(Run, "write", note_write)
+    monkeypatch.setattr(encode, "finalize_cache", run_slowly)
     assert latentmill(*argv)[0] == 0
     ((start, end),) = slow
     assert len([at for at, outcome in written if start < at < end and outcome == "running"]) > 3
     time.sleep(0.3)
     assert [outcome for _, outcome in written].count("done") == 1
     assert written[-1][1] == "done"
-    assert [record["outcome"] for record in records(tmp_path / "c")] == ["done"]
+    assert [record["outcome"] for record in read_records(tmp_path / "c")] == ["done"]
 
 
 @pytest.mark.parametrize(
     "module_and_name",
     [(plan, "extend_plan"), slow_param((encode, "encode_pending")), slow_param((encode, "check_commits"))],
 )
-def test_a_run_shows_that_it_lives_from_its_plan_on(
+def test_heartbeats_start_before_planning(
     latentmill: Command,
     argv: list[object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     module_and_name: tuple[Any, str],
 ) -> None:
-    """A second job, on a store that cannot keep two apart, must not take a run that is busy for a dead one."""
+    """On a store with a single writer, a second job must not treat a busy run as dead."""
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(runs, "DEAD_AFTER", 2)
     module, name = module_and_name
     real, seen = getattr(module, name), list[list[str]]()
 
-    def slowly(*given: Any, **named: Any) -> Any:
+    def run_slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(3.6)
         seen.append(runs.find_alive(Folder(str(tmp_path / "c")), exclude=""))
-        return real(*given, **named)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, slowly)
+    monkeypatch.setattr(module, name, run_slowly)
     assert latentmill(*argv)[0] == 0
     assert [len(alive) for alive in seen] == [1]
 
 
-def test_a_beat_under_way_does_not_replace_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store is slow to take a beat: the end waits for it, so that the end is what stands."""
+def test_a_slow_heartbeat_does_not_replace_the_final_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final record waits for a heartbeat that the store writes slowly."""
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
-    replace, beating = Folder.replace, threading.Event()
+    replace, heartbeat_started = Folder.replace, threading.Event()
 
-    def slowly(self: Folder, name: str, data: bytes) -> None:
+    def run_slowly(self: Folder, name: str, data: bytes) -> None:
         if threading.current_thread() is not threading.main_thread():
-            beating.set()
+            heartbeat_started.set()
             time.sleep(0.5)
         replace(self, name, data)
 
     recorder = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals())
     recorder.begin(single_writer=False)
-    monkeypatch.setattr(Folder, "replace", slowly)
-    assert beating.wait(5)
+    monkeypatch.setattr(Folder, "replace", run_slowly)
+    assert heartbeat_started.wait(5)
     recorder.end("done", 0)
     time.sleep(0.7)
-    assert [record["outcome"] for record in records(tmp_path)] == ["done"]
+    assert [record["outcome"] for record in read_records(tmp_path)] == ["done"]
 
 
-def test_a_store_that_refuses_the_beats_is_noted_once(
+def test_failed_heartbeats_give_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
-    recorder, beats = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
+    recorder, heartbeats = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals()), list[str]()
     recorder.begin(single_writer=False)
     replace = Folder.replace
 
-    def refused(self: Folder, name: str, data: bytes) -> None:
-        beats.append(name)
+    def refuse(self: Folder, name: str, data: bytes) -> None:
+        heartbeats.append(name)
         raise StorageError("cannot write it: no answer")
 
-    monkeypatch.setattr(Folder, "replace", refused)
-    while len(beats) < 20:
+    monkeypatch.setattr(Folder, "replace", refuse)
+    while len(heartbeats) < 20:
         time.sleep(0.01)
     monkeypatch.setattr(Folder, "replace", replace)
     recorder.end("done", 0)
     assert capsys.readouterr().err.count("WARNING cannot write it: no answer") == 1
-    assert [record["outcome"] for record in records(tmp_path)] == ["done"], "and it is retried"
+    assert [record["outcome"] for record in read_records(tmp_path)] == ["done"], (
+        "the final record is written in spite of earlier errors"
+    )
 
 
-class Recorded(LocalExecutor):
+class RecordedExecutor(LocalExecutor):
     """An executor that records when it is closed."""
 
     order: ClassVar[list[str]] = []
@@ -245,23 +247,23 @@ class Recorded(LocalExecutor):
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened: executors that were closed, and ends that were begun."""
-    Recorded.order.clear()
-    monkeypatch.setattr(resources, "LocalExecutor", Recorded)
+    """Return the list of events: executors that are closed and caches that are finalized."""
+    RecordedExecutor.order.clear()
+    monkeypatch.setattr(resources, "LocalExecutor", RecordedExecutor)
     for module in (encode, retry):
-        monkeypatch.setattr(module, "finalize_cache", recorded(module.finalize_cache))
-    return Recorded.order
+        monkeypatch.setattr(module, "finalize_cache", record_call(module.finalize_cache))
+    return RecordedExecutor.order
 
 
-def recorded(real: Callable[..., Any]) -> Callable[..., Any]:
-    def finish(*given: Any) -> Any:
-        Recorded.order.append("finish")
-        return real(*given)
+def record_call(real: Callable[..., Any]) -> Callable[..., Any]:
+    def finish(*args: Any) -> Any:
+        RecordedExecutor.order.append("finish")
+        return real(*args)
 
     return finish
 
 
-def test_devices_are_free_before_the_end_is_written(
+def test_executors_are_closed_before_the_cache_is_finalized(
     latentmill: Command, argv: list[object], tmp_path: Path, order: list[str]
 ) -> None:
     assert latentmill(*argv, "--input-limit", "pixels=100", "--max-reject-rate", 1)[0] == 0
@@ -270,7 +272,7 @@ def test_devices_are_free_before_the_end_is_written(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_between_the_units_and_the_end_leaves_a_resumable_cache(
+def test_a_signal_before_finalizing_leaves_a_resumable_cache(
     latentmill: Command,
     argv: list[object],
     tmp_path: Path,
@@ -278,15 +280,15 @@ def test_a_signal_between_the_units_and_the_end_leaves_a_resumable_cache(
     order: list[str],
     sign: signal.Signals,
 ) -> None:
-    close = Recorded.close
+    close = RecordedExecutor.close
 
-    def struck(self: Recorded) -> None:
+    def send_signal(self: RecordedExecutor) -> None:
         close(self)
         if len(order) == 1:
             os.kill(os.getpid(), sign)
 
-    monkeypatch.setattr(Recorded, "close", struck)
+    monkeypatch.setattr(RecordedExecutor, "close", send_signal)
     code, out, _ = latentmill(*argv)
     assert (code, out, order) == (128 + sign, "", ["closed"])
-    assert [record["outcome"] for record in records(tmp_path / "c")] == ["stopped"]
+    assert [record["outcome"] for record in read_records(tmp_path / "c")] == ["stopped"]
     assert latentmill(*argv)[0] == 0

@@ -18,7 +18,7 @@ class Task:
 
 
 @dataclass
-class Scripted:
+class ScriptedExecutor:
     """An executor of one worker that fails each task a given number of times. A lost worker is replaced."""
 
     failures: dict[str, int]
@@ -31,7 +31,7 @@ class Scripted:
     running: list[tuple[Task, str]] = field(default_factory=list)
     started: Counter[str] = field(default_factory=Counter)
     attempts: list[tuple[str, Attempt]] = field(default_factory=list)
-    most: int = 0
+    most_running: int = 0
     losses: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
 
@@ -44,7 +44,7 @@ class Scripted:
         self.started[task.name] += 1
         self.running.append((task, worker))
         self.attempts.append((task.name, attempt))
-        self.most = max(self.most, len(self.running))
+        self.most_running = max(self.most_running, len(self.running))
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         if not self.running:
@@ -58,48 +58,48 @@ class Scripted:
         self.losses[task.name] += 1
         self.generation += 1
         others, self.running = self.running, []
-        back = [TaskResult(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
-        return [TaskResult(task=task, worker=worker, error="it broke", cause="lost"), *back]
+        returned = [TaskResult(task=task, worker=worker, error="replaced", cause="returned") for task, worker in others]
+        return [TaskResult(task=task, worker=worker, error="it broke", cause="lost"), *returned]
 
     def replace(self, worker: str, reason: str) -> None:
-        raise AssertionError("the only worker there can be")
+        raise AssertionError("the only worker must not be replaced")
 
     def close(self) -> None:
         self.running.clear()
 
 
-def run(executor: Scripted, count: int) -> tuple[list[str], list[str]]:
+def run(executor: ScriptedExecutor, count: int) -> tuple[list[str], list[str]]:
     done: list[str] = []
     result = run_tasks([Task(str(n)) for n in range(count)], executor, Signals(), done.append, lambda: None)
     return sorted(done), [failure.name for failure in result.failures]
 
 
-def test_every_task_is_done_once_and_never_more_at_once_than_a_worker_takes() -> None:
-    executor = Scripted({})
+def test_each_task_runs_once_and_a_worker_has_at_most_two() -> None:
+    executor = ScriptedExecutor({})
     assert run(executor, 9) == ([str(n) for n in range(9)], [])
     assert set(executor.started.values()) == {1}
-    assert executor.most == 2
+    assert executor.most_running == 2
 
 
-def test_a_task_that_fails_is_tried_three_times() -> None:
-    executor = Scripted({"1": 2, "2": 99})
+def test_a_failing_task_is_tried_three_times() -> None:
+    executor = ScriptedExecutor({"1": 2, "2": 99})
     assert run(executor, 4) == (["0", "1", "3"], ["2"])
     assert executor.started == {"0": 1, "1": 3, "2": 3, "3": 1}
 
 
-def test_a_task_may_lose_more_workers_than_it_may_fail_but_not_for_ever() -> None:
-    executor = Scripted({"1": 9, "2": 99}, lost=True)
+def test_a_task_may_lose_at_most_ten_workers() -> None:
+    executor = ScriptedExecutor({"1": 9, "2": 99}, lost=True)
     assert run(executor, 4) == (["0", "1", "3"], ["2"])
     assert executor.losses == {"1": 9, "2": 10}
 
 
 def test_a_task_that_lost_its_worker_is_retried_in_isolation() -> None:
-    losing = Scripted({"0": 2}, lost=True)
-    run(losing, 1)
-    assert [attempt for _, attempt in losing.attempts] == [Attempt(), Attempt(isolated=True), Attempt(isolated=True)]
+    executor = ScriptedExecutor({"0": 2}, lost=True)
+    run(executor, 1)
+    assert [attempt for _, attempt in executor.attempts] == [Attempt(), Attempt(isolated=True), Attempt(isolated=True)]
 
 
-def test_a_task_that_found_a_damage_says_where() -> None:
+def test_the_result_of_a_damaged_task_has_the_position() -> None:
     result = failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
     assert (result.error, result.cause, result.damaged_at) == ("it is cut off", "damage", 7)
     assert failed_result(Task("0"), "w", ShardError("x")).damaged_at is None
@@ -109,7 +109,7 @@ def test_a_signal_stops_the_loop() -> None:
     signals = Signals()
     signals.stop.set()
     with pytest.raises(Stopped):
-        run_tasks([Task("a")], Scripted({}), signals, lambda report: None, lambda: None)
+        run_tasks([Task("a")], ScriptedExecutor({}), signals, lambda report: None, lambda: None)
 
 
 def test_an_error_is_one_line() -> None:

@@ -1,4 +1,4 @@
-"""Workers that run and fail, and storage outages, simulated on a clock that jumps from event to event."""
+"""The scheduler with failing workers and storage outages, simulated on a virtual clock."""
 
 import math
 from collections import Counter
@@ -23,15 +23,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Report:
-    """What a unit's report is to the scheduler. damage: what is wrong with the shard that was taken up to there."""
+    """The fields of a unit's report that the scheduler reads. damage: the damage of its shard, or empty."""
 
     task: str
     damage: str = ""
 
 
 @dataclass(frozen=True)
-class Failing:
-    """An error of a task, and how long it takes to come."""
+class Failure:
+    """An error of a task. after: the seconds until it occurs."""
 
     error: str
     cause: Cause = "task"
@@ -39,13 +39,13 @@ class Failing:
     damaged_at: int | None = None
 
 
-Behaviour = Callable[[str, Task, Attempt, float], Failing | None]
-SECONDS = 3.0  # a task takes
+Behaviour = Callable[[str, Task, Attempt, float], Failure | None]
+TASK_SECONDS = 3.0  # the duration of a task
 
 
 @dataclass
 class Simulation:
-    """Workers on a virtual clock. behaviour: how a task fails on a worker at a time; None if it does not.
+    """Workers on a virtual clock. behaviour: returns how a task fails on a worker at a time, or None.
 
     A worker is `SLOT.GENERATION`: it is replaced by the next generation in its slot after `start` seconds.
     """
@@ -60,9 +60,9 @@ class Simulation:
     generation: Counter[int] = field(default_factory=Counter)
     starts: dict[int, float] = field(default_factory=dict)
     running: list[tuple[float, Task, str, Attempt]] = field(default_factory=list)
-    tried: dict[str, list[str]] = field(default_factory=dict)
+    workers_tried: dict[str, list[str]] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
-    back: list[TaskResult] = field(default_factory=list)
+    returned: list[TaskResult] = field(default_factory=list)
 
     @property
     def workers(self) -> list[str]:
@@ -74,33 +74,33 @@ class Simulation:
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
         assert worker in self.workers
-        assert sum(on == worker for _, _, on, _ in self.running) < 2
-        failing = self.behaviour(worker, task, attempt, self.now)
-        self.running.append((self.now + (failing.after if failing else SECONDS), task, worker, attempt))
-        self.tried.setdefault(task.name, []).append(worker)
+        assert sum(assigned == worker for _, _, assigned, _ in self.running) < 2
+        failure = self.behaviour(worker, task, attempt, self.now)
+        self.running.append((self.now + (failure.after if failure else TASK_SECONDS), task, worker, attempt))
+        self.workers_tried.setdefault(task.name, []).append(worker)
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
         events = [*(end for end, *_ in self.running), *self.starts.values(), self.now + seconds]
-        self.now = self.now if self.back else min(events)
+        self.now = self.now if self.returned else min(events)
         self.starts = {slot: end for slot, end in self.starts.items() if end > self.now}
         ended = [run for run in self.running if run[0] <= self.now]
         self.running = [run for run in self.running if run[0] > self.now]
-        done, self.back = self.back, []
+        done, self.returned = self.returned, []
         return done + [self._done(*run) for run in ended]
 
     def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> TaskResult:
-        failing = self.behaviour(worker, task, attempt, end)
-        if failing is None:
+        failure = self.behaviour(worker, task, attempt, end)
+        if failure is None:
             damage = "cut off" if attempt.damaged_at is not None and task.name.startswith("damaged") else ""
             return TaskResult(task=task, worker=worker, report=Report(task.name, damage))
         return TaskResult(
-            task=task, worker=worker, error=failing.error, cause=failing.cause, damaged_at=failing.damaged_at
+            task=task, worker=worker, error=failure.error, cause=failure.cause, damaged_at=failure.damaged_at
         )
 
     def replace(self, worker: str, reason: str) -> None:
         self.replaced.append(worker)
         slot = int(worker.split(".")[0])
-        self.back += [
+        self.returned += [
             TaskResult(task=task, worker=on, error="replaced", cause="returned")
             for _, task, on, _ in self.running
             if on == worker
@@ -115,7 +115,7 @@ class Simulation:
 
 @dataclass
 class Result:
-    """What a simulated job came to."""
+    """The result of a simulated job."""
 
     run: RunResult
     done: list[str]
@@ -149,8 +149,8 @@ def run(
 
 
 @pytest.fixture(autouse=True)
-def real_pauses(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
-    """The clock is virtual, and pauses cost nothing."""
+def restore_pauses(monkeypatch: pytest.MonkeyPatch, no_pauses: None) -> None:
+    """Restore the pauses, because the clock is virtual."""
     monkeypatch.setattr(scheduler, "FIRST_PAUSE", 2.0)
 
 
@@ -161,34 +161,34 @@ def slot_of(worker: str) -> int:
     return int(worker.split(".")[0])
 
 
-def test_one_sick_worker_of_eight_costs_no_task() -> None:
-    """It fails at once, and so is always the one with the fewest tasks."""
-    executor = Simulation(8, lambda worker, *_: Failing("RuntimeError: broken") if worker == "3.0" else None)
+def test_one_faulty_worker_of_eight_fails_no_task() -> None:
+    """It fails at once, so it always has the fewest tasks."""
+    executor = Simulation(8, lambda worker, *_: Failure("RuntimeError: broken") if worker == "3.0" else None)
     result = run(executor, NAMES)
     assert (len(result.done), result.failed) == (400, [])
     assert executor.replaced == ["3.0"]
-    assert sum("3.0" in workers for workers in executor.tried.values()) <= 3
+    assert sum("3.0" in workers for workers in executor.workers_tried.values()) <= 3
 
 
-def test_an_error_of_the_device_ends_its_worker_at_once_and_spends_no_try() -> None:
+def test_a_device_error_ends_its_worker_and_uses_no_attempt() -> None:
     failures: list[str] = []
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
-        return Failing("CUDA error: an illegal memory access", "device") if worker == "0.0" else None
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
+        return Failure("CUDA error: an illegal memory access", "device") if worker == "0.0" else None
 
     executor = Simulation(2, behaviour)
     result = run(executor, NAMES[:50])
     failures += result.failed
     assert (len(result.done), failures, executor.replaced) == (50, [], ["0.0"])
-    assert sum("0.0" in workers for workers in executor.tried.values()) <= 2
+    assert sum("0.0" in workers for workers in executor.workers_tried.values()) <= 2
 
 
-def test_a_sick_reader_never_has_a_sound_file_taken_for_damaged() -> None:
-    """It finds damage at the same byte each time, and only there: nobody else does."""
+def test_damage_that_only_one_worker_finds_is_not_accepted() -> None:
+    """The faulty worker finds damage at the same byte each time. The other workers find none."""
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if slot_of(worker) == 1:
-            return Failing("cut off", "damage", damaged_at=512)
+            return Failure("cut off", "damage", damaged_at=512)
         assert attempt.damaged_at in (None, 512)
         return None
 
@@ -196,10 +196,10 @@ def test_a_sick_reader_never_has_a_sound_file_taken_for_damaged() -> None:
     assert (len(result.done), result.failed, result.damaged) == (60, [], [])
 
 
-def test_damage_that_two_workers_find_is_accepted_and_is_neither_workers_fault() -> None:
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+def test_damage_that_two_workers_find_is_accepted() -> None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if task.name.startswith("damaged") and attempt.damaged_at != 1024:
-            return Failing("cut off", "damage", damaged_at=1024)
+            return Failure("cut off", "damage", damaged_at=1024)
         return None
 
     executor = Simulation(4, behaviour)
@@ -207,67 +207,67 @@ def test_damage_that_two_workers_find_is_accepted_and_is_neither_workers_fault()
     result = run(executor, names)
     assert (len(result.done), result.failed, len(result.damaged)) == (80, [], 40)
     for name in names[:40]:
-        first, second = executor.tried[name]
+        first, second = executor.workers_tried[name]
         assert first != second
-    assert executor.replaced == [], "no other worker did what failed on them"
+    assert executor.replaced == [], "no other worker completed a task that failed on them"
 
 
-def test_a_task_that_fails_everywhere_is_tried_on_three_workers_and_given_up() -> None:
-    executor = Simulation(5, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+def test_a_task_that_always_fails_is_tried_on_three_workers() -> None:
+    executor = Simulation(5, lambda worker, task, *_: Failure("bad") if task.name == "u007" else None)
     result = run(executor, NAMES[:30])
     assert result.failed == ["u007"]
-    assert len(set(executor.tried["u007"])) == len(executor.tried["u007"]) == 3
+    assert len(set(executor.workers_tried["u007"])) == len(executor.workers_tried["u007"]) == 3
     assert executor.replaced == []
 
 
-def test_with_two_workers_the_third_try_is_on_either() -> None:
-    executor = Simulation(2, lambda worker, task, *_: Failing("bad") if task.name == "u007" else None)
+def test_with_two_workers_the_third_attempt_is_on_either() -> None:
+    executor = Simulation(2, lambda worker, task, *_: Failure("bad") if task.name == "u007" else None)
     assert run(executor, NAMES[:30]).failed == ["u007"]
-    first, second, third = executor.tried["u007"]
+    first, second, third = executor.workers_tried["u007"]
     assert first != second != third
 
 
-def test_many_bad_tasks_do_not_have_the_workers_replaced_again_and_again() -> None:
-    executor = Simulation(4, lambda worker, task, *_: Failing("bad") if int(task.name[1:]) % 2 else None)
+def test_many_failing_tasks_do_not_replace_workers() -> None:
+    executor = Simulation(4, lambda worker, task, *_: Failure("bad") if int(task.name[1:]) % 2 else None)
     result = run(executor, NAMES)
     assert (len(result.done), len(result.failed)) == (200, 200)
     assert executor.replaced == []
 
 
 @pytest.mark.parametrize("tasks", [1, 20])
-def test_the_only_worker_is_replaced_when_it_fails_twice_in_a_row(tasks: int) -> None:
-    executor = Simulation(1, lambda worker, *_: Failing("broken") if worker == "0.0" else None)
+def test_the_only_worker_is_replaced_after_two_failures_in_a_row(tasks: int) -> None:
+    executor = Simulation(1, lambda worker, *_: Failure("broken") if worker == "0.0" else None)
     result = run(executor, NAMES[:tasks])
     assert (len(result.done), result.failed, executor.replaced) == (tasks, [], ["0.0"])
 
 
-@pytest.mark.parametrize("sick", [4, 6])
-def test_a_majority_of_sick_workers_is_replaced(sick: int) -> None:
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
-        return Failing("broken") if worker.endswith(".0") and slot_of(worker) < sick else None
+@pytest.mark.parametrize("faulty", [4, 6])
+def test_a_majority_of_faulty_workers_is_replaced(faulty: int) -> None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
+        return Failure("broken") if worker.endswith(".0") and slot_of(worker) < faulty else None
 
     executor = Simulation(8, behaviour)
     result = run(executor, NAMES)
-    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(sick)]
-    assert len(result.failed) <= (0 if sick == 4 else 8), result.failed
+    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(faulty)]
+    assert len(result.failed) <= (0 if faulty == 4 else 8), result.failed
 
 
 @pytest.mark.parametrize("cause", ["task", "device"])
 @pytest.mark.parametrize("start", [0.5, 30.0])
-def test_a_node_on_which_every_worker_fails_costs_no_task(cause: Cause, start: float) -> None:
-    """Its new workers are idle, and the others are not."""
-    executor = Simulation(2, lambda worker, *_: Failing("broken", cause) if slot_of(worker) == 1 else None, start=start)
+def test_a_node_on_which_every_worker_fails_does_not_fail_tasks(cause: Cause, start: float) -> None:
+    """Its new workers are idle, while the others are busy."""
+    executor = Simulation(2, lambda worker, *_: Failure("broken", cause) if slot_of(worker) == 1 else None, start=start)
     result = run(executor, NAMES[:100])
     assert (len(result.done), result.failed) == (100, [])
 
 
-def test_a_new_worker_gets_what_failed_on_one_that_has_become_sick() -> None:
-    """Nothing else is left: the sick one has done something, the new one has not."""
+def test_a_new_worker_gets_the_task_that_failed_on_a_faulty_one() -> None:
+    """No other task is left. The faulty worker has completed tasks before, the new one has not."""
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if now > 10.0 and worker == "0.0":
-            return Failing("broken")
-        return Failing("lost bus", "device") if now > 10.0 and worker == "1.0" else None
+            return Failure("broken")
+        return Failure("lost bus", "device") if now > 10.0 and worker == "1.0" else None
 
     executor = Simulation(2, behaviour, start=20.0)
     result = run(executor, NAMES[:20])
@@ -275,29 +275,29 @@ def test_a_new_worker_gets_what_failed_on_one_that_has_become_sick() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
-def test_a_task_of_which_the_device_fails_is_given_up_and_nothing_else(slots: int) -> None:
+def test_only_the_task_that_breaks_its_device_fails(slots: int) -> None:
     isolated: list[bool] = []
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if task.name == "u007":
             isolated.append(attempt.isolated)
-            return Failing("CUDA error: device-side assert triggered", "device", after=1.0)
+            return Failure("CUDA error: device-side assert triggered", "device", after=1.0)
         return None
 
     executor = Simulation(slots, behaviour)
     result = run(executor, NAMES[:40])
     assert (len(result.done), result.failed) == (39, ["u007"])
-    assert len(executor.replaced) in (2, 3), "the last one only if there is something left to do"
+    assert len(executor.replaced) in (2, 3), "the last worker is replaced only if tasks are left"
     assert isolated[0] is False and all(isolated[2:])
 
 
-def test_a_worker_that_fails_now_and_then_is_kept() -> None:
+def test_occasional_failures_of_a_worker_fail_no_task() -> None:
     seen: Counter[str] = Counter()
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         seen[task.name] += 1
         return (
-            Failing("flaky") if slot_of(worker) == 0 and int(task.name[1:]) % 5 == 0 and seen[task.name] < 3 else None
+            Failure("flaky") if slot_of(worker) == 0 and int(task.name[1:]) % 5 == 0 and seen[task.name] < 3 else None
         )
 
     executor = Simulation(4, behaviour)
@@ -305,13 +305,13 @@ def test_a_worker_that_fails_now_and_then_is_kept() -> None:
     assert (len(result.done), result.failed) == (400, [])
 
 
-def test_an_isolated_attempt_has_its_worker_to_itself() -> None:
-    beside: list[int] = []
+def test_an_isolated_attempt_runs_alone_on_its_worker() -> None:
+    other_tasks: list[int] = []
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if attempt.isolated:
-            beside.append(sum(on == worker for _, other, on, _ in executor.running if other != task))
-        return Failing("killed", "lost", after=1.0) if task.name == "u003" and not attempt.isolated else None
+            other_tasks.append(sum(assigned == worker for _, other, assigned, _ in executor.running if other != task))
+        return Failure("killed", "lost", after=1.0) if task.name == "u003" and not attempt.isolated else None
 
     class Dying(Simulation):
         def _done(self, end: float, task: Task, worker: str, attempt: Attempt) -> TaskResult:
@@ -323,32 +323,32 @@ def test_an_isolated_attempt_has_its_worker_to_itself() -> None:
     executor = Dying(2, behaviour)
     result = run(executor, NAMES[:30])
     assert (len(result.done), result.failed) == (30, [])
-    assert beside and set(beside) == {0}
+    assert other_tasks and set(other_tasks) == {0}
 
 
-class Away:
-    """A storage that is away for a while: all tasks that run then fail, after a minute of asking again."""
+class UnavailableStorage:
+    """A storage that does not respond for a while. Tasks that run then fail after a minute of retries."""
 
     def __init__(self, since: float, until: float) -> None:
         self.since, self.until = since, until
         self.probes: list[float] = []
         self.executor = Simulation(0, self.behaviour)
 
-    def is_away(self, now: float) -> bool:
+    def is_unavailable(self, now: float) -> bool:
         return self.since <= now < self.until
 
-    def behaviour(self, worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
-        return Failing("cannot read s3://b/x: no answer", "storage", after=60.0) if self.is_away(now) else None
+    def behaviour(self, worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
+        return Failure("cannot read s3://b/x: no answer", "storage", after=60.0) if self.is_unavailable(now) else None
 
     def probe(self, task: Task) -> None:
         self.probes.append(self.executor.now)
-        if self.is_away(self.executor.now):
+        if self.is_unavailable(self.executor.now):
             raise StorageError("cannot read s3://b/cache.json: no answer", may_pass=True)
 
 
 @pytest.fixture(autouse=True)
-def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes are answered in the thread that asks: the clock is virtual."""
+def synchronous_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run probes in the calling thread, because the clock is virtual."""
 
     class Thread:
         def __init__(self, target: Callable[..., None], args: tuple[object, ...], daemon: bool) -> None:
@@ -361,15 +361,15 @@ def probes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_an_outage_of_minutes_costs_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
-    away = Away(since=20.0, until=20.0 + 580.0)
-    away.executor.slots = workers
-    result = run(away.executor, NAMES[:100], away.probe)
+def test_an_outage_of_minutes_fails_no_task(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = UnavailableStorage(since=20.0, until=20.0 + 580.0)
+    storage.executor.slots = workers
+    result = run(storage.executor, NAMES[:100], storage.probe)
     assert (len(result.done), result.failed) == (100, [])
-    assert away.executor.replaced == []
-    assert len(away.probes) < 30
-    pauses = [b - a for a, b in zip(away.probes, away.probes[1:], strict=False)]
-    assert max(pauses) <= 32 and sorted(pauses)[0] < 10, "they grow"
+    assert storage.executor.replaced == []
+    assert len(storage.probes) < 30
+    pauses = [b - a for a, b in zip(storage.probes, storage.probes[1:], strict=False)]
+    assert max(pauses) <= 32 and sorted(pauses)[0] < 10, "the pauses grow"
     err = capsys.readouterr().err
     assert err.count("the storage does not respond") == 1
     assert err.count("the storage responds again") == 1
@@ -377,17 +377,17 @@ def test_an_outage_of_minutes_costs_no_task(workers: int, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("quiet", [0.0, 1000.0])
-def test_the_first_probe_comes_soon_however_long_nothing_was_wrong(quiet: float) -> None:
-    away = Away(since=quiet, until=quiet + 150.0)
-    away.executor.slots = 2
+def test_the_first_probe_comes_soon_after_any_quiet_time(quiet: float) -> None:
+    storage = UnavailableStorage(since=quiet, until=quiet + 150.0)
+    storage.executor.slots = 2
     names = [f"u{number:04}" for number in range(1500)]
-    result = run(away.executor, names, away.probe)
+    result = run(storage.executor, names, storage.probe)
     assert (len(result.done), result.failed) == (1500, [])
-    assert away.probes[0] < quiet + 60 + 10, "failures take a minute to come"
+    assert storage.probes[0] < quiet + 60 + 10, "a failure takes a minute to occur"
 
 
 def test_a_probe_that_hangs_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+    probe_times: list[float] = []
 
     class Hanging:
         """A thread whose first probe never ends."""
@@ -396,78 +396,78 @@ def test_a_probe_that_hangs_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> Non
             self.target, self.args = target, args
 
         def start(self) -> None:
-            asked.append(away.executor.now)
-            if len(asked) > 1:
+            probe_times.append(storage.executor.now)
+            if len(probe_times) > 1:
                 self.target(*self.args)
 
     monkeypatch.setattr(outage.threading, "Thread", Hanging)
-    away = Away(since=20.0, until=120.0)
-    away.executor.slots = 4
-    result = run(away.executor, NAMES[:100], away.probe)
+    storage = UnavailableStorage(since=20.0, until=120.0)
+    storage.executor.slots = 4
+    result = run(storage.executor, NAMES[:100], storage.probe)
     assert (len(result.done), result.failed) == (100, [])
-    assert len(asked) > 1
+    assert len(probe_times) > 1
 
 
-def test_a_storage_that_stays_away_ends_the_job_and_is_named() -> None:
-    away = Away(since=20.0, until=math.inf)
-    away.executor.slots = 4
+def test_a_long_outage_ends_the_job_and_names_the_object() -> None:
+    storage = UnavailableStorage(since=20.0, until=math.inf)
+    storage.executor.slots = 4
     with pytest.raises(JobError, match=r"cannot read s3://b/.*no answer; run the same command to resume"):
-        run(away.executor, NAMES[:100], away.probe, stall_timeout=300.0)
-    assert away.executor.now < 20 + 60 + 300 + 120
+        run(storage.executor, NAMES[:100], storage.probe, stall_timeout=300.0)
+    assert storage.executor.now < 20 + 60 + 300 + 120
 
 
-def test_the_stall_timeout_does_not_count_from_a_failure_of_long_ago() -> None:
-    """Tasks of half an hour: nothing was done since a single failure at the start, and then the storage is away."""
-    away = Away(since=700.0, until=760.0)
-    watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.executor.now)
-    away.executor.now = 1.0
+def test_the_stall_timeout_does_not_count_from_an_old_failure() -> None:
+    """No long task has ended since a single failure at the start, and then the storage does not respond."""
+    storage = UnavailableStorage(since=700.0, until=760.0)
+    watch = outage.Outage(lambda task: storage.probe(Task(task.name)), 600.0, lambda: storage.executor.now)
+    storage.executor.now = 1.0
     watch.failed(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
-        away.executor.now = 710.0
+        storage.executor.now = 710.0
         watch.failed(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
     assert watch.holds()
-    away.executor.now = 720.0
+    storage.executor.now = 720.0
     assert watch.holds()
-    away.executor.now = 770.0
+    storage.executor.now = 770.0
     assert not watch.holds()
 
 
-def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
+def test_one_worker_without_storage_is_replaced() -> None:
     executor = Simulation(
-        4, lambda worker, *_: Failing("cannot read", "storage", after=1.0) if worker.startswith("2.0") else None
+        4, lambda worker, *_: Failure("cannot read", "storage", after=1.0) if worker.startswith("2.0") else None
     )
     result = run(executor, NAMES)
     assert (len(result.done), result.failed, executor.replaced) == (400, [], ["2.0"])
 
 
-@pytest.mark.parametrize(("sick", "workers"), [(1, 1), (2, 4), (4, 8)])
-def test_workers_without_their_storage_are_replaced_though_they_are_many(
-    sick: int, workers: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("faulty", "workers"), [(1, 1), (2, 4), (4, 8)])
+def test_several_workers_without_storage_are_replaced(
+    faulty: int, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A node whose network is broken: the storage answers the driver at once, so it is no outage."""
+    """The network of a node is broken. The storage answers the driver at once, so this is not an outage."""
 
-    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failing | None:
-        is_sick = slot_of(worker) < sick and worker.endswith(".0")
-        return Failing("cannot read", "storage", after=1.0) if is_sick else None
+    def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
+        is_faulty = slot_of(worker) < faulty and worker.endswith(".0")
+        return Failure("cannot read", "storage", after=1.0) if is_faulty else None
 
     executor = Simulation(workers, behaviour)
     result = run(executor, NAMES[:200])
     assert (len(result.done), result.failed) == (200, [])
-    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(sick)]
+    assert sorted(executor.replaced) == [f"{slot}.0" for slot in range(faulty)]
     assert capsys.readouterr().err.count("the storage does not respond") <= 1
 
 
-def test_a_single_file_that_can_never_be_read_is_given_up_and_nothing_else() -> None:
+def test_only_the_task_of_an_unreadable_file_fails() -> None:
     executor = Simulation(
-        4, lambda worker, task, *_: Failing("cannot read", "storage", after=1.0) if task.name == "u007" else None
+        4, lambda worker, task, *_: Failure("cannot read", "storage", after=1.0) if task.name == "u007" else None
     )
     result = run(executor, NAMES)
     assert result.failed == ["u007"]
     assert len(result.done) == 399
 
 
-def test_a_resting_worker_does_not_hold_the_others_up() -> None:
-    """A scheduler asked for a task does not wait for a worker that may be sick."""
+def test_a_resting_worker_does_not_block_the_others() -> None:
+    """The next task goes to another worker at once if the first worker may be faulty."""
     tasks = [Task(name) for name in NAMES[:4]]
     scheduling = Scheduler(tasks, clock=lambda: 1.0)
     first = scheduling.next(["a", "b"])

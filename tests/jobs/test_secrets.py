@@ -1,4 +1,4 @@
-"""A secret that is planted in the environment is nowhere afterwards: in no file, print or argument."""
+"""A secret of the environment is written to no file, message or argument."""
 
 import os
 import subprocess
@@ -13,20 +13,22 @@ from tests.servers import SECRET, objects, upload
 ROOT = Path(__file__).parents[2]
 
 
-def arguments_of_all_processes() -> bytes:
-    found = b""
+def read_arguments_of_all_processes() -> bytes:
+    arguments = b""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found += path.read_bytes() + b"\n"
-        except OSError:  # it has ended
+            arguments += path.read_bytes() + b"\n"
+        except OSError:  # the process has ended
             continue
-    return found
+    return arguments
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_secret_stays_where_it_was(shards: Path, micro_vae: Path, bucket: str, tmp_path: Path) -> None:
-    """On a local Ray, whose processes get the environment too."""
+def test_a_secret_is_not_in_files_output_or_arguments(
+    shards: Path, micro_vae: Path, bucket: str, tmp_path: Path
+) -> None:
+    """The processes of the local Ray inherit the environment."""
     source = upload(shards, f"{bucket}/shards")
     environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": SECRET, "MINE": SECRET, "PYTHONPATH": str(ROOT)}
     argv = [source, "--to", f"{bucket}/c", "--vae", micro_vae, "--resolution", 64, "--workers", 2]
@@ -41,7 +43,7 @@ def test_a_secret_stays_where_it_was(shards: Path, micro_vae: Path, bucket: str,
     )
     seen = b""
     while job.poll() is None:
-        seen += arguments_of_all_processes()
+        seen += read_arguments_of_all_processes()
         time.sleep(0.5)
     out, _ = job.communicate()
     assert job.returncode == 0, out

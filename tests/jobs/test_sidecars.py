@@ -1,4 +1,4 @@
-"""Texts beside images, as people's tools write them: found, or named, and what is missing is counted."""
+"""Texts beside images: those without an image are named, and images without a text are counted."""
 
 import json
 import os
@@ -17,31 +17,31 @@ from tests.conftest import STAMP, encoded, img2dataset_members, smooth, write_ta
 Command = Callable[..., tuple[int, str, str]]
 
 
-def notes(err: str) -> list[str]:
-    """The messages at level INFO, without the lines that show progress."""
+def info_messages(err: str) -> list[str]:
+    """Return the messages at level INFO, without the progress lines."""
     found = re.findall(rf"^{STAMP} INFO (.*)$", err, re.MULTILINE)
     return [text for text in found if not re.match(r" *\d+%", text)]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return folder(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
+    return write_images(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
 
 
-def folder(path: Path, *names: str) -> Path:
+def write_images(path: Path, *names: str) -> Path:
     path.mkdir(exist_ok=True)
     for number, name in enumerate(names):
         (path / name).write_bytes(encoded(smooth(number)))
     return path
 
 
-def column(cache: Path, name: str) -> dict[str, Any]:
+def read_column(cache: Path, name: str) -> dict[str, Any]:
     table = ds.dataset(cache / "data").to_table(columns=["key", name])
     return dict(zip(table["key"].to_pylist(), table[name].to_pylist(), strict=True))
 
 
-def test_texts_are_found_as_tools_name_them(encode: Command, source: Path, tmp_path: Path) -> None:
-    folder(source, "d.jpg", unicodedata.normalize("NFC", "caf\u00e9") + ".jpg", "f.png")
+def test_texts_are_found_under_the_names_that_tools_use(encode: Command, source: Path, tmp_path: Path) -> None:
+    write_images(source, "d.jpg", unicodedata.normalize("NFC", "caf\u00e9") + ".jpg", "f.png")
     (source / "a.jpg.txt").write_text("gallery-dl")
     (source / "a.jpg.json").write_text("{}")
     (source / "b.TXT").write_text("DOS")
@@ -50,7 +50,7 @@ def test_texts_are_found_as_tools_name_them(encode: Command, source: Path, tmp_p
     (source / (unicodedata.normalize("NFD", "caf\u00e9") + ".txt")).write_text("macOS")
     code, out, err = encode(source)
     assert code == 0, err
-    assert column(tmp_path / "c", "txt") == {
+    assert read_column(tmp_path / "c", "txt") == {
         "a": "gallery-dl",
         "b": "DOS",
         "c": "another case",
@@ -58,12 +58,12 @@ def test_texts_are_found_as_tools_name_them(encode: Command, source: Path, tmp_p
         unicodedata.normalize("NFC", "caf\u00e9"): "macOS",
         "f": None,
     }
-    assert column(tmp_path / "c", "json")["a"] == "{}"
+    assert read_column(tmp_path / "c", "json")["a"] == "{}"
     assert "  texts      1 of 6 images have no txt, 5 of 6 images have no json" in out
-    assert notes(err) == []
+    assert info_messages(err) == []
 
 
-def test_texts_of_no_image_are_named(encode: Command, source: Path) -> None:
+def test_texts_without_an_image_are_named(encode: Command, source: Path) -> None:
     for name in ("a.txt", "a.jpg.txt", "x.txt", "y.txt"):
         (source / name).write_text("t")
     _, _, err = encode(source)
@@ -73,19 +73,19 @@ def test_texts_of_no_image_are_named(encode: Command, source: Path) -> None:
     )
 
 
-def test_images_without_a_text_are_counted_where_others_have_one(encode: Command, source: Path) -> None:
+def test_images_without_a_text_are_counted_if_others_have_one(encode: Command, source: Path) -> None:
     (source / "a.txt").write_text("one")
     _, out, _ = encode(source, "--json")
     run = json.loads(out)["run"]
     assert (run["counts"]["encoded"], run["texts"]) == (3, {"txt": 1})
 
 
-def test_where_no_image_has_a_text_nothing_is_said_of_texts(encode: Command, source: Path) -> None:
+def test_the_summary_omits_captions_if_no_image_has_one(encode: Command, source: Path) -> None:
     _, out, _ = encode(source)
     assert "texts" not in out
 
 
-def test_samples_of_tars_without_a_text_are_counted_too(encode: Command, tmp_path: Path) -> None:
+def test_samples_of_tars_without_a_text_are_counted(encode: Command, tmp_path: Path) -> None:
     members = img2dataset_members(0, 4)
     del members["000000002.txt"]
     write_tar(tmp_path / "tars/0.tar", members)
@@ -93,7 +93,7 @@ def test_samples_of_tars_without_a_text_are_counted_too(encode: Command, tmp_pat
     assert "  texts      1 of 4 images have no txt\n" in out
 
 
-def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command, source: Path) -> None:
+def test_edited_texts_are_reported_by_the_next_run(encode: Command, source: Path) -> None:
     (source / "a.txt").write_text("one")
     (source / "b.txt").write_text("two")
     assert encode(source)[0] == 0
@@ -109,14 +109,14 @@ def test_what_changes_beside_an_image_is_noticed_by_the_next_run(encode: Command
     )
 
 
-def test_workers_may_read_copies_with_times_of_their_own_if_the_user_says_so(
+def test_with_same_source_the_times_of_files_may_differ(
     encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "a.txt").write_text("one")
     extend = plan.extend_plan
 
-    def extend_and_touch(*given: Any, **named: Any) -> Any:
-        planned = extend(*given, **named)
+    def extend_and_touch(*args: Any, **kwargs: Any) -> Any:
+        planned = extend(*args, **kwargs)
         for path in source.iterdir():
             os.utime(path, (1, 1))
         return planned
@@ -126,14 +126,14 @@ def test_workers_may_read_copies_with_times_of_their_own_if_the_user_says_so(
     assert (code, err, "encoded 3 images" in out) == (0, "", True)
 
 
-def test_a_caption_that_changes_between_plan_and_work_fails_its_unit(
+def test_a_caption_that_changes_after_planning_fails_its_unit(
     encode: Command, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "a.txt").write_text("one")
     extend = plan.extend_plan
 
-    def extend_and_edit(*given: Any, **named: Any) -> Any:
-        planned = extend(*given, **named)
+    def extend_and_edit(*args: Any, **kwargs: Any) -> Any:
+        planned = extend(*args, **kwargs)
         (source / "a.txt").write_text("edited")
         return planned
 
@@ -143,14 +143,14 @@ def test_a_caption_that_changes_between_plan_and_work_fails_its_unit(
     assert f"{source}/a.txt has changed since it was planned (then 3 bytes)" in err
 
 
-def test_other_texts_are_planned_where_they_are_asked_for(encode: Command, source: Path, tmp_path: Path) -> None:
+def test_other_texts_are_planned_on_request(encode: Command, source: Path, tmp_path: Path) -> None:
     (source / "a.caption").write_text("kohya")
     (source / "b.jpg.caption").write_text("of the whole name")
     (source / "c.txt").write_text("not wanted")
     (source / "x.caption").write_text("of none")
     code, out, err = encode(source, "--columns", "caption")
     assert code == 0, err
-    assert column(tmp_path / "c", "caption") == {"a": "kohya", "b": "of the whole name", "c": None}
+    assert read_column(tmp_path / "c", "caption") == {"a": "kohya", "b": "of the whole name", "c": None}
     assert "1 of 3 images have no caption" in out
     assert "INFO texts that belong to no image or to several images, or that another text replaces: 1 (" in err
     assert ".caption" not in err.replace("x.caption", "")
@@ -161,37 +161,37 @@ def test_other_texts_are_planned_where_they_are_asked_for(encode: Command, sourc
 
 
 @pytest.mark.parametrize("pattern", ["*.jpg", "{a,b,c}.jpg"])
-def test_captions_come_with_images_that_are_named_by_a_pattern(
+def test_captions_are_found_for_images_given_by_a_pattern(
     encode: Command, source: Path, tmp_path: Path, pattern: str
 ) -> None:
     (source / "a.txt").write_text("one")
     assert encode(f"{source}/{pattern}")[0] == 0
-    assert column(tmp_path / "c", "txt") == {"a": "one", "b": None, "c": None}
+    assert read_column(tmp_path / "c", "txt") == {"a": "one", "b": None, "c": None}
     _, out, err = encode(source)
     assert "encoded 0 images" in out
-    assert notes(err) == []
+    assert info_messages(err) == []
 
 
-def test_a_caption_that_is_a_link_to_nowhere_rejects_its_image(encode: Command, source: Path, tmp_path: Path) -> None:
+def test_a_caption_that_is_a_broken_link_rejects_its_image(encode: Command, source: Path, tmp_path: Path) -> None:
     os.symlink("nowhere", source / "a.txt")
     code, out, _ = encode(source, "--max-reject-rate", 0.5)
     assert (code, "1 image_not_embedded" in out) == (0, True)
 
 
-def test_an_image_that_was_mended_and_retried_is_what_the_cache_holds(
+def test_a_repaired_and_retried_image_is_the_original_of_its_row(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path
 ) -> None:
-    """Its caption, too; the plan says what they were. All else must still be as it was planned."""
+    """The same holds for its caption, although the plan has the old files. Other files must still match the plan."""
     (source / "b.txt").write_bytes(b"caf\xe9")
     (source / "c.txt").write_text("c")
-    whole = (source / "a.jpg").read_bytes()
-    (source / "a.jpg").write_bytes(whole[:-100])
+    intact = (source / "a.jpg").read_bytes()
+    (source / "a.jpg").write_bytes(intact[:-100])
     assert encode(source, "--max-reject-rate", 1)[0] == 0
-    (source / "a.jpg").write_bytes(whole)
+    (source / "a.jpg").write_bytes(intact)
     (source / "b.txt").write_text("caf\u00e9", encoding="utf-8")
     cache = tmp_path / "c"
     assert latentmill("retry", cache, "--workers", 0)[0] == 0
-    assert column(cache, "txt") == {"a": None, "b": "caf\u00e9", "c": "c"}
+    assert read_column(cache, "txt") == {"a": None, "b": "caf\u00e9", "c": "c"}
     code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 3)
     assert code == 0, out
     code, out, _ = latentmill("decode", cache, "--to", tmp_path / "out", "--workers", 0, "--json")

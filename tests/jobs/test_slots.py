@@ -1,4 +1,4 @@
-"""Where workers are started again after failures, on a clock that the test moves."""
+"""Restarts of workers after failures, with a virtual clock."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def slots(number: int, clock: Clock, stall_timeout: float = 600.0) -> Slots:
+def make_slots(number: int, clock: Clock, stall_timeout: float = 600.0) -> Slots:
     all_slots = Slots(number, stall_timeout, clock)
     for slot in all_slots:
         slot.worker = "a worker"
@@ -33,8 +33,8 @@ def fail(all_slots: Slots, number: int, node: str = "") -> None:
     all_slots.note_failure(all_slots[number], node, f"host of {node}", "CUDA error")
 
 
-def test_workers_that_never_did_anything_end_the_job_after_three_failures_in_every_slot(clock: Clock) -> None:
-    all_slots = slots(2, clock)
+def test_without_any_success_three_failures_per_slot_end_the_job(clock: Clock) -> None:
+    all_slots = make_slots(2, clock)
     for _ in range(20):
         fail(all_slots, 0)
     fail(all_slots, 1)
@@ -43,8 +43,8 @@ def test_workers_that_never_did_anything_end_the_job_after_three_failures_in_eve
         fail(all_slots, 1)
 
 
-def test_after_a_success_a_slot_that_fails_rests_and_the_job_goes_on(clock: Clock) -> None:
-    all_slots = slots(2, clock)
+def test_after_a_success_a_failing_slot_rests(clock: Clock) -> None:
+    all_slots = make_slots(2, clock)
     all_slots.note_success(all_slots[1], "n1")
     fail(all_slots, 0)
     assert all_slots.may_start(all_slots[0], frozenset())
@@ -56,8 +56,8 @@ def test_after_a_success_a_slot_that_fails_rests_and_the_job_goes_on(clock: Cloc
         assert all_slots.may_start(all_slots[0], frozenset())
 
 
-def test_a_job_ends_if_nothing_was_done_for_long_and_every_slot_fails(clock: Clock) -> None:
-    all_slots = slots(1, clock, stall_timeout=100.0)
+def test_a_job_ends_if_every_slot_fails_until_the_stall_timeout(clock: Clock) -> None:
+    all_slots = make_slots(1, clock, stall_timeout=100.0)
     all_slots.note_success(all_slots[0], "n1")
     for _ in range(5):
         fail(all_slots, 0)
@@ -66,10 +66,10 @@ def test_a_job_ends_if_nothing_was_done_for_long_and_every_slot_fails(clock: Clo
         fail(all_slots, 0)
 
 
-def test_a_node_on_which_two_in_a_row_fail_is_avoided_for_a_while_and_said_once(
+def test_a_node_with_two_failures_in_a_row_is_avoided_for_a_while(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    all_slots = slots(3, clock)
+    all_slots = make_slots(3, clock)
     all_slots.note_success(all_slots[2], "good")
     fail(all_slots, 0, "bad")
     assert all_slots.avoided(lambda: {"good", "bad"}) == frozenset()
@@ -82,8 +82,8 @@ def test_a_node_on_which_two_in_a_row_fail_is_avoided_for_a_while_and_said_once(
     assert all_slots.avoided(lambda: {"good", "bad"}) == frozenset()
 
 
-def test_the_only_node_is_not_avoided_its_slots_rest(clock: Clock) -> None:
-    all_slots = slots(2, clock)
+def test_the_only_node_is_not_avoided_but_its_slots_rest(clock: Clock) -> None:
+    all_slots = make_slots(2, clock)
     all_slots.note_success(all_slots[1], "only")
     fail(all_slots, 0, "only")
     fail(all_slots, 0, "only")
@@ -92,8 +92,8 @@ def test_the_only_node_is_not_avoided_its_slots_rest(clock: Clock) -> None:
 
 
 def test_a_node_whose_other_workers_succeed_is_not_avoided(clock: Clock) -> None:
-    """One of its accelerators is broken: its slot rests, also where other nodes are avoided."""
-    all_slots = slots(2, clock)
+    """If one accelerator of a node is broken, its slot rests, even if other nodes are avoided."""
+    all_slots = make_slots(2, clock)
     for _ in range(3):
         all_slots.note_success(all_slots[1], "n1")
         fail(all_slots, 0, "n1")

@@ -18,7 +18,7 @@ NOW = datetime.datetime(2026, 5, 1, 12, 0, tzinfo=datetime.UTC)
 
 @pytest.fixture
 def cache(latentmill: Command, micro_vae: Path, tmp_path: Path) -> Path:
-    """A cache with two of three units done, each with five rows and one reject."""
+    """Return a cache with two of three units done, each with five rows and one reject."""
     for number in range(3):
         members = img2dataset_members(10 * number, 6)
         members[f"{10 * number + 2:09d}.jpg"] = b"no image"

@@ -1,4 +1,4 @@
-"""How fast a job says it is, and what it says held it up, against what can be counted from outside."""
+"""The throughput and the bottleneck that a job reports, compared with measurements from outside."""
 
 import datetime
 import json
@@ -31,27 +31,27 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, in seconds, as the one item of a list."""
+    """Return the time in seconds as the only item of a list, which a test may change."""
     now = [100.0]
     monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_pace_is_of_the_last_minute(clock: list[float]) -> None:
-    one = Throughput()
-    assert one.rate == 0
+def test_throughput_is_measured_over_the_last_minute(clock: list[float]) -> None:
+    meter = Throughput()
+    assert meter.rate == 0
     for second in range(300):
-        one.note(10 * second if second < 200 else 2000 + 60 * (second - 200))
+        meter.note(10 * second if second < 200 else 2000 + 60 * (second - 200))
         clock[0] += 1
         if second == 20:
-            assert one.rate == pytest.approx(10)
-    assert one.rate == pytest.approx(60), "what was before does not count any more"
+            assert meter.rate == pytest.approx(10)
+    assert meter.rate == pytest.approx(60), "earlier images are not counted"
     clock[0] += 120
-    one.note(2000 + 60 * 99)
-    assert one.rate == 0, "and a job that stands still says so"
+    meter.note(2000 + 60 * 99)
+    assert meter.rate == 0, "a job that makes no progress has no throughput"
 
 
-def test_a_meter_says_the_same_in_its_line_and_in_the_record(clock: list[float]) -> None:
+def test_the_progress_line_and_the_record_agree(clock: list[float]) -> None:
     meter = ProgressMeter("encoded", total=1000)
     meter.tick(0, "a worker to start")
     clock[0] += 500
@@ -59,13 +59,13 @@ def test_a_meter_says_the_same_in_its_line_and_in_the_record(clock: list[float])
         meter.tick(20 * second, "")
         clock[0] += 1
     assert meter.facts == {"images": 200, "images_per_second": pytest.approx(20), "seconds_left": None}
-    meter.task_done(100, 100, 0)  # a tenth of the bytes, and as much again is under way
+    meter.task_done(100, 100, 0)  # a tenth of the bytes is done, and another tenth is in progress
     assert meter.facts["seconds_left"] == pytest.approx(800 / 20)
     assert "20.0/s" in meter.line
     assert meter.line.endswith("40 s left")
 
 
-def test_the_time_of_workers_is_summed_over_those_that_are_ready(clock: list[float]) -> None:
+def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
     workers = WorkerTime(0)
     for ready in (0, 1, 3, 3):
         clock[0] += 2
@@ -75,7 +75,7 @@ def test_the_time_of_workers_is_summed_over_those_that_are_ready(clock: list[flo
 
 @pytest.fixture
 def job(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
-    """Sixty images in six shards."""
+    """Return an encode command for sixty images in six shards."""
     for number in range(6):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 10, height=64, width=64))
     options = ["--vae", micro_vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 2]
@@ -83,55 +83,55 @@ def job(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
 
 
 def slow_model(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Have the model take so long for an image."""
+    """Delay the model. seconds: per image."""
     run = LatentEncoder._run
 
-    def slowly(self: LatentEncoder, model: Any, some: Sequence[PreparedImage], shard: str) -> Tensor:
-        time.sleep(seconds * len(some))
-        return run(self, model, some, shard)
+    def run_slowly(self: LatentEncoder, model: Any, batch: Sequence[PreparedImage], shard: str) -> Tensor:
+        time.sleep(seconds * len(batch))
+        return run(self, model, batch, shard)
 
-    monkeypatch.setattr(LatentEncoder, "_run", slowly)
+    monkeypatch.setattr(LatentEncoder, "_run", run_slowly)
 
 
-def rows(cache: Path) -> int:
+def count_rows(cache: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in cache.glob("data/*"))
 
 
-def test_status_of_a_living_run_tells_the_pace_at_which_rows_appear(
+def test_status_reports_the_throughput_of_a_running_job(
     latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.2)
     slow_model(monkeypatch, 0.1)
-    cache, seen, over = tmp_path / "c", list[tuple[float, int, dict[str, Any]]](), threading.Event()
+    cache, statuses, finished = tmp_path / "c", list[tuple[float, int, dict[str, Any]]](), threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.2):
+    def read_statuses() -> None:
+        while not finished.wait(0.2):
             if list(cache.glob("_runs/*.json")):
-                told = read_status(Folder(str(cache)), datetime.datetime.now(datetime.UTC))
-                seen.append((time.monotonic(), rows(cache), told))
+                status = read_status(Folder(str(cache)), datetime.datetime.now(datetime.UTC))
+                statuses.append((time.monotonic(), count_rows(cache), status))
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    thread = threading.Thread(target=read_statuses)
+    thread.start()
     try:
         code, _, err = latentmill(*job)
         ended = time.monotonic()
     finally:
-        over.set()
-        looking.join()
+        finished.set()
+        thread.join()
     assert code == 0, err
-    counted = [(at, done, told) for at, done, told in seen if 20 <= done < 60 and told["state"] == "running"]
-    assert len(counted) > 5
-    begun = next((at, done) for at, done, _ in seen if done)
-    for at, done, told in counted[3:]:
-        measured = (done - begun[1]) / (at - begun[0])
-        assert told["images_per_second"] == pytest.approx(measured, rel=0.5), (done, told)
-        if told["seconds_left"] is not None:
-            assert told["seconds_left"] == pytest.approx(ended - at, rel=0.5, abs=3), (done, told)
-    assert any(told["seconds_left"] for _, _, told in counted)
-    assert any(told["parts_of_units_under_way"] for _, _, told in counted)
+    running = [(at, done, status) for at, done, status in statuses if 20 <= done < 60 and status["state"] == "running"]
+    assert len(running) > 5
+    first_rows = next((at, done) for at, done, _ in statuses if done)
+    for at, done, status in running[3:]:
+        measured = (done - first_rows[1]) / (at - first_rows[0])
+        assert status["images_per_second"] == pytest.approx(measured, rel=0.5), (done, status)
+        if status["seconds_left"] is not None:
+            assert status["seconds_left"] == pytest.approx(ended - at, rel=0.5, abs=3), (done, status)
+    assert any(status["seconds_left"] for _, _, status in running)
+    assert any(status["parts_of_units_under_way"] for _, _, status in running)
 
 
-def test_two_living_runs_share_what_is_left() -> None:
+def test_two_running_jobs_share_the_remaining_time() -> None:
     runs = [{"images_per_second": 2.0, "seconds_left": 100}, {"images_per_second": 3.0, "seconds_left": 60}]
     assert estimate_seconds_left(runs) == 200 / 5
     assert estimate_seconds_left(runs[:1]) == 100
@@ -141,32 +141,32 @@ def test_two_living_runs_share_what_is_left() -> None:
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     read = flow.read_samples
 
-    def slowly(*given: Any) -> Iterator[Any]:
-        for sample in read(*given):
+    def run_slowly(*args: Any) -> Iterator[Any]:
+        for sample in read(*args):
             time.sleep(0.1)
             yield sample
 
-    monkeypatch.setattr(flow, "read_samples", slowly)
+    monkeypatch.setattr(flow, "read_samples", run_slowly)
 
 
 def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     build = flow.EncodeSpec.build
 
-    def slowly(data: bytes, limits: Limits) -> np.ndarray:
+    def run_slowly(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(0.1)
         return decode.open_pixels(data, limits)
 
-    def built(*given: Any) -> flow.UnitWorker:
-        encoder = build(*given)
-        encoder.context = replace(encoder.context, open_pixels=slowly)
+    def build_slow(*args: Any) -> flow.UnitWorker:
+        encoder = build(*args)
+        encoder.context = replace(encoder.context, open_pixels=run_slowly)
         return encoder
 
-    monkeypatch.setattr(flow.EncodeSpec, "build", built)
+    monkeypatch.setattr(flow.EncodeSpec, "build", build_slow)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("hold_up", "what", "least", "most"),
+    ("delay", "stage", "least", "most"),
     [
         (slow_reading, "reading", 0.0, 0.7),
         (slow_opening, "opening", 0.0, 0.7),
@@ -174,17 +174,17 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["reading", "opening", "encoding"],
 )
-def test_a_run_says_what_bounded_it_and_how_busy_the_device_was(
+def test_a_run_reports_its_bottleneck_and_the_use_of_the_device(
     latentmill: Command,
     job: list[object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    hold_up: Callable[[pytest.MonkeyPatch], None],
-    what: str,
+    delay: Callable[[pytest.MonkeyPatch], None],
+    stage: str,
     least: float,
     most: float,
 ) -> None:
-    hold_up(monkeypatch)
+    delay(monkeypatch)
     busy, encode = list[float](), LatentEncoder.encode
 
     def timed(self: LatentEncoder, batch: Sequence[PreparedImage], shard: str = "") -> EncodedBatch:
@@ -195,10 +195,10 @@ def test_a_run_says_what_bounded_it_and_how_busy_the_device_was(
     monkeypatch.setattr(LatentEncoder, "encode", timed)
     code, out, err = latentmill(*job)
     assert code == 0, err
-    assert f"  bottleneck {what} (" in out
+    assert f"  bottleneck {stage} (" in out
     assert "the device was busy for " in out
     (path,) = (tmp_path / "c/_runs").glob("*.json")
     run = json.loads(path.read_text())
-    assert run["bottleneck"] == what
+    assert run["bottleneck"] == stage
     assert least <= run["device_busy"] <= most
     assert run["seconds"]["encode"] == pytest.approx(sum(busy), abs=0.02)

@@ -1,4 +1,4 @@
-"""What `--vae` can name: every one of them is the same model, and gives the same cache."""
+"""The forms of `--vae`. Each of them gives the same model and the same cache."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,22 +32,22 @@ def original(micro_vae: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(micro_vae)
 
 
-def of_cache(folder: Path) -> tuple[str, float]:
-    """The digest and the scaling factor of a cache."""
+def read_digest_and_scaling(folder: Path) -> tuple[str, float]:
+    """Return the digest and the scaling factor of a cache."""
     content = json.loads((folder / "cache.json").read_text())
     return json.loads((folder / "stats.json").read_text())["digest"], content["vae"]["scaling_factor"]
 
 
-def test_a_single_file_gives_the_cache_that_its_directory_gives(
+def test_a_single_file_gives_the_same_cache_as_its_directory(
     latentmill: Command, encode: Command, original: AutoencoderKL, micro_vae: Path, tmp_path: Path
 ) -> None:
     assert encode(micro_vae)[0] == 0
-    (tmp_path / "c").rename(tmp_path / "calm")
+    (tmp_path / "c").rename(tmp_path / "reference")
     save_file(ldm(original.state_dict()), tmp_path / "micro.safetensors")
     code, _, err = encode(tmp_path / "micro.safetensors", "--vae-config", micro_vae)
-    assert (code, of_cache(tmp_path / "c")) == (0, of_cache(tmp_path / "calm")), err
-    again, out, err = encode(tmp_path / "micro.safetensors")
-    assert (again, out.startswith("encoded 0 images")) == (0, True), err
+    assert (code, read_digest_and_scaling(tmp_path / "c")) == (0, read_digest_and_scaling(tmp_path / "reference")), err
+    second_code, out, err = encode(tmp_path / "micro.safetensors")
+    assert (second_code, out.startswith("encoded 0 images")) == (0, True), err
     assert latentmill("decode", tmp_path / "c", "--to", tmp_path / "previews", "--workers", 0)[0] == 0
 
 
@@ -67,16 +67,16 @@ def test_a_directory_in_storage_may_have_an_old_pickle(
     torch.save(original.state_dict(), tmp_path / "weights.bin")
     store.put(str(tmp_path / "weights.bin"), f"{memory}/vae/{STEM}.bin")
     store.put(str(micro_vae / "config.json"), f"{memory}/vae/config.json")
-    store.pipe(f"{memory}/unet/{WEIGHTS}", b"gigabytes that nobody wants")
+    store.pipe(f"{memory}/unet/{WEIGHTS}", b"weights of another model")
     assert encode(memory)[0] == 0
 
 
 @pytest.fixture
 def memory(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A place in memory, empty."""
-    place = f"memory://{request.node.name}"
-    yield place
-    fsspec.filesystem("memory").rm(place, recursive=True)
+    """Return the URL of an empty folder in memory."""
+    url = f"memory://{request.node.name}"
+    yield url
+    fsspec.filesystem("memory").rm(url, recursive=True)
 
 
 def test_scaling_is_never_assumed(encode: Command, tmp_path: Path) -> None:
@@ -89,13 +89,13 @@ def test_scaling_is_never_assumed(encode: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_configuration_is_for_files_that_have_none(encode: Command, micro_vae: Path) -> None:
+def test_a_configuration_is_refused_for_a_directory_with_its_own(encode: Command, micro_vae: Path) -> None:
     code, _, err = encode(micro_vae, "--vae-config", "sdxl")
     assert code == 2
     assert f"--vae-config is for single files, but {micro_vae} has its own config.json" in err
 
 
-def test_another_scaling_than_the_caches_is_said(
+def test_a_scaling_that_differs_from_the_caches_is_reported(
     encode: Command, original: AutoencoderKL, micro_vae: Path, tmp_path: Path
 ) -> None:
     encode(micro_vae)
@@ -105,7 +105,7 @@ def test_another_scaling_than_the_caches_is_said(
     code, _, err = encode(tmp_path)
     assert code == 0
     assert "the cache has scaling_factor 0.18215, the VAE's configuration 0.5; the first stays" in err
-    assert of_cache(tmp_path / "c")[1] == 0.18215
+    assert read_digest_and_scaling(tmp_path / "c")[1] == 0.18215
 
 
 def test_a_mistyped_directory_may_be_a_hub_id(encode: Command, monkeypatch: pytest.MonkeyPatch) -> None:

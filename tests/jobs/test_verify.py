@@ -1,4 +1,4 @@
-"""Damages of every kind, made one at a time: verify finds each one, and names its file."""
+"""`latentmill verify` finds every kind of damage and names the damaged file."""
 
 import json
 import random
@@ -28,7 +28,7 @@ FORMATS = ("parquet", "webdataset")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars: of ten samples, of ten with a reject among them, and of three that are all rejects."""
+    """Return a folder of three tars: ten samples, ten samples with one reject, and three rejects."""
     folder = tmp_path_factory.mktemp("verify") / "s"
     for number in range(2):
         members = img2dataset_members(10 * number, 10)
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound cache of each format."""
+    """Return an undamaged cache of each format."""
     from jobs.encode import main
 
     caches = {}
@@ -55,16 +55,16 @@ def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(params=FORMATS)
 def cache(request: pytest.FixtureRequest, originals: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a sound cache, for a test to damage."""
+    """Return a copy of an undamaged cache, which a test may damage."""
     return Path(shutil.copytree(originals[request.param], tmp_path / "c"))
 
 
-def data(cache: Path, number: int = 0) -> Path:
+def part_path(cache: Path, number: int = 0) -> Path:
     return sorted((cache / "data").iterdir())[number]
 
 
 def edit(path: Path, seal: bool, **fields: Any) -> None:
-    """Change fields of a JSON file. seal: also update its sha256, as somebody would who knows of it."""
+    """Change fields of a JSON file. seal: also update its sha256."""
     content = {**json.loads(path.read_text()), **fields}
     path.write_bytes(canonical_json(with_checksum(content) if seal else content))
 
@@ -77,7 +77,7 @@ def test_a_sound_cache_has_no_problems(latentmill: Command, cache: Path) -> None
     assert json.loads(latentmill("verify", cache, "--json")[1])["problems"] == []
 
 
-def flip(path: Path, index: int) -> None:
+def flip_byte(path: Path, index: int) -> None:
     content = bytearray(path.read_bytes())
     content[index] ^= 1
     path.write_bytes(content)
@@ -91,7 +91,7 @@ def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -
     for path in files:
         before = path.read_bytes()
         for index in {0, len(before) - 1, *(rng.randrange(len(before)) for _ in range(6))}:
-            flip(path, index)
+            flip_byte(path, index)
             code, out, _ = latentmill("verify", cache)
             assert code == 1, f"{path.relative_to(cache)} at {index}"
             assert path.name in out or path.parent.name == "_plan", f"{path.relative_to(cache)} at {index}: {out}"
@@ -99,34 +99,34 @@ def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -
     assert latentmill("verify", cache)[0] == 0
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def swap(path: Path, other: Path) -> None:
+def swap_files(path: Path, other: Path) -> None:
     first, second = path.read_bytes(), other.read_bytes()
     path.write_bytes(second)
     other.write_bytes(first)
 
 
-def commit(cache: Path, unit: str = "1") -> Path:
+def commit_path(cache: Path, unit: str = "1") -> Path:
     (path,) = (cache / "_commits").glob(f"{unit}-*.json")
     return path
 
 
 def drop_last_part(cache: Path) -> None:
-    content = json.loads(commit(cache).read_text())
+    content = json.loads(commit_path(cache).read_text())
     (cache / content["parts"][-1]["file"]).unlink()
-    edit(commit(cache), seal=True, parts=content["parts"][:-1])
+    edit(commit_path(cache), seal=True, parts=content["parts"][:-1])
 
 
-def claim_more_rows(cache: Path) -> None:
-    parts = json.loads(commit(cache).read_text())["parts"]
+def add_row_to_commit(cache: Path) -> None:
+    parts = json.loads(commit_path(cache).read_text())["parts"]
     parts[0]["rows"] += 1
-    edit(commit(cache), seal=True, parts=parts)
+    edit(commit_path(cache), seal=True, parts=parts)
 
 
-def replan(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit_plan(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = cache / "_plan/00000.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
@@ -134,91 +134,97 @@ def replan(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
 
 
-def rescale(cache: Path) -> None:
+def edit_scaling(cache: Path) -> None:
     content = json.loads((cache / "cache.json").read_text())
     content["vae"]["scaling_factor"] = 0.5
     (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
-def reidentify(cache: Path) -> None:
+def edit_identity(cache: Path) -> None:
     content = json.loads((cache / "cache.json").read_text())
     content["identity"]["seed"] = 7
     (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
-def count_more(cache: Path) -> None:
+def edit_statistics(cache: Path) -> None:
     content = json.loads((cache / "stats.json").read_text())
     (cache / "stats.json").write_text(json.dumps({**content, "count": 20}, indent=1) + "\n")
 
 
-def reshape(cache: Path, **fields: Any) -> None:
+def edit_cache_json(cache: Path, **fields: Any) -> None:
     content = {**json.loads((cache / "cache.json").read_text()), **fields}
     (cache / "cache.json").write_text(json.dumps(with_checksum(content), indent=1, ensure_ascii=False))
 
 
-def forget_unit(cache: Path) -> None:
+def delete_only_part(cache: Path) -> None:
     """Delete a unit's only part, and its entry in the commit."""
     next((cache / "_empty").iterdir()).unlink()
-    edit(commit(cache, "2"), seal=True, parts=[])
+    edit(commit_path(cache, "2"), seal=True, parts=[])
 
 
-def add_reject(cache: Path) -> None:
+def duplicate_rejects(cache: Path) -> None:
     (path,) = (cache / "_rejects").glob("1-*")
     path.write_bytes(path.read_bytes() * 2)
 
 
-# Each damage to a cache, and a file that must be named.
+# Each kind of damage to a cache, and the file that verify must name.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a missing file of rows": (lambda c: data(c).unlink(), "data/0-"),
-    "a truncated file of rows": (lambda c: cut(data(c)), "data/0-"),
-    "an empty file of rows": (lambda c: data(c).write_bytes(b""), "data/0-"),
-    "two files swapped": (lambda c: swap(data(c, 0), data(c, 1)), "data/0-"),
-    "two files of two units swapped": (lambda c: swap(data(c, 0), data(c, -1)), "data/0-"),
-    "a copy in the same folder": (lambda c: shutil.copy(data(c), data(c).with_stem(data(c).stem + "-copy")), "-copy"),
+    "a missing file of rows": (lambda c: part_path(c).unlink(), "data/0-"),
+    "a truncated file of rows": (lambda c: truncate(part_path(c)), "data/0-"),
+    "an empty file of rows": (lambda c: part_path(c).write_bytes(b""), "data/0-"),
+    "two files swapped": (lambda c: swap_files(part_path(c, 0), part_path(c, 1)), "data/0-"),
+    "two files of two units swapped": (lambda c: swap_files(part_path(c, 0), part_path(c, -1)), "data/0-"),
+    "a copy in the same folder": (
+        lambda c: shutil.copy(part_path(c), part_path(c).with_stem(part_path(c).stem + "-copy")),
+        "-copy",
+    ),
     "a copy under the name of a further part": (
-        lambda c: shutil.copy(data(c), data(c).with_name(data(c).name.replace("00000", "00003"))),
+        lambda c: shutil.copy(part_path(c), part_path(c).with_name(part_path(c).name.replace("00000", "00003"))),
         "-00003",
     ),
     "a foreign file": (lambda c: (c / "data/notes.txt").write_text("hello"), "data/notes.txt"),
-    "a foreign file with our suffix": (lambda c: data(c).with_name("x" + data(c).suffix).write_text("hello"), "data/x"),
+    "a foreign file with our suffix": (
+        lambda c: part_path(c).with_name("x" + part_path(c).suffix).write_text("hello"),
+        "data/x",
+    ),
     "the last part missing, and the commit edited": (drop_last_part, "_commits/1-"),
-    "a missing commit": (lambda c: commit(c).unlink(), "_commits/1-"),
-    "an edited commit": (lambda c: edit(commit(c), seal=False, run="another"), "_commits/1-"),
-    "a commit that counts more rows than the part": (claim_more_rows, "_commits/1-"),
-    "a commit without a unit": (lambda c: shutil.copy(commit(c), c / "_commits/x-0.json"), "_commits/x-0.json"),
+    "a missing commit": (lambda c: commit_path(c).unlink(), "_commits/1-"),
+    "an edited commit": (lambda c: edit(commit_path(c), seal=False, run="another"), "_commits/1-"),
+    "a commit that counts more rows than the part": (add_row_to_commit, "_commits/1-"),
+    "a commit without a unit": (lambda c: shutil.copy(commit_path(c), c / "_commits/x-0.json"), "_commits/x-0.json"),
     "missing rejects": (lambda c: next((c / "_rejects").glob("1-*")).unlink(), "_rejects/1-"),
-    "rejects that are listed twice": (add_reject, "_rejects/1-"),
+    "rejects that are listed twice": (duplicate_rejects, "_rejects/1-"),
     "rejects without a unit": (lambda c: (c / "_rejects/x-0.jsonl").write_text("{}\n"), "_rejects/x-0.jsonl"),
     "a missing part without rows": (lambda c: next((c / "_empty").iterdir()).unlink(), "_empty/2-"),
     "a missing plan": (lambda c: (c / "_plan/00000.parquet").unlink(), "_plan/00000.parquet"),
-    "a plan with another path": (lambda c: replan(c, lambda row: row.update(path="s/9.tar")), "_plan/00000.parquet"),
-    "a plan with another URL": (lambda c: replan(c, lambda row: row.update(url="/x/0.tar")), "_plan/00000.parquet"),
-    "a plan with another size": (lambda c: replan(c, lambda row: row.update(bytes=1)), "_plan/00000.parquet"),
-    "an edited identity": (reidentify, "cache.json"),
-    "edited constants": (rescale, "cache.json"),
-    "edited statistics": (count_more, "stats.json"),
+    "a plan with another path": (lambda c: edit_plan(c, lambda row: row.update(path="s/9.tar")), "_plan/00000.parquet"),
+    "a plan with another URL": (lambda c: edit_plan(c, lambda row: row.update(url="/x/0.tar")), "_plan/00000.parquet"),
+    "a plan with another size": (lambda c: edit_plan(c, lambda row: row.update(bytes=1)), "_plan/00000.parquet"),
+    "an edited identity": (edit_identity, "cache.json"),
+    "edited constants": (edit_scaling, "cache.json"),
+    "edited statistics": (edit_statistics, "stats.json"),
     "missing statistics": (lambda c: (c / "stats.json").unlink(), "stats.json"),
     "an edited card": (lambda c: (c / "README.md").write_text("# Mine"), "README.md"),
-    "a unit's only part missing, and the commit edited": (forget_unit, "_commits/2-"),
+    "a unit's only part missing, and the commit edited": (delete_only_part, "_commits/2-"),
     "a commit that names parts twice": (
-        lambda c: edit(commit(c), seal=True, parts=json.loads(commit(c).read_text())["parts"] * 2),
+        lambda c: edit(commit_path(c), seal=True, parts=json.loads(commit_path(c).read_text())["parts"] * 2),
         "_commits/1-",
     ),
-    "a commit of another shape": (lambda c: edit(commit(c), seal=True, parts=[{}]), "_commits/1-"),
-    "a commit with NaN": (lambda c: commit(c).write_text('{"unit": NaN}'), "_commits/1-"),
+    "a commit of another shape": (lambda c: edit(commit_path(c), seal=True, parts=[{}]), "_commits/1-"),
+    "a commit with NaN": (lambda c: commit_path(c).write_text('{"unit": NaN}'), "_commits/1-"),
     "a part without rows beside the same part with rows": (
-        lambda c: (c / "_empty" / data(c).with_suffix(".json").name).write_bytes(b"{}"),
+        lambda c: (c / "_empty" / part_path(c).with_suffix(".json").name).write_bytes(b"{}"),
         "_empty/0-",
     ),
-    "another unit's part over this one": (lambda c: shutil.copy(data(c, -1), data(c)), "data/0-"),
+    "another unit's part over this one": (lambda c: shutil.copy(part_path(c, -1), part_path(c)), "data/0-"),
     "a folder among the parts": (lambda c: (c / "data/below").mkdir(), "data/below"),
-    "a link to a part": (lambda c: (c / f"data/zz{data(c).suffix}").symlink_to(data(c)), "data/zz"),
+    "a link to a part": (lambda c: (c / f"data/zz{part_path(c).suffix}").symlink_to(part_path(c)), "data/zz"),
     "a broken link": (lambda c: (c / "data/zz").symlink_to(c / "nothing"), "data/zz"),
     "a note among commits": (lambda c: (c / "_commits/notes.txt").write_text("hello"), "_commits/notes.txt"),
     "a note in the plan": (lambda c: (c / "_plan/notes.txt").write_text("hello"), "_plan/notes.txt"),
-    "a plan of another shape": (lambda c: replan(c, lambda row: row.update(path=None)), "_plan/00000.parquet"),
-    "a VAE of another shape": (lambda c: reshape(c, vae=[]), "cache.json"),
-    "a missing schema": (lambda c: reshape(c, schema=None), "cache.json"),
+    "a plan of another shape": (lambda c: edit_plan(c, lambda row: row.update(path=None)), "_plan/00000.parquet"),
+    "a VAE of another shape": (lambda c: edit_cache_json(c, vae=[]), "cache.json"),
+    "a missing schema": (lambda c: edit_cache_json(c, schema=None), "cache.json"),
     "a run of another shape": (lambda c: next((c / "_runs").glob("*.json")).write_text("[NaN]"), "_runs/"),
     "a run whose plan is a list": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=True, plan=[1]), "_runs/"),
     "an edited run": (lambda c: edit(next((c / "_runs").glob("*.json")), seal=False, outcome="x"), "_runs/"),
@@ -226,12 +232,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_is_found_and_named(latentmill: Command, cache: Path, damage: str) -> None:
-    plant, named = DAMAGES[damage]
-    plant(cache)
+def test_every_damage_is_found_and_its_file_named(latentmill: Command, cache: Path, damage: str) -> None:
+    apply_damage, file_name = DAMAGES[damage]
+    apply_damage(cache)
     code, out, _ = latentmill("verify", cache)
     assert code == 1
-    assert any(line.startswith(named) or named in line.split(":")[0] for line in out.splitlines()), out
+    assert any(line.startswith(file_name) or file_name in line.split(":")[0] for line in out.splitlines()), out
     for line, advice in zip(out.splitlines()[:-1:2], out.splitlines()[1:-1:2], strict=True):
         assert ": " in line
         assert advice.startswith("  ")
@@ -244,10 +250,10 @@ def test_unexpected_files_are_named_once_and_never_stop_a_command(latentmill: Co
         (cache / folder / ".hidden").write_text("hello")
     code, out, _ = latentmill("verify", cache)
     assert code == 1
-    named = [line.split(":")[0] for line in out.splitlines() if not line.startswith("  ")][:-1]
+    reported = [line.split(":")[0] for line in out.splitlines() if not line.startswith("  ")][:-1]
     unexpected = [f"{folder}/notes.txt" for folder in folders]
-    assert sorted(set(named) - {"stats.json", "README.md"}) == unexpected
-    assert len(named) == len(set(named)), named
+    assert sorted(set(reported) - {"stats.json", "README.md"}) == unexpected
+    assert len(reported) == len(set(reported)), reported
     assert latentmill("status", cache)[0] == 0
     assert latentmill("stats", cache)[0] == 0
 
@@ -278,15 +284,15 @@ def test_rebuild_looks_up_each_commit_once(cache: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(commit_files, "commit_name", record_name)
     findings = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
     assert (
-        verify.rebuild_records(Cache(Folder(str(tmp_path / "again")), info_of(IDENTITY)), findings)
+        verify.rebuild_records(Cache(Folder(str(tmp_path / "rebuilt")), info_of(IDENTITY)), findings)
         == findings.rebuildable
     )
-    assert len(list((tmp_path / "again/_commits").iterdir())) == count
+    assert len(list((tmp_path / "rebuilt/_commits").iterdir())) == count
     assert len(names) <= 2 * count
 
 
 def test_rebuild_does_not_commit_damaged_rows(latentmill: Command, cache: Path) -> None:
-    flip(data(cache), data(cache).stat().st_size // 2)
+    flip_byte(part_path(cache), part_path(cache).stat().st_size // 2)
     commits = {path.name: path.read_bytes() for path in (cache / "_commits").iterdir()}
     code, _, err = latentmill("verify", cache, "--rebuild")
     assert (code, err) == (1, "")
@@ -297,11 +303,11 @@ def test_following_the_advice_repairs_the_cache(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path
 ) -> None:
     digest = json.loads((cache / "stats.json").read_text())["digest"]
-    flip(data(cache), data(cache).stat().st_size // 2)
+    flip_byte(part_path(cache), part_path(cache).stat().st_size // 2)
     (line, *_) = latentmill("verify", cache)[1].splitlines()
     assert line.startswith("data/0-")
-    data(cache).unlink()
-    commit(cache, "0").unlink()
+    part_path(cache).unlink()
+    commit_path(cache, "0").unlink()
     argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1]
     assert latentmill(*argv)[0] == 0
     assert latentmill("verify", cache)[0] == 0
@@ -314,13 +320,13 @@ def test_following_the_advice_repairs_the_cache(
 def test_following_the_advice_repairs_exchanged_files(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, damage: str, tmp_path: Path
 ) -> None:
-    """Every file that verify says to move away is moved away."""
+    """Move away every file that verify advises to move away."""
     digest = json.loads((cache / "stats.json").read_text())["digest"]
     DAMAGES[damage][0](cache)
     for problem in json.loads(latentmill("verify", cache, "--json")[1])["problems"]:
         assert "move it" in problem["do"], problem
-        named = [problem["file"], *re.findall(r"_commits/[^ ,]+\.json", problem["do"])]
-        for name in named:
+        file_names = [problem["file"], *re.findall(r"_commits/[^ ,]+\.json", problem["do"])]
+        for name in file_names:
             if (cache / name).exists():
                 shutil.move(cache / name, tmp_path / name.replace("/", "_"))
     argv = ["encode", source, "--to", cache, "--vae", micro_vae, "--workers", 0, "--max-reject-rate", 1]
@@ -336,13 +342,13 @@ def test_following_the_advice_repairs_a_part_that_exists_twice(
     cache = tmp_path / "c"
     argv = ["encode", source / "0.tar", "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "image_bytes=10")
-    late = {
+    first_files = {
         path: path.read_bytes() for folder in ("_empty", "_commits", "_rejects") for path in (cache / folder).iterdir()
     }
-    for path in late:
+    for path in first_files:
         path.unlink()
     assert latentmill(*argv)[0] == 0
-    for path, content in late.items():
+    for path, content in first_files.items():
         path.write_bytes(content)
     problems = json.loads(latentmill("verify", cache, "--json")[1])["problems"]
     assert [problem["file"].split("/")[0] for problem in problems] == ["_empty", "_commits", "_rejects"]
@@ -356,20 +362,20 @@ def test_following_the_advice_repairs_a_part_that_exists_twice(
 
 
 @pytest.fixture
-def moved(source: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the inputs at another location, for a test to damage."""
+def moved_source(source: Path, tmp_path: Path) -> Iterator[Path]:
+    """Return a copy of the inputs at another location, which a test may damage."""
     yield Path(shutil.copytree(source, tmp_path / "elsewhere/s"))
 
 
-def test_exchanged_inputs_are_found(latentmill: Command, cache: Path, moved: Path) -> None:
-    assert latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)[0] == 0
+def test_exchanged_inputs_are_found(latentmill: Command, cache: Path, moved_source: Path) -> None:
+    assert latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved_source)[0] == 0
     members = img2dataset_members(0, 10)
     members["000000003.jpg"] = members["000000004.jpg"]
-    write_tar(moved / "0.tar", members)
-    whole = (moved / "0.tar").read_bytes()
+    write_tar(moved_source / "0.tar", members)
+    content = (moved_source / "0.tar").read_bytes()
     size = next(unit["bytes"] for unit in pq.read_table(cache / "_plan/00000.parquet").to_pylist())
-    assert len(whole) == size, "the size is the same, so only the images differ"
-    code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved)
+    assert len(content) == size, "the size is the same, so only the images differ"
+    code, out, _ = latentmill("verify", cache, "--recount", "--reencode", 19, "--source", moved_source)
     assert code == 1
     assert "000000003 is encoded to another latent" in out
 
@@ -398,8 +404,10 @@ def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro
 
 
 @pytest.fixture
-def retried(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A cache of tars with a part that a retry wrote."""
+def retried_cache(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Path:
+    """Return a cache of tars with a part that a retry wrote."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "image_bytes=1500", "--format", "webdataset")
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
@@ -407,16 +415,16 @@ def retried(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, 
     return tmp_path / "c"
 
 
-def recaption(path: Path) -> None:
+def edit_caption(path: Path) -> None:
     before = path.read_bytes()
     assert b"image 1" in before
     path.write_bytes(before.replace(b"image 1", b"image 7"))
 
 
 RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a changed caption": recaption,
+    "a changed caption": edit_caption,
     "a missing file": lambda path: path.unlink(),
-    "a truncated file": cut,
+    "a truncated file": truncate,
     "a missing commit of the part": lambda path: (path.parents[1] / f"_commits/{path.stem}.json").unlink(),
     "an edited commit of the part": lambda path: edit(
         path.parents[1] / f"_commits/{path.stem}.json", seal=False, run="x"
@@ -425,19 +433,19 @@ RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", RETRY_DAMAGES)
-def test_damages_to_a_retry_part_are_found(latentmill: Command, retried: Path, damage: str) -> None:
-    path = next(path for path in sorted(retried.glob("data/*r1.tar")) if b"image 1" in path.read_bytes())
+def test_damage_to_a_retry_part_is_found(latentmill: Command, retried_cache: Path, damage: str) -> None:
+    path = next(path for path in sorted(retried_cache.glob("data/*r1.tar")) if b"image 1" in path.read_bytes())
     RETRY_DAMAGES[damage](path)
-    code, out, _ = latentmill("verify", retried)
+    code, out, _ = latentmill("verify", retried_cache)
     assert code == 1
     assert out.startswith((f"data/{path.name}: ", f"_commits/{path.stem}.json: ")), out
     if "_commits" in out.split(":")[0]:
-        assert latentmill("verify", retried, "--rebuild")[0] == 0
+        assert latentmill("verify", retried_cache, "--rebuild")[0] == 0
         return
     path.unlink(missing_ok=True)
-    (retried / f"_commits/{path.stem}.json").unlink()
-    assert latentmill("retry", retried, "--workers", 0)[0] == 0
-    assert latentmill("verify", retried)[0] == 0
+    (retried_cache / f"_commits/{path.stem}.json").unlink()
+    assert latentmill("retry", retried_cache, "--workers", 0)[0] == 0
+    assert latentmill("verify", retried_cache)[0] == 0
 
 
 def test_images_beyond_a_limit_are_not_reported_as_exchanged(
@@ -502,31 +510,35 @@ def test_edited_captions_are_found_without_the_vae(
 
 
 def test_several_changed_parts_of_an_input_are_one_problem(
-    latentmill: Command, cache: Path, moved: Path, micro_vae: Path, tmp_path: Path
+    latentmill: Command, cache: Path, moved_source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
-    write_tar(moved / "0.tar", img2dataset_members(100, 10))
-    whole = (moved / "0.tar").read_bytes()
-    assert len(whole) == pq.read_table(cache / "_plan/00000.parquet").to_pylist()[0]["bytes"]
-    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    write_tar(moved_source / "0.tar", img2dataset_members(100, 10))
+    content = (moved_source / "0.tar").read_bytes()
+    assert len(content) == pq.read_table(cache / "_plan/00000.parquet").to_pylist()[0]["bytes"]
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved_source)
     assert (code, out.count("its images or their columns differ from those in")) == (1, 1)
     assert re.search(r"those in data/0-\w+-00000\.\w+, data/0-\w+-00001\.\w+, data/0-\w+-00002\.\w+\n", out)
 
 
-def test_a_shard_that_was_damaged_after_encoding_is_a_problem(latentmill: Command, cache: Path, moved: Path) -> None:
-    damaged = bytearray((moved / "0.tar").read_bytes())
+def test_a_shard_that_was_damaged_after_encoding_is_a_problem(
+    latentmill: Command, cache: Path, moved_source: Path
+) -> None:
+    damaged = bytearray((moved_source / "0.tar").read_bytes())
     damaged[damaged.index(b"000000005.jpg")] ^= 1
-    (moved / "0.tar").write_bytes(damaged)
-    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    (moved_source / "0.tar").write_bytes(damaged)
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved_source)
     assert (code, "it was sound when it was encoded: " in out) == (1, True)
 
 
-def test_the_same_samples_in_a_file_of_another_size_are_accepted(latentmill: Command, cache: Path, moved: Path) -> None:
-    with (moved / "0.tar").open("ab") as tar:
+def test_the_same_samples_in_a_file_of_another_size_are_accepted(
+    latentmill: Command, cache: Path, moved_source: Path
+) -> None:
+    with (moved_source / "0.tar").open("ab") as tar:
         tar.write(bytes(10240))
-    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved_source)
     assert code == 0, out
-    write_tar(moved / "0.tar", img2dataset_members(0, 9))
-    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved)
+    write_tar(moved_source / "0.tar", img2dataset_members(0, 9))
+    code, out, _ = latentmill("verify", cache, "--recount", "--source", moved_source)
     assert code == 1
     assert "0.tar: it has 9 samples, but 10 are recorded for 0-" in out
     assert re.search(r"0\.tar: its images or their columns differ from those in data/0-\w+-00002", out)

@@ -1,4 +1,4 @@
-"""A run that has other versions than earlier ones of its cache says so."""
+"""Versions of libraries that differ between the runs of a cache."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.conftest import encoded, smooth, write_tar
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_a_run_with_other_versions_than_before_says_so(
+def test_a_run_reports_versions_that_differ_from_earlier_runs(
     latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(2):
@@ -22,7 +22,7 @@ def test_a_run_with_other_versions_than_before_says_so(
     notes = [line.partition("INFO ")[2] for line in err.splitlines() if "earlier runs of this cache had" in line]
     assert [note.split(" this one")[0].split(" had ")[1].split()[0] for note in notes] == ["torch", "pyarrow", "pillow"]
     assert any("this one has 0.9; the bytes of images or files may differ" in note for note in notes)
-    assert "earlier runs" not in latentmill(*job)[2], "it has nothing to do"
+    assert "earlier runs" not in latentmill(*job)[2], "a run without pending units has no such message"
     monkeypatch.undo()
     assert "earlier runs of this cache had pillow 0.9" in latentmill("retry", tmp_path / "c", "--workers", 0)[2]
     write_tar(tmp_path / "s/2.tar", {"1.jpg": encoded(smooth(1, 64, 64))})

@@ -1,4 +1,4 @@
-"""The current directory while a Ray starts."""
+"""The current directory while Ray starts."""
 
 import os
 import threading
@@ -11,9 +11,7 @@ from jobs.worker_packages import working_in
 from pipeline.errors import UsageError
 
 
-def test_a_directory_that_is_unpacked_again_meanwhile_is_returned_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_was_recreated_is_entered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked, other = tmp_path / "unpacked", tmp_path / "other"
     unpacked.mkdir()
     other.mkdir()
@@ -21,17 +19,17 @@ def test_a_directory_that_is_unpacked_again_meanwhile_is_returned_to(
     with working_in(str(other)):
         assert Path.cwd() == other
         unpacked.rmdir()
-        again = threading.Timer(0.3, unpacked.mkdir)
-        again.start()
-    again.join()
+        timer = threading.Timer(0.3, unpacked.mkdir)
+        timer.start()
+    timer.join()
     assert Path.cwd() == unpacked
 
 
-def test_a_directory_that_stays_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_was_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_packages, "RECREATE_SECONDS", 0.1)
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    with pytest.raises(UsageError, match=f"{gone} is gone"), working_in(str(tmp_path)):
-        gone.rmdir()
+    removed = tmp_path / "gone"
+    removed.mkdir()
+    monkeypatch.chdir(removed)
+    with pytest.raises(UsageError, match=f"{removed} is gone"), working_in(str(tmp_path)):
+        removed.rmdir()
     os.chdir(tmp_path)

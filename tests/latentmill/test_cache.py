@@ -1,4 +1,4 @@
-"""What trainers do: `from latentmill import Cache`, and the latents as tensors."""
+"""The reader for trainers: `from latentmill import Cache`, and latents as tensors."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def encode(latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a cache of 18 images of 64 x 64."""
+    """Return a function that makes a cache of 18 images of 64 x 64."""
 
     def run(*more: object) -> Path:
         argv = ("encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
@@ -36,14 +36,14 @@ def encode(latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path) -
     return run
 
 
-def digest_of(cache: Path) -> str:
+def read_digest(cache: Path) -> str:
     return str(json.loads((cache / "stats.json").read_text())["digest"])
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
 def test_a_cache_gives_rows_and_tensors_raw_and_scaled(encode: Callable[..., Path], container: str) -> None:
     folder = encode("--format", container)
-    cache = Cache.open(str(folder), digest=digest_of(folder), verify=True)
+    cache = Cache.open(str(folder), digest=read_digest(folder), verify=True)
     assert len(cache.files()) == 3
     rows = [row for file in cache.files() for row in cache.rows(file)]
     assert [row["key"] for row in rows] == [f"{number:09d}" for number in range(18)]
@@ -59,7 +59,7 @@ def test_a_cache_gives_rows_and_tensors_raw_and_scaled(encode: Callable[..., Pat
     assert cache.scaling == scaling_of(config) == PipelineCache.open(str(folder)).scaling
 
 
-def test_of_moments_the_mean_is_scaled(encode: Callable[..., Path]) -> None:
+def test_the_model_latent_of_moments_is_the_scaled_mean(encode: Callable[..., Path]) -> None:
     cache = Cache.open(str(encode("--store", "moments", "--max-shards", 1)))
     row = next(cache.rows(cache.files()[0]))
     raw, model = cache.raw_latent(row), cache.model_latent(row)
@@ -67,7 +67,7 @@ def test_of_moments_the_mean_is_scaled(encode: Callable[..., Path]) -> None:
     assert torch.equal(model, cache.scaling.to_model(raw[:4]))
 
 
-def test_columns_can_be_left_unread(encode: Callable[..., Path]) -> None:
+def test_only_the_requested_columns_are_read(encode: Callable[..., Path]) -> None:
     cache = Cache.open(str(encode("--max-shards", 1)))
     assert list(next(cache.rows(cache.files()[0], columns=["key", "txt"]))) == ["key", "txt"]
 
@@ -80,7 +80,7 @@ def test_another_digest_and_changed_bytes_are_refused(encode: Callable[..., Path
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert Cache.open(str(folder), digest=digest_of(folder)).files(), "without verify, files are not read"
+    assert Cache.open(str(folder), digest=read_digest(folder)).files(), "without verify, files are not read"
     with pytest.raises(IdentityError, match=r"the files of the cache .* have the digest .*: they were changed"):
         Cache.open(str(folder), verify=True)
 
@@ -96,7 +96,7 @@ def test_a_cache_json_that_lacks_a_field_is_named(encode: Callable[..., Path]) -
         Cache.open(str(folder))
 
 
-def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
+def test_a_url_without_a_cache_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=rf"there is no latentmill cache at {tmp_path}/x: it has no cache\.json"):
         Cache.open(f"{tmp_path}/x")
     (tmp_path / "f").touch()
@@ -106,25 +106,25 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
         Cache.open("s3://key:secret@bucket/c")
 
 
-def test_the_same_cache_is_read_from_a_disk_and_behind_a_url(encode: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_cache_is_read_from_disk_and_from_a_url(encode: Callable[..., Path], tmp_path: Path) -> None:
     folder = encode("--max-shards", 2)
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/reader/c", recursive=True)
     try:
-        on_disk, behind_url = Cache.open(f"file://{folder}"), Cache.open("memory://reader/c", verify=True)
-        assert on_disk.files() == behind_url.files()
+        on_disk, at_url = Cache.open(f"file://{folder}"), Cache.open("memory://reader/c", verify=True)
+        assert on_disk.files() == at_url.files()
         assert on_disk.folder.url == str(folder)
         for file in on_disk.files():
-            assert list(on_disk.rows(file)) == list(behind_url.rows(file))
+            assert list(on_disk.rows(file)) == list(at_url.rows(file))
     finally:
         memory.rm("/reader", recursive=True)
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
-def test_a_file_whose_bytes_end_too_early_is_an_error(
+def test_a_truncated_transfer_is_an_error(
     encode: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, container: str
 ) -> None:
-    """A store may answer with fewer bytes than it names. In a tar, the end of a member looks like its end."""
+    """A store may send fewer bytes than it announced. A tar that ends after a member looks complete."""
     from fsspec.implementations.local import LocalFileOpener
 
     folder = encode("--max-shards", 1, "--format", container)
@@ -143,7 +143,7 @@ def test_a_file_whose_bytes_end_too_early_is_an_error(
         hash_files(cache.folder, [file])
 
 
-def test_hidden_files_and_folders_are_no_files_with_rows(encode: Callable[..., Path]) -> None:
+def test_hidden_files_and_folders_are_not_listed(encode: Callable[..., Path]) -> None:
     folder = encode("--max-shards", 1)
     files = Cache.open(str(folder)).files()
     shutil.copy(folder / files[0], folder / "data/.hidden.parquet")
@@ -151,8 +151,8 @@ def test_hidden_files_and_folders_are_no_files_with_rows(encode: Callable[..., P
     assert Cache.open(str(folder)).files() == files
 
 
-def test_the_front_door_is_imported_without_its_libraries() -> None:
-    """So that `latentmill --help` is fast; and the reader never needs what only the jobs need."""
+def test_importing_latentmill_imports_no_library() -> None:
+    """So `latentmill --help` is fast, and the reader does not need the libraries of the jobs."""
     code = (
         "import sys, latentmill\n"
         "heavy = {'torch', 'numpy', 'pyarrow', 'fsspec'}\n"

@@ -1,4 +1,4 @@
-"""cache.json as a typed object: it is parsed whole, and an error names the file and the field."""
+"""cache.json as a typed object: an error names the file and the field."""
 
 import dataclasses
 import hashlib
@@ -20,16 +20,16 @@ from tests.cache_infos import IDENTITY, info_of
 BUCKETS = Transform(resolution=96, buckets=((64, 128), (128, 64)), multiple_of=64, crop="random", flip="random")
 
 
-def written(**identity_fields: Any) -> dict[str, Any]:
-    """The content of a cache.json, as JSON has it."""
+def make_content(**identity_fields: Any) -> dict[str, Any]:
+    """Return the content of a cache.json, as types of JSON."""
     info = info_of(dataclasses.replace(IDENTITY, **identity_fields))
     content = json.loads(encode_json(with_checksum(info.to_dict())))
     assert isinstance(content, dict)
     return content
 
 
-def sealed(content: dict[str, Any]) -> bytes:
-    """A cache.json whose identity has its own sha256."""
+def encode_with_sha256(content: dict[str, Any]) -> bytes:
+    """Return a cache.json with the sha256 of its identity."""
     sha256 = hashlib.sha256(canonical_json(content["identity"])).hexdigest()
     return encode_json({**content, "identity_sha256": sha256})
 
@@ -43,7 +43,7 @@ def sealed(content: dict[str, Any]) -> bytes:
         {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
     ],
 )
-def test_what_was_written_is_parsed_and_written_again_to_the_byte(fields: dict[str, Any]) -> None:
+def test_parsing_and_writing_preserves_every_byte(fields: dict[str, Any]) -> None:
     info = info_of(dataclasses.replace(IDENTITY, **fields))
     data = encode_json(with_checksum(info.to_dict()))
     parsed = parse_cache_json(data, "s3://b/c")
@@ -52,8 +52,8 @@ def test_what_was_written_is_parsed_and_written_again_to_the_byte(fields: dict[s
     assert parsed.identity.sha256 == info.identity_sha256
 
 
-def test_the_identity_and_its_sha256_are_the_same_as_ever() -> None:
-    """Computed from the JSON that earlier caches have: another one would make each of them another cache."""
+def test_the_sha256_of_an_identity_is_stable() -> None:
+    """The text is from earlier caches. With another sha256, no job could resume them."""
     text = (
         '{"columns":null,"config":{"latent_channels":4},"container":"parquet","dtype":"float16","image_column":null,'
         '"key_column":null,"precision":"fp32","preprocessing":{"buckets":null,"crop":"center","flip":"none",'
@@ -77,12 +77,12 @@ def test_the_identity_and_its_sha256_are_the_same_as_ever() -> None:
         (("columns", "texts"), "columns.texts"),
     ],
 )
-def test_a_field_that_is_missing_is_named_with_the_file(path: tuple[str, ...], name: str) -> None:
-    content = written()
-    place = content
+def test_a_missing_field_is_named_with_the_file(path: tuple[str, ...], name: str) -> None:
+    content = make_content()
+    parent = content
     for step in path[:-1]:
-        place = place[step]
-    del place[path[-1]]
+        parent = parent[step]
+    del parent[path[-1]]
     text = rf"^s3://b/c is not a latentmill cache: in its cache\.json, the field '{name}' is missing$"
     with pytest.raises(CacheError, match=text):
         parse_cache_json(encode_json(content), "s3://b/c")
@@ -119,21 +119,21 @@ def set_field(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_field_of_another_type_is_named(change: Callable[[dict[str, Any]], None], text: str) -> None:
-    content = written()
+    content = make_content()
     change(content)
     with pytest.raises(CacheError, match=rf"^/c is not a latentmill cache: in its cache\.json, the field {text}"):
-        parse_cache_json(sealed(content), "/c")
+        parse_cache_json(encode_with_sha256(content), "/c")
 
 
 @pytest.mark.parametrize("path", [("identity", "rotate"), ("identity", "preprocessing", "rotate")])
 def test_an_identity_of_a_later_version_is_refused(path: tuple[str, ...]) -> None:
-    content = written()
+    content = make_content()
     set_field(*path, to=90)(content)
     with pytest.raises(CacheError, match=rf"has the field '{'.'.join(path)}', which this version of latentmill does"):
-        parse_cache_json(sealed(content), "/c")
+        parse_cache_json(encode_with_sha256(content), "/c")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000])
-def test_what_is_no_object_is_no_cache(data: bytes) -> None:
+def test_a_cache_json_that_is_not_an_object_is_refused(data: bytes) -> None:
     with pytest.raises(CacheError, match=r"^/c is not a latentmill cache: its cache\.json is not "):
         parse_cache_json(data, "/c")

@@ -134,12 +134,12 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         S3File, "_fetch_range", lambda self, start, end: fetch(self, start, end)[: max(0, 9000 - start)]
     )
-    said = r"0\.tar ended at byte \d+, but has 25600 bytes: the transfer was cut short"
-    with pytest.raises(StorageError, match=said), reading.open_stream(shard.url, {}, unit, seeking) as stream:
+    message = r"0\.tar ended at byte \d+, but has 25600 bytes: the transfer was cut short"
+    with pytest.raises(StorageError, match=message), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         assert stream.read(5000) == content[:5000]
         stream.read()
-    with pytest.raises(StorageError, match=said), reading.open_stream(shard.url, {}, unit, seeking) as stream:
+    with pytest.raises(StorageError, match=message), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         stream.seek(20_000)
         stream.read(10)
-    with pytest.raises(StorageError, match=said):
+    with pytest.raises(StorageError, match=message):
         reading.read_file(shard.url, {}, 1 << 20)

@@ -93,7 +93,7 @@ def test_a_store_with_faults_changes_nothing(
 
 @pytest.mark.fault(18, "a store that answers 500 for ever")
 @pytest.mark.slow
-def test_a_store_that_stays_away_ends_the_job_with_one_line(
+def test_a_store_that_always_fails_ends_the_job_with_one_line(
     encode: Command, shards: Path, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = upload(shards, f"{bucket}/shards")

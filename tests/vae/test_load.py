@@ -254,7 +254,7 @@ def test_saving_over_a_model_replaces_it(folder: Path) -> None:
     assert weights_sha256(loaded.state_dict()) == weights_sha256(other.state_dict())
 
 
-def test_the_hash_covers_names_shapes_and_little_endian_floats_in_the_order_of_names() -> None:
+def test_the_hash_covers_names_shapes_and_values_in_the_order_of_names() -> None:
     tensors = {"b": torch.tensor([[1.0, -2.0]]), "a": torch.tensor(0.5)}
     expected = b"a\0\0" + struct.pack("<f", 0.5) + b"b\x001,2\0" + struct.pack("<2f", 1, -2)
     assert weights_sha256(tensors) == hashlib.sha256(expected).hexdigest()

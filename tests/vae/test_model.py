@@ -32,7 +32,7 @@ def test_encode_decode_and_forward_have_the_documented_shapes(model: Autoencoder
     assert isinstance(model(random_images(1), sample_posterior=True, return_dict=False), tuple)
 
 
-def test_a_latent_depends_neither_on_the_other_images_of_its_batch_nor_on_its_position(model: AutoencoderKL) -> None:
+def test_a_latent_does_not_depend_on_its_batch_or_its_position(model: AutoencoderKL) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

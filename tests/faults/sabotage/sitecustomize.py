@@ -1,6 +1,6 @@
-"""Python imports this at its start, where PYTHONPATH leads here: some images then do what bad libraries do.
+"""Faults of image libraries, for processes with this folder on PYTHONPATH: Python imports this module at its start.
 
-An image that ends with ABORT ends the process that opens it, one that ends with SLEEP is never open.
+Opening an image that ends with ABORT aborts the process. Opening one that ends with SLEEP never ends.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Encode jobs whose workers misbehave: scripts that replace the description from which a worker is built."""
+"""Encode jobs with faulty workers: a script replaces the specification from which a worker is built."""
 
 import os
 import subprocess
@@ -14,20 +14,20 @@ from pipeline.flow import EncodeSpec
 
 {definition}
 
-cache_spec.EncodeSpec = Sick
+cache_spec.EncodeSpec = Faulty
 run_as_script(encode.main)
 """
 
 
-def run_sick_job(
+def run_faulty_job(
     definition: str, argv: Sequence[object], folder: Path, timeout: float = 290, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `jobs.encode` in a folder, with workers of the class `Sick`.
+    """Run `jobs.encode` in a folder, with workers of the class `Faulty`.
 
-    definition: Python that defines `Sick`, a subclass of EncodeSpec.
+    definition: Python that defines `Faulty`, a subclass of EncodeSpec.
     environment: further variables of the job.
     """
-    script = folder / "sick.py"
+    script = folder / "faulty.py"
     script.write_text(SCRIPT.format(definition=definition))
     return subprocess.run(
         [sys.executable, str(script), *map(str, argv)],
