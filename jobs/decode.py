@@ -87,7 +87,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             meter.tick(executor.images, executor.waiting_for)
 
         def probe(task: RenderTask) -> None:
-            connection.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
+            connection.check_reachable(cache.folder.url_of(identity.NAME), cache.folder.options)
             connection.check_reachable(out.url, out.options)
 
         with meter.shown():
@@ -131,12 +131,12 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
         return
     print(f"decoded {len(report['images'])} images")
     for name in report["sheets"][:10]:
-        print(f"  sheet      {out.at(name)}")
+        print(f"  sheet      {out.url_of(name)}")
     if len(report["sheets"]) > 10:
         print(f"             and {len(report['sheets']) - 10} more")
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
-    print(f"  report     {out.at(REPORT)}", flush=True)
+    print(f"  report     {out.url_of(REPORT)}", flush=True)
     log_each(report["notes"], log_note)
     log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 

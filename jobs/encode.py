@@ -192,7 +192,7 @@ def encode_pending(
         recorder.update(**{**describe_totals(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
-        connection.check_reachable(cache.at(identity.NAME), cache.options)
+        connection.check_reachable(cache.url_of(identity.NAME), cache.options)
         connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():

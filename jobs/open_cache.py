@@ -38,7 +38,8 @@ def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int
     files = []
     for part in stats.read_parts(cache.folder, cache.info.identity_sha256):
         if part.unit not in units:
-            raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
+            url = cache.folder.url_of(part.file)
+            raise CacheError(f"{url} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
             files.append((part.file, part.rows, units[part.unit]))
     return files

@@ -126,7 +126,7 @@ def run_retry(
             recorder.update(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
-            connection.check_reachable(cache.folder.at(NAME), cache.folder.options)
+            connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)
             connection.check_reachable(task.unit.url, parse_source_options(options))
 
         with meter.shown():

@@ -43,7 +43,7 @@ class Cache:
         IdentityError if it has another digest; StorageError if the storage refuses.
         """
         folder = CacheFolder(absolute(url), options or {})
-        data = folder.read_if_there(NAME)
+        data = folder.read_if_exists(NAME)
         if data is None:
             raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
         cache = cls(folder, parse_cache_json(data, folder.url))
@@ -58,7 +58,7 @@ class Cache:
 
     def files(self) -> list[str]:
         """Return the names of the files with rows, sorted. The cache is their concatenation."""
-        return [f"{DATA}/{name}" for name in self.folder.names(DATA)]
+        return [f"{DATA}/{name}" for name in self.folder.list_files(DATA)]
 
     def rows(
         self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
@@ -90,7 +90,7 @@ class Cache:
 
 def list_part_files(folder: CacheFolder) -> list[str]:
     """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
-    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.names(below)]
+    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.list_files(below)]
 
 
 def hash_files(folder: CacheFolder, files: Iterable[str]) -> dict[str, str]:
@@ -128,5 +128,5 @@ def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
 
 def read_stats(folder: CacheFolder) -> dict[str, Any] | None:
     """Return the content of stats.json, or None if no run has ended yet. Raises CacheError if it is damaged."""
-    data = folder.read_if_there(STATS)
-    return None if data is None else parse_json_object(data, folder.at(STATS))
+    data = folder.read_if_exists(STATS)
+    return None if data is None else parse_json_object(data, folder.url_of(STATS))

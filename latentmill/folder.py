@@ -27,21 +27,21 @@ class CacheFolder:
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Return the filesystem, and the path of a name on it. `::` is part of a name, not fsspec's chain."""
-        return open_filesystem(self.at(name), self.options)
+        return open_filesystem(self.url_of(name), self.options)
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         """Return the full URL or path of a name."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
-    def names(self, below: str = "") -> list[str]:
+    def list_files(self, below: str = "") -> list[str]:
         """Return the sorted names of the files directly in the sub-folder `below`, without hidden files.
 
         The list is empty if the sub-folder does not exist.
         """
-        return self.listed(below)[0]
+        return self.list_entries(below)[0]
 
-    def listed(self, below: str) -> tuple[list[str], list[str]]:
-        """Return the names of `names`, and all other names: folders, hidden files, broken links."""
+    def list_entries(self, below: str) -> tuple[list[str], list[str]]:
+        """Return two sorted lists: the names of `list_files`, and all others (folders, hidden files, broken links)."""
         files, others = list[str](), list[str]()
         for name, is_file in sorted(self._entries(below)):
             (files if is_file and not name.startswith(".") else others).append(name)
@@ -49,7 +49,7 @@ class CacheFolder:
 
     def _entries(self, below: str) -> list[tuple[str, bool]]:
         """Return each name in a sub-folder, and whether it is a file."""
-        with name_url_in_errors(self.at(below), "list"):
+        with name_url_in_errors(self.url_of(below), "list"):
             filesystem, path = self._locate(below)
             try:
                 entries = filesystem.ls(path, detail=True, refresh=True)
@@ -64,9 +64,9 @@ class CacheFolder:
             if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
         ]
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             try:
                 return cast(bytes, filesystem.cat_file(path))
@@ -79,11 +79,11 @@ class CacheFolder:
 
         Raises StorageError if fewer bytes arrive than the file has.
         """
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
             file = filesystem.open(path, "rb", cache_type="none")
-        with open_while(Stream(file, self.at(name), getattr(file, "size", None)), file) as stream:
+        with open_while(Stream(file, self.url_of(name), getattr(file, "size", None)), file) as stream:
             yield stream
 
 

@@ -241,7 +241,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     commits.write_commit(spec.cache, unit_parts, describe_run(context, timer.seconds))
     report = make_report(unit, unit_parts, adopted, timer.seconds)
     report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
-    return replace(report, damage=readable.damage, passed_over=skipped)
+    return replace(report, damage=readable.damage, skipped=skipped)
 
 
 def read_samples(

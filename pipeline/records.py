@@ -199,7 +199,7 @@ class UnitReport:
     adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
     half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
     damage: the error of a damaged shard whose rest was rejected; otherwise empty.
-    passed_over: the number of skipped inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
+    skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
     """
 
     unit: str
@@ -215,7 +215,7 @@ class UnitReport:
     texts: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     damage: str = ""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
 
 

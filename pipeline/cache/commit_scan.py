@@ -106,5 +106,5 @@ def pair_with_commits(
 def check_files_exist(cache: Folder, files: Collection[str]) -> None:
     """Raise CacheError if one of these committed files, which were not listed, does not exist now either."""
     for file in sorted(files):
-        if cache.read_if_there(file) is None:
-            raise CacheError(f"{cache.at(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")
+        if cache.read_if_exists(file) is None:
+            raise CacheError(f"{cache.url_of(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")

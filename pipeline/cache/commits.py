@@ -40,7 +40,7 @@ def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, o
     lines = encode_rejects(parts)
     is_refused = bool(lines) and not cache.create(rejects_file, lines)
     is_committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(make_commit(parts, facts)))
-    if is_committed and is_refused and cache.read_if_there(rejects_file) != lines:
+    if is_committed and is_refused and cache.read_if_exists(rejects_file) != lines:
         # the existing lines are of parts that were lost, or of a writer that saw other parts
         cache.replace(rejects_file, lines)
 
@@ -69,7 +69,7 @@ def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str,
     """
     name = commit_name(parts)
     lines, rejects_file = encode_rejects(parts), f"{REJECTS}/{name}.jsonl"
-    if lines or cache.read_if_there(rejects_file):
+    if lines or cache.read_if_exists(rejects_file):
         cache.replace(rejects_file, lines)
     data = canonical_json(make_commit(parts, facts))
     cache.replace(f"{COMMITS}/{name}.json", data)
@@ -112,7 +112,7 @@ def inspect_committed(cache: Folder, name: str, identity: str, container: Contai
         part = find_part(cache, name, len(parts), identity, container)
         if part is None:
             raise CacheError(
-                f"part {len(parts)} of {cache.at(name)} was committed, but is missing: the cache is damaged; "
+                f"part {len(parts)} of {cache.url_of(name)} was committed, but is missing: the cache is damaged; "
                 f"{VERIFY_HINT}"
             )
         parts.append(part)
@@ -121,18 +121,18 @@ def inspect_committed(cache: Folder, name: str, identity: str, container: Contai
 
 def list_commits(cache: Folder) -> set[str]:
     """Return the names of all commits: finished units, and parts that `retry` wrote."""
-    return {stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json")}
+    return {stem_of(name) for name in cache.list_files(COMMITS) if name.endswith(".json")}
 
 
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read these commits in this order: name and content. Raises CacheError if a commit names no parts."""
     for name, data in cache.read_each(COMMITS, (f"{name}.json" for name in names)):
-        content = parse_json_object(data, cache.at(f"{COMMITS}/{name}"))
+        content = parse_json_object(data, cache.url_of(f"{COMMITS}/{name}"))
         entries = content.get("parts")
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
         ):
-            raise CacheError(f"{cache.at(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
+            raise CacheError(f"{cache.url_of(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
         yield stem_of(name), content
 
 

@@ -89,11 +89,11 @@ def read_cache_json(cache: Folder) -> CacheInfo | None:
     Raises CacheError for a folder that holds something else, for a format that this version does not know, and for a
     field that is missing or has another type.
     """
-    data = cache.read_if_there(NAME)
+    data = cache.read_if_exists(NAME)
     if data is None:
         if cache.is_empty():
             return None
-        data = cache.read_if_there(NAME)  # another job may have begun it just now
+        data = cache.read_if_exists(NAME)  # another job may have begun it just now
     if data is None:
         raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     return parse_cache_json(data, cache.url)
@@ -107,7 +107,7 @@ def create_or_load(cache: Folder, wanted: CacheInfo) -> CacheInfo:
     cache.create(NAME, encode_json(with_checksum(wanted.to_dict())))
     existing = read_cache_json(cache)
     if existing is None:
-        raise CacheError(f"{cache.at(NAME)} was created and is gone again")
+        raise CacheError(f"{cache.url_of(NAME)} was created and is gone again")
     check_same_identity(cache.url, existing.identity, wanted.identity)
     return existing
 

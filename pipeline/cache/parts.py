@@ -69,7 +69,7 @@ def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
             raise
         return existing
     if (existing := inspect_part(cache, name, record.identity)) is None:
-        raise StorageError(f"{cache.at(name)} existed when it was to be created, and was removed since; try again")
+        raise StorageError(f"{cache.url_of(name)} existed when it was to be created, and was removed since; try again")
     return existing
 
 
@@ -93,15 +93,15 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
 
     Raises CacheError if the file belongs to another cache or another name.
     """
-    data = cache.read_if_there(name)
+    data = cache.read_if_exists(name)
     if data is None:
         return None
-    record = read_record(data, cache.at(name))
+    record = read_record(data, cache.url_of(name))
     if record.identity != identity:
-        raise CacheError(f"{cache.at(name)} belongs to a cache with another identity; move it away")
+        raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
     if expected_stem(record) != stem_of(name):
         raise CacheError(
-            f"{cache.at(name)} holds the part {expected_stem(record)}: it was copied or renamed; move it away"
+            f"{cache.url_of(name)} holds the part {expected_stem(record)}: it was copied or renamed; move it away"
         )
     return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 

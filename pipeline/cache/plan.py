@@ -60,7 +60,7 @@ def hash_plan_files(cache: Folder) -> dict[str, str]:
 
 def list_plan_files(cache: Folder) -> list[str]:
     """Return the names of the plan's files, in order."""
-    return [name for name in cache.names(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
+    return [name for name in cache.list_files(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
 
 
 def read_plan(cache: Folder) -> list[Unit]:
@@ -115,7 +115,7 @@ def _read_rows(cache: Folder, name: str) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
     except Exception as error:  # damaged bytes can make Arrow raise anything
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
+        raise CacheError(f"{cache.url_of(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
 
 
 def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
@@ -168,7 +168,7 @@ def extend_plan(
         if write_plan_file(cache, number, new):
             return list(select_latest_units([units, new])), notes
         if list_plan_files(cache) == names:
-            path = f"{cache.at(FOLDER)}/{number:05d}.parquet"
+            path = f"{cache.url_of(FOLDER)}/{number:05d}.parquet"
             raise CacheError(f"{path} exists but is not a regular file; move it away")
 
 

@@ -60,7 +60,7 @@ def read_runs(cache: Folder) -> dict[str, dict[str, Any]]:
     Damaged records are skipped, because records only inform.
     """
     contents = {}
-    names = [name for name in cache.names(FOLDER) if name.endswith(".json")]
+    names = [name for name in cache.list_files(FOLDER) if name.endswith(".json")]
     for name, data in cache.read_each(FOLDER, names):
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)

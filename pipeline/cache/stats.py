@@ -67,7 +67,7 @@ def _parse_entry(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
     try:
         return PartSummary.from_commit(entry)
     except (KeyError, TypeError, AttributeError) as error:
-        file = cache.at(f"{commits.COMMITS}/{name}.json")
+        file = cache.url_of(f"{commits.COMMITS}/{name}.json")
         raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
 
 
@@ -78,7 +78,7 @@ def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: boo
     """
     part = inspect_part(cache, file, identity)
     if part is None:
-        raise CacheError(f"{cache.at(file)} was listed, and was removed since; try again")
+        raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
     if is_to_commit and part.record.round:
         commits.write_commit(cache, [part])
     return part.summary

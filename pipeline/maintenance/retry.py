@@ -298,6 +298,6 @@ def publish_retry_part(record: Record, buffer: PartBuffer, remaining: RemainingR
     part = publish_part(spec.cache, record, buffer.rows, spec.layout)
     commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
-        raise StorageError(f"another retry wrote {spec.cache.at(part.file)} with other samples; run retry again")
+        raise StorageError(f"another retry wrote {spec.cache.url_of(part.file)} with other samples; run retry again")
     remaining.add(part.record)
     return part

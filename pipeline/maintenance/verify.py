@@ -85,7 +85,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     if findings.problems:  # every other check compares with cache.json
         return findings
     check_plan(cache.folder, findings)
-    listed = {folder: cache.folder.listed(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
+    listed = {folder: cache.folder.list_entries(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
     findings.problems += check_unexpected_files(listed)
     names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
     files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
@@ -137,8 +137,8 @@ def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], n
     """Read the files of a commit. Only files that were listed are requested."""
     return CommitFiles(
         name,
-        folder.read_if_there(f"{commits.COMMITS}/{name}.json") if name in committed else None,
-        folder.read_if_there(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
+        folder.read_if_exists(f"{commits.COMMITS}/{name}.json") if name in committed else None,
+        folder.read_if_exists(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
     )
 
 
@@ -379,13 +379,13 @@ def _compare_with_parts(
 def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
     """Compare stats.json and README.md with what the parts give."""
     expected = stats.summarize_parts(part.summary for part in parts)
-    data = cache.folder.read_if_there(stats.NAME)
+    data = cache.folder.read_if_exists(stats.NAME)
     if data is None:
         yield Problem(stats.NAME, "it is missing: no run has ended yet", REWRITE)
         return
     if data != stats.encode_json(expected):
         yield Problem(stats.NAME, "it differs from the statistics of the records", REWRITE)
-    card = cache.folder.read_if_there(NAME)
+    card = cache.folder.read_if_exists(NAME)
     versions_of_runs = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
     versions = {str(entry.get("latentmill")) for entry in versions_of_runs if isinstance(entry, dict)}
     if card not in [card_module.render_card(cache, expected, version) for version in versions]:
@@ -394,13 +394,13 @@ def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Proble
 
 def check_runs(folder: Folder) -> Iterator[Problem]:
     """Check the records of runs and their logs. They only inform, but must not be changed either."""
-    for name in filter(lambda name: name.endswith(".json"), folder.names(runs.FOLDER)):
+    for name in filter(lambda name: name.endswith(".json"), folder.list_files(runs.FOLDER)):
         if not _is_unchanged_run(folder.read(f"{runs.FOLDER}/{name}")):
             yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it only informs")
     for run, content in runs.read_runs(folder).items():
         # the log of a run that was killed can be newer than the run's record
         sha256, file = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
-        log = folder.read_if_there(file) if sha256 else None
+        log = folder.read_if_exists(file) if sha256 else None
         if log is not None and hashlib.sha256(log).hexdigest() != sha256:
             yield Problem(file, "it was changed after it was written", f"{AWAY}: it only informs")
 

@@ -58,27 +58,27 @@ class Folder(CacheFolder):
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises StorageError, also if the file does not exist."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "read"):
-            return _read_whole(fs, path, self.at(name))
+        with name_url_in_errors(self.url_of(name), "read"):
+            return _read_whole(fs, path, self.url_of(name))
 
     def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Read these files of a sub-folder, each name with its content. Many are read at once, as stores are slow."""
         with ThreadPoolExecutor(READERS) as pool:
             yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             try:
-                return _read_whole(fs, path, self.at(name))
+                return _read_whole(fs, path, self.url_of(name))
             except FileNotFoundError:
                 return None
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "write"):
+        with name_url_in_errors(self.url_of(name), "write"):
             if is_local(fs):
                 return local_disk.create(path, data, self._locate("_tmp")[1], self.exclusive)
             if is_memory(fs):
@@ -105,7 +105,7 @@ class Folder(CacheFolder):
                 first, second = probed.create(name, b"probe"), probed.create(name, b"probe")
             except local_disk.NotExclusive:
                 return False
-            with name_url_in_errors(self.at(name), "remove"):
+            with name_url_in_errors(self.url_of(name), "remove"):
                 fs.rm_file(self._locate(name)[1])
             if first:  # otherwise the first answer was lost, and the library's own retry was refused
                 return not second
@@ -114,7 +114,7 @@ class Folder(CacheFolder):
     def replace(self, name: str, data: bytes) -> None:
         """Write a whole file, and overwrite an existing one."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "write"):
+        with name_url_in_errors(self.url_of(name), "write"):
             if is_local(fs):
                 local_disk.replace(path, data)
             else:

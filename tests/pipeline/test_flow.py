@@ -213,7 +213,7 @@ def test_memory_and_disk_hold_the_same(worker: Callable[..., UnitWorker], unit: 
     worker(tmp_path / "c").run(unit)
     worker("memory://flow/c").run(unit)
     folder = Folder("memory://flow/c")
-    assert {f"data/{name}": folder.read(f"data/{name}") for name in folder.names("data")} == {
+    assert {f"data/{name}": folder.read(f"data/{name}") for name in folder.list_files("data")} == {
         name: data for name, data in contents(tmp_path / "c").items() if name.startswith("data/")
     }
 

@@ -46,7 +46,7 @@ class Replay:
     replayed: int = 0
     twins: bool = False
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         return name
 
     def _next(self, request: Request) -> Any:
@@ -58,7 +58,7 @@ class Replay:
             raise StorageError("no answer")
         return answer
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         # if no part has rows, no file is ever created in data/
         return self._next(Request("read", name)) if self.twins or name.endswith(".json") else None
 
@@ -72,13 +72,13 @@ class Disk:
 
     store: dict[str, bytes]
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         return name
 
-    def names(self, below: str) -> list[str]:
+    def list_files(self, below: str) -> list[str]:
         return sorted(name.partition("/")[2] for name in self.store if name.startswith(f"{below}/"))
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         return self.store.get(name)
 
     def read_each(self, below: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:

@@ -102,7 +102,7 @@ def test_another_source_of_a_name_is_refused_and_told_how_to_name_it(
     assert "of 3 planned files 3 are missing or differ" in said
     (argument,) = arguments(said)
     assert argument == f"images2={tmp_path}/dogs/images"
-    assert cache.names("_plan") == ["00000.parquet"], "nothing is written"
+    assert cache.list_files("_plan") == ["00000.parquet"], "nothing is written"
     assert len(extend(argument)[0]) == 6
     assert len(extend(tmp_path / "cats/images", argument)[0]) == 6
 
@@ -365,7 +365,7 @@ def test_an_input_of_the_same_size_that_changed_is_noticed(
     assert note.startswith(f"inputs that have changed since they were planned: 1 (s/1.{kind}); ")
     if standing == "nothing":
         assert note.endswith("none of their samples are encoded yet, and they are planned again")
-        assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
+        assert cache.list_files("_plan") == ["00000.parquet", "00001.parquet"]
         after = plan.read_plan(cache)
         assert [unit.name for unit in after] == [unit.name for unit in before]
         assert after != before
@@ -439,7 +439,7 @@ def test_of_two_drivers_that_plan_anew_the_second_reads_what_the_first_planned(
 
     monkeypatch.setattr(plan, "write_plan_file", lose)
     extend(tmp_path / "s")
-    assert (raced, cache.names("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
+    assert (raced, cache.list_files("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
 
 
 def test_the_plan_says_what_each_image_was(extend: Extend, cache: Folder, tmp_path: Path) -> None:

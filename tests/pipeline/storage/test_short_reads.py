@@ -124,7 +124,7 @@ def test_files_that_are_read_whole(short_reads: Cut, root: str, url: str) -> Non
     with pytest.raises(StorageError, match=SAID):
         read_file(url, {}, 1 << 20)
     if "://" not in root:  # stores' libraries check the length of their answers
-        for read in (Folder(root).read, Folder(root).read_if_there):
+        for read in (Folder(root).read, Folder(root).read_if_exists):
             with pytest.raises(StorageError, match=SAID):
                 read("x.tar")
     with pytest.raises(StorageError, match=SAID), Folder(root).open("x.tar") as stream:

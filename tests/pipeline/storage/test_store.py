@@ -183,8 +183,8 @@ def test_of_many_creators_one_wins_and_the_content_is_whole(root: str) -> None:
     won = winners(folder)
     assert len(won) == 1
     assert folder.read("data/x") == bytes(won) * 100_000
-    assert folder.names("data") == ["x"]
-    assert folder.names("_tmp") == []
+    assert folder.list_files("data") == ["x"]
+    assert folder.list_files("_tmp") == []
 
 
 def test_replace_writes_over_and_leaves_nothing_else(root: str) -> None:
@@ -192,14 +192,14 @@ def test_replace_writes_over_and_leaves_nothing_else(root: str) -> None:
     folder.replace("a/b", b"1")
     folder.replace("a/b", b"2")
     assert folder.read("a/b") == b"2"
-    assert folder.names("a") == ["b"]
+    assert folder.list_files("a") == ["b"]
     if not root.startswith("memory"):
         assert [path.name for path in Path(root, "a").iterdir()] == ["b"]
 
 
 def test_what_is_not_there(root: str) -> None:
     folder = Folder(f"{root}/none")
-    assert (folder.names("x"), folder.is_empty(), folder.read_if_there("x")) == ([], True, None)
+    assert (folder.list_files("x"), folder.is_empty(), folder.read_if_exists("x")) == ([], True, None)
     with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
         folder.read("x")
     assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
