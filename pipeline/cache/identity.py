@@ -4,12 +4,11 @@ A job whose identity differs from the cache's is refused with the field named. `
 here they are made from a job's settings, written, and compared.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
-from pipeline.canonical_json import with_checksum
+from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
@@ -104,7 +103,7 @@ def create_or_load(cache: Folder, wanted: CacheInfo) -> CacheInfo:
 
     Raises IdentityError, with the first field that differs, if the existing one has another identity.
     """
-    cache.create(NAME, encode_json(with_checksum(wanted.to_dict())))
+    cache.create(NAME, encode_cache_json(with_checksum(wanted.to_dict())))
     existing = read_cache_json(cache)
     if existing is None:
         raise CacheError(f"{cache.url_of(NAME)} was created and is gone again")
@@ -112,9 +111,9 @@ def create_or_load(cache: Folder, wanted: CacheInfo) -> CacheInfo:
     return existing
 
 
-def encode_json(content: Mapping[str, Any]) -> bytes:
+def encode_cache_json(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a cache.json with this content."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return indented_json(content, ensure_ascii=False)
 
 
 def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:

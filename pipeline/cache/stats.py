@@ -4,7 +4,6 @@ Every time, the statistics are computed from all records, never added up over ru
 work was interrupted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from pipeline.cache import commit_scan, commits
 from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, file_name
 from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
 from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
-from pipeline.canonical_json import VERIFY_HINT
+from pipeline.canonical_json import VERIFY_HINT, indented_json
 from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally, PartSummary
 from pipeline.storage.folder import Folder
@@ -189,7 +188,7 @@ class StatsWriter:
                 self._snapshots.append((file_name(part.file), sums.copy()))
         self.files = listing.files
         content = summarize(sums, self._hashes)
-        self.cache.replace(NAME, encode_json(content))
+        self.cache.replace(NAME, encode_stats(content))
         return content
 
     def _rewind(self, files: Sequence[str]) -> tuple[str, RunningStats]:
@@ -238,6 +237,6 @@ def _suggest_scaling(tally: BucketTally) -> dict[str, Any]:
     }
 
 
-def encode_json(content: Mapping[str, Any]) -> bytes:
+def encode_stats(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of stats.json with this content."""
-    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+    return indented_json(content) + b"\n"

@@ -166,7 +166,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
         yield Problem(identity.NAME, f"the VAE's configuration is not valid: {error}", RESTORE)
         return
     data = cache.folder.read(identity.NAME)
-    if data != identity.encode_json(with_checksum(info.to_dict())):
+    if data != identity.encode_cache_json(with_checksum(info.to_dict())):
         yield Problem(identity.NAME, "it was changed after it was written: its sha256 does not match", RESTORE)
     if info.vae.constants != {name: info.vae.config.get(name) for name in info.vae.constants}:
         yield Problem(identity.NAME, "the constants of the VAE differ from its configuration", RESTORE)
@@ -383,7 +383,7 @@ def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Proble
     if data is None:
         yield Problem(stats.NAME, "it is missing: no run has ended yet", REWRITE)
         return
-    if data != stats.encode_json(expected):
+    if data != stats.encode_stats(expected):
         yield Problem(stats.NAME, "it differs from the statistics of the records", REWRITE)
     card = cache.folder.read_if_exists(NAME)
     versions_of_runs = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
@@ -419,7 +419,7 @@ def _is_unchanged_run(data: bytes) -> bool:
     """Return whether this is the record of a run as it was written."""
     try:
         content = json.loads(data)
-        return bool(data == runs.encode_json(content))
+        return bool(data == runs.encode_run(content))
     except (ValueError, RecursionError, TypeError, AttributeError):
         return False
 

@@ -123,14 +123,14 @@ def test_statistics_are_of_all_that_is_there_in_the_end(
 ) -> None:
     """Another job ends between our sum and its file: the sum is made again."""
     assert latentmill(*argv, "--max-shards", 2)[0] == 0
-    real = stats.encode_json
+    real = stats.encode_stats
 
     def slow(content: Any) -> bytes:
         monkeypatch.undo()
         assert latentmill(*argv)[0] == 0
         return real(content)
 
-    monkeypatch.setattr(stats, "encode_json", slow)
+    monkeypatch.setattr(stats, "encode_stats", slow)
     info = Cache.open(str(tmp_path / "c")).info
     assert finalize.finalize_cache(Folder(str(tmp_path / "c")), info, single_writer=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18
