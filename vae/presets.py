@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae.config import AutoencoderKLConfig
-from vae.errors import LoadError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +100,3 @@ PRESETS: dict[str, Preset] = {
         source="diffusers' conversion script of CogView4",
     ),
 }
-
-
-def get_preset(name: str) -> Preset:
-    """Return the preset of that name. Raises LoadError, which lists all names, if there is none."""
-    if name not in PRESETS:
-        raise LoadError(f"there is no preset '{name}'; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
