@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
@@ -32,7 +32,7 @@ class Cache:
     @classmethod
     def open(
         cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
-    ) -> "Cache":
+    ) -> Self:
         """Open a cache.
 
         url: a path, or a URL that fsspec knows. options: of its fsspec filesystem. digest: the expected digest of its
@@ -42,14 +42,19 @@ class Cache:
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
         IdentityError if it has another digest; StorageError if the storage refuses.
         """
-        folder = CacheFolder(absolute(url), options or {})
-        data = folder.read_if_exists(NAME)
-        if data is None:
+        folder, info = cls._read_info(url, options or {})
+        if info is None:
             raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
-        cache = cls(folder, parse_cache_json(data, folder.url))
         if digest is not None or verify:
             check_digest(folder, digest, verify)
-        return cache
+        return cls(folder, info)
+
+    @staticmethod
+    def _read_info(url: str, options: Mapping[str, Any]) -> tuple[CacheFolder, CacheInfo | None]:
+        """Return the folder at a URL, and the content of its cache.json; None if there is no such file."""
+        folder = CacheFolder(absolute(url), options)
+        data = folder.read_if_exists(NAME)
+        return folder, None if data is None else parse_cache_json(data, folder.url)
 
     @property
     def scaling(self) -> Scaling:

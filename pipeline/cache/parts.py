@@ -15,7 +15,7 @@ from latentmill.cache import list_part_files as list_part_files
 from latentmill.part_files import read_record_json
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.record import PartInfo, Record, format_part_stem
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.folder import Folder
@@ -80,7 +80,7 @@ def find_part(
 
     unit: the unit's name. round: the number of the retry that wrote the part, 0 for a part of the encode command.
     """
-    stem = f"{unit}-{number:05d}" + (f"r{round}" if round else "")
+    stem = format_part_stem(unit, number, round)
     for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
         part = inspect_part(cache, name, identity)
         if part is not None:

@@ -32,6 +32,11 @@ class BucketTally:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def format_part_stem(unit: str, number: int, round: int = 0) -> str:
+    """Return the file name of a part, without its folder and extension. round: of a retry part; otherwise 0."""
+    return f"{unit}-{number:05d}" + (f"r{round}" if round else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """The record inside a part's file: what the part was made from and what it counts. It does not depend on the run.
@@ -64,7 +69,7 @@ class Record:
     @property
     def stem(self) -> str:
         """The file name of the part, without its folder and extension."""
-        return f"{self.unit}-{self.part:05d}" + (f"r{self.round}" if self.round else "")
+        return format_part_stem(self.unit, self.part, self.round)
 
     @property
     def positions(self) -> list[int]:
