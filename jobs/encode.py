@@ -28,10 +28,10 @@ from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
 from pipeline.records import Unit, UnitReport
-from pipeline.sources import changes
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.planned_files import without_etags
 from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
@@ -124,7 +124,7 @@ def run_encode(
         finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
-            pending = [changes.without_etags(unit) for unit in pending]
+            pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
         recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))

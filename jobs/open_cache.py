@@ -5,8 +5,8 @@ from pipeline.cache import parts, plan, stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
-from pipeline.sources import changes
 from pipeline.sources.listing import list_sources
+from pipeline.sources.relocation import relocate_listed_units
 from pipeline.weights import Vae, load_vae
 
 
@@ -29,7 +29,7 @@ def read_units(
     planned = plan.read_plan(cache.folder)
     if options.source:
         listing = list_sources(options.source, parse_source_options(options), excluded=cache.folder.url)
-        planned = changes.find_units_at(planned, listing, same_source)
+        planned = relocate_listed_units(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 
 

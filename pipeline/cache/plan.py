@@ -21,8 +21,18 @@ from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
 from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, stem
-from pipeline.sources import changes
+from pipeline.sources.changes import find_changed, find_missing
+from pipeline.sources.duplicates import find_duplicates
 from pipeline.sources.listing import Source, abbreviate
+from pipeline.sources.planned_files import (
+    find_source_roots,
+    list_input_files,
+    move_to_root,
+    source_name,
+    with_etags,
+)
+from pipeline.sources.relocation import relocate_units
+from pipeline.sources.renames import check_renamed
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
@@ -71,8 +81,8 @@ def read_plan(cache: Folder) -> list[Unit]:
 def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
     files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
-    roots = changes.source_roots(itertools.chain.from_iterable(files))
-    return [changes.move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
+    roots = find_source_roots(itertools.chain.from_iterable(files))
+    return [move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
 
 
 def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
@@ -183,37 +193,37 @@ def compare_with_plan(
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
     listed = {shard.path: shard for shard in shards}
-    roots = {(changes.source_name(shard.path), shard.root): None for shard in shards}
+    roots = {(source_name(shard.path), shard.root): None for shard in shards}
     sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
-    planned, notes = changes.relocate_units(planned, listed, sources, same_source)
-    files = {file.path: file for unit in planned for file in changes.input_files(unit)}
+    planned, notes = relocate_units(planned, listed, sources, same_source)
+    files = {file.path: file for unit in planned for file in list_input_files(unit)}
     replanned, more = replan_changed(cache, planned, listed, sidecars, same_source)
     notes += more
     if sidecars.unused:
         unused = "texts that belong to no image or to several images, or that another text replaces"
         notes.append(f"{unused}: {len(sidecars.unused):,} ({abbreviate(sidecars.unused)})")
-    if missing := changes.find_missing(files, listed, sources):
+    if missing := find_missing(files, listed, sources):
         examples = f"{len(missing):,} ({abbreviate(missing)})"
         notes.append(f"planned inputs that are missing: {examples}; their encoded samples stay in the cache")
     if same_source:
         inputs = {identify_input(unit) for unit in replanned}
-        pairs = zip((changes.with_etags(unit, listed) for unit in planned), before, strict=True)
+        pairs = zip((with_etags(unit, listed) for unit in planned), before, strict=True)
         replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
     new, more = find_unplanned(shards, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
-    roots_planned = changes.source_roots(planned)
-    duplicates = changes.find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
+    roots_planned = find_source_roots(planned)
+    duplicates = find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
     if not new_source:
         names, missing_paths = {source.name for source in sources}, set(missing)
         not_listed = {
             path: file
             for path, file in files.items()
-            if path in missing_paths or (path not in listed and changes.source_name(path) not in names)
+            if path in missing_paths or (path not in listed and source_name(path) not in names)
         }
-        names_listed = {changes.source_name(path) for path in files if path in listed}
-        notes += changes.check_renamed(inputs_to_add, not_listed, duplicates, names_listed)
+        names_listed = {source_name(path) for path in files if path in listed}
+        notes += check_renamed(inputs_to_add, not_listed, duplicates, names_listed)
     if duplicates:
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
@@ -228,7 +238,7 @@ def replan_changed(
 
     listed: the listed files, by path.
     """
-    changed = changes.find_changed(planned, listed, sidecars, same_source)
+    changed = find_changed(planned, listed, sidecars, same_source)
     if not changed:
         return [], []
     started, finished = commits.list_started_units(cache), commits.list_finished_units(cache)

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -137,8 +137,18 @@ def _check_name(source: Source, others: Sequence[Source]) -> None:
             free = free_name(source.name, {other.name for other in others})
             raise SourceError(
                 f"two sources have the name {source.name}: {other.root} and {source.root}; give one of them another: "
-                f"{shlex.quote(f'{free}={source.argument}')}"
+                f"{format_argument(free, source.argument)}"
             )
+
+
+def is_covered(path: str, sources: Iterable[Source]) -> bool:
+    """Whether one of the sources would list a file with this path, if the file existed."""
+    return any(source.covers(path) for source in sources)
+
+
+def format_argument(name: str, source: str) -> str:
+    """Return the `NAME=SOURCE` that names a source on the command line, quoted for a shell."""
+    return shlex.quote(f"{name}={source}")
 
 
 def same_root(first: str, second: str) -> bool:

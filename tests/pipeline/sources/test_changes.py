@@ -12,8 +12,9 @@ import pytest
 from pipeline.cache import plan
 from pipeline.errors import SourceError
 from pipeline.records import Shard, Unit
-from pipeline.sources import changes, units
+from pipeline.sources import units
 from pipeline.sources.listing import list_sources
+from pipeline.sources.planned_files import list_input_files
 from pipeline.sources.units import make_units
 from pipeline.storage.folder import Folder
 
@@ -46,7 +47,7 @@ def extend(cache: Folder) -> Extend:
         assert sorted(map(repr, units)) == sorted(map(repr, plan.read_plan(cache))) or any(
             "has moved" in n for n in notes
         )
-        return [file.path for unit in units for file in changes.input_files(unit)], notes
+        return [file.path for unit in units for file in list_input_files(unit)], notes
 
     return run
 
@@ -99,7 +100,7 @@ def test_another_source_of_a_name_is_refused_and_told_how_to_name_it(
             path.rename(path.with_name(f"dog{path.name}"))
     extend(tmp_path / "cats/images")
     said = refusal(extend, tmp_path / "dogs/images")
-    assert "of 3 planned files 3 are missing or differ" in said
+    assert "3 of 3 planned files are missing or differ" in said
     (argument,) = arguments(said)
     assert argument == f"images2={tmp_path}/dogs/images"
     assert cache.list_files("_plan") == ["00000.parquet"], "nothing is written"
@@ -121,7 +122,7 @@ def test_sizes_alone_prove_nothing_of_a_source_that_moved(extend: Extend, cache:
         return Shard(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
 
     plan.extend_plan(cache, [tar("x://cats/shards")])
-    with pytest.raises(SourceError, match="nothing but their sizes says that its files are the planned ones"):
+    with pytest.raises(SourceError, match="no ETag or time proves that they are the planned ones"):
         plan.extend_plan(cache, [tar("x://dogs/shards")])
     assert plan.extend_plan(cache, [tar("x://cats/shards")])[1] == [], "unknown is not changed"
     plan.extend_plan(cache, [tar("x://dogs/shards")], same_source=True)
@@ -132,7 +133,7 @@ def test_a_copy_without_times_goes_on_if_the_user_says_so(extend: Extend, cache:
     put(tmp_path / "a/photos", "0.tar")
     first, _ = extend(tmp_path / "a/photos")
     copy_without_times(tmp_path / "a/photos", tmp_path / "b/photos")
-    assert refusal(extend, tmp_path / "b/photos").endswith("copied without its files' times: --same-source")
+    assert refusal(extend, tmp_path / "b/photos").endswith("copied without its files' times, use --same-source")
     assert extend(tmp_path / "b/photos", same_source=True)[0] == first
     assert [unit.root for unit in plan.read_plan(cache)] == [f"{tmp_path}/b/photos"] * 2
     assert extend(tmp_path / "b/photos") == (first, []), "once is enough"
@@ -153,7 +154,7 @@ def test_a_part_of_a_source_that_moved_is_enough(extend: Extend, tmp_path: Path)
     (tmp_path / "a/s").rename(tmp_path / "b/s")
     assert extend(tmp_path / "b/s/1.tar")[0] == first
     (tmp_path / "b/s/0.tar").unlink()
-    assert "of 3 planned files 1 are missing or differ (s/0.tar)" in refusal(extend, tmp_path / "b/s")
+    assert "1 of 3 planned files are missing or differ (s/0.tar)" in refusal(extend, tmp_path / "b/s")
 
 
 def test_more_files_of_the_same_root_are_an_append(extend: Extend, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_a_source_that_was_renamed_and_is_named_lower_down(extend: Extend, tmp_p
     images(tmp_path / "data/photos")
     extend(tmp_path / "data")
     (tmp_path / "data/photos").rename(tmp_path / "pics")
-    assert "put its files into photos/ of a folder, and name that: data=FOLDER" in refusal(extend, tmp_path / "pics")
+    assert "put its files into FOLDER/photos/, and name it: data=FOLDER" in refusal(extend, tmp_path / "pics")
 
 
 def test_files_that_were_moved_inside_a_source_do_not_make_it_another_one(extend: Extend, tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_files_that_were_moved_inside_a_source_do_not_make_it_another_one(extend
     (tmp_path / "photos/0.png").rename(tmp_path / "photos/2026/0.png")
     said = refusal(extend, tmp_path / "photos")
     assert arguments(said) == [], "no other name of the source would help"
-    assert "photos/2026/0.png is photos/0.png. If they were moved inside it, move them back. " in said
+    assert "photos/2026/0.png is photos/0.png. If they were moved inside the source, move them back. " in said
     assert said.endswith("--new-source")
     assert extend(tmp_path / "photos", new_source=True)[0] == [*first, "photos/2026/0.png"]
 
@@ -228,7 +229,7 @@ def test_an_argument_can_be_pasted_into_a_shell(extend: Extend, tmp_path: Path) 
     images(tmp_path / "my photos")
     extend(tmp_path / "my photos")
     (tmp_path / "my photos").rename(tmp_path / "our photos")
-    assert f"say so: 'my photos={tmp_path}/our photos'. " in refusal(extend, tmp_path / "our photos")
+    assert f"name it: 'my photos={tmp_path}/our photos'. " in refusal(extend, tmp_path / "our photos")
 
 
 def test_a_source_that_is_really_new_is_encoded(extend: Extend, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_few_files_that_look_planned_are_noted(extend: Extend, tmp_path: Path)
     assert len(paths) == 22
     assert notes == [
         "new files with the relative path and size of planned ones that are not listed now: 2 "
-        "(dogs/0.png is cats/0.png, dogs/1.png is cats/1.png); they are encoded as new"
+        "(dogs/0.png is cats/0.png, dogs/1.png is cats/1.png); they are encoded as new files"
     ]
 
 
