@@ -10,7 +10,7 @@ from jobs.resources import ResourcePlan
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
-from pipeline.cache.runs import library_versions
+from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.flow import EncodeSpec
@@ -77,7 +77,7 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
 
-def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
+def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     """Return the names in `--columns`; None for all columns."""
     if options.columns == ALL:
         return None
@@ -89,7 +89,7 @@ def make_transform(options: EncodeOptions) -> Transform:
     side = options.buckets or options.resolution
     return Transform(
         resolution=side,
-        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
+        buckets=buckets.make_grid(side, options.multiple_of) if options.buckets else (),
         multiple_of=options.multiple_of if options.buckets else 0,
         min_size=options.min_size,
         interpolation=options.interpolation,
@@ -115,17 +115,17 @@ def describe_cache(
     transform = make_transform(options)
     wanted = Identity(
         weights=vae.sha256,
-        config=identity.raw_config(vae.config),
+        config=identity.select_raw_fields(vae.config),
         preprocessing=identity.describe_transform(transform),
         store=options.store,
         dtype=options.dtype,
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,
         container=options.format,
-        columns=wanted_columns(options),
+        columns=parse_columns(options),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
     )
@@ -150,7 +150,7 @@ def describe_cache(
             latents_mean=vae.config.latents_mean,
             latents_std=vae.config.latents_std,
         ),
-        schema=tuple(ColumnInfo(**column) for column in parts.schema_as_json(layout)),
+        schema=tuple(ColumnInfo(**column) for column in parts.describe_schema(layout)),
         columns=columns.to_info(),
     )
 
@@ -198,7 +198,7 @@ def note_versions(cache: Folder, run: str) -> None:
 
     run: the name of this run.
     """
-    current = library_versions()
+    current = get_library_versions()
     earlier: dict[str, set[str]] = {name: set() for name in current if name != "python"}
     for name, record in runs.read_runs(cache).items():
         versions = record.get("versions")
@@ -243,5 +243,5 @@ def make_encode_spec(
         compute=compute,
         open_threads=open_threads,
         run=run,
-        versions=library_versions(),
+        versions=get_library_versions(),
     )

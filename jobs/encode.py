@@ -9,7 +9,7 @@ from jobs import cache_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
-from jobs.options import EncodeOptions, options_as_record, parse_limits, parse_source_options, parse_storage_options
+from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import ResourcePlan, plan_resources
@@ -54,7 +54,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
-    cache = Folder(connection.absolute(options.to), parse_storage_options(options.storage_option))
+    cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
@@ -86,7 +86,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    wanted = cache_spec.wanted_columns(options)
+    wanted = cache_spec.parse_columns(options)
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         log_note(f"passed over files that are neither shards nor images: {counts}")
@@ -108,7 +108,7 @@ def run_encode(
     single_writer, totals = not cache.supports_conditional_create(), RunTotals()
     cache = dataclasses.replace(cache, exclusive=not single_writer)  # the workers' copies have it as well
     secrets = collect_secrets(cache.options, parse_source_options(options))
-    recorder = RunRecorder(Run(cache, "encode", options_as_record(options)), signals, secrets)
+    recorder = RunRecorder(Run(cache, "encode", describe_options(options)), signals, secrets)
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
@@ -137,7 +137,7 @@ def run_encode(
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
-        code = exit_code(failures, written, options.max_reject_rate)
+        code = choose_exit_code(failures, written, options.max_reject_rate)
         recorder.update(**describe_totals(totals))
         recorder.end("failed" if failures else "done", code)
     return Outcome(
@@ -216,7 +216,7 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
         )
 
 
-def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
+def choose_exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
     """Return 0 if all is done, 1 if units failed, 3 if more is rejected than `--max-reject-rate` or is uncountable."""
     if failures:
         return 1

@@ -124,7 +124,7 @@ class Executor(Protocol):
         ...
 
 
-def failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
+def make_failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
     """Return the result of a task that raised an error in a worker."""
     damaged_at = error.at if isinstance(error, DamagedError) else None
     return TaskResult(

@@ -5,7 +5,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, failed_result, format_error
+from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
@@ -44,7 +44,7 @@ class LocalExecutor:
             return TaskResult(task=task, worker=self.workers[0], report=future.result())
         if not isinstance(error, Exception):
             return TaskResult(task=task, worker=self.workers[0], error=format_error(error))
-        return failed_result(task, self.workers[0], error)
+        return make_failed_result(task, self.workers[0], error)
 
     def replace(self, worker: str, reason: str) -> None:
         raise JobError(

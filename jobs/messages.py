@@ -133,7 +133,7 @@ def log_each(texts: Sequence[str], log: Callable[[str], None]) -> None:
         log(f"... and {len(texts) - AT_MOST:,} more like these")
 
 
-def shown_level() -> int:
+def get_shown_level() -> int:
     """Return the lowest level that is shown."""
     return _own_handler.level
 

@@ -33,7 +33,7 @@ def read_units(
     return {unit.name: unit for unit in planned}
 
 
-def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
+def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
     files = []
     for part in stats.read_parts(cache.folder, cache.info.identity_sha256):

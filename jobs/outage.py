@@ -40,12 +40,12 @@ class Outage:
         self._answer: list[bool] | None = None  # receives the result of the running probe
         self._probe_started_at = 0.0
 
-    def succeeded(self, worker: str) -> None:
+    def record_success(self, worker: str) -> None:
         """Record a task that succeeded."""
         self.failures = [(at, failed) for at, failed in self.failures if failed != worker]
         self.began_at, self._probes = (self.clock() if self.is_on else 0.0), 0
 
-    def failed(self, done: TaskResult, workers: int) -> None:
+    def record_failure(self, done: TaskResult, workers: int) -> None:
         """Record a task that failed because of the storage. workers: how many are ready."""
         now = self.clock()
         if not self.is_on and (not self.began_at or now - self._failed_at > WINDOW):
@@ -59,7 +59,7 @@ class Outage:
             self.is_on = True
             self._schedule_probe()
 
-    def holds(self) -> bool:
+    def poll(self) -> bool:
         """Return whether no task may start now. Probes the storage, with growing pauses.
 
         Raises JobError if the storage has failed for longer than `stall_timeout`, and still fails.

@@ -117,7 +117,7 @@ class Scheduler:
         """The number of tasks that no worker has."""
         return len(self.untried) + len(self.retries)
 
-    def next(self, workers: Sequence[str], starting: int = 0) -> Assignment | None:
+    def assign_next(self, workers: Sequence[str], starting: int = 0) -> Assignment | None:
         """Assign the next task to one of these ready workers. Returns None if no task can start now.
 
         starting: the number of further workers that are starting.
@@ -175,7 +175,7 @@ class Scheduler:
         self.assigned[task.name] = state
         return Assignment(task, Attempt(isolated=state.isolated, damaged_at=state.damaged_at), name)
 
-    def succeeded(self, done: TaskResult) -> None:
+    def record_success(self, done: TaskResult) -> None:
         """Record a task that succeeded."""
         self._unassign(done)
         worker = self.workers.setdefault(done.worker, WorkerState())
@@ -187,7 +187,7 @@ class Scheduler:
                 other.errors.pop(done.task.name, None)
             other.is_at_fault |= done.task.name in other.errors
 
-    def failed(self, done: TaskResult) -> bool:
+    def record_failure(self, done: TaskResult) -> bool:
         """Record a task that failed. Returns whether it will be retried."""
         state = self._unassign(done)
         if done.cause == "returned":

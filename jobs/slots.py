@@ -67,7 +67,7 @@ class Slots(list[Slot]):
                 self._avoided_until[node] = now + AVOID_SECONDS
                 slot.may_move = True
 
-    def avoided(self, nodes: Callable[[], Set[str]]) -> frozenset[str]:
+    def find_avoided_nodes(self, nodes: Callable[[], Set[str]]) -> frozenset[str]:
         """Return the nodes on which no worker is started now; empty if there are no other nodes.
 
         nodes: returns the nodes of the cluster; called only if a node is avoided.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
 from latentmill.errors import CacheError, IdentityError
-from latentmill.folder import CacheFolder, absolute
+from latentmill.folder import CacheFolder, make_absolute
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
 
@@ -52,7 +52,7 @@ class Cache:
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[CacheFolder, CacheInfo | None]:
         """Return the folder at a URL, and the content of its cache.json; None if there is no such file."""
-        folder = CacheFolder(absolute(url), options)
+        folder = CacheFolder(make_absolute(url), options)
         data = folder.read_if_exists(NAME)
         return folder, None if data is None else parse_cache_json(data, folder.url)
 

@@ -189,17 +189,17 @@ def parse_cache_json(data: bytes, url: str) -> CacheInfo:
         raise CacheError(f"{url} is not a latentmill cache: in its {NAME}, {text}") from error
     if hashlib.sha256(canonical_json(content["identity"])).hexdigest() != info.identity_sha256:
         raise CacheError(f"{file} was changed by hand: its identity does not have its own sha256")
-    if unknown := _unknown_field(content["identity"], info.identity.to_dict()):
+    if unknown := _find_unknown_field(content["identity"], info.identity.to_dict()):
         text = f"{file} has the field 'identity.{unknown}', which this version of latentmill does not know"
         raise CacheError(f"{text}: use the version that made the cache")
     return info
 
 
-def _unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+def _find_unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """Return the first field of an identity that the dataclass does not have; empty if there is none."""
     for name, value in written.items():
         if name not in known:
             return name
-        if name == "preprocessing" and (inner := _unknown_field(value, known[name])):
+        if name == "preprocessing" and (inner := _find_unknown_field(value, known[name])):
             return f"{name}.{inner}"
     return ""

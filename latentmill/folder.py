@@ -99,7 +99,7 @@ def has_password(url: str) -> bool:
     return re.match(r"[^/]*://[^/]*:[^/]*@", url) is not None
 
 
-def absolute(url: str) -> str:
+def make_absolute(url: str) -> str:
     """Return a URL as it is, and a local path (or a `file://` URL) as an absolute path.
 
     Raises UsageError for a URL with a password, which errors would show.

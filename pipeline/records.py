@@ -24,7 +24,7 @@ class Shard:
 
     url: its location, without credentials. root: URL of the source's last directory without a wildcard.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
-    etag: the version of its content (`reading.etag_of`); empty if it is unknown.
+    etag: the version of its content (`reading.get_etag`); empty if it is unknown.
     file: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     """
 
@@ -69,7 +69,7 @@ class Unit:
     @property
     def source(self) -> str:
         """The name of the unit's source."""
-        return self.path.split("/", 1)[0]
+        return source_name(self.path)
 
     @property
     def share(self) -> int:
@@ -217,6 +217,16 @@ class UnitReport:
     damage: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
+
+
+def source_name(path: str) -> str:
+    """Return the name of a file's source: the first step of its path."""
+    return path.split("/", 1)[0]
+
+
+def path_below_root(path: str) -> str:
+    """Return a file's path below the root of its source: all steps but the first."""
+    return path.split("/", 1)[1]
 
 
 def stem(path: str) -> str:

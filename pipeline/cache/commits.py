@@ -11,13 +11,13 @@ from pipeline.cache.parts import (
     DATA,
     EMPTY,
     PART_FORMATS,
-    data_twin,
     find_part,
     inspect_part,
     is_retry_part,
     list_part_files,
-    stem_of,
-    unit_of,
+    parse_unit_name,
+    strip_extension,
+    to_data_stem,
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
@@ -35,7 +35,7 @@ def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, o
     parts: all parts of a unit, or one retry part. facts: what does not follow from the parts (seconds, compute,
     versions, run).
     """
-    name = commit_name(parts)
+    name = get_commit_name(parts)
     rejects_file = f"{REJECTS}/{name}.jsonl"
     lines = encode_rejects(parts)
     is_refused = bool(lines) and not cache.create(rejects_file, lines)
@@ -45,7 +45,7 @@ def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, o
         cache.replace(rejects_file, lines)
 
 
-def commit_name(parts: Sequence[PartInfo]) -> str:
+def get_commit_name(parts: Sequence[PartInfo]) -> str:
     """Return the name of the commit of these parts: the unit's name, or the stem of a retry part."""
     record = parts[0].record
     return record.stem if record.round else record.unit
@@ -67,7 +67,7 @@ def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str,
 
     The parts do not record seconds and versions: these come from `facts`, and are empty by default.
     """
-    name = commit_name(parts)
+    name = get_commit_name(parts)
     lines, rejects_file = encode_rejects(parts), f"{REJECTS}/{name}.jsonl"
     if lines or cache.read_if_exists(rejects_file):
         cache.replace(rejects_file, lines)
@@ -96,7 +96,7 @@ def repair_commit(
     parts = [inspect_part(cache, file, identity) for file in files] if rehash else []
     pairs = zip(parts, content["parts"], strict=False)
     has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
-    if not has_changed and not any(data_twin(file) in data_stems for file in files):
+    if not has_changed and not any(to_data_stem(file) in data_stems for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
     return rewrite_commit(cache, inspect_committed(cache, name, identity, container), facts)
@@ -121,7 +121,7 @@ def inspect_committed(cache: Folder, name: str, identity: str, container: Contai
 
 def list_commits(cache: Folder) -> set[str]:
     """Return the names of all commits: finished units, and parts that `retry` wrote."""
-    return {stem_of(name) for name in cache.list_files(COMMITS) if name.endswith(".json")}
+    return {strip_extension(name) for name in cache.list_files(COMMITS) if name.endswith(".json")}
 
 
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -133,12 +133,12 @@ def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dic
             isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
         ):
             raise CacheError(f"{cache.url_of(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
-        yield stem_of(name), content
+        yield strip_extension(name), content
 
 
 def list_started_units(cache: Folder) -> set[str]:
     """Return the names of the units that have a part or a commit."""
-    return {unit_of(file) for file in list_part_files(cache)} | list_finished_units(cache)
+    return {parse_unit_name(file) for file in list_part_files(cache)} | list_finished_units(cache)
 
 
 def list_finished_units(cache: Folder) -> set[str]:

@@ -28,7 +28,7 @@ _NOT_RAW = frozenset(
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def raw_config(config: AutoencoderKLConfig) -> dict[str, Any]:
+def select_raw_fields(config: AutoencoderKLConfig) -> dict[str, Any]:
     """Return the fields of a model's configuration that change raw latents."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_RAW}
 
@@ -71,7 +71,7 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
     )
 
 
-def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
+def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
     latent = (
         (2 if store == "moments" else 1)
@@ -118,24 +118,24 @@ def encode_cache_json(content: Mapping[str, Any]) -> bytes:
 
 def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
     """Raise IdentityError unless the two identities are equal."""
-    for field, cache_value, job_value in _differences(existing.to_dict(), wanted.to_dict(), ""):
+    for field, cache_value, job_value in _find_differences(existing.to_dict(), wanted.to_dict(), ""):
         raise IdentityError(
-            f"the cache {url} was made with {field}={_short(cache_value)}, this job has {field}={_short(job_value)}; "
-            f"use its setting, or another --to"
+            f"the cache {url} was made with {field}={_shorten(cache_value)}, this job has {field}="
+            f"{_shorten(job_value)}; use its setting, or another --to"
         )
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+def _find_differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     differences: list[tuple[str, Any, Any]] = []
     for key in [*b, *(key for key in a if key not in b)]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            differences += _differences(left, right, f"{prefix}{key}.")
+            differences += _find_differences(left, right, f"{prefix}{key}.")
         elif left != right:
             differences.append((prefix + key, left, right))
     return differences
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text[:12] + "..." if len(text) == 64 and text.isalnum() else text

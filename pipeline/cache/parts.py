@@ -28,7 +28,7 @@ class PartFormat(Protocol):
 
     SUFFIX: str  # the extension of the files, with its dot
 
-    def schema_as_json(self, layout: OutputSchema) -> list[dict[str, str]]:
+    def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
     def serialize_part(self, rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
@@ -38,9 +38,9 @@ class PartFormat(Protocol):
 PART_FORMATS: Mapping[Container, PartFormat] = {"parquet": parquet, "webdataset": webdataset}
 
 
-def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
+def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     """Return the columns of a row, or the members of a sample, as cache.json describes them."""
-    return PART_FORMATS[layout.container].schema_as_json(layout)
+    return PART_FORMATS[layout.container].describe_schema(layout)
 
 
 def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
@@ -99,19 +99,19 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     record = read_record(data, cache.url_of(name))
     if record.identity != identity:
         raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
-    if expected_stem(record) != stem_of(name):
+    if get_expected_stem(record) != strip_extension(name):
         raise CacheError(
-            f"{cache.url_of(name)} holds the part {expected_stem(record)}: it was copied or renamed; move it away"
+            f"{cache.url_of(name)} holds the part {get_expected_stem(record)}: it was copied or renamed; move it away"
         )
     return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def expected_stem(record: Record) -> str:
+def get_expected_stem(record: Record) -> str:
     """Return the name of the file in which a part belongs, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
 
-def stem_of(name: str) -> str:
+def strip_extension(name: str) -> str:
     """Return a name without its extension."""
     return name.rpartition(".")[0]
 
@@ -130,13 +130,13 @@ def read_record(data: bytes, name: str) -> Record:
 def find_empty_duplicates(names: Iterable[str]) -> set[str]:
     """Return the files in `_empty/` that do not count, because the same part is in `data/`, with rows."""
     names = list(names)
-    data_stems = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
-    return {name for name in names if data_twin(name) in data_stems}
+    data_stems = {strip_extension(name) for name in names if name.startswith(f"{DATA}/")}
+    return {name for name in names if to_data_stem(name) in data_stems}
 
 
-def data_twin(name: str) -> str | None:
+def to_data_stem(name: str) -> str | None:
     """Return the name that the part of a file in `_empty/` has in `data/`, without the extension; None otherwise."""
-    return f"{DATA}/{stem_of(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
+    return f"{DATA}/{strip_extension(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
 
 
 def is_retry_part(stem: str) -> bool:
@@ -148,14 +148,14 @@ def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None
     """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
 
     def is_wanted(name: str) -> bool:
-        return is_retry_part(stem_of(name)) and (units is None or unit_of(name) in units)
+        return is_retry_part(strip_extension(name)) and (units is None or parse_unit_name(name) in units)
 
     return _read_parts(cache, identity, is_wanted)
 
 
 def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
     """Read all parts of a unit that exist, also those that `retry` wrote. unit: the unit's name."""
-    return _read_parts(cache, identity, lambda name: unit_of(name) == unit)
+    return _read_parts(cache, identity, lambda name: parse_unit_name(name) == unit)
 
 
 def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
@@ -166,9 +166,9 @@ def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) 
     return [part for part in parts if part is not None]
 
 
-def unit_of(file: str) -> str:
+def parse_unit_name(file: str) -> str:
     """Return the name of the unit that a part's file belongs to."""
-    stem = stem_of(file).partition("/")[2]
+    stem = strip_extension(file).partition("/")[2]
     return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 

@@ -19,18 +19,12 @@ import pyarrow.parquet as pq
 from pipeline.cache import commits
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
-from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, stem
+from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files, unpack_files
+from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, source_name, stem
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
 from pipeline.sources.listing import Source, abbreviate
-from pipeline.sources.planned_files import (
-    find_source_roots,
-    list_input_files,
-    move_to_root,
-    source_name,
-    with_etags,
-)
+from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
@@ -271,7 +265,7 @@ def replan_unit(unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex)
     if unit.kind == "parquet":
         return make_parquet_units(listed[unit.path])
     current = [
-        files_of(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
+        collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)
     ]
     return [replace(unit, **pin_files(current))]

@@ -10,7 +10,7 @@ from latentmill.cache_info import CacheInfo
 from pipeline.cache import identity
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
-from pipeline.storage.connection import absolute
+from pipeline.storage.connection import make_absolute
 from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 
@@ -26,7 +26,7 @@ class Cache(reader.Cache):
 
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[Folder, CacheInfo | None]:
-        folder = Folder(absolute(url), options)
+        folder = Folder(make_absolute(url), options)
         return folder, identity.read_cache_json(folder)
 
     @property

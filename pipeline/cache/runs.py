@@ -27,7 +27,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def library_versions() -> dict[str, str]:
+def get_library_versions() -> dict[str, str]:
     """Return the versions of the libraries on which a cache's bytes depend."""
     return {
         "latentmill": __version__,
@@ -95,7 +95,7 @@ class Run:
             "ended": None,
             "outcome": "running",
             "exit_code": None,
-            "versions": library_versions(),
+            "versions": get_library_versions(),
             "log": None,
         }
 

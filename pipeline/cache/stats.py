@@ -13,8 +13,8 @@ from latentmill.cache import STATS
 from latentmill.cache import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
 from pipeline.cache import commit_scan, commits
-from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, file_name
-from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
+from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, strip_folder
+from pipeline.cache.parts import find_empty_duplicates, inspect_part, strip_extension
 from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
 from pipeline.canonical_json import VERIFY_HINT, indented_json
 from pipeline.errors import REST_OF_SHARD, CacheError
@@ -155,7 +155,7 @@ def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
 def summarize_parts(parts: Iterable[PartSummary]) -> dict[str, Any]:
     """Return the content of stats.json for a cache with these parts, which may come in any order."""
     sums, hashes = RunningStats(), dict[str, str]()
-    for part in sorted(parts, key=lambda part: file_name(part.file)):
+    for part in sorted(parts, key=lambda part: strip_folder(part.file)):
         sums.add(part)
         hashes[part.file] = part.sha256
     return summarize(sums, hashes)
@@ -185,7 +185,7 @@ class StatsWriter:
             sums.add(part)
             self._hashes[part.file] = part.sha256
             if number % interval == 0:
-                self._snapshots.append((file_name(part.file), sums.copy()))
+                self._snapshots.append((strip_folder(part.file), sums.copy()))
         self.files = listing.files
         content = summarize(sums, self._hashes)
         self.cache.replace(NAME, encode_stats(content))
@@ -198,7 +198,7 @@ class StatsWriter:
         """
         removed = set(self.files) - set(files)
         changed = set(files) ^ set(self.files)
-        first = min((file_name(stem_of(file)) for file in changed), default="")
+        first = min((strip_folder(strip_extension(file)) for file in changed), default="")
         while changed and self._snapshots[-1][0] >= first:
             self._snapshots.pop()
         for file in removed:

@@ -234,7 +234,7 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
     The check raises an error if the input does not have the samples from which the other parts were made.
     """
     unit, spec = task.unit, context.spec
-    current = reading.current_version(unit, spec.source_options)
+    current = reading.fetch_current_version(unit, spec.source_options)
     is_as_planned = (current.bytes, current.etag) == (unit.bytes, unit.etag or current.etag)
     if not is_as_planned and current.bytes != unit.bytes and not task.any_size:
         raise SourceError(

@@ -19,15 +19,23 @@ import numpy as np
 from pipeline.cache import card as card_module
 from pipeline.cache import commits, identity, plan, runs, stats
 from pipeline.cache.card import NAME
-from pipeline.cache.parts import DATA, EMPTY, data_twin, find_empty_duplicates, is_retry_part, schema_as_json, stem_of
+from pipeline.cache.parts import (
+    DATA,
+    EMPTY,
+    describe_schema,
+    find_empty_duplicates,
+    is_retry_part,
+    strip_extension,
+    to_data_stem,
+)
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.records import Unit
-from pipeline.sources.units import unit_name_of
+from pipeline.sources.units import derive_unit_name
 from pipeline.storage.folder import Folder
 
 PART_THREADS = 4  # threads that check parts: each one holds a whole file in memory
@@ -97,7 +105,8 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     files = [file for file in files if file not in duplicates]
     checks: list[PartCheck] = []
     with ThreadPoolExecutor(PART_THREADS) as pool:
-        for check in in_order(pool, lambda file: check_part(cache, file, findings.units), files, window=PART_THREADS):
+        check_file = partial(check_part, cache, units=findings.units)
+        for check in map_in_order(pool, check_file, files, window=PART_THREADS):
             checks.append(check)
             on_file()
     for check in checks:
@@ -111,7 +120,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     def read(names: Iterable[str]) -> Iterator[CommitFiles]:
         with ThreadPoolExecutor(SMALL_FILE_THREADS) as pool:
             read_files = partial(read_commit_files, cache.folder, committed, rejected)
-            yield from in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
+            yield from map_in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
 
     findings.problems += check_names(findings.units, committed, rejected)
     check_units(read(findings.units), findings, sound)
@@ -161,7 +170,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
     """Check cache.json: its own sha256, and that the values which it holds twice are equal."""
     info = cache.info
     try:
-        config = identity.raw_config(cache.config)
+        config = identity.select_raw_fields(cache.config)
     except ValueError as error:
         yield Problem(identity.NAME, f"the VAE's configuration is not valid: {error}", RESTORE)
         return
@@ -172,7 +181,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
         yield Problem(identity.NAME, "the constants of the VAE differ from its configuration", RESTORE)
     if config != info.identity.config:
         yield Problem(identity.NAME, "the VAE's configuration differs from the identity", RESTORE)
-    if [asdict(column) for column in info.schema] != schema_as_json(cache.layout):
+    if [asdict(column) for column in info.schema] != describe_schema(cache.layout):
         yield Problem(identity.NAME, "the schema does not match the identity and the columns", RESTORE)
 
 
@@ -208,7 +217,7 @@ def check_plan_file(folder: Folder, name: str, findings: Findings, files: list[l
     files.append(units)
     names: set[str] = set()
     for unit in units:
-        if unit.name != unit_name_of(unit):
+        if unit.name != derive_unit_name(unit):
             yield Problem(file, f"the name of the unit {unit.name} does not match its input", RESTORE)
         if unit.name in names or findings.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
@@ -248,7 +257,7 @@ def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Seq
     parts_of_units = findings.group_by_unit()
     sound_files = {part.file for part in sound}
     reported = {problem.file for problem in findings.problems}
-    stems = {PurePosixPath(stem_of(file)).name for file in reported}
+    stems = {PurePosixPath(strip_extension(file)).name for file in reported}
     units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
     for files in all_files:
@@ -302,7 +311,7 @@ def check_retries(
     """Check the parts that `retry` wrote: each has a commit of its own, and supersedes rejects that exist."""
     sound_files = {part.file for part in sound}
     reported = {problem.file for problem in findings.problems}
-    retries = {commits.commit_name([part]): part for part in findings.parts if part.record.round}
+    retries = {commits.get_commit_name([part]): part for part in findings.parts if part.record.round}
     for files in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
         part = retries.get(files.name)
         problems = check_commit(files, [part] if part else [], sound_files, reported)
@@ -355,16 +364,16 @@ def _compare_with_parts(
         yield Problem(file, "it names no parts", f"move it away, and run {command}")
     if len(committed) != len(content["parts"]) or any(part.record.unit != content["unit"] for part in parts):
         yield Problem(file, "it names a part twice, or another unit", REBUILD)
-    stems = {stem_of(name) for name in existing}
-    twins = {name for name in committed if data_twin(name) in stems}
+    stems = {strip_extension(name) for name in existing}
+    twins = {name for name in committed if to_data_stem(name) in stems}
     if twins:
         message = "it names parts without rows that also exist in data/, with rows"
         yield Problem(file, message, "run the encode command again, which repairs it")
     for missing in sorted(committed.keys() - existing.keys() - twins):
         message = "it was committed, but is missing or is not a part of this cache"
         yield Problem(missing, message, f"move it, if it exists, and {file} away, and run {command}")
-    twin_stems = {data_twin(name) for name in twins}
-    for added in sorted(name for name in existing.keys() - committed.keys() if stem_of(name) not in twin_stems):
+    twin_stems = {to_data_stem(name) for name in twins}
+    for added in sorted(name for name in existing.keys() - committed.keys() if strip_extension(name) not in twin_stems):
         yield Problem(added, "it was added after its unit was finished", AWAY)
     for name in sorted(existing.keys() & committed.keys()):
         part = existing[name]
@@ -409,7 +418,7 @@ def rebuild_records(cache: Cache, findings: Findings) -> list[str]:
     """Rewrite the rebuildable files in `_commits` and `_rejects` from their parts. Returns the commits' names."""
     parts_of_commits: dict[str, list[PartInfo]] = {}
     for part in sorted(findings.parts, key=lambda part: part.record.part):
-        parts_of_commits.setdefault(commits.commit_name([part]), []).append(part)
+        parts_of_commits.setdefault(commits.get_commit_name([part]), []).append(part)
     for name in findings.rebuildable:
         commits.rewrite_commit(cache.folder, parts_of_commits[name])
     return findings.rebuildable

@@ -72,7 +72,7 @@ def reject_missing_rest(url: str, position: int, damage: str) -> Reject:
     return reject_rest(position)
 
 
-def before_retried_rest(samples: Iterable[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
+def cut_at_retried_rest(samples: Iterable[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
     """Yield the samples before a rest that is in parts of `retry`, and one reject for that rest.
 
     superseded: by position, the reject reasons of the samples in those parts.

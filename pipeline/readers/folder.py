@@ -5,12 +5,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pipeline.errors import Rejected, SourceError
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, stem
+from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, path_below_root, stem
 from pipeline.storage.connection import parent
-from pipeline.storage.reading import check_has_files, none_if_missing, read_file_if_exists
+from pipeline.storage.reading import check_has_files, read_file_if_exists, read_or_none
 
 READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
@@ -34,7 +34,7 @@ def read_folder_unit(
         url = url_of(file)
         if file.bytes == UNKNOWN:
             return read_file_if_exists(url, options, limit)
-        return none_if_missing(url, options, lambda: read_planned_file(url, options, limit, file))
+        return read_or_none(url, options, lambda: read_planned_file(url, options, limit, file))
 
     def missing(file: File) -> None:
         if is_image(file.path):
@@ -45,10 +45,10 @@ def read_folder_unit(
             raise SourceError(f"{url_of(file)} was deleted since it was planned, but its image was not; restore it")
 
     def url_of(file: File) -> str:
-        return f"{unit.url}/{below_root(file.path)}"
+        return f"{unit.url}/{path_below_root(file.path)}"
 
     images = (
-        files.unpinned() if position in may_differ else files for position, files in enumerate(unpack_files(unit))
+        files.without_pins() if position in may_differ else files for position, files in enumerate(unpack_files(unit))
     )
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
@@ -57,14 +57,9 @@ def read_folder_unit(
         pool.shutdown(cancel_futures=True)  # no request continues after its unit has ended
 
 
-def below_root(path: str) -> str:
-    """Return a path without its first step, the name of the source."""
-    return path.split("/", 1)[1]
-
-
-def folder_key(path: str) -> str:
+def make_folder_key(path: str) -> str:
     """Return the key of an image: its path below the root without the extension, with `%` as %25 and `.` as %2E."""
-    return stem(below_root(path)).replace("%", "%25").replace(".", "%2E")
+    return stem(path_below_root(path)).replace("%", "%25").replace(".", "%2E")
 
 
 def read_folder(
@@ -105,14 +100,16 @@ def read_folder(
             return Reject.of(position, printable_key(key, limits), error)
 
     entries = add_keys(images, limits)
-    return in_order(pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _bytes(entry[2]), budget=BYTES_AHEAD)
+    return map_in_order(
+        pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _sum_bytes(entry[2]), budget=BYTES_AHEAD
+    )
 
 
 def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int, str, ImageFiles | Rejected]]:
     """Yield the position, key and files of each image. A Rejected replaces the files if the key is not accepted."""
     keys: set[str] = set()
     for position, files in enumerate(images):
-        key = folder_key(files.image.path)
+        key = make_folder_key(files.image.path)
         try:
             check_key(key, limits)
             if key in keys:
@@ -123,6 +120,6 @@ def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int
             yield position, key, error
 
 
-def _bytes(files: ImageFiles | Rejected) -> int:
+def _sum_bytes(files: ImageFiles | Rejected) -> int:
     """Return the bytes of memory that the files take."""
     return 0 if isinstance(files, Rejected) else sum(max(file.bytes, 0) for file in (files.image, *files.texts))

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from pipeline.readers.sidecars import SidecarIndex, files_of, find_differences, is_same_file, unpack_files
+from pipeline.readers.sidecars import SidecarIndex, collect_image_files, find_differences, is_same_file, unpack_files
 from pipeline.records import Shard, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
@@ -26,7 +26,7 @@ def _find_changed_files(
     if unit.kind == "folder":
         for files in unpack_files(unit):
             if files.image.path in listed:
-                current = files_of(listed[files.image.path], sidecars.texts)
+                current = collect_image_files(listed[files.image.path], sidecars.texts)
                 yield from find_differences(files, current, same_source)
     else:
         file = list_input_files(unit)[0]

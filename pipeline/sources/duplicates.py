@@ -4,8 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.records import File, Shard
-from pipeline.sources.planned_files import path_below_root, source_name
+from pipeline.records import File, Shard, path_below_root, source_name
 from pipeline.sources.walk import file_id_at
 
 

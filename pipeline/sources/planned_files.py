@@ -1,13 +1,10 @@
-"""The files and sources of planned units.
-
-The first step of a file's path is the name of its source. The rest is its path below the root of the source.
-"""
+"""The files and sources of planned units."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from pipeline.readers.sidecars import ImageFiles, pin_files, unpack_files
-from pipeline.records import File, Shard, Unit
+from pipeline.records import File, Shard, Unit, path_below_root
 
 
 def list_input_files(unit: Unit) -> list[File]:
@@ -15,16 +12,6 @@ def list_input_files(unit: Unit) -> list[File]:
     if unit.kind != "folder":
         return [File(unit.path, unit.bytes, unit.etag)]
     return [files.image for files in unpack_files(unit)]
-
-
-def source_name(path: str) -> str:
-    """Return the name of a file's source."""
-    return path.split("/", 1)[0]
-
-
-def path_below_root(path: str) -> str:
-    """Return a file's path below the root of its source."""
-    return path.split("/", 1)[1]
 
 
 def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:

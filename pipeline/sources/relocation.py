@@ -9,15 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.errors import SourceError
 from pipeline.readers.sidecars import is_same_file
-from pipeline.records import File, Shard, Unit
-from pipeline.sources.listing import Listing, Source, abbreviate, format_argument, free_name, is_covered, same_root
-from pipeline.sources.planned_files import (
-    find_source_roots,
-    list_input_files,
-    move_to_root,
-    source_name,
-    without_etags,
-)
+from pipeline.records import File, Shard, Unit, source_name
+from pipeline.sources.listing import Listing, Source, abbreviate, find_free_name, format_argument, is_covered, same_root
+from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, without_etags
 from pipeline.sources.renames import check_renamed
 
 
@@ -107,7 +101,7 @@ def _refuse_source(
         reason = f"{len(differing):,} of {len(files):,} planned files are missing or differ ({abbreviate(differing)})"
     else:
         reason = "the files have the planned sizes, but no ETag or time proves that they are the planned ones"
-    name = free_name(source.name, {*roots, *map(source_name, listed)})
+    name = find_free_name(source.name, {*roots, *map(source_name, listed)})
     advice = f"If it is another source, give it a name: {format_argument(name, source.argument)}"
     if not same_source:
         advice += "; if it is the same source, moved or copied without its files' times, use --same-source"

@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.records import File, Shard
+from pipeline.records import File, Shard, path_below_root, source_name
 from pipeline.sources.listing import abbreviate, format_argument
-from pipeline.sources.planned_files import path_below_root, source_name
 
 PathPair = tuple[str, str]  # paths of a new and of a planned file
 PathAndSize = tuple[str, int]  # a path below the root, and the bytes of the file

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from latentmill.folder import CacheFolder
 from latentmill.stream import Stream, name_url_in_errors
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import connect, http_status, is_local, is_memory, protocols_of
+from pipeline.storage.connection import connect, get_protocols, http_status, is_local, is_memory
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -64,7 +64,7 @@ class Folder(CacheFolder):
     def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Read these files of a sub-folder, each name with its content. Many are read at once, as stores are slow."""
         with ThreadPoolExecutor(READERS) as pool:
-            yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
+            yield from map_in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
 
     def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
@@ -96,7 +96,7 @@ class Folder(CacheFolder):
         fs, _ = self._locate("")
         if is_memory(fs):
             return True
-        if not is_local(fs) and not protocols_of(fs) & CONDITIONAL:
+        if not is_local(fs) and not get_protocols(fs) & CONDITIONAL:
             return False
         probed = replace(self, exclusive=True)
         for _ in range(PROBES):
@@ -152,11 +152,11 @@ def _create_object(fs: Any, path: str, data: bytes) -> bool:
 
 def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
     """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
-    if "s3" not in protocols_of(fs):
+    if "s3" not in get_protocols(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
 def _single_request_option(fs: Any) -> dict[str, int]:
     """Return the option that keeps s3fs from requesting a file's size before the file."""
-    return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}
+    return {"max_concurrency": 1} if "s3" in get_protocols(fs) else {}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import ray_temp
-from jobs.ray_temp import directory_for_ray, why_unfit
+from jobs.ray_temp import directory_for_ray, explain_unfit
 from pipeline.errors import UsageError
 from tests.conftest import STAMP
 
@@ -79,7 +79,7 @@ def test_where_ray_cannot_live_it_gets_a_directory_of_ours(
         assert os.environ["RAY_TMPDIR"] == ours
         assert os.path.isdir(ours)
         assert len(ours) <= ray_temp.MAX_BYTES
-        assert why_unfit(ours) is None
+        assert explain_unfit(ours) is None
     assert not os.path.exists(ours)
     assert os.environ.get("RAY_TMPDIR") == (usual if name == "RAY_TMPDIR" else None)
     said = capsys.readouterr().err

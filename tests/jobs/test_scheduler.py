@@ -421,15 +421,15 @@ def test_the_stall_timeout_does_not_count_from_a_failure_of_long_ago() -> None:
     away = Away(since=700.0, until=760.0)
     watch = outage.Outage(lambda task: away.probe(Task(task.name)), 600.0, lambda: away.executor.now)
     away.executor.now = 1.0
-    watch.failed(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
+    watch.record_failure(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
         away.executor.now = 710.0
-        watch.failed(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
-    assert watch.holds()
+        watch.record_failure(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
+    assert watch.poll()
     away.executor.now = 720.0
-    assert watch.holds()
+    assert watch.poll()
     away.executor.now = 770.0
-    assert not watch.holds()
+    assert not watch.poll()
 
 
 def test_one_worker_without_its_storage_is_replaced_and_no_outage() -> None:
@@ -470,8 +470,8 @@ def test_a_resting_worker_does_not_hold_the_others_up() -> None:
     """A scheduler asked for a task does not wait for a worker that may be sick."""
     tasks = [Task(name) for name in NAMES[:4]]
     scheduling = Scheduler(tasks, clock=lambda: 1.0)
-    first = scheduling.next(["a", "b"])
+    first = scheduling.assign_next(["a", "b"])
     assert first is not None and first.worker == "a"
-    assert scheduling.failed(TaskResult(task=first.task, worker="a", error="bad"))
-    second = scheduling.next(["a", "b"])
+    assert scheduling.record_failure(TaskResult(task=first.task, worker="a", error="bad"))
+    second = scheduling.assign_next(["a", "b"])
     assert second is not None and second.worker == "b"

@@ -411,7 +411,7 @@ def test_every_sample_and_every_tile_is_a_sign_of_life(
 def test_the_file_is_as_the_format_says(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
-    assert file.schema_arrow.equals(parquet.schema_of(OutputSchema()))
+    assert file.schema_arrow.equals(parquet.make_schema(OutputSchema()))
     group = file.metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     assert columns["latent"].compression == "UNCOMPRESSED"

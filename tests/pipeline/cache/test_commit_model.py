@@ -17,7 +17,7 @@ import pytest
 from pipeline.cache import commits
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_scan import CacheListing, Repair, pair_with_commits
-from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, stem_of
+from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, strip_extension
 from pipeline.errors import StorageError
 from pipeline.formats.record import PartInfo, Record
 from pipeline.formats.schema import OutputSchema
@@ -218,7 +218,7 @@ def check(before: State, after: State, twins: bool) -> None:
     assert is_consistent(after.store)
     if results:
         assert COMMIT in now
-        assert len({stem_of(name).partition("/")[2] for name in now if name != COMMIT}) == PARTS
+        assert len({strip_extension(name).partition("/")[2] for name in now if name != COMMIT}) == PARTS
 
 
 @cache

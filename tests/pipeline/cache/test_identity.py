@@ -46,8 +46,8 @@ def test_scaling_is_no_part_of_the_identity() -> None:
     plain = AutoencoderKLConfig(**MICRO)
     scaled = dataclasses.replace(plain, scaling_factor=0.5, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     deeper = dataclasses.replace(plain, layers_per_block=2)
-    assert identity.raw_config(plain) == identity.raw_config(scaled)
-    assert identity.raw_config(plain) != identity.raw_config(deeper)
+    assert identity.select_raw_fields(plain) == identity.select_raw_fields(scaled)
+    assert identity.select_raw_fields(plain) != identity.select_raw_fields(deeper)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_scaling_is_no_part_of_the_identity() -> None:
     ],
 )
 def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
-    assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
+    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
 
 
 def test_the_transform_is_found_again() -> None:

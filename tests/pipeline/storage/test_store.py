@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_shards
-from pipeline.storage.connection import absolute, connect
+from pipeline.storage.connection import connect, make_absolute
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
 from tests.pipeline.storage.concurrent_writers import winners
@@ -265,8 +265,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, write: Callable
 
 def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert absolute("a/../b") == str(tmp_path / "b")
-    assert absolute("s3://bucket/x") == "s3://bucket/x"
+    assert make_absolute("a/../b") == str(tmp_path / "b")
+    assert make_absolute("s3://bucket/x") == "s3://bucket/x"
 
 
 def test_an_unknown_protocol_is_named() -> None:
