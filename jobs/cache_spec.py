@@ -22,7 +22,7 @@ from pipeline.weights import Vae
 
 
 def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
-    """Return the options, with those that the user did not set taken from the identity of the existing cache.
+    """Return the options. Options that the user did not set have the values of the existing cache's identity.
 
     given: the names of the options that the user set.
     """
@@ -194,7 +194,7 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
 
 
 def note_versions(cache: Folder, run: str) -> None:
-    """Log the libraries that decide bytes and of which earlier runs of the cache had other versions.
+    """Log the libraries whose versions differ from earlier runs of the cache, and can change bytes.
 
     run: the name of this run.
     """
@@ -222,7 +222,7 @@ def make_encode_spec(
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
-    """Return what workers need to encode into a cache.
+    """Return the specification of workers that encode into a cache.
 
     info: the cache.json. limits: `--input-limit`. run: the name of the run.
     """

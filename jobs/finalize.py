@@ -24,7 +24,7 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
     for _ in range(MAX_ROUNDS):
         written = writer.write()
         cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))
-        # otherwise a second job has written parts meanwhile, and maybe its statistics before these
+        # otherwise a second job wrote parts at the same time, and perhaps its statistics before these
         if tuple(parts.list_part_files(cache)) == writer.files:
             break
     return written

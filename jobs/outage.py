@@ -1,4 +1,4 @@
-"""Storage outages: the job waits for the storage to answer, and gives up no task meanwhile."""
+"""Storage outages: the job waits until the storage answers, and gives up no task during an outage."""
 
 import threading
 import time
@@ -102,7 +102,7 @@ class Outage:
         try:
             self.probe(task)
             answer.append(True)
-        except Exception as error:  # any error means that the storage does not answer as it should
+        except Exception as error:  # any error counts as a failed probe
             self.error = format_error(error)
             answer.append(False)
 

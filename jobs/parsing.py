@@ -35,10 +35,10 @@ def option(
     short: str | None = None,
     default_text: str = "",
 ) -> Any:
-    """Return a dataclass field with what `--help` shows for it.
+    """Return a dataclass field with the texts of its `--help`.
 
     default: the value, or REQUIRED. short: a second flag, such as `-v`.
-    default_text: what `--help` shows after "default:", if the value does not explain itself.
+    default_text: the text of `--help` after "default:", if the value is not clear by itself.
     """
     facts = {
         "help": help,
@@ -52,7 +52,7 @@ def option(
 
 
 def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options, set[str]]:
-    """Return the options of a job from its arguments and `--config`, and the names of those that the user gave.
+    """Return the options of a job from its arguments and `--config`, and the names of the options that the user set.
 
     Flags take precedence over the file. Raises UsageError for a mistake, and SystemExit(0) after `--help`.
     """
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(kind: type[Any], verb: str) -> Parser:
-    """Return a parser whose flags are the fields of a dataclass. Its result holds only what the user gave."""
+    """Return a parser whose flags are the fields of a dataclass. Its result has only the options that the user set."""
     fields = sorted(dataclasses.fields(kind), key=lambda item: item.default is not REQUIRED)
     hints = typing.get_type_hints(kind)
     required = [format_usage(item, hints[item.name]) for item in fields if item.default is REQUIRED]

@@ -1,7 +1,7 @@
 """The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module imports ray.
 
 A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
-calls, because only the driver knows which tasks are left. A part that a lost actor still writes is harmless
+calls, because only the driver has the list of open tasks. A part that a lost actor still writes is harmless
 (`pipeline.cache.parts`).
 """
 
@@ -39,8 +39,8 @@ LOG_LINES = 20  # shown of a lost worker's log
 def connect(address: str) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS inside this block. Without either, run a local Ray.
 
-    Standard output is redirected to standard error meanwhile: Ray prints there when a worker dies, and the job's
-    standard output is for results only.
+    Inside the block, standard output is redirected to standard error: Ray prints to it when a worker dies, and the
+    standard output of a job is for results only.
     """
     cluster = resolve_address(address)
     with redirect_stdout(sys.stderr), _connect_to_cluster(cluster) if cluster else _run_local():
@@ -72,7 +72,7 @@ def _connect_to_cluster(address: str) -> Iterator[None]:
 
 
 def _explain_unreachable(error: Exception) -> str:
-    """Return why a cluster cannot be reached, and what to do."""
+    """Return the reason why a cluster cannot be reached, and a remedy."""
     if isinstance(error, TimeoutError):
         limit = f"{CONNECT_SECONDS:g} s"
         return f"no answer within {limit}; is it running, and is this the address of its head (HOST:6379)?"
@@ -170,13 +170,13 @@ class RayWorker:
         assert self.worker is not None  # the driver submits no task before `load` has returned
         try:
             return TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
-        except Exception as error:  # whatever the error is, the driver decides about the task
+        except Exception as error:  # the driver decides about the task, for any error
             return make_failed_result(task, name, error)
 
 
 @dataclass(slots=True, eq=False)
 class WorkerHandle:
-    """What the driver knows of an actor: its running calls and its progress.
+    """The driver's state of an actor: its running calls and its progress.
 
     load_ref: the call that loads the model; None once the model is loaded.
     locate_ref: the call that returns the actor's location.
@@ -286,7 +286,7 @@ class RayExecutor:
         handle.progressed_at = time.monotonic()
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        """Return the tasks that ended, after at most `seconds`. Replaces lost actors on the way."""
+        """Return the tasks that ended, after at most `seconds`. Also replaces lost actors."""
         if self.grows:
             self._follow_demand(waiting)
         self._start_missing()
@@ -295,7 +295,7 @@ class RayExecutor:
             time.sleep(0 if self.ended else seconds)
             return self._take_ended()
         ready, _ = ray.wait(refs, num_returns=1, timeout=0 if self.ended else seconds)
-        if ready:  # collect everything else that is ready by now
+        if ready:  # collect all other calls that are ready
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for slot in self.slots:
             if slot.worker is not None:
@@ -318,7 +318,7 @@ class RayExecutor:
                 self.slots.remove(slot)
 
     def _collect(self, slot: Slot, handle: WorkerHandle, ready: list[Any]) -> None:
-        """Collect what a worker has finished. Replaces the worker if it is lost or hangs."""
+        """Collect the finished calls of a worker. Replaces the worker if it is lost or hangs."""
         try:
             if handle.load_ref in ready:
                 ray.get(handle.load_ref)

@@ -103,7 +103,7 @@ class ResourcePlan:
 
 @contextmanager
 def plan_resources(options: Common) -> Iterator[ResourcePlan]:
-    """Return the resources for a job. What they started is stopped at the end of the block."""
+    """Return the resources for a job. An executor or a Ray that they started is stopped at the end of the block."""
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
         raise UsageError("--cpus-per-worker must be at least 1, and --gpus-per-worker must be more than 0")
     with ExitStack() as stack:

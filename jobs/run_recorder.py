@@ -1,8 +1,8 @@
-"""Writes the record and the log of a run into the cache: its start, a heartbeat, its end and its messages.
+"""Write the record and the log of a run into the cache: its start, a heartbeat, its end and its messages.
 
-They are for people, and for a second job on a store that does not support concurrent writers. If the record cannot be
-written any more, a warning is logged and the job continues. A separate thread writes it, so that the heartbeat does not
-depend on what the job is doing.
+Users read them, and so does a second job on a store that does not support concurrent writers. If the record cannot be
+written any more, a warning is logged and the job continues. A separate thread writes the record, so that the heartbeat
+does not depend on the job's main thread.
 """
 
 import logging

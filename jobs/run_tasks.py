@@ -33,7 +33,7 @@ def run_tasks(
     stall_timeout: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> RunResult:
-    """Run all tasks. The scheduler decides which task runs on which worker, and what a failure means.
+    """Run all tasks. The scheduler assigns tasks to workers, and classifies failures.
 
     on_done is called with the report of each task that succeeded, on_tick about once per second.
     probe: accesses the storage that a task needs, and raises LatentmillError if the storage does not answer. No task
@@ -47,7 +47,7 @@ def run_tasks(
         while scheduler.waiting or scheduler.under_way:
             signals.check()
             if not outage.poll():
-                for worker, reason in list(scheduler.find_sick(executor.workers)):
+                for worker, reason in list(scheduler.find_faulty(executor.workers)):
                     executor.replace(worker, reason)
             elif outage.is_certain:
                 scheduler.forget_failures()

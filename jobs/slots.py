@@ -47,7 +47,7 @@ class Slots(list[Slot]):
         self._failures.pop(node, None)
 
     def note_failure(self, slot: Slot, node: str, host: str, reason: str) -> None:
-        """Record that a worker could not start, or was sick. node, host: where it ran; empty if unknown.
+        """Record that a worker could not start, or was faulty. node, host: where it ran; empty if unknown.
 
         Raises JobError if workers fail in every slot and no task was completed for `stall_timeout` seconds, or ever.
         """

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     rebuilt: list[str] = []
     if options.rebuild and findings.rebuildable:
         rebuilt = verify.rebuild_records(cache, findings)
-        with suppress(CacheError):  # the second check reports what is still wrong
+        with suppress(CacheError):  # the second check reports the remaining problems
             finalize_cache(cache.folder, cache.info, single_writer=False)
         findings = verify.verify_cache(cache)
     is_sound = not findings.problems

@@ -35,10 +35,10 @@ class Cache:
     ) -> Self:
         """Open a cache.
 
-        url: a path, or a URL that fsspec knows. options: of its fsspec filesystem. digest: the expected digest of its
-        stats.json; pin it in a training configuration. With a digest, the number of files must also be the one in
-        stats.json. verify: read every file and compute the digest again; otherwise a file that was changed after
-        stats.json was written is not noticed.
+        url: a path, or a URL that fsspec supports. options: of its fsspec filesystem. digest: the expected digest of
+        its stats.json; pin it in a training configuration. With a digest, the number of files must also equal the
+        number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
+        after stats.json was written is not detected.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
         IdentityError if it has another digest; StorageError if the storage refuses.
         """

@@ -45,12 +45,12 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The fields that a cache's bytes follow from. Dataclass order is the order in which differences are reported.
+    """The fields that decide a cache's bytes. Differences are reported in the order of the fields.
 
     weights: sha256 of the VAE's weights. config: the fields of the VAE's configuration that change raw latents.
-    store: what is stored of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
-    in pixels above which an image is encoded in tiles; None for never. columns: the columns that were asked for; None
-    for all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
+    store: the stored form of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
+    in pixels above which an image is encoded in tiles; None for never. columns: the requested columns; None for
+    all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
     """
 
     weights: str
@@ -68,7 +68,7 @@ class Identity:
     key_column: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the identity as cache.json holds it."""
+        """Return the entry `identity` of cache.json."""
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
 
     @property
@@ -79,7 +79,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeInfo:
-    """How the run that made the cache computed: what can change bits by rounding."""
+    """The compute settings of the run that created the cache. They can change bits by rounding."""
 
     device: str
     slice_size: int
@@ -119,10 +119,10 @@ class ColumnInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassthroughInfo:
-    """The passed-through columns.
+    """The columns that were copied from the sources.
 
-    texts: those that were files beside an image, by their extension. arrow_schema: all of them, as Arrow's serialized
-    schema in base64.
+    texts: the columns that were text files beside an image, by extension. arrow_schema: all columns, as Arrow's
+    serialized schema in base64.
     """
 
     texts: tuple[str, ...]
@@ -152,7 +152,7 @@ class CacheInfo:
         return Scaling.from_constants(vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content as cache.json holds it, in its order, without the file's own sha256."""
+        """Return the content of cache.json in its order, without the file's own sha256."""
         return {
             "format": self.format,
             "identity": self.identity.to_dict(),

@@ -1,4 +1,4 @@
-"""The folder of a cache on any storage, for reading: a local path or a URL that fsspec knows."""
+"""The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from latentmill.stream import Stream, name_url_in_errors, open_while
 
 @dataclass(frozen=True, slots=True)
 class CacheFolder:
-    """A folder on a storage that fsspec knows. options: of the filesystem (`key`, `endpoint_url`, ...).
+    """A folder on a storage that fsspec supports. options: of the filesystem (`key`, `endpoint_url`, ...).
 
     Every method raises StorageError, which names the URL, if the storage refuses. `pipeline.storage.folder.Folder` can
     also be written to.
@@ -61,7 +61,7 @@ class CacheFolder:
                 e["type"] == "file" or bool(e.get("islink") and filesystem.isfile(e["name"])),
             )
             for e in entries
-            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
+            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object for the folder itself
         ]
 
     def read_if_exists(self, name: str) -> bytes | None:

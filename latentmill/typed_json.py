@@ -40,7 +40,7 @@ def parse_fields(kind: type[T], value: Any, name: str = "") -> T:
 
 
 def _parse(kind: Any, value: Any, name: str) -> Any:
-    """Return a value as its type hint has it. Raises FieldError for a value of another type."""
+    """Return a value converted to its type hint. Raises FieldError for a value of another type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value

@@ -176,14 +176,14 @@ class LatentEncoder:
                 padded = [*chunk, *[chunk[-1]] * (size - len(chunk))]
                 pixels = torch.stack([image.pixels for image in padded]).to(model.device, non_blocking=True)
                 posterior = model.encode(normalize_pixels(pixels, model.dtype)).latent_dist
-                latents = self._select_stored_part(posterior, padded, shard)
+                latents = self._convert_to_stored_form(posterior, padded, shard)
                 outputs.append(latents[: len(chunk)].to(self.dtype))
             return torch.cat(outputs).cpu()
 
-    def _select_stored_part(
+    def _convert_to_stored_form(
         self, posterior: DiagonalGaussianDistribution, images: Sequence[PreparedImage], shard: str
     ) -> Tensor:
-        """Return the part of a slice's posteriors that is stored. Noise is drawn on the CPU: the same on any device."""
+        """Return the stored form of a slice's posteriors. Noise is drawn on the CPU, so it is equal on all devices."""
         if self.store == "mode":
             return posterior.mode()
         if self.store == "moments":

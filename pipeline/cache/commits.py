@@ -1,6 +1,6 @@
 """The records of finished units in `_commits` and `_rejects`: how they are written, read and repaired.
 
-A unit's commit is written when all parts of the unit exist. A part that `retry` wrote has a commit of its own.
+A unit's commit is written when all parts of the unit exist. A retry part has its own commit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -32,8 +32,8 @@ _NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {},
 def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> None:
     """Create the rejects of these parts, then their commit.
 
-    parts: all parts of a unit, or one retry part. facts: what does not follow from the parts (seconds, compute,
-    versions, run).
+    parts: all parts of a unit, or one retry part. facts: facts that the parts do not record
+    (seconds, compute, versions, run).
     """
     name = get_commit_name(parts)
     rejects_file = f"{REJECTS}/{name}.jsonl"

@@ -63,7 +63,7 @@ def parse_transform(identity: Identity) -> transform.Transform:
 
 
 def parse_schema(info: CacheInfo) -> OutputSchema:
-    """Return what the files of a cache look like."""
+    """Return the layout of a cache's files."""
     return OutputSchema(
         container=info.identity.container,
         store=info.identity.store,
@@ -85,14 +85,14 @@ def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: st
 def read_cache_json(cache: Folder) -> CacheInfo | None:
     """Return the content of cache.json, or None if there is no cache yet.
 
-    Raises CacheError for a folder that holds something else, for a format that this version does not know, and for a
+    Raises CacheError for a folder that holds something else, for a format that this version does not support, and for a
     field that is missing or has another type.
     """
     data = cache.read_if_exists(NAME)
     if data is None:
         if cache.is_empty():
             return None
-        data = cache.read_if_exists(NAME)  # another job may have begun it just now
+        data = cache.read_if_exists(NAME)  # another job may have created it just now
     if data is None:
         raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     return parse_cache_json(data, cache.url)

@@ -27,7 +27,7 @@ def hash_sample(item: Sample | Reject) -> bytes:
 
 
 def encode_value(value: Any) -> bytes | None:
-    """Return a column's value as latent.json holds it, but a string without its quotes. Returns None for a null."""
+    """Return a column's value as in latent.json, but a string without its quotes. Returns None for a null."""
     json_value = to_json_value(value)
     if isinstance(json_value, str):
         return json_value.encode()
@@ -37,7 +37,7 @@ def encode_value(value: Any) -> bytes | None:
 
 
 def combine_digests(digests: Iterable[bytes]) -> str:
-    """Return the `inputs` of a part. digests: those of its samples, in the order of their positions."""
+    """Return the `inputs` of a part. digests: the digests of its samples, in the order of their positions."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The write step: publish a part's file once, and find and read the parts that exist.
 
-A file that exists under a part's name is the part, whatever answer a create got. Its record, read from the file, is the
-one that counts. Nothing in this module removes or overwrites a part.
+If a file exists under a part's name, it is the part, even if a `create` reported an error. The record in that file
+counts. Nothing in this module removes or overwrites a part.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
-    except StorageError:  # the file may exist nevertheless: perhaps only the answer was lost
+    except StorageError:  # the file may exist nevertheless, if only the answer was lost
         if (existing := inspect_part(cache, name, record.identity)) is None:
             raise
         return existing
@@ -107,7 +107,7 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
 
 
 def get_expected_stem(record: Record) -> str:
-    """Return the name of the file in which a part belongs, without the extension."""
+    """Return the name that the file of a part must have, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
 
@@ -154,12 +154,12 @@ def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None
 
 
 def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
-    """Read all parts of a unit that exist, also those that `retry` wrote. unit: the unit's name."""
+    """Read all existing parts of a unit, including retry parts. unit: the unit's name."""
     return _read_parts(cache, identity, lambda name: parse_unit_name(name) == unit)
 
 
 def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
-    """Read the parts whose file names are wanted, without those in `_empty/` that do not count."""
+    """Read the parts with wanted file names, without the files in `_empty/` that do not count."""
     names = list_part_files(cache)
     duplicates = find_empty_duplicates(names)
     parts = (inspect_part(cache, name, identity) for name in names if is_wanted(name) and name not in duplicates)

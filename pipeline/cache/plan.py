@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 )
 
 
-# What happens to a changed input, by the state of its units.
+# Notes about changed inputs, by the state of their units.
 CHANGE_NOTES = {
     "finished": "the cache still holds the old version",
     "replanned": "none of their samples are encoded yet, and they are planned again",
@@ -91,7 +91,7 @@ def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
 
 
 def identify_input(unit: Unit) -> str:
-    """Return what identifies a unit's input in the plan: the path of a file, or the name of a folder unit."""
+    """Return the identity of a unit's input in the plan: the path of a file, or the name of a folder unit."""
     return unit.name if unit.kind == "folder" else unit.path
 
 
@@ -114,7 +114,7 @@ def _parse_unit(row: Mapping[str, Any]) -> Unit:
 def _read_rows(cache: Folder, name: str) -> list[dict[str, Any]]:
     data = cache.read(name)
     try:
-        # Without threads: a process that ends right after pyarrow 26 starts its pool is aborted (2 of 25 with torch).
+        # Without threads: if a process ends right after pyarrow 26 starts its pool, it is aborted (2 of 25 with torch).
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
     except Exception as error:  # damaged bytes can make Arrow raise anything
@@ -157,7 +157,7 @@ def extend_plan(
     sources: the sources that list the shards. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through.
-    Raises SourceError if there is nothing to plan, or if the sources are not those that were planned.
+    Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
     sidecars = match_sidecars(shards, texts)
     while True:
@@ -228,7 +228,7 @@ def compare_with_plan(
 def replan_changed(
     cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
-    """Return new units for changed inputs of which nothing is encoded yet, and notes about all changed inputs.
+    """Return new units for changed inputs without encoded samples, and notes about all changed inputs.
 
     listed: the listed files, by path.
     """

@@ -87,8 +87,8 @@ def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: boo
 class RunningStats:
     """The statistics of the parts so far. Parts must be added in the order of their file names.
 
-    rests, superseded_rests: where rests of damaged shards are rejected, and those that a retry part supersedes, as unit
-    and position. They are separate, because a retry part can exist although the part with the reject was lost.
+    rests: the unit and position of each rejected rest of a damaged shard. superseded_rests: of each rest that a retry
+    part supersedes. The two are separate, because a retry part can exist although the part with the reject was lost.
     """
 
     rows: int = 0
@@ -129,7 +129,7 @@ class RunningStats:
 
     @property
     def rejected(self) -> dict[str, int]:
-        """The number of rejected samples per reason, without those that a retry part supersedes."""
+        """The number of rejects per reason, without the rejects that a retry part supersedes."""
         counts = self.reject_counts.copy()
         counts[REST_OF_SHARD] = len(self.rests - self.superseded_rests)
         return {reason: counts[reason] for reason in sorted(+counts)}
@@ -153,7 +153,7 @@ def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def summarize_parts(parts: Iterable[PartSummary]) -> dict[str, Any]:
-    """Return the content of stats.json for a cache with these parts, which may come in any order."""
+    """Return the content of stats.json for a cache with these parts, in any order."""
     sums, hashes = RunningStats(), dict[str, str]()
     for part in sorted(parts, key=lambda part: strip_folder(part.file)):
         sums.add(part)
@@ -208,7 +208,7 @@ class StatsWriter:
 
 
 def find_implausible(content: Mapping[str, Any]) -> list[str]:
-    """Return a line for each channel that is constant, or nearly so, which suggests a broken VAE.
+    """Return a line for each constant or nearly constant channel. Such a channel suggests a broken VAE.
 
     content: the content of stats.json.
     """

@@ -53,7 +53,7 @@ def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
 
 
 def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
-    """Return the statistics of moments [2C, h, w] of one size: those of the means, and the mean of the variances."""
+    """Return the statistics of moments [2C, h, w] of one size: of the means, with the mean of the variances."""
     tally = tally_latents([moment.chunk(2)[0] for moment in moments])
     logvars = [moment.chunk(2)[1] for moment in moments]
     tally.variance = [

@@ -76,7 +76,7 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """What a part's writer must know."""
+    """The layout of a cache's files, as the writers of parts need it."""
 
     container: Container = "parquet"
     store: Store = "mode"

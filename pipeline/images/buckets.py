@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes, all of about the same area, at which images of any shape are encoded.
+"""Aspect-ratio buckets: a few sizes of about the same area, at which images of any shape are encoded.
 
 The grid is the one of NovelAI ("Novel AI Improvements on Stable Diffusion", 2022), which trainers have used since. It
 has all pairs of sides that are multiples of `multiple_of`, from half to twice `side`. Each side is paired with the

@@ -1,7 +1,7 @@
 """Check a cache: every file against its record, and the records against the plan and each other.
 
-Nothing is taken on trust: rows are read and counted, their statistics are computed again, and hashes are compared. Each
-problem names a file and says what to do. Two further checks need the inputs: see `pipeline.maintenance.reencode`.
+Rows are read and counted, their statistics are computed again, and hashes are compared. Each problem names a file and
+a remedy. Two further checks need the inputs: see `pipeline.maintenance.reencode`.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class Findings:
     rebuildable: list[str] = field(default_factory=list)
 
     def group_by_unit(self) -> dict[str, list[PartInfo]]:
-        """Return the parts of each unit in the order of their numbers, including those that `retry` wrote."""
+        """Return the parts of each unit in the order of their numbers, including retry parts."""
         parts_of_units: dict[str, list[PartInfo]] = {}
         for part in sorted(self.parts, key=lambda part: part.record.part):
             parts_of_units.setdefault(part.record.unit, []).append(part)
@@ -152,7 +152,7 @@ def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], n
 
 
 def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
-    """Find files in a cache's folders that do not belong there, by their names: some readers would read them.
+    """Find unexpected files in a cache's folders by their names. Some readers would read such files.
 
     listed: the files of each folder, and its other entries.
     """
@@ -167,7 +167,7 @@ def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[st
 
 
 def check_content(cache: Cache) -> Iterator[Problem]:
-    """Check cache.json: its own sha256, and that the values which it holds twice are equal."""
+    """Check cache.json: its own sha256, and that duplicated values are equal."""
     info = cache.info
     try:
         config = identity.select_raw_fields(cache.config)
@@ -308,7 +308,7 @@ def check_retries(
     findings: Findings,
     sound: Sequence[PartInfo],
 ) -> Iterator[Problem]:
-    """Check the parts that `retry` wrote: each has a commit of its own, and supersedes rejects that exist."""
+    """Check the retry parts: each has its own commit, and supersedes existing rejects."""
     sound_files = {part.file for part in sound}
     reported = {problem.file for problem in findings.problems}
     retries = {commits.get_commit_name([part]): part for part in findings.parts if part.record.round}
@@ -386,7 +386,7 @@ def _compare_with_parts(
 
 
 def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
-    """Compare stats.json and README.md with what the parts give."""
+    """Compare stats.json and README.md with the statistics of the parts."""
     expected = stats.summarize_parts(part.summary for part in parts)
     data = cache.folder.read_if_exists(stats.NAME)
     if data is None:

@@ -22,7 +22,7 @@ from pipeline.records import Unit
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem with a file of a cache. what: what is wrong with it. do: what the user should do."""
+    """A problem with a file of a cache. what: a description of the problem. do: a remedy."""
 
     file: str
     what: str
@@ -72,7 +72,7 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
 
 
 def describe_redo(file: str) -> str:
-    """Return what to do if a part is damaged or should not exist."""
+    """Return the remedy for a part that is damaged or should not exist."""
     stem = PurePosixPath(parts.strip_extension(file)).name
     if parts.is_retry_part(stem):
         return f"move it away with _commits/{stem}.json, if that exists, and run latentmill retry"

@@ -42,7 +42,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
 def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> bytes:
     """Read the first bytes of an object on S3 by one GET, on the condition that its ETag is the planned one."""
     with fs.open(path, "rb", size=count, cache_type="none") as file:
-        # the listing has what s3fs would otherwise request by a HEAD
+        # the details are known from the listing; otherwise s3fs would request them by a HEAD
         file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
         file.read_kw = {**file.read_kw, "IfMatch": f'"{planned.etag}"'}
         try:

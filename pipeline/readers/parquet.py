@@ -80,7 +80,7 @@ def damage_at(offset: int, url: str) -> Iterator[None]:
 def find_image_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
     """Return the name of the column with the images: `wanted`, or otherwise the only candidate.
 
-    A column without any value may have no type. If its name is one of an image column, it is one without images.
+    A column without any value may have no type. If its name is an image column's, it is an image column without images.
     Raises NoImagesError if no column may hold images. Raises ShardError if a column may hold images in a form that is
     not supported, and if several columns hold bytes but none has the name of an image column.
     """
@@ -247,7 +247,7 @@ def _read_rows(
 
 
 def _find_start(file: Any, group: int) -> int:
-    """Return the first byte of a row group. Safe only after `parquet_footer.find_row_group_middles`, see there."""
+    """Return the first byte of a row group. Safe only after `parquet_footer.find_row_group_middles`."""
     metadata = file.metadata.row_group(group)
     chunks = [metadata.column(number) for number in range(metadata.num_columns)]
     return max(0, min(int(chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks))

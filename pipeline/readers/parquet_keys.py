@@ -53,8 +53,9 @@ def _hash_keys(keys: Iterable[str]) -> np.ndarray:
 
 
 def get_file_keys(url: str, size: int, etag: str, column: str | None) -> FileKeys:
-    """Return the keys of a file's column that this process has read. Without an ETag, versions cannot be told apart, so
-    it is empty.
+    """Return the keys of a file's column that this process has read.
+
+    They are empty if the file has no ETag, because its versions cannot be distinguished.
     """
     return _load_cached_keys(url, size, etag, column) if etag else FileKeys()
 

@@ -23,7 +23,7 @@ SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
 FILES = b"0\x007"
 FOLDER = b"5"
 OLD_FILE = b"\0"  # in tars before POSIX; a folder if its name ends with `/`
-WITHOUT_DATA = b"123456"  # links, devices, folders: no data follows, whatever their size field says
+WITHOUT_DATA = b"123456"  # links, devices, folders: no data follows, even if the size field is not 0
 _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 

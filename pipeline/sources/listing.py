@@ -196,7 +196,7 @@ def _expand(
     skipped: SkippedFiles,
     listings: FolderListings,
 ) -> tuple[Source, list[Shard]]:
-    """Return one source and its files. What is skipped is added to `skipped`."""
+    """Return one source and its files. Skipped entries are added to `skipped`."""
     name, source = split_argument(argument)
     fs, path = connect(source, options)
     path = _normalize_path(path) if is_local(fs) else path.rstrip("/")

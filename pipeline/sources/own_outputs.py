@@ -1,6 +1,6 @@
 """Detect outputs of latentmill among the sources: caches by their cache.json, and previews by their report.json.
 
-Those two files are read only if other files have names like those in a cache or in previews. So a source with a million
+These files are read only if other files have names like those in a cache or in previews. So a source with a million
 other files costs no further request.
 """
 

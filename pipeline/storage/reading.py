@@ -68,7 +68,7 @@ def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
 
 
 def get_etag(info: Mapping[str, Any]) -> str:
-    """Return the version of a file's content from what its storage reports. It is empty if nothing is reported.
+    """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
 
     It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
     """
