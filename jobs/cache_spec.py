@@ -176,13 +176,14 @@ def note_constants(existing: VaeInfo, vae: Vae) -> None:
     current = vae.config.to_dict()
     for name, value in existing.constants.items():
         if value != current[name]:
-            log_note(f"the cache has {name} {value}, the VAE's configuration {current[name]}; the first stays")
+            difference = f"the cache has {name} {value}, the VAE's configuration {current[name]}"
+            log_note(f"{difference}; the value of the cache is kept")
 
 
 def note_columns(existing: PassthroughColumns, available: PassthroughColumns) -> None:
     """Log the columns of the sources that the existing cache does not have."""
     if new := [name for name in available.schema.names if name not in existing.schema.names]:
-        log_note(f"left out, because the cache was begun without them: the columns {', '.join(new)}")
+        log_note(f"skipped, because the cache was created without them: the columns {', '.join(new)}")
 
 
 def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
@@ -190,7 +191,7 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
     current = dataclasses.asdict(compute)
     for name, value in dataclasses.asdict(existing).items():
         if current[name] != value:
-            log_note(f"the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
+            log_note(f"the cache was created with {name}={value}, now {current[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:

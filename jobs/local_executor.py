@@ -36,9 +36,9 @@ class LocalExecutor:
         if not self.running:  # all remaining tasks are paused
             time.sleep(min(seconds, 0.05))
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
-        return [self._result(future, self.running.pop(future)) for future in ready]
+        return [self._make_result(future, self.running.pop(future)) for future in ready]
 
-    def _result(self, future: Future[Any], task: Any) -> TaskResult:
+    def _make_result(self, future: Future[Any], task: Any) -> TaskResult:
         error = future.exception()
         if error is None:
             return TaskResult(task=task, worker=self.workers[0], report=future.result())

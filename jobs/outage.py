@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jobs.executor import Task, TaskResult, format_error
 from jobs.messages import log_info
 from jobs.progress import format_duration
-from jobs.scheduler import backoff
+from jobs.scheduler import compute_backoff
 from pipeline.errors import JobError
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
@@ -108,4 +108,4 @@ class Outage:
 
     def _schedule_probe(self) -> None:
         self._probes += 1
-        self._next_probe_at = self.clock() + min(backoff(self._probes), LONGEST_PAUSE)
+        self._next_probe_at = self.clock() + min(compute_backoff(self._probes), LONGEST_PAUSE)

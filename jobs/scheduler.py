@@ -215,7 +215,7 @@ class Scheduler:
             self.failures.append(Failure(done.task.name, str(done.error)))
             return False
         failures = len(state.failed_on) + (state.excused if done.cause == "storage" else 0)
-        state.paused_until = self.clock() + backoff(failures) if failures else 0.0
+        state.paused_until = self.clock() + compute_backoff(failures) if failures else 0.0
         self.retries.append(state)
         return True
 
@@ -234,7 +234,7 @@ class Scheduler:
         worker = self.workers.setdefault(done.worker, WorkerState())
         worker.errors[done.task.name] = str(done.error)
         worker.failures += 1
-        worker.paused_until = self.clock() + backoff(len(worker.errors))
+        worker.paused_until = self.clock() + compute_backoff(len(worker.errors))
 
     def find_faulty(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield each of these ready workers that must be replaced, with the reason. Forgets it on the way."""
@@ -267,6 +267,6 @@ class Scheduler:
             worker.clear()
 
 
-def backoff(failures: int) -> float:
+def compute_backoff(failures: int) -> float:
     """Return the seconds to wait before a retry after this many consecutive failures."""
     return float(min(FIRST_PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE))

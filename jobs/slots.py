@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.messages import log_info
-from jobs.scheduler import backoff
+from jobs.scheduler import compute_backoff
 from pipeline.errors import JobError
 
 MAX_FAILURES = 3  # consecutive failed workers in every slot, without a completed task, after which the job ends
@@ -57,7 +57,8 @@ class Slots(list[Slot]):
         if fails_everywhere and (self.succeeded_at is None or now - self.succeeded_at > self.stall_timeout):
             raise JobError(f"all workers fail, or workers cannot start: {reason}; fix the cause and run the job again")
         if slot.failures > 1:
-            slot.paused_until = now + (backoff(slot.failures - 1) if self.succeeded_at is None else AVOID_SECONDS)
+            pause = compute_backoff(slot.failures - 1) if self.succeeded_at is None else AVOID_SECONDS
+            slot.paused_until = now + pause
         if node:
             self._failures[node] = self._failures.get(node, 0) + 1
             if self.succeeded_at is not None and self._failures[node] > 1:

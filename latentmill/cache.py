@@ -121,12 +121,12 @@ def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
         raise IdentityError(f"the cache {folder.url} has the digest {recorded}, not {digest}")
     if len(files) != stats.get("files"):
         raise IdentityError(
-            f"the cache {folder.url} has {len(files)} files, its {STATS} is of {stats.get('files')}: a job is "
-            f"at work on it, or was interrupted; the same encode command ends it"
+            f"the cache {folder.url} has {len(files)} files, but its {STATS} counts {stats.get('files')}: a job is "
+            f"running, or was interrupted; run the same encode command to finish it"
         )
     if verify and (actual := cache_digest(hash_files(folder, files))) != recorded:
         raise IdentityError(
-            f"the files of the cache {folder.url} have the digest {actual}, its {STATS} says {recorded}: they were "
+            f"the files of the cache {folder.url} have the digest {actual}, but its {STATS} has {recorded}: they were "
             f"changed; {VERIFY_HINT}"
         )
 

@@ -43,11 +43,11 @@ class CacheFolder:
     def list_entries(self, below: str) -> tuple[list[str], list[str]]:
         """Return two sorted lists: the names of `list_files`, and all others (folders, hidden files, broken links)."""
         files, others = list[str](), list[str]()
-        for name, is_file in sorted(self._entries(below)):
+        for name, is_file in sorted(self._list_all(below)):
             (files if is_file and not name.startswith(".") else others).append(name)
         return files, others
 
-    def _entries(self, below: str) -> list[tuple[str, bool]]:
+    def _list_all(self, below: str) -> list[tuple[str, bool]]:
         """Return each name in a sub-folder, and whether it is a file."""
         with name_url_in_errors(self.url_of(below), "list"):
             filesystem, path = self._locate(below)

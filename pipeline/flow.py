@@ -324,7 +324,7 @@ def fill_part(
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
         except Rejected as error:
-            item = Reject.of(sample.position, sample.key, error)
+            item = Reject.from_error(sample.position, sample.key, error)
         return keep_rejected(sample, item, superseded.get(sample.position)), seconds
 
     window = spec.compute.batch_size + 2 * spec.open_threads
@@ -335,7 +335,7 @@ def fill_part(
         buffer.fp32_fallbacks += encoded.fp32_fallbacks
         for image, latent in zip(batch, encoded.latents, strict=True):
             if isinstance(latent, Rejected):
-                buffer.rejects.append(Reject.of(image.position, image.key, latent))
+                buffer.rejects.append(Reject.from_error(image.position, image.key, latent))
             else:
                 buffer.rows.append(Row(image.drop_pixels(), latent))
     buffer.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
@@ -382,7 +382,7 @@ def _open_sample(
         check_columns(sample.columns, limits)
         rgb = open_pixels(sample.image, limits)
     except Rejected as error:
-        return Reject.of(sample.position, sample.key, error)
+        return Reject.from_error(sample.position, sample.key, error)
     height, width = rgb.shape[:2]
     fit = transform.fit(height, width, unit.path, sample.key)
     if fit is None:

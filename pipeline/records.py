@@ -98,7 +98,7 @@ class Reject:
     detail: str
 
     @classmethod
-    def of(cls, position: int, key: str, error: Rejected) -> "Reject":
+    def from_error(cls, position: int, key: str, error: Rejected) -> "Reject":
         """Return the reject of a sample that raised `error`."""
         return cls(position, key, error.stage, error.reason, error.detail)
 

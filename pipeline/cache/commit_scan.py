@@ -41,8 +41,8 @@ class CacheListing:
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, cache: Folder) -> "CacheListing":
-        """List a cache."""
+    def read(cls, cache: Folder) -> "CacheListing":
+        """Return the listing of a cache."""
         commits = frozenset(list_commits(cache))
         return cls(commits, tuple(part_files.list_part_files(cache)))
 

@@ -20,10 +20,10 @@ DIGEST_BYTES = 32  # the size of a sha256
 def hash_sample(item: Sample | Reject) -> bytes:
     """Return the digest of a sample as it was read, or of a reject."""
     if isinstance(item, Reject):
-        return _sha256("reject", str(item.position), item.reason)
+        return _hash_fields("reject", str(item.position), item.reason)
     columns = ((name, encode_value(item.columns[name])) for name in sorted(item.columns))
     fields = [field for name, value in columns if value is not None for field in (name, value)]
-    return _sha256("sample", str(item.position), item.key, item.image, *fields)
+    return _hash_fields("sample", str(item.position), item.key, item.image, *fields)
 
 
 def encode_value(value: Any) -> bytes | None:
@@ -82,7 +82,7 @@ def _check(record: Record, digests: bytearray, url: str) -> None:
         )
 
 
-def _sha256(*fields: str | bytes) -> bytes:
+def _hash_fields(*fields: str | bytes) -> bytes:
     """Return the sha256 over the fields, each preceded by its length in eight bytes, big-endian."""
     sha = hashlib.sha256()
     for field in fields:

@@ -43,7 +43,7 @@ def read_parts(
     the same part exists with rows.
     Raises CacheError if a file that a commit names does not exist.
     """
-    listing = listing or CacheListing.of(cache)
+    listing = listing or CacheListing.read(cache)
     duplicates = find_empty_duplicates(listing.files)
 
     def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
@@ -178,7 +178,7 @@ class StatsWriter:
 
     def write(self) -> dict[str, Any]:
         """Sum up the parts that are in the cache now, write stats.json, and return its content."""
-        listing = CacheListing.of(self.cache)
+        listing = CacheListing.read(self.cache)
         after, sums = self._rewind(listing.files)
         interval = max(1, len(listing.files) // self.SNAPSHOTS)
         for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.repair, after), 1):

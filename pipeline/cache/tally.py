@@ -16,7 +16,7 @@ from pipeline.formats.record import BucketTally
 from pipeline.records import Row, Store
 
 
-def bucket_name(height: int, width: int) -> str:
+def format_bucket(height: int, width: int) -> str:
     """Return the name of a bucket: "HxW", the size of its images in pixels."""
     return f"{height}x{width}"
 
@@ -26,7 +26,7 @@ def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTa
     tally_bucket = tally_moments if store == "moments" else tally_latents
     buckets: dict[str, list[Tensor]] = {}
     for row in rows:
-        buckets.setdefault(bucket_name(*row.image.bucket), []).append(row.latent)
+        buckets.setdefault(format_bucket(*row.image.bucket), []).append(row.latent)
     return {name: tally_bucket(buckets[name]) for name in sorted(buckets)}
 
 

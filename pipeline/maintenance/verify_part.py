@@ -119,7 +119,7 @@ def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[li
     for row in rows:
         keys.append(int.from_bytes(hashlib.blake2b(row["key"].encode(), digest_size=8).digest(), "little"))
         latent = to_tensor(row)
-        latents.setdefault(tally.bucket_name(row["height"], row["width"]), []).append(latent)
+        latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(latent)
         if row["shard"] != record.source:
             findings.append(f"the row {row['key']} is from {row['shard']}, but the part is from {record.source}")
         if not bool(latent.isfinite().all()):

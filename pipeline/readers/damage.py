@@ -57,7 +57,7 @@ class ReadableSamples:
 
 def reject_rest(position: int) -> Reject:
     """Return the reject for all samples from this position on."""
-    return Reject.of(position, "", Rejected("read", REST_OF_SHARD))
+    return Reject.from_error(position, "", Rejected("read", REST_OF_SHARD))
 
 
 def reject_missing_rest(url: str, position: int, damage: str) -> Reject:

@@ -30,13 +30,13 @@ def read_folder_unit(
     Raises SourceError if they are not.
     """
 
-    def content(file: File, limit: int) -> bytes | None:
+    def read_content(file: File, limit: int) -> bytes | None:
         url = url_of(file)
         if file.bytes == UNKNOWN:
             return read_file_if_exists(url, options, limit)
         return read_or_none(url, options, lambda: read_planned_file(url, options, limit, file))
 
-    def missing(file: File) -> None:
+    def check_missing(file: File) -> None:
         if is_image(file.path):
             check_has_files(parent(url_of(file)), options)
         elif not file.bytes and not file.etag:
@@ -52,7 +52,7 @@ def read_folder_unit(
     )
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
-        yield from read_folder(images, content, missing, pool, texts, limits)
+        yield from read_folder(images, read_content, check_missing, pool, texts, limits)
     finally:
         pool.shutdown(cancel_futures=True)  # no request continues after its unit has ended
 
@@ -79,13 +79,13 @@ def read_folder(
     and each Rejected that `read` or `on_missing` raises.
     """
 
-    def column(text: File) -> str | None:
+    def read_text(text: File) -> str | None:
         data = read(text, limits.text_bytes)
         if data is None:
             on_missing(text)
         return check_text(data, extension(text.path), limits)
 
-    def sample(entry: tuple[int, str, ImageFiles | Rejected]) -> Sample | Reject:
+    def read_sample(entry: tuple[int, str, ImageFiles | Rejected]) -> Sample | Reject:
         position, key, files = entry
         try:
             if isinstance(files, Rejected):
@@ -94,14 +94,14 @@ def read_folder(
             if image is None:
                 on_missing(files.image)
                 raise Rejected("read", "no_image")
-            columns = {extension(text.path): column(text) for text in files.texts if extension(text.path) in texts}
+            columns = {extension(text.path): read_text(text) for text in files.texts if extension(text.path) in texts}
             return Sample(position, key, image, {**dict.fromkeys(texts), **columns})
         except Rejected as error:
-            return Reject.of(position, printable_key(key, limits), error)
+            return Reject.from_error(position, printable_key(key, limits), error)
 
     entries = add_keys(images, limits)
     return map_in_order(
-        pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _sum_bytes(entry[2]), budget=BYTES_AHEAD
+        pool, read_sample, entries, IMAGES_AHEAD, weight=lambda entry: _sum_bytes(entry[2]), budget=BYTES_AHEAD
     )
 
 

@@ -211,7 +211,7 @@ def read_parquet(
                 keys.add(name)
                 yield Sample(position, name, _get_bytes(image, limits), columns)
             except Rejected as error:
-                yield Reject.of(position, printable_key(name, limits), error)
+                yield Reject.from_error(position, printable_key(name, limits), error)
 
 
 def select_row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:

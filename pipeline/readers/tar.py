@@ -80,7 +80,7 @@ def read_tar(
                     raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
                 yield Sample(position, key, image.data, _collect_texts(members, texts, limits))
             except Rejected as error:
-                yield Reject.of(position, printable_key(key, limits), error)
+                yield Reject.from_error(position, printable_key(key, limits), error)
             position += 1
 
 

@@ -20,7 +20,7 @@ from pipeline.readers.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.connection import connect, full_url, is_local, parent, url_as_listed
+from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
 from pipeline.storage.reading import get_etag, read_file_if_exists
 
 WILDCARDS = frozenset("*?[{")
@@ -80,7 +80,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
     and files that latentmill wrote.
     Raises SourceError if a source names nothing, if two sources have one name, or if a shard's name is not UTF-8.
     """
-    cache = url_as_listed(excluded).rstrip("/") + "/"
+    cache = to_listed_url(excluded).rstrip("/") + "/"
     local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
@@ -91,7 +91,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         named.append(source)
         for shard in shards:
             found.setdefault(shard.path, shard)
-    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.notes())
+    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.describe())
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class SkippedFiles:
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
 
-    def notes(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return one line per kind of skipped entry."""
         notes = []
         if self.others:

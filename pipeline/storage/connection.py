@@ -73,7 +73,7 @@ def full_url(fs: Any, path: str) -> str:
     return path if is_local(fs) else cast(str, fs.unstrip_protocol(path))
 
 
-def url_as_listed(url: str) -> str:
+def to_listed_url(url: str) -> str:
     """Return a URL or a path in the spelling of `full_url`.
 
     It does not connect to the store, because the store may need options that are not known here.

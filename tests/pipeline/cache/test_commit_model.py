@@ -234,7 +234,7 @@ def check_completion(store: Store) -> None:
     disk = Disk(dict(store))
     write(disk, writer=9)
     repair = Repair(identity="identity", container="parquet")
-    assert list(pair_with_commits(disk, CacheListing.of(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
+    assert list(pair_with_commits(disk, CacheListing.read(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
     counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted
     assert len(counted) == PARTS

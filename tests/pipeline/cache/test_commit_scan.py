@@ -139,7 +139,7 @@ def test_each_commit_is_read_once_and_few_are_held(cache: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Folder, "read", count_read)
     folder = Folder(str(cache))
-    listing, files = CacheListing.of(folder), list[str]()
+    listing, files = CacheListing.read(folder), list[str]()
     for file, _ in commit_scan.pair_with_commits(folder, listing, parse_entry):
         files.append(file)
         max_held = max(max_held, len(held))
