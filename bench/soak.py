@@ -141,7 +141,7 @@ def run_job(argv: list[str]) -> int:
     """Run the encode job with workers that record their phases. A child process of the soak test calls this."""
     from jobs import cache_spec, encode, slots
 
-    slots.AVOID = AVOID
+    slots.AVOID_SECONDS = AVOID
     cache_spec.EncodeSpec = SoakJob  # type: ignore[misc]
     return encode.main(argv)
 

@@ -1,1 +1,1 @@
-"""What a person runs: the command line, one module a job, and the only place that imports Ray."""
+"""The jobs that a user runs: the command line, one module per job, and the only module that imports Ray."""

@@ -10,7 +10,7 @@ from jobs.resources import ResourcePlan
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
-from pipeline.cache.runs import library_versions
+from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.flow import EncodeSpec
@@ -22,7 +22,7 @@ from pipeline.weights import Vae
 
 
 def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
-    """Return the options, with those that the user did not set taken from the identity of the existing cache.
+    """Return the options. Options that the user did not set have the values of the existing cache's identity.
 
     given: the names of the options that the user set.
     """
@@ -77,7 +77,7 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
 
-def wanted_columns(options: EncodeOptions) -> tuple[str, ...] | None:
+def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     """Return the names in `--columns`; None for all columns."""
     if options.columns == ALL:
         return None
@@ -89,7 +89,7 @@ def make_transform(options: EncodeOptions) -> Transform:
     side = options.buckets or options.resolution
     return Transform(
         resolution=side,
-        buckets=buckets.grid(side, options.multiple_of) if options.buckets else (),
+        buckets=buckets.make_grid(side, options.multiple_of) if options.buckets else (),
         multiple_of=options.multiple_of if options.buckets else 0,
         min_size=options.min_size,
         interpolation=options.interpolation,
@@ -115,17 +115,17 @@ def describe_cache(
     transform = make_transform(options)
     wanted = Identity(
         weights=vae.sha256,
-        config=identity.raw_config(vae.config),
+        config=identity.select_raw_fields(vae.config),
         preprocessing=identity.describe_transform(transform),
         store=options.store,
         dtype=options.dtype,
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.default_rows_per_part(vae.config, side, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store),
         seed=options.seed,
         container=options.format,
-        columns=wanted_columns(options),
+        columns=parse_columns(options),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
     )
@@ -150,7 +150,7 @@ def describe_cache(
             latents_mean=vae.config.latents_mean,
             latents_std=vae.config.latents_std,
         ),
-        schema=tuple(ColumnInfo(**column) for column in parts.schema_as_json(layout)),
+        schema=tuple(ColumnInfo(**column) for column in parts.describe_schema(layout)),
         columns=columns.to_info(),
     )
 
@@ -176,13 +176,14 @@ def note_constants(existing: VaeInfo, vae: Vae) -> None:
     current = vae.config.to_dict()
     for name, value in existing.constants.items():
         if value != current[name]:
-            log_note(f"the cache has {name} {value}, the VAE's configuration {current[name]}; the first stays")
+            difference = f"the cache has {name} {value}, the VAE's configuration {current[name]}"
+            log_note(f"{difference}; the value of the cache is kept")
 
 
 def note_columns(existing: PassthroughColumns, available: PassthroughColumns) -> None:
     """Log the columns of the sources that the existing cache does not have."""
     if new := [name for name in available.schema.names if name not in existing.schema.names]:
-        log_note(f"left out, because the cache was begun without them: the columns {', '.join(new)}")
+        log_note(f"skipped, because the cache was created without them: the columns {', '.join(new)}")
 
 
 def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
@@ -190,15 +191,15 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
     current = dataclasses.asdict(compute)
     for name, value in dataclasses.asdict(existing).items():
         if current[name] != value:
-            log_note(f"the cache was begun with {name}={value}, now {current[name]}; bits may differ by rounding")
+            log_note(f"the cache was created with {name}={value}, now {current[name]}; bits may differ by rounding")
 
 
 def note_versions(cache: Folder, run: str) -> None:
-    """Log the libraries that decide bytes and of which earlier runs of the cache had other versions.
+    """Log the libraries whose versions differ from earlier runs of the cache, and can change bytes.
 
     run: the name of this run.
     """
-    current = library_versions()
+    current = get_library_versions()
     earlier: dict[str, set[str]] = {name: set() for name in current if name != "python"}
     for name, record in runs.read_runs(cache).items():
         versions = record.get("versions")
@@ -222,7 +223,7 @@ def make_encode_spec(
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
-    """Return what workers need to encode into a cache.
+    """Return the specification of workers that encode into a cache.
 
     info: the cache.json. limits: `--input-limit`. run: the name of the run.
     """
@@ -243,5 +244,5 @@ def make_encode_spec(
         compute=compute,
         open_threads=open_threads,
         run=run,
-        versions=library_versions(),
+        versions=get_library_versions(),
     )

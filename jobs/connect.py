@@ -1,6 +1,6 @@
-"""Connecting to a Ray cluster: its address, a check that something listens there, and a timeout.
+"""Connect to a Ray cluster: find its address, check that a server listens at it, and limit the time.
 
-Without them, Ray retries a dead address for minutes without a message. It does so in C++, where no signal ends it.
+Without the check, Ray retries a dead address for minutes without a message, in C++ code that no signal interrupts.
 """
 
 import os
@@ -36,7 +36,7 @@ def check_listening(address: str) -> None:
 def call_with_timeout(call: Callable[[], Answer], seconds: float) -> Answer:
     """Return the result of a call that no signal can interrupt. Raises TimeoutError.
 
-    The call runs in a thread, so signals are handled meanwhile. After a timeout the thread is abandoned.
+    The call runs in a thread, so that signals are handled during the call. After a timeout the thread is abandoned.
     """
     answer: Future[Answer] = Future()
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_each, log_error, log_note
-from jobs.open_cache import files_with_rows, load_matching_vae, read_units
+from jobs.open_cache import list_files_with_rows, load_matching_vae, read_units
 from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
@@ -47,7 +47,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
         raise UsageError("--limit must not be negative")
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     vae = load_matching_vae(options.vae, cache)
-    tasks = make_tasks(choose_rows(files_with_rows(cache, read_units(options, cache)), options.limit))
+    tasks = make_tasks(choose_rows(list_files_with_rows(cache, read_units(options, cache)), options.limit))
     if not tasks:
         raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
     return run_render(options, cache, vae, tasks, signals)
@@ -55,7 +55,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
 
 def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[RenderTask], signals: Signals) -> int:
     """Render the sheets on the workers, write the report and print the summary."""
-    out = Folder(connection.absolute(options.to), cache.folder.options)
+    out = Folder(connection.make_absolute(options.to), cache.folder.options)
     unfinished = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, unfinished)  # the report marks the folder as rendered, even if the job is interrupted
     done: list[RenderReport] = []
@@ -87,7 +87,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             meter.tick(executor.images, executor.waiting_for)
 
         def probe(task: RenderTask) -> None:
-            connection.check_reachable(cache.folder.at(identity.NAME), cache.folder.options)
+            connection.check_reachable(cache.folder.url_of(identity.NAME), cache.folder.options)
             connection.check_reachable(out.url, out.options)
 
         with meter.shown():
@@ -131,12 +131,12 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
         return
     print(f"decoded {len(report['images'])} images")
     for name in report["sheets"][:10]:
-        print(f"  sheet      {out.at(name)}")
+        print(f"  sheet      {out.url_of(name)}")
     if len(report["sheets"]) > 10:
         print(f"             and {len(report['sheets']) - 10} more")
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
-    print(f"  report     {out.at(REPORT)}", flush=True)
+    print(f"  report     {out.url_of(REPORT)}", flush=True)
     log_each(report["notes"], log_note)
     log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 

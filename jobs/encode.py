@@ -9,7 +9,7 @@ from jobs import cache_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
-from jobs.options import EncodeOptions, options_as_record, parse_limits, parse_source_options, parse_storage_options
+from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import ResourcePlan, plan_resources
@@ -28,10 +28,10 @@ from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
 from pipeline.records import Unit, UnitReport
-from pipeline.sources import changes
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.planned_files import without_etags
 from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
@@ -54,7 +54,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
-    cache = Folder(connection.absolute(options.to), parse_storage_options(options.storage_option))
+    cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
@@ -86,7 +86,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    wanted = cache_spec.wanted_columns(options)
+    wanted = cache_spec.parse_columns(options)
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         log_note(f"passed over files that are neither shards nor images: {counts}")
@@ -108,7 +108,7 @@ def run_encode(
     single_writer, totals = not cache.supports_conditional_create(), RunTotals()
     cache = dataclasses.replace(cache, exclusive=not single_writer)  # the workers' copies have it as well
     secrets = collect_secrets(cache.options, parse_source_options(options))
-    recorder = RunRecorder(Run(cache, "encode", options_as_record(options)), signals, secrets)
+    recorder = RunRecorder(Run(cache, "encode", describe_options(options)), signals, secrets)
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
@@ -124,7 +124,7 @@ def run_encode(
         finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
-            pending = [changes.without_etags(unit) for unit in pending]
+            pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
         recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
@@ -137,7 +137,7 @@ def run_encode(
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
-        code = exit_code(failures, written, options.max_reject_rate)
+        code = choose_exit_code(failures, written, options.max_reject_rate)
         recorder.update(**describe_totals(totals))
         recorder.end("failed" if failures else "done", code)
     return Outcome(
@@ -192,7 +192,7 @@ def encode_pending(
         recorder.update(**{**describe_totals(totals), **meter.facts})
 
     def probe(unit: Unit) -> None:
-        connection.check_reachable(cache.at(identity.NAME), cache.options)
+        connection.check_reachable(cache.url_of(identity.NAME), cache.options)
         connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():
@@ -216,7 +216,7 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
         )
 
 
-def exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
+def choose_exit_code(failures: Sequence[Failure], written: Mapping[str, Any], max_reject_rate: float) -> int:
     """Return 0 if all is done, 1 if units failed, 3 if more is rejected than `--max-reject-rate` or is uncountable."""
     if failures:
         return 1

@@ -48,7 +48,7 @@ class Worker(Protocol):
 
 
 class WorkerSpec(Protocol):
-    """A small description that is sent to a worker's process, and becomes the worker there."""
+    """A small description of a worker. It is sent to the worker's process, which builds the worker."""
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
@@ -96,7 +96,7 @@ class Executor(Protocol):
 
     @property
     def waiting_for(self) -> str:
-        """What the executor must wait for before it can run anything, in a few words; empty if it can run tasks."""
+        """The resources or events that the executor waits for, in a few words; empty if it can run tasks."""
         ...
 
     @property
@@ -124,7 +124,7 @@ class Executor(Protocol):
         ...
 
 
-def failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
+def make_failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
     """Return the result of a task that raised an error in a worker."""
     damaged_at = error.at if isinstance(error, DamagedError) else None
     return TaskResult(

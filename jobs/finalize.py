@@ -6,7 +6,7 @@ from pipeline.cache import card, parts, stats
 from pipeline.cache.commit_scan import Repair
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.reader import Cache
-from pipeline.cache.runs import library_versions
+from pipeline.cache.runs import get_library_versions
 from pipeline.storage.folder import Folder
 
 MAX_ROUNDS = 3  # then it does not matter: a second job that still writes parts writes the statistics after this one
@@ -23,8 +23,8 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
     writer = stats.StatsWriter(cache, identity, repair)
     for _ in range(MAX_ROUNDS):
         written = writer.write()
-        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, library_versions()["latentmill"]))
-        # otherwise a second job has written parts meanwhile, and maybe its statistics before these
+        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))
+        # otherwise a second job wrote parts at the same time, and perhaps its statistics before these
         if tuple(parts.list_part_files(cache)) == writer.files:
             break
     return written

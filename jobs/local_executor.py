@@ -5,7 +5,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, failed_result, format_error
+from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
@@ -36,15 +36,15 @@ class LocalExecutor:
         if not self.running:  # all remaining tasks are paused
             time.sleep(min(seconds, 0.05))
         ready, _ = wait(self.running, seconds, FIRST_COMPLETED)
-        return [self._result(future, self.running.pop(future)) for future in ready]
+        return [self._make_result(future, self.running.pop(future)) for future in ready]
 
-    def _result(self, future: Future[Any], task: Any) -> TaskResult:
+    def _make_result(self, future: Future[Any], task: Any) -> TaskResult:
         error = future.exception()
         if error is None:
             return TaskResult(task=task, worker=self.workers[0], report=future.result())
         if not isinstance(error, Exception):
             return TaskResult(task=task, worker=self.workers[0], error=format_error(error))
-        return failed_result(task, self.workers[0], error)
+        return make_failed_result(task, self.workers[0], error)
 
     def replace(self, worker: str, reason: str) -> None:
         raise JobError(

@@ -75,7 +75,7 @@ class RunLogHandler(logging.Handler):
 
 
 def collect_secrets(*options: Mapping[str, Any]) -> set[str]:
-    """Return the texts that a log must not hold: values of storage options, and secrets in environment variables."""
+    """Return the texts that a log must not contain: values of storage options, and secrets in environment variables."""
     secrets = {value for name, value in os.environ.items() if re.search("SECRET|TOKEN|PASSWORD|ACCOUNT_KEY", name)}
     values: list[Any] = list(options)
     while values:
@@ -133,7 +133,7 @@ def log_each(texts: Sequence[str], log: Callable[[str], None]) -> None:
         log(f"... and {len(texts) - AT_MOST:,} more like these")
 
 
-def shown_level() -> int:
+def get_shown_level() -> int:
     """Return the lowest level that is shown."""
     return _own_handler.level
 

@@ -5,8 +5,8 @@ from pipeline.cache import parts, plan, stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
-from pipeline.sources import changes
 from pipeline.sources.listing import list_sources
+from pipeline.sources.relocation import relocate_listed_units
 from pipeline.weights import Vae, load_vae
 
 
@@ -29,16 +29,17 @@ def read_units(
     planned = plan.read_plan(cache.folder)
     if options.source:
         listing = list_sources(options.source, parse_source_options(options), excluded=cache.folder.url)
-        planned = changes.find_units_at(planned, listing, same_source)
+        planned = relocate_listed_units(planned, listing, same_source)
     return {unit.name: unit for unit in planned}
 
 
-def files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
+def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
     files = []
     for part in stats.read_parts(cache.folder, cache.info.identity_sha256):
         if part.unit not in units:
-            raise CacheError(f"{cache.folder.at(part.file)} is of a unit that is not in the plan: the cache is damaged")
+            url = cache.folder.url_of(part.file)
+            raise CacheError(f"{url} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
             files.append((part.file, part.rows, units[part.unit]))
     return files

@@ -364,7 +364,7 @@ def parse_limits(given: Sequence[str]) -> Limits:
     return Limits(**numbers)
 
 
-def options_as_record(options: Any) -> dict[str, Any]:
+def describe_options(options: Any) -> dict[str, Any]:
     """Return the options for the record of a run.
 
     The value of a storage option is recorded only if it names an environment variable: it may be a secret.

@@ -1,4 +1,4 @@
-"""Storage outages: the job waits for the storage to answer, and gives up no task meanwhile."""
+"""Storage outages: the job waits until the storage answers, and gives up no task during an outage."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jobs.executor import Task, TaskResult, format_error
 from jobs.messages import log_info
 from jobs.progress import format_duration
-from jobs.scheduler import backoff
+from jobs.scheduler import compute_backoff
 from pipeline.errors import JobError
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
@@ -40,12 +40,12 @@ class Outage:
         self._answer: list[bool] | None = None  # receives the result of the running probe
         self._probe_started_at = 0.0
 
-    def succeeded(self, worker: str) -> None:
+    def record_success(self, worker: str) -> None:
         """Record a task that succeeded."""
         self.failures = [(at, failed) for at, failed in self.failures if failed != worker]
         self.began_at, self._probes = (self.clock() if self.is_on else 0.0), 0
 
-    def failed(self, done: TaskResult, workers: int) -> None:
+    def record_failure(self, done: TaskResult, workers: int) -> None:
         """Record a task that failed because of the storage. workers: how many are ready."""
         now = self.clock()
         if not self.is_on and (not self.began_at or now - self._failed_at > WINDOW):
@@ -59,7 +59,7 @@ class Outage:
             self.is_on = True
             self._schedule_probe()
 
-    def holds(self) -> bool:
+    def poll(self) -> bool:
         """Return whether no task may start now. Probes the storage, with growing pauses.
 
         Raises JobError if the storage has failed for longer than `stall_timeout`, and still fails.
@@ -102,10 +102,10 @@ class Outage:
         try:
             self.probe(task)
             answer.append(True)
-        except Exception as error:  # any error means that the storage does not answer as it should
+        except Exception as error:  # any error counts as a failed probe
             self.error = format_error(error)
             answer.append(False)
 
     def _schedule_probe(self) -> None:
         self._probes += 1
-        self._next_probe_at = self.clock() + min(backoff(self._probes), LONGEST_PAUSE)
+        self._next_probe_at = self.clock() + min(compute_backoff(self._probes), LONGEST_PAUSE)

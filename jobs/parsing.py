@@ -35,10 +35,10 @@ def option(
     short: str | None = None,
     default_text: str = "",
 ) -> Any:
-    """Return a dataclass field with what `--help` shows for it.
+    """Return a dataclass field with the texts of its `--help`.
 
     default: the value, or REQUIRED. short: a second flag, such as `-v`.
-    default_text: what `--help` shows after "default:", if the value does not explain itself.
+    default_text: the text of `--help` after "default:", if the value is not clear by itself.
     """
     facts = {
         "help": help,
@@ -52,7 +52,7 @@ def option(
 
 
 def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options, set[str]]:
-    """Return the options of a job from its arguments and `--config`, and the names of those that the user gave.
+    """Return the options of a job from its arguments and `--config`, and the names of the options that the user set.
 
     Flags take precedence over the file. Raises UsageError for a mistake, and SystemExit(0) after `--help`.
     """
@@ -63,7 +63,7 @@ def parse(kind: type[Options], verb: str, argv: Sequence[str]) -> tuple[Options,
     values = {**(read_config(kind, config) if config else {}), **given}
     for item in dataclasses.fields(kind):
         if item.default is REQUIRED and item.name not in values:
-            raise UsageError(f"{flag_of(item)} is missing; see latentmill {verb} --help")
+            raise UsageError(f"{format_flag(item)} is missing; see latentmill {verb} --help")
     return kind(**values), set(values)
 
 
@@ -80,10 +80,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(kind: type[Any], verb: str) -> Parser:
-    """Return a parser whose flags are the fields of a dataclass. Its result holds only what the user gave."""
+    """Return a parser whose flags are the fields of a dataclass. Its result has only the options that the user set."""
     fields = sorted(dataclasses.fields(kind), key=lambda item: item.default is not REQUIRED)
     hints = typing.get_type_hints(kind)
-    required = [usage_of(item, hints[item.name]) for item in fields if item.default is REQUIRED]
+    required = [format_usage(item, hints[item.name]) for item in fields if item.default is REQUIRED]
     parser = Parser(
         prog=f"latentmill {verb}",
         usage=f"latentmill {verb} {' '.join(required)} [OPTION ...]",
@@ -103,16 +103,16 @@ def make_parser(kind: type[Any], verb: str) -> Parser:
     return parser
 
 
-def usage_of(item: "dataclasses.Field[Any]", hint: Any) -> str:
+def format_usage(item: "dataclasses.Field[Any]", hint: Any) -> str:
     """Return how the usage line shows a required field."""
     if item.metadata["positional"]:
-        return f"{flag_of(item)} ..." if hint == tuple[str, ...] else flag_of(item)
-    return f"{flag_of(item)} {item.metadata['metavar']}"
+        return f"{format_flag(item)} ..." if hint == tuple[str, ...] else format_flag(item)
+    return f"{format_flag(item)} {item.metadata['metavar']}"
 
 
 def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
     """Add the flag of one field of the type `hint`."""
-    arguments: dict[str, Any] = {"help": help_of(item)}
+    arguments: dict[str, Any] = {"help": format_help(item)}
     if hint is bool:
         arguments["action"] = "store_true"
     else:
@@ -123,18 +123,18 @@ def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
         arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
     elif hint == tuple[str, ...]:
         arguments["action"] = "append"
-    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), flag_of(item)]
+    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), format_flag(item)]
     group.add_argument(*names, **arguments)
 
 
-def flag_of(item: "dataclasses.Field[Any]") -> str:
+def format_flag(item: "dataclasses.Field[Any]") -> str:
     """Return the name of a field on the command line."""
     if item.metadata["positional"]:
         return str(item.metadata["metavar"])
     return "--" + item.name.replace("_", "-")
 
 
-def help_of(item: "dataclasses.Field[Any]") -> str:
+def format_help(item: "dataclasses.Field[Any]") -> str:
     """Return the help text of a field, with its default."""
     text = str(item.metadata["help"]).replace("%", "%%")
     default = item.metadata["default_text"]
@@ -185,11 +185,11 @@ def read_config(kind: type[Any], path: str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             raise UsageError(f"--config {path}: unknown key '{key}'{suggest(name, known)}")
-        values[name] = config_value(name, hints[name], value, path)
+        values[name] = parse_config_value(name, hints[name], value, path)
     return values
 
 
-def config_value(name: str, hint: Any, value: Any, path: str) -> Any:
+def parse_config_value(name: str, hint: Any, value: Any, path: str) -> Any:
     """Return a value of a YAML file as the value of a field of the type `hint`. Raises UsageError."""
     if hint is bool:
         if not isinstance(value, bool):

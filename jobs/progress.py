@@ -47,7 +47,7 @@ class ProgressMeter:
 
     @property
     def seconds_left(self) -> int | None:
-        """The ETA in seconds at the throughput of the last minute; None as long as it is unknown."""
+        """The ETA in seconds at the throughput of the last minute; None if it is unknown."""
         rate, share = self.pace.rate, self.share
         return round(self.images / share * (1 - share) / rate) if rate and share else None
 
@@ -66,7 +66,7 @@ class ProgressMeter:
     def tick(self, images: int, waiting_for: str) -> None:
         """Show the progress. Call this about once per second.
 
-        images: how many are done. waiting_for: what the job waits for before its first worker is ready, or empty.
+        images: how many are done. waiting_for: what the first worker waits for; empty once a worker is ready.
         """
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput

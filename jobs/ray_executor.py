@@ -1,7 +1,7 @@
 """The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module imports ray.
 
 A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
-calls, because only the driver knows which tasks are left. A part that a lost actor still writes is harmless
+calls, because only the driver has the list of open tasks. A part that a lost actor still writes is harmless
 (`pipeline.cache.parts`).
 """
 
@@ -22,7 +22,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
-from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, failed_result
+from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, make_failed_result
 from jobs.messages import log_info
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
@@ -39,11 +39,11 @@ LOG_LINES = 20  # shown of a lost worker's log
 def connect(address: str) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS inside this block. Without either, run a local Ray.
 
-    Standard output is redirected to standard error meanwhile: Ray prints there when a worker dies, and the job's
-    standard output is for results only.
+    Inside the block, standard output is redirected to standard error: Ray prints to it when a worker dies, and the
+    standard output of a job is for results only.
     """
     cluster = resolve_address(address)
-    with redirect_stdout(sys.stderr), _cluster(cluster) if cluster else _local():
+    with redirect_stdout(sys.stderr), _connect_to_cluster(cluster) if cluster else _run_local():
         try:
             yield
         finally:
@@ -52,7 +52,7 @@ def connect(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[None]:
+def _connect_to_cluster(address: str) -> Iterator[None]:
     """Connect to a running cluster. Raises UsageError if it does not answer within a minute."""
     name = f"{address} (RAY_ADDRESS)" if address == os.environ.get("RAY_ADDRESS") else address
     log_info(f"connecting to the Ray cluster at {name}")
@@ -72,7 +72,7 @@ def _cluster(address: str) -> Iterator[None]:
 
 
 def _explain_unreachable(error: Exception) -> str:
-    """Return why a cluster cannot be reached, and what to do."""
+    """Return the reason why a cluster cannot be reached, and a remedy."""
     if isinstance(error, TimeoutError):
         limit = f"{CONNECT_SECONDS:g} s"
         return f"no answer within {limit}; is it running, and is this the address of its head (HOST:6379)?"
@@ -86,7 +86,7 @@ def _explain_unreachable(error: Exception) -> str:
 
 
 @contextmanager
-def _local() -> Iterator[None]:
+def _run_local() -> Iterator[None]:
     """Run a local Ray."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     with directory_for_ray() as ray_directory, package_directory(ray_directory) as directory:
@@ -102,15 +102,15 @@ def _local() -> Iterator[None]:
         yield
 
 
-def _resources() -> dict[str, float]:
+def _get_resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
-def _available() -> dict[str, float]:
+def _get_available() -> dict[str, float]:
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
-def _nodes() -> set[str]:
+def _list_nodes() -> set[str]:
     """Return the ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
@@ -122,12 +122,12 @@ def can_grow(address: str) -> bool:
 
 def count_gpus() -> float:
     """Return the number of GPUs in the cluster."""
-    return _resources().get("GPU", 0.0)
+    return _get_resources().get("GPU", 0.0)
 
 
 def count_cpus() -> float:
     """Return the number of CPUs in the cluster."""
-    return _resources().get("CPU", 0.0)
+    return _get_resources().get("CPU", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +170,13 @@ class RayWorker:
         assert self.worker is not None  # the driver submits no task before `load` has returned
         try:
             return TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
-        except Exception as error:  # whatever the error is, the driver decides about the task
-            return failed_result(task, name, error)
+        except Exception as error:  # the driver decides about the task, for any error
+            return make_failed_result(task, name, error)
 
 
 @dataclass(slots=True, eq=False)
 class WorkerHandle:
-    """What the driver knows of an actor: its running calls and its progress.
+    """The driver's state of an actor: its running calls and its progress.
 
     load_ref: the call that loads the model; None once the model is loaded.
     locate_ref: the call that returns the actor's location.
@@ -245,7 +245,7 @@ class RayExecutor:
 
         A worker that still waits for resources is started again if a node that it must not run on may be used now.
         """
-        avoided = self.slots.avoided(_nodes)
+        avoided = self.slots.find_avoided_nodes(_list_nodes)
         for slot in self.slots:
             handle = slot.worker
             is_pending = handle is not None and handle.load_ref is not None and not handle.progressed_at
@@ -275,7 +275,7 @@ class RayExecutor:
         if not starting:
             return "the next attempt to start a worker, after several failed"
         wanted = [(name[4:-1].upper(), count) for name, count in self.resources.items() if count]
-        free, total = _available(), _resources()
+        free, total = _get_available(), _get_resources()
         has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name, _ in wanted)
         each = " and ".join(f"{count:g} {name}" for name, count in wanted)
         return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
@@ -286,7 +286,7 @@ class RayExecutor:
         handle.progressed_at = time.monotonic()
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        """Return the tasks that ended, after at most `seconds`. Replaces lost actors on the way."""
+        """Return the tasks that ended, after at most `seconds`. Also replaces lost actors."""
         if self.grows:
             self._follow_demand(waiting)
         self._start_missing()
@@ -295,7 +295,7 @@ class RayExecutor:
             time.sleep(0 if self.ended else seconds)
             return self._take_ended()
         ready, _ = ray.wait(refs, num_returns=1, timeout=0 if self.ended else seconds)
-        if ready:  # collect everything else that is ready by now
+        if ready:  # collect all other calls that are ready
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for slot in self.slots:
             if slot.worker is not None:
@@ -318,7 +318,7 @@ class RayExecutor:
                 self.slots.remove(slot)
 
     def _collect(self, slot: Slot, handle: WorkerHandle, ready: list[Any]) -> None:
-        """Collect what a worker has finished. Replaces the worker if it is lost or hangs."""
+        """Collect the finished calls of a worker. Replaces the worker if it is lost or hangs."""
         try:
             if handle.load_ref in ready:
                 ray.get(handle.load_ref)
@@ -336,12 +336,12 @@ class RayExecutor:
                 self._lose(slot, handle, f"no progress for {self.stall_timeout:g} s")
         except RayTaskError as error:  # the call failed, and the actor still runs
             if handle.load_ref is None:  # a bug in this program, which a retry would hit again
-                raise JobError(f"a worker failed: {_cause(error)}") from error
-            self._lose(slot, handle, _cause(error))
+                raise JobError(f"a worker failed: {_describe_error(error)}") from error
+            self._lose(slot, handle, _describe_error(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
                 self.spec = self.spec.with_smaller_slices()  # for all workers that start from now on
-            self._lose(slot, handle, _cause(error), with_node=_died_with_its_node(error))
+            self._lose(slot, handle, _describe_error(error), with_node=_died_with_its_node(error))
 
     def _update_progress(self, handle: WorkerHandle) -> None:
         """Read the answer to the last call of `progress`, and make the next call. Asks for the location as well."""
@@ -373,7 +373,7 @@ class RayExecutor:
             if handle.location is None:  # the worker may have ended before the first check of its progress
                 with suppress(RayError):
                     self._update_location(handle, 1.0)
-            for line in _last_lines(handle.location):
+            for line in _read_last_lines(handle.location):
                 log_info(f"  {handle.name}: {line}")
         if handle.load_ref is not None:
             if not with_node:
@@ -415,21 +415,21 @@ def _died_with_its_node(error: RayError) -> bool:
     )
 
 
-def _last_lines(location: WorkerLocation | None) -> Sequence[str]:
+def _read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
     """Return the last lines of a worker's standard error. They are read here, or by a task on the worker's node."""
     if location is None or not location.log:
         return []
     if location.node == ray.get_runtime_context().get_node_id():
-        return _tail(location.log)
+        return _read_tail(location.log)
     on_node = NodeAffinitySchedulingStrategy(location.node, soft=False)
-    read = ray.remote(_tail).options(num_cpus=0, scheduling_strategy=on_node)
+    read = ray.remote(_read_tail).options(num_cpus=0, scheduling_strategy=on_node)
     try:
         return ray.get(read.remote(location.log), timeout=5)
     except RayError:  # the node is lost, or too slow
         return []
 
 
-def _tail(path: str) -> list[str]:
+def _read_tail(path: str) -> list[str]:
     """Return the last lines of a log, without Ray's own lines."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -439,7 +439,7 @@ def _tail(path: str) -> list[str]:
     return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]
 
 
-def _cause(error: RayError) -> str:
+def _describe_error(error: RayError) -> str:
     """Return Ray's description of an error in one line."""
     if isinstance(error, OutOfMemoryError):
         return "its machine ran out of memory, and Ray ended the process"

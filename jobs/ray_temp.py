@@ -30,13 +30,13 @@ def directory_for_ray() -> Iterator[str]:
     """
     name = next((name for name in VARIABLES if name in os.environ), "")
     default = os.environ[name] if name else "/tmp"
-    reason = why_unfit(default)
+    reason = explain_unfit(default)
     if reason is None:
         yield default
         return
     explanation = f"{name} {default} {reason}".lstrip()
     others = ("/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR", ""), os.path.expanduser("~"))
-    parent = next((other for other in others if why_unfit(other, OWN_NAME) is None), None)
+    parent = next((other for other in others if explain_unfit(other, OWN_NAME) is None), None)
     if parent is None:
         raise UsageError(
             f"no directory is usable for the files of a local Ray: {explanation}; set RAY_TMPDIR to a directory whose "
@@ -55,7 +55,7 @@ def directory_for_ray() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)  # Ray's processes may still be ending
 
 
-def why_unfit(directory: str, subdirectory: str = "") -> str | None:
+def explain_unfit(directory: str, subdirectory: str = "") -> str | None:
     """Return why Ray cannot keep its files in a directory or its subdirectory; None if it can."""
     if not os.path.isabs(directory):
         return "is not an absolute path"

@@ -36,7 +36,7 @@ class ResourcePlan:
     def device(self) -> str:
         """`cuda`, `mps` or `cpu`. Connects to Ray on first use."""
         if self._device is None:
-            self._device = self._inline_device() if self.is_inline else self._cluster_device()
+            self._device = self._choose_inline_device() if self.is_inline else self._choose_cluster_device()
         return self._device
 
     def compute(
@@ -58,7 +58,7 @@ class ResourcePlan:
     def start(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""
         if self.is_inline:
-            return self._closing(LocalExecutor(spec, vae, stop))
+            return self._close_later(LocalExecutor(spec, vae, stop))
         from jobs import ray_executor
 
         on_gpu = self.device == "cuda"
@@ -67,7 +67,7 @@ class ResourcePlan:
         workers = self.workers or max(1, min(capacity, tasks))
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
         grows = self.workers is None and ray_executor.can_grow(self.options.address)
-        return self._closing(
+        return self._close_later(
             ray_executor.RayExecutor(
                 spec, vae, workers, gpus, self.options.cpus_per_worker, self.options.stall_timeout, grows
             )
@@ -77,11 +77,11 @@ class ResourcePlan:
         """Stop the executor and the local Ray that were started, so that other jobs can use the devices."""
         self._stack.close()
 
-    def _closing(self, executor: Executor) -> Executor:
+    def _close_later(self, executor: Executor) -> Executor:
         self._stack.callback(executor.close)
         return executor
 
-    def _inline_device(self) -> str:
+    def _choose_inline_device(self) -> str:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.options.device == "auto":
             return next(device for device, is_available in available.items() if is_available)
@@ -89,7 +89,7 @@ class ResourcePlan:
             raise UsageError(f"--device {self.options.device}: this machine has none")
         return self.options.device
 
-    def _cluster_device(self) -> str:
+    def _choose_cluster_device(self) -> str:
         from jobs import ray_executor
 
         self._stack.enter_context(ray_executor.connect(self.options.address))
@@ -103,7 +103,7 @@ class ResourcePlan:
 
 @contextmanager
 def plan_resources(options: Common) -> Iterator[ResourcePlan]:
-    """Return the resources for a job. What they started is stopped at the end of the block."""
+    """Return the resources for a job. An executor or a Ray that they started is stopped at the end of the block."""
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
         raise UsageError("--cpus-per-worker must be at least 1, and --gpus-per-worker must be more than 0")
     with ExitStack() as stack:

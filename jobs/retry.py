@@ -10,7 +10,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error
 from jobs.open_cache import load_matching_vae, read_units
-from jobs.options import RetryOptions, options_as_record, parse_source_options, parse_storage_options
+from jobs.options import RetryOptions, describe_options, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import plan_resources
@@ -43,11 +43,11 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     parts = list(stats.read_parts(cache.folder, cache.info.identity_sha256))
     planned = read_units(options, cache, options.same_source).values()
-    tasks = retry.make_tasks(planned, parts_with_rejects(cache, parts), started_inputs(parts))
+    tasks = retry.make_tasks(planned, find_parts_with_rejects(cache, parts), find_started_inputs(parts))
     vae = load_matching_vae(options.vae, cache)
     single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
-    run = Run(cache.folder, "retry", options_as_record(options))
+    run = Run(cache.folder, "retry", describe_options(options))
     recorder = RunRecorder(run, signals, collect_secrets(cache.folder.options, parse_source_options(options)))
     with recorder.recording():
         recorder.begin(single_writer)
@@ -79,7 +79,7 @@ def print_summary(
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
+def find_parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
     """Return the parts of a cache that have rejects, or supersede some."""
     identity = cache.info.identity_sha256
     wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
@@ -87,7 +87,7 @@ def parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartI
     return [part for part in inspected if part is not None]
 
 
-def started_inputs(parts: Sequence[PartSummary]) -> set[str]:
+def find_started_inputs(parts: Sequence[PartSummary]) -> set[str]:
     """Return the paths of the inputs from which the encode command read anything before a damage."""
     first = (part for part in parts if not part.supersedes)
     return {part.source for part in first if part.rows or part.filtered or part.reject_counts.keys() - {REST_OF_SHARD}}
@@ -126,7 +126,7 @@ def run_retry(
             recorder.update(counts=dict(counts), **meter.facts)
 
         def probe(task: retry.RetryTask) -> None:
-            connection.check_reachable(cache.folder.at(NAME), cache.folder.options)
+            connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)
             connection.check_reachable(task.unit.url, parse_source_options(options))
 
         with meter.shown():

@@ -1,8 +1,8 @@
-"""Writes the record and the log of a run into the cache: its start, a heartbeat, its end and its messages.
+"""Write the record and the log of a run into the cache: its start, a heartbeat, its end and its messages.
 
-They are for people, and for a second job on a store that does not support concurrent writers. If the record cannot be
-written any more, a warning is logged and the job continues. A separate thread writes it, so that the heartbeat does not
-depend on what the job is doing.
+Users read them, and so does a second job on a store that does not support concurrent writers. If the record cannot be
+written any more, a warning is logged and the job continues. A separate thread writes the record, so that the heartbeat
+does not depend on the job's main thread.
 """
 
 import logging
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.executor import format_error
-from jobs.messages import LOGGER, RunLogHandler, log_note, log_warning, shown_level
+from jobs.messages import LOGGER, RunLogHandler, get_shown_level, log_note, log_warning
 from jobs.signals import Signals
 from pipeline.cache import runs
 from pipeline.cache.runs import Run
@@ -84,7 +84,7 @@ class RunRecorder:
         The block itself calls `end` after a success.
         """
         sources = (LOGGER, logging.getLogger())  # the second has the messages of other libraries
-        self._messages.setLevel(shown_level())
+        self._messages.setLevel(get_shown_level())
         for source in sources:
             source.addHandler(self._messages)
         try:

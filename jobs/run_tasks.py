@@ -33,7 +33,7 @@ def run_tasks(
     stall_timeout: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> RunResult:
-    """Run all tasks. The scheduler decides which task runs on which worker, and what a failure means.
+    """Run all tasks. The scheduler assigns tasks to workers, and classifies failures.
 
     on_done is called with the report of each task that succeeded, on_tick about once per second.
     probe: accesses the storage that a task needs, and raises LatentmillError if the storage does not answer. No task
@@ -46,19 +46,19 @@ def run_tasks(
     with signals.polled():
         while scheduler.waiting or scheduler.under_way:
             signals.check()
-            if not outage.holds():
-                for worker, reason in list(scheduler.find_sick(executor.workers)):
+            if not outage.poll():
+                for worker, reason in list(scheduler.find_faulty(executor.workers)):
                     executor.replace(worker, reason)
             elif outage.is_certain:
                 scheduler.forget_failures()
             workers = executor.workers
             ready = ready or (time.perf_counter() if workers else 0.0)
-            while not outage.is_on and (assignment := scheduler.next(workers, executor.starting)):
+            while not outage.is_on and (assignment := scheduler.assign_next(workers, executor.starting)):
                 executor.submit(assignment.task, assignment.attempt, assignment.worker)
             for done in executor.wait(1.0, scheduler.waiting):
                 if done.error is None:
-                    scheduler.succeeded(done)
-                    outage.succeeded(done.worker)
+                    scheduler.record_success(done)
+                    outage.record_success(done.worker)
                     on_done(done.report)
                 else:
                     handle_failure(done, scheduler, outage, len(workers), signals)
@@ -70,9 +70,9 @@ def run_tasks(
 
 def handle_failure(done: TaskResult, scheduler: Scheduler, outage: Outage, workers: int, signals: Signals) -> None:
     """Report a task that failed to the scheduler, the outage detector and the user. workers: how many are ready."""
-    is_retried = scheduler.failed(done)
+    is_retried = scheduler.record_failure(done)
     if done.cause == "storage":
-        outage.failed(done, workers)
+        outage.record_failure(done, workers)
     if outage.is_certain:
         scheduler.forget_failures()
     if outage.is_on or signals.stop.is_set():  # an outage is logged only once, and a stop makes the tasks fail

@@ -1,8 +1,8 @@
-"""The scheduler: which task runs next on which worker, and whether a failure is the task's fault or the worker's.
+"""The scheduler: assign tasks to workers, and decide whether a task or its worker caused a failure.
 
 A task is given up after three failures, on three different workers if there are as many. A failure that is the worker's
-fault is excused: it does not count. A worker is sick in two cases. Either it fails twice in a row, and another worker
-completes a task that failed on it. Or its accelerator reports an error after which every call fails. A sick worker is
+fault is excused: it does not count. A worker is faulty in two cases. Either it fails twice in a row, and another worker
+completes a task that failed on it. Or its accelerator reports an error after which every call fails. A faulty worker is
 replaced, and its tasks are rescheduled.
 """
 
@@ -16,8 +16,8 @@ from jobs.executor import IN_FLIGHT, Task, TaskResult
 from pipeline.records import Attempt
 
 MAX_FAILURES = 3  # of a task
-MAX_EXCUSED = 10  # excused failures of a task; there is a limit because a task may be what kills its workers
-SICK_AFTER = 2  # consecutive failures of a worker
+MAX_EXCUSED = 10  # excused failures of a task; limited, because the task itself may kill its workers
+FAULTY_AFTER = 2  # consecutive failures of a worker
 SUSPECT_UP_TO = 5  # failed tasks up to which a worker is throttled; with more, the tasks are likelier at fault
 FIRST_PAUSE = 2.0  # seconds before a task or a worker is retried after a failure; doubled with each further failure
 LONGEST_PAUSE = 60.0
@@ -26,9 +26,9 @@ WAIT_FOR_WORKER = 120.0  # seconds for which a failed task waits for a starting 
 
 @dataclass(slots=True)
 class TaskState:
-    """What the scheduler knows of a task.
+    """The scheduler's state of a task.
 
-    failed_on: the workers on which it failed, without those that are known to be sick.
+    failed_on: the workers on which it failed, without faulty workers.
     avoided: all workers on which it failed.
     excused: the number of excused failures; `device_errors` are among them.
     failed_at, paused_until: the scheduler's clock, in seconds.
@@ -47,14 +47,14 @@ class TaskState:
 
 @dataclass(slots=True)
 class WorkerState:
-    """What the scheduler knows of a worker.
+    """The scheduler's state of a worker.
 
     is_exclusive: it runs an isolated task, and takes no second one.
     errors: the tasks that failed on it since its last success, with their errors.
     failures: consecutive failures; one task can account for several.
     is_at_fault: another worker completed one of the tasks in `errors`.
     is_proven: it has completed a task.
-    device_error: what its accelerator reported; empty if nothing.
+    device_error: the error that its accelerator reported; empty if there is none.
     """
 
     tasks: set[str] = field(default_factory=set)
@@ -117,7 +117,7 @@ class Scheduler:
         """The number of tasks that no worker has."""
         return len(self.untried) + len(self.retries)
 
-    def next(self, workers: Sequence[str], starting: int = 0) -> Assignment | None:
+    def assign_next(self, workers: Sequence[str], starting: int = 0) -> Assignment | None:
         """Assign the next task to one of these ready workers. Returns None if no task can start now.
 
         starting: the number of further workers that are starting.
@@ -138,7 +138,7 @@ class Scheduler:
         worker = self.workers.setdefault(name, WorkerState())
         if worker.is_exclusive or worker.device_error:
             return False
-        if 0 < len(worker.errors) <= SUSPECT_UP_TO and workers > 1:  # it may be sick: one task at a time, after a pause
+        if 0 < len(worker.errors) <= SUSPECT_UP_TO and workers > 1:  # perhaps faulty: one task at a time, after a pause
             return not worker.tasks and worker.paused_until <= now
         return len(worker.tasks) < IN_FLIGHT
 
@@ -150,7 +150,7 @@ class Scheduler:
         A worker on which the task has not failed comes first, even if the task must wait for it. Otherwise it is any
         worker but the one on which the task failed last.
         A failed task does not run on an unproven worker while a proven one is left for it, or while untried tasks can
-        prove the worker: on a sick node, every new worker fails.
+        prove the worker: on a faulty node, every new worker fails.
         """
         candidates: Sequence[str] = free
         if state.avoided:
@@ -175,7 +175,7 @@ class Scheduler:
         self.assigned[task.name] = state
         return Assignment(task, Attempt(isolated=state.isolated, damaged_at=state.damaged_at), name)
 
-    def succeeded(self, done: TaskResult) -> None:
+    def record_success(self, done: TaskResult) -> None:
         """Record a task that succeeded."""
         self._unassign(done)
         worker = self.workers.setdefault(done.worker, WorkerState())
@@ -187,7 +187,7 @@ class Scheduler:
                 other.errors.pop(done.task.name, None)
             other.is_at_fault |= done.task.name in other.errors
 
-    def failed(self, done: TaskResult) -> bool:
+    def record_failure(self, done: TaskResult) -> bool:
         """Record a task that failed. Returns whether it will be retried."""
         state = self._unassign(done)
         if done.cause == "returned":
@@ -206,7 +206,7 @@ class Scheduler:
             state.isolated = True
             self.workers.pop(done.worker, None)
         elif done.cause == "device":
-            state.isolated = True  # the task may be what makes the device fail, and must not harm others
+            state.isolated = True  # the task itself may make the device fail, and must not harm others
             state.device_errors += is_counted
             self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
         else:
@@ -215,7 +215,7 @@ class Scheduler:
             self.failures.append(Failure(done.task.name, str(done.error)))
             return False
         failures = len(state.failed_on) + (state.excused if done.cause == "storage" else 0)
-        state.paused_until = self.clock() + backoff(failures) if failures else 0.0
+        state.paused_until = self.clock() + compute_backoff(failures) if failures else 0.0
         self.retries.append(state)
         return True
 
@@ -234,9 +234,9 @@ class Scheduler:
         worker = self.workers.setdefault(done.worker, WorkerState())
         worker.errors[done.task.name] = str(done.error)
         worker.failures += 1
-        worker.paused_until = self.clock() + backoff(len(worker.errors))
+        worker.paused_until = self.clock() + compute_backoff(len(worker.errors))
 
-    def find_sick(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def find_faulty(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield each of these ready workers that must be replaced, with the reason. Forgets it on the way."""
         for name in workers:
             worker = self.workers.get(name)
@@ -246,15 +246,15 @@ class Scheduler:
                 del self.workers[name]
                 yield name, worker.device_error
                 continue
-            fails_alone = len(workers) == 1 and self.can_replace and worker.failures >= SICK_AFTER
-            if fails_alone or (worker.is_at_fault and len(worker.errors) >= SICK_AFTER):
+            fails_alone = len(workers) == 1 and self.can_replace and worker.failures >= FAULTY_AFTER
+            if fails_alone or (worker.is_at_fault and len(worker.errors) >= FAULTY_AFTER):
                 del self.workers[name]
                 if worker.is_at_fault:
                     self._excuse_failures(name, worker)
                 yield name, list(worker.errors.values())[-1]
 
     def _excuse_failures(self, name: str, worker: WorkerState) -> None:
-        """Excuse the failures of the tasks that failed on a sick worker."""
+        """Excuse the failures of the tasks that failed on a faulty worker."""
         for state in [*self.retries, *self.assigned.values()]:
             if state.task.name in worker.errors and name in state.failed_on:
                 state.failed_on.remove(name)
@@ -267,6 +267,6 @@ class Scheduler:
             worker.clear()
 
 
-def backoff(failures: int) -> float:
+def compute_backoff(failures: int) -> float:
     """Return the seconds to wait before a retry after this many consecutive failures."""
     return float(min(FIRST_PAUSE * 2 ** min(failures - 1, 10), LONGEST_PAUSE))

@@ -53,7 +53,7 @@ class Signals:
 
     @contextmanager
     def polled(self) -> Iterator[None]:
-        """Only record signals inside this block, which must call `check` often."""
+        """Record signals inside this block without raising them. The block must call `check` often."""
         self._is_polled = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""The inputs that the readers of a run skipped because they are no part of a sample. Logged once, at its end."""
+"""The inputs that the readers of a run skipped because they are not part of a sample. Logged once, at its end."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ class SkippedInputs:
 
     def add(self, done: UnitReport, path: str) -> None:
         """Add the inputs that a unit skipped. path: of the unit's shard."""
-        self.counts.update(done.passed_over)
-        if done.passed_over.get(NO_IMAGES):
+        self.counts.update(done.skipped)
+        if done.skipped.get(NO_IMAGES):
             self.files.append(path)
 
     def describe(self) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.messages import log_info
-from jobs.scheduler import backoff
+from jobs.scheduler import compute_backoff
 from pipeline.errors import JobError
 
 MAX_FAILURES = 3  # consecutive failed workers in every slot, without a completed task, after which the job ends
@@ -47,7 +47,7 @@ class Slots(list[Slot]):
         self._failures.pop(node, None)
 
     def note_failure(self, slot: Slot, node: str, host: str, reason: str) -> None:
-        """Record that a worker could not start, or was sick. node, host: where it ran; empty if unknown.
+        """Record that a worker could not start, or was faulty. node, host: where it ran; empty if unknown.
 
         Raises JobError if workers fail in every slot and no task was completed for `stall_timeout` seconds, or ever.
         """
@@ -57,7 +57,8 @@ class Slots(list[Slot]):
         if fails_everywhere and (self.succeeded_at is None or now - self.succeeded_at > self.stall_timeout):
             raise JobError(f"all workers fail, or workers cannot start: {reason}; fix the cause and run the job again")
         if slot.failures > 1:
-            slot.paused_until = now + (backoff(slot.failures - 1) if self.succeeded_at is None else AVOID_SECONDS)
+            pause = compute_backoff(slot.failures - 1) if self.succeeded_at is None else AVOID_SECONDS
+            slot.paused_until = now + pause
         if node:
             self._failures[node] = self._failures.get(node, 0) + 1
             if self.succeeded_at is not None and self._failures[node] > 1:
@@ -67,7 +68,7 @@ class Slots(list[Slot]):
                 self._avoided_until[node] = now + AVOID_SECONDS
                 slot.may_move = True
 
-    def avoided(self, nodes: Callable[[], Set[str]]) -> frozenset[str]:
+    def find_avoided_nodes(self, nodes: Callable[[], Set[str]]) -> frozenset[str]:
         """Return the nodes on which no worker is started now; empty if there are no other nodes.
 
         nodes: returns the nodes of the cluster; called only if a node is avoided.

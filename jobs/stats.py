@@ -44,7 +44,7 @@ def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
 
 
 def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
-    """Return a line per channel: the measured values, and those of the model's configuration if it has any."""
+    """Return a line per channel: the measured values, and the constants of the model's configuration if it has any."""
     means, stds = vae.latents_mean, vae.latents_std
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
     lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]

@@ -1,4 +1,4 @@
-"""What an encode run did, for its record and its summary."""
+"""The totals of an encode run, for its record and its summary."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ from pipeline.storage.folder import Folder
 
 @dataclass(kw_only=True)
 class RunTotals:
-    """What a run has done so far.
+    """The totals of a run so far.
 
     wall: seconds from the start of the workers to the end of the last unit.
     working: seconds from the first ready worker to the end of the last unit.

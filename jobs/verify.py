@@ -11,7 +11,7 @@ from jobs.cache_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import configure_logging, log_info, log_note
-from jobs.open_cache import files_with_rows, load_matching_vae, read_units
+from jobs.open_cache import list_files_with_rows, load_matching_vae, read_units
 from jobs.options import VerifyOptions, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     rebuilt: list[str] = []
     if options.rebuild and findings.rebuildable:
         rebuilt = verify.rebuild_records(cache, findings)
-        with suppress(CacheError):  # the second check reports what is still wrong
+        with suppress(CacheError):  # the second check reports the remaining problems
             finalize_cache(cache.folder, cache.info, single_writer=False)
         findings = verify.verify_cache(cache)
     is_sound = not findings.problems
@@ -81,7 +81,7 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Finding
         for unit in units.values():
             yield from recount(unit, parts_of_units.get(unit.name, []), uncounted.get(unit.name), spec)
     if options.reencode:
-        refs = choose_rows(files_with_rows(cache, units), options.reencode)
+        refs = choose_rows(list_files_with_rows(cache, units), options.reencode)
         yield from reencode(cache, refs, spec.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 

@@ -1,4 +1,4 @@
-"""What trainers import: `Cache` reads the latents that `latentmill encode` wrote.
+"""The package that trainers import: `Cache` reads the latents that `latentmill encode` wrote.
 
 Also the `latentmill` command, which is `python -m latentmill`. The reader needs torch, numpy, pyarrow and fsspec, and
 imports them when a name is first used, so that `import latentmill` and `latentmill --help` are fast.

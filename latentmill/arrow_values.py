@@ -1,7 +1,7 @@
-"""Values of Arrow columns for Python: times that Python does not have stay Arrow's own.
+"""Convert values of Arrow columns to Python objects. Times that Python cannot represent stay Arrow scalars.
 
-Arrow has times of far years, in nanoseconds and in zones that Python does not know. Arrow converts them to text itself
-if text is wanted, without pandas and without a list of zones, and to the same text on every machine.
+Arrow has times in distant years, in nanoseconds and in time zones that Python does not support. If text is needed,
+Arrow converts them itself: without pandas, without a list of zones, and to the same text on every machine.
 """
 
 from typing import Any

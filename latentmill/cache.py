@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
 from latentmill.errors import CacheError, IdentityError
-from latentmill.folder import CacheFolder, absolute
+from latentmill.folder import CacheFolder, make_absolute
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
 
@@ -32,24 +32,29 @@ class Cache:
     @classmethod
     def open(
         cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
-    ) -> "Cache":
+    ) -> Self:
         """Open a cache.
 
-        url: a path, or a URL that fsspec knows. options: of its fsspec filesystem. digest: the expected digest of its
-        stats.json; pin it in a training configuration. With a digest, the number of files must also be the one in
-        stats.json. verify: read every file and compute the digest again; otherwise a file that was changed after
-        stats.json was written is not noticed.
+        url: a path, or a URL that fsspec supports. options: of its fsspec filesystem. digest: the expected digest of
+        its stats.json; pin it in a training configuration. With a digest, the number of files must also equal the
+        number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
+        after stats.json was written is not detected.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
         IdentityError if it has another digest; StorageError if the storage refuses.
         """
-        folder = CacheFolder(absolute(url), options or {})
-        data = folder.read_if_there(NAME)
-        if data is None:
+        folder, info = cls._read_info(url, options or {})
+        if info is None:
             raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
-        cache = cls(folder, parse_cache_json(data, folder.url))
         if digest is not None or verify:
             check_digest(folder, digest, verify)
-        return cache
+        return cls(folder, info)
+
+    @staticmethod
+    def _read_info(url: str, options: Mapping[str, Any]) -> tuple[CacheFolder, CacheInfo | None]:
+        """Return the folder at a URL, and the content of its cache.json; None if there is no such file."""
+        folder = CacheFolder(make_absolute(url), options)
+        data = folder.read_if_exists(NAME)
+        return folder, None if data is None else parse_cache_json(data, folder.url)
 
     @property
     def scaling(self) -> Scaling:
@@ -58,7 +63,7 @@ class Cache:
 
     def files(self) -> list[str]:
         """Return the names of the files with rows, sorted. The cache is their concatenation."""
-        return [f"{DATA}/{name}" for name in self.folder.names(DATA)]
+        return [f"{DATA}/{name}" for name in self.folder.list_files(DATA)]
 
     def rows(
         self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
@@ -90,7 +95,7 @@ class Cache:
 
 def list_part_files(folder: CacheFolder) -> list[str]:
     """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
-    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.names(below)]
+    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.list_files(below)]
 
 
 def hash_files(folder: CacheFolder, files: Iterable[str]) -> dict[str, str]:
@@ -116,17 +121,17 @@ def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
         raise IdentityError(f"the cache {folder.url} has the digest {recorded}, not {digest}")
     if len(files) != stats.get("files"):
         raise IdentityError(
-            f"the cache {folder.url} has {len(files)} files, its {STATS} is of {stats.get('files')}: a job is "
-            f"at work on it, or was interrupted; the same encode command ends it"
+            f"the cache {folder.url} has {len(files)} files, but its {STATS} counts {stats.get('files')}: a job is "
+            f"running, or was interrupted; run the same encode command to finish it"
         )
     if verify and (actual := cache_digest(hash_files(folder, files))) != recorded:
         raise IdentityError(
-            f"the files of the cache {folder.url} have the digest {actual}, its {STATS} says {recorded}: they were "
+            f"the files of the cache {folder.url} have the digest {actual}, but its {STATS} has {recorded}: they were "
             f"changed; {VERIFY_HINT}"
         )
 
 
 def read_stats(folder: CacheFolder) -> dict[str, Any] | None:
     """Return the content of stats.json, or None if no run has ended yet. Raises CacheError if it is damaged."""
-    data = folder.read_if_there(STATS)
-    return None if data is None else parse_json_object(data, folder.at(STATS))
+    data = folder.read_if_exists(STATS)
+    return None if data is None else parse_json_object(data, folder.url_of(STATS))

@@ -45,12 +45,12 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The fields that a cache's bytes follow from. Dataclass order is the order in which differences are reported.
+    """The fields that decide a cache's bytes. Differences are reported in the order of the fields.
 
     weights: sha256 of the VAE's weights. config: the fields of the VAE's configuration that change raw latents.
-    store: what is stored of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
-    in pixels above which an image is encoded in tiles; None for never. columns: the columns that were asked for; None
-    for all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
+    store: the stored form of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
+    in pixels above which an image is encoded in tiles; None for never. columns: the requested columns; None for
+    all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
     """
 
     weights: str
@@ -68,7 +68,7 @@ class Identity:
     key_column: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the identity as cache.json holds it."""
+        """Return the entry `identity` of cache.json."""
         return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
 
     @property
@@ -79,7 +79,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeInfo:
-    """How the run that made the cache computed: what can change bits by rounding."""
+    """The compute settings of the run that created the cache. They can change bits by rounding."""
 
     device: str
     slice_size: int
@@ -119,10 +119,10 @@ class ColumnInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassthroughInfo:
-    """The passed-through columns.
+    """The columns that were copied from the sources.
 
-    texts: those that were files beside an image, by their extension. arrow_schema: all of them, as Arrow's serialized
-    schema in base64.
+    texts: the columns that were text files beside an image, by extension. arrow_schema: all columns, as Arrow's
+    serialized schema in base64.
     """
 
     texts: tuple[str, ...]
@@ -152,7 +152,7 @@ class CacheInfo:
         return Scaling.from_constants(vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content as cache.json holds it, in its order, without the file's own sha256."""
+        """Return the content of cache.json in its order, without the file's own sha256."""
         return {
             "format": self.format,
             "identity": self.identity.to_dict(),
@@ -189,17 +189,17 @@ def parse_cache_json(data: bytes, url: str) -> CacheInfo:
         raise CacheError(f"{url} is not a latentmill cache: in its {NAME}, {text}") from error
     if hashlib.sha256(canonical_json(content["identity"])).hexdigest() != info.identity_sha256:
         raise CacheError(f"{file} was changed by hand: its identity does not have its own sha256")
-    if unknown := _unknown_field(content["identity"], info.identity.to_dict()):
+    if unknown := _find_unknown_field(content["identity"], info.identity.to_dict()):
         text = f"{file} has the field 'identity.{unknown}', which this version of latentmill does not know"
         raise CacheError(f"{text}: use the version that made the cache")
     return info
 
 
-def _unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+def _find_unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """Return the first field of an identity that the dataclass does not have; empty if there is none."""
     for name, value in written.items():
         if name not in known:
             return name
-        if name == "preprocessing" and (inner := _unknown_field(value, known[name])):
+        if name == "preprocessing" and (inner := _find_unknown_field(value, known[name])):
             return f"{name}.{inner}"
     return ""

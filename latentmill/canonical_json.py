@@ -30,7 +30,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def cache_digest(hashes: Mapping[str, str]) -> str:
-    """Return the sha256 of what `LC_ALL=C sha256sum _empty/* data/*` prints in the cache. hashes: sha256 by file."""
+    """Return the sha256 of the output of `LC_ALL=C sha256sum _empty/* data/*` in the cache. hashes: sha256 by file."""
     lines = hashlib.sha256()
     for file in sorted(hashes):
         lines.update(f"{hashes[file]}  {file}\n".encode())

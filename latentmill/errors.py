@@ -1,4 +1,4 @@
-"""The errors that a user of a cache can meet. `pipeline.errors` has those of the jobs, which build on these."""
+"""The errors that a user of a cache can meet. The errors of the jobs, in `pipeline.errors`, are derived from these."""
 
 
 class LatentmillError(Exception):

@@ -1,4 +1,4 @@
-"""The folder of a cache on any storage, for reading: a local path or a URL that fsspec knows."""
+"""The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from latentmill.stream import Stream, name_url_in_errors, open_while
 
 @dataclass(frozen=True, slots=True)
 class CacheFolder:
-    """A folder on a storage that fsspec knows. options: of the filesystem (`key`, `endpoint_url`, ...).
+    """A folder on a storage that fsspec supports. options: of the filesystem (`key`, `endpoint_url`, ...).
 
     Every method raises StorageError, which names the URL, if the storage refuses. `pipeline.storage.folder.Folder` can
     also be written to.
@@ -27,29 +27,29 @@ class CacheFolder:
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Return the filesystem, and the path of a name on it. `::` is part of a name, not fsspec's chain."""
-        return open_filesystem(self.at(name), self.options)
+        return open_filesystem(self.url_of(name), self.options)
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         """Return the full URL or path of a name."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
-    def names(self, below: str = "") -> list[str]:
+    def list_files(self, below: str = "") -> list[str]:
         """Return the sorted names of the files directly in the sub-folder `below`, without hidden files.
 
         The list is empty if the sub-folder does not exist.
         """
-        return self.listed(below)[0]
+        return self.list_entries(below)[0]
 
-    def listed(self, below: str) -> tuple[list[str], list[str]]:
-        """Return the names of `names`, and all other names: folders, hidden files, broken links."""
+    def list_entries(self, below: str) -> tuple[list[str], list[str]]:
+        """Return two sorted lists: the names of `list_files`, and all others (folders, hidden files, broken links)."""
         files, others = list[str](), list[str]()
-        for name, is_file in sorted(self._entries(below)):
+        for name, is_file in sorted(self._list_all(below)):
             (files if is_file and not name.startswith(".") else others).append(name)
         return files, others
 
-    def _entries(self, below: str) -> list[tuple[str, bool]]:
+    def _list_all(self, below: str) -> list[tuple[str, bool]]:
         """Return each name in a sub-folder, and whether it is a file."""
-        with name_url_in_errors(self.at(below), "list"):
+        with name_url_in_errors(self.url_of(below), "list"):
             filesystem, path = self._locate(below)
             try:
                 entries = filesystem.ls(path, detail=True, refresh=True)
@@ -61,12 +61,12 @@ class CacheFolder:
                 e["type"] == "file" or bool(e.get("islink") and filesystem.isfile(e["name"])),
             )
             for e in entries
-            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object that stands for the folder
+            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object for the folder itself
         ]
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             try:
                 return cast(bytes, filesystem.cat_file(path))
@@ -79,11 +79,11 @@ class CacheFolder:
 
         Raises StorageError if fewer bytes arrive than the file has.
         """
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
             file = filesystem.open(path, "rb", cache_type="none")
-        with open_while(Stream(file, self.at(name), getattr(file, "size", None)), file) as stream:
+        with open_while(Stream(file, self.url_of(name), getattr(file, "size", None)), file) as stream:
             yield stream
 
 
@@ -99,7 +99,7 @@ def has_password(url: str) -> bool:
     return re.match(r"[^/]*://[^/]*:[^/]*@", url) is not None
 
 
-def absolute(url: str) -> str:
+def make_absolute(url: str) -> str:
     """Return a URL as it is, and a local path (or a `file://` URL) as an absolute path.
 
     Raises UsageError for a URL with a password, which errors would show.

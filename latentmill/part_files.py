@@ -62,7 +62,7 @@ def read_parquet_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet part as `read_rows` does. One row group is held at a time.
 
-    Without pyarrow's threads: a process that ends at once, while they and torch's run, is aborted.
+    pyarrow's threads are not used: a process that ends while they and torch's threads run is aborted.
     """
     parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
     for group in range(parquet.num_row_groups):

@@ -42,15 +42,15 @@ class Scaling:
 
     def to_model(self, raw: "Tensor") -> "Tensor":
         """Return the model latents of raw latents [..., C, h, w], of the same shape and dtype."""
-        shift, scale = self._constants_like(raw)
+        shift, scale = self._make_constants_like(raw)
         return (raw - shift) * scale
 
     def to_raw(self, model: "Tensor") -> "Tensor":
         """Return the raw latents of model latents [..., C, h, w], of the same shape and dtype."""
-        shift, scale = self._constants_like(model)
+        shift, scale = self._make_constants_like(model)
         return model / scale + shift
 
-    def _constants_like(self, latents: "Tensor") -> "tuple[Tensor, Tensor]":
+    def _make_constants_like(self, latents: "Tensor") -> "tuple[Tensor, Tensor]":
         """Return shift and scale as [C or 1, 1, 1], of the dtype and on the device of the latents."""
         shift, scale = (latents.new_tensor(values).view(-1, 1, 1) for values in (self.shift, self.scale))
         return shift, scale

@@ -97,9 +97,9 @@ class Stream:
 
 @contextmanager
 def open_while(stream: Stream, file: Any) -> Iterator[BinaryIO]:
-    """Yield a stream, and close its file at the end. A failed read is raised, whatever its reader made of it.
+    """Yield a stream, and close its file at the end. The error of a failed read is always raised.
 
-    A reader may take the end of the bytes for the end of the file, or turn the error into another one.
+    Otherwise a reader may mistake the end of the received bytes for the end of the file, or raise another error.
     """
     with file:
         try:

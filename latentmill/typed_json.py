@@ -28,7 +28,7 @@ def parse_fields(kind: type[T], value: Any, name: str = "") -> T:
     type.
     """
     if not isinstance(value, Mapping):
-        raise FieldError(f"{_quoted(name)} must be an object, not {_shortened(value)}")
+        raise FieldError(f"{_quote(name)} must be an object, not {_shorten(value)}")
     hints = typing.get_type_hints(kind)
     parsed = {}
     for field in fields(kind):  # type: ignore[arg-type]  # T cannot be bound to "any dataclass"
@@ -40,7 +40,7 @@ def parse_fields(kind: type[T], value: Any, name: str = "") -> T:
 
 
 def _parse(kind: Any, value: Any, name: str) -> Any:
-    """Return a value as its type hint has it. Raises FieldError for a value of another type."""
+    """Return a value converted to its type hint. Raises FieldError for a value of another type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -60,13 +60,13 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
     else:
         is_valid = type(value) is kind
     if not is_valid:
-        raise FieldError(f"the field '{name}' must be {_describe(kind)}, not {_shortened(value)}")
+        raise FieldError(f"the field '{name}' must be {_describe(kind)}, not {_shorten(value)}")
     return value
 
 
 def _parse_tuple(kind: Any, arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise FieldError(f"the field '{name}' must be {_describe(kind)}, not {_shortened(value)}")
+        raise FieldError(f"the field '{name}' must be {_describe(kind)}, not {_shorten(value)}")
     items = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
     if len(items) != len(value):
         raise FieldError(f"the field '{name}' must have {len(items)} values, not {len(value)}")
@@ -83,9 +83,9 @@ def _describe(kind: Any) -> str:
     return _NAMES.get(kind, "an object")
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     return f"the field '{name}'" if name else "the file"
 
 
-def _shortened(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value!r:.80}"

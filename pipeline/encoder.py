@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Rejected, VaeError
-from pipeline.images.seeds import seed_of
+from pipeline.images.seeds import derive_seed
 from pipeline.records import PreparedImage, Store
 from pipeline.weights import Vae
 from vae import AutoencoderKL
@@ -176,20 +176,20 @@ class LatentEncoder:
                 padded = [*chunk, *[chunk[-1]] * (size - len(chunk))]
                 pixels = torch.stack([image.pixels for image in padded]).to(model.device, non_blocking=True)
                 posterior = model.encode(normalize_pixels(pixels, model.dtype)).latent_dist
-                latents = self._stored_part(posterior, padded, shard)
+                latents = self._convert_to_stored_form(posterior, padded, shard)
                 outputs.append(latents[: len(chunk)].to(self.dtype))
             return torch.cat(outputs).cpu()
 
-    def _stored_part(
+    def _convert_to_stored_form(
         self, posterior: DiagonalGaussianDistribution, images: Sequence[PreparedImage], shard: str
     ) -> Tensor:
-        """Return the part of a slice's posteriors that is stored. Noise is drawn on the CPU: the same on any device."""
+        """Return the stored form of a slice's posteriors. Noise is drawn on the CPU, so it is equal on all devices."""
         if self.store == "mode":
             return posterior.mode()
         if self.store == "moments":
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         shape = posterior.mean.shape[1:]
-        seeds = [seed_of(self.seed, "sample", shard, image.key) for image in images]
+        seeds = [derive_seed(self.seed, "sample", shard, image.key) for image in images]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
 

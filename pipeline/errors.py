@@ -1,6 +1,6 @@
 """All errors that a user can meet, and one that never leaves the pipeline.
 
-LatentmillError            one line for the user: what happened, to which object, what to do
+LatentmillError            one line for the user: the problem, its object, and a remedy
 |-- UsageError             the command cannot work with its arguments; exit code 2
 |   |-- SourceError        a source that is missing, empty, ambiguous or changed
 |   |   `-- ChangedError   an input that differs from the plan; nothing of it was read
@@ -42,7 +42,7 @@ __all__ = [
 
 Stage = Literal["read", "open", "transform", "encode"]
 
-REST_OF_SHARD = "rest_of_shard"  # stands for all samples after a damage, not for one sample
+REST_OF_SHARD = "rest_of_shard"  # all samples after a damage, not one sample
 
 # The closed set of reject reasons, each with the sentence that is stored beside it. `{}`: facts about the bytes.
 REASONS: dict[str, str] = {
@@ -99,7 +99,7 @@ class DamagedError(ShardError):
 
 
 class NoImagesError(ShardError):
-    """A Parquet file has no column that holds images, or may have been meant to: metadata, embeddings, ..."""
+    """A Parquet file has no column with images, nor one that may be meant as images: metadata, embeddings, ..."""
 
 
 class JobError(LatentmillError):

@@ -29,11 +29,11 @@ from pipeline.images import decode
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_columns, check_share
-from pipeline.prefetch import Peekable, in_order
+from pipeline.prefetch import Peekable, map_in_order
 from pipeline.readers import parquet_keys
 from pipeline.readers.damage import (
     ReadableSamples,
-    before_retried_rest,
+    cut_at_retried_rest,
     keep_rejected,
     read_past_damage,
     reject_missing_rest,
@@ -201,7 +201,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     try:
         return encode_missing_parts(unit, context, timer)
     except ChangedError:
-        current = reading.current_version(unit, spec.source_options)
+        current = reading.fetch_current_version(unit, spec.source_options)
         records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
         if current.bytes != unit.bytes or not records:
             raise
@@ -216,7 +216,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     skipped = Counter[str]()
     superseded = spec.superseded.get(unit.name, {})
     readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
-    samples = Peekable(instrument(before_retried_rest(readable, superseded), context, timer))
+    samples = Peekable(instrument(cut_at_retried_rest(readable, superseded), context, timer))
     unit_parts: list[PartInfo] = []
     adopted = parts_to_skip = encoded = fp32_fallbacks = 0
     texts: Counter[str] = Counter()
@@ -241,7 +241,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     commits.write_commit(spec.cache, unit_parts, describe_run(context, timer.seconds))
     report = make_report(unit, unit_parts, adopted, timer.seconds)
     report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
-    return replace(report, damage=readable.damage, passed_over=skipped)
+    return replace(report, damage=readable.damage, skipped=skipped)
 
 
 def read_samples(
@@ -271,7 +271,7 @@ def read_samples(
     elif unit.kind == "parquet":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             part, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
-            known = parquet_keys.keys_of_file(unit.url, unit.bytes, unit.etag, key)
+            known = parquet_keys.get_file_keys(unit.url, unit.bytes, unit.etag, key)
             samples = read_parquet(
                 stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, skipped
             )
@@ -324,18 +324,18 @@ def fill_part(
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
         except Rejected as error:
-            item = Reject.of(sample.position, sample.key, error)
+            item = Reject.from_error(sample.position, sample.key, error)
         return keep_rejected(sample, item, superseded.get(sample.position)), seconds
 
     window = spec.compute.batch_size + 2 * spec.open_threads
-    prepared = in_order(context.pool, prepare, samples, window, wait=timer.wait)
-    for batch in make_batches(images_to_encode(prepared, buffer, timer), spec.compute.batch_size):
+    prepared = map_in_order(context.pool, prepare, samples, window, wait=timer.wait)
+    for batch in make_batches(select_images(prepared, buffer, timer), spec.compute.batch_size):
         encoded = context.latent_encoder.encode(batch, unit.path)
         timer.add(queue=encoded.queued, encode=encoded.seconds)
         buffer.fp32_fallbacks += encoded.fp32_fallbacks
         for image, latent in zip(batch, encoded.latents, strict=True):
             if isinstance(latent, Rejected):
-                buffer.rejects.append(Reject.of(image.position, image.key, latent))
+                buffer.rejects.append(Reject.from_error(image.position, image.key, latent))
             else:
                 buffer.rows.append(Row(image.drop_pixels(), latent))
     buffer.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
@@ -343,7 +343,7 @@ def fill_part(
     return buffer
 
 
-def images_to_encode(
+def select_images(
     prepared: Iterable[tuple[PreparedImage | Reject | Filtered, float]], buffer: PartBuffer, timer: StageTimer
 ) -> Iterator[PreparedImage]:
     """Yield the images to encode. Rejects and the number of filtered samples are stored in `buffer`."""
@@ -382,7 +382,7 @@ def _open_sample(
         check_columns(sample.columns, limits)
         rgb = open_pixels(sample.image, limits)
     except Rejected as error:
-        return Reject.of(sample.position, sample.key, error)
+        return Reject.from_error(sample.position, sample.key, error)
     height, width = rgb.shape[:2]
     fit = transform.fit(height, width, unit.path, sample.key)
     if fit is None:

@@ -10,7 +10,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def in_order(
+def map_in_order(
     pool: Executor,
     function: Callable[[In], Out],
     items: Iterable[In],

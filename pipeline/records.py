@@ -24,7 +24,7 @@ class Shard:
 
     url: its location, without credentials. root: URL of the source's last directory without a wildcard.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
-    etag: the version of its content (`reading.etag_of`); empty if it is unknown.
+    etag: the version of its content (`reading.get_etag`); empty if it is unknown.
     file: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     """
 
@@ -69,7 +69,7 @@ class Unit:
     @property
     def source(self) -> str:
         """The name of the unit's source."""
-        return self.path.split("/", 1)[0]
+        return source_name(self.path)
 
     @property
     def share(self) -> int:
@@ -98,7 +98,7 @@ class Reject:
     detail: str
 
     @classmethod
-    def of(cls, position: int, key: str, error: Rejected) -> "Reject":
+    def from_error(cls, position: int, key: str, error: Rejected) -> "Reject":
         """Return the reject of a sample that raised `error`."""
         return cls(position, key, error.stage, error.reason, error.detail)
 
@@ -199,7 +199,7 @@ class UnitReport:
     adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
     half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
     damage: the error of a damaged shard whose rest was rejected; otherwise empty.
-    passed_over: the number of skipped inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
+    skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
     """
 
     unit: str
@@ -215,8 +215,18 @@ class UnitReport:
     texts: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 0
     damage: str = ""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
+
+
+def source_name(path: str) -> str:
+    """Return the name of a file's source: the first step of its path."""
+    return path.split("/", 1)[0]
+
+
+def path_below_root(path: str) -> str:
+    """Return a file's path below the root of its source: all steps but the first."""
+    return path.split("/", 1)[1]
 
 
 def stem(path: str) -> str:

@@ -20,7 +20,7 @@ from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
 from pipeline.errors import REASONS
-from pipeline.formats.parquet import schema_of
+from pipeline.formats.parquet import make_schema
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
 from pipeline.records import Seconds
@@ -218,7 +218,7 @@ def test_the_python_code_of_the_models_page_runs() -> None:
 
 def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
-    for field in schema_of(OutputSchema()):
+    for field in make_schema(OutputSchema()):
         assert f"`{field.name}`" in page, field.name
 
 

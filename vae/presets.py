@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae.config import AutoencoderKLConfig
-from vae.errors import LoadError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class Preset:
     marks: Sequence[str] = ()
 
 
-def _config(**fields: Any) -> AutoencoderKLConfig:
+def _make_config(**fields: Any) -> AutoencoderKLConfig:
     """Return a configuration with the fields that most families share: four levels (factor 8) of two layers."""
     common = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -38,9 +37,9 @@ def _config(**fields: Any) -> AutoencoderKLConfig:
     return AutoencoderKLConfig(**{**common, **fields})
 
 
-def _sd3_config(**fields: Any) -> AutoencoderKLConfig:
+def _make_sd3_config(**fields: Any) -> AutoencoderKLConfig:
     """Return a configuration like SD 3's: 16 channels, no 1x1 convolutions between encoder, latent and decoder."""
-    return _config(latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False, **fields)
+    return _make_config(latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False, **fields)
 
 
 _COGVIEW = {"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3, "mid_block_add_attention": False}
@@ -48,13 +47,13 @@ _COGVIEW = {"block_out_channels": (128, 512, 1024, 1024), "layers_per_block": 3,
 PRESETS: dict[str, Preset] = {
     "sd": Preset(
         # scaling_factor is the class's default, 0.18215: the config.json of sd-vae-ft-mse does not set it.
-        config=_config(sample_size=512),
+        config=_make_config(sample_size=512),
         source="vae/config.json of stable-diffusion-v1-4, v1-5 and 2-1-base; config.json of sd-vae-ft-mse and -ema",
         repositories=("stabilityai/sd-vae-ft-mse-original", "stabilityai/sd-vae-ft-ema-original"),
         marks=("cond_stage_model.transformer.", "cond_stage_model.model."),
     ),
     "playground-v2.5": Preset(
-        config=_config(
+        config=_make_config(
             sample_size=1024,
             scaling_factor=0.5,
             latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
@@ -65,46 +64,39 @@ PRESETS: dict[str, Preset] = {
         marks=("edm_mean", "edm_std"),
     ),
     "sdxl": Preset(
-        config=_config(sample_size=1024, scaling_factor=0.13025),
+        config=_make_config(sample_size=1024, scaling_factor=0.13025),
         source="config.json of stabilityai/sdxl-vae, vae/config.json of stable-diffusion-xl-base-1.0",
         repositories=("stabilityai/sdxl-vae", "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/sdxl-turbo"),
         marks=("conditioner.embedders.",),
     ),
     "sdxl-fp16-fix": Preset(
-        config=_config(sample_size=512, scaling_factor=0.13025, force_upcast=False),
+        config=_make_config(sample_size=512, scaling_factor=0.13025, force_upcast=False),
         source="config.json of madebyollin/sdxl-vae-fp16-fix",
         repositories=("madebyollin/sdxl-vae-fp16-fix",),
     ),
     "auraflow": Preset(
-        config=_config(sample_size=1024, scaling_factor=0.13025),
+        config=_make_config(sample_size=1024, scaling_factor=0.13025),
         source="vae/config.json of fal/AuraFlow (the SDXL VAE)",
         marks=("model.double_layers.", "double_layers."),
     ),
     "sd3": Preset(
-        config=_sd3_config(scaling_factor=1.5305, shift_factor=0.0609),
+        config=_make_sd3_config(scaling_factor=1.5305, shift_factor=0.0609),
         source="diffusers' conversion script of SD 3; vae/config.json of stable-diffusion-3-medium and -3.5",
         repositories=("stabilityai/stable-diffusion-3-medium", "stabilityai/stable-diffusion-3.5-large"),
         marks=("model.diffusion_model.joint_blocks.", "joint_blocks."),
     ),
     "flux": Preset(
-        config=_sd3_config(scaling_factor=0.3611, shift_factor=0.1159),
+        config=_make_sd3_config(scaling_factor=0.3611, shift_factor=0.1159),
         source="vae/config.json of FLUX.1-dev, -schnell and Z-Image; diffusers' conversion script of FLUX",
         repositories=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
         marks=("model.diffusion_model.double_blocks.", "double_blocks."),
     ),
     "cogview3-plus": Preset(
-        config=_sd3_config(scaling_factor=1.0, **_COGVIEW),
+        config=_make_sd3_config(scaling_factor=1.0, **_COGVIEW),
         source="diffusers' conversion script of CogView3-Plus",
     ),
     "cogview4": Preset(
-        config=_sd3_config(scaling_factor=1.0, shift_factor=0.0, **_COGVIEW),
+        config=_make_sd3_config(scaling_factor=1.0, shift_factor=0.0, **_COGVIEW),
         source="diffusers' conversion script of CogView4",
     ),
 }
-
-
-def get_preset(name: str) -> Preset:
-    """Return the preset of that name. Raises LoadError, which lists all names, if there is none."""
-    if name not in PRESETS:
-        raise LoadError(f"there is no preset '{name}'; use one of {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -1,4 +1,4 @@
-"""README.md of a cache: the data-set card, with what a reader must know and what `datasets` needs to find data/."""
+"""README.md of a cache: the data-set card. It describes the cache, and has the location of data/ for `datasets`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,8 +37,8 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 """
 
 
-def _size_of_images(settings: Preprocessing) -> str:
-    """Return what was done to the images, in a few words."""
+def _describe_image_size(settings: Preprocessing) -> str:
+    """Return the size and the crop of the images, in a few words."""
     cut = "cut from the middle" if settings.crop == "center" else "cut at a random place"
     mirrored = ", half of them mirrored" if settings.flip == "random" else ""
     buckets = settings.buckets
@@ -64,7 +64,7 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         downscale=cache.config.downscale,
         dtype=identity.dtype,
         store=identity.store,
-        images=_size_of_images(identity.preprocessing),
+        images=_describe_image_size(identity.preprocessing),
         rejected=sum(stats["rejected"].values()),
         filtered=stats["filtered"],
         enlarged=stats["enlarged"],

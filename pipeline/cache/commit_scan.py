@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pipeline.cache import parts as part_files
 from pipeline.cache.commits import list_commits, read_commits, repair_commit
-from pipeline.cache.parts import DATA, is_retry_part, stem_of
+from pipeline.cache.parts import DATA, is_retry_part, strip_extension
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Container
@@ -41,20 +41,20 @@ class CacheListing:
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, cache: Folder) -> "CacheListing":
-        """List a cache."""
+    def read(cls, cache: Folder) -> "CacheListing":
+        """Return the listing of a cache."""
         commits = frozenset(list_commits(cache))
         return cls(commits, tuple(part_files.list_part_files(cache)))
 
 
-def file_name(file: str) -> str:
+def strip_folder(file: str) -> str:
     """Return a file's name without its folder. Parts are ordered by it."""
     return file.rpartition("/")[2]
 
 
-def commit_name(file: str) -> str:
+def parse_commit_name(file: str) -> str:
     """Return the name of the commit to which a part's file belongs."""
-    stem = file_name(stem_of(file))
+    stem = strip_folder(strip_extension(file))
     return stem if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
@@ -73,11 +73,11 @@ def pair_with_commits(
     after: skip the files whose names are not greater than this one, and the commits that have only such files.
     Raises CacheError if a file that a commit names does not exist.
     """
-    data_stems = {stem_of(file) for file in listing.files if file.startswith(f"{DATA}/")}
+    data_stems = {strip_extension(file) for file in listing.files if file.startswith(f"{DATA}/")}
     listed = set(listing.files)
-    files = sorted((file for file in listing.files if file_name(file) > after), key=file_name)
-    files_left = Counter(name for name in map(commit_name, files) if name in listing.commits)
-    without_files = listing.commits - set(map(commit_name, listing.files))
+    files = sorted((file for file in listing.files if strip_folder(file) > after), key=strip_folder)
+    files_left = Counter(name for name in map(parse_commit_name, files) if name in listing.commits)
+    without_files = listing.commits - set(map(parse_commit_name, listing.files))
     commits = read_commits(cache, [*files_left, *sorted(without_files)])
 
     def parse_commit(name: str, content: dict[str, Any]) -> dict[str, T]:
@@ -89,7 +89,7 @@ def pair_with_commits(
 
     held: dict[str, dict[str, T]] = {}
     for file in files:
-        name = commit_name(file)
+        name = parse_commit_name(file)
         if name not in files_left:
             yield file, None
             continue
@@ -106,5 +106,5 @@ def pair_with_commits(
 def check_files_exist(cache: Folder, files: Collection[str]) -> None:
     """Raise CacheError if one of these committed files, which were not listed, does not exist now either."""
     for file in sorted(files):
-        if cache.read_if_there(file) is None:
-            raise CacheError(f"{cache.at(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")
+        if cache.read_if_exists(file) is None:
+            raise CacheError(f"{cache.url_of(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")

@@ -1,6 +1,6 @@
 """The records of finished units in `_commits` and `_rejects`: how they are written, read and repaired.
 
-A unit's commit is written when all parts of the unit exist. A part that `retry` wrote has a commit of its own.
+A unit's commit is written when all parts of the unit exist. A retry part has its own commit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -11,13 +11,13 @@ from pipeline.cache.parts import (
     DATA,
     EMPTY,
     PART_FORMATS,
-    data_twin,
     find_part,
     inspect_part,
     is_retry_part,
     list_part_files,
-    stem_of,
-    unit_of,
+    parse_unit_name,
+    strip_extension,
+    to_data_stem,
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
@@ -32,20 +32,20 @@ _NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {},
 def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> None:
     """Create the rejects of these parts, then their commit.
 
-    parts: all parts of a unit, or one retry part. facts: what does not follow from the parts (seconds, compute,
-    versions, run).
+    parts: all parts of a unit, or one retry part. facts: facts that the parts do not record
+    (seconds, compute, versions, run).
     """
-    name = commit_name(parts)
+    name = get_commit_name(parts)
     rejects_file = f"{REJECTS}/{name}.jsonl"
     lines = encode_rejects(parts)
     is_refused = bool(lines) and not cache.create(rejects_file, lines)
     is_committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(make_commit(parts, facts)))
-    if is_committed and is_refused and cache.read_if_there(rejects_file) != lines:
+    if is_committed and is_refused and cache.read_if_exists(rejects_file) != lines:
         # the existing lines are of parts that were lost, or of a writer that saw other parts
         cache.replace(rejects_file, lines)
 
 
-def commit_name(parts: Sequence[PartInfo]) -> str:
+def get_commit_name(parts: Sequence[PartInfo]) -> str:
     """Return the name of the commit of these parts: the unit's name, or the stem of a retry part."""
     record = parts[0].record
     return record.stem if record.round else record.unit
@@ -67,9 +67,9 @@ def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str,
 
     The parts do not record seconds and versions: these come from `facts`, and are empty by default.
     """
-    name = commit_name(parts)
+    name = get_commit_name(parts)
     lines, rejects_file = encode_rejects(parts), f"{REJECTS}/{name}.jsonl"
-    if lines or cache.read_if_there(rejects_file):
+    if lines or cache.read_if_exists(rejects_file):
         cache.replace(rejects_file, lines)
     data = canonical_json(make_commit(parts, facts))
     cache.replace(f"{COMMITS}/{name}.json", data)
@@ -96,7 +96,7 @@ def repair_commit(
     parts = [inspect_part(cache, file, identity) for file in files] if rehash else []
     pairs = zip(parts, content["parts"], strict=False)
     has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
-    if not has_changed and not any(data_twin(file) in data_stems for file in files):
+    if not has_changed and not any(to_data_stem(file) in data_stems for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
     return rewrite_commit(cache, inspect_committed(cache, name, identity, container), facts)
@@ -112,7 +112,7 @@ def inspect_committed(cache: Folder, name: str, identity: str, container: Contai
         part = find_part(cache, name, len(parts), identity, container)
         if part is None:
             raise CacheError(
-                f"part {len(parts)} of {cache.at(name)} was committed, but is missing: the cache is damaged; "
+                f"part {len(parts)} of {cache.url_of(name)} was committed, but is missing: the cache is damaged; "
                 f"{VERIFY_HINT}"
             )
         parts.append(part)
@@ -121,24 +121,24 @@ def inspect_committed(cache: Folder, name: str, identity: str, container: Contai
 
 def list_commits(cache: Folder) -> set[str]:
     """Return the names of all commits: finished units, and parts that `retry` wrote."""
-    return {stem_of(name) for name in cache.names(COMMITS) if name.endswith(".json")}
+    return {strip_extension(name) for name in cache.list_files(COMMITS) if name.endswith(".json")}
 
 
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read these commits in this order: name and content. Raises CacheError if a commit names no parts."""
     for name, data in cache.read_each(COMMITS, (f"{name}.json" for name in names)):
-        content = parse_json_object(data, cache.at(f"{COMMITS}/{name}"))
+        content = parse_json_object(data, cache.url_of(f"{COMMITS}/{name}"))
         entries = content.get("parts")
         if not isinstance(entries, list) or not all(
             isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
         ):
-            raise CacheError(f"{cache.at(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
-        yield stem_of(name), content
+            raise CacheError(f"{cache.url_of(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
+        yield strip_extension(name), content
 
 
 def list_started_units(cache: Folder) -> set[str]:
     """Return the names of the units that have a part or a commit."""
-    return {unit_of(file) for file in list_part_files(cache)} | list_finished_units(cache)
+    return {parse_unit_name(file) for file in list_part_files(cache)} | list_finished_units(cache)
 
 
 def list_finished_units(cache: Folder) -> set[str]:

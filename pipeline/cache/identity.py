@@ -4,12 +4,11 @@ A job whose identity differs from the cache's is refused with the field named. `
 here they are made from a job's settings, written, and compared.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
-from pipeline.canonical_json import with_checksum
+from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
@@ -29,7 +28,7 @@ _NOT_RAW = frozenset(
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def raw_config(config: AutoencoderKLConfig) -> dict[str, Any]:
+def select_raw_fields(config: AutoencoderKLConfig) -> dict[str, Any]:
     """Return the fields of a model's configuration that change raw latents."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_RAW}
 
@@ -64,7 +63,7 @@ def parse_transform(identity: Identity) -> transform.Transform:
 
 
 def parse_schema(info: CacheInfo) -> OutputSchema:
-    """Return what the files of a cache look like."""
+    """Return the layout of a cache's files."""
     return OutputSchema(
         container=info.identity.container,
         store=info.identity.store,
@@ -72,7 +71,7 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
     )
 
 
-def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
+def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
     latent = (
         (2 if store == "moments" else 1)
@@ -86,14 +85,14 @@ def default_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: s
 def read_cache_json(cache: Folder) -> CacheInfo | None:
     """Return the content of cache.json, or None if there is no cache yet.
 
-    Raises CacheError for a folder that holds something else, for a format that this version does not know, and for a
+    Raises CacheError for a folder that holds something else, for a format that this version does not support, and for a
     field that is missing or has another type.
     """
-    data = cache.read_if_there(NAME)
+    data = cache.read_if_exists(NAME)
     if data is None:
         if cache.is_empty():
             return None
-        data = cache.read_if_there(NAME)  # another job may have begun it just now
+        data = cache.read_if_exists(NAME)  # another job may have created it just now
     if data is None:
         raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     return parse_cache_json(data, cache.url)
@@ -104,39 +103,39 @@ def create_or_load(cache: Folder, wanted: CacheInfo) -> CacheInfo:
 
     Raises IdentityError, with the first field that differs, if the existing one has another identity.
     """
-    cache.create(NAME, encode_json(with_checksum(wanted.to_dict())))
+    cache.create(NAME, encode_cache_json(with_checksum(wanted.to_dict())))
     existing = read_cache_json(cache)
     if existing is None:
-        raise CacheError(f"{cache.at(NAME)} was created and is gone again")
+        raise CacheError(f"{cache.url_of(NAME)} was created and is gone again")
     check_same_identity(cache.url, existing.identity, wanted.identity)
     return existing
 
 
-def encode_json(content: Mapping[str, Any]) -> bytes:
+def encode_cache_json(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a cache.json with this content."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return indented_json(content, ensure_ascii=False)
 
 
 def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
     """Raise IdentityError unless the two identities are equal."""
-    for field, cache_value, job_value in _differences(existing.to_dict(), wanted.to_dict(), ""):
+    for field, cache_value, job_value in _find_differences(existing.to_dict(), wanted.to_dict(), ""):
         raise IdentityError(
-            f"the cache {url} was made with {field}={_short(cache_value)}, this job has {field}={_short(job_value)}; "
-            f"use its setting, or another --to"
+            f"the cache {url} was made with {field}={_shorten(cache_value)}, this job has {field}="
+            f"{_shorten(job_value)}; use its setting, or another --to"
         )
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+def _find_differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     differences: list[tuple[str, Any, Any]] = []
     for key in [*b, *(key for key in a if key not in b)]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, Mapping) and isinstance(right, Mapping):
-            differences += _differences(left, right, f"{prefix}{key}.")
+            differences += _find_differences(left, right, f"{prefix}{key}.")
         elif left != right:
             differences.append((prefix + key, left, right))
     return differences
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text[:12] + "..." if len(text) == 64 and text.isalnum() else text

@@ -20,14 +20,14 @@ DIGEST_BYTES = 32  # the size of a sha256
 def hash_sample(item: Sample | Reject) -> bytes:
     """Return the digest of a sample as it was read, or of a reject."""
     if isinstance(item, Reject):
-        return _sha256("reject", str(item.position), item.reason)
+        return _hash_fields("reject", str(item.position), item.reason)
     columns = ((name, encode_value(item.columns[name])) for name in sorted(item.columns))
     fields = [field for name, value in columns if value is not None for field in (name, value)]
-    return _sha256("sample", str(item.position), item.key, item.image, *fields)
+    return _hash_fields("sample", str(item.position), item.key, item.image, *fields)
 
 
 def encode_value(value: Any) -> bytes | None:
-    """Return a column's value as latent.json holds it, but a string without its quotes. Returns None for a null."""
+    """Return a column's value as in latent.json, but a string without its quotes. Returns None for a null."""
     json_value = to_json_value(value)
     if isinstance(json_value, str):
         return json_value.encode()
@@ -37,7 +37,7 @@ def encode_value(value: Any) -> bytes | None:
 
 
 def combine_digests(digests: Iterable[bytes]) -> str:
-    """Return the `inputs` of a part. digests: those of its samples, in the order of their positions."""
+    """Return the `inputs` of a part. digests: the digests of its samples, in the order of their positions."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -82,7 +82,7 @@ def _check(record: Record, digests: bytearray, url: str) -> None:
         )
 
 
-def _sha256(*fields: str | bytes) -> bytes:
+def _hash_fields(*fields: str | bytes) -> bytes:
     """Return the sha256 over the fields, each preceded by its length in eight bytes, big-endian."""
     sha = hashlib.sha256()
     for field in fields:

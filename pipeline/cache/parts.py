@@ -1,7 +1,7 @@
 """The write step: publish a part's file once, and find and read the parts that exist.
 
-A file that exists under a part's name is the part, whatever answer a create got. Its record, read from the file, is the
-one that counts. Nothing in this module removes or overwrites a part.
+If a file exists under a part's name, it is the part, even if a `create` reported an error. The record in that file
+counts. Nothing in this module removes or overwrites a part.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from latentmill.cache import list_part_files as list_part_files
 from latentmill.part_files import read_record_json
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.record import PartInfo, Record, format_part_stem
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.folder import Folder
@@ -28,7 +28,7 @@ class PartFormat(Protocol):
 
     SUFFIX: str  # the extension of the files, with its dot
 
-    def schema_as_json(self, layout: OutputSchema) -> list[dict[str, str]]:
+    def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
     def serialize_part(self, rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
@@ -38,9 +38,9 @@ class PartFormat(Protocol):
 PART_FORMATS: Mapping[Container, PartFormat] = {"parquet": parquet, "webdataset": webdataset}
 
 
-def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
+def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     """Return the columns of a row, or the members of a sample, as cache.json describes them."""
-    return PART_FORMATS[layout.container].schema_as_json(layout)
+    return PART_FORMATS[layout.container].describe_schema(layout)
 
 
 def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
@@ -64,12 +64,12 @@ def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
-    except StorageError:  # the file may exist nevertheless: perhaps only the answer was lost
+    except StorageError:  # the file may exist nevertheless, if only the answer was lost
         if (existing := inspect_part(cache, name, record.identity)) is None:
             raise
         return existing
     if (existing := inspect_part(cache, name, record.identity)) is None:
-        raise StorageError(f"{cache.at(name)} existed when it was to be created, and was removed since; try again")
+        raise StorageError(f"{cache.url_of(name)} existed when it was to be created, and was removed since; try again")
     return existing
 
 
@@ -80,7 +80,7 @@ def find_part(
 
     unit: the unit's name. round: the number of the retry that wrote the part, 0 for a part of the encode command.
     """
-    stem = f"{unit}-{number:05d}" + (f"r{round}" if round else "")
+    stem = format_part_stem(unit, number, round)
     for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
         part = inspect_part(cache, name, identity)
         if part is not None:
@@ -93,25 +93,25 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
 
     Raises CacheError if the file belongs to another cache or another name.
     """
-    data = cache.read_if_there(name)
+    data = cache.read_if_exists(name)
     if data is None:
         return None
-    record = read_record(data, cache.at(name))
+    record = read_record(data, cache.url_of(name))
     if record.identity != identity:
-        raise CacheError(f"{cache.at(name)} belongs to a cache with another identity; move it away")
-    if expected_stem(record) != stem_of(name):
+        raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
+    if get_expected_stem(record) != strip_extension(name):
         raise CacheError(
-            f"{cache.at(name)} holds the part {expected_stem(record)}: it was copied or renamed; move it away"
+            f"{cache.url_of(name)} holds the part {get_expected_stem(record)}: it was copied or renamed; move it away"
         )
     return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def expected_stem(record: Record) -> str:
-    """Return the name of the file in which a part belongs, without the extension."""
+def get_expected_stem(record: Record) -> str:
+    """Return the name that the file of a part must have, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
 
-def stem_of(name: str) -> str:
+def strip_extension(name: str) -> str:
     """Return a name without its extension."""
     return name.rpartition(".")[0]
 
@@ -130,13 +130,13 @@ def read_record(data: bytes, name: str) -> Record:
 def find_empty_duplicates(names: Iterable[str]) -> set[str]:
     """Return the files in `_empty/` that do not count, because the same part is in `data/`, with rows."""
     names = list(names)
-    data_stems = {stem_of(name) for name in names if name.startswith(f"{DATA}/")}
-    return {name for name in names if data_twin(name) in data_stems}
+    data_stems = {strip_extension(name) for name in names if name.startswith(f"{DATA}/")}
+    return {name for name in names if to_data_stem(name) in data_stems}
 
 
-def data_twin(name: str) -> str | None:
+def to_data_stem(name: str) -> str | None:
     """Return the name that the part of a file in `_empty/` has in `data/`, without the extension; None otherwise."""
-    return f"{DATA}/{stem_of(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
+    return f"{DATA}/{strip_extension(name).removeprefix(f'{EMPTY}/')}" if name.startswith(f"{EMPTY}/") else None
 
 
 def is_retry_part(stem: str) -> bool:
@@ -148,27 +148,27 @@ def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None
     """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
 
     def is_wanted(name: str) -> bool:
-        return is_retry_part(stem_of(name)) and (units is None or unit_of(name) in units)
+        return is_retry_part(strip_extension(name)) and (units is None or parse_unit_name(name) in units)
 
     return _read_parts(cache, identity, is_wanted)
 
 
 def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
-    """Read all parts of a unit that exist, also those that `retry` wrote. unit: the unit's name."""
-    return _read_parts(cache, identity, lambda name: unit_of(name) == unit)
+    """Read all existing parts of a unit, including retry parts. unit: the unit's name."""
+    return _read_parts(cache, identity, lambda name: parse_unit_name(name) == unit)
 
 
 def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
-    """Read the parts whose file names are wanted, without those in `_empty/` that do not count."""
+    """Read the parts with wanted file names, without the files in `_empty/` that do not count."""
     names = list_part_files(cache)
     duplicates = find_empty_duplicates(names)
     parts = (inspect_part(cache, name, identity) for name in names if is_wanted(name) and name not in duplicates)
     return [part for part in parts if part is not None]
 
 
-def unit_of(file: str) -> str:
+def parse_unit_name(file: str) -> str:
     """Return the name of the unit that a part's file belongs to."""
-    stem = stem_of(file).partition("/")[2]
+    stem = strip_extension(file).partition("/")[2]
     return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 

@@ -19,10 +19,14 @@ import pyarrow.parquet as pq
 from pipeline.cache import commits
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
-from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, stem
-from pipeline.sources import changes
+from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files, unpack_files
+from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, source_name, stem
+from pipeline.sources.changes import find_changed, find_missing
+from pipeline.sources.duplicates import find_duplicates
 from pipeline.sources.listing import Source, abbreviate
+from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
+from pipeline.sources.relocation import relocate_units
+from pipeline.sources.renames import check_renamed
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
@@ -43,7 +47,7 @@ SCHEMA = pa.schema(
 )
 
 
-# What happens to a changed input, by the state of its units.
+# Notes about changed inputs, by the state of their units.
 CHANGE_NOTES = {
     "finished": "the cache still holds the old version",
     "replanned": "none of their samples are encoded yet, and they are planned again",
@@ -60,7 +64,7 @@ def hash_plan_files(cache: Folder) -> dict[str, str]:
 
 def list_plan_files(cache: Folder) -> list[str]:
     """Return the names of the plan's files, in order."""
-    return [name for name in cache.names(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
+    return [name for name in cache.list_files(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
 
 
 def read_plan(cache: Folder) -> list[Unit]:
@@ -71,8 +75,8 @@ def read_plan(cache: Folder) -> list[Unit]:
 def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
     files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
-    roots = changes.source_roots(itertools.chain.from_iterable(files))
-    return [changes.move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
+    roots = find_source_roots(itertools.chain.from_iterable(files))
+    return [move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
 
 
 def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
@@ -87,7 +91,7 @@ def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
 
 
 def identify_input(unit: Unit) -> str:
-    """Return what identifies a unit's input in the plan: the path of a file, or the name of a folder unit."""
+    """Return the identity of a unit's input in the plan: the path of a file, or the name of a folder unit."""
     return unit.name if unit.kind == "folder" else unit.path
 
 
@@ -110,12 +114,12 @@ def _parse_unit(row: Mapping[str, Any]) -> Unit:
 def _read_rows(cache: Folder, name: str) -> list[dict[str, Any]]:
     data = cache.read(name)
     try:
-        # Without threads: a process that ends right after pyarrow 26 starts its pool is aborted (2 of 25 with torch).
+        # Without threads: if a process ends right after pyarrow 26 starts its pool, it is aborted (2 of 25 with torch).
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
     except Exception as error:  # damaged bytes can make Arrow raise anything
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CacheError(f"{cache.at(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
+        raise CacheError(f"{cache.url_of(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
 
 
 def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
@@ -153,7 +157,7 @@ def extend_plan(
     sources: the sources that list the shards. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through.
-    Raises SourceError if there is nothing to plan, or if the sources are not those that were planned.
+    Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
     sidecars = match_sidecars(shards, texts)
     while True:
@@ -168,7 +172,7 @@ def extend_plan(
         if write_plan_file(cache, number, new):
             return list(select_latest_units([units, new])), notes
         if list_plan_files(cache) == names:
-            path = f"{cache.at(FOLDER)}/{number:05d}.parquet"
+            path = f"{cache.url_of(FOLDER)}/{number:05d}.parquet"
             raise CacheError(f"{path} exists but is not a regular file; move it away")
 
 
@@ -183,37 +187,37 @@ def compare_with_plan(
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
     listed = {shard.path: shard for shard in shards}
-    roots = {(changes.source_name(shard.path), shard.root): None for shard in shards}
+    roots = {(source_name(shard.path), shard.root): None for shard in shards}
     sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
-    planned, notes = changes.relocate_units(planned, listed, sources, same_source)
-    files = {file.path: file for unit in planned for file in changes.input_files(unit)}
+    planned, notes = relocate_units(planned, listed, sources, same_source)
+    files = {file.path: file for unit in planned for file in list_input_files(unit)}
     replanned, more = replan_changed(cache, planned, listed, sidecars, same_source)
     notes += more
     if sidecars.unused:
         unused = "texts that belong to no image or to several images, or that another text replaces"
         notes.append(f"{unused}: {len(sidecars.unused):,} ({abbreviate(sidecars.unused)})")
-    if missing := changes.find_missing(files, listed, sources):
+    if missing := find_missing(files, listed, sources):
         examples = f"{len(missing):,} ({abbreviate(missing)})"
         notes.append(f"planned inputs that are missing: {examples}; their encoded samples stay in the cache")
     if same_source:
         inputs = {identify_input(unit) for unit in replanned}
-        pairs = zip((changes.with_etags(unit, listed) for unit in planned), before, strict=True)
+        pairs = zip((with_etags(unit, listed) for unit in planned), before, strict=True)
         replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
     new, more = find_unplanned(shards, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
-    roots_planned = changes.source_roots(planned)
-    duplicates = changes.find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
+    roots_planned = find_source_roots(planned)
+    duplicates = find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
     if not new_source:
         names, missing_paths = {source.name for source in sources}, set(missing)
         not_listed = {
             path: file
             for path, file in files.items()
-            if path in missing_paths or (path not in listed and changes.source_name(path) not in names)
+            if path in missing_paths or (path not in listed and source_name(path) not in names)
         }
-        names_listed = {changes.source_name(path) for path in files if path in listed}
-        notes += changes.check_renamed(inputs_to_add, not_listed, duplicates, names_listed)
+        names_listed = {source_name(path) for path in files if path in listed}
+        notes += check_renamed(inputs_to_add, not_listed, duplicates, names_listed)
     if duplicates:
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
@@ -224,11 +228,11 @@ def compare_with_plan(
 def replan_changed(
     cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
-    """Return new units for changed inputs of which nothing is encoded yet, and notes about all changed inputs.
+    """Return new units for changed inputs without encoded samples, and notes about all changed inputs.
 
     listed: the listed files, by path.
     """
-    changed = changes.find_changed(planned, listed, sidecars, same_source)
+    changed = find_changed(planned, listed, sidecars, same_source)
     if not changed:
         return [], []
     started, finished = commits.list_started_units(cache), commits.list_finished_units(cache)
@@ -261,7 +265,7 @@ def replan_unit(unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex)
     if unit.kind == "parquet":
         return make_parquet_units(listed[unit.path])
     current = [
-        files_of(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
+        collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)
     ]
     return [replace(unit, **pin_files(current))]

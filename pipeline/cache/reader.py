@@ -6,35 +6,28 @@ from typing import Any
 
 from latentmill import cache as reader
 from latentmill import part_files
-from latentmill.cache import check_digest
-from latentmill.cache_info import NAME
+from latentmill.cache_info import CacheInfo
 from pipeline.cache import identity
-from pipeline.errors import CacheError
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
-from pipeline.storage.connection import absolute
+from pipeline.storage.connection import make_absolute
 from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Cache(reader.Cache):
-    """An open cache, with the VAE's configuration and the layout of the files as the pipeline has them."""
+    """An open cache, with the VAE's configuration and the layout of the files as the pipeline uses them.
+
+    It reads the storage with the retries and limits of the jobs.
+    """
 
     folder: Folder
 
-    @classmethod
-    def open(
-        cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
-    ) -> "Cache":
-        """Open a cache as `latentmill.Cache.open` does. Retries and limits of the storage are those of the jobs."""
-        folder = Folder(absolute(url), options or {})
-        info = identity.read_cache_json(folder)
-        if info is None:
-            raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
-        if digest is not None or verify:
-            check_digest(folder, digest, verify)
-        return cls(folder, info)
+    @staticmethod
+    def _read_info(url: str, options: Mapping[str, Any]) -> tuple[Folder, CacheInfo | None]:
+        folder = Folder(make_absolute(url), options)
+        return folder, identity.read_cache_json(folder)
 
     @property
     def config(self) -> AutoencoderKLConfig:

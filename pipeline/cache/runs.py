@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from latentmill import __version__
-from pipeline.canonical_json import with_checksum
+from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.storage.folder import Folder
 
 FOLDER = "_runs"
@@ -27,7 +27,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def library_versions() -> dict[str, str]:
+def get_library_versions() -> dict[str, str]:
     """Return the versions of the libraries on which a cache's bytes depend."""
     return {
         "latentmill": __version__,
@@ -60,7 +60,7 @@ def read_runs(cache: Folder) -> dict[str, dict[str, Any]]:
     Damaged records are skipped, because records only inform.
     """
     contents = {}
-    names = [name for name in cache.names(FOLDER) if name.endswith(".json")]
+    names = [name for name in cache.list_files(FOLDER) if name.endswith(".json")]
     for name, data in cache.read_each(FOLDER, names):
         with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             content = json.loads(data)
@@ -72,9 +72,9 @@ def read_runs(cache: Folder) -> dict[str, dict[str, Any]]:
     return contents
 
 
-def encode_json(content: Mapping[str, Any]) -> bytes:
+def encode_run(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a run's record with this content, and with its checksum."""
-    return json.dumps(with_checksum(content), indent=1).encode()
+    return indented_json(with_checksum(content))
 
 
 class Run:
@@ -95,14 +95,14 @@ class Run:
             "ended": None,
             "outcome": "running",
             "exit_code": None,
-            "versions": library_versions(),
+            "versions": get_library_versions(),
             "log": None,
         }
 
     def write(self, **facts: Any) -> None:
         """Update the record with these facts, and write it with the current time as its heartbeat."""
         self.content.update(facts, alive=utc_now())
-        self.cache.replace(f"{FOLDER}/{self.name}.json", encode_json(self.content))
+        self.cache.replace(f"{FOLDER}/{self.name}.json", encode_run(self.content))
 
     def write_log(self, content: bytes) -> None:
         """Write the run's messages so far. From then on, the record holds the log's sha256."""

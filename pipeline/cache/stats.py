@@ -4,7 +4,6 @@ Every time, the statistics are computed from all records, never added up over ru
 work was interrupted.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,10 @@ from latentmill.cache import STATS
 from latentmill.cache import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
 from pipeline.cache import commit_scan, commits
-from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, file_name
-from pipeline.cache.parts import find_empty_duplicates, inspect_part, stem_of
+from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, strip_folder
+from pipeline.cache.parts import find_empty_duplicates, inspect_part, strip_extension
 from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
-from pipeline.canonical_json import VERIFY_HINT
+from pipeline.canonical_json import VERIFY_HINT, indented_json
 from pipeline.errors import REST_OF_SHARD, CacheError
 from pipeline.formats.record import BucketTally, PartSummary
 from pipeline.storage.folder import Folder
@@ -44,7 +43,7 @@ def read_parts(
     the same part exists with rows.
     Raises CacheError if a file that a commit names does not exist.
     """
-    listing = listing or CacheListing.of(cache)
+    listing = listing or CacheListing.read(cache)
     duplicates = find_empty_duplicates(listing.files)
 
     def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
@@ -67,7 +66,7 @@ def _parse_entry(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
     try:
         return PartSummary.from_commit(entry)
     except (KeyError, TypeError, AttributeError) as error:
-        file = cache.at(f"{commits.COMMITS}/{name}.json")
+        file = cache.url_of(f"{commits.COMMITS}/{name}.json")
         raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
 
 
@@ -78,7 +77,7 @@ def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: boo
     """
     part = inspect_part(cache, file, identity)
     if part is None:
-        raise CacheError(f"{cache.at(file)} was listed, and was removed since; try again")
+        raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
     if is_to_commit and part.record.round:
         commits.write_commit(cache, [part])
     return part.summary
@@ -88,8 +87,8 @@ def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: boo
 class RunningStats:
     """The statistics of the parts so far. Parts must be added in the order of their file names.
 
-    rests, superseded_rests: where rests of damaged shards are rejected, and those that a retry part supersedes, as unit
-    and position. They are separate, because a retry part can exist although the part with the reject was lost.
+    rests: the unit and position of each rejected rest of a damaged shard. superseded_rests: of each rest that a retry
+    part supersedes. The two are separate, because a retry part can exist although the part with the reject was lost.
     """
 
     rows: int = 0
@@ -130,7 +129,7 @@ class RunningStats:
 
     @property
     def rejected(self) -> dict[str, int]:
-        """The number of rejected samples per reason, without those that a retry part supersedes."""
+        """The number of rejects per reason, without the rejects that a retry part supersedes."""
         counts = self.reject_counts.copy()
         counts[REST_OF_SHARD] = len(self.rests - self.superseded_rests)
         return {reason: counts[reason] for reason in sorted(+counts)}
@@ -154,9 +153,9 @@ def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def summarize_parts(parts: Iterable[PartSummary]) -> dict[str, Any]:
-    """Return the content of stats.json for a cache with these parts, which may come in any order."""
+    """Return the content of stats.json for a cache with these parts, in any order."""
     sums, hashes = RunningStats(), dict[str, str]()
-    for part in sorted(parts, key=lambda part: file_name(part.file)):
+    for part in sorted(parts, key=lambda part: strip_folder(part.file)):
         sums.add(part)
         hashes[part.file] = part.sha256
     return summarize(sums, hashes)
@@ -179,17 +178,17 @@ class StatsWriter:
 
     def write(self) -> dict[str, Any]:
         """Sum up the parts that are in the cache now, write stats.json, and return its content."""
-        listing = CacheListing.of(self.cache)
+        listing = CacheListing.read(self.cache)
         after, sums = self._rewind(listing.files)
         interval = max(1, len(listing.files) // self.SNAPSHOTS)
         for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.repair, after), 1):
             sums.add(part)
             self._hashes[part.file] = part.sha256
             if number % interval == 0:
-                self._snapshots.append((file_name(part.file), sums.copy()))
+                self._snapshots.append((strip_folder(part.file), sums.copy()))
         self.files = listing.files
         content = summarize(sums, self._hashes)
-        self.cache.replace(NAME, encode_json(content))
+        self.cache.replace(NAME, encode_stats(content))
         return content
 
     def _rewind(self, files: Sequence[str]) -> tuple[str, RunningStats]:
@@ -199,7 +198,7 @@ class StatsWriter:
         """
         removed = set(self.files) - set(files)
         changed = set(files) ^ set(self.files)
-        first = min((file_name(stem_of(file)) for file in changed), default="")
+        first = min((strip_folder(strip_extension(file)) for file in changed), default="")
         while changed and self._snapshots[-1][0] >= first:
             self._snapshots.pop()
         for file in removed:
@@ -209,7 +208,7 @@ class StatsWriter:
 
 
 def find_implausible(content: Mapping[str, Any]) -> list[str]:
-    """Return a line for each channel that is constant, or nearly so, which suggests a broken VAE.
+    """Return a line for each constant or nearly constant channel. Such a channel suggests a broken VAE.
 
     content: the content of stats.json.
     """
@@ -238,6 +237,6 @@ def _suggest_scaling(tally: BucketTally) -> dict[str, Any]:
     }
 
 
-def encode_json(content: Mapping[str, Any]) -> bytes:
+def encode_stats(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of stats.json with this content."""
-    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+    return indented_json(content) + b"\n"

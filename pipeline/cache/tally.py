@@ -16,7 +16,7 @@ from pipeline.formats.record import BucketTally
 from pipeline.records import Row, Store
 
 
-def bucket_name(height: int, width: int) -> str:
+def format_bucket(height: int, width: int) -> str:
     """Return the name of a bucket: "HxW", the size of its images in pixels."""
     return f"{height}x{width}"
 
@@ -26,7 +26,7 @@ def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTa
     tally_bucket = tally_moments if store == "moments" else tally_latents
     buckets: dict[str, list[Tensor]] = {}
     for row in rows:
-        buckets.setdefault(bucket_name(*row.image.bucket), []).append(row.latent)
+        buckets.setdefault(format_bucket(*row.image.bucket), []).append(row.latent)
     return {name: tally_bucket(buckets[name]) for name in sorted(buckets)}
 
 
@@ -53,7 +53,7 @@ def tally_latents(latents: Sequence[Tensor]) -> BucketTally:
 
 
 def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
-    """Return the statistics of moments [2C, h, w] of one size: those of the means, and the mean of the variances."""
+    """Return the statistics of moments [2C, h, w] of one size: of the means, with the mean of the variances."""
     tally = tally_latents([moment.chunk(2)[0] for moment in moments])
     logvars = [moment.chunk(2)[1] for moment in moments]
     tally.variance = [

@@ -1,6 +1,6 @@
-"""Rows to the bytes of one Parquet part, its record inside the footer as the file metadata `latentmill`.
+"""Serialize rows as a Parquet part. The record is in the footer, as the file metadata `latentmill`.
 
-Equal rows and records give equal bytes: what could vary (compression, row groups, statistics) is fixed here.
+Equal rows and records give equal bytes, because compression, row groups and statistics are fixed here.
 """
 
 import io
@@ -24,20 +24,20 @@ COMPRESSION = "zstd"
 _LATENT = "latent"  # latents do not compress, repeat or sort; everything else does
 
 
-def schema_of(layout: OutputSchema) -> pa.Schema:
-    """The columns of every part."""
+def make_schema(layout: OutputSchema) -> pa.Schema:
+    """Return the schema of every part of a cache."""
     return pa.schema([*BASE_SCHEMA, *layout.columns.schema])
 
 
-def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
-    """The columns as cache.json names them."""
-    return [{"name": field.name, "type": str(field.type)} for field in schema_of(layout)]
+def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
+    """Return the columns of a row as cache.json names them."""
+    return [{"name": field.name, "type": str(field.type)} for field in make_schema(layout)]
 
 
 def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
-    """The file of a part. rows: at least one, by bucket and then position."""
-    schema, sink = schema_of(layout), io.BytesIO()
-    others = [path for field in schema if field.name != _LATENT for path in _paths(field.name, field.type)]
+    """Return the content of a part's file. rows: at least one, sorted by bucket, then by position."""
+    schema, sink = make_schema(layout), io.BytesIO()
+    others = [path for field in schema if field.name != _LATENT for path in _list_paths(field.name, field.type)]
     with pq.ParquetWriter(
         sink,
         schema,
@@ -46,13 +46,13 @@ def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) ->
         write_statistics=others,
         write_page_checksum=True,
     ) as writer:
-        for group in _row_groups(rows):
-            writer.write_table(_table(group, record, schema), row_group_size=len(group))
+        for group in _split_into_row_groups(rows):
+            writer.write_table(_make_table(group, record, schema), row_group_size=len(group))
         writer.add_key_value_metadata({PARQUET_RECORD.decode(): record.to_json().decode()})
     return sink.getvalue()
 
 
-def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     latents = columns = 0
     for row in rows:
@@ -66,27 +66,27 @@ def _row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist([_columns(row, record.source) for row in rows], schema=schema)
+def _make_table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([_make_columns(row, record.source) for row in rows], schema=schema)
 
 
-def _paths(name: str, kind: pa.DataType) -> list[str]:
-    """A column's leaves as Parquet names them."""
+def _list_paths(name: str, kind: pa.DataType) -> list[str]:
+    """Return the paths of a column's leaves, as Parquet names them."""
     if pa.types.is_struct(kind):
-        return [path for field in kind for path in _paths(f"{name}.{field.name}", field.type)]
+        return [path for field in kind for path in _list_paths(f"{name}.{field.name}", field.type)]
     if pa.types.is_map(kind):
-        return [f"{name}.key_value.key", *_paths(f"{name}.key_value.value", kind.item_type)]
+        return [f"{name}.key_value.key", *_list_paths(f"{name}.key_value.value", kind.item_type)]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _paths(f"{name}.list.element", kind.value_type)
+        return _list_paths(f"{name}.list.element", kind.value_type)
     return [name]
 
 
-def _columns(row: Row, shard: str) -> dict[str, Any]:
+def _make_columns(row: Row, shard: str) -> dict[str, Any]:
     image = row.image
     return {
         "key": image.key,
         "shard": shard,
-        "latent": _bytes(row.latent),
+        "latent": _get_bytes(row.latent),
         "shape": list(row.latent.shape),
         "dtype": str(row.latent.dtype).removeprefix("torch."),
         **image.geometry,
@@ -94,6 +94,9 @@ def _columns(row: Row, shard: str) -> dict[str, Any]:
     }
 
 
-def _bytes(latent: torch.Tensor) -> bytes:
-    """A latent's values in C order. Flat first: one of 1 x 1 counts as contiguous whatever its strides are."""
+def _get_bytes(latent: torch.Tensor) -> bytes:
+    """Return a latent's values in C order.
+
+    It is flattened first, because torch considers a 1 x 1 latent contiguous whatever its strides are.
+    """
     return latent.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()

@@ -28,13 +28,18 @@ class BucketTally:
     variance: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a record holds them: `variance` is left out if it is None."""
+        """Return the fields for a record, without `variance` if it is None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def format_part_stem(unit: str, number: int, round: int = 0) -> str:
+    """Return the file name of a part, without its folder and extension. round: of a retry part; otherwise 0."""
+    return f"{unit}-{number:05d}" + (f"r{round}" if round else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The record inside a part's file: what the part was made from and what it counts. It does not depend on the run.
+    """The record inside a part's file: the input of the part, and its counts. It does not depend on the run.
 
     inputs: sha256 over the part's samples as they were read (`pipeline.cache.input_hash`).
     round, supersedes: only of a retry part, which `retry` writes beside the part of the same number. `round` is the
@@ -64,7 +69,7 @@ class Record:
     @property
     def stem(self) -> str:
         """The file name of the part, without its folder and extension."""
-        return f"{self.unit}-{self.part:05d}" + (f"r{self.round}" if self.round else "")
+        return format_part_stem(self.unit, self.part, self.round)
 
     @property
     def positions(self) -> list[int]:
@@ -105,7 +110,7 @@ class Record:
         return fields
 
     def to_json(self) -> bytes:
-        """Return the record as canonical JSON, as the part's file holds it."""
+        """Return the record as canonical JSON, for the part's file."""
         return canonical_json(self.to_dict())
 
     @classmethod

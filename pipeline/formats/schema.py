@@ -1,4 +1,4 @@
-"""What the files of a cache look like: the container, what is stored of a posterior, and the columns of a row."""
+"""The layout of a cache's files: the container, the stored form of a posterior, and the columns of a row."""
 
 import base64
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ BASE_SCHEMA = pa.schema(
 _PREFIX = "source_"
 
 
-def cache_column_name(name: str) -> str:
-    """What a column of a source is called in a cache: `source_` before a name that is ours, or is ours so prefixed."""
-    return _PREFIX + name if _bare(name) in BASE_SCHEMA.names else name
+def to_cache_name(name: str) -> str:
+    """Return the name in the cache of a source's column. `source_` precedes names of BASE_SCHEMA, prefixed or not."""
+    return _PREFIX + name if _strip_prefixes(name) in BASE_SCHEMA.names else name
 
 
-def source_column_name(name: str) -> str:
-    """What a passed-through column is called in its source."""
-    return name.removeprefix(_PREFIX) if _bare(name) in BASE_SCHEMA.names else name
+def to_source_name(name: str) -> str:
+    """Return the name in its source of a column of the cache."""
+    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in BASE_SCHEMA.names else name
 
 
-def _bare(name: str) -> str:
+def _strip_prefixes(name: str) -> str:
     while name.startswith(_PREFIX):
         name = name.removeprefix(_PREFIX)
     return name
@@ -45,10 +45,10 @@ def _bare(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PassthroughColumns:
-    """The passed-through columns.
+    """The columns that are copied from the sources.
 
-    schema: their names in the cache, and their types; all may be null. texts: those that are text members of tars and
-    files beside images, by their extension; from Parquet files come any.
+    schema: their names in the cache, and their types; all may be null. texts: the names of the columns that can come
+    from text members of tars and from text files beside images. Parquet files can have any column.
     """
 
     schema: pa.Schema
@@ -56,11 +56,11 @@ class PassthroughColumns:
 
     @property
     def from_parquet(self) -> pa.Schema:
-        """Those that no text member holds."""
+        """The columns that can come only from Parquet files."""
         return pa.schema([field for field in self.schema if field.name not in self.texts])
 
     def to_info(self) -> PassthroughInfo:
-        """Return them as cache.json holds them: the schema as Arrow's own serialization, which knows every type."""
+        """Return the entry of cache.json. The schema is serialized by Arrow, which supports every type."""
         return PassthroughInfo(
             texts=self.texts, arrow_schema=base64.b64encode(self.schema.serialize().to_pybytes()).decode()
         )
@@ -76,7 +76,7 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """What a part's writer must know."""
+    """The layout of a cache's files, as the writers of parts need it."""
 
     container: Container = "parquet"
     store: Store = "mode"

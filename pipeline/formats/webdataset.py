@@ -1,7 +1,7 @@
-"""Rows to the bytes of one WebDataset shard, its record in front as the PAX global header `LATENTMILL.record`.
+"""Serialize rows as a WebDataset shard. The record is at its start, as the PAX global header `LATENTMILL.record`.
 
-A sample is `<key>.latent.npy` (or `<key>.moments.npy`), `<key>.latent.json` with what else is known of it, and the
-texts that came with the image. Equal rows and records give equal bytes: members have no time and no owner.
+A sample is `<key>.latent.npy` (or `<key>.moments.npy`), `<key>.latent.json` with its other columns, and the texts of
+the image. Equal rows and records give equal bytes, because members have no time and no owner.
 """
 
 import io
@@ -20,30 +20,33 @@ from pipeline.values import to_json_value
 SUFFIX = WEBDATASET_SUFFIX
 
 
-def schema_as_json(layout: OutputSchema) -> list[dict[str, str]]:
-    """The members of a sample as cache.json names them."""
+def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
+    """Return the members of a sample as cache.json names them."""
     texts = [{"name": name, "type": "text"} for name in layout.columns.texts]
-    return [{"name": f"{_array(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
+    return [{"name": f"{_get_array_name(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
 
 
-def _array(layout: OutputSchema) -> str:
+def _get_array_name(layout: OutputSchema) -> str:
     return "moments" if layout.store == "moments" else "latent"
 
 
 def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
-    """The file of a part. rows: at least one, by bucket and then position; not bfloat16, which numpy does not know."""
+    """Return the content of a part's file.
+
+    rows: at least one, sorted by bucket, then by position. bfloat16 is not possible, because numpy does not support it.
+    """
     sink = io.BytesIO()
     headers = {WEBDATASET_RECORD: record.to_json().decode()}
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
-            for name, data in _members(row, record.source, layout):
+            for name, data in _make_members(row, record.source, layout):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return sink.getvalue()
 
 
-def _members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
+def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
     image, latent = row.image, row.latent.contiguous().numpy()
     array = io.BytesIO()
     np.lib.format.write_array(array, latent, version=(1, 0), allow_pickle=False)
@@ -56,7 +59,7 @@ def _members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, 
     }
     texts = layout.columns.texts
     info |= {name: to_json_value(image.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
-    yield f"{image.key}.{_array(layout)}.npy", array.getvalue()
+    yield f"{image.key}.{_get_array_name(layout)}.npy", array.getvalue()
     yield image.key + SAMPLE_JSON, canonical_json(info)
     for name in texts:
         if (text := image.columns.get(name)) is not None:

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes, all of about the same area, at which images of any shape are encoded.
+"""Aspect-ratio buckets: a few sizes of about the same area, at which images of any shape are encoded.
 
 The grid is the one of NovelAI ("Novel AI Improvements on Stable Diffusion", 2022), which trainers have used since. It
 has all pairs of sides that are multiples of `multiple_of`, from half to twice `side`. Each side is paired with the
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 Bucket = tuple[int, int]  # height, width
 
 
-def grid(side: int, multiple_of: int) -> tuple[Bucket, ...]:
+def make_grid(side: int, multiple_of: int) -> tuple[Bucket, ...]:
     """Return the sorted buckets of about side * side pixels. Both arguments in pixels; side >= 2 * multiple_of."""
     sides = range(math.ceil(side / 2 / multiple_of) * multiple_of, 2 * side + 1, multiple_of)
     pairs = {(first, side * side // first // multiple_of * multiple_of) for first in sides}
@@ -20,7 +20,7 @@ def grid(side: int, multiple_of: int) -> tuple[Bucket, ...]:
     return tuple(sorted(both | {(width, height) for height, width in both}))
 
 
-def nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
+def find_nearest(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
     """Return the bucket whose aspect ratio differs from the image's by the smallest factor; of equals, the largest."""
 
     def distance(bucket: Bucket) -> tuple[float, int]:

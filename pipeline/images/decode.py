@@ -65,14 +65,14 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
     try:
         image.load()
-        return np.asarray(_rgb(_upright(image)))
+        return np.asarray(_convert_to_rgb(_rotate_upright(image)))
     except (MemoryError, Rejected):
         raise
     except Exception:
         raise Rejected("open", "corrupt") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _rotate_upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation. Damaged metadata is ignored, because the image itself may be intact."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
@@ -83,7 +83,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB by the rules of this module."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

@@ -1,4 +1,4 @@
-"""Decode images in a separate process, for a unit whose worker died: one of its images may be the cause.
+"""Decode images in a separate process, after a unit's worker died. One of the unit's images may be the cause.
 
 An image is rejected if it ends this process, takes too long, or needs too much memory. A new process decodes the next
 image. Normally images are decoded in threads of the worker (`pipeline.flow`), which cannot be stopped.

@@ -6,7 +6,7 @@ So the numbers are the same in every run, on any worker and in any order of the 
 import hashlib
 
 
-def seed_of(seed: int, purpose: str, shard: str, key: str) -> int:
+def derive_seed(seed: int, purpose: str, shard: str, key: str) -> int:
     """Return the 63-bit seed of one sample's random numbers for one purpose. seed: of the cache (`--seed`)."""
     text = "\0".join((str(seed), purpose, shard, key))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

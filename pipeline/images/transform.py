@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.images.buckets import Bucket, nearest
-from pipeline.images.seeds import seed_of
+from pipeline.images.buckets import Bucket, find_nearest
+from pipeline.images.seeds import derive_seed
 from pipeline.records import Crop, Flip, Interpolation
 
 # Part of a cache's identity. Increase it if the same settings give other pixels.
@@ -85,7 +85,7 @@ class Transform:
         if min(height, width) < self.min_size:
             return None
         square = (self.resolution, self.resolution)
-        out_height, out_width = nearest(self.buckets, height, width) if self.buckets else square
+        out_height, out_width = find_nearest(self.buckets, height, width) if self.buckets else square
         if out_height * width >= out_width * height:  # the height determines the scale
             tall, wide = out_height, max(out_width, round(width * out_height / height))
         else:
@@ -105,7 +105,7 @@ class Transform:
 
     def _draw(self, purpose: str, shard: str, key: str) -> float:
         """Return a random number in [0, 1) that follows from the sample."""
-        return random.Random(seed_of(self.seed, purpose, shard, key)).random()
+        return random.Random(derive_seed(self.seed, purpose, shard, key)).random()
 
     def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
         """Transform RGB uint8 [H, W, 3] to uint8 [3, out_height, out_width]."""
@@ -133,14 +133,14 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpola
 
 def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
     """Compute only the crop of the resized image, uint8 [out_height, out_width, 3]."""
-    rows, top, bottom = _window(fit.top, fit.out_height, fit.height, pixels.shape[0])
-    columns, left, right = _window(fit.left, fit.out_width, fit.width, pixels.shape[1])
+    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, pixels.shape[0])
+    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, pixels.shape[1])
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
     size, box = (fit.out_width, fit.out_height), (left, top, right, bottom)
     return torch.from_numpy(np.asarray(image.resize(size, _PILLOW[interpolation], box)).copy())
 
 
-def _window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
+def _choose_window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
     """Return the source pixels of one side that `count` resized pixels depend on, and the box inside them.
 
     Pillow stores boxes in float32. In a whole image of 65,535 pixels the box would be off by several resized pixels.

@@ -38,7 +38,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     digests, damage = bytearray(), ""
     try:
         for sample in flow.read_samples(
-            reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
+            reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
         ):
             digests += input_hash.hash_sample(sample)
     except DamagedError as error:
@@ -73,7 +73,7 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
         rejected: dict[str, str] = {}
         try:
             for sample in flow.read_samples(
-                reading.current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
+                reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
             ):
                 if isinstance(sample, Sample) and sample.key in remaining:
                     file, row = remaining.pop(sample.key)

@@ -1,11 +1,11 @@
-"""Retry of rejected samples: those that now succeed become a retry part beside the part that rejected them.
+"""Retry rejected samples. Samples that now succeed become a retry part, next to the part that rejected them.
 
 A sample can succeed now because limits were raised, because a newer library decodes it, or because a damaged shard was
 restored. Existing files are never changed. A retry part, such as `<unit>-<part>r1`, lists the rejects that it
 supersedes. A reject counts until a retry part supersedes it.
 
 The rest of a damaged shard is encoded part by part. Each of these parts ends with a `rest_of_shard` reject if more
-samples follow. So the rest is done only when all its samples are.
+samples follow. So the rest is done only when all its samples are encoded.
 """
 
 import threading
@@ -40,7 +40,7 @@ from pipeline.weights import Vae
 class RetryTask:
     """A unit with rejects that count.
 
-    rejected, superseded: the rejects of all its parts, and those that retry parts supersede, as position and reason.
+    rejected: the rejects of all its parts, as position and reason. superseded: the rejects that retry parts supersede.
     rounds: the number of the last retry, by part number.
     rests: the records of the retry parts that hold samples from the rest of a damaged shard.
     any_size: whether the input may have another size than planned.
@@ -63,7 +63,7 @@ def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[st
     """Return a task for each unit that has rejects to retry.
 
     parts: all parts that have rejects or that a retry wrote.
-    started: the paths of the inputs of which the encode command read at least one sample.
+    started: the paths of the inputs from which the encode command read at least one sample.
     """
     records_by_unit: dict[str, list[Record]] = {}
     for part in parts:
@@ -103,7 +103,7 @@ class RemainingRejects:
         self._update()
 
     def add(self, record: Record) -> None:
-        """Add the rejects of a retry part, and those that it supersedes."""
+        """Add the rejects of a retry part, and the rejects that it supersedes."""
         self.rejected |= {(reject.position, reject.reason) for reject in record.rejects}
         self.superseded |= set(record.supersedes)
         self.rounds[record.part] = record.round
@@ -152,7 +152,7 @@ class RetryWorker:
         self.encoder = encoder
 
     def run(self, task: RetryTask, attempt: Attempt = FIRST_ATTEMPT) -> UnitReport:
-        """Retry a unit. Images are decoded in a separate process, because an image may have crashed one before."""
+        """Retry a unit. Images are decoded in a separate process, because one may have crashed a worker before."""
         context = self.encoder.context
         with SandboxedDecoder(context.spec.limits) as decoder:
             return retry_unit(task, replace(context, open_pixels=decoder.open_pixels, damaged_at=attempt.damaged_at))
@@ -190,7 +190,7 @@ def take_samples_of_part(
 
 
 def record_positions(samples: Iterable[Sample | Reject], positions: list[int]) -> Iterator[Sample | Reject]:
-    """Yield the same samples, and append their positions. An input may have fewer samples than it had."""
+    """Yield the same samples, and append their positions. An input may have fewer samples than before."""
     for sample in samples:
         positions.append(sample.position)
         yield sample
@@ -234,7 +234,7 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
     The check raises an error if the input does not have the samples from which the other parts were made.
     """
     unit, spec = task.unit, context.spec
-    current = reading.current_version(unit, spec.source_options)
+    current = reading.fetch_current_version(unit, spec.source_options)
     is_as_planned = (current.bytes, current.etag) == (unit.bytes, unit.etag or current.etag)
     if not is_as_planned and current.bytes != unit.bytes and not task.any_size:
         raise SourceError(
@@ -268,7 +268,7 @@ def make_retry_record(
 ) -> Record | None:
     """Return the record of the samples that succeeded, or None if none did. Other samples are removed from `buffer`.
 
-    positions: those of the samples that were retried. following: the next sample to retry, if any.
+    positions: of the retried samples. following: the next sample to retry, if any.
     """
     failed = {reject.position for reject in buffer.rejects}
     superseded = [(p, remaining.reasons[p]) for p in positions if p in remaining.reasons and p not in failed]
@@ -298,6 +298,6 @@ def publish_retry_part(record: Record, buffer: PartBuffer, remaining: RemainingR
     part = publish_part(spec.cache, record, buffer.rows, spec.layout)
     commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
-        raise StorageError(f"another retry wrote {spec.cache.at(part.file)} with other samples; run retry again")
+        raise StorageError(f"another retry wrote {spec.cache.url_of(part.file)} with other samples; run retry again")
     remaining.add(part.record)
     return part

@@ -11,7 +11,7 @@ from pipeline.storage.folder import Folder
 
 
 def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
-    """Return what is done and what is left. now: the current time, with a time zone, to compare heartbeats with.
+    """Return the progress of a cache. now: the current time, with a time zone, to compare heartbeats with.
 
     state: `running`; `done`; `silent` if the last run neither ended nor writes heartbeats; `failed` or `stopped` if the
     last run ended so; otherwise `planned`. images_per_second (over the last minute) and seconds_left come from the runs

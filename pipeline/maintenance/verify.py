@@ -1,7 +1,7 @@
 """Check a cache: every file against its record, and the records against the plan and each other.
 
-Nothing is taken on trust: rows are read and counted, their statistics are computed again, and hashes are compared. Each
-problem names a file and says what to do. Two further checks need the inputs: see `pipeline.maintenance.reencode`.
+Rows are read and counted, their statistics are computed again, and hashes are compared. Each problem names a file and
+a remedy. Two further checks need the inputs: see `pipeline.maintenance.reencode`.
 """
 
 import hashlib
@@ -19,15 +19,23 @@ import numpy as np
 from pipeline.cache import card as card_module
 from pipeline.cache import commits, identity, plan, runs, stats
 from pipeline.cache.card import NAME
-from pipeline.cache.parts import DATA, EMPTY, data_twin, find_empty_duplicates, is_retry_part, schema_as_json, stem_of
+from pipeline.cache.parts import (
+    DATA,
+    EMPTY,
+    describe_schema,
+    find_empty_duplicates,
+    is_retry_part,
+    strip_extension,
+    to_data_stem,
+)
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.records import Unit
-from pipeline.sources.units import unit_name_of
+from pipeline.sources.units import derive_unit_name
 from pipeline.storage.folder import Folder
 
 PART_THREADS = 4  # threads that check parts: each one holds a whole file in memory
@@ -62,7 +70,7 @@ class Findings:
     rebuildable: list[str] = field(default_factory=list)
 
     def group_by_unit(self) -> dict[str, list[PartInfo]]:
-        """Return the parts of each unit in the order of their numbers, including those that `retry` wrote."""
+        """Return the parts of each unit in the order of their numbers, including retry parts."""
         parts_of_units: dict[str, list[PartInfo]] = {}
         for part in sorted(self.parts, key=lambda part: part.record.part):
             parts_of_units.setdefault(part.record.unit, []).append(part)
@@ -85,7 +93,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     if findings.problems:  # every other check compares with cache.json
         return findings
     check_plan(cache.folder, findings)
-    listed = {folder: cache.folder.listed(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
+    listed = {folder: cache.folder.list_entries(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
     findings.problems += check_unexpected_files(listed)
     names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
     files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
@@ -97,7 +105,8 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     files = [file for file in files if file not in duplicates]
     checks: list[PartCheck] = []
     with ThreadPoolExecutor(PART_THREADS) as pool:
-        for check in in_order(pool, lambda file: check_part(cache, file, findings.units), files, window=PART_THREADS):
+        check_file = partial(check_part, cache, units=findings.units)
+        for check in map_in_order(pool, check_file, files, window=PART_THREADS):
             checks.append(check)
             on_file()
     for check in checks:
@@ -111,7 +120,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     def read(names: Iterable[str]) -> Iterator[CommitFiles]:
         with ThreadPoolExecutor(SMALL_FILE_THREADS) as pool:
             read_files = partial(read_commit_files, cache.folder, committed, rejected)
-            yield from in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
+            yield from map_in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
 
     findings.problems += check_names(findings.units, committed, rejected)
     check_units(read(findings.units), findings, sound)
@@ -137,13 +146,13 @@ def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], n
     """Read the files of a commit. Only files that were listed are requested."""
     return CommitFiles(
         name,
-        folder.read_if_there(f"{commits.COMMITS}/{name}.json") if name in committed else None,
-        folder.read_if_there(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
+        folder.read_if_exists(f"{commits.COMMITS}/{name}.json") if name in committed else None,
+        folder.read_if_exists(f"{commits.REJECTS}/{name}.jsonl") if name in rejected else None,
     )
 
 
 def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> Iterator[Problem]:
-    """Find files in a cache's folders that do not belong there, by their names: some readers would read them.
+    """Find unexpected files in a cache's folders by their names. Some readers would read such files.
 
     listed: the files of each folder, and its other entries.
     """
@@ -158,21 +167,21 @@ def check_unexpected_files(listed: Mapping[str, tuple[Sequence[str], Sequence[st
 
 
 def check_content(cache: Cache) -> Iterator[Problem]:
-    """Check cache.json: its own sha256, and that the values which it holds twice are equal."""
+    """Check cache.json: its own sha256, and that duplicated values are equal."""
     info = cache.info
     try:
-        config = identity.raw_config(cache.config)
+        config = identity.select_raw_fields(cache.config)
     except ValueError as error:
         yield Problem(identity.NAME, f"the VAE's configuration is not valid: {error}", RESTORE)
         return
     data = cache.folder.read(identity.NAME)
-    if data != identity.encode_json(with_checksum(info.to_dict())):
+    if data != identity.encode_cache_json(with_checksum(info.to_dict())):
         yield Problem(identity.NAME, "it was changed after it was written: its sha256 does not match", RESTORE)
     if info.vae.constants != {name: info.vae.config.get(name) for name in info.vae.constants}:
         yield Problem(identity.NAME, "the constants of the VAE differ from its configuration", RESTORE)
     if config != info.identity.config:
         yield Problem(identity.NAME, "the VAE's configuration differs from the identity", RESTORE)
-    if [asdict(column) for column in info.schema] != schema_as_json(cache.layout):
+    if [asdict(column) for column in info.schema] != describe_schema(cache.layout):
         yield Problem(identity.NAME, "the schema does not match the identity and the columns", RESTORE)
 
 
@@ -208,7 +217,7 @@ def check_plan_file(folder: Folder, name: str, findings: Findings, files: list[l
     files.append(units)
     names: set[str] = set()
     for unit in units:
-        if unit.name != unit_name_of(unit):
+        if unit.name != derive_unit_name(unit):
             yield Problem(file, f"the name of the unit {unit.name} does not match its input", RESTORE)
         if unit.name in names or findings.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
@@ -248,7 +257,7 @@ def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Seq
     parts_of_units = findings.group_by_unit()
     sound_files = {part.file for part in sound}
     reported = {problem.file for problem in findings.problems}
-    stems = {PurePosixPath(stem_of(file)).name for file in reported}
+    stems = {PurePosixPath(strip_extension(file)).name for file in reported}
     units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
     for files in all_files:
@@ -299,10 +308,10 @@ def check_retries(
     findings: Findings,
     sound: Sequence[PartInfo],
 ) -> Iterator[Problem]:
-    """Check the parts that `retry` wrote: each has a commit of its own, and supersedes rejects that exist."""
+    """Check the retry parts: each has its own commit, and supersedes existing rejects."""
     sound_files = {part.file for part in sound}
     reported = {problem.file for problem in findings.problems}
-    retries = {commits.commit_name([part]): part for part in findings.parts if part.record.round}
+    retries = {commits.get_commit_name([part]): part for part in findings.parts if part.record.round}
     for files in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
         part = retries.get(files.name)
         problems = check_commit(files, [part] if part else [], sound_files, reported)
@@ -355,16 +364,16 @@ def _compare_with_parts(
         yield Problem(file, "it names no parts", f"move it away, and run {command}")
     if len(committed) != len(content["parts"]) or any(part.record.unit != content["unit"] for part in parts):
         yield Problem(file, "it names a part twice, or another unit", REBUILD)
-    stems = {stem_of(name) for name in existing}
-    twins = {name for name in committed if data_twin(name) in stems}
+    stems = {strip_extension(name) for name in existing}
+    twins = {name for name in committed if to_data_stem(name) in stems}
     if twins:
         message = "it names parts without rows that also exist in data/, with rows"
         yield Problem(file, message, "run the encode command again, which repairs it")
     for missing in sorted(committed.keys() - existing.keys() - twins):
         message = "it was committed, but is missing or is not a part of this cache"
         yield Problem(missing, message, f"move it, if it exists, and {file} away, and run {command}")
-    twin_stems = {data_twin(name) for name in twins}
-    for added in sorted(name for name in existing.keys() - committed.keys() if stem_of(name) not in twin_stems):
+    twin_stems = {to_data_stem(name) for name in twins}
+    for added in sorted(name for name in existing.keys() - committed.keys() if strip_extension(name) not in twin_stems):
         yield Problem(added, "it was added after its unit was finished", AWAY)
     for name in sorted(existing.keys() & committed.keys()):
         part = existing[name]
@@ -377,15 +386,15 @@ def _compare_with_parts(
 
 
 def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
-    """Compare stats.json and README.md with what the parts give."""
+    """Compare stats.json and README.md with the statistics of the parts."""
     expected = stats.summarize_parts(part.summary for part in parts)
-    data = cache.folder.read_if_there(stats.NAME)
+    data = cache.folder.read_if_exists(stats.NAME)
     if data is None:
         yield Problem(stats.NAME, "it is missing: no run has ended yet", REWRITE)
         return
-    if data != stats.encode_json(expected):
+    if data != stats.encode_stats(expected):
         yield Problem(stats.NAME, "it differs from the statistics of the records", REWRITE)
-    card = cache.folder.read_if_there(NAME)
+    card = cache.folder.read_if_exists(NAME)
     versions_of_runs = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
     versions = {str(entry.get("latentmill")) for entry in versions_of_runs if isinstance(entry, dict)}
     if card not in [card_module.render_card(cache, expected, version) for version in versions]:
@@ -394,13 +403,13 @@ def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Proble
 
 def check_runs(folder: Folder) -> Iterator[Problem]:
     """Check the records of runs and their logs. They only inform, but must not be changed either."""
-    for name in filter(lambda name: name.endswith(".json"), folder.names(runs.FOLDER)):
+    for name in filter(lambda name: name.endswith(".json"), folder.list_files(runs.FOLDER)):
         if not _is_unchanged_run(folder.read(f"{runs.FOLDER}/{name}")):
             yield Problem(f"{runs.FOLDER}/{name}", "it was changed after it was written", f"{AWAY}: it only informs")
     for run, content in runs.read_runs(folder).items():
         # the log of a run that was killed can be newer than the run's record
         sha256, file = content["ended"] and content.get("log"), f"{runs.FOLDER}/{run}.log"
-        log = folder.read_if_there(file) if sha256 else None
+        log = folder.read_if_exists(file) if sha256 else None
         if log is not None and hashlib.sha256(log).hexdigest() != sha256:
             yield Problem(file, "it was changed after it was written", f"{AWAY}: it only informs")
 
@@ -409,7 +418,7 @@ def rebuild_records(cache: Cache, findings: Findings) -> list[str]:
     """Rewrite the rebuildable files in `_commits` and `_rejects` from their parts. Returns the commits' names."""
     parts_of_commits: dict[str, list[PartInfo]] = {}
     for part in sorted(findings.parts, key=lambda part: part.record.part):
-        parts_of_commits.setdefault(commits.commit_name([part]), []).append(part)
+        parts_of_commits.setdefault(commits.get_commit_name([part]), []).append(part)
     for name in findings.rebuildable:
         commits.rewrite_commit(cache.folder, parts_of_commits[name])
     return findings.rebuildable
@@ -419,7 +428,7 @@ def _is_unchanged_run(data: bytes) -> bool:
     """Return whether this is the record of a run as it was written."""
     try:
         content = json.loads(data)
-        return bool(data == runs.encode_json(content))
+        return bool(data == runs.encode_run(content))
     except (ValueError, RecursionError, TypeError, AttributeError):
         return False
 

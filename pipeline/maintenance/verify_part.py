@@ -22,7 +22,7 @@ from pipeline.records import Unit
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem with a file of a cache. what: what is wrong with it. do: what the user should do."""
+    """A problem with a file of a cache. what: a description of the problem. do: a remedy."""
 
     file: str
     what: str
@@ -53,8 +53,8 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         do = f"it is damaged, or is not a part of this cache: {describe_redo(file)}"
         check.problems.append(Problem(file, str(error), do))
         return check
-    if parts.expected_stem(record) != parts.stem_of(file):
-        message = f"it holds the part {parts.expected_stem(record)}: it was copied or renamed"
+    if parts.get_expected_stem(record) != parts.strip_extension(file):
+        message = f"it holds the part {parts.get_expected_stem(record)}: it was copied or renamed"
         check.problems.append(Problem(file, message, describe_redo(file)))
         return check
     check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
@@ -72,8 +72,8 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
 
 
 def describe_redo(file: str) -> str:
-    """Return what to do if a part is damaged or should not exist."""
-    stem = PurePosixPath(parts.stem_of(file)).name
+    """Return the remedy for a part that is damaged or should not exist."""
+    stem = PurePosixPath(parts.strip_extension(file)).name
     if parts.is_retry_part(stem):
         return f"move it away with _commits/{stem}.json, if that exists, and run latentmill retry"
     unit = stem.rpartition("-")[0] or stem
@@ -111,7 +111,7 @@ def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[li
     layout, findings = cache.layout, list[str]()
     if layout.container == "parquet":
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
-        if not schema.equals(parquet.schema_of(layout).remove_metadata()):
+        if not schema.equals(parquet.make_schema(layout).remove_metadata()):
             findings.append("its columns differ from those of cache.json")
     rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts)
     latents: dict[str, list[Any]] = {}
@@ -119,7 +119,7 @@ def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[li
     for row in rows:
         keys.append(int.from_bytes(hashlib.blake2b(row["key"].encode(), digest_size=8).digest(), "little"))
         latent = to_tensor(row)
-        latents.setdefault(tally.bucket_name(row["height"], row["width"]), []).append(latent)
+        latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(latent)
         if row["shard"] != record.source:
             findings.append(f"the row {row['key']} is from {row['shard']}, but the part is from {record.source}")
         if not bool(latent.isfinite().all()):

@@ -166,7 +166,7 @@ def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
 def find_originals(
     rows: Sequence[tuple[RowRef, Mapping[str, Any]]], worker: RenderWorker
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
-    """Return the images that were encoded, by unit and key, as RGB uint8 [H, W, 3], and notes on those not found."""
+    """Return the images that were encoded, by unit and key, as RGB uint8 [H, W, 3], and notes about missing images."""
     spec, units = worker.spec, {ref.unit.name: ref.unit for ref, _ in rows}
     originals: dict[tuple[str, str], np.ndarray] = {}
     notes: list[str] = []

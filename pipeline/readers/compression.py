@@ -22,7 +22,7 @@ _ENDINGS = (
 _NAMED = 3
 
 
-def archive_kind(start: bytes) -> str | None:
+def detect_archive(start: bytes) -> str | None:
     """Return the kind of archive that begins with these bytes, or None if it is not a known one."""
     return next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None)
 

@@ -56,8 +56,8 @@ class ReadableSamples:
 
 
 def reject_rest(position: int) -> Reject:
-    """Return the reject that stands for all samples from this position on."""
-    return Reject.of(position, "", Rejected("read", REST_OF_SHARD))
+    """Return the reject for all samples from this position on."""
+    return Reject.from_error(position, "", Rejected("read", REST_OF_SHARD))
 
 
 def reject_missing_rest(url: str, position: int, damage: str) -> Reject:
@@ -72,8 +72,8 @@ def reject_missing_rest(url: str, position: int, damage: str) -> Reject:
     return reject_rest(position)
 
 
-def before_retried_rest(samples: Iterable[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
-    """Yield the samples before a rest that is in parts of `retry`, and one reject for that rest.
+def cut_at_retried_rest(samples: Iterable[Sample | Reject], superseded: Mapping[int, str]) -> Iterator[Sample | Reject]:
+    """Yield the samples before a rest that retry parts contain, and one reject for that rest.
 
     superseded: by position, the reject reasons of the samples in those parts.
     """

@@ -7,8 +7,8 @@ from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.sidecars import is_same_file
 from pipeline.records import File
-from pipeline.storage.connection import connect, http_status, is_local, protocols_of
-from pipeline.storage.reading import version_of
+from pipeline.storage.connection import connect, get_protocols, http_status, is_local
+from pipeline.storage.reading import fetch_version
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: File) -> bytes:
@@ -26,13 +26,13 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
                 return data
         elif not planned.bytes:
             data = b""  # stores refuse a range of nothing
-        elif planned.etag and "s3" in protocols_of(fs) and not fs.local_expiry_check:
+        elif planned.etag and "s3" in get_protocols(fs) and not fs.local_expiry_check:
             data = _read_version(fs, path, url, planned, expected)
         else:
             data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
         in_doubt = is_local(fs) or not planned.bytes or len(data) != expected
-        if in_doubt and not is_same_file(planned, File(planned.path, *version_of(fs, path))):
-            raise _changed(url, planned)
+        if in_doubt and not is_same_file(planned, File(planned.path, *fetch_version(fs, path))):
+            raise _make_changed_error(url, planned)
         if len(data) != expected:
             text = f"cannot read {url}: only {len(data)} of {planned.bytes} bytes were delivered"
             raise StorageError(text, may_pass=True)
@@ -42,17 +42,17 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
 def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> bytes:
     """Read the first bytes of an object on S3 by one GET, on the condition that its ETag is the planned one."""
     with fs.open(path, "rb", size=count, cache_type="none") as file:
-        # the listing has what s3fs would otherwise request by a HEAD
+        # the details are known from the listing; otherwise s3fs would request them by a HEAD
         file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
         file.read_kw = {**file.read_kw, "IfMatch": f'"{planned.etag}"'}
         try:
             return cast(bytes, file.read())
         except OSError as error:
             if http_status(error) == 412:
-                raise _changed(url, planned) from error
+                raise _make_changed_error(url, planned) from error
             raise
 
 
-def _changed(url: str, planned: File) -> SourceError:
+def _make_changed_error(url: str, planned: File) -> SourceError:
     """Return the error for a file that differs from the plan."""
     return SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")

@@ -5,12 +5,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pipeline.errors import Rejected, SourceError
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, stem
+from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, path_below_root, stem
 from pipeline.storage.connection import parent
-from pipeline.storage.reading import check_has_files, none_if_missing, read_file_if_exists
+from pipeline.storage.reading import check_has_files, read_file_if_exists, read_or_none
 
 READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
@@ -30,13 +30,13 @@ def read_folder_unit(
     Raises SourceError if they are not.
     """
 
-    def content(file: File, limit: int) -> bytes | None:
+    def read_content(file: File, limit: int) -> bytes | None:
         url = url_of(file)
         if file.bytes == UNKNOWN:
             return read_file_if_exists(url, options, limit)
-        return none_if_missing(url, options, lambda: read_planned_file(url, options, limit, file))
+        return read_or_none(url, options, lambda: read_planned_file(url, options, limit, file))
 
-    def missing(file: File) -> None:
+    def check_missing(file: File) -> None:
         if is_image(file.path):
             check_has_files(parent(url_of(file)), options)
         elif not file.bytes and not file.etag:
@@ -45,26 +45,21 @@ def read_folder_unit(
             raise SourceError(f"{url_of(file)} was deleted since it was planned, but its image was not; restore it")
 
     def url_of(file: File) -> str:
-        return f"{unit.url}/{below_root(file.path)}"
+        return f"{unit.url}/{path_below_root(file.path)}"
 
     images = (
-        files.unpinned() if position in may_differ else files for position, files in enumerate(unpack_files(unit))
+        files.without_pins() if position in may_differ else files for position, files in enumerate(unpack_files(unit))
     )
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
-        yield from read_folder(images, content, missing, pool, texts, limits)
+        yield from read_folder(images, read_content, check_missing, pool, texts, limits)
     finally:
         pool.shutdown(cancel_futures=True)  # no request continues after its unit has ended
 
 
-def below_root(path: str) -> str:
-    """Return a path without its first step, the name of the source."""
-    return path.split("/", 1)[1]
-
-
-def folder_key(path: str) -> str:
+def make_folder_key(path: str) -> str:
     """Return the key of an image: its path below the root without the extension, with `%` as %25 and `.` as %2E."""
-    return stem(below_root(path)).replace("%", "%25").replace(".", "%2E")
+    return stem(path_below_root(path)).replace("%", "%25").replace(".", "%2E")
 
 
 def read_folder(
@@ -84,13 +79,13 @@ def read_folder(
     and each Rejected that `read` or `on_missing` raises.
     """
 
-    def column(text: File) -> str | None:
+    def read_text(text: File) -> str | None:
         data = read(text, limits.text_bytes)
         if data is None:
             on_missing(text)
         return check_text(data, extension(text.path), limits)
 
-    def sample(entry: tuple[int, str, ImageFiles | Rejected]) -> Sample | Reject:
+    def read_sample(entry: tuple[int, str, ImageFiles | Rejected]) -> Sample | Reject:
         position, key, files = entry
         try:
             if isinstance(files, Rejected):
@@ -99,20 +94,22 @@ def read_folder(
             if image is None:
                 on_missing(files.image)
                 raise Rejected("read", "no_image")
-            columns = {extension(text.path): column(text) for text in files.texts if extension(text.path) in texts}
+            columns = {extension(text.path): read_text(text) for text in files.texts if extension(text.path) in texts}
             return Sample(position, key, image, {**dict.fromkeys(texts), **columns})
         except Rejected as error:
-            return Reject.of(position, printable_key(key, limits), error)
+            return Reject.from_error(position, printable_key(key, limits), error)
 
     entries = add_keys(images, limits)
-    return in_order(pool, sample, entries, IMAGES_AHEAD, weight=lambda entry: _bytes(entry[2]), budget=BYTES_AHEAD)
+    return map_in_order(
+        pool, read_sample, entries, IMAGES_AHEAD, weight=lambda entry: _sum_bytes(entry[2]), budget=BYTES_AHEAD
+    )
 
 
 def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int, str, ImageFiles | Rejected]]:
     """Yield the position, key and files of each image. A Rejected replaces the files if the key is not accepted."""
     keys: set[str] = set()
     for position, files in enumerate(images):
-        key = folder_key(files.image.path)
+        key = make_folder_key(files.image.path)
         try:
             check_key(key, limits)
             if key in keys:
@@ -123,6 +120,6 @@ def add_keys(images: Iterable[ImageFiles], limits: Limits) -> Iterator[tuple[int
             yield position, key, error
 
 
-def _bytes(files: ImageFiles | Rejected) -> int:
+def _sum_bytes(files: ImageFiles | Rejected) -> int:
     """Return the bytes of memory that the files take."""
     return 0 if isinstance(files, Rejected) else sum(max(file.bytes, 0) for file in (files.image, *files.texts))

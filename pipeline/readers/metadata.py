@@ -43,5 +43,5 @@ def merge_metadata(sample: Sample, more: Mapping[str, object]) -> Sample | Rejec
     """Return the sample with more columns, or a reject if one of the columns is a Rejected."""
     for value in more.values():
         if isinstance(value, Rejected):
-            return Reject.of(sample.position, sample.key, value)
+            return Reject.from_error(sample.position, sample.key, value)
     return replace(sample, columns={**more, **sample.columns})

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from latentmill.arrow_values import has_times
 from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
-from pipeline.formats.schema import cache_column_name, source_column_name
+from pipeline.formats.schema import to_cache_name, to_source_name
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, printable_key
 from pipeline.readers import parquet_footer
 from pipeline.readers.parquet_keys import FileKeys, KeySet
@@ -80,7 +80,7 @@ def damage_at(offset: int, url: str) -> Iterator[None]:
 def find_image_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
     """Return the name of the column with the images: `wanted`, or otherwise the only candidate.
 
-    A column without any value may have no type. If its name is one of an image column, it is one without images.
+    A column without any value may have no type. If its name is an image column's, it is an image column without images.
     Raises NoImagesError if no column may hold images. Raises ShardError if a column may hold images in a form that is
     not supported, and if several columns hold bytes but none has the name of an image column.
     """
@@ -99,12 +99,12 @@ def find_image_column(schema: pa.Schema, wanted: str | None, url: str) -> str:
     if candidates := [*named, *empty, *binary]:
         return str(candidates[0])
     nothing = f"{url} has no column with the bytes of images: it has {', '.join(schema.names)}"
-    if hint := _unsupported_images_hint(schema):
+    if hint := _explain_unsupported_images(schema):
         raise ShardError(f"{nothing}; {hint}. If the file has no images, remove it from the sources")
-    raise NoImagesError(nothing + _download_hint(schema))
+    raise NoImagesError(nothing + _suggest_download(schema))
 
 
-def _unsupported_images_hint(schema: pa.Schema) -> str:
+def _explain_unsupported_images(schema: pa.Schema) -> str:
     """Return which column may hold images in a form that is not supported, and a remedy; "" if there is none."""
     for field in schema:
         if _has_bytes_inside(field.type) and _is_list(field.type):
@@ -118,26 +118,26 @@ def _unsupported_images_hint(schema: pa.Schema) -> str:
     return ""
 
 
-def _download_hint(schema: pa.Schema) -> str:
+def _suggest_download(schema: pa.Schema) -> str:
     """Return a remedy for a file with URLs of images; "" if there are none."""
     names = [name for name in schema.names if name.lower() in ("url", "urls", "image_url", "img_url")]
     return f"; first download the images that {names[0]} names, for example with img2dataset" if names else ""
 
 
-def available_columns(
+def read_available_columns(
     stream: BinaryIO, url: str, image_column: str | None, limits: Limits = DEFAULT_LIMITS
 ) -> pa.Schema:
     """Return the columns beside the images of a file, by their names in a cache."""
     with open_parquet(stream, url, limits) as file:
         images = find_image_column(file.schema_arrow, image_column, url)
-        return _passable(file.schema_arrow, images)
+        return _select_passable(file.schema_arrow, images)
 
 
-def available_metadata_columns(stream: BinaryIO, url: str, limits: Limits = DEFAULT_LIMITS) -> pa.Schema:
+def read_available_metadata_columns(stream: BinaryIO, url: str, limits: Limits = DEFAULT_LIMITS) -> pa.Schema:
     """Return the columns of img2dataset's metadata beside a tar. Raises ShardError if the file is not such metadata."""
     with open_parquet(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
-        return _passable(file.schema_arrow, None)
+        return _select_passable(file.schema_arrow, None)
 
 
 def read_metadata(
@@ -147,12 +147,10 @@ def read_metadata(
     with open_parquet(stream, url, limits) as file:
         _check_metadata(file.schema_arrow, url)
         rows: dict[str, dict[str, Any]] = {}
-        names = [
-            source_column_name(name) for name in wanted.names if source_column_name(name) in file.schema_arrow.names
-        ]
+        names = [to_source_name(name) for name in wanted.names if to_source_name(name) in file.schema_arrow.names]
         for batch in file.iter_batches(columns=sorted({KEY, *names}), use_threads=False):
-            values = _columns(batch, wanted, url)
-            for index, key in enumerate(_keys(batch.column(KEY), KEY)):
+            values = _convert_columns(batch, wanted, url)
+            for index, key in enumerate(_convert_keys(batch.column(KEY), KEY)):
                 if isinstance(key, str):  # a sample's key is always text
                     rows[key] = {name: column[index] for name, column in values.items()}
         return rows
@@ -190,17 +188,17 @@ def read_parquet(
             return
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
-        groups = row_groups(parquet_footer.row_group_middles(stream, url), part, size)
+        groups = select_row_groups(parquet_footer.find_row_group_middles(stream, url), part, size)
         rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if rows_of_groups != file.metadata.num_rows:
             footer = stream.seek(0, 2) - 8 - file.metadata.serialized_size
             raise DamagedError(f"{url} is damaged: its footer has two different numbers of rows", at=footer)
-        earlier_keys = _keys_before(file, groups, key_column, known or FileKeys())
+        earlier_keys = _read_earlier_keys(file, groups, key_column, known or FileKeys())
         keys: set[str] = set()
-        names = {images, *([key_column] if key_column else []), *map(source_column_name, wanted.names)}
-        rows = _rows(file, groups, sorted(names & set(schema.names)), images, key_column, wanted, url)
+        names = {images, *([key_column] if key_column else []), *map(to_source_name, wanted.names)}
+        rows = _read_rows(file, groups, sorted(names & set(schema.names)), images, key_column, wanted, url)
         for position, (row, key, image, columns) in enumerate(rows):
-            name = str(row) if key is None or isinstance(key, Rejected) else _escaped(key)
+            name = str(row) if key is None or isinstance(key, Rejected) else _escape(key)
             try:
                 for value in (key, image, *columns.values()):
                     if isinstance(value, Rejected):
@@ -211,18 +209,18 @@ def read_parquet(
                 if name in keys or name in earlier_keys:
                     raise Rejected("read", "duplicate_key")
                 keys.add(name)
-                yield Sample(position, name, _bytes(image, limits), columns)
+                yield Sample(position, name, _get_bytes(image, limits), columns)
             except Rejected as error:
-                yield Reject.of(position, printable_key(name, limits), error)
+                yield Reject.from_error(position, printable_key(name, limits), error)
 
 
-def row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:
+def select_row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:
     """Return the row groups whose middle byte is in range k of n of the file's bytes."""
     k, n = part
     return [group for group, middle in enumerate(middles) if k * size <= middle * n < (k + 1) * size]
 
 
-def _rows(
+def _read_rows(
     file: Any,
     groups: list[int],
     names: list[str],
@@ -234,41 +232,42 @@ def _rows(
     """Yield the number in the file, key, image and columns of each row. Only a few rows are in memory at a time."""
     for group in groups:
         first, count = sum(file.metadata.row_group(before).num_rows for before in range(group)), 0
-        with damage_at(_start(file, group), url):
+        with damage_at(_find_start(file, group), url):
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
-                values = _columns(batch, wanted, url)
-                keys = _keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
+                values = _convert_columns(batch, wanted, url)
+                keys = _convert_keys(batch.column(key_column), key_column) if key_column else [None] * len(batch)
                 for index in range(len(batch)):
                     columns = {name: column[index] for name, column in values.items()}
-                    yield first + count + index, keys[index], _value(batch.column(images)[index], images), columns
+                    image = _convert_value(batch.column(images)[index], images)
+                    yield first + count + index, keys[index], image, columns
                 count += len(batch)
         if count != file.metadata.row_group(group).num_rows:
             message = f"{url} is damaged: row group {group} has {count} rows, which differs from its footer"
-            raise DamagedError(message, at=_start(file, group))
+            raise DamagedError(message, at=_find_start(file, group))
 
 
-def _start(file: Any, group: int) -> int:
-    """Return the first byte of a row group. Safe only after `parquet_footer.row_group_middles`, see there."""
+def _find_start(file: Any, group: int) -> int:
+    """Return the first byte of a row group. Safe only after `parquet_footer.find_row_group_middles`."""
     metadata = file.metadata.row_group(group)
     chunks = [metadata.column(number) for number in range(metadata.num_columns)]
     return max(0, min(int(chunk.dictionary_page_offset or chunk.data_page_offset) for chunk in chunks))
 
 
-def _keys_before(file: Any, groups: list[int], key_column: str | None, known: FileKeys) -> KeySet:
+def _read_earlier_keys(file: Any, groups: list[int], key_column: str | None, known: FileKeys) -> KeySet:
     """Return the keys of the rows before a range, so that a key is unique in the whole file."""
 
     def read(group: int) -> Iterator[str]:
         for batch in file.iter_batches(row_groups=[group], columns=[key_column], use_threads=False):
-            yield from (_escaped(key) for key in _keys(batch.column(0), str(key_column)) if isinstance(key, str))
+            yield from (_escape(key) for key in _convert_keys(batch.column(0), str(key_column)) if isinstance(key, str))
 
-    return known.before(groups[0] if groups and key_column is not None else 0, read)
+    return known.read_before(groups[0] if groups and key_column is not None else 0, read)
 
 
-def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
+def _convert_columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
     """Return the wanted columns that a batch has, by their names in the cache, cast to the wanted types."""
     values: dict[str, list[Any]] = {}
     for field in wanted:
-        name = source_column_name(field.name)
+        name = to_source_name(field.name)
         if name not in batch.schema.names:
             continue
         try:
@@ -276,17 +275,17 @@ def _columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
         except pa.ArrowException as error:
             found = batch.schema.field(name).type
             raise ShardError(f"{url}: the column {name} is {found}, but in the cache it is {field.type}") from error
-        values[field.name] = _values(array, name)
+        values[field.name] = _convert_values(array, name)
     return values
 
 
-def _keys(array: Any, name: str) -> list[Any]:
+def _convert_keys(array: Any, name: str) -> list[Any]:
     """Return keys as text, whatever their type: None for a missing key, a Rejected for one that is not UTF-8."""
-    return [_key(value, name) for value in _values(array, name)]
+    return [_convert_key(value, name) for value in _convert_values(array, name)]
 
 
-def _key(value: Any, name: str) -> Any:
-    """Return one key as `_keys` does."""
+def _convert_key(value: Any, name: str) -> Any:
+    """Return one key as `_convert_keys` does."""
     try:
         if isinstance(value, pa.Scalar):  # a time
             value = to_json_value(value)
@@ -297,20 +296,20 @@ def _key(value: Any, name: str) -> Any:
     return value if value is None or isinstance(value, Rejected) else str(value)
 
 
-def _values(array: Any, name: str) -> list[Any]:
+def _convert_values(array: Any, name: str) -> list[Any]:
     """Return the values of a column as Python objects, but times as Arrow scalars, which cover more years.
 
     A Rejected replaces text that is not UTF-8, which Arrow does not check.
     """
     if has_times(array.type):
-        return [_checked_scalar(scalar, name) for scalar in array]
+        return [_check_scalar(scalar, name) for scalar in array]
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
-        return [_value(scalar, name) for scalar in array]
+        return [_convert_value(scalar, name) for scalar in array]
 
 
-def _value(scalar: Any, name: str) -> Any:
+def _convert_value(scalar: Any, name: str) -> Any:
     """Return a scalar's Python object, or a Rejected if its text is not UTF-8."""
     try:
         return scalar.as_py()
@@ -318,7 +317,7 @@ def _value(scalar: Any, name: str) -> Any:
         return Rejected("read", "bad_text", name)
 
 
-def _checked_scalar(scalar: Any, name: str) -> Any:
+def _check_scalar(scalar: Any, name: str) -> Any:
     """Return an Arrow scalar with times unchanged, or a Rejected if it contains text that is not UTF-8."""
     try:
         to_json_value(scalar)
@@ -327,7 +326,7 @@ def _checked_scalar(scalar: Any, name: str) -> Any:
     return scalar
 
 
-def _bytes(image: Any, limits: Limits) -> bytes:
+def _get_bytes(image: Any, limits: Limits) -> bytes:
     """Return the bytes of a value of the image column. Raises Rejected if there are none or too many."""
     if isinstance(image, dict):
         if image["bytes"] is None and image.get("path"):
@@ -340,16 +339,16 @@ def _bytes(image: Any, limits: Limits) -> bytes:
     return bytes(image)
 
 
-def _escaped(key: str) -> str:
+def _escape(key: str) -> str:
     """Return a key that webdataset can split: with `%` as %25 and `.` as %2E."""
     return key.replace("%", "%25").replace(".", "%2E")
 
 
-def _passable(schema: pa.Schema, images: str | None) -> pa.Schema:
+def _select_passable(schema: pa.Schema, images: str | None) -> pa.Schema:
     """Return the columns that can be copied: all except the images, with dictionaries as their value type."""
     types = {field.name: field.type for field in schema if field.name != images}
     plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
-    return pa.schema([(cache_column_name(name), kind) for name, kind in plain.items()])
+    return pa.schema([(to_cache_name(name), kind) for name, kind in plain.items()])
 
 
 def holds_bytes(kind: Any) -> bool:

@@ -21,7 +21,7 @@ _reader = Child("pipeline.readers.parquet_footer")
 atexit.register(_reader.end)
 
 
-def row_group_middles(stream: BinaryIO, url: str) -> list[int]:
+def find_row_group_middles(stream: BinaryIO, url: str) -> list[int]:
     """Return the middle byte of each row group. stream: the file, at any offset.
 
     Raises DamagedError if the footer is damaged.

@@ -22,12 +22,12 @@ class FileKeys:
         self.lock = threading.Lock()
         self.groups: dict[int, np.ndarray] = {}  # hashes by row group, uint64 [keys, 2]
 
-    def before(self, group: int, read: Callable[[int], Iterable[str]]) -> "KeySet":
+    def read_before(self, group: int, read: Callable[[int], Iterable[str]]) -> "KeySet":
         """Return the keys of all row groups before this one. read: reads the keys of a row group from the file."""
         with self.lock:
             for earlier in range(group):
                 if earlier not in self.groups:
-                    self.groups[earlier] = _hashes(read(earlier))
+                    self.groups[earlier] = _hash_keys(read(earlier))
             return KeySet([self.groups[earlier] for earlier in range(group)])
 
 
@@ -35,30 +35,31 @@ class KeySet:
     """A set of keys, stored as their hashes."""
 
     def __init__(self, hashes: list[np.ndarray]) -> None:
-        rows = np.concatenate([*hashes, _hashes(())])
+        rows = np.concatenate([*hashes, _hash_keys(())])
         self.hashes = rows[rows[:, 0].argsort()]
 
     def __contains__(self, key: str) -> bool:
         if not len(self.hashes):
             return False
-        ((first, second),) = _hashes([key])
+        ((first, second),) = _hash_keys([key])
         start, end = self.hashes[:, 0].searchsorted(first, "left"), self.hashes[:, 0].searchsorted(first, "right")
         return bool((self.hashes[start:end, 1] == second).any())
 
 
-def _hashes(keys: Iterable[str]) -> np.ndarray:
+def _hash_keys(keys: Iterable[str]) -> np.ndarray:
     """Return the hashes of keys, uint64 [keys, 2]."""
     data = b"".join(hashlib.sha256(key.encode()).digest()[: 8 * _WORDS] for key in keys)
     return np.frombuffer(data, np.uint64).reshape(-1, _WORDS)
 
 
-def keys_of_file(url: str, size: int, etag: str, column: str | None) -> FileKeys:
-    """Return the keys of a file's column that this process has read. Without an ETag, versions cannot be told apart, so
-    it is empty.
+def get_file_keys(url: str, size: int, etag: str, column: str | None) -> FileKeys:
+    """Return the keys of a file's column that this process has read.
+
+    They are empty if the file has no ETag, because its versions cannot be distinguished.
     """
-    return _cached_keys(url, size, etag, column) if etag else FileKeys()
+    return _load_cached_keys(url, size, etag, column) if etag else FileKeys()
 
 
 @lru_cache(maxsize=FILES)
-def _cached_keys(url: str, size: int, etag: str, column: str | None) -> FileKeys:
+def _load_cached_keys(url: str, size: int, etag: str, column: str | None) -> FileKeys:
     return FileKeys()

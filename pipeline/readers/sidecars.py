@@ -37,30 +37,30 @@ class ImageFiles:
     image: File
     texts: tuple[File, ...]
 
-    def unpinned(self) -> "ImageFiles":
+    def without_pins(self) -> "ImageFiles":
         """Return the same files without sizes and ETags, so that they may differ from the plan."""
         image, *texts = (File(file.path, UNKNOWN, "") for file in (self.image, *self.texts))
         return ImageFiles(image, tuple(texts))
 
 
-def folder_of(path: str) -> str:
+def get_folder(path: str) -> str:
     """Return the folder of a file, with a trailing `/`."""
     return path[: path.rfind("/") + 1]
 
 
 def fold_name(path: str) -> str:
     """Return a path that is equal for names which differ only in the case of letters or in Unicode normalization."""
-    folder = folder_of(path)
+    folder = get_folder(path)
     name = unicodedata.normalize("NFC", path[len(folder) :]).casefold()
     return folder + unicodedata.normalize("NFC", name)
 
 
-def names_for(image: str) -> tuple[str, str]:
+def list_text_names(image: str) -> tuple[str, str]:
     """Return the names that texts of an image may have, without extension. The first one takes precedence."""
     return image, stem(image)
 
 
-def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
+def find_possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the file names that may be texts of images, by the folded name that they share with an image."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -69,9 +69,9 @@ def possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def texts_near(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
-    """Return the `possible_texts` that may belong to one of the images."""
-    folded = {fold_name(name) for image in images for name in names_for(image)}
+def find_nearby_texts(texts: Mapping[str, Iterable[str]], images: Iterable[str]) -> Iterator[str]:
+    """Return the texts that may belong to one of the images. texts: of `find_possible_texts`."""
+    folded = {fold_name(name) for image in images for name in list_text_names(image)}
     return (text for name in folded for text in texts.get(name, ()))
 
 
@@ -80,17 +80,17 @@ def match_sidecars(shards: Sequence[Shard], wanted: Collection[str]) -> SidecarI
     images = [shard for shard in shards if is_image(shard.path)]
     unmatched = {shard.path: shard for shard in shards if extension(shard.path) in wanted} if images else {}
     found: dict[str, list[Shard]] = {}
-    for key in (_exact, _lower_extension, fold_name):
+    for key in (_keep_path, _lower_extension, fold_name):
         if not unmatched:
             break
-        pairs = list(_pairs(images, unmatched.values(), wanted, key, found))
-        for image, text in pairs if key is _exact else _with_one_owner(pairs):
+        pairs = list(_match_pairs(images, unmatched.values(), wanted, key, found))
+        for image, text in pairs if key is _keep_path else _select_unambiguous(pairs):
             found.setdefault(image, []).append(text)
             unmatched.pop(text.path, None)
-    return SidecarIndex(found, _unused(unmatched.values(), shards, images) if unmatched else [])
+    return SidecarIndex(found, _find_unused(unmatched.values(), shards, images) if unmatched else [])
 
 
-def _exact(path: str) -> str:
+def _keep_path(path: str) -> str:
     return path
 
 
@@ -98,7 +98,7 @@ def _lower_extension(path: str) -> str:
     return f"{stem(path)}.{extension(path)}"
 
 
-def _pairs(
+def _match_pairs(
     images: Iterable[Shard],
     texts: Iterable[Shard],
     wanted: Collection[str],
@@ -116,13 +116,13 @@ def _pairs(
         matched = {extension(text.path) for text in found.get(image.path, ())}
         for kind in wanted:
             if kind not in matched:
-                candidates = (by_key.get(key(f"{name}.{kind}")) for name in names_for(image.path))
+                candidates = (by_key.get(key(f"{name}.{kind}")) for name in list_text_names(image.path))
                 match next(filter(None, candidates), ()):
                     case [text]:
                         yield image.path, text
 
 
-def _with_one_owner(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[str, Shard]]:
+def _select_unambiguous(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[str, Shard]]:
     """Return the pairs whose text belongs to a single image, or to several images with one name."""
     stems: dict[str, set[str]] = defaultdict(set)
     for image, text in pairs:
@@ -130,15 +130,15 @@ def _with_one_owner(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[str, S
     return ((image, text) for image, text in pairs if len(stems[text.path]) == 1)
 
 
-def _unused(texts: Iterable[Shard], shards: Sequence[Shard], images: Sequence[Shard]) -> list[str]:
+def _find_unused(texts: Iterable[Shard], shards: Sequence[Shard], images: Sequence[Shard]) -> list[str]:
     """Return the unmatched texts that may have been meant for an image, without the metadata of shards."""
     roots = {image.root for image in images}
-    of_shards = {folder_of(shard.path) for shard in shards if extension(shard.path) in SHARDS}
-    of_shards -= {folder_of(image.path) for image in images}
-    return sorted(text.path for text in texts if text.root in roots and folder_of(text.path) not in of_shards)
+    of_shards = {get_folder(shard.path) for shard in shards if extension(shard.path) in SHARDS}
+    of_shards -= {get_folder(image.path) for image in images}
+    return sorted(text.path for text in texts if text.root in roots and get_folder(text.path) not in of_shards)
 
 
-def files_of(image: Shard, texts: Mapping[str, Sequence[Shard]]) -> ImageFiles:
+def collect_image_files(image: Shard, texts: Mapping[str, Sequence[Shard]]) -> ImageFiles:
     """Return an image and its texts as they were listed."""
     sidecars = sorted(texts.get(image.path, ()), key=lambda text: text.path)
     first, *others = (File(shard.path, shard.bytes, shard.etag) for shard in (image, *sidecars))
@@ -152,7 +152,7 @@ def pack_files(images: Iterable[ImageFiles]) -> str:
     """
     content = []
     for files in images:
-        names = [[text.path[len(folder_of(text.path)) :], text.bytes, text.etag] for text in files.texts]
+        names = [[text.path[len(get_folder(text.path)) :], text.bytes, text.etag] for text in files.texts]
         content.append([files.image.bytes, files.image.etag, names])
     return canonical_json(content).decode()
 
@@ -168,7 +168,7 @@ def unpack_files(unit: Unit) -> list[ImageFiles]:
     """Return the files of a folder's unit as they were planned. Raises CacheError if the plan is corrupt."""
     try:
         return [
-            ImageFiles(File(path, size, etag), tuple(File(folder_of(path) + name, *facts) for name, *facts in texts))
+            ImageFiles(File(path, size, etag), tuple(File(get_folder(path) + name, *facts) for name, *facts in texts))
             for path, (size, etag, texts) in zip(unit.paths, json.loads(unit.files), strict=True)
         ]
     except (ValueError, TypeError) as error:

@@ -23,7 +23,7 @@ SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
 FILES = b"0\x007"
 FOLDER = b"5"
 OLD_FILE = b"\0"  # in tars before POSIX; a folder if its name ends with `/`
-WITHOUT_DATA = b"123456"  # links, devices, folders: no data follows, whatever their size field says
+WITHOUT_DATA = b"123456"  # links, devices, folders: no data follows, even if the size field is not 0
 _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
@@ -67,7 +67,7 @@ def read_tar(
             try:
                 if image is NO_IMAGE:
                     keys_without_image.add(key)
-                    raise explain_no_image(members, _image_hint(key, keys, folded))
+                    raise explain_no_image(members, _explain_missing_image(key, keys, folded))
                 if image.is_link:
                     raise Rejected("read", "image_not_embedded")
                 check_key(key, limits)
@@ -78,13 +78,13 @@ def read_tar(
                     folded.add(fold_key(key))
                 if image.data is None:
                     raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
-                yield Sample(position, key, image.data, _texts(members, texts, limits))
+                yield Sample(position, key, image.data, _collect_texts(members, texts, limits))
             except Rejected as error:
-                yield Reject.of(position, printable_key(key, limits), error)
+                yield Reject.from_error(position, printable_key(key, limits), error)
             position += 1
 
 
-def _image_hint(key: str, keys: Set[str], folded: Set[str]) -> str:
+def _explain_missing_image(key: str, keys: Set[str], folded: Set[str]) -> str:
     """Return a hint about the image of a sample without one. keys: of images so far. folded: the same by `fold_key`."""
     if key in keys:
         return APART_FROM_IMAGE
@@ -111,7 +111,7 @@ def _group_by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]
         yield group[0].key, group
 
 
-def _texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
+def _collect_texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
     """Return the texts of a sample, by extension. Raises Rejected if one of them cannot be used."""
     texts: dict[str, str] = {}
     for member in members:
@@ -139,26 +139,26 @@ def read_members(
 
     Only the bytes of images and texts within their limits are kept. Hidden files are skipped, and counted in `skipped`.
     """
-    for member in _all_members(stream, url, texts, limits):
+    for member in _read_all_members(stream, url, texts, limits):
         if not member.is_hidden:
             yield member
         elif skipped is not None:
             skipped[HIDDEN] += 1
 
 
-def _all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limits) -> Iterator[Member]:
+def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limits) -> Iterator[Member]:
     """Yield the members of `read_members`, including hidden ones."""
     offset = count = 0
     long_name: str | None = None
     long_size: int | None = None
     while True:
-        header = _read_exactly(stream, BLOCK, url, offset) if offset else _first_header(stream, url)
+        header = _read_exactly(stream, BLOCK, url, offset) if offset else _read_first_header(stream, url)
         if not any(header):
             if any(_read_exactly(stream, BLOCK, url, offset + BLOCK)):
                 raise DamagedError(
                     f"{url} is damaged: there is one block of zeros after byte {offset}, not two", at=offset
                 )
-            offset, header = _next_archive(stream, url, offset + 2 * BLOCK)
+            offset, header = _find_next_archive(stream, url, offset + 2 * BLOCK)
             if not header:
                 return
         size = _parse_number(header[124:136], url, offset)
@@ -172,22 +172,22 @@ def _all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limit
                 )
             data = _read_exactly(stream, size, url, start)
             if kind == b"L":
-                long_name = _text(data.rstrip(b"\0"))
+                long_name = _decode_name(data.rstrip(b"\0"))
             elif kind == b"x":
                 records = _parse_pax(data, url, offset)
-                long_name = _text(records[b"path"]) if b"path" in records else None
+                long_name = _decode_name(records[b"path"]) if b"path" in records else None
                 long_size = int(records[b"size"]) if b"size" in records else None
         else:
             count += 1
             if count > limits.members:
                 raise ShardError(f"{url} has more than {limits.members} members; --input-limit members=N accepts more")
-            name = long_name or _short_name(header)
+            name = long_name or _parse_name(header)
             is_folder = kind == FOLDER or (kind == OLD_FILE and name.endswith("/"))
             size = long_size if long_size is not None else size
             if is_folder or kind in WITHOUT_DATA:
                 size = 0
             member = Member(name, size, None, is_link=kind not in FILES)
-            if not member.is_link and size <= _kept_bytes(member, texts, limits):
+            if not member.is_link and size <= _limit_bytes(member, texts, limits):
                 member = Member(member.name, size, _read_exactly(stream, size, url, start))
             else:
                 _skip(stream, size, url, start)
@@ -199,16 +199,16 @@ def _all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limit
         offset = start + size + padding
 
 
-def _first_header(stream: BinaryIO, url: str) -> bytes:
+def _read_first_header(stream: BinaryIO, url: str) -> bytes:
     """Read the first header of a tar. Raises ShardError if the file is another kind of archive."""
     start = _read_up_to(stream, BLOCK)
-    kind = compression.archive_kind(start)
+    kind = compression.detect_archive(start)
     if kind and start[257:262] != b"ustar":  # a name may begin with any bytes
         raise ShardError(f"{url} is not a tar, but a {kind} file; {compression.ADVICE}")
     return start + _read_exactly(stream, BLOCK - len(start), url, len(start))
 
 
-def _next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:
+def _find_next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:
     """Skip zeros after an end mark. Return the offset and first header of a further tar, or b"" at the end."""
     while block := _read_up_to(stream, BLOCK):
         if any(block):
@@ -234,7 +234,7 @@ def _parse_pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
     return records
 
 
-def _kept_bytes(member: Member, texts: Sequence[str], limits: Limits) -> int:
+def _limit_bytes(member: Member, texts: Sequence[str], limits: Limits) -> int:
     """Return the size in bytes up to which the content of a member is kept."""
     if member.is_hidden:
         return 0
@@ -288,13 +288,13 @@ def _check_header_sum(header: bytes, url: str, offset: int) -> None:
         raise DamagedError(f"{url} is damaged: the header at byte {offset} is not a tar header", at=offset)
 
 
-def _short_name(header: bytes) -> str:
+def _parse_name(header: bytes) -> str:
     """Return the name in a header, with the prefix of ustar."""
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _text(prefix + b"/" + name if prefix else name)
+    return _decode_name(prefix + b"/" + name if prefix else name)
 
 
-def _text(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     """Return a name as text. The `\\` of Windows becomes `/`, and a leading `./` is removed."""
     return to_valid_text(name.decode(errors="surrogateescape")).replace("\\", "/").removeprefix("./")

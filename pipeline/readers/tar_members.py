@@ -37,7 +37,7 @@ class Member:
     """A member of a tar.
 
     size: in bytes. data: its content; None if it is not needed or above its limit.
-    is_link: whether it is a link or a device, which has no content of its own.
+    is_link: whether it is a link or a device, which has no content.
     """
 
     name: str

@@ -43,8 +43,8 @@ def find_columns(
     try:
         _check_tars(tars, options, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
-        schema = _schema(sorted(parquets), tars, options, image_column, limits, only_parquet)
-        texts = _texts(shards, tars, options, wanted, limits)
+        schema = _read_schema(sorted(parquets), tars, options, image_column, limits, only_parquet)
+        texts = _find_texts(shards, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
@@ -65,7 +65,7 @@ def find_columns(
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
 
-def _schema(
+def _read_schema(
     parquets: list[str],
     tars: list[str],
     options: Mapping[str, str],
@@ -79,18 +79,21 @@ def _schema(
     it has only nulls, becomes text.
     """
 
-    def image_file_columns(url: str) -> pa.Schema:
+    def read_image_file_columns(url: str) -> pa.Schema:
         with reading.open_stream(url, options) as stream:
-            return parquet.available_columns(stream, url, image_column, limits)
+            return parquet.read_available_columns(stream, url, image_column, limits)
 
-    def metadata_columns(tar: str) -> pa.Schema | None:
+    def read_metadata_columns(tar: str) -> pa.Schema | None:
         url = connection.sibling_url(tar)
         if not connection.exists(url, options):
             return None
         with reading.open_stream(url, options) as stream:
-            return parquet.available_metadata_columns(stream, url, limits)
+            return parquet.read_available_metadata_columns(stream, url, limits)
 
-    schemas = [*_with_images(image_file_columns, parquets, only_parquet), *_readable(metadata_columns, _spread(tars))]
+    schemas = [
+        *_read_image_schemas(read_image_file_columns, parquets, only_parquet),
+        *_read_undamaged(read_metadata_columns, _pick_spread(tars)),
+    ]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
         return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in fields])
@@ -108,10 +111,10 @@ def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> 
             next(read_members(stream, url, limits=limits), None)
 
     with ThreadPoolExecutor(FILES) as pool:
-        list(pool.map(check, _spread(tars)))
+        list(pool.map(check, _pick_spread(tars)))
 
 
-def _with_images(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
+def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
     """Return the schemas of a few files. If none of them has images, inspect more files until one has.
 
     Raises NoImagesError if no file has images and the sources have nothing else (`only_parquet`). Otherwise at most
@@ -119,39 +122,39 @@ def _with_images(inspect: Callable[[str], pa.Schema], urls: list[str], only_parq
     """
     refused: list[NoImagesError] = []
 
-    def schema_of(url: str) -> pa.Schema | None:
+    def inspect_or_note(url: str) -> pa.Schema | None:
         try:
             return inspect(url)
         except NoImagesError as error:
             refused.append(error)
             return None
 
-    schemas = _readable(schema_of, _spread(urls))
+    schemas = _read_undamaged(inspect_or_note, _pick_spread(urls))
     limit = len(urls) if only_parquet else MORE_FILES
     for start in range(0, min(len(urls), limit), FILES):
         if schemas or not refused:
             break
         with contextlib.suppress(DamagedError):
-            schemas = _readable(schema_of, urls[start : start + FILES])
+            schemas = _read_undamaged(inspect_or_note, urls[start : start + FILES])
     if refused and only_parquet and not schemas:
         raise refused[0]
     return schemas
 
 
-def _readable(inspect: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
+def _read_undamaged(inspect: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
     """Return the schemas of the files that exist and are not damaged. Units of damaged files fail later, by name.
 
     Raises DamagedError if all existing files are damaged, because the columns are then unknown.
     """
 
-    def schema_or_error(url: str) -> pa.Schema | DamagedError | None:
+    def inspect_or_return_error(url: str) -> pa.Schema | DamagedError | None:
         try:
             return inspect(url)
         except DamagedError as error:
             return error
 
     with ThreadPoolExecutor(FILES) as pool:
-        results = [result for result in pool.map(schema_or_error, urls) if result is not None]
+        results = [result for result in pool.map(inspect_or_return_error, urls) if result is not None]
     schemas = [result for result in results if not isinstance(result, DamagedError)]
     for error in results:
         if isinstance(error, DamagedError) and not schemas:
@@ -159,13 +162,13 @@ def _readable(inspect: Callable[[str], pa.Schema | None], urls: list[str]) -> li
     return schemas
 
 
-def _spread(urls: list[str]) -> list[str]:
+def _pick_spread(urls: list[str]) -> list[str]:
     """Return up to FILES of the URLs, spread evenly."""
     count = min(FILES, len(urls))
     return [urls[number * len(urls) // count] for number in range(count)]
 
 
-def _texts(
+def _find_texts(
     shards: Sequence[Shard],
     tars: list[str],
     options: Mapping[str, str],
@@ -175,7 +178,7 @@ def _texts(
     """Return the texts that tars and folders offer: captions and metadata always, others if one is found."""
     found: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
-        found |= _member_extensions(tars, options, limits)
+        found |= _find_member_extensions(tars, options, limits)
     has_images = any(extension(shard.path) in IMAGE_EXTENSIONS for shard in shards)
     if has_images:
         found |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
@@ -186,10 +189,10 @@ def _texts(
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 
 
-def _member_extensions(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
+def _find_member_extensions(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
     """Return the extensions of the first members of the first undamaged tar, and of damaged tars before it."""
     found: set[str] = set()
-    for tar in _spread(tars):
+    for tar in _pick_spread(tars):
         try:
             with reading.open_stream(tar, options) as stream:
                 for member in islice(read_members(stream, tar, limits=limits), MEMBERS):

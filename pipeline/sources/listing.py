@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -16,12 +16,12 @@ from braceexpand import braceexpand
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import printable, to_valid_text
-from pipeline.readers.sidecars import possible_texts, texts_near
+from pipeline.readers.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.connection import connect, full_url, is_local, parent, url_as_listed
-from pipeline.storage.reading import etag_of, read_file_if_exists
+from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
+from pipeline.storage.reading import get_etag, read_file_if_exists
 
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names
@@ -80,7 +80,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
     and files that latentmill wrote.
     Raises SourceError if a source names nothing, if two sources have one name, or if a shard's name is not UTF-8.
     """
-    cache = url_as_listed(excluded).rstrip("/") + "/"
+    cache = to_listed_url(excluded).rstrip("/") + "/"
     local = None if "://" in cache else cache.rstrip("/")
     found: dict[str, Shard] = {}
     named: list[Source] = []
@@ -91,7 +91,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         named.append(source)
         for shard in shards:
             found.setdefault(shard.path, shard)
-    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.notes())
+    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.describe())
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class SkippedFiles:
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
 
-    def notes(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return one line per kind of skipped entry."""
         notes = []
         if self.others:
@@ -134,11 +134,21 @@ def _check_name(source: Source, others: Sequence[Source]) -> None:
     """Raise SourceError if another source has the same name and a different root."""
     for other in others:
         if other.name == source.name and not same_root(other.root, source.root):
-            free = free_name(source.name, {other.name for other in others})
+            free = find_free_name(source.name, {other.name for other in others})
             raise SourceError(
                 f"two sources have the name {source.name}: {other.root} and {source.root}; give one of them another: "
-                f"{shlex.quote(f'{free}={source.argument}')}"
+                f"{format_argument(free, source.argument)}"
             )
+
+
+def is_covered(path: str, sources: Iterable[Source]) -> bool:
+    """Whether one of the sources would list a file with this path, if the file existed."""
+    return any(source.covers(path) for source in sources)
+
+
+def format_argument(name: str, source: str) -> str:
+    """Return the `NAME=SOURCE` that names a source on the command line, quoted for a shell."""
+    return shlex.quote(f"{name}={source}")
 
 
 def same_root(first: str, second: str) -> bool:
@@ -148,7 +158,7 @@ def same_root(first: str, second: str) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)
 
 
-def free_name(name: str, taken: Collection[str]) -> str:
+def find_free_name(name: str, taken: Collection[str]) -> str:
     """Return the name with the first number from 2 on that makes it free."""
     number = 2
     while f"{name}{number}" in taken:
@@ -156,7 +166,7 @@ def free_name(name: str, taken: Collection[str]) -> str:
     return f"{name}{number}"
 
 
-def name_and_source(argument: str) -> tuple[str, str]:
+def split_argument(argument: str) -> tuple[str, str]:
     """Split `NAME=SOURCE`. The name is empty if there is none. An existing path that contains `=` is a path."""
     name, equals, source = argument.partition("=")
     if not equals or "/" in name or ("://" not in argument and _matches_any(argument)):
@@ -175,7 +185,7 @@ def name_and_source(argument: str) -> tuple[str, str]:
 def _matches_any(path: str) -> bool:
     """Whether a local path, or one of its brace alternatives, exists."""
     local = connect(path, {})[1]
-    return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _alternatives(local))
+    return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _expand_braces(local))
 
 
 def _expand(
@@ -186,25 +196,25 @@ def _expand(
     skipped: SkippedFiles,
     listings: FolderListings,
 ) -> tuple[Source, list[Shard]]:
-    """Return one source and its files. What is skipped is added to `skipped`."""
-    name, source = name_and_source(argument)
+    """Return one source and its files. Skipped entries are added to `skipped`."""
+    name, source = split_argument(argument)
     fs, path = connect(source, options)
-    path = _plain(path) if is_local(fs) else path.rstrip("/")
+    path = _normalize_path(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
         if fs.exists(path):
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
-            root, patterns = _fixed_directory(path), _alternatives(path)
+            root, patterns = _find_fixed_directory(path), _expand_braces(path)
         name = name or PurePosixPath(root).name
         if not name:
             raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         named: dict[str, set[str]] = {}
         for pattern in patterns:
-            matches = _matches(fs, pattern)
+            matches = _find_matches(fs, pattern)
             if not matches:
                 raise SourceError(f"there is no source at {source}: {full_url(fs, pattern)} does not exist")
-            below = _files_of(fs, matches, root, excluded, skipped.others)
+            below = _find_files(fs, matches, root, excluded, skipped.others)
             if not below:
                 raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
             files.update(below)
@@ -212,7 +222,7 @@ def _expand(
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
         for place, images in named.items():
-            files.update(_sidecars(fs, place, images, root, excluded, skipped.others, listings))
+            files.update(_find_sidecars(fs, place, images, root, excluded, skipped.others, listings))
         root = root.rstrip("/")
         files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
         system = {file for file in files if not SYSTEM_FOLDERS.isdisjoint(file[len(root) + 1 :].split("/"))}
@@ -226,10 +236,10 @@ def _expand(
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return expanded, list(_shards(fs, wanted, root, name))
+    return expanded, list(_make_shards(fs, wanted, root, name))
 
 
-def _shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]:
+def _make_shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]:
     """Yield the files as shards, sorted by path."""
     for file in sorted(files):
         _check_utf8(file, root)
@@ -238,7 +248,7 @@ def _shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]
             root=full_url(fs, root),
             path=to_valid_text(f"{name}/{file[len(root) + 1 :]}"),
             bytes=int(files[file].get("size") or 0),
-            etag=etag_of(files[file]),
+            etag=get_etag(files[file]),
             file=files[file].get("file", ""),
         )
 
@@ -276,7 +286,7 @@ def _without_own_outputs(
     return {file: info for file, info in files.items() if file not in written and file not in links}
 
 
-def _plain(path: str) -> str:
+def _normalize_path(path: str) -> str:
     """Return a local path without `.`, `..` and `//`. The disk resolves `..`, because a link may precede it."""
     steps = path.split("/")
     if ".." in steps:
@@ -296,7 +306,7 @@ def _matches_pattern(below: str, pattern: str) -> bool:
     return len(steps) >= len(wanted) and all(fnmatch.fnmatchcase(step, want) for step, want in pairs)
 
 
-def _matches(fs: Any, pattern: str) -> FoundFiles:
+def _find_matches(fs: Any, pattern: str) -> FoundFiles:
     """Return the files and directories that a pattern names."""
     if fs.exists(pattern):
         return {pattern: fs.info(pattern)}
@@ -305,7 +315,7 @@ def _matches(fs: Any, pattern: str) -> FoundFiles:
     return cast(FoundFiles, fs.glob(pattern, detail=True))
 
 
-def _files_of(fs: Any, paths: FoundFiles, root: str, excluded: str | None, others: set[str]) -> FoundFiles:
+def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, others: set[str]) -> FoundFiles:
     """Return the files among these paths and below the directories among them. others: receives all other entries."""
     if is_local(fs):
         walk = Walk(root or "/", excluded)
@@ -318,7 +328,7 @@ def _files_of(fs: Any, paths: FoundFiles, root: str, excluded: str | None, other
     return found
 
 
-def _sidecars(
+def _find_sidecars(
     fs: Any, place: str, images: set[str], root: str, excluded: str | None, others: set[str], listings: FolderListings
 ) -> FoundFiles:
     """Return the texts of images that were named one by one, or by their extension, without the rest of their folder.
@@ -329,12 +339,12 @@ def _sidecars(
     url = full_url(fs, place)
     if url not in listings:
         is_folder = place.endswith("/")
-        found: FoundFiles = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _matches(fs, place)
-        listings[url] = found, possible_texts(found)
+        found: FoundFiles = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _find_matches(fs, place)
+        listings[url] = found, find_possible_texts(found)
     entries, by_name = listings[url]
     is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
-    texts = {path: entries[path] for path in texts_near(by_name, images) if not is_directory(path)}
-    return _files_of(fs, texts, root, excluded, others)
+    texts = {path: entries[path] for path in find_nearby_texts(by_name, images) if not is_directory(path)}
+    return _find_files(fs, texts, root, excluded, others)
 
 
 def _check_utf8(file: str, root: str) -> None:
@@ -344,7 +354,7 @@ def _check_utf8(file: str, root: str) -> None:
         raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")
 
 
-def _alternatives(path: str) -> list[str]:
+def _expand_braces(path: str) -> list[str]:
     """Expand the brace ranges of a path."""
     try:
         return list(braceexpand(path))
@@ -352,7 +362,7 @@ def _alternatives(path: str) -> list[str]:
         return [path]
 
 
-def _fixed_directory(path: str) -> str:
+def _find_fixed_directory(path: str) -> str:
     """Return the last directory of a pattern before its first wildcard."""
     steps = path.split("/")
     first = next((i for i, step in enumerate(steps) if WILDCARDS & set(step)), len(steps) - 1)

@@ -1,6 +1,6 @@
 """Detect outputs of latentmill among the sources: caches by their cache.json, and previews by their report.json.
 
-Those two files are read only if other files have names like those in a cache or in previews. So a source with a million
+These files are read only if other files have names like those in a cache or in previews. So a source with a million
 other files costs no further request.
 """
 
@@ -26,8 +26,8 @@ def find_own_outputs(files: Collection[str], read: Read) -> dict[str, list[str]]
 
     read: returns the content of a file by its path, or None if the file does not exist.
     """
-    caches = [folder for folder in _folders_of(files, IN_CACHE) if is_cache(read(f"{folder}/{CACHE}"))]
-    previews = [folder for folder in _folders_of(files, IN_PREVIEWS) if is_report(read(f"{folder}/{REPORT}"))]
+    caches = [folder for folder in _find_folders(files, IN_CACHE) if is_cache(read(f"{folder}/{CACHE}"))]
+    previews = [folder for folder in _find_folders(files, IN_PREVIEWS) if is_report(read(f"{folder}/{REPORT}"))]
     outputs = {f"the cache {folder}": [file for file in files if file.startswith(f"{folder}/")] for folder in caches}
     for folder in previews:
         drawn = (file for file in files if (match := IN_PREVIEWS.fullmatch(file)) and match[1] == folder)
@@ -35,23 +35,23 @@ def find_own_outputs(files: Collection[str], read: Read) -> dict[str, list[str]]
     return outputs
 
 
-def _folders_of(files: Iterable[str], shape: re.Pattern[str]) -> list[str]:
+def _find_folders(files: Iterable[str], shape: re.Pattern[str]) -> list[str]:
     """Return the folders to which files of this shape would belong."""
     return sorted({match[1] for file in files if (match := shape.fullmatch(file))})
 
 
 def is_cache(data: bytes | None) -> bool:
     """Whether a file's content is the cache.json of a latentmill cache."""
-    content = _object(data)
+    content = _parse_object(data)
     return isinstance(content.get("identity"), dict) and {"format", "identity_sha256", "vae"} <= content.keys()
 
 
 def is_report(data: bytes | None) -> bool:
     """Whether a file's content is the report.json of previews."""
-    return _object(data).get("made_by") == MADE_BY
+    return _parse_object(data).get("made_by") == MADE_BY
 
 
-def _object(data: bytes | None) -> dict[str, object]:
+def _parse_object(data: bytes | None) -> dict[str, object]:
     """Parse a JSON object. It is empty if the data are something else."""
     try:
         content = json.loads(data or b"")

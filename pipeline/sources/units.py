@@ -1,4 +1,4 @@
-"""Divide shards into units. A unit is what one task reads."""
+"""Divide shards into units. One task reads one unit."""
 
 import hashlib
 import itertools
@@ -10,15 +10,15 @@ from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
 from pipeline.limits import printable
-from pipeline.readers.sidecars import SidecarIndex, files_of, match_sidecars, pin_files
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, stem
+from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, source_name, stem
 
 IMAGES_PER_UNIT = 256
 RANGE_BYTES = 128 << 20  # approximate size of a range of a Parquet file
 TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
 
 
-def unit_name(name: str, identity: object) -> str:
+def make_unit_name(name: str, identity: object) -> str:
     """Return a file-name-safe stem, a dash, and 16 hex digits of the sha256 of `identity` as canonical JSON."""
     safe = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:64] or "unit"
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
@@ -69,17 +69,17 @@ def count_other_files(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTEN
     return Counter(printable(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
 
 
-def unit_name_of(unit: Unit) -> str:
-    """Return the name that follows from what a unit reads."""
+def derive_unit_name(unit: Unit) -> str:
+    """Return the name that follows from the inputs of a unit."""
     if unit.kind == "folder":
-        return unit_name(unit.path, list(unit.paths))
-    return unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
+        return make_unit_name(unit.path, list(unit.paths))
+    return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
 def make_tar_unit(shard: Shard) -> Unit:
     """Return the unit of a tar."""
     return Unit(
-        name=unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
+        name=make_unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
         kind="tar",
         url=shard.url,
         path=shard.path,
@@ -95,7 +95,7 @@ def make_parquet_units(shard: Shard) -> list[Unit]:
     name = PurePosixPath(shard.path).stem
     return [
         Unit(
-            name=unit_name(name, [shard.path, [k, count]]),
+            name=make_unit_name(name, [shard.path, [k, count]]),
             kind="parquet",
             url=shard.url,
             path=shard.path,
@@ -124,13 +124,13 @@ def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
 def make_folder_unit(images: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
     """Return the unit of these images. texts: of each image that has any, by the image's path."""
     root, paths = images[0].root, tuple(shard.path for shard in images)
-    folder = paths[0].split("/", 1)[0]
+    source = source_name(paths[0])
     return Unit(
-        name=unit_name(folder, list(paths)),
+        name=make_unit_name(source, list(paths)),
         kind="folder",
         url=root,
-        path=folder,
+        path=source,
         paths=paths,
         root=root,
-        **pin_files([files_of(image, texts) for image in images]),
+        **pin_files([collect_image_files(image, texts) for image in images]),
     )

@@ -14,7 +14,7 @@ class Walk:
 
     found: the files by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: entries that are neither
     files nor directories, and directories without permission. Links to directories are followed, but no directory is
-    entered twice. A directory with a name of its own below `top` is entered under that name.
+    entered twice. A directory that is below `top` and also behind a link is entered below `top`.
     """
 
     top: str
@@ -57,7 +57,7 @@ class Walk:
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES):
                     raise
-                # for example a broken link; the error when it is read names it
+                # for example a broken link; reading it raises an error that names it
                 self.found[path] = {"size": 0}
                 continue
             if stat.S_ISREG(info.st_mode):

@@ -46,7 +46,7 @@ def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}") from error
 
 
-def absolute(url: str) -> str:
+def make_absolute(url: str) -> str:
     """Return a URL unchanged, and a local path as an absolute one: workers have another working directory."""
     if "://" in url and not url.startswith("file://"):
         return url
@@ -63,7 +63,7 @@ def is_memory(fs: Any) -> bool:
     return isinstance(fs, MemoryFileSystem)
 
 
-def protocols_of(fs: Any) -> set[str]:
+def get_protocols(fs: Any) -> set[str]:
     """Return the protocols with which URLs of a filesystem may begin."""
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
@@ -73,7 +73,7 @@ def full_url(fs: Any, path: str) -> str:
     return path if is_local(fs) else cast(str, fs.unstrip_protocol(path))
 
 
-def url_as_listed(url: str) -> str:
+def to_listed_url(url: str) -> str:
     """Return a URL or a path in the spelling of `full_url`.
 
     It does not connect to the store, because the store may need options that are not known here.

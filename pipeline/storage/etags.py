@@ -1,4 +1,4 @@
-"""Whether a file is the one that was planned, judged by its size and its ETag (`reading.etag_of`)."""
+"""Whether a file is the one that was planned, judged by its size and its ETag (`reading.get_etag`)."""
 
 import re
 

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from latentmill.folder import CacheFolder
 from latentmill.stream import Stream, name_url_in_errors
-from pipeline.prefetch import in_order
+from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import connect, http_status, is_local, is_memory, protocols_of
+from pipeline.storage.connection import connect, get_protocols, http_status, is_local, is_memory
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -58,27 +58,27 @@ class Folder(CacheFolder):
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises StorageError, also if the file does not exist."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "read"):
-            return _read_whole(fs, path, self.at(name))
+        with name_url_in_errors(self.url_of(name), "read"):
+            return _read_whole(fs, path, self.url_of(name))
 
     def read_each(self, folder: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Read these files of a sub-folder, each name with its content. Many are read at once, as stores are slow."""
         with ThreadPoolExecutor(READERS) as pool:
-            yield from in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
+            yield from map_in_order(pool, lambda name: (name, self.read(f"{folder}/{name}")), names, window=4 * READERS)
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "read"):
+        with name_url_in_errors(self.url_of(name), "read"):
             try:
-                return _read_whole(fs, path, self.at(name))
+                return _read_whole(fs, path, self.url_of(name))
             except FileNotFoundError:
                 return None
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "write"):
+        with name_url_in_errors(self.url_of(name), "write"):
             if is_local(fs):
                 return local_disk.create(path, data, self._locate("_tmp")[1], self.exclusive)
             if is_memory(fs):
@@ -96,7 +96,7 @@ class Folder(CacheFolder):
         fs, _ = self._locate("")
         if is_memory(fs):
             return True
-        if not is_local(fs) and not protocols_of(fs) & CONDITIONAL:
+        if not is_local(fs) and not get_protocols(fs) & CONDITIONAL:
             return False
         probed = replace(self, exclusive=True)
         for _ in range(PROBES):
@@ -105,7 +105,7 @@ class Folder(CacheFolder):
                 first, second = probed.create(name, b"probe"), probed.create(name, b"probe")
             except local_disk.NotExclusive:
                 return False
-            with name_url_in_errors(self.at(name), "remove"):
+            with name_url_in_errors(self.url_of(name), "remove"):
                 fs.rm_file(self._locate(name)[1])
             if first:  # otherwise the first answer was lost, and the library's own retry was refused
                 return not second
@@ -114,7 +114,7 @@ class Folder(CacheFolder):
     def replace(self, name: str, data: bytes) -> None:
         """Write a whole file, and overwrite an existing one."""
         fs, path = self._locate(name)
-        with name_url_in_errors(self.at(name), "write"):
+        with name_url_in_errors(self.url_of(name), "write"):
             if is_local(fs):
                 local_disk.replace(path, data)
             else:
@@ -152,11 +152,11 @@ def _create_object(fs: Any, path: str, data: bytes) -> bool:
 
 def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
     """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
-    if "s3" not in protocols_of(fs):
+    if "s3" not in get_protocols(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
 def _single_request_option(fs: Any) -> dict[str, int]:
     """Return the option that keeps s3fs from requesting a file's size before the file."""
-    return {"max_concurrency": 1} if "s3" in protocols_of(fs) else {}
+    return {"max_concurrency": 1} if "s3" in get_protocols(fs) else {}

@@ -29,7 +29,7 @@ def open_stream(
     """
     with name_url_in_errors(url, "read"):
         fs, path = connect(url, options)
-        before = version_of(fs, path) if planned is not None else (0, "")
+        before = fetch_version(fs, path) if planned is not None else (0, "")
         if planned and not same_version((planned.bytes, planned.etag), before):
             same_size = before[0] == planned.bytes
             difference = "its time or ETag" if same_size else f"{planned.bytes} bytes then, {before[0]} now"
@@ -43,7 +43,7 @@ def open_stream(
     def check() -> None:
         if planned is not None:
             with name_url_in_errors(url, "read"):
-                after = version_of(fs, path)
+                after = fetch_version(fs, path)
             if after != before:
                 raise SourceError(f"{url} changed while it was being read")
 
@@ -57,18 +57,18 @@ def open_stream(
     check()
 
 
-def current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
+def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
     """Return the unit with the size and ETag that its input has now. Images of a folder are not pinned by a unit."""
     if unit.kind == "folder":
         return unit
     with name_url_in_errors(unit.url, "read"):
         fs, path = connect(unit.url, options)
-        size, etag = version_of(fs, path)
+        size, etag = fetch_version(fs, path)
     return replace(unit, bytes=size, etag=etag)
 
 
-def etag_of(info: Mapping[str, Any]) -> str:
-    """Return the version of a file's content from what its storage reports. It is empty if nothing is reported.
+def get_etag(info: Mapping[str, Any]) -> str:
+    """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
 
     It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
     """
@@ -77,14 +77,14 @@ def etag_of(info: Mapping[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
 
 
-def version_of(fs: Any, path: str) -> tuple[int, str]:
+def fetch_version(fs: Any, path: str) -> tuple[int, str]:
     """Return the size in bytes and the ETag of a file."""
     if is_local(fs):
         stat = os.stat(path)
         info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     else:
         info = fs.info(path)
-    return int(info["size"] or 0), etag_of(info)
+    return int(info["size"] or 0), get_etag(info)
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:
@@ -104,10 +104,10 @@ def read_file_if_exists(url: str, options: Mapping[str, Any], limit: int, size: 
 
     Raises Rejected for a local file whose permissions forbid reading.
     """
-    return none_if_missing(url, options, lambda: read_file(url, options, limit, size))
+    return read_or_none(url, options, lambda: read_file(url, options, limit, size))
 
 
-def none_if_missing(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
+def read_or_none(url: str, options: Mapping[str, Any], read: Callable[[], bytes]) -> bytes | None:
     """Return the result of `read`, or None if the file does not exist.
 
     Raises Rejected for a local file whose permissions forbid reading.
@@ -143,7 +143,7 @@ def check_has_files(url: str, options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def fetch(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iterator[str]:
-    """Give a local path for `ref`: a local path unchanged, a URL as a temporary copy of its file or directory.
+    """Yield a local path for `ref`: a local path unchanged, or a temporary copy of the file or directory at a URL.
 
     wanted: pattern of the files to copy from a directory, matched against their paths below it.
     """

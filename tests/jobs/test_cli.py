@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cli import VERBS
 from jobs.options import OPTIONS
-from jobs.parsing import flag_of
+from jobs.parsing import format_flag
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -23,7 +23,7 @@ def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert end.value.code == 0
     for field in dataclasses.fields(OPTIONS[verb]):
-        assert flag_of(field) in text
+        assert format_flag(field) in text
     assert max(len(line) for line in text.splitlines()) <= 112
 
 

@@ -90,10 +90,10 @@ def test_a_source_under_another_name_is_not_encoded_twice(encode: Command, tmp_p
     source = write_photos(tmp_path / "data/photos", range(2))
     assert encode(source)[0] == 0
     code, _, err = encode(source.parent)
-    assert (code, f"If it is that source, say so: photos={source}. " in err) == (2, True)
+    assert (code, f"If it is the same source, name it: photos={source}. " in err) == (2, True)
     pics = source.rename(tmp_path / "data/pics")
     code, _, err = encode(pics)
-    assert (code, f"say so: photos={pics}. If it is another one: --new-source" in err) == (2, True)
+    assert (code, f"name it: photos={pics}. If it is another source, use --new-source" in err) == (2, True)
     assert count_rows(tmp_path / "c") == 2
     code, out, err = encode(f"photos={pics}")
     assert (code, "encoded 0 images" in out, "INFO the source photos has moved from " in err) == (0, True, True)
@@ -278,7 +278,7 @@ def test_other_verbs_find_a_source_by_its_name(encode: Command, latentmill: Comm
     shutil.rmtree(source)
     argv = (tmp_path / "c", "--workers", 0)
     code, _, err = latentmill("retry", *argv, "--source", pics)
-    assert (code, f"say so: photos={pics}" in err) == (2, True)
+    assert (code, f"name it: photos={pics}" in err) == (2, True)
     code, _, err = latentmill("retry", *argv, "--source", f"photos={pics}")
     assert (code, "holds other files" in err, err.rstrip().endswith("--same-source")) == (2, True, True)
     assert latentmill("retry", *argv, "--source", f"photos={pics}", "--same-source")[0] == 0

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import DecodeOptions, EncodeOptions, options_as_record, parse_storage_options
+from jobs.options import DecodeOptions, EncodeOptions, describe_options, parse_storage_options
 from jobs.parsing import parse
 from pipeline.errors import UsageError
 
@@ -91,7 +91,7 @@ def test_the_record_of_a_run_has_no_secret() -> None:
         storage_option=("key=hush", "secret=env:NAME"),
         source_option=("key=shh", "secret=env:MINE"),
     )
-    record = options_as_record(options)
+    record = describe_options(options)
     assert record["storage_option"] == ["key=(not kept)", "secret=env:NAME"]
     assert record["source_option"] == ["key=(not kept)", "secret=env:MINE"]
     assert set(record) == {field.name for field in dataclasses.fields(EncodeOptions)}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import ray_temp
-from jobs.ray_temp import directory_for_ray, why_unfit
+from jobs.ray_temp import directory_for_ray, explain_unfit
 from pipeline.errors import UsageError
 from tests.conftest import STAMP
 
@@ -79,7 +79,7 @@ def test_an_unfit_directory_is_replaced_by_a_new_one(
         assert os.environ["RAY_TMPDIR"] == replacement
         assert os.path.isdir(replacement)
         assert len(replacement) <= ray_temp.MAX_BYTES
-        assert why_unfit(replacement) is None
+        assert explain_unfit(replacement) is None
     assert not os.path.exists(replacement)
     assert os.environ.get("RAY_TMPDIR") == (directory if name == "RAY_TMPDIR" else None)
     message = capsys.readouterr().err

@@ -124,14 +124,14 @@ def test_statistics_include_the_parts_of_a_concurrent_job(
 ) -> None:
     """Another job ends after the sum is computed and before it is written, so the sum is computed again."""
     assert latentmill(*argv, "--max-shards", 2)[0] == 0
-    real = stats.encode_json
+    real = stats.encode_stats
 
     def slow(content: Any) -> bytes:
         monkeypatch.undo()
         assert latentmill(*argv)[0] == 0
         return real(content)
 
-    monkeypatch.setattr(stats, "encode_json", slow)
+    monkeypatch.setattr(stats, "encode_stats", slow)
     info = Cache.open(str(tmp_path / "c")).info
     assert finalize.finalize_cache(Folder(str(tmp_path / "c")), info, single_writer=False)["count"] == 18
     assert json.loads((tmp_path / "c/stats.json").read_text())["count"] == 18

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.executor import TaskResult, failed_result, format_error
+from jobs.executor import TaskResult, format_error, make_failed_result
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
 from pipeline.errors import DamagedError, ShardError, Stopped
@@ -100,9 +100,9 @@ def test_a_task_that_lost_its_worker_is_retried_in_isolation() -> None:
 
 
 def test_the_result_of_a_damaged_task_has_the_position() -> None:
-    result = failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
+    result = make_failed_result(Task("0"), "w", DamagedError("it is cut off", at=7))
     assert (result.error, result.cause, result.damaged_at) == ("it is cut off", "damage", 7)
-    assert failed_result(Task("0"), "w", ShardError("x")).damaged_at is None
+    assert make_failed_result(Task("0"), "w", ShardError("x")).damaged_at is None
 
 
 def test_a_signal_stops_the_loop() -> None:

@@ -421,15 +421,15 @@ def test_the_stall_timeout_does_not_count_from_an_old_failure() -> None:
     storage = UnavailableStorage(since=700.0, until=760.0)
     watch = outage.Outage(lambda task: storage.probe(Task(task.name)), 600.0, lambda: storage.executor.now)
     storage.executor.now = 1.0
-    watch.failed(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
+    watch.record_failure(TaskResult(task=Task("u000"), worker="0.0", error="reset", cause="storage"), 2)
     for worker in ("0.0", "1.0"):
         storage.executor.now = 710.0
-        watch.failed(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
-    assert watch.holds()
+        watch.record_failure(TaskResult(task=Task("u001"), worker=worker, error="no answer", cause="storage"), 2)
+    assert watch.poll()
     storage.executor.now = 720.0
-    assert watch.holds()
+    assert watch.poll()
     storage.executor.now = 770.0
-    assert not watch.holds()
+    assert not watch.poll()
 
 
 def test_one_worker_without_storage_is_replaced() -> None:
@@ -470,8 +470,8 @@ def test_a_resting_worker_does_not_block_the_others() -> None:
     """The next task goes to another worker at once if the first worker may be faulty."""
     tasks = [Task(name) for name in NAMES[:4]]
     scheduling = Scheduler(tasks, clock=lambda: 1.0)
-    first = scheduling.next(["a", "b"])
+    first = scheduling.assign_next(["a", "b"])
     assert first is not None and first.worker == "a"
-    assert scheduling.failed(TaskResult(task=first.task, worker="a", error="bad"))
-    second = scheduling.next(["a", "b"])
+    assert scheduling.record_failure(TaskResult(task=first.task, worker="a", error="bad"))
+    second = scheduling.assign_next(["a", "b"])
     assert second is not None and second.worker == "b"

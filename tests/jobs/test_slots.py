@@ -72,14 +72,14 @@ def test_a_node_with_two_failures_in_a_row_is_avoided_for_a_while(
     all_slots = make_slots(3, clock)
     all_slots.note_success(all_slots[2], "good")
     fail(all_slots, 0, "bad")
-    assert all_slots.avoided(lambda: {"good", "bad"}) == frozenset()
+    assert all_slots.find_avoided_nodes(lambda: {"good", "bad"}) == frozenset()
     fail(all_slots, 0, "bad")
     fail(all_slots, 1, "bad")
-    assert all_slots.avoided(lambda: {"good", "bad"}) == {"bad"}
-    assert all_slots.may_start(all_slots[0], all_slots.avoided(lambda: {"good", "bad"})), "on the other node"
+    assert all_slots.find_avoided_nodes(lambda: {"good", "bad"}) == {"bad"}
+    assert all_slots.may_start(all_slots[0], all_slots.find_avoided_nodes(lambda: {"good", "bad"})), "on the other node"
     assert capsys.readouterr().err.count("two workers in a row failed on host of bad") == 1
     clock.now += AVOID_SECONDS + 1
-    assert all_slots.avoided(lambda: {"good", "bad"}) == frozenset()
+    assert all_slots.find_avoided_nodes(lambda: {"good", "bad"}) == frozenset()
 
 
 def test_the_only_node_is_not_avoided_but_its_slots_rest(clock: Clock) -> None:
@@ -87,7 +87,7 @@ def test_the_only_node_is_not_avoided_but_its_slots_rest(clock: Clock) -> None:
     all_slots.note_success(all_slots[1], "only")
     fail(all_slots, 0, "only")
     fail(all_slots, 0, "only")
-    assert all_slots.avoided(lambda: {"only"}) == frozenset()
+    assert all_slots.find_avoided_nodes(lambda: {"only"}) == frozenset()
     assert not all_slots.may_start(all_slots[0], frozenset())
 
 
@@ -97,5 +97,5 @@ def test_a_node_whose_other_workers_succeed_is_not_avoided(clock: Clock) -> None
     for _ in range(3):
         all_slots.note_success(all_slots[1], "n1")
         fail(all_slots, 0, "n1")
-    assert all_slots.avoided(lambda: {"n1", "n2"}) == frozenset()
+    assert all_slots.find_avoided_nodes(lambda: {"n1", "n2"}) == frozenset()
     assert not all_slots.may_start(all_slots[0], frozenset({"n2"}))

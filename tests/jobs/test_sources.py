@@ -175,7 +175,7 @@ def test_new_shards_are_added_by_the_same_command(encode: Command, tmp_path: Pat
     write_parquet(source / "1.parquet", make_images(2, 2), caption=["c", "d"], more=[1, 2])
     _, out, err = encode(source, "--to", cache)
     assert "encoded 2 images" in out
-    assert "left out, because the cache was begun without them: the columns more" in err
+    assert "skipped, because the cache was created without them: the columns more" in err
     assert read_table(cache)["caption"].to_pylist() == ["a", "b", "c", "d"]
     assert before.items() <= {path.name: path.read_bytes() for path in (cache / "data").iterdir()}.items()
 

@@ -273,7 +273,7 @@ def test_rebuild_writes_commits_and_rejects_from_the_parts(latentmill: Command, 
 
 def test_rebuild_looks_up_each_commit_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many units, a search for the parts of each unit among all parts took minutes."""
-    count, commit_name, names = 300, commit_files.commit_name, list[str]()
+    count, commit_name, names = 300, commit_files.get_commit_name, list[str]()
     part = verify.verify_cache(Cache.open(str(cache))).parts[0]
     parts = [replace(part, record=replace(part.record, unit=f"u-{number}")) for number in range(count)]
 
@@ -281,7 +281,7 @@ def test_rebuild_looks_up_each_commit_once(cache: Path, tmp_path: Path, monkeypa
         names.append(commit_name(parts))
         return names[-1]
 
-    monkeypatch.setattr(commit_files, "commit_name", record_name)
+    monkeypatch.setattr(commit_files, "get_commit_name", record_name)
     findings = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
     assert (
         verify.rebuild_records(Cache(Folder(str(tmp_path / "rebuilt")), info_of(IDENTITY)), findings)

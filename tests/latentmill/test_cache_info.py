@@ -12,7 +12,7 @@ from latentmill import CacheError
 from latentmill.cache_info import parse_cache_json
 from latentmill.canonical_json import canonical_json
 from pipeline.cache import identity
-from pipeline.cache.identity import encode_json
+from pipeline.cache.identity import encode_cache_json
 from pipeline.canonical_json import with_checksum
 from pipeline.images.transform import Transform
 from tests.cache_infos import IDENTITY, info_of
@@ -23,7 +23,7 @@ BUCKETS = Transform(resolution=96, buckets=((64, 128), (128, 64)), multiple_of=6
 def make_content(**identity_fields: Any) -> dict[str, Any]:
     """Return the content of a cache.json, as types of JSON."""
     info = info_of(dataclasses.replace(IDENTITY, **identity_fields))
-    content = json.loads(encode_json(with_checksum(info.to_dict())))
+    content = json.loads(encode_cache_json(with_checksum(info.to_dict())))
     assert isinstance(content, dict)
     return content
 
@@ -31,7 +31,7 @@ def make_content(**identity_fields: Any) -> dict[str, Any]:
 def encode_with_sha256(content: dict[str, Any]) -> bytes:
     """Return a cache.json with the sha256 of its identity."""
     sha256 = hashlib.sha256(canonical_json(content["identity"])).hexdigest()
-    return encode_json({**content, "identity_sha256": sha256})
+    return encode_cache_json({**content, "identity_sha256": sha256})
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,10 @@ def encode_with_sha256(content: dict[str, Any]) -> bytes:
 )
 def test_parsing_and_writing_preserves_every_byte(fields: dict[str, Any]) -> None:
     info = info_of(dataclasses.replace(IDENTITY, **fields))
-    data = encode_json(with_checksum(info.to_dict()))
+    data = encode_cache_json(with_checksum(info.to_dict()))
     parsed = parse_cache_json(data, "s3://b/c")
     assert parsed == info
-    assert encode_json(with_checksum(parsed.to_dict())) == data
+    assert encode_cache_json(with_checksum(parsed.to_dict())) == data
     assert parsed.identity.sha256 == info.identity_sha256
 
 
@@ -85,7 +85,7 @@ def test_a_missing_field_is_named_with_the_file(path: tuple[str, ...], name: str
     del parent[path[-1]]
     text = rf"^s3://b/c is not a latentmill cache: in its cache\.json, the field '{name}' is missing$"
     with pytest.raises(CacheError, match=text):
-        parse_cache_json(encode_json(content), "s3://b/c")
+        parse_cache_json(encode_cache_json(content), "s3://b/c")
 
 
 def set_field(*path: str, to: object) -> Callable[[dict[str, Any]], None]:

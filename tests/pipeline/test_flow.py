@@ -219,7 +219,7 @@ def test_a_cache_in_memory_equals_a_cache_on_disk(
     worker(tmp_path / "c").run(unit)
     worker("memory://flow/c").run(unit)
     folder = Folder("memory://flow/c")
-    assert {f"data/{name}": folder.read(f"data/{name}") for name in folder.names("data")} == {
+    assert {f"data/{name}": folder.read(f"data/{name}") for name in folder.list_files("data")} == {
         name: data for name, data in contents(tmp_path / "c").items() if name.startswith("data/")
     }
 
@@ -419,7 +419,7 @@ def test_every_sample_and_every_tile_counts_as_progress(
 def test_a_part_file_follows_the_cache_format(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     worker(tmp_path / "c").run(unit)
     file = pq.ParquetFile(sorted((tmp_path / "c/data").iterdir())[0])
-    assert file.schema_arrow.equals(parquet.schema_of(OutputSchema()))
+    assert file.schema_arrow.equals(parquet.make_schema(OutputSchema()))
     group = file.metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     assert columns["latent"].compression == "UNCOMPRESSED"

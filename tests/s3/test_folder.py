@@ -37,10 +37,10 @@ def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy)
 def test_writes_are_visible_at_once(bucket: str) -> None:
     folder = Folder(f"{bucket}/cache")
     assert folder.is_empty()
-    assert folder.names("data") == []
-    assert folder.read_if_there("data/a") is None
+    assert folder.list_files("data") == []
+    assert folder.read_if_exists("data/a") is None
     assert folder.create("data/a", b"1")
-    assert folder.names("data") == ["a"]
+    assert folder.list_files("data") == ["a"]
     assert not folder.is_empty()
     folder.replace("data/a", b"2")
     assert dict(folder.read_each("data", ["a"])) == {"a": b"2"}
@@ -95,9 +95,9 @@ def test_a_burst_of_errors_is_retried(bucket: str, proxy: Proxy, fault: int | st
     proxy.rule = lambda request: fault if request.number < 2 else None
     assert folder.create("a", b"1")
     assert folder.read("a") == b"1"
-    assert folder.names() == ["a"]
+    assert folder.list_files() == ["a"]
     folder.replace("a", b"2")
-    with reading.open_stream(folder.at("a"), {}) as stream:
+    with reading.open_stream(folder.url_of("a"), {}) as stream:
         assert stream.read() == b"2"
 
 
@@ -115,12 +115,12 @@ def test_errors_name_the_url_and_the_reason(bucket: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     unreachable = {"endpoint_url": "http://127.0.0.1:9"}
     with pytest.raises(StorageError, match=r"cannot list s3://b: .*Could not connect to the endpoint URL"):
-        Folder("s3://b", unreachable).names()
+        Folder("s3://b", unreachable).list_files()
 
 
 def test_a_password_in_a_url_is_refused() -> None:
     with pytest.raises(connection.UsageError, match="must not contain a password"):
-        Folder("s3://key:secret@bucket/x").names()
+        Folder("s3://key:secret@bucket/x").list_files()
 
 
 @pytest.mark.parametrize("seeking", [False, True])

@@ -116,7 +116,7 @@ def test_a_missing_image_a_missing_text_and_a_missing_folder_are_distinguished(i
     remove(images, "00.txt")
     with pytest.raises(SourceError, match=r"00\.txt was deleted since it was planned, but its image was not"):
         list(read_folder_unit(unit, {}))
-    remove(images, *(name for name in images.names() if name != "00.txt"))
+    remove(images, *(name for name in images.list_files() if name != "00.txt"))
     with pytest.raises(SourceError, match=f"{images.url} is missing or empty"):
         list(read_folder_unit(unit, {}))
 

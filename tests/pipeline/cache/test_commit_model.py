@@ -17,7 +17,7 @@ import pytest
 from pipeline.cache import commits
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_scan import CacheListing, Repair, pair_with_commits
-from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, stem_of
+from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, strip_extension
 from pipeline.errors import StorageError
 from pipeline.formats.record import PartInfo, Record
 from pipeline.formats.schema import OutputSchema
@@ -46,7 +46,7 @@ class Replay:
     replayed: int = 0
     twins: bool = False
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         return name
 
     def _next(self, request: Request) -> Any:
@@ -58,7 +58,7 @@ class Replay:
             raise StorageError("no answer")
         return answer
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         # if no part has rows, no file is ever created in data/
         return self._next(Request("read", name)) if self.twins or name.endswith(".json") else None
 
@@ -72,13 +72,13 @@ class Disk:
 
     store: dict[str, bytes]
 
-    def at(self, name: str) -> str:
+    def url_of(self, name: str) -> str:
         return name
 
-    def names(self, below: str) -> list[str]:
+    def list_files(self, below: str) -> list[str]:
         return sorted(name.partition("/")[2] for name in self.store if name.startswith(f"{below}/"))
 
-    def read_if_there(self, name: str) -> bytes | None:
+    def read_if_exists(self, name: str) -> bytes | None:
         return self.store.get(name)
 
     def read_each(self, below: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
@@ -218,7 +218,7 @@ def check(before: State, after: State, twins: bool) -> None:
     assert is_consistent(after.store)
     if results:
         assert COMMIT in now
-        assert len({stem_of(name).partition("/")[2] for name in now if name != COMMIT}) == PARTS
+        assert len({strip_extension(name).partition("/")[2] for name in now if name != COMMIT}) == PARTS
 
 
 @cache
@@ -234,7 +234,7 @@ def check_completion(store: Store) -> None:
     disk = Disk(dict(store))
     write(disk, writer=9)
     repair = Repair(identity="identity", container="parquet")
-    assert list(pair_with_commits(disk, CacheListing.of(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
+    assert list(pair_with_commits(disk, CacheListing.read(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
     counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted
     assert len(counted) == PARTS

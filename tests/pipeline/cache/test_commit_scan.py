@@ -65,7 +65,7 @@ def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[
         parts.append(PartInfo(record, file, len(data), hashed))
     if committed:
         (cache / "_commits").mkdir(exist_ok=True)
-        name = commits.commit_name(parts)
+        name = commits.get_commit_name(parts)
         (cache / f"_commits/{name}.json").write_bytes(canonical_json(commits.make_commit(parts, {})))
     return parts
 
@@ -74,7 +74,7 @@ def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of forty units: some are retried, some names begin with another unit's name. One unit is not finished."""
     monkeypatch.setattr(
-        parts_module, "expected_stem", lambda record: f"_empty/{record.stem}"
+        parts_module, "get_expected_stem", lambda record: f"_empty/{record.stem}"
     )  # parts with rows, but without a format
     draw = random.Random(1)
     names = [f"{stem}-{draw.randrange(16**16):016x}" for stem in ("a", "a-b", "b") for _ in range(10)]
@@ -139,12 +139,12 @@ def test_each_commit_is_read_once_and_few_are_held(cache: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Folder, "read", count_read)
     folder = Folder(str(cache))
-    listing, files = CacheListing.of(folder), list[str]()
+    listing, files = CacheListing.read(folder), list[str]()
     for file, _ in commit_scan.pair_with_commits(folder, listing, parse_entry):
         files.append(file)
         max_held = max(max_held, len(held))
     assert max_held < 20 < len(listing.files) / 2
-    assert [commit_scan.file_name(file) for file in files] == sorted(map(commit_scan.file_name, listing.files))
+    assert [commit_scan.strip_folder(file) for file in files] == sorted(map(commit_scan.strip_folder, listing.files))
     assert reads == {f"_commits/{name}.json": 1 for name in listing.commits}
 
 
@@ -176,9 +176,9 @@ def test_parts_that_another_job_adds_are_counted_by_reading_few_files_again(
     written = writer.write()
     assert f"_commits/{stem}-0123456789abcdef.json" in reads
     assert len(reads) == len(set(reads))
-    following = [name for name in map(commit_scan.file_name, part_files.list_part_files(folder)) if name >= stem]
+    following = [name for name in map(commit_scan.strip_folder, part_files.list_part_files(folder)) if name >= stem]
     assert len(reads) <= len(following) + 4, "files before the new ones are not read again"
     monkeypatch.undo()
-    monkeypatch.setattr(parts_module, "expected_stem", lambda record: f"_empty/{record.stem}")
+    monkeypatch.setattr(parts_module, "get_expected_stem", lambda record: f"_empty/{record.stem}")
     assert written == stats.StatsWriter(folder, IDENTITY).write()
     assert {name: written[name] for name in ("count", "mean", "std", "files")} == compute_at_once(cache)

@@ -6,7 +6,7 @@ import pytest
 
 from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
-from pipeline.cache.identity import Identity, encode_json
+from pipeline.cache.identity import Identity, encode_cache_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.images.transform import Transform
@@ -24,7 +24,7 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
     assert identity.create_or_load(cache, info_of(IDENTITY)) == info_of(IDENTITY)
     with pytest.raises(IdentityError, match=f"this job has {field}"):
         identity.create_or_load(cache, info_of(other))
-    assert (tmp_path / "cache.json").read_bytes() == encode_json(with_checksum(info_of(IDENTITY).to_dict()))
+    assert (tmp_path / "cache.json").read_bytes() == encode_cache_json(with_checksum(info_of(IDENTITY).to_dict()))
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_scaling_is_not_part_of_the_identity() -> None:
     plain = AutoencoderKLConfig(**MICRO)
     scaled = dataclasses.replace(plain, scaling_factor=0.5, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     deeper = dataclasses.replace(plain, layers_per_block=2)
-    assert identity.raw_config(plain) == identity.raw_config(scaled)
-    assert identity.raw_config(plain) != identity.raw_config(deeper)
+    assert identity.select_raw_fields(plain) == identity.select_raw_fields(scaled)
+    assert identity.select_raw_fields(plain) != identity.select_raw_fields(deeper)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_scaling_is_not_part_of_the_identity() -> None:
     ],
 )
 def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
-    assert identity.default_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
+    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
 
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
-    data = encode_json(info_of(wanted).to_dict())
+    data = encode_cache_json(info_of(wanted).to_dict())
     assert identity.parse_transform(parse_cache_json(data, "c").identity) == transform
 
 

@@ -74,7 +74,7 @@ def test_a_plan_is_append_only(tmp_path: Path) -> None:
     units, notes = extend()
     assert [unit.path for unit in units] == ["data/0.tar", "data/1.tar"]
     assert (units[0].name, units[0].bytes) == (first[0].name, 7)
-    assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
+    assert cache.list_files("_plan") == ["00000.parquet", "00001.parquet"]
     assert plan.read_plan(cache) == units
     assert notes == [
         "inputs that have changed since they were planned: 1 (data/0.tar); none of their samples are encoded yet, and "
@@ -99,7 +99,7 @@ def test_the_second_of_two_planners_reads_the_plan_of_the_first(
     monkeypatch.setattr(plan, "read_plan_files", read_then_lose)
     units, _ = plan.extend_plan(cache, shards)
     assert [unit.path for unit in units] == ["data/0.tar"]
-    assert cache.names("_plan") == ["00000.parquet"]
+    assert cache.list_files("_plan") == ["00000.parquet"]
 
 
 def test_a_new_image_with_a_planned_stem_is_noted_and_skipped(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_plan_with_a_missing_file_is_extended_at_its_end(tmp_path: Path) -> No
         plan.extend_plan(cache, [shard(f"data/{n}.tar") for n in range(number + 1)])
     (tmp_path / "_plan/00000.parquet").unlink()
     units, _ = plan.extend_plan(cache, [shard(f"data/{n}.tar") for n in range(4)])
-    assert cache.names("_plan") == ["00001.parquet", "00002.parquet", "00003.parquet"]
+    assert cache.list_files("_plan") == ["00001.parquet", "00002.parquet", "00003.parquet"]
     assert sorted(unit.path for unit in units) == [f"data/{n}.tar" for n in range(4)]
 
 

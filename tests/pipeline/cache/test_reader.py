@@ -48,5 +48,5 @@ def test_files_that_are_newer_than_the_statistics_are_found(cache: str, latentmi
     assert latentmill("encode", shards, "--to", cache, "--vae", vae, "--workers", 0)[0] == 0
     for name, data in written.items():
         Path(cache, name).write_bytes(data)
-    with pytest.raises(IdentityError, match=r"has 3 files, its stats\.json is of 2: a job is at work on it, or was"):
+    with pytest.raises(IdentityError, match=r"has 3 files, but its stats\.json counts 2: a job is running, or was"):
         Cache.open(cache, digest=digest_of(cache))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.cache import tally
-from pipeline.prefetch import Peekable, in_order
+from pipeline.prefetch import Peekable, map_in_order
 
 
 def latents(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def test_results_are_in_order_and_no_more_items_are_taken_than_the_window() -> N
             yield number
 
     with ThreadPoolExecutor(3) as pool:
-        for result in in_order(pool, lambda number: number * number, items(), window=4):  # type: ignore[arg-type]
+        for result in map_in_order(pool, lambda number: number * number, items(), window=4):  # type: ignore[arg-type]
             given.append(result)
     assert given == [number * number for number in range(20)]
 
@@ -61,7 +61,7 @@ def test_an_exception_in_the_pool_reaches_the_caller() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ZeroDivisionError):
-        list(in_order(pool, lambda number: 1 // number, [1, 0, 2], window=2))
+        list(map_in_order(pool, lambda number: 1 // number, [1, 0, 2], window=2))
 
 
 def test_looking_ahead_consumes_no_item() -> None:
@@ -100,7 +100,7 @@ def test_no_call_runs_after_an_exception() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         with pytest.raises(ValueError, match="the first one"):
-            list(in_order(pool, slow, range(9), window=9))
+            list(map_in_order(pool, slow, range(9), window=9))
         before = list(ended)
         time.sleep(0.5)
         assert ended == before

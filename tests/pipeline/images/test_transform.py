@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from pipeline.images import transform as module
-from pipeline.images.buckets import grid
+from pipeline.images.buckets import make_grid
 from pipeline.images.transform import Transform, resize, resize_cut
 from tests.conftest import smooth
 
@@ -90,7 +90,7 @@ LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
 
 
 @pytest.mark.parametrize("size", LINES)
-@pytest.mark.parametrize("buckets", [(), grid(1024, 64)])
+@pytest.mark.parametrize("buckets", [(), make_grid(1024, 64)])
 def test_a_line_of_pixels_takes_no_more_memory_than_an_image(
     size: tuple[int, int], buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,11 @@ from pipeline.limits import Limits
 from pipeline.readers import parquet_footer, parquet_keys
 from pipeline.readers.parquet import (
     NO_IMAGES,
-    available_columns,
-    available_metadata_columns,
+    read_available_columns,
+    read_available_metadata_columns,
     read_metadata,
     read_parquet,
-    row_groups,
+    select_row_groups,
 )
 from pipeline.readers.parquet_keys import FileKeys
 from pipeline.records import Reject, Sample
@@ -135,7 +135,10 @@ def test_a_key_is_unique_in_the_whole_file() -> None:
 def test_some_ranges_are_empty_if_there_are_fewer_row_groups() -> None:
     data = parquet(PLAIN)
     assert [len(read(data, (k, 4))) for k in range(4)].count(0) == 3
-    groups = [row_groups(parquet_footer.row_group_middles(io.BytesIO(data), "p"), (k, 4), len(data)) for k in range(4)]
+    groups = [
+        select_row_groups(parquet_footer.find_row_group_middles(io.BytesIO(data), "p"), (k, 4), len(data))
+        for k in range(4)
+    ]
     assert sorted(group for row_group_indices in groups for group in row_group_indices) == [0]
 
 
@@ -195,7 +198,7 @@ def test_the_available_columns_of_a_file() -> None:
             "tags": [["a", "b"]],
         }
     )
-    assert available_columns(io.BytesIO(parquet(table)), "p", None) == pa.schema(
+    assert read_available_columns(io.BytesIO(parquet(table)), "p", None) == pa.schema(
         [("source_key", pa.string()), ("day", pa.date32()), ("word", pa.string()), ("tags", pa.list_(pa.string()))]
     )
 
@@ -245,7 +248,7 @@ def test_a_damaged_file_is_named(data: bytes, message: str) -> None:
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
         list(read_parquet(StrictFile(data), "p.parquet", len(data), (0, 1), None, None, NOTHING))
     with pytest.raises(DamagedError, match=rf"p\.parquet {message}"):
-        available_columns(StrictFile(data), "p.parquet", None)
+        read_available_columns(StrictFile(data), "p.parquet", None)
 
 
 def test_a_flipped_bit_in_a_page_is_found() -> None:
@@ -262,7 +265,7 @@ def test_metadata_beside_a_tar_is_joined_by_key() -> None:
         "0": {"source_width": 10, "extra": 0.5},
         "1": {"source_width": 11, "extra": None},
     }
-    assert available_metadata_columns(io.BytesIO(parquet(table)), "p").names == [
+    assert read_available_metadata_columns(io.BytesIO(parquet(table)), "p").names == [
         "source_key",
         "url",
         "source_width",
@@ -285,7 +288,7 @@ def test_metadata_rows_whose_key_is_not_a_text_are_skipped() -> None:
 
 def test_a_parquet_file_beside_a_tar_must_be_metadata() -> None:
     with pytest.raises(ShardError, match="has images itself; rename it"):
-        available_metadata_columns(io.BytesIO(parquet(PLAIN)), "p")
+        read_available_metadata_columns(io.BytesIO(parquet(PLAIN)), "p")
     with pytest.raises(ShardError, match="has no column 'key'"):
         read_metadata(io.BytesIO(parquet(PLAIN.select(["caption"]))), "p", NOTHING)
 
@@ -304,7 +307,7 @@ def test_a_row_group_is_not_held_in_memory_as_a_whole() -> None:
 def test_source_columns_with_names_of_latentmill_are_renamed() -> None:
     table = pa.table({"jpg": [b""], "width": [1], "source_width": [2], "source_source_width": [3], "source_x": [4]})
     data = parquet(table)
-    wanted = available_columns(io.BytesIO(data), "p", None)
+    wanted = read_available_columns(io.BytesIO(data), "p", None)
     assert wanted.names == ["source_width", "source_source_width", "source_source_source_width", "source_x"]
     (sample,) = read(data, wanted=wanted)
     assert isinstance(sample, Sample)
@@ -328,7 +331,7 @@ def test_two_columns_with_one_name_are_refused() -> None:
 def test_a_dictionary_encoded_column_of_images_is_read() -> None:
     table = pa.table({"image": pa.array([b"0", b"1", b"0", None]).dictionary_encode()})
     assert [outcome(item)[2] for item in read(parquet(table))] == [b"0", b"1", b"0", "no_image"]
-    assert available_columns(io.BytesIO(parquet(table)), "p", None).names == []
+    assert read_available_columns(io.BytesIO(parquet(table)), "p", None).names == []
 
 
 @pytest.mark.parametrize("wanted", [None, "image"])
@@ -373,7 +376,7 @@ def test_a_column_that_may_hold_images_in_another_form_is_an_error(column: dict[
 
 def test_urls_of_images_must_be_downloaded_first() -> None:
     with pytest.raises(NoImagesError, match="first download the images that URL names"):
-        available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
+        read_available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
 
 
 class TestKeysOfManyRanges:
@@ -415,11 +418,11 @@ class TestKeysOfManyRanges:
         assert self.read_all(data, ranges, None)[1] > self.N / 2, "with one process per range"
 
     def test_every_version_of_a_file_has_its_own_keys(self) -> None:
-        keys = parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id")
-        assert parquet_keys.keys_of_file("s3://b/p", 10, "etag 1", "id") is keys
+        keys = parquet_keys.get_file_keys("s3://b/p", 10, "etag 1", "id")
+        assert parquet_keys.get_file_keys("s3://b/p", 10, "etag 1", "id") is keys
         others = [("s3://b/p", 10, "etag 2", "id"), ("s3://b/p", 10, "etag 1", "key"), ("s3://b/p", 10, "", "id")]
-        assert all(parquet_keys.keys_of_file(*other) is not keys for other in others)
-        assert parquet_keys.keys_of_file(*others[2]) is not parquet_keys.keys_of_file(*others[2]), (
+        assert all(parquet_keys.get_file_keys(*other) is not keys for other in others)
+        assert parquet_keys.get_file_keys(*others[2]) is not parquet_keys.get_file_keys(*others[2]), (
             "the version is unknown"
         )
 
@@ -431,7 +434,7 @@ class TestKeysOfManyRanges:
             return [f"{group}-{n}" for n in range(3)]
 
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda group: keys.before(group, read_keys), [3, 5, 2, 5, 0, 4] * 5))
+            found = list(pool.map(lambda group: keys.read_before(group, read_keys), [3, 5, 2, 5, 0, 4] * 5))
         assert reads == dict.fromkeys(range(5), 1)
         assert ["2-1" in known for known in found[:6]] == [True, True, False, True, False, True]
         assert all("5-0" not in known and "" not in known for known in found)

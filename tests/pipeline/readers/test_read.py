@@ -12,10 +12,10 @@ import pytest
 
 from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
 from pipeline.limits import Limits
-from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, below_root, folder_key, read_folder
+from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, make_folder_key, read_folder
 from pipeline.readers.sidecars import ImageFiles
 from pipeline.readers.tar import Member, _group_by_key, read_tar
-from pipeline.records import File, Reject, Sample
+from pipeline.records import File, Reject, Sample, path_below_root
 from tests.conftest import img2dataset_members, write_tar
 
 
@@ -269,7 +269,7 @@ def test_a_stream_may_return_fewer_bytes_than_requested() -> None:
     [("p/a.jpg", "a"), ("p/b/a.v1.jpg", "b/a%2Ev1"), ("p/100%.png", "100%25"), ("p/x.y/a.gif", "x%2Ey/a")],
 )
 def test_the_key_of_an_image_in_a_folder(path: str, key: str) -> None:
-    assert folder_key(path) == key
+    assert make_folder_key(path) == key
 
 
 @pytest.fixture
@@ -292,8 +292,8 @@ def test_images_of_a_folder_have_their_texts_or_a_reject_reason(pool: Executor) 
     items = list(
         read_folder(
             planned,
-            lambda file, limit: files.get(below_root(file.path)),
-            lambda file: missing.append(below_root(file.path)),
+            lambda file, limit: files.get(path_below_root(file.path)),
+            lambda file: missing.append(path_below_root(file.path)),
             pool,
         )
     )
@@ -313,7 +313,7 @@ def test_an_unreadable_image_or_text_is_a_reject(pool: Executor) -> None:
     files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
 
     def read_or_refuse(file: File, limit: int) -> bytes | None:
-        path = below_root(file.path)
+        path = path_below_root(file.path)
         if path in ("a.jpg", "b.txt"):
             raise Rejected("read", "unreadable")
         return files.get(path)
@@ -384,7 +384,7 @@ def test_a_byte_order_mark_is_not_part_of_a_text(pool: Executor) -> None:
     text = b"\xef\xbb\xbfcaf\xc3\xa9 \xef\xbb\xbf"
     (sample,) = read(tar({"a.jpg": b"1", "a.txt": text}))
     files = {"a.jpg": b"1", "a.txt": text}
-    (other,) = read_folder(images("a.jpg a.txt"), lambda f, n: files[below_root(f.path)], lambda file: None, pool)
+    (other,) = read_folder(images("a.jpg a.txt"), lambda f, n: files[path_below_root(f.path)], lambda file: None, pool)
     assert isinstance(sample, Sample)
     assert isinstance(other, Sample)
     assert sample.columns["txt"] == other.columns["txt"] == "caf\u00e9 \ufeff"

@@ -12,8 +12,9 @@ import pytest
 from pipeline.cache import plan
 from pipeline.errors import SourceError
 from pipeline.records import Shard, Unit
-from pipeline.sources import changes, units
+from pipeline.sources import units
 from pipeline.sources.listing import list_sources
+from pipeline.sources.planned_files import list_input_files
 from pipeline.sources.units import make_units
 from pipeline.storage.folder import Folder
 
@@ -46,7 +47,7 @@ def extend(cache: Folder) -> Extend:
         assert sorted(map(repr, units)) == sorted(map(repr, plan.read_plan(cache))) or any(
             "has moved" in n for n in notes
         )
-        return [file.path for unit in units for file in changes.input_files(unit)], notes
+        return [file.path for unit in units for file in list_input_files(unit)], notes
 
     return run
 
@@ -99,10 +100,10 @@ def test_another_source_of_the_same_name_is_refused_with_a_suggestion(
             path.rename(path.with_name(f"dog{path.name}"))
     extend(tmp_path / "cats/images")
     message = expect_refusal(extend, tmp_path / "dogs/images")
-    assert "of 3 planned files 3 are missing or differ" in message
+    assert "3 of 3 planned files are missing or differ" in message
     (argument,) = find_arguments(message)
     assert argument == f"images2={tmp_path}/dogs/images"
-    assert cache.names("_plan") == ["00000.parquet"], "nothing is written"
+    assert cache.list_files("_plan") == ["00000.parquet"], "nothing is written"
     assert len(extend(argument)[0]) == 6
     assert len(extend(tmp_path / "cats/images", argument)[0]) == 6
 
@@ -121,7 +122,7 @@ def test_a_moved_source_is_not_identified_by_sizes_alone(extend: Extend, cache: 
         return Shard(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
 
     plan.extend_plan(cache, [tar("x://cats/shards")])
-    with pytest.raises(SourceError, match="nothing but their sizes says that its files are the planned ones"):
+    with pytest.raises(SourceError, match="no ETag or time proves that they are the planned ones"):
         plan.extend_plan(cache, [tar("x://dogs/shards")])
     assert plan.extend_plan(cache, [tar("x://cats/shards")])[1] == [], "an unknown ETag is not a change"
     plan.extend_plan(cache, [tar("x://dogs/shards")], same_source=True)
@@ -132,7 +133,7 @@ def test_a_copy_without_times_is_accepted_with_same_source(extend: Extend, cache
     put(tmp_path / "a/photos", "0.tar")
     first, _ = extend(tmp_path / "a/photos")
     copy_without_times(tmp_path / "a/photos", tmp_path / "b/photos")
-    assert expect_refusal(extend, tmp_path / "b/photos").endswith("copied without its files' times: --same-source")
+    assert expect_refusal(extend, tmp_path / "b/photos").endswith("copied without its files' times, use --same-source")
     assert extend(tmp_path / "b/photos", same_source=True)[0] == first
     assert [unit.root for unit in plan.read_plan(cache)] == [f"{tmp_path}/b/photos"] * 2
     assert extend(tmp_path / "b/photos") == (first, []), "the option is needed once"
@@ -153,7 +154,7 @@ def test_a_moved_source_is_identified_by_the_files_that_are_named(extend: Extend
     (tmp_path / "a/s").rename(tmp_path / "b/s")
     assert extend(tmp_path / "b/s/1.tar")[0] == first
     (tmp_path / "b/s/0.tar").unlink()
-    assert "of 3 planned files 1 are missing or differ (s/0.tar)" in expect_refusal(extend, tmp_path / "b/s")
+    assert "1 of 3 planned files are missing or differ (s/0.tar)" in expect_refusal(extend, tmp_path / "b/s")
 
 
 def test_more_files_of_the_same_root_are_appended(extend: Extend, tmp_path: Path) -> None:
@@ -207,9 +208,7 @@ def test_a_renamed_subfolder_of_a_source_is_refused_with_a_suggestion(extend: Ex
     put_images(tmp_path / "data/photos")
     extend(tmp_path / "data")
     (tmp_path / "data/photos").rename(tmp_path / "pics")
-    assert "put its files into photos/ of a folder, and name that: data=FOLDER" in expect_refusal(
-        extend, tmp_path / "pics"
-    )
+    assert "put its files into FOLDER/photos/, and name it: data=FOLDER" in expect_refusal(extend, tmp_path / "pics")
 
 
 def test_files_that_were_moved_inside_a_source_are_recognized(extend: Extend, tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_files_that_were_moved_inside_a_source_are_recognized(extend: Extend, tm
     (tmp_path / "photos/0.png").rename(tmp_path / "photos/2026/0.png")
     message = expect_refusal(extend, tmp_path / "photos")
     assert find_arguments(message) == [], "no other name of the source helps"
-    assert "photos/2026/0.png is photos/0.png. If they were moved inside it, move them back. " in message
+    assert "photos/2026/0.png is photos/0.png. If they were moved inside the source, move them back. " in message
     assert message.endswith("--new-source")
     assert extend(tmp_path / "photos", new_source=True)[0] == [*first, "photos/2026/0.png"]
 
@@ -228,7 +227,7 @@ def test_a_suggested_argument_is_quoted_for_a_shell(extend: Extend, tmp_path: Pa
     put_images(tmp_path / "my photos")
     extend(tmp_path / "my photos")
     (tmp_path / "my photos").rename(tmp_path / "our photos")
-    assert f"say so: 'my photos={tmp_path}/our photos'. " in expect_refusal(extend, tmp_path / "our photos")
+    assert f"name it: 'my photos={tmp_path}/our photos'. " in expect_refusal(extend, tmp_path / "our photos")
 
 
 def test_a_new_source_that_looks_planned_is_accepted_with_new_source(extend: Extend, tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_a_few_files_that_look_planned_are_noted(extend: Extend, tmp_path: Path)
     assert len(paths) == 22
     assert notes == [
         "new files with the relative path and size of planned ones that are not listed now: 2 "
-        "(dogs/0.png is cats/0.png, dogs/1.png is cats/1.png); they are encoded as new"
+        "(dogs/0.png is cats/0.png, dogs/1.png is cats/1.png); they are encoded as new files"
     ]
 
 
@@ -365,7 +364,7 @@ def test_a_changed_input_of_the_same_size_is_noted(
     assert note.startswith(f"inputs that have changed since they were planned: 1 (s/1.{kind}); ")
     if existing == "nothing":
         assert note.endswith("none of their samples are encoded yet, and they are planned again")
-        assert cache.names("_plan") == ["00000.parquet", "00001.parquet"]
+        assert cache.list_files("_plan") == ["00000.parquet", "00001.parquet"]
         after = plan.read_plan(cache)
         assert [unit.name for unit in after] == [unit.name for unit in before]
         assert after != before
@@ -439,7 +438,7 @@ def test_the_second_of_two_drivers_that_plan_again_reads_the_plan_of_the_first(
 
     monkeypatch.setattr(plan, "write_plan_file", write_second)
     extend(tmp_path / "s")
-    assert (first_numbers, cache.names("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
+    assert (first_numbers, cache.list_files("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
 
 
 def test_the_plan_records_the_size_and_time_of_each_image(extend: Extend, cache: Folder, tmp_path: Path) -> None:

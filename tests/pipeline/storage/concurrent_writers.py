@@ -19,9 +19,9 @@ def winners(folder: Folder) -> list[int]:
         thread.start()
     barrier.wait()
     while any(thread.is_alive() for thread in threads):
-        seen = folder.read_if_there("data/x")
+        seen = folder.read_if_exists("data/x")
         assert seen is None or (len(seen), len(set(seen))) == (100_000, 1)
-        assert folder.names("data") in ([], ["x"])
+        assert folder.list_files("data") in ([], ["x"])
     for thread in threads:
         thread.join()
     return won

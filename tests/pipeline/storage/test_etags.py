@@ -9,7 +9,7 @@ from pipeline.errors import SourceError
 from pipeline.sources.listing import list_shards
 from pipeline.sources.units import make_tar_unit
 from pipeline.storage.etags import same_etag
-from pipeline.storage.reading import etag_of, open_stream
+from pipeline.storage.reading import get_etag, open_stream
 
 
 def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_file_rewritten_with_the_same_size_while_it_is_read_is_reported(tmp_pa
     ],
 )
 def test_the_etag_of_a_file_by_its_storage(info: dict[str, object], etag: str) -> None:
-    assert etag_of(info) == etag
+    assert get_etag(info) == etag
 
 
 @pytest.mark.parametrize(

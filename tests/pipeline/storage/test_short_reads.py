@@ -126,7 +126,7 @@ def test_short_reads_of_whole_files_are_storage_errors(short_reads: ShortReads, 
     with pytest.raises(StorageError, match=ENDED_EARLY):
         read_file(url, {}, 1 << 20)
     if "://" not in root:  # the libraries of object stores check the length of answers
-        for read in (Folder(root).read, Folder(root).read_if_there):
+        for read in (Folder(root).read, Folder(root).read_if_exists):
             with pytest.raises(StorageError, match=ENDED_EARLY):
                 read("x.tar")
     with pytest.raises(StorageError, match=ENDED_EARLY), Folder(root).open("x.tar") as stream:

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_shards
-from pipeline.storage.connection import absolute, connect
+from pipeline.storage.connection import connect, make_absolute
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
 from tests.pipeline.storage.concurrent_writers import winners
@@ -183,8 +183,8 @@ def test_one_of_many_creators_wins_with_its_whole_content(root: str) -> None:
     won = winners(folder)
     assert len(won) == 1
     assert folder.read("data/x") == bytes(won) * 100_000
-    assert folder.names("data") == ["x"]
-    assert folder.names("_tmp") == []
+    assert folder.list_files("data") == ["x"]
+    assert folder.list_files("_tmp") == []
 
 
 def test_replace_overwrites_and_leaves_no_other_file(root: str) -> None:
@@ -192,14 +192,14 @@ def test_replace_overwrites_and_leaves_no_other_file(root: str) -> None:
     folder.replace("a/b", b"1")
     folder.replace("a/b", b"2")
     assert folder.read("a/b") == b"2"
-    assert folder.names("a") == ["b"]
+    assert folder.list_files("a") == ["b"]
     if not root.startswith("memory"):
         assert [path.name for path in Path(root, "a").iterdir()] == ["b"]
 
 
 def test_missing_files_and_folders(root: str) -> None:
     folder = Folder(f"{root}/none")
-    assert (folder.names("x"), folder.is_empty(), folder.read_if_there("x")) == ([], True, None)
+    assert (folder.list_files("x"), folder.is_empty(), folder.read_if_exists("x")) == ([], True, None)
     with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
         folder.read("x")
     assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
@@ -267,8 +267,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, write: Callabl
 
 def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert absolute("a/../b") == str(tmp_path / "b")
-    assert absolute("s3://bucket/x") == "s3://bucket/x"
+    assert make_absolute("a/../b") == str(tmp_path / "b")
+    assert make_absolute("s3://bucket/x") == "s3://bucket/x"
 
 
 def test_an_unknown_protocol_is_named() -> None:

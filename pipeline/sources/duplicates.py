@@ -1,0 +1,64 @@
+"""Find files that are in two sources. They are encoded once."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from pipeline.records import File, Shard, path_below_root, source_name
+from pipeline.sources.walk import file_id_at
+
+
+def find_duplicates(
+    new: Sequence[Shard], listed: Mapping[str, Shard], planned: Mapping[str, File], roots: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the new files that are also in another source: for the path of each, the path under which it is read.
+
+    A planned path takes precedence, then a path that is not a link, then the path whose source has the shortest root.
+    listed, planned: the files by path. roots: the planned roots by name of the source.
+    """
+    planned_paths = _identify_planned_files(new, listed, planned, roots)
+    counts = Counter(map(_identify_file, new))
+    groups: dict[str, list[Shard]] = {}
+    for shard in new:
+        identity = _identify_file(shard)
+        if identity in planned_paths or counts[identity] > 1:
+            groups.setdefault(identity, []).append(shard)
+    duplicates: dict[str, str] = {}
+    for identity, shards in groups.items():
+        kept = planned_paths.get(identity) or min(shards, key=_rank_path).path
+        duplicates |= {shard.path: kept for shard in shards if source_name(shard.path) != source_name(kept)}
+    return duplicates
+
+
+def _identify_planned_files(
+    new: Sequence[Shard], listed: Mapping[str, Shard], planned: Mapping[str, File], roots: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the paths of the planned files by identity. Files that are not listed and match no new size are left out.
+
+    A file that is not listed is looked up at its planned location.
+    """
+    paths: dict[str, str] = {}
+    sizes = {shard.bytes for shard in new}
+    for path, file in planned.items():
+        if path in listed:
+            identity = _identify_file(listed[path])
+        elif file.bytes in sizes:
+            url = f"{roots[source_name(path)].rstrip('/')}/{path_below_root(path)}"
+            identity = url if "://" in url else file_id_at(url)
+        else:
+            continue
+        if identity:
+            paths[identity] = path
+    return paths
+
+
+def _identify_file(shard: Shard) -> str:
+    """Return a text that is equal for two paths to the same file."""
+    return shard.file or shard.url
+
+
+def _rank_path(shard: Shard) -> tuple[bool, int, str]:
+    """Return the sort key of a path to a file. The smallest one is read."""
+    is_local = "://" not in shard.url
+    root = os.path.realpath(shard.root) if is_local else shard.root
+    return is_local and os.path.islink(shard.url), len(root), shard.path

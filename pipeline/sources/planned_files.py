@@ -1,0 +1,48 @@
+"""The files and sources of planned units."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from pipeline.readers.sidecars import ImageFiles, pin_files, unpack_files
+from pipeline.records import File, Shard, Unit, path_below_root
+
+
+def list_input_files(unit: Unit) -> list[File]:
+    """Return the planned files of a unit, without the texts beside images."""
+    if unit.kind != "folder":
+        return [File(unit.path, unit.bytes, unit.etag)]
+    return [files.image for files in unpack_files(unit)]
+
+
+def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:
+    """Return the root of each source by its name. The root in the last unit of a source counts."""
+    return {unit.source: unit.root for unit in units}
+
+
+def move_to_root(unit: Unit, root: str) -> Unit:
+    """Return the unit with another root of its source."""
+    url = root if unit.kind == "folder" else f"{root.rstrip('/')}/{path_below_root(unit.path)}"
+    return unit if (unit.root, unit.url) == (root, url) else replace(unit, root=root, url=url)
+
+
+def with_etags(unit: Unit, listed: Mapping[str, Shard]) -> Unit:
+    """Return the unit with the listed ETags of its files. A file whose size has changed keeps the planned ETag."""
+
+    def update(file: File) -> File:
+        shard = listed.get(file.path)
+        return replace(file, etag=shard.etag) if shard and shard.bytes == file.bytes else file
+
+    return _map_files(unit, update)
+
+
+def without_etags(unit: Unit) -> Unit:
+    """Return the unit without ETags, so that only the sizes of its files are checked."""
+    return _map_files(unit, lambda file: replace(file, etag=""))
+
+
+def _map_files(unit: Unit, change: Callable[[File], File]) -> Unit:
+    """Return the unit with changed files."""
+    if unit.kind != "folder":
+        return replace(unit, etag=change(list_input_files(unit)[0]).etag)
+    files = [ImageFiles(change(planned.image), tuple(map(change, planned.texts))) for planned in unpack_files(unit)]
+    return replace(unit, **pin_files(files))
