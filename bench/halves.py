@@ -55,7 +55,7 @@ def measure(make_step: Callable[[Path], Callable[[], object]], folder: Path) -> 
 
 def make_encode_step(folder: Path) -> Callable[[], object]:
     """Return a step that encodes an opened image, with the settings that the job uses on CPUs."""
-    compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+    compute = ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1)
     latent_encoder = LatentEncoder(load_vae(str(folder / "vae")), compute, "float16")
     transform = Transform(resolution=SIDE)
     pixels = [prepare(data, transform) for data in read_images(folder / "shards", SAMPLES)]

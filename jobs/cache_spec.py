@@ -72,7 +72,7 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
         )
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
-    for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
+    for name in ("batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
 
@@ -133,14 +133,14 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    compute = resources.compute(precision, options.slice_size, options.batch_size, options.compile)
+    compute = resources.compute(precision, options.batch_size, options.compile)
     layout = OutputSchema(container=options.format, store=options.store, columns=columns)
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,
         identity_sha256=wanted.sha256,
         compute=ComputeInfo(
-            device=compute.device, slice_size=compute.slice_size, threads=compute.threads, compile=compute.compile
+            device=compute.device, batch_size=compute.batch_size, threads=compute.threads, compile=compute.compile
         ),
         vae=VaeInfo(
             reference=vae.ref,

@@ -52,7 +52,7 @@ class WorkerSpec(Protocol):
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
-    def with_smaller_slices(self) -> "WorkerSpec":
+    def with_smaller_batches(self) -> "WorkerSpec":
         """Return the same spec for workers whose machine ran out of memory."""
         ...
 

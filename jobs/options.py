@@ -212,14 +212,7 @@ class EncodeOptions(Common):
     )
     batch_size: int = option(
         0,
-        "images sent to the device at a time; a multiple of --slice-size",
-        "model and performance",
-        metavar="N",
-        default_text="one slice",
-    )
-    slice_size: int = option(
-        0,
-        "images per forward pass of the model",
+        "images per forward pass of the model; a batch that is not full is padded",
         "model and performance",
         metavar="N",
         default_text="8 on GPUs, 1 on CPUs",

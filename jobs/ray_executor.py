@@ -340,7 +340,7 @@ class RayExecutor:
             self._lose(slot, handle, _describe_error(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
-                self.spec = self.spec.with_smaller_slices()  # for all workers that start from now on
+                self.spec = self.spec.with_smaller_batches()  # for all workers that start from now on
             self._lose(slot, handle, _describe_error(error), with_node=_died_with_its_node(error))
 
     def _update_progress(self, handle: WorkerHandle) -> None:

@@ -16,7 +16,7 @@ from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.weights import Vae
 
-GPU_SLICE, CPU_SLICE = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
+GPU_BATCH, CPU_BATCH = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
 
 
 class ResourcePlan:
@@ -39,18 +39,12 @@ class ResourcePlan:
             self._device = self._choose_inline_device() if self.is_inline else self._choose_cluster_device()
         return self._device
 
-    def compute(
-        self, precision: str, slice_size: int = 0, batch_size: int = 0, compiled: bool = False
-    ) -> ComputeConfig:
-        """Return how workers compute here. 0 stands for the default. Raises UsageError for a wrong batch size."""
-        slices = slice_size or (CPU_SLICE if self.device == "cpu" else GPU_SLICE)
-        if batch_size % slices:
-            raise UsageError(f"--batch-size {batch_size} is not a multiple of --slice-size {slices}")
+    def compute(self, precision: str, batch_size: int = 0, compiled: bool = False) -> ComputeConfig:
+        """Return how workers compute here. batch_size: 0 stands for the default."""
         return ComputeConfig(
             device=self.device,
             precision=precision,
-            slice_size=slices,
-            batch_size=batch_size or slices,
+            batch_size=batch_size or (CPU_BATCH if self.device == "cpu" else GPU_BATCH),
             threads=self.options.cpus_per_worker,
             compile=compiled,
         )

@@ -49,16 +49,16 @@ class RunTotals:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The shares of the units' time by stage, summing to 1; empty without units.
+        """The shares of the devices' time by the stage that it went to, summing to 1; empty without units.
 
-        A unit's own thread decodes no images. It waits for the threads that do, which is counted as opening.
+        A device encodes, or it has no images: then it waits for another stage.
         """
         spent = self.seconds
         stages = {
-            "reading": spent.read,
-            "opening": spent.starved,
-            "encoding": spent.queue + spent.encode,
-            "writing": spent.write,
+            "reading": spent.idle_reading,
+            "opening": spent.idle_opening,
+            "encoding": spent.encode,
+            "writing": spent.idle_writing,
         }
         total = sum(stages.values())
         return {name: seconds / total for name, seconds in stages.items()} if total else {}

@@ -65,7 +65,6 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Finding
     compute = ComputeConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
         precision=precision,
-        slice_size=1,
         batch_size=1,
         threads=cache.info.compute.threads,
     )

@@ -1,7 +1,7 @@
 """cache.json as one typed object: the settings that made a cache, its VAE, and the columns of its rows.
 
 Everything that decides the bytes of a cache is in the identity. A job with another identity is refused, with the first
-field that differs. `compute` is not part of the identity: another slice size or thread count may change bits by
+field that differs. `compute` is not part of the identity: another batch size or thread count may change bits by
 rounding.
 """
 
@@ -82,7 +82,7 @@ class ComputeInfo:
     """The compute settings of the run that created the cache. They can change bits by rounding."""
 
     device: str
-    slice_size: int
+    batch_size: int
     threads: int
     compile: bool
 

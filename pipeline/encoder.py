@@ -1,13 +1,12 @@
-"""Encode pixels to latents with one copy of the model on one device, a slice of images per forward pass.
+"""Encode pixels to latents with one copy of the model on one device, a batch of images per forward pass.
 
-A slice always has the static shape of its bucket. The last slice is padded. So a latent depends neither on the other
-images nor on its position (bit for bit on a CPU), and a compiled or benchmarked kernel is chosen once per bucket.
+A batch always has the static shape of its bucket. If it is not full, it is padded. So a latent depends neither on the
+other images nor on its position (bit for bit on a CPU), and a compiled or benchmarked kernel is chosen once per bucket.
 """
 
+import math
 import re
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import Rejected, VaeError
 from pipeline.images.seeds import derive_seed
-from pipeline.records import PreparedImage, Store
+from pipeline.records import EncodedImage, PreparedImage, Store
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 from vae.fast import compile_encoder, disable_malloc_trim, optimize_for_cpu
@@ -40,20 +39,19 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class ComputeConfig:
     """How the model runs on a worker.
 
-    slice_size: images per forward pass. batch_size: images per call, a multiple of slice_size.
+    batch_size: images per forward pass.
     threads: intra-op threads on a CPU. compile: compile the encoder with torch.compile, once per shape.
     """
 
     device: str
     precision: str
-    slice_size: int
     batch_size: int
     threads: int
     compile: bool = False
 
-    def with_smaller_slices(self) -> "ComputeConfig":
-        """Return the same settings with half the slice size, but at least 1."""
-        return replace(self, slice_size=max(1, self.slice_size // 2))
+    def with_smaller_batches(self) -> "ComputeConfig":
+        """Return the same settings with half the batch size, but at least 1."""
+        return replace(self, batch_size=max(1, self.batch_size // 2))
 
 
 def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
@@ -75,23 +73,22 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
     return model.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """The results of a batch, in its order.
+@dataclass(slots=True)
+class LaunchedBatch:
+    """A batch that a device encodes. latents, is_finite: [B, ...] and [B], valid once `done` has happened.
 
-    latents: raw latents as they are stored, on the CPU, [C, H/f, W/f] each; a Rejected for one that is not finite.
-    fp32_fallbacks: how many latents overflowed in half precision and were encoded again in float32.
-    queued: seconds until the model was free. seconds: how long the model was then in use, including the device's work.
+    buffers: pinned memory that is in use until then.
     """
 
-    latents: Sequence[Tensor | Rejected]
-    fp32_fallbacks: int
-    queued: float = 0.0
-    seconds: float = 0.0
+    images: Sequence[PreparedImage]
+    latents: Tensor
+    is_finite: Tensor
+    done: "torch.cuda.Event | None" = None
+    buffers: Sequence[Tensor] = ()
 
 
 class LatentEncoder:
-    """One model on one device. Threads may share it; the model serves one thread at a time.
+    """One model on one device. Only one thread at a time may use it.
 
     store: the stored part of the posterior: its `mode`, a `sample` that follows from `seed`, shard and key, or its
     `moments` (mean and log-variance).
@@ -107,38 +104,65 @@ class LatentEncoder:
         seed: int = 0,
         tile_above: int | None = None,
     ) -> None:
-        self.compute = compute  # the slice size is halved if memory does not suffice
+        self.compute = compute  # the batch size is halved if memory does not suffice
         self.dtype = DTYPES[dtype]
         self.store = store
         self.seed = seed
-        self.lock = threading.Lock()
         self.images = 0
         self.runs = 0  # of the encoder; a tiled image takes one run per tile
         self.tile_above = tile_above
         self.model = build_model(vae, compute, tile_above)
+        self.runs_ahead = compute.device == "cuda"
         self._count_runs(self.model)
         self._vae = vae
         self._fp32_model: AutoencoderKL | None = None  # built when the first latent overflows
+        self._staging = Staging(compute.device)
 
-    def encode(self, batch: Sequence[PreparedImage], shard: str = "") -> EncodedBatch:
-        """Encode a batch of images of one bucket. Each latent is [2C, H/f, W/f] if moments are stored.
+    @property
+    def batch_size(self) -> int:
+        """Images per forward pass."""
+        return self.compute.batch_size
+
+    def encode(self, images: Sequence[PreparedImage]) -> Sequence[EncodedImage]:
+        """Encode images of one bucket. Each latent is [2C, H/f, W/f] if moments are stored.
 
         A latent that is not finite is encoded again in float32. If it is still not finite, it becomes a Rejected.
         Raises VaeError if the device's memory does not suffice for a single image.
         """
-        called = time.perf_counter()
-        with self.lock:
-            start = time.perf_counter()
-            latents: list[Tensor | Rejected] = list(self._run_in_memory(self.model, batch, shard))
-            self.images += len(batch)
-            fp32_fallbacks = 0
-            for index, image in enumerate(batch):
-                if not bool(latents[index].isfinite().all()):  # type: ignore[union-attr]
-                    latents[index] = self._encode_in_fp32(image, shard)
-                    fp32_fallbacks += isinstance(latents[index], Tensor)
-            # the latents are on the CPU now, so the device has finished its work
-            seconds = time.perf_counter() - start
-            return EncodedBatch(latents, fp32_fallbacks, queued=start - called, seconds=seconds)
+        return self.finish(self.launch(images))
+
+    def launch(self, images: Sequence[PreparedImage]) -> LaunchedBatch:
+        """Start to encode images of one bucket. On CUDA, the device works on after this returns. Raises VaeError."""
+        latents, buffers = self._run_in_memory(self.model, images)
+        is_finite = latents.isfinite().flatten(1).all(dim=1)
+        if not self.runs_ahead:
+            self._staging.release(buffers)
+            return LaunchedBatch(images, latents, is_finite)
+        host_latents = self._staging.take(latents.shape, latents.dtype)
+        host_finite = self._staging.take(is_finite.shape, is_finite.dtype)
+        host_latents.copy_(latents, non_blocking=True)
+        host_finite.copy_(is_finite, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return LaunchedBatch(images, host_latents, host_finite, done, [*buffers, host_latents, host_finite])
+
+    def is_done(self, launched: LaunchedBatch) -> bool:
+        """Whether the device is done with a batch, so that `finish` does not wait."""
+        return launched.done is None or bool(launched.done.query())  # type: ignore[no-untyped-call]
+
+    def finish(self, launched: LaunchedBatch) -> Sequence[EncodedImage]:
+        """Wait for a batch, and return the results in the order of its images. See `encode`."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        latents, is_finite = launched.latents.cpu(), launched.is_finite.tolist()
+        if launched.buffers:
+            latents = latents.clone()  # the pinned memory is used again
+            self._staging.release(launched.buffers)
+        self.images += len(launched.images)
+        return [
+            EncodedImage(latent) if finite else self._encode_in_fp32(image)
+            for image, latent, finite in zip(launched.images, latents, is_finite, strict=True)
+        ]
 
     def _count_runs(self, model: AutoencoderKL) -> None:
         """Make a model's encoder count its runs."""
@@ -148,61 +172,109 @@ class LatentEncoder:
     def _on_run(self, *_: object) -> None:
         self.runs += 1
 
-    def _run_in_memory(self, model: AutoencoderKL, batch: Sequence[PreparedImage], shard: str) -> Tensor:
-        """Run the model. Halve the slice size, also for later batches, each time that memory does not suffice."""
+    def _run_in_memory(self, model: AutoencoderKL, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
+        """Run the model. Halve the batch size, also for later batches, each time that memory does not suffice."""
         while True:
             try:
-                return self._run(model, batch, shard)
+                return self._run(model, images)
             except (RuntimeError, MemoryError) as error:
-                size = self.compute.slice_size
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
-                    height, width = batch[0].bucket
+                if self.compute.batch_size == 1:
+                    height, width = images[0].bucket
                     raise VaeError(
                         f"out of memory on {self.compute.device} while encoding a single image of {height}x{width} "
                         f"pixels; use --tile-above to encode it in tiles ({(str(error).splitlines() or [''])[0]:.200})"
                     ) from error
-            self.compute = self.compute.with_smaller_slices()
+            self.compute = self.compute.with_smaller_batches()
             if self.compute.device in ("cuda", "mps"):
                 getattr(torch, self.compute.device).empty_cache()
 
-    def _run(self, model: AutoencoderKL, images: Sequence[PreparedImage], shard: str) -> Tensor:
-        size = self.compute.slice_size
-        outputs = []
+    def _run(self, model: AutoencoderKL, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
+        """Return the latents [B, ...] on the device, and the pinned memory that it still reads."""
+        size = self.compute.batch_size
+        outputs, buffers = [], []
         with torch.inference_mode():
             for start in range(0, len(images), size):
                 chunk = images[start : start + size]
-                padded = [*chunk, *[chunk[-1]] * (size - len(chunk))]
-                pixels = torch.stack([image.pixels for image in padded]).to(model.device, non_blocking=True)
-                posterior = model.encode(normalize_pixels(pixels, model.dtype)).latent_dist
-                latents = self._convert_to_stored_form(posterior, padded, shard)
+                pixels = self._staging.collate([image.pixels for image in chunk], size)
+                buffers.append(pixels)
+                posterior = model.encode(normalize_pixels(self._staging.to_device(pixels), model.dtype)).latent_dist
+                latents = self._convert_to_stored_form(posterior, [*chunk, *[chunk[-1]] * (size - len(chunk))])
                 outputs.append(latents[: len(chunk)].to(self.dtype))
-            return torch.cat(outputs).cpu()
+            return torch.cat(outputs), buffers
 
     def _convert_to_stored_form(
-        self, posterior: DiagonalGaussianDistribution, images: Sequence[PreparedImage], shard: str
+        self, posterior: DiagonalGaussianDistribution, images: Sequence[PreparedImage]
     ) -> Tensor:
-        """Return the stored form of a slice's posteriors. Noise is drawn on the CPU, so it is equal on all devices."""
+        """Return the stored form of a batch's posteriors. Noise is drawn on the CPU, so it is equal on all devices."""
         if self.store == "mode":
             return posterior.mode()
         if self.store == "moments":
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         shape = posterior.mean.shape[1:]
-        seeds = [derive_seed(self.seed, "sample", shard, image.key) for image in images]
+        seeds = [derive_seed(self.seed, "sample", image.shard, image.key) for image in images]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
 
-    def _encode_in_fp32(self, image: PreparedImage, shard: str) -> Tensor | Rejected:
-        """Encode one image in float32. Return a Rejected if its latent is not finite in float32 either."""
+    def _encode_in_fp32(self, image: PreparedImage) -> EncodedImage:
+        """Encode one image in float32. Its latent is a Rejected if it is not finite in float32 either."""
         if self.model.dtype != torch.float32:
             if self._fp32_model is None:
                 self._fp32_model = build_model(self._vae, replace(self.compute, precision="fp32"), self.tile_above)
                 self._count_runs(self._fp32_model)
-            latent = self._run_in_memory(self._fp32_model, [image], shard)[0]
+            latents, buffers = self._run_in_memory(self._fp32_model, [image])
+            latent = latents[0].cpu()
+            self._staging.release(buffers)
             if bool(latent.isfinite().all()):
-                return latent
-        return Rejected("encode", "not_finite")
+                return EncodedImage(latent, is_fallback=True)
+        return EncodedImage(Rejected("encode", "not_finite"))
+
+
+class Staging:
+    """Memory on the host from which a device reads batches, and into which it writes latents.
+
+    It is used again, because allocating pinned memory is slow, and copied on a stream of its own, so that the copy of a
+    batch runs beside the model. On CPUs, it is ordinary memory.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self._free: list[torch.UntypedStorage] = []
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return uninitialised memory. `release` makes it available again."""
+        size = math.prod(shape) * dtype.itemsize
+        for index, storage in enumerate(self._free):
+            if storage.nbytes() >= size:
+                del self._free[index]
+                return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]
+        del self._free[:1]  # it is too small; otherwise the memory would grow with every shape
+        return torch.empty(*shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def release(self, buffers: Iterable[Tensor]) -> None:
+        """Take back memory that no device uses any more."""
+        self._free += [buffer.untyped_storage() for buffer in buffers]
+
+    def collate(self, images: Sequence[Tensor], size: int) -> Tensor:
+        """Copy images, uint8 [H, W, 3] each, to a batch [size, H, W, 3]. The last image is repeated."""
+        batch = self.take((size, *images[0].shape), torch.uint8)
+        for index, image in enumerate(images):
+            batch[index].copy_(image)
+        batch[len(images) :] = images[-1]
+        return batch
+
+    def to_device(self, batch: Tensor) -> Tensor:
+        """Return a batch on the device: uint8 [B, 3, H, W], in the memory format channels_last."""
+        if self._stream is None:
+            return batch.to(self.device).permute(0, 3, 1, 2)
+        with torch.cuda.stream(self._stream):
+            pixels = batch.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        pixels.record_stream(current)
+        return pixels.permute(0, 3, 1, 2)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -228,7 +300,7 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map uint8 [B, 3, H, W] to [-1, 1]: 0 is exactly -1, and 255 exactly 1.
+    """Map uint8 [B, 3, H, W] to [-1, 1]: 0 is exactly -1, and 255 exactly 1. The result is in channels_last.
 
     The values are computed in float32, then rounded to `dtype`.
     """

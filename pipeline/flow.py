@@ -9,7 +9,6 @@ written again.
 
 import itertools
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,23 +17,22 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.batching import make_batches
-from pipeline.cache import commits, input_hash, parts, tally
-from pipeline.cache.identity import FORMAT
+from pipeline.cache import commits, input_hash, parts
+from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
-from pipeline.errors import ChangedError, Rejected, ShardError, Stopped
-from pipeline.formats.record import PartInfo, Record
+from pipeline.errors import ChangedError, ShardError, Stopped
+from pipeline.formats.record import PartInfo
 from pipeline.formats.schema import OutputSchema
 from pipeline.images import decode
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
-from pipeline.limits import Limits, check_columns, check_share
-from pipeline.prefetch import Peekable, map_in_order
+from pipeline.limits import Limits
+from pipeline.part_writer import UnitWriter
+from pipeline.prefetch import Peekable
 from pipeline.readers import parquet_keys
 from pipeline.readers.damage import (
     ReadableSamples,
     cut_at_retried_rest,
-    keep_rejected,
     read_past_damage,
     reject_missing_rest,
 )
@@ -45,10 +43,7 @@ from pipeline.readers.tar import read_tar
 from pipeline.records import (
     FIRST_ATTEMPT,
     Attempt,
-    Filtered,
-    PreparedImage,
     Reject,
-    Row,
     Sample,
     Seconds,
     Unit,
@@ -58,6 +53,8 @@ from pipeline.storage import reading
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
+
+IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait for the device
 
 
 class ReadSpec(Protocol):
@@ -108,13 +105,32 @@ class EncodeSpec:
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
+        encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
+        loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_threads)
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        latent_encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
-        return UnitWorker(WorkerContext(spec=self, latent_encoder=latent_encoder, pool=pool, stop=stop))
+        return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, loop=loop, pool=pool, stop=stop))
 
-    def with_smaller_slices(self) -> "EncodeSpec":
-        """Return the same job with smaller slices, which need less memory."""
-        return replace(self, compute=self.compute.with_smaller_slices())
+    def with_smaller_batches(self) -> "EncodeSpec":
+        """Return the same job with smaller batches, which need less memory."""
+        return replace(self, compute=self.compute.with_smaller_batches())
+
+    @property
+    def units_in_flight(self) -> int:
+        """The number of units that a worker reads at the same time.
+
+        Images of several units fill the batches of a bucket. More buckets need more units.
+        """
+        if self.compute.device == "cpu":
+            return 2
+        return 8 if self.transform.buckets else 4
+
+    @property
+    def samples_in_flight(self) -> int:
+        """The number of samples between the readers and the model: as many as full batches need, bounded in bytes."""
+        buckets, batch = max(1, len(self.transform.buckets)), self.compute.batch_size
+        wanted = buckets * (batch - 1) + 2 * self.open_threads + 4 * batch
+        image_bytes = 3 * self.transform.resolution**2
+        return max(self.open_threads + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +143,7 @@ class WorkerContext:
 
     spec: EncodeSpec
     latent_encoder: LatentEncoder
+    loop: DeviceLoop
     pool: ThreadPoolExecutor
     stop: threading.Event
     progress: Counter[str] = field(default_factory=Counter)
@@ -169,28 +186,6 @@ class UnitWorker:
         return self.context.progress.total() + self.images + self.context.latent_encoder.runs
 
 
-@dataclass(slots=True)
-class PartBuffer:
-    """The results of the samples of one part. digests: the digest of each sample as it was read, by position."""
-
-    rows: list[Row] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
-    filtered: int = 0
-    fp32_fallbacks: int = 0
-    digests: dict[int, bytes] = field(default_factory=dict)
-
-    @property
-    def digests_in_order(self) -> list[bytes]:
-        """The digest of each sample, or of its reject if it was rejected, in the reader or in any later step."""
-        digests = self.digests | {reject.position: input_hash.hash_sample(reject) for reject in self.rejects}
-        return [digests[position] for position in sorted(digests)]
-
-    @property
-    def samples(self) -> int:
-        """The number of samples: encoded, rejected and filtered."""
-        return len(self.rows) + len(self.rejects) + self.filtered
-
-
 def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     """Encode the missing parts of a unit, and record the unit as done. Raises any error that fails the whole unit.
 
@@ -211,36 +206,34 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
 
 
 def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) -> UnitReport:
-    """Encode a unit whose input is as it was planned. Raises ChangedError if it is not."""
+    """Encode a unit whose input is as it was planned. Raises ChangedError if it is not.
+
+    While a part is encoded and published, the samples of the next one are read.
+    """
     spec = context.spec
     skipped = Counter[str]()
     superseded = spec.superseded.get(unit.name, {})
     readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
     samples = Peekable(instrument(cut_at_retried_rest(readable, superseded), context, timer))
-    unit_parts: list[PartInfo] = []
-    adopted = parts_to_skip = encoded = fp32_fallbacks = 0
-    texts: Counter[str] = Counter()
-    for number in itertools.count():
-        part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
-        if part is None:
-            exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
-            part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
-            if number and samples.is_done:  # an earlier worker read farther, and its parts exist
-                part_samples = iter([reject_missing_rest(unit.url, number * spec.rows_per_part, readable.damage)])
-            buffer, parts_to_skip = fill_part(unit, part_samples, context, timer, superseded), 0
-            encoded, fp32_fallbacks = encoded + len(buffer.rows), fp32_fallbacks + buffer.fp32_fallbacks
-            texts += tally.count_texts(buffer.rows, spec.layout.columns.texts)
-            record = make_record(unit, number, buffer, samples.is_done, context)
-            with timer.stage("write"):
-                part = parts.publish_part(spec.cache, record, buffer.rows, spec.layout)
-        else:
-            adopted, parts_to_skip = adopted + 1, parts_to_skip + 1
-        unit_parts.append(part)
-        if part.record.last:
-            break
-    commits.write_commit(spec.cache, unit_parts, describe_run(context, timer.seconds))
-    report = make_report(unit, unit_parts, adopted, timer.seconds)
-    report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
+    parts_to_skip = 0
+    with UnitWriter(unit, context, timer) as writer:
+        for number in itertools.count():
+            part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
+            if part is not None:
+                writer.adopt(part)
+                parts_to_skip += 1
+            else:
+                exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
+                parts_to_skip = 0
+                part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
+                if number and samples.is_done:  # an earlier worker read farther, and its parts exist
+                    part_samples = iter([reject_missing_rest(unit.url, number * spec.rows_per_part, readable.damage)])
+                writer.read_part(number, part_samples, lambda: samples.is_done)
+            if writer.has_last_part():
+                break
+    commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
+    report = make_report(unit, writer.parts, writer.adopted, timer.seconds)
+    report = replace(report, encoded=writer.encoded, fp32_fallbacks=writer.fp32_fallbacks, texts=writer.texts)
     return replace(report, damage=readable.damage, skipped=skipped)
 
 
@@ -302,125 +295,6 @@ def instrument(
 def exhaust(samples: Iterable[Sample | Reject]) -> None:
     """Read all samples and discard them."""
     deque(samples, maxlen=0)
-
-
-def fill_part(
-    unit: Unit,
-    samples: Iterable[Sample | Reject],
-    context: WorkerContext,
-    timer: StageTimer,
-    superseded: Mapping[int, str],
-) -> PartBuffer:
-    """Decode, transform and encode the samples of one part. Its rows are sorted by bucket, then by position.
-
-    superseded: by position, the reject reasons of samples that are in a part of `retry`.
-    """
-    buffer = PartBuffer()
-    spec = context.spec
-
-    def prepare(sample: Sample | Reject) -> tuple[PreparedImage | Reject | Filtered, float]:
-        item, seconds = open_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
-        buffer.digests[sample.position] = input_hash.hash_sample(sample)
-        try:
-            check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
-        except Rejected as error:
-            item = Reject.from_error(sample.position, sample.key, error)
-        return keep_rejected(sample, item, superseded.get(sample.position)), seconds
-
-    window = spec.compute.batch_size + 2 * spec.open_threads
-    prepared = map_in_order(context.pool, prepare, samples, window, wait=timer.wait)
-    for batch in make_batches(select_images(prepared, buffer, timer), spec.compute.batch_size):
-        encoded = context.latent_encoder.encode(batch, unit.path)
-        timer.add(queue=encoded.queued, encode=encoded.seconds)
-        buffer.fp32_fallbacks += encoded.fp32_fallbacks
-        for image, latent in zip(batch, encoded.latents, strict=True):
-            if isinstance(latent, Rejected):
-                buffer.rejects.append(Reject.from_error(image.position, image.key, latent))
-            else:
-                buffer.rows.append(Row(image.drop_pixels(), latent))
-    buffer.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
-    buffer.rejects.sort(key=lambda reject: reject.position)
-    return buffer
-
-
-def select_images(
-    prepared: Iterable[tuple[PreparedImage | Reject | Filtered, float]], buffer: PartBuffer, timer: StageTimer
-) -> Iterator[PreparedImage]:
-    """Yield the images to encode. Rejects and the number of filtered samples are stored in `buffer`."""
-    for item, seconds in prepared:
-        timer.add(open=seconds)
-        if isinstance(item, PreparedImage):
-            yield item
-        elif isinstance(item, Reject):
-            buffer.rejects.append(item)
-        else:
-            buffer.filtered += 1
-
-
-def open_sample(
-    unit: Unit,
-    sample: Sample | Reject,
-    transform: Transform,
-    limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
-) -> tuple[PreparedImage | Reject | Filtered, float]:
-    """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
-    start = time.perf_counter()
-    return _open_sample(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
-
-
-def _open_sample(
-    unit: Unit,
-    sample: Sample | Reject,
-    transform: Transform,
-    limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray],
-) -> PreparedImage | Reject | Filtered:
-    if isinstance(sample, Reject):
-        return sample
-    try:
-        check_columns(sample.columns, limits)
-        rgb = open_pixels(sample.image, limits)
-    except Rejected as error:
-        return Reject.from_error(sample.position, sample.key, error)
-    height, width = rgb.shape[:2]
-    fit = transform.fit(height, width, unit.path, sample.key)
-    if fit is None:
-        return Filtered(sample.position)
-    return PreparedImage(
-        position=sample.position,
-        key=sample.key,
-        columns=sample.columns,
-        pixels=transform.apply(rgb, fit),
-        original_height=height,
-        original_width=width,
-        crop_top=fit.top,
-        crop_left=fit.left,
-        enlarged=fit.enlarged,
-        flipped=fit.flipped,
-    )
-
-
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> Record:
-    """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
-    return Record(
-        format=FORMAT,
-        identity=context.spec.identity,
-        unit=unit.name,
-        part=number,
-        last=last,
-        source=unit.path,
-        source_bytes=unit.bytes,
-        range=unit.range,
-        first=number * context.spec.rows_per_part,
-        samples=buffer.samples,
-        rows=len(buffer.rows),
-        filtered=buffer.filtered,
-        enlarged=sum(row.image.enlarged for row in buffer.rows),
-        inputs=input_hash.combine_digests(buffer.digests_in_order),
-        rejects=tuple(buffer.rejects),
-        tally=tally.tally_rows(buffer.rows, context.spec.layout.store),
-    )
 
 
 def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:

@@ -128,8 +128,12 @@ class Filtered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedImage:
-    """A decoded and transformed sample: pixels are RGB uint8 [3, H, W], with the parameters of the transform."""
+    """A decoded and transformed sample: pixels are RGB uint8 [H, W, 3], with the parameters of the transform.
 
+    shard: the path of the unit's input. With the key, it identifies the sample.
+    """
+
+    shard: str
     position: int
     key: str
     columns: Mapping[str, Any]
@@ -144,7 +148,7 @@ class PreparedImage:
     @property
     def bucket(self) -> tuple[int, int]:
         """Height and width of the encoded image."""
-        return self.pixels.shape[1], self.pixels.shape[2]
+        return self.pixels.shape[0], self.pixels.shape[1]
 
     @property
     def geometry(self) -> dict[str, int | bool]:
@@ -156,6 +160,18 @@ class PreparedImage:
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""
         return replace(self, pixels=self.pixels.to("meta"))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """The result of the model for one image.
+
+    latent: as it is stored, [C, H/f, W/f] (moments: [2C, ...]), on the CPU; a Rejected if it is not finite.
+    is_fallback: it overflowed in half precision, and was encoded again in float32.
+    """
+
+    latent: "Tensor | Rejected"
+    is_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,18 +187,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The time that a unit spent in each stage, in seconds.
+    """The time that a unit took, in seconds.
 
-    In the unit's own thread: read; starved (waiting for decoded images); queue (waiting for the model while another
-    unit uses it); encode (the model's own time); write. Summed over the threads that decode images: open.
+    read: in the unit's thread. open: summed over the threads that open images. write: in the thread that publishes.
+    Its share of the device's time: encode (the model ran), and the time in which the device had no images, because all
+    openers were busy (idle_opening), samples were still to be read (idle_reading), or units were only written
+    (idle_writing).
     """
 
     read: float = 0.0
     open: float = 0.0
-    starved: float = 0.0
-    queue: float = 0.0
     encode: float = 0.0
     write: float = 0.0
+    idle_opening: float = 0.0
+    idle_reading: float = 0.0
+    idle_writing: float = 0.0
 
     def plus(self, **more: float) -> "Seconds":
         """Return the sum with more seconds, by stage."""

@@ -1,22 +1,20 @@
 """Measure the time that a unit spends in each stage."""
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TypeVar
 
 from pipeline.records import Seconds
 
-Out = TypeVar("Out")
-
 
 class StageTimer:
-    """Add up the seconds of each stage of a unit (`Seconds`)."""
+    """Add up the seconds of each stage of a unit (`Seconds`). Threads may share it."""
 
     def __init__(self) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -29,13 +27,9 @@ class StageTimer:
 
     def add(self, **seconds: float) -> None:
         """Add times that were measured elsewhere, by stage."""
-        for name, more in seconds.items():
-            self.spent[name] += more
-
-    def wait(self, decoding: Future[Out]) -> Out:
-        """Return the result of a call that decodes an image. Waiting for it counts as the stage `starved`."""
-        with self.stage("starved"):
-            return decoding.result()
+        with self._lock:
+            for name, more in seconds.items():
+                self.spent[name] += more
 
     @property
     def seconds(self) -> Seconds:

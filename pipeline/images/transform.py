@@ -108,13 +108,13 @@ class Transform:
         return random.Random(derive_seed(self.seed, purpose, shard, key)).random()
 
     def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
-        """Transform RGB uint8 [H, W, 3] to uint8 [3, out_height, out_width]."""
+        """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3]."""
         if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
             cut = resize_cut(pixels, fit, self.interpolation)
         else:
             resized = resize(pixels, fit.height, fit.width, self.interpolation)
             cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
-        return (cut.flip(1) if fit.flipped else cut).permute(2, 0, 1).contiguous()
+        return (cut.flip(1) if fit.flipped else cut).contiguous()
 
 
 def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> Tensor:

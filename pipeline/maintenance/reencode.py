@@ -14,6 +14,7 @@ from pipeline.cache.rows import RowRef, read_refs
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.formats.record import PartInfo
+from pipeline.images.prepare import prepare_sample
 from pipeline.maintenance.verify_part import Problem
 from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.storage import reading
@@ -94,12 +95,12 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
 
 def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], encoder: UnitWorker) -> Iterator[Problem]:
     spec = encoder.context.spec
-    image, _ = flow.open_sample(unit, sample, spec.transform, spec.limits)
+    image, _ = prepare_sample(unit, sample, spec.transform, spec.limits)
     if not isinstance(image, PreparedImage):
         reason = image.reason if isinstance(image, Reject) else "filtered"
         yield Problem(file, f"{sample.key} is rejected now ({reason}), but has a row", LIMITS)
         return
-    (latent,) = encoder.context.latent_encoder.encode([image], unit.path).latents
+    latent = encoder.context.latent_encoder.encode([image])[0].latent
     different = [name for name, value in image.geometry.items() if row[name] != value]
     if different or not isinstance(latent, Tensor):
         yield Problem(file, f"{sample.key} is encoded to another {', '.join(different) or 'latent'}", RUN)

@@ -15,19 +15,10 @@ from dataclasses import dataclass, replace
 from pipeline.cache import commits, input_hash
 from pipeline.cache.parts import find_part, publish_part
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
-from pipeline.flow import (
-    EncodeSpec,
-    PartBuffer,
-    UnitWorker,
-    WorkerContext,
-    fill_part,
-    instrument,
-    make_record,
-    make_report,
-    read_samples,
-)
+from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext, instrument, make_report, read_samples
 from pipeline.formats.record import PartInfo, Record
 from pipeline.images.sandbox import SandboxedDecoder
+from pipeline.part_writer import PartBuffer, fill_part, make_record
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
@@ -140,9 +131,9 @@ class RetrySpec:
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RetryWorker(self.spec.build(vae, stop))
 
-    def with_smaller_slices(self) -> "RetrySpec":
-        """Return the same job with smaller slices, which need less memory."""
-        return RetrySpec(self.spec.with_smaller_slices())
+    def with_smaller_batches(self) -> "RetrySpec":
+        """Return the same job with smaller batches, which need less memory."""
+        return RetrySpec(self.spec.with_smaller_batches())
 
 
 class RetryWorker:

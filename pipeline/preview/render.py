@@ -22,6 +22,7 @@ from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
 from pipeline.errors import LatentmillError, Stopped
 from pipeline.formats.schema import OutputSchema
+from pipeline.images.prepare import prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
@@ -90,8 +91,8 @@ class RenderSpec:
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)
 
-    def with_smaller_slices(self) -> "RenderSpec":
-        """Return the same spec: images are decoded one at a time, so no slice can become smaller."""
+    def with_smaller_batches(self) -> "RenderSpec":
+        """Return the same spec: images are decoded one at a time, so no batch can become smaller."""
         return self
 
 
@@ -176,9 +177,9 @@ def find_originals(
             for sample in flow.read_samples(unit, spec):
                 worker.step()
                 if sample.key in missing and isinstance(sample, Sample):
-                    image, _ = flow.open_sample(unit, sample, spec.transform, spec.limits)
+                    image, _ = prepare_sample(unit, sample, spec.transform, spec.limits)
                     if isinstance(image, PreparedImage):
-                        originals[name, sample.key] = image.pixels.permute(1, 2, 0).numpy()
+                        originals[name, sample.key] = image.pixels.numpy()
                     missing.discard(sample.key)
                 if not missing:
                     break

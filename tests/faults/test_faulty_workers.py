@@ -99,7 +99,7 @@ def reference(
 
 
 def make_arguments(source: Path, cache: Path, vae: Path) -> list[object]:
-    return [source, "--to", cache, "--vae", vae, "--resolution", 64, "--slice-size", 8, "--cpus-per-worker", 1]
+    return [source, "--to", cache, "--vae", vae, "--resolution", 64, "--batch-size", 8, "--cpus-per-worker", 1]
 
 
 def read_statistics(cache: Path) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def encode(
     return run_faulty_job(definition, argv, cache.parent, **environment)
 
 
-def read_slice_sizes(cache: Path) -> set[int]:
-    """Return the slice sizes with which units were encoded."""
-    return {json.loads(path.read_text())["compute"]["slice_size"] for path in cache.glob("_commits/*")}
+def read_batch_sizes(cache: Path) -> set[int]:
+    """Return the batch sizes with which units were encoded."""
+    return {json.loads(path.read_text())["compute"]["batch_size"] for path in cache.glob("_commits/*")}
 
 
 @pytest.mark.fault(13, "a worker hangs in the model")
@@ -126,7 +126,7 @@ def test_a_worker_that_hangs_while_it_encodes_is_replaced(
     job = encode(source, tmp_path / "c", micro_vae, "hang", workers=2)
     assert job.returncode == 0, job.stderr
     assert read_statistics(tmp_path / "c")["digest"] == reference["digest"]
-    assert read_slice_sizes(tmp_path / "c") == {8}
+    assert read_batch_sizes(tmp_path / "c") == {8}
     assert "retrying unit " in job.stderr
     assert "no progress for 15 s" in job.stderr
 
@@ -210,7 +210,7 @@ def test_one_faulty_worker_of_two_does_not_change_the_cache(
 def test_slices_are_smaller_after_a_worker_ran_out_of_memory(
     source: Path, reference: dict[str, Any], micro_vae: Path, tmp_path: Path
 ) -> None:
-    """The samples are the same. Their bits may differ by rounding, as between any two slice sizes.
+    """The samples are the same. Their bits may differ by rounding, as between any two batch sizes.
 
     There is one worker, because a second one would often encode everything before the first is replaced.
     """
@@ -222,4 +222,4 @@ def test_slices_are_smaller_after_a_worker_ran_out_of_memory(
     statistics = read_statistics(tmp_path / "c")
     assert statistics["count"] == reference["count"] == 40
     assert statistics["mean"] == pytest.approx(reference["mean"], abs=1e-5)
-    assert 4 in read_slice_sizes(tmp_path / "c"), f"the next worker has smaller slices\n{job.stderr}"
+    assert 4 in read_batch_sizes(tmp_path / "c"), f"the next worker has smaller batches\n{job.stderr}"

@@ -198,8 +198,8 @@ def test_invalid_buckets_are_refused(
 
 @pytest.mark.parametrize("batch", [2, 6])
 def test_the_batch_size_does_not_change_the_digest(encode: Command, shards: Path, tmp_path: Path, batch: int) -> None:
-    encode(shards, "--to", tmp_path / "a", "--slice-size", 2)
-    encode(shards, "--to", tmp_path / "b", "--slice-size", 2, "--batch-size", batch)
+    encode(shards, "--to", tmp_path / "a", "--batch-size", 2)
+    encode(shards, "--to", tmp_path / "b", "--batch-size", 2, "--batch-size", batch)
     assert read_digest(tmp_path / "a") == read_digest(tmp_path / "b")
 
 

@@ -21,7 +21,7 @@ from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
 
-CPU = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
+CPU = ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -23,20 +23,21 @@ from latentmill.part_files import to_tensor
 from pipeline.cache import commits, stats
 from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
-from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
+from pipeline.encoder import ComputeConfig, LatentEncoder, LaunchedBatch, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import UnitWorker, fill_part, read_samples
+from pipeline.flow import UnitWorker, read_samples
 from pipeline.formats import parquet
 from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
+from pipeline.part_writer import fill_part
 from pipeline.records import Attempt, PreparedImage, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from tests.conftest import img2dataset_members, write_tar
-from tests.pipeline.conftest import CPU, unit_of
+from tests.pipeline.conftest import unit_of
 
 
 def test_texts_of_parquet_columns_have_a_limit(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
@@ -185,13 +186,13 @@ def test_rows_of_an_unfinished_part_hold_no_pixels(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
     context, encoded_pixels = worker(tmp_path / "c").context, list[weakref.ref[torch.Tensor]]()
-    encode = context.latent_encoder.encode
+    launch = context.latent_encoder.launch
 
-    def encode_and_watch(batch: Sequence[PreparedImage], shard: str) -> EncodedBatch:
+    def launch_and_watch(batch: Sequence[PreparedImage]) -> LaunchedBatch:
         encoded_pixels.extend(weakref.ref(image.pixels) for image in batch)
-        return encode(batch, shard)
+        return launch(batch)
 
-    context.latent_encoder.encode = encode_and_watch  # type: ignore[method-assign]
+    context.latent_encoder.launch = launch_and_watch  # type: ignore[method-assign]
     filled = fill_part(unit, read_samples(unit, context.spec), context, StageTimer(), {})
     assert (len(filled.rows), len(encoded_pixels)) == (9, 9)
     assert [row.image.bucket for row in filled.rows] == [(64, 64)] * 9
@@ -209,7 +210,7 @@ def test_a_commit_lists_its_parts_with_their_checksums(
         data = (tmp_path / "c" / part["file"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert content["parts"][0]["rejects"] == {"not_an_image": 1}
-    stages = {"read", "open", "starved", "queue", "encode", "write"}
+    stages = {"read", "open", "encode", "write", "idle_opening", "idle_reading", "idle_writing"}
     assert (content["run"], set(content["seconds"])) == ("a run", stages)
 
 
@@ -234,7 +235,7 @@ def test_random_values_depend_only_on_the_sample_and_the_seed(
     """They do not depend on the batch size or on the parts. Another seed gives other values."""
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 6, height=64, width=150)))
     worker(tmp_path / "a", **settings).run(unit)
-    worker(tmp_path / "b", **settings, rows_per_part=2, compute=dataclasses.replace(CPU, batch_size=3)).run(unit)
+    worker(tmp_path / "b", **settings, rows_per_part=2, open_threads=3).run(unit)
     other_seed = {"seed": 1}
     if transform := settings.get("transform"):
         other_seed["transform"] = dataclasses.replace(transform, seed=1)
@@ -290,16 +291,16 @@ def test_a_unit_that_failed_anywhere_is_resumed(
 ) -> None:
     worker(tmp_path / "expected").run(unit)
     encoded: list[str] = []
-    original = LatentEncoder.encode
+    original = LatentEncoder.launch
 
-    def encode(self: LatentEncoder, batch: Sequence[PreparedImage], shard: str) -> list[torch.Tensor | Rejected]:
+    def launch(self: LatentEncoder, batch: Sequence[PreparedImage]) -> LaunchedBatch:
         if len(encoded) == after:
             raise MemoryError
         encoded.extend(image.key for image in batch)
-        return original(self, batch, shard)
+        return original(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LatentEncoder, "encode", encode)
+        patch.setattr(LatentEncoder, "launch", launch)
         with pytest.raises(MemoryError):
             worker(tmp_path / "c").run(unit)
     existing = contents(tmp_path / "c")
@@ -313,7 +314,7 @@ def test_existing_parts_are_not_encoded_again(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker(tmp_path / "c").run(unit)
-    monkeypatch.setattr(LatentEncoder, "encode", None)
+    monkeypatch.setattr(LatentEncoder, "launch", None)
     Path(unit.url).unlink()
     assert worker(tmp_path / "c").run(unit).adopted == 3
 
@@ -335,7 +336,7 @@ def test_the_batch_size_changes_no_byte(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, batch: int
 ) -> None:
     worker(tmp_path / "a").run(unit)
-    compute = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=batch, threads=1)
+    compute = ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1)
     worker(tmp_path / "b", compute=compute, open_threads=3).run(unit)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -460,12 +461,13 @@ class TestOverflow:
         weights = dict(vae.weights)
         weights["quant_conv.weight"] = weights["quant_conv.weight"] * np.float32(gain)
         amplified = Vae(ref="", config=vae.config, weights=weights, sha256="")
-        compute = ComputeConfig(device="cpu", precision=precision, slice_size=1, batch_size=1, threads=1)
+        compute = ComputeConfig(device="cpu", precision=precision, batch_size=1, threads=1)
         return LatentEncoder(amplified, compute, "float32" if precision == "fp16" else "float16")
 
     def make_image(self) -> PreparedImage:
-        pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         return PreparedImage(
+            shard="s",
             position=0,
             key="k",
             columns={},
@@ -478,19 +480,19 @@ class TestOverflow:
         )
 
     def test_a_latent_outside_the_range_of_its_dtype_is_rejected(self, vae: Vae) -> None:
-        (latent,) = self.make_latent_encoder(vae, "fp32", 1e7).encode([self.make_image()]).latents
+        (encoded,) = self.make_latent_encoder(vae, "fp32", 1e7).encode([self.make_image()])
+        latent = encoded.latent
         assert isinstance(latent, Rejected)
         assert (latent.stage, latent.reason) == ("encode", "not_finite")
 
     def test_an_image_that_overflows_in_half_precision_is_encoded_in_float32(self, vae: Vae) -> None:
         half, exact = self.make_latent_encoder(vae, "fp16", 1e7), self.make_latent_encoder(vae, "fp32", 1e7)
         exact.dtype = torch.float32
-        encoded = half.encode([self.make_image()])
-        assert encoded.fp32_fallbacks == 1
-        (latent,), (expected,) = encoded.latents, exact.encode([self.make_image()]).latents
-        assert isinstance(latent, torch.Tensor)
-        assert isinstance(expected, torch.Tensor)
-        assert torch.equal(latent, expected)
+        (encoded,), (expected,) = (encoder.encode([self.make_image()]) for encoder in (half, exact))
+        assert (encoded.is_fallback, expected.is_fallback) == (True, False)
+        assert isinstance(encoded.latent, torch.Tensor)
+        assert isinstance(expected.latent, torch.Tensor)
+        assert torch.equal(encoded.latent, expected.latent)
 
 
 class TestMemory:
@@ -504,7 +506,7 @@ class TestMemory:
         error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
     ) -> tuple[LatentEncoder, list[int]]:
         """Return an encoder with memory for slices of `capacity` images, and a list of the sizes that it tries."""
-        compute = ComputeConfig(device="cpu", precision="fp32", slice_size=4, batch_size=4, threads=1)
+        compute = ComputeConfig(device="cpu", precision="fp32", batch_size=4, threads=1)
         latent_encoder, tried = LatentEncoder(vae, compute, "float32"), []
         encode = latent_encoder.model.encode
 
@@ -521,12 +523,12 @@ class TestMemory:
     def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
         batch = [TestOverflow().make_image()] * 4
-        first = latent_encoder.encode(batch).latents
+        first = latent_encoder.encode(batch)
         assert tried == [4, 2, 1, 1, 1, 1]
-        assert latent_encoder.compute.slice_size == 1
-        second = latent_encoder.encode(batch).latents
+        assert latent_encoder.compute.batch_size == 1
+        second = latent_encoder.encode(batch)
         assert tried[6:] == [1, 1, 1, 1]
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
+        assert all(torch.equal(a.latent, b.latent) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
 
     def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         exact, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
@@ -538,8 +540,9 @@ class TestMemory:
 
         monkeypatch.setattr(half.model, "encode", overflowing)
         encoded = half.encode([TestOverflow().make_image()] * 4)
-        assert (encoded.fp32_fallbacks, half.compute.slice_size) == (4, 1)
+        assert [image.is_fallback for image in encoded] == [True] * 4
         assert tried == [4, 2, 1, 1, 1, 1]
+        assert half.compute.batch_size == 1
 
     def test_a_single_image_that_does_not_fit_is_an_error(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         latent_encoder, _ = self.make_latent_encoder(vae, monkeypatch, capacity=0)
@@ -580,7 +583,7 @@ class TestMemory:
     ) -> None:
         latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1, error=error)
         latent_encoder.encode([TestOverflow().make_image()] * 4)
-        assert (tried, latent_encoder.compute.slice_size) == ([4, 2, 1, 1, 1, 1], 1)
+        assert (tried, latent_encoder.compute.batch_size) == ([4, 2, 1, 1, 1, 1], 1)
 
     @pytest.mark.parametrize(
         "message",
@@ -595,19 +598,19 @@ class TestMemory:
     def test_other_device_errors_are_not_out_of_memory_errors(self, message: str) -> None:
         assert not is_out_of_memory(RuntimeError(message))
 
-    def test_other_errors_do_not_change_the_slice_size(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_errors_do_not_change_the_batch_size(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         latent_encoder, _ = self.make_latent_encoder(vae, monkeypatch, capacity=4)
         monkeypatch.setattr(latent_encoder.model, "encode", lambda x: torch.ones(2) @ torch.ones(3))
         with pytest.raises(RuntimeError, match=r"expected|size|shape"):
             latent_encoder.encode([TestOverflow().make_image()] * 4)
-        assert latent_encoder.compute.slice_size == 4
+        assert latent_encoder.compute.batch_size == 4
 
-    def test_the_smaller_slice_size_is_recorded(
+    def test_the_smaller_batch_size_is_recorded(
         self, worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = worker(tmp_path / "c")
         latent_encoder = encoder.context.latent_encoder
-        latent_encoder.compute = dataclasses.replace(latent_encoder.compute, slice_size=8, batch_size=8)
+        latent_encoder.compute = dataclasses.replace(latent_encoder.compute, batch_size=8)
         encode = latent_encoder.model.encode
 
         def limited(x: torch.Tensor) -> object:
@@ -618,7 +621,7 @@ class TestMemory:
         monkeypatch.setattr(latent_encoder.model, "encode", limited)
         encoder.run(unit)
         (done,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_commits").iterdir())
-        assert done["compute"]["slice_size"] == 2
+        assert done["compute"]["batch_size"] == 2
 
 
 @pytest.mark.slow
@@ -628,16 +631,16 @@ def test_a_compiled_encoder_gives_the_same_latents(vae: Vae) -> None:
     plain, compiled = (
         LatentEncoder(
             vae,
-            ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1, compile=is_compiled),
+            ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1, compile=is_compiled),
             "float32",
         )
         for is_compiled in (False, True)
     )
     image = TestOverflow().make_image()
-    tall = dataclasses.replace(image, pixels=image.pixels.repeat(1, 2, 1))
+    tall = dataclasses.replace(image, pixels=image.pixels.repeat(2, 1, 1))
     for prepared in (image, tall, image):
-        (expected,), (found,) = plain.encode([prepared]).latents, compiled.encode([prepared]).latents
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        (expected,), (found,) = plain.encode([prepared]), compiled.encode([prepared])
+        torch.testing.assert_close(found.latent, expected.latent, atol=1e-4, rtol=0)
 
 
 def test_statistics_equal_numpys_and_the_digest_equals_sha256sums(

@@ -1,0 +1,255 @@
+"""The way of a unit's samples from the reader to its parts.
+
+    read_part: read --> threads of the pool: open --> UnitQueue --> device --> PartBuffer --> UnitWriter: publish
+
+Nothing here waits for a single image. A part is published as soon as all its samples have a result.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from pipeline.cache import input_hash, parts, tally
+from pipeline.cache.identity import FORMAT
+from pipeline.device_loop import UnitQueue
+from pipeline.errors import Rejected
+from pipeline.formats.record import PartInfo, Record
+from pipeline.images.prepare import prepare_sample
+from pipeline.limits import check_share
+from pipeline.readers.damage import keep_rejected
+from pipeline.records import EncodedImage, Filtered, PreparedImage, Reject, Row, Sample, Unit
+from pipeline.timing import StageTimer
+
+if TYPE_CHECKING:
+    from pipeline.flow import WorkerContext
+
+
+@dataclass(slots=True)
+class PartBuffer:
+    """The results of the samples of one part, in the order in which they arrive from several threads.
+
+    digests: the digest of each sample as it was read, by position.
+    expected: the number of samples that were read so far. is_read: whether these are all.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    filtered: int = 0
+    fp32_fallbacks: int = 0
+    digests: dict[int, bytes] = field(default_factory=dict)
+    expected: int = 0
+    is_read: bool = False
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(self, item: Row | Reject | Filtered, is_fallback: bool = False) -> None:
+        """Add the result of a sample. is_fallback: see `EncodedImage`."""
+        with self._lock:
+            if isinstance(item, Row):
+                self.rows.append(item)
+                self.fp32_fallbacks += is_fallback
+            elif isinstance(item, Reject):
+                self.rejects.append(item)
+            else:
+                self.filtered += 1
+
+    def add_encoded(self, image: PreparedImage, encoded: EncodedImage) -> None:
+        """Add the model's result for an image."""
+        if isinstance(encoded.latent, Rejected):
+            self.add(Reject.from_error(image.position, image.key, encoded.latent))
+        else:
+            self.add(Row(image.drop_pixels(), encoded.latent), encoded.is_fallback)
+
+    def sort(self) -> None:
+        """Sort the rows by bucket, then by position, and the rejects by position."""
+        self.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
+        self.rejects.sort(key=lambda reject: reject.position)
+
+    @property
+    def digests_in_order(self) -> list[bytes]:
+        """The digest of each sample, or of its reject if it was rejected, in the reader or in any later step."""
+        digests = self.digests | {reject.position: input_hash.hash_sample(reject) for reject in self.rejects}
+        return [digests[position] for position in sorted(digests)]
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that have a result: encoded, rejected and filtered."""
+        return len(self.rows) + len(self.rejects) + self.filtered
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample of the part has its result."""
+        return self.is_read and self.samples == self.expected
+
+
+class UnitWriter:
+    """The parts of a unit, in their order. New parts are published by a thread, one after the other.
+
+    The unit takes a place among those that are read when its first missing part is read.
+    """
+
+    def __init__(self, unit: Unit, context: "WorkerContext", timer: StageTimer) -> None:
+        self.unit, self.context, self.timer = unit, context, timer
+        self.parts: list[PartInfo] = []
+        self.adopted = self.encoded = self.fp32_fallbacks = 0
+        self.texts: Counter[str] = Counter()
+        self._publishing: deque[Future[PartInfo]] = deque()
+        self._is_read = False
+        self._queue: UnitQueue | None = None
+        self._stack = ExitStack()
+        self._publisher = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publish"))
+
+    def __enter__(self) -> "UnitWriter":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            with self._pause():  # parts whose samples were read need not be encoded again
+                wait(self._publishing)
+        self._stack.close()
+        if self._queue is not None:
+            self.timer.add(**asdict(self._queue.seconds))
+
+    def adopt(self, part: PartInfo) -> None:
+        """Add a part that exists."""
+        future = Future[PartInfo]()
+        future.set_result(part)
+        self._publishing.append(future)
+        self.adopted += 1
+        self._is_read = part.record.last
+
+    def read_part(self, number: int, samples: Iterable[Sample | Reject], is_done: Callable[[], bool]) -> None:
+        """Read the samples of a part. It is encoded and published meanwhile. is_done: whether no samples follow."""
+        if self._queue is None:
+            self._queue = self._stack.enter_context(self.context.loop.unit(self.unit.name, self.context.stop))
+        superseded = self.context.spec.superseded.get(self.unit.name, {})
+        buffer = read_part(self.unit, samples, self.context, self._queue, self.timer, superseded)
+        self._is_read = is_done()
+        self._publishing.append(self._publisher.submit(self._publish, number, buffer, self._queue, self._is_read))
+
+    def has_last_part(self) -> bool:
+        """Return whether the last part exists. Waits for all parts read so far, but for one if more follow."""
+        if self._is_read and self._queue is not None:
+            self._queue.end_reading()
+        with self._pause():
+            while len(self._publishing) > (not self._is_read) and not self._is_complete:
+                self.parts.append(self._publishing.popleft().result())
+        return self._is_complete
+
+    def _pause(self) -> AbstractContextManager[None]:
+        return self._queue.paused() if self._queue is not None else nullcontext()
+
+    @property
+    def _is_complete(self) -> bool:
+        return bool(self.parts) and self.parts[-1].record.last
+
+    def _publish(self, number: int, buffer: PartBuffer, queue: UnitQueue, is_last: bool) -> PartInfo:
+        queue.wait(lambda: buffer.is_complete)
+        buffer.sort()
+        self.encoded += len(buffer.rows)
+        self.fp32_fallbacks += buffer.fp32_fallbacks
+        self.texts += tally.count_texts(buffer.rows, self.context.spec.layout.columns.texts)
+        record = make_record(self.unit, number, buffer, is_last, self.context)
+        with self.timer.stage("write"):
+            return parts.publish_part(self.context.spec.cache, record, buffer.rows, self.context.spec.layout)
+
+
+def fill_part(
+    unit: Unit,
+    samples: Iterable[Sample | Reject],
+    context: "WorkerContext",
+    timer: StageTimer,
+    superseded: Mapping[int, str],
+) -> PartBuffer:
+    """Read the samples of one part, and wait for their results. The rows are sorted by bucket, then by position."""
+    with context.loop.unit(unit.name, context.stop) as queue:
+        buffer = read_part(unit, samples, context, queue, timer, superseded)
+        queue.end_reading()
+        queue.wait(lambda: buffer.is_complete)
+    timer.add(**asdict(queue.seconds))
+    buffer.sort()
+    return buffer
+
+
+def read_part(
+    unit: Unit,
+    samples: Iterable[Sample | Reject],
+    context: "WorkerContext",
+    queue: UnitQueue,
+    timer: StageTimer,
+    superseded: Mapping[int, str],
+) -> PartBuffer:
+    """Read the samples of one part. Their results arrive in the buffer later.
+
+    superseded: by position, the reject reasons of samples that are in a part of `retry`.
+    """
+    buffer = PartBuffer()
+    for sample in samples:
+        queue.admit()
+        buffer.expected += 1
+        context.pool.submit(open_sample, unit, sample, context, queue, buffer, timer, superseded.get(sample.position))
+    buffer.is_read = True
+    return buffer
+
+
+def open_sample(
+    unit: Unit,
+    sample: Sample | Reject,
+    context: "WorkerContext",
+    queue: UnitQueue,
+    buffer: PartBuffer,
+    timer: StageTimer,
+    reason: str | None,
+) -> None:
+    """Open a sample, and pass it on to the device, or its reject to the buffer. Called in the threads of a pool.
+
+    reason: why the sample was rejected before, if it is in a part of `retry`.
+    """
+    try:
+        if queue.error is not None:
+            queue.drop()
+            return
+        spec = context.spec
+        item, seconds = prepare_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
+        timer.add(open=seconds)
+        buffer.digests[sample.position] = input_hash.hash_sample(sample)
+        try:
+            check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
+        except Rejected as error:
+            item = Reject.from_error(sample.position, sample.key, error)
+        item = keep_rejected(sample, item, reason)
+    except BaseException as error:
+        queue.fail(error)
+        queue.drop()
+        return
+    if isinstance(item, PreparedImage):
+        queue.put(item, partial(buffer.add_encoded, item))
+    else:
+        buffer.add(item)
+        queue.drop()
+
+
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: "WorkerContext") -> Record:
+    """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
+    return Record(
+        format=FORMAT,
+        identity=context.spec.identity,
+        unit=unit.name,
+        part=number,
+        last=last,
+        source=unit.path,
+        source_bytes=unit.bytes,
+        range=unit.range,
+        first=number * context.spec.rows_per_part,
+        samples=buffer.samples,
+        rows=len(buffer.rows),
+        filtered=buffer.filtered,
+        enlarged=sum(row.image.enlarged for row in buffer.rows),
+        inputs=input_hash.combine_digests(buffer.digests_in_order),
+        rejects=tuple(buffer.rejects),
+        tally=tally.tally_rows(buffer.rows, context.spec.layout.store),
+    )
