@@ -266,15 +266,15 @@ class Staging:
         return batch
 
     def to_device(self, batch: Tensor) -> Tensor:
-        """Return a batch on the device: uint8 [B, 3, H, W], in the memory format channels_last."""
+        """Return a batch on the device."""
         if self._stream is None:
-            return batch.to(self.device).permute(0, 3, 1, 2)
+            return batch.to(self.device)
         with torch.cuda.stream(self._stream):
             pixels = batch.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._stream)
         pixels.record_stream(current)
-        return pixels.permute(0, 3, 1, 2)
+        return pixels
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -300,9 +300,9 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map uint8 [B, 3, H, W] to [-1, 1]: 0 is exactly -1, and 255 exactly 1. The result is in channels_last.
+    """Map uint8 [B, H, W, 3] to [B, 3, H, W] in [-1, 1]: 0 is exactly -1, and 255 exactly 1.
 
-    The values are computed in float32, then rounded to `dtype`.
+    The values are computed in float32, then rounded to `dtype`. The memory format is channels_last.
     """
-    values = pixels.to(torch.float32).div_(127.5).sub_(1.0)
+    values = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
     return values.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -23,11 +23,10 @@ from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, ShardError, Stopped
 from pipeline.formats.record import PartInfo
 from pipeline.formats.schema import OutputSchema
-from pipeline.images import decode
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.part_writer import UnitWriter
+from pipeline.part_writer import Stages, UnitWriter
 from pipeline.prefetch import Peekable
 from pipeline.readers import parquet_keys
 from pipeline.readers.damage import (
@@ -108,7 +107,8 @@ class EncodeSpec:
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_threads)
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, loop=loop, pool=pool, stop=stop))
+        stages = Stages(pool=pool, loop=loop, stop=stop)
+        return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages))
 
     def with_smaller_batches(self) -> "EncodeSpec":
         """Return the same job with smaller batches, which need less memory."""
@@ -143,16 +143,17 @@ class WorkerContext:
 
     spec: EncodeSpec
     latent_encoder: LatentEncoder
-    loop: DeviceLoop
-    pool: ThreadPoolExecutor
-    stop: threading.Event
+    stages: Stages
     progress: Counter[str] = field(default_factory=Counter)
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
     damaged_at: int | None = None
+
+    def with_opener(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
+        """Return the same context with another function that decodes image files."""
+        return replace(self, stages=replace(self.stages, open_pixels=open_pixels))
 
     def on_piece(self) -> None:
         """Count a skipped piece of a damaged shard. Raises Stopped once the job is to stop."""
-        if self.stop.is_set():
+        if self.stages.stop.is_set():
             raise Stopped
         self.progress["pieces"] += 1
 
@@ -173,7 +174,7 @@ class UnitWorker:
         if not attempt.isolated:
             return process_unit(unit, context)
         with SandboxedDecoder(context.spec.limits) as decoder:
-            return process_unit(unit, replace(context, open_pixels=decoder.open_pixels))
+            return process_unit(unit, context.with_opener(decoder.open_pixels))
 
     @property
     def images(self) -> int:
@@ -216,7 +217,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
     samples = Peekable(instrument(cut_at_retried_rest(readable, superseded), context, timer))
     parts_to_skip = 0
-    with UnitWriter(unit, context, timer) as writer:
+    with UnitWriter(unit, spec, context.stages, timer, superseded) as writer:
         for number in itertools.count():
             part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
             if part is not None:
@@ -282,7 +283,7 @@ def instrument(
     """Yield the same samples, and time and count each. Raises Stopped between two samples once the job is to stop."""
     samples = iter(samples)
     while True:
-        if context.stop.is_set():
+        if context.stages.stop.is_set():
             raise Stopped
         with timer.stage("read"):
             sample = next(samples, None)

@@ -5,28 +5,61 @@
 Nothing here waits for a single image. A part is published as soon as all its samples have a result.
 """
 
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from threading import Lock
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import numpy as np
 
 from pipeline.cache import input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
-from pipeline.device_loop import UnitQueue
+from pipeline.device_loop import DeviceLoop, UnitQueue
 from pipeline.errors import Rejected
 from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.schema import OutputSchema
+from pipeline.images import decode
 from pipeline.images.prepare import prepare_sample
-from pipeline.limits import check_share
+from pipeline.images.transform import Transform
+from pipeline.limits import Limits, check_share
 from pipeline.readers.damage import keep_rejected
 from pipeline.records import EncodedImage, Filtered, PreparedImage, Reject, Row, Sample, Unit
+from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 
-if TYPE_CHECKING:
-    from pipeline.flow import WorkerContext
+
+class PartSpec(Protocol):
+    """The settings of a job that decide how a part is made."""
+
+    @property
+    def cache(self) -> Folder: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def transform(self) -> Transform: ...
+    @property
+    def layout(self) -> OutputSchema: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def rows_per_part(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """The threads that samples pass through: those that open images, and that of the device. Units share them.
+
+    open_pixels: decodes an image file. stop: set when the job is to stop.
+    """
+
+    pool: ThreadPoolExecutor
+    loop: DeviceLoop
+    stop: threading.Event
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
 
 
 @dataclass(slots=True)
@@ -44,7 +77,7 @@ class PartBuffer:
     digests: dict[int, bytes] = field(default_factory=dict)
     expected: int = 0
     is_read: bool = False
-    _lock: Lock = field(default_factory=Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, item: Row | Reject | Filtered, is_fallback: bool = False) -> None:
         """Add the result of a sample. is_fallback: see `EncodedImage`."""
@@ -92,8 +125,10 @@ class UnitWriter:
     The unit takes a place among those that are read when its first missing part is read.
     """
 
-    def __init__(self, unit: Unit, context: "WorkerContext", timer: StageTimer) -> None:
-        self.unit, self.context, self.timer = unit, context, timer
+    def __init__(
+        self, unit: Unit, spec: PartSpec, stages: Stages, timer: StageTimer, superseded: Mapping[int, str]
+    ) -> None:
+        self.unit, self.spec, self.stages, self.timer, self.superseded = unit, spec, stages, timer, superseded
         self.parts: list[PartInfo] = []
         self.adopted = self.encoded = self.fp32_fallbacks = 0
         self.texts: Counter[str] = Counter()
@@ -125,9 +160,8 @@ class UnitWriter:
     def read_part(self, number: int, samples: Iterable[Sample | Reject], is_done: Callable[[], bool]) -> None:
         """Read the samples of a part. It is encoded and published meanwhile. is_done: whether no samples follow."""
         if self._queue is None:
-            self._queue = self._stack.enter_context(self.context.loop.unit(self.unit.name, self.context.stop))
-        superseded = self.context.spec.superseded.get(self.unit.name, {})
-        buffer = read_part(self.unit, samples, self.context, self._queue, self.timer, superseded)
+            self._queue = self._stack.enter_context(self.stages.loop.unit(self.unit.name, self.stages.stop))
+        buffer = read_part(self.unit, samples, self.spec, self.stages, self._queue, self.timer, self.superseded)
         self._is_read = is_done()
         self._publishing.append(self._publisher.submit(self._publish, number, buffer, self._queue, self._is_read))
 
@@ -152,22 +186,23 @@ class UnitWriter:
         buffer.sort()
         self.encoded += len(buffer.rows)
         self.fp32_fallbacks += buffer.fp32_fallbacks
-        self.texts += tally.count_texts(buffer.rows, self.context.spec.layout.columns.texts)
-        record = make_record(self.unit, number, buffer, is_last, self.context)
+        self.texts += tally.count_texts(buffer.rows, self.spec.layout.columns.texts)
+        record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
-            return parts.publish_part(self.context.spec.cache, record, buffer.rows, self.context.spec.layout)
+            return parts.publish_part(self.spec.cache, record, buffer.rows, self.spec.layout)
 
 
 def fill_part(
     unit: Unit,
     samples: Iterable[Sample | Reject],
-    context: "WorkerContext",
+    spec: PartSpec,
+    stages: Stages,
     timer: StageTimer,
     superseded: Mapping[int, str],
 ) -> PartBuffer:
     """Read the samples of one part, and wait for their results. The rows are sorted by bucket, then by position."""
-    with context.loop.unit(unit.name, context.stop) as queue:
-        buffer = read_part(unit, samples, context, queue, timer, superseded)
+    with stages.loop.unit(unit.name, stages.stop) as queue:
+        buffer = read_part(unit, samples, spec, stages, queue, timer, superseded)
         queue.end_reading()
         queue.wait(lambda: buffer.is_complete)
     timer.add(**asdict(queue.seconds))
@@ -178,7 +213,8 @@ def fill_part(
 def read_part(
     unit: Unit,
     samples: Iterable[Sample | Reject],
-    context: "WorkerContext",
+    spec: PartSpec,
+    stages: Stages,
     queue: UnitQueue,
     timer: StageTimer,
     superseded: Mapping[int, str],
@@ -191,7 +227,8 @@ def read_part(
     for sample in samples:
         queue.admit()
         buffer.expected += 1
-        context.pool.submit(open_sample, unit, sample, context, queue, buffer, timer, superseded.get(sample.position))
+        reason = superseded.get(sample.position)
+        stages.pool.submit(open_sample, unit, sample, spec, stages, queue, buffer, timer, reason)
     buffer.is_read = True
     return buffer
 
@@ -199,7 +236,8 @@ def read_part(
 def open_sample(
     unit: Unit,
     sample: Sample | Reject,
-    context: "WorkerContext",
+    spec: PartSpec,
+    stages: Stages,
     queue: UnitQueue,
     buffer: PartBuffer,
     timer: StageTimer,
@@ -213,8 +251,7 @@ def open_sample(
         if queue.error is not None:
             queue.drop()
             return
-        spec = context.spec
-        item, seconds = prepare_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
+        item, seconds = prepare_sample(unit, sample, spec.transform, spec.limits, stages.open_pixels)
         timer.add(open=seconds)
         buffer.digests[sample.position] = input_hash.hash_sample(sample)
         try:
@@ -233,23 +270,23 @@ def open_sample(
         queue.drop()
 
 
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: "WorkerContext") -> Record:
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec) -> Record:
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
     return Record(
         format=FORMAT,
-        identity=context.spec.identity,
+        identity=spec.identity,
         unit=unit.name,
         part=number,
         last=last,
         source=unit.path,
         source_bytes=unit.bytes,
         range=unit.range,
-        first=number * context.spec.rows_per_part,
+        first=number * spec.rows_per_part,
         samples=buffer.samples,
         rows=len(buffer.rows),
         filtered=buffer.filtered,
         enlarged=sum(row.image.enlarged for row in buffer.rows),
         inputs=input_hash.combine_digests(buffer.digests_in_order),
         rejects=tuple(buffer.rejects),
-        tally=tally.tally_rows(buffer.rows, context.spec.layout.store),
+        tally=tally.tally_rows(buffer.rows, spec.layout.store),
     )

@@ -18,11 +18,13 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 LAYERS: tuple[set[str], ...] = (
     {"errors", "values"},
     {"canonical_json", "records", "limits", "prefetch", "timing", "subprocess_server", "batching"},
+    {"device_loop"},
     {"storage"},
     {"formats", "images", "weights"},
     {"readers", "encoder"},
     {"sources"},
     {"cache"},
+    {"part_writer"},
     {"flow"},
     {"preview", "maintenance"},
 )

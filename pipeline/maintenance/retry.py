@@ -146,7 +146,7 @@ class RetryWorker:
         """Retry a unit. Images are decoded in a separate process, because one may have crashed a worker before."""
         context = self.encoder.context
         with SandboxedDecoder(context.spec.limits) as decoder:
-            return retry_unit(task, replace(context, open_pixels=decoder.open_pixels, damaged_at=attempt.damaged_at))
+            return retry_unit(task, replace(context.with_opener(decoder.open_pixels), damaged_at=attempt.damaged_at))
 
     @property
     def images(self) -> int:
@@ -204,7 +204,7 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         add_existing_parts(task.unit, number, remaining, spec)
         positions: list[int] = []
         part_samples = take_samples_of_part(samples, number, spec.rows_per_part, remaining)
-        buffer = fill_part(task.unit, record_positions(part_samples, positions), context, timer, {})
+        buffer = fill_part(task.unit, record_positions(part_samples, positions), spec, context.stages, timer, {})
         if positions:
             write(number, buffer, positions)
     if remaining.rest is not None and not readable.damage:
@@ -277,7 +277,7 @@ def make_retry_record(
     buffer.rejects = [reject for reject in buffer.rejects if reject.position in rest]
     buffer.digests = {position: digest for position, digest in buffer.digests.items() if position in accounted}
     return replace(
-        make_record(unit, number, buffer, last=False, context=context),
+        make_record(unit, number, buffer, last=False, spec=context.spec),
         first=min(position for position, _ in superseded),
         round=remaining.next_round(number),
         supersedes=tuple(sorted(superseded)),

@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from jobs import run_recorder, throughput
 from jobs.progress import ProgressMeter
 from jobs.throughput import Throughput, WorkerTime
 from pipeline import flow
-from pipeline.encoder import EncodedBatch, LatentEncoder
+from pipeline.encoder import LatentEncoder, LaunchedBatch
 from pipeline.images import decode
 from pipeline.limits import Limits
 from pipeline.maintenance.status import estimate_seconds_left, read_status
@@ -86,9 +85,9 @@ def slow_model(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Delay the model. seconds: per image."""
     run = LatentEncoder._run
 
-    def run_slowly(self: LatentEncoder, model: Any, batch: Sequence[PreparedImage], shard: str) -> Tensor:
+    def run_slowly(self: LatentEncoder, model: Any, batch: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
         time.sleep(seconds * len(batch))
-        return run(self, model, batch, shard)
+        return run(self, model, batch)
 
     monkeypatch.setattr(LatentEncoder, "_run", run_slowly)
 
@@ -158,7 +157,7 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build_slow(*args: Any) -> flow.UnitWorker:
         encoder = build(*args)
-        encoder.context = replace(encoder.context, open_pixels=run_slowly)
+        encoder.context = encoder.context.with_opener(run_slowly)
         return encoder
 
     monkeypatch.setattr(flow.EncodeSpec, "build", build_slow)
@@ -185,14 +184,15 @@ def test_a_run_reports_its_bottleneck_and_the_use_of_the_device(
     most: float,
 ) -> None:
     delay(monkeypatch)
-    busy, encode = list[float](), LatentEncoder.encode
+    busy, launch = list[float](), LatentEncoder.launch
 
-    def timed(self: LatentEncoder, batch: Sequence[PreparedImage], shard: str = "") -> EncodedBatch:
-        encoded = encode(self, batch, shard)
-        busy.append(encoded.seconds)
-        return encoded
+    def timed(self: LatentEncoder, batch: Sequence[PreparedImage]) -> LaunchedBatch:
+        start = time.perf_counter()
+        launched = launch(self, batch)
+        busy.append(time.perf_counter() - start)
+        return launched
 
-    monkeypatch.setattr(LatentEncoder, "encode", timed)
+    monkeypatch.setattr(LatentEncoder, "launch", timed)
     code, out, err = latentmill(*job)
     assert code == 0, err
     assert f"  bottleneck {stage} (" in out
@@ -201,4 +201,4 @@ def test_a_run_reports_its_bottleneck_and_the_use_of_the_device(
     run = json.loads(path.read_text())
     assert run["bottleneck"] == stage
     assert least <= run["device_busy"] <= most
-    assert run["seconds"]["encode"] == pytest.approx(sum(busy), abs=0.02)
+    assert run["seconds"]["encode"] == pytest.approx(sum(busy), rel=0.05, abs=0.05)

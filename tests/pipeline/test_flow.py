@@ -193,7 +193,7 @@ def test_rows_of_an_unfinished_part_hold_no_pixels(
         return launch(batch)
 
     context.latent_encoder.launch = launch_and_watch  # type: ignore[method-assign]
-    filled = fill_part(unit, read_samples(unit, context.spec), context, StageTimer(), {})
+    filled = fill_part(unit, read_samples(unit, context.spec), context.spec, context.stages, StageTimer(), {})
     assert (len(filled.rows), len(encoded_pixels)) == (9, 9)
     assert [row.image.bucket for row in filled.rows] == [(64, 64)] * 9
     assert all(row.image.pixels.is_meta for row in filled.rows), "the shape is kept without the memory"
@@ -399,7 +399,7 @@ def test_a_part_of_another_cache_is_refused(worker: Callable[..., UnitWorker], u
 
 def test_a_worker_stops_between_samples(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
     encoder = worker(tmp_path / "c")
-    encoder.context.stop.set()
+    encoder.context.stages.stop.set()
     with pytest.raises(Stopped):
         encoder.run(unit)
     assert contents(tmp_path / "c") == {}

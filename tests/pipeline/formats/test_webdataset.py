@@ -29,10 +29,11 @@ from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
 def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
     image = PreparedImage(
+        shard="s",
         position=number,
         key=key,
         columns={"txt": None, "json": None, **columns},
-        pixels=torch.zeros(3, 64, 72, dtype=torch.uint8),
+        pixels=torch.zeros(64, 72, 3, dtype=torch.uint8),
         original_height=100,
         original_width=113,
         crop_top=0,
