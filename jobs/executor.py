@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipeline.encoder import is_device_error
-from pipeline.errors import DamagedError, LatentmillError, Stopped, StorageError
+from pipeline.errors import DamagedError, LatentmillError, OtherUnitError, Stopped, StorageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
-
-IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, decodes and writes
 
 # Why a task failed.
 #   task      the task failed, and nothing points to another reason
@@ -20,7 +18,7 @@ IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, decodes a
 #   storage   a file could not be read or written; a retry may succeed
 #   device    the worker's accelerator reported an error after which every call fails
 #   lost      the worker's process ended, or hung
-#   returned  its worker was ended because of other tasks
+#   returned  its worker was ended, or its device failed, because of other tasks
 Cause = Literal["task", "damage", "storage", "device", "lost", "returned"]
 
 
@@ -49,6 +47,11 @@ class Worker(Protocol):
 
 class WorkerSpec(Protocol):
     """A small description of a worker. It is sent to the worker's process, which builds the worker."""
+
+    @property
+    def tasks_per_worker(self) -> int:
+        """The number of tasks that a worker runs at the same time."""
+        ...
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
@@ -100,6 +103,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def tasks_per_worker(self) -> int:
+        """The number of tasks that a worker runs at the same time."""
+        ...
+
+    @property
     def can_replace(self) -> bool:
         """Whether `replace` can start another worker."""
         ...
@@ -136,6 +144,8 @@ def find_cause(error: BaseException) -> Cause:
     """Classify an error that a worker raised."""
     if isinstance(error, DamagedError):
         return "damage"
+    if isinstance(error, OtherUnitError):
+        return "returned"
     if isinstance(error, StorageError) and error.may_pass:
         return "storage"
     return "device" if is_device_error(error) else "task"

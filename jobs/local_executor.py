@@ -5,14 +5,14 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jobs.executor import IN_FLIGHT, TaskResult, WorkerSpec, format_error, make_failed_result
+from jobs.executor import TaskResult, WorkerSpec, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
 
 class LocalExecutor:
-    """Runs two tasks at a time in threads of this process."""
+    """Runs tasks in threads of this process."""
 
     waiting_for = ""
     workers = ("inline",)
@@ -22,7 +22,8 @@ class LocalExecutor:
     def __init__(self, spec: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
         self.worker = spec.build(vae, stop)
         self.stop = stop
-        self.pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="unit")
+        self.tasks_per_worker = spec.tasks_per_worker
+        self.pool = ThreadPoolExecutor(self.tasks_per_worker, thread_name_prefix="unit")
         self.running: dict[Future[Any], Any] = {}
 
     @property

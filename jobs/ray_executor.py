@@ -22,7 +22,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
-from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, make_failed_result
+from jobs.executor import TaskResult, Worker, WorkerSpec, make_failed_result
 from jobs.messages import log_info
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
@@ -205,7 +205,7 @@ class WorkerHandle:
 
 
 class RayExecutor:
-    """`workers` actors, each with two tasks under way.
+    """`workers` actors, each with several tasks under way.
 
     grows: request one more actor than there are while tasks wait. Then an autoscaler adds nodes, and nodes that join
     are used.
@@ -220,6 +220,7 @@ class RayExecutor:
         self.grows = grows
         self.stall_timeout = stall_timeout
         self.spec, self.vae = spec, ray.put(vae)
+        self.tasks_per_worker = spec.tasks_per_worker
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.ended: list[TaskResult] = []
         self.lost_images = 0
@@ -235,7 +236,7 @@ class RayExecutor:
     def _start(self, excluded_nodes: Set[str]) -> WorkerHandle:
         labels = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"}
         placement = {"label_selector": labels} if excluded_nodes else {}
-        options = {"max_concurrency": IN_FLIGHT + 2, **self.resources, **placement}
+        options = {"max_concurrency": self.tasks_per_worker + 2, **self.resources, **placement}
         actor = RayWorker.options(**options).remote()  # type: ignore[attr-defined]
         load_ref, locate_ref = actor.load.remote(self.spec, self.vae), actor.locate.remote()
         return WorkerHandle(f"worker-{next(self._numbers)}", actor, load_ref, locate_ref, frozenset(excluded_nodes))

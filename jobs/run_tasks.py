@@ -41,7 +41,8 @@ def run_tasks(
     Returns the tasks that failed for good, and the time.
     Raises Stopped if a signal arrived, JobError if no worker or no storage works.
     """
-    scheduler, outage = Scheduler(tasks, executor.can_replace, clock), Outage(probe, stall_timeout, clock)
+    scheduler = Scheduler(tasks, executor.can_replace, clock, executor.tasks_per_worker)
+    outage = Outage(probe, stall_timeout, clock)
     result, ready = RunResult(scheduler.failures), 0.0
     with signals.polled():
         while scheduler.waiting or scheduler.under_way:

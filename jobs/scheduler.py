@@ -6,15 +6,17 @@ completes a task that failed on it. Or its accelerator reports an error after wh
 replaced, and its tasks are rescheduled.
 """
 
+import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from jobs.executor import IN_FLIGHT, Task, TaskResult
+from jobs.executor import Task, TaskResult
 from pipeline.records import Attempt
 
+MIN_TASKS = 2  # per worker: while one is encoded, the other is read or written
 MAX_FAILURES = 3  # of a task
 MAX_EXCUSED = 10  # excused failures of a task; limited, because the task itself may kill its workers
 FAULTY_AFTER = 2  # consecutive failures of a worker
@@ -94,12 +96,18 @@ class Scheduler:
     Tasks run in shuffled order, so that two jobs on one cache seldom run the same task.
     can_replace: whether the executor can replace a worker.
     clock: returns monotonic seconds.
+    tasks_per_worker: the number of tasks that a worker runs at the same time.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], can_replace: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        tasks: Sequence[Task],
+        can_replace: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        tasks_per_worker: int = MIN_TASKS,
     ) -> None:
         self.clock = clock
+        self.tasks_per_worker = tasks_per_worker
         self.can_replace = can_replace
         self.untried = deque(random.sample(list(tasks), len(tasks)))
         self.retries: list[TaskState] = []
@@ -123,7 +131,9 @@ class Scheduler:
         starting: the number of further workers that are starting.
         """
         now = self.clock()
-        free = [worker for worker in workers if self._has_capacity(worker, len(workers), now)]
+        share = math.ceil((self.waiting + self.under_way) / max(1, len(workers) + starting))
+        limit = min(self.tasks_per_worker, max(MIN_TASKS, share))  # near its end, the job keeps all workers busy
+        free = [worker for worker in workers if self._has_capacity(worker, len(workers), limit, now)]
         if not free:
             return None
         for state in self.retries:
@@ -134,13 +144,13 @@ class Scheduler:
             return self._assign(TaskState(self.untried.popleft()), worker)
         return None
 
-    def _has_capacity(self, name: str, workers: int, now: float) -> bool:
+    def _has_capacity(self, name: str, workers: int, limit: int, now: float) -> bool:
         worker = self.workers.setdefault(name, WorkerState())
         if worker.is_exclusive or worker.device_error:
             return False
         if 0 < len(worker.errors) <= SUSPECT_UP_TO and workers > 1:  # perhaps faulty: one task at a time, after a pause
             return not worker.tasks and worker.paused_until <= now
-        return len(worker.tasks) < IN_FLIGHT
+        return len(worker.tasks) < limit
 
     def _choose_worker(
         self, state: TaskState, free: Sequence[str], workers: Sequence[str], starting: int

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.batching import Batcher
-from pipeline.errors import Stopped
+from pipeline.errors import OtherUnitError, Stopped
 from pipeline.records import EncodedImage, PreparedImage
 
 POLL = 0.002  # seconds between two looks at a running batch while no other batch is ready
@@ -32,6 +32,10 @@ class BatchEncoder(Protocol):
     @property
     def runs_ahead(self) -> bool:
         """Whether `launch` returns before the batch is done, so that the next one can be started meanwhile."""
+        ...
+
+    def is_fatal(self, error: Exception) -> bool:
+        """Whether the device fails for every later batch as well."""
         ...
 
     def launch(self, images: Sequence[PreparedImage]) -> Any:
@@ -177,7 +181,8 @@ class DeviceLoop:
         self.has_results = threading.Condition(self.lock)
         self._places: set[str] = set()
         self._waiting_units = 0
-        self._open_queues = 0
+        self._open_queues: set[UnitQueue] = set()
+        self._fatal: OtherUnitError | None = None
         self._idle = DeviceTime()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
@@ -191,6 +196,8 @@ class DeviceLoop:
         """
         queue = UnitQueue(self, name, stop)
         with self.lock:
+            if self._fatal is not None:
+                raise self._fatal
             self._waiting_units += 1
             self.has_work.notify()
             try:
@@ -198,14 +205,14 @@ class DeviceLoop:
             finally:
                 self._waiting_units -= 1
             self._places.add(name)
-            self._open_queues += 1
+            self._open_queues.add(queue)
             self.batcher.start_unit(name)
         try:
             yield queue
         finally:
             queue.fail(Stopped())  # threads that still wait for results
             with self.lock:
-                self._open_queues -= 1
+                self._open_queues.discard(queue)
                 while queue.in_flight:
                     self.has_results.wait()
 
@@ -299,8 +306,15 @@ class DeviceLoop:
                 self.release(queued.unit, 1)
 
     def _fail(self, batch: Sequence[_QueuedImage], error: Exception) -> None:
-        for unit in {queued.unit for queued in batch}:
+        """Fail the units of a batch. If the device fails for good, the others end as well, but are not at fault."""
+        units = {queued.unit for queued in batch}
+        for unit in units:
             unit.fail(error)
         with self.lock:
             for queued in batch:
                 self.release(queued.unit, 1)
+            if self.encoder.is_fatal(error):
+                self._fatal = OtherUnitError(f"the device failed while it encoded images of another unit: {error}")
+            others = self._open_queues - units if self._fatal is not None else set()
+        for unit in others:
+            unit.fail(self._fatal or error)

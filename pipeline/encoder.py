@@ -146,6 +146,10 @@ class LatentEncoder:
         done.record()
         return LaunchedBatch(images, host_latents, host_finite, done, [*buffers, host_latents, host_finite])
 
+    def is_fatal(self, error: Exception) -> bool:
+        """Whether an error means that every later batch fails as well."""
+        return is_device_error(error)
+
     def is_done(self, launched: LaunchedBatch) -> bool:
         """Whether the device is done with a batch, so that `finish` does not wait."""
         return launched.done is None or bool(launched.done.query())  # type: ignore[no-untyped-call]

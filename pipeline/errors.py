@@ -106,6 +106,10 @@ class JobError(LatentmillError):
     """The job ended with unfinished work."""
 
 
+class OtherUnitError(LatentmillError):
+    """A unit cannot be finished because its device failed while it encoded images of other units."""
+
+
 class Stopped(BaseException):
     """A signal stopped the job between two steps. `except Exception` does not catch it, like KeyboardInterrupt."""
 

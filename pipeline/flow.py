@@ -53,6 +53,7 @@ from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
+WRITING = 2  # units of a worker that are only written, in addition to those that are read
 IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait for the device
 
 
@@ -113,6 +114,11 @@ class EncodeSpec:
     def with_smaller_batches(self) -> "EncodeSpec":
         """Return the same job with smaller batches, which need less memory."""
         return replace(self, compute=self.compute.with_smaller_batches())
+
+    @property
+    def tasks_per_worker(self) -> int:
+        """The number of units that a worker has at the same time: some are read, and the others are written."""
+        return self.units_in_flight + (0 if self.compute.device == "cpu" else WRITING)
 
     @property
     def units_in_flight(self) -> int:

@@ -127,6 +127,11 @@ class RetrySpec:
 
     spec: EncodeSpec
 
+    @property
+    def tasks_per_worker(self) -> int:
+        """The number of units that a worker retries at the same time."""
+        return self.spec.tasks_per_worker
+
     def build(self, vae: Vae, stop: threading.Event) -> "RetryWorker":
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RetryWorker(self.spec.build(vae, stop))

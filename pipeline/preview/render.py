@@ -87,6 +87,11 @@ class RenderSpec:
     with_source: bool
     superseded: Mapping[str, Mapping[int, str]]
 
+    @property
+    def tasks_per_worker(self) -> int:
+        """The number of sheets that a worker renders at the same time: while one is decoded, the other is read."""
+        return 2
+
     def build(self, vae: Vae, stop: threading.Event) -> "RenderWorker":
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)

@@ -26,6 +26,7 @@ class ScriptedExecutor:
     images: int = 0
     waiting_for: str = ""
     can_replace: bool = False
+    tasks_per_worker: int = 2
     starting: int = 0
     generation: int = 0
     running: list[tuple[Task, str]] = field(default_factory=list)

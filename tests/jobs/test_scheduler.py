@@ -54,6 +54,7 @@ class Simulation:
     behaviour: Behaviour
     start: float = 30.0
     can_replace: bool = True
+    tasks_per_worker: int = 2
     now: float = 0.0
     images: int = 0
     waiting_for: str = ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.device_loop import DeviceLoop, UnitQueue
-from pipeline.errors import Stopped
+from pipeline.errors import OtherUnitError, Stopped
 from pipeline.records import EncodedImage, PreparedImage
 
 SQUARE, TALL = (8, 8), (16, 8)
@@ -36,7 +36,7 @@ def make_image(shard: str, position: int, bucket: tuple[int, int] = SQUARE) -> P
 class PacedEncoder:
     """A device that takes a fixed time per batch, and works on while the next batch is started.
 
-    fails: returns an error for the batches that fail.
+    fails: returns an error for the batches that fail. fatal: whether all later batches fail as well.
     """
 
     batch_size: int = 4
@@ -45,6 +45,10 @@ class PacedEncoder:
     fails: Callable[[Sequence[PreparedImage]], Exception | None] = lambda images: None
     batches: list[list[str]] = field(default_factory=list)
     free_at: float = 0.0
+    fatal: bool = False
+
+    def is_fatal(self, error: Exception) -> bool:
+        return self.fatal
 
     def launch(self, images: Sequence[PreparedImage]) -> tuple[Sequence[PreparedImage], float]:
         if error := self.fails(images):
@@ -112,6 +116,21 @@ def test_an_error_of_a_batch_reaches_the_units_of_its_images_only() -> None:
             failed.result(10)
         assert sound.result(10) == list(range(6))
     assert encode_unit(loop, "c", [make_image("c", 0)]) == [0], "the loop goes on"
+    assert loop.in_flight == 0
+
+
+def test_the_other_units_of_a_device_that_failed_are_not_at_fault() -> None:
+    def fails(images: Sequence[PreparedImage]) -> Exception | None:
+        return ValueError("CUDA error") if any(image.shard == "b" for image in images) else None
+
+    loop = DeviceLoop(PacedEncoder(batch_size=2, fails=fails, fatal=True), max_units=4, max_in_flight=32, openers=1)
+    with loop.unit("a", threading.Event()) as other, pytest.raises(ValueError, match="CUDA error"):
+        other.admit()
+        put(other, make_image("a", 0, TALL), {})
+        encode_unit(loop, "b", [make_image("b", n, SQUARE) for n in range(6)])
+    assert isinstance(other.error, OtherUnitError)
+    with pytest.raises(OtherUnitError, match="images of another unit: CUDA error"):
+        encode_unit(loop, "c", [make_image("c", 0)])
     assert loop.in_flight == 0
 
 
