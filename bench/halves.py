@@ -72,6 +72,7 @@ def make_open_step(folder: Path) -> Callable[[], object]:
 def as_image(pixels: torch.Tensor) -> PreparedImage:
     """Return the encoder's input. The encoder uses only its pixels."""
     return PreparedImage(
+        shard="",
         position=0,
         key="",
         columns={},

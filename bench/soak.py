@@ -33,7 +33,7 @@ from fsspec.implementations.local import LocalFileOpener
 
 from bench import audit
 from bench.make_shards import MICRO, make_shards
-from pipeline import flow
+from pipeline import part_writer
 from pipeline.cache import commits
 from pipeline.encoder import LatentEncoder
 from pipeline.errors import StorageError
@@ -96,11 +96,11 @@ class SoakJob(EncodeSpec):
         board = Board(Path(os.environ[BOARD]))
         stage, open_sample, write_commit, read = (
             StageTimer.stage,
-            flow.open_sample,
+            part_writer.prepare_sample,
             commits.write_commit,
             LocalFileOpener.read,
         )
-        encode, names = LatentEncoder.encode, {"read": "reading", "write": "publishing"}
+        launch, names = LatentEncoder.launch, {"read": "reading", "write": "publishing"}
 
         @contextmanager
         def record_stage(clock: StageTimer, name: str) -> Iterator[None]:
@@ -115,7 +115,7 @@ class SoakJob(EncodeSpec):
                     raise RuntimeError("CUDA error: unspecified launch failure")
                 if board.sickness == "unknown":
                     raise ValueError("an unknown error")
-                return encode(*arguments)  # type: ignore[arg-type]
+                return launch(*arguments)  # type: ignore[arg-type]
 
         def read_half(file: LocalFileOpener, size: int = -1) -> bytes:
             is_truncated = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
@@ -131,8 +131,8 @@ class SoakJob(EncodeSpec):
 
         LocalFileOpener.read = read_half
         StageTimer.stage = record_stage  # type: ignore[method-assign, assignment]
-        LatentEncoder.encode = record_encode  # type: ignore[method-assign, assignment]
-        flow.open_sample = record_open  # type: ignore[assignment]
+        LatentEncoder.launch = record_encode  # type: ignore[method-assign, assignment]
+        part_writer.prepare_sample = record_open  # type: ignore[assignment]
         commits.write_commit = record_commit  # type: ignore[assignment]
         return EncodeSpec.build(self, vae, stop)
 

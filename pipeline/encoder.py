@@ -56,9 +56,9 @@ class ComputeConfig:
 
 def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
     """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`."""
+    disable_malloc_trim()
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
-        disable_malloc_trim()
     with torch.device("meta"):
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
