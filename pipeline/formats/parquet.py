@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -67,7 +68,20 @@ def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _make_table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist([_make_columns(row, record.source) for row in rows], schema=schema)
+    """Return the rows of a row group as a table. They have one bucket, so their latents have one shape."""
+    latent, images, geometries = rows[0].latent, [row.image for row in rows], [row.image.geometry for row in rows]
+    columns: dict[str, Any] = {
+        "key": [image.key for image in images],
+        "shard": [record.source] * len(rows),
+        _LATENT: _make_binary_array([row.latent for row in rows]),
+        "shape": [list(latent.shape)] * len(rows),
+        "dtype": [str(latent.dtype).removeprefix("torch.")] * len(rows),
+    }
+    for name in geometries[0]:
+        columns[name] = [geometry[name] for geometry in geometries]
+    for field in list(schema)[len(columns) :]:
+        columns[field.name] = [image.columns.get(field.name) for image in images]
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def _list_paths(name: str, kind: pa.DataType) -> list[str]:
@@ -81,22 +95,8 @@ def _list_paths(name: str, kind: pa.DataType) -> list[str]:
     return [name]
 
 
-def _make_columns(row: Row, shard: str) -> dict[str, Any]:
-    image = row.image
-    return {
-        "key": image.key,
-        "shard": shard,
-        "latent": _get_bytes(row.latent),
-        "shape": list(row.latent.shape),
-        "dtype": str(row.latent.dtype).removeprefix("torch."),
-        **image.geometry,
-        **image.columns,
-    }
-
-
-def _get_bytes(latent: torch.Tensor) -> bytes:
-    """Return a latent's values in C order.
-
-    It is flattened first, because torch considers a 1 x 1 latent contiguous whatever its strides are.
-    """
-    return latent.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+def _make_binary_array(latents: Sequence[torch.Tensor]) -> pa.Array:
+    """Return latents of one shape as binary values in C order. One copy of all is much faster than `bytes` for each."""
+    data = torch.stack(list(latents)).reshape(-1).view(torch.uint8).numpy()
+    offsets = np.arange(0, data.nbytes + 1, latents[0].nbytes, dtype=np.int32)
+    return pa.Array.from_buffers(pa.binary(), len(latents), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
