@@ -49,7 +49,7 @@ OPEN_SECONDS = 0.012
 
 @dataclass(frozen=True)
 class Case:
-    """A device of `rate` images per second, and its source. useful: the target."""
+    """A device of `rate` images per second, and its source. openers: 0 for the default. useful: the target."""
 
     name: str
     rate: float
@@ -64,6 +64,7 @@ CASES = (
     Case("squares, tars of 1,000", 400, "tar", 1000, False, 16, 0.97),
     Case("33 buckets, tars of 1,000", 400, "tar", 1000, True, 16, 0.96),
     Case("33 buckets, folders of 256", 400, "folder", 256, True, 16, 0.90),
+    Case("squares, default openers for 16 cores", 400, "tar", 1000, False, 0, 0.97),
     Case("squares, tars of 1,000, fast", 1500, "tar", 1000, False, 32, 0.95),
     Case("33 buckets, tars of 1,000, fast", 1500, "tar", 1000, True, 32, 0.93),
 )
@@ -151,7 +152,7 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
         open_threads=case.openers,
         run="bench",
         versions={},
-    )
+    ).for_node(cores=16)
 
     def open_pixels(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(OPEN_SECONDS)
@@ -159,8 +160,8 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
 
     encoder: Any = PacedEncoder(spec.compute, case.rate)
     stages = Stages(
-        pool=ThreadPoolExecutor(case.openers),
-        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, case.openers),
+        pool=ThreadPoolExecutor(spec.open_threads),
+        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, spec.open_threads),
         stop=threading.Event(),
         open_pixels=open_pixels,
     )
@@ -169,8 +170,8 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     cpu = time.process_time()
     with ThreadPoolExecutor(spec.tasks_per_worker) as pool:
         encoded = sum(report.rows for report in pool.map(worker.run, units))
-    barrier = threading.Barrier(case.openers)
-    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(case.openers)]
+    barrier = threading.Barrier(spec.open_threads)
+    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(spec.open_threads)]
     cpu = time.process_time() - cpu - sum(opener.result() for opener in openers)
     assert encoded == images
     busy = encoder.batches * encoder.seconds / (encoder.free_at - encoder.first)

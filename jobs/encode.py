@@ -165,7 +165,7 @@ def encode_pending(
     compute = resources.compute(precision, options.batch_size, options.compile)
     cache_spec.note_differences(info.compute, compute)
     cache_spec.note_versions(cache, recorder.run.name)
-    limits, threads = options.input_limit, options.cpus_per_worker
+    limits, threads = options.input_limit, resources.open_threads
     spec = cache_spec.make_encode_spec(
         cache, info, compute, limits, threads, recorder.run.name, parse_source_options(options)
     )

@@ -55,6 +55,10 @@ class WorkerSpec(Protocol):
 
     def build(self, vae: Vae, stop: threading.Event) -> Worker: ...
 
+    def for_node(self, cores: float) -> "WorkerSpec":
+        """Return the same spec for a worker that may use this many cores of its node."""
+        ...
+
     def with_smaller_batches(self) -> "WorkerSpec":
         """Return the same spec for workers whose machine ran out of memory."""
         ...

@@ -1,5 +1,6 @@
 """The executor of `--workers 0`: one worker in this process, without Ray."""
 
+import os
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ class LocalExecutor:
     can_replace = False
 
     def __init__(self, spec: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
-        self.worker = spec.build(vae, stop)
+        self.worker = spec.for_node(count_cores()).build(vae, stop)
         self.stop = stop
         self.tasks_per_worker = spec.tasks_per_worker
         self.pool = ThreadPoolExecutor(self.tasks_per_worker, thread_name_prefix="unit")
@@ -56,3 +57,8 @@ class LocalExecutor:
         """Stop the threads at their next sample, and wait for them."""
         self.stop.set()
         self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

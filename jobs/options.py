@@ -92,9 +92,16 @@ class Common:
     )
     cpus_per_worker: int = option(
         1,
-        "CPUs per worker: the number of threads that open images, and of threads of a model on a CPU",
+        "CPUs that Ray reserves per worker, and threads of a model on a CPU",
         "cluster",
         metavar="N",
+    )
+    open_workers: int = option(
+        0,
+        "threads per worker that open images",
+        "model and performance",
+        metavar="N",
+        default_text="on a GPU, the cores of its machine per GPU; otherwise --cpus-per-worker",
     )
     address: str = option(
         "",

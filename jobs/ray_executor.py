@@ -130,6 +130,14 @@ def count_cpus() -> float:
     return _get_resources().get("CPU", 0.0)
 
 
+def _count_cores_per_worker() -> float:
+    """Return the cores of its node that this worker may use: in proportion to its GPUs, otherwise those it reserves."""
+    context = ray.get_runtime_context()
+    node_id, own = context.get_node_id(), context.get_assigned_resources()  # type: ignore[no-untyped-call]
+    node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)  # type: ignore[no-untyped-call]
+    return float(node["CPU"] * own["GPU"] / node["GPU"] if own.get("GPU") else own.get("CPU", 1))
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerLocation:
     """Where a worker runs.
@@ -160,7 +168,7 @@ class RayWorker:
 
     def load(self, spec: WorkerSpec, vae: Vae) -> None:
         """Load the model, and return when it is loaded."""
-        self.worker = spec.build(vae, threading.Event())
+        self.worker = spec.for_node(_count_cores_per_worker()).build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
         """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""

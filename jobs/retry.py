@@ -114,7 +114,7 @@ def run_retry(
     with plan_resources(options) as resources:
         compute = resources.compute(cache.info.identity.precision)
         cache_spec.note_versions(cache.folder, recorder.run.name)
-        limits, threads = options.input_limit, options.cpus_per_worker
+        limits, threads = options.input_limit, resources.open_threads
         encode_spec = cache_spec.make_encode_spec(
             cache.folder, cache.info, compute, limits, threads, recorder.run.name, parse_source_options(options)
         )

@@ -79,7 +79,7 @@ class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
     identity: sha256 of the cache's identity. image_column, key_column: columns of Parquet sources.
-    open_threads: threads that decode images, shared by the units in flight.
+    open_threads: threads that open images, shared by the units in flight; 0: as many as the worker has cores.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
@@ -110,6 +110,10 @@ class EncodeSpec:
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
         stages = Stages(pool=pool, loop=loop, stop=stop)
         return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages))
+
+    def for_node(self, cores: float) -> "EncodeSpec":
+        """Return the same job for a worker that may use this many cores of its node."""
+        return replace(self, open_threads=self.open_threads or max(1, int(cores)))
 
     def with_smaller_batches(self) -> "EncodeSpec":
         """Return the same job with smaller batches, which need less memory."""

@@ -136,6 +136,10 @@ class RetrySpec:
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RetryWorker(self.spec.build(vae, stop))
 
+    def for_node(self, cores: float) -> "RetrySpec":
+        """Return the same job for a worker that may use this many cores of its node."""
+        return RetrySpec(self.spec.for_node(cores))
+
     def with_smaller_batches(self) -> "RetrySpec":
         """Return the same job with smaller batches, which need less memory."""
         return RetrySpec(self.spec.with_smaller_batches())

@@ -96,6 +96,10 @@ class RenderSpec:
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
         return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)
 
+    def for_node(self, cores: float) -> "RenderSpec":
+        """Return the same spec: one image is opened at a time."""
+        return self
+
     def with_smaller_batches(self) -> "RenderSpec":
         """Return the same spec: images are decoded one at a time, so no batch can become smaller."""
         return self
