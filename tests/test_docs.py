@@ -6,12 +6,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.cli import VERBS
 from jobs.options import OPTIONS
@@ -72,6 +73,11 @@ def test_the_python_code_of_the_readme_runs(demo: Path, monkeypatch: pytest.Monk
     assert abs(latents.mean()) < 0.3
     assert 0.7 < latents.std() < 1.3
     np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
+    assert latents.dtype == np.float64
+    batch, captions = names["batch"], names["captions"]
+    assert isinstance(batch, torch.Tensor)
+    assert isinstance(captions, Sequence)
+    assert (batch.shape, batch.dtype, len(captions)) == ((3, 16, 32, 32), torch.float16, 3)
 
 
 def find_command_lines(text: str) -> list[str]:
