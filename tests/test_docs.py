@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from jobs.cli import VERBS
-from jobs.options import OPTIONS
-from jobs.parsing import make_parser
+from jobs.options import OPTIONS, EncodeOptions
+from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
@@ -107,6 +107,14 @@ def test_the_commands_of_a_page_exist(page: str) -> None:
             make_parser(OPTIONS[words[1]], words[1]).parse_args(words[2:])
         else:
             assert words[0] in ("export", ".", "ray", "python", "python3", "pip", "pre-commit"), line
+
+
+def test_the_config_file_of_the_readme_gives_the_options_of_the_quickstart(tmp_path: Path) -> None:
+    (block,) = find_blocks(README, "yaml")
+    (tmp_path / "job.yaml").write_text(block)
+    line = next(line for line in find_command_lines(find_section("Quickstart")) if "latentmill encode" in line)
+    from_file = parse(EncodeOptions, "encode", ["--config", str(tmp_path / "job.yaml")])
+    assert from_file == parse(EncodeOptions, "encode", shlex.split(line)[2:])
 
 
 def remove_numbers(line: str) -> list[str]:
