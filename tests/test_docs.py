@@ -39,7 +39,14 @@ def find_blocks(text: str, language: str) -> list[str]:
 
 def make_command_line_page() -> str:
     """Return docs/command-line.md, generated from the options."""
-    parts = ["# The command line\n\nMade from the options by `python -m tests.test_docs`; a test keeps it true.\n"]
+    parts = [
+        "# The command line\n",
+        "<!-- Made by `python -m tests.test_docs`. A test compares it with the options. -->\n",
+    ]
+    parts.append(
+        "This page has the help of each command, as `latentmill COMMAND --help` prints it. Every option can also be\n"
+        "set in a YAML file (`--config job.yaml`), with the same name: `resolution: 512`.\n"
+    )
     for verb, text in VERBS.items():
         parts.append(f"## latentmill {verb}\n\n{text[0].upper()}{text[1:]}.\n")
         parts.append(f"```text\n{make_parser(OPTIONS[verb], verb).format_help()}```\n")
