@@ -26,7 +26,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
                 return data
         elif not planned.bytes:
             data = b""  # stores refuse a range of nothing
-        elif planned.etag and "s3" in get_protocols(fs) and not fs.local_expiry_check:
+        elif planned.etag and "s3" in get_protocols(fs) and not getattr(fs, "local_expiry_check", False):
             data = _read_version(fs, path, url, planned, expected)
         else:
             data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
@@ -44,7 +44,8 @@ def _read_version(fs: Any, path: str, url: str, planned: File, count: int) -> by
     with fs.open(path, "rb", size=count, cache_type="none") as file:
         # the details are known from the listing; otherwise s3fs would request them by a HEAD
         file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
-        file.read_kw = {**file.read_kw, "IfMatch": f'"{planned.etag}"'}
+        name = "read_kw" if hasattr(file, "read_kw") else "req_kw"  # the latter before s3fs 2026.9
+        setattr(file, name, {**getattr(file, name), "IfMatch": f'"{planned.etag}"'})
         try:
             return cast(bytes, file.read())
         except OSError as error:

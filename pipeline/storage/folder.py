@@ -10,6 +10,7 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
+import inspect
 import threading
 import time
 import uuid
@@ -158,5 +159,10 @@ def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
 
 
 def _single_request_option(fs: Any) -> dict[str, int]:
-    """Return the option that keeps s3fs from requesting a file's size before the file."""
-    return {"max_concurrency": 1} if "s3" in get_protocols(fs) else {}
+    """Return the option that keeps s3fs from requesting a file's size before the file.
+
+    Versions before 2026.3 have no such option, and always read a file by one request.
+    """
+    if "s3" not in get_protocols(fs) or "max_concurrency" not in inspect.signature(fs._cat_file).parameters:
+        return {}
+    return {"max_concurrency": 1}
