@@ -38,6 +38,7 @@ from pipeline.cache import commits
 from pipeline.encoder import LatentEncoder
 from pipeline.errors import StorageError
 from pipeline.flow import EncodeSpec, UnitWorker
+from pipeline.images import prepare
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from vae import AutoencoderKL
@@ -94,9 +95,9 @@ class SoakJob(EncodeSpec):
 
     def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, write_commit, read = (
+        stage, prepare_sample, write_commit, read = (
             StageTimer.stage,
-            flow.open_sample,
+            prepare.prepare_sample,
             commits.write_commit,
             LocalFileOpener.read,
         )
@@ -123,7 +124,7 @@ class SoakJob(EncodeSpec):
 
         def record_open(*arguments: object) -> object:
             with board.enter_phase("opening"):
-                return open_sample(*arguments)  # type: ignore[arg-type]
+                return prepare_sample(*arguments)  # type: ignore[arg-type]
 
         def record_commit(*arguments: object) -> None:
             with board.enter_phase("recording"):
@@ -132,7 +133,7 @@ class SoakJob(EncodeSpec):
         LocalFileOpener.read = read_half
         StageTimer.stage = record_stage  # type: ignore[method-assign, assignment]
         LatentEncoder.encode = record_encode  # type: ignore[method-assign, assignment]
-        flow.open_sample = record_open  # type: ignore[assignment]
+        flow.prepare_sample = record_open  # type: ignore[attr-defined, assignment]
         commits.write_commit = record_commit  # type: ignore[assignment]
         return EncodeSpec.build(self, vae, stop)
 

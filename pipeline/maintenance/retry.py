@@ -24,12 +24,12 @@ from pipeline.flow import (
     instrument,
     make_record,
     make_report,
-    read_samples,
 )
 from pipeline.formats.record import PartInfo, Record
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
+from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
 from pipeline.storage import reading
 from pipeline.timing import StageTimer

@@ -25,12 +25,13 @@ from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
 from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import UnitWorker, fill_part, read_samples
+from pipeline.flow import UnitWorker, fill_part
 from pipeline.formats import parquet
 from pipeline.formats.record import Record
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
+from pipeline.readers.unit import read_samples
 from pipeline.records import Attempt, PreparedImage, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
