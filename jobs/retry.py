@@ -19,11 +19,11 @@ from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
 from pipeline.cache import stats
 from pipeline.cache.identity import NAME
+from pipeline.cache.part_info import PartInfo, PartSummary
 from pipeline.cache.parts import inspect_part
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
-from pipeline.formats.record import PartInfo, PartSummary
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection

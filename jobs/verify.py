@@ -16,12 +16,12 @@ from jobs.options import VerifyOptions, parse_source_options, parse_storage_opti
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
+from pipeline.cache.part_info import find_unread_rests
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeSpec
-from pipeline.formats.record import find_unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings

@@ -19,9 +19,10 @@ import numpy as np
 from pipeline.batching import make_batches
 from pipeline.cache import commits, input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
+from pipeline.cache.part_info import PartInfo
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Rejected, Stopped
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.images import decode
 from pipeline.images.prepare import prepare_sample
@@ -290,9 +291,9 @@ def select_images(
             buffer.filtered += 1
 
 
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> Record:
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> PartRecord:
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
-    return Record(
+    return PartRecord(
         format=FORMAT,
         identity=context.spec.identity,
         unit=unit.name,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
     DATA,
     EMPTY,
@@ -21,7 +22,6 @@ from pipeline.cache.parts import (
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
-from pipeline.formats.record import PartInfo
 from pipeline.records import Container
 from pipeline.storage.folder import Folder
 
@@ -59,7 +59,7 @@ def encode_rejects(parts: Sequence[PartInfo]) -> bytes:
 
 def make_commit(parts: Sequence[PartInfo], facts: Mapping[str, object]) -> dict[str, Any]:
     """Return the content of a file in `_commits`."""
-    return with_checksum({"unit": parts[0].record.unit, "parts": [part.to_dict() for part in parts], **facts})
+    return with_checksum({"unit": parts[0].record.unit, "parts": [part.to_commit_entry() for part in parts], **facts})
 
 
 def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from latentmill.cache import DATA as DATA
 from latentmill.cache import EMPTY as EMPTY
 from latentmill.cache import list_part_files as list_part_files
 from latentmill.part_files import read_record_json
+from pipeline.cache.part_info import PartInfo
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import PartInfo, Record, format_part_stem
+from pipeline.formats.part_record import PartRecord, format_part_stem
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.folder import Folder
@@ -31,7 +32,7 @@ class PartFormat(Protocol):
     def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
-    def serialize_part(self, rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
+    def serialize_part(self, rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
         """Return the content of a part's file. rows: at least one."""
 
 
@@ -43,7 +44,7 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return PART_FORMATS[layout.container].describe_schema(layout)
 
 
-def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
+def publish_part(cache: Folder, record: PartRecord, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
     """Create a part's file, and return the part that exists: another writer's, if its file was first.
 
     A part with rows and a part without rows have different names. Two writers can disagree about the rows, for example
@@ -60,7 +61,7 @@ def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: Out
     return existing or _create(cache, data_file, part_format.serialize_part(rows, record, layout), record)
 
 
-def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
+def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
@@ -106,7 +107,7 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def get_expected_stem(record: Record) -> str:
+def get_expected_stem(record: PartRecord) -> str:
     """Return the name that the file of a part must have, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
@@ -116,11 +117,11 @@ def strip_extension(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def read_record(data: bytes, name: str) -> Record:
+def read_record(data: bytes, name: str) -> PartRecord:
     """Return the record inside a part's file. Raises CacheError, with the file's name, if there is none."""
     is_bare = name.endswith(".json")
     try:
-        return Record.from_json(data if is_bare else read_record_json(data, name))
+        return PartRecord.from_json(data if is_bare else read_record_json(data, name))
     except (ValueError, KeyError, TypeError) as error:
         if is_bare:
             raise CacheError(f"{name} cannot be read as the record of a part") from error

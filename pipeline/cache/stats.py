@@ -14,11 +14,12 @@ from latentmill.cache import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
 from pipeline.cache import commit_scan, commits
 from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, strip_folder
+from pipeline.cache.part_info import PartSummary
 from pipeline.cache.parts import find_empty_duplicates, inspect_part, strip_extension
 from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
 from pipeline.canonical_json import VERIFY_HINT, indented_json
 from pipeline.errors import REST_OF_SHARD, CacheError
-from pipeline.formats.record import BucketTally, PartSummary
+from pipeline.formats.part_record import BucketTally
 from pipeline.storage.folder import Folder
 
 NAME = STATS

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from latentmill.part_files import to_tensor
 from pipeline.cache import input_hash
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
-from pipeline.formats.record import PartInfo
 from pipeline.images.prepare import prepare_sample
 from pipeline.maintenance.verify_part import Problem
 from pipeline.readers.unit import read_samples

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import find_part, publish_part
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
 from pipeline.flow import (
@@ -25,7 +26,7 @@ from pipeline.flow import (
     make_record,
     make_report,
 )
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
@@ -50,7 +51,7 @@ class RetryTask:
     rejected: Set[tuple[int, str]]
     superseded: Set[tuple[int, str]]
     rounds: Mapping[int, int]
-    rests: Sequence[Record]
+    rests: Sequence[PartRecord]
     any_size: bool
 
     @property
@@ -65,7 +66,7 @@ def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[st
     parts: all parts that have rejects or that a retry wrote.
     started: the paths of the inputs from which the encode command read at least one sample.
     """
-    records_by_unit: dict[str, list[Record]] = {}
+    records_by_unit: dict[str, list[PartRecord]] = {}
     for part in parts:
         records_by_unit.setdefault(part.record.unit, []).append(part.record)
     tasks = []
@@ -102,7 +103,7 @@ class RemainingRejects:
         self.end = 0
         self._update()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: PartRecord) -> None:
         """Add the rejects of a retry part, and the rejects that it supersedes."""
         self.rejected |= {(reject.position, reject.reason) for reject in record.rejects}
         self.superseded |= set(record.supersedes)
@@ -265,7 +266,7 @@ def make_retry_record(
     remaining: RemainingRejects,
     following: Sample | Reject | None,
     context: WorkerContext,
-) -> Record | None:
+) -> PartRecord | None:
     """Return the record of the samples that succeeded, or None if none did. Other samples are removed from `buffer`.
 
     positions: of the retried samples. following: the next sample to retry, if any.
@@ -293,7 +294,9 @@ def make_retry_record(
     )
 
 
-def publish_retry_part(record: Record, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec) -> PartInfo:
+def publish_retry_part(
+    record: PartRecord, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec
+) -> PartInfo:
     """Write a retry part and its commit. Raises StorageError if another retry wrote the part with other samples."""
     part = publish_part(spec.cache, record, buffer.rows, spec.layout)
     commits.write_commit(spec.cache, [part])

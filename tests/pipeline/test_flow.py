@@ -27,7 +27,7 @@ from pipeline.encoder import ComputeConfig, EncodedBatch, LatentEncoder, is_out_
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import UnitWorker, fill_part
 from pipeline.formats import parquet
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -163,7 +163,7 @@ def rows_of_any_container(cache: Path) -> list[dict[str, Any]]:
     return [row for path in cache.glob("data/*") for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
 
 
-def records(cache: Path) -> list[Record]:
+def records(cache: Path) -> list[PartRecord]:
     return [read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
 
 
@@ -356,14 +356,14 @@ def test_a_part_without_rows_has_no_file_in_data(worker: Callable[..., UnitWorke
     members = {f"{n}.jpg": b"no image" for n in range(4)} | img2dataset_members(4, 1)
     worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (empty,) = (tmp_path / "c/_empty").iterdir()
-    assert Record.from_json(empty.read_bytes()).samples == 4
+    assert PartRecord.from_json(empty.read_bytes()).samples == 4
     assert [record.part for record in records(tmp_path / "c")] == [1]
 
 
 def test_a_shard_without_samples_has_one_record(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     report = worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", {})))
     (empty,) = (tmp_path / "c/_empty").iterdir()
-    record = Record.from_json(empty.read_bytes())
+    record = PartRecord.from_json(empty.read_bytes())
     assert (record.samples, record.rows, record.last, record.tally) == (0, 0, True, {})
     assert report.parts == 1
 

@@ -13,10 +13,10 @@ from pipeline.cache import parts as parts_module
 from pipeline.cache import stats
 from pipeline.cache.commit_scan import Repair
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
+from pipeline.cache.part_info import PartSummary
 from pipeline.cache.parts import _create, find_empty_duplicates, find_part, inspect_part, is_retry_part
 from pipeline.errors import CacheError
 from pipeline.flow import UnitWorker
-from pipeline.formats.record import PartSummary
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
