@@ -17,7 +17,7 @@ from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
-from pipeline.cache import stats
+from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.identity import NAME
 from pipeline.cache.part_info import PartInfo, PartSummary
 from pipeline.cache.parts import inspect_part
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    parts = list(stats.read_parts(cache.folder, cache.info.identity_sha256))
+    parts = list(read_summaries(cache.folder, cache.info.identity_sha256))
     planned = read_units(options, cache, options.same_source).values()
     tasks = retry.make_tasks(planned, find_parts_with_rejects(cache, parts), find_started_inputs(parts))
     vae = load_matching_vae(options.vae, cache)

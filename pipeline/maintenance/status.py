@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cache import parts, plan, stats
+from pipeline.cache.commit_scan import read_committed_summaries
 from pipeline.cache.commits import list_commits
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
 from pipeline.storage.folder import Folder
@@ -21,7 +22,7 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     commits = list_commits(cache)
     finished = {name for name in commits if not parts.is_retry_part(name)}
     sums, committed_files = stats.RunningStats(), set[str]()
-    for part in stats.read_committed_parts(cache, sorted(commits)):
+    for part in read_committed_summaries(cache, sorted(commits)):
         sums.count(part)
         committed_files.add(part.file)
     runs = [describe_run(run, now) for run in read_runs(cache).values()]
