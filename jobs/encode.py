@@ -76,7 +76,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
     log_each(listing.notes, log_note)
-    shards = listing.shards
+    shards = listing.files
     units = make_units(shards)
     archives = compression.find_archives(shards)
     if not units:
@@ -114,7 +114,7 @@ def run_encode(
         recorder.begin(single_writer)
         units, noticed = plan.extend_plan(
             cache,
-            listing.shards,
+            listing.files,
             listing.sources,
             options.new_source,
             options.same_source,

@@ -16,10 +16,10 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.records import Unit
 from pipeline.sources import units
-from pipeline.sources.listing import list_shards
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
+from tests.listed_files import list_source_files
 
 CPU = ComputeConfig(device="cpu", precision="fp32", slice_size=1, batch_size=1, threads=1)
 
@@ -58,7 +58,7 @@ def worker(vae: Vae) -> Callable[..., UnitWorker]:
 
 
 def unit_of(source: Path) -> Unit:
-    (unit,) = units.make_units(list_shards((str(source),), {}, "nowhere"))
+    (unit,) = units.make_units(list_source_files((str(source),), {}, "nowhere"))
     return unit
 
 

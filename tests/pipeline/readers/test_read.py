@@ -15,7 +15,7 @@ from pipeline.limits import Limits
 from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, make_folder_key, read_folder
 from pipeline.readers.sidecars import ImageFiles
 from pipeline.readers.tar import Member, _group_by_key, read_tar
-from pipeline.records import File, Reject, Sample, path_below_root
+from pipeline.records import PlannedFile, Reject, Sample, path_below_root
 from tests.conftest import img2dataset_members, write_tar
 
 
@@ -281,7 +281,7 @@ def pool() -> Iterator[Executor]:
 def images(*names: str) -> Iterator[ImageFiles]:
     """Yield the planned files of a folder `p`. In each argument, the texts of the image follow its name."""
     for name in names:
-        image, *texts = (File(f"p/{part}", 1, "") for part in name.split())
+        image, *texts = (PlannedFile(f"p/{part}", 1, "") for part in name.split())
         yield ImageFiles(image, tuple(texts))
 
 
@@ -312,7 +312,7 @@ def test_images_of_a_folder_have_their_texts_or_a_reject_reason(pool: Executor) 
 def test_an_unreadable_image_or_text_is_a_reject(pool: Executor) -> None:
     files = {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"}
 
-    def read_or_refuse(file: File, limit: int) -> bytes | None:
+    def read_or_refuse(file: PlannedFile, limit: int) -> bytes | None:
         path = path_below_root(file.path)
         if path in ("a.jpg", "b.txt"):
             raise Rejected("read", "unreadable")
@@ -327,7 +327,7 @@ def test_a_folder_is_read_ahead_by_several_threads_up_to_a_limit(pool: Executor)
     barrier = threading.Barrier(4, timeout=20)
     requested: list[str] = []
 
-    def read_four(file: File, limit: int) -> bytes:
+    def read_four(file: PlannedFile, limit: int) -> bytes:
         requested.append(file.path)
         barrier.wait()
         return b"x"
@@ -341,10 +341,10 @@ def test_a_folder_is_read_ahead_by_several_threads_up_to_a_limit(pool: Executor)
 
 
 def test_large_images_are_read_ahead_up_to_a_limit_in_bytes(pool: Executor) -> None:
-    large = [ImageFiles(File(f"p/{n}.jpg", BYTES_AHEAD // 2, ""), ()) for n in range(20)]
+    large = [ImageFiles(PlannedFile(f"p/{n}.jpg", BYTES_AHEAD // 2, ""), ()) for n in range(20)]
     requested: list[str] = []
 
-    def read(file: File, limit: int) -> bytes:
+    def read(file: PlannedFile, limit: int) -> bytes:
         requested.append(file.path)
         return b"x"
 
@@ -356,7 +356,7 @@ def test_large_images_are_read_ahead_up_to_a_limit_in_bytes(pool: Executor) -> N
 
 
 def test_an_error_in_a_thread_is_raised_at_its_image(pool: Executor) -> None:
-    def read(file: File, limit: int) -> bytes:
+    def read(file: PlannedFile, limit: int) -> bytes:
         if file.path == "p/b.jpg":
             raise StorageError("cannot read p/b.jpg: no answer")
         return b"x"
@@ -370,7 +370,7 @@ def test_an_error_in_a_thread_is_raised_at_its_image(pool: Executor) -> None:
 def test_each_kind_of_file_is_read_up_to_its_own_limit(pool: Executor) -> None:
     limit_by_path: dict[str, int] = {}
 
-    def read(file: File, limit: int) -> bytes:
+    def read(file: PlannedFile, limit: int) -> bytes:
         limit_by_path[file.path] = limit
         return b"x" * (limit + 1)
 

@@ -30,7 +30,7 @@ def list_inputs(*sources: object) -> Listing:
 
 
 def list_paths(*sources: object) -> list[str]:
-    return [shard.path for shard in list_inputs(*sources).shards]
+    return [shard.path for shard in list_inputs(*sources).files]
 
 
 def test_a_source_has_its_given_name(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_every_spelling_of_a_directory_has_the_same_name(tmp_path: Path, source:
     put(tmp_path, "data/photos/1.jpg", "data/x/2.jpg")
     (shard,) = list_inputs(
         f"{tmp_path}/{source}", f"file://{tmp_path}/data/photos", tmp_path / "data/photos/1.jpg"
-    ).shards
+    ).files
     assert (shard.path, shard.url) == (f"{name}/1.jpg", f"{tmp_path}/data/photos/1.jpg")
 
 
@@ -107,7 +107,7 @@ def test_links_to_files_of_the_same_source_are_skipped_and_counted(tmp_path: Pat
         (tmp_path / "data" / link).symlink_to(target)
     os.link(tmp_path / "data/a.jpg", tmp_path / "data/hard.jpg")
     listing = list_inputs(tmp_path / "data")
-    assert [shard.path for shard in listing.shards] == [
+    assert [shard.path for shard in listing.files] == [
         *("data/a.jpg", "data/a.txt", "data/b.txt", "data/c.jpg", "data/d.jpg", "data/hard.jpg")
     ], "texts stay; several links to one file outside the source are separate files, and so are hard links"
     assert listing.notes == [f"skipped links to files of the same source: 1 ({tmp_path}/data/b.jpg)"]
@@ -123,7 +123,7 @@ def test_caches_and_previews_in_a_source_are_skipped(root: str, tmp_path: Path) 
     put(base, "photos/previews/report.json", data=REPORT)
     put(base, f"photos/previews/images/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
     listing = list_inputs(f"{base}/photos")
-    assert [shard.path.removeprefix("photos/") for shard in listing.shards] == [
+    assert [shard.path.removeprefix("photos/") for shard in listing.files] == [
         *("a.jpg", "data/b.jpg", "images/d.png", "previews/mine.png", "sheets/c.png")
     ]
     cache, previews = listing.notes
@@ -190,7 +190,7 @@ def test_a_folder_whose_images_are_named_individually_is_listed_once(
 def test_thumbnails_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
     listing = list_inputs(tmp_path / "photos")
-    assert [shard.path for shard in listing.shards] == ["photos/0.png"]
+    assert [shard.path for shard in listing.files] == ["photos/0.png"]
     assert listing.notes[0].startswith("skipped files of the operating system: 2 (")
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
-from pipeline.sources.listing import list_shards
 from pipeline.storage.connection import connect, make_absolute
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
+from tests.listed_files import list_source_files
 from tests.pipeline.storage.concurrent_writers import winners
 
 
@@ -27,7 +27,7 @@ def put(root: str, *names: str) -> None:
 
 
 def list_paths(*sources: str, exclude: str = "nowhere/at/all", notes: list[str] | None = None) -> list[str]:
-    return [shard.path for shard in list_shards(sources, {}, exclude, notes)]
+    return [shard.path for shard in list_source_files(sources, {}, exclude, notes)]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_texts_are_listed_in_a_folder_with_wildcards_in_its_name(root: str) -> N
 def test_two_colons_are_part_of_a_name(root: str) -> None:
     """fsspec would interpret them as a chain of filesystems, and read another file."""
     put(root, "data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar")
-    shards = list_shards((f"{root}/data",), {}, "nowhere")
+    shards = list_source_files((f"{root}/data",), {}, "nowhere")
     assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"]
     for shard in shards:
         assert read_file_if_exists(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
