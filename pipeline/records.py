@@ -55,7 +55,7 @@ class Unit:
     name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
     range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
-    texts (packed by `readers.sidecars`), and `etag` is the sha256 of `files`.
+    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`.
     """
 
     name: str

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.cache import commits
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
-from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files, unpack_files
+from pipeline.readers.image_files import unpack_files
 from pipeline.records import TEXT_EXTENSIONS, ListedFile, PlannedFile, Unit, extension, is_image, source_name, stem
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
@@ -27,6 +27,7 @@ from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
+from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 

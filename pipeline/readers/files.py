@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
-from pipeline.readers.sidecars import is_same_file
+from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile
 from pipeline.storage.connection import connect, get_protocols, http_status, is_local
 from pipeline.storage.reading import fetch_version

@@ -7,7 +7,7 @@ from pipeline.errors import Rejected, SourceError
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
 from pipeline.prefetch import map_in_order
 from pipeline.readers.files import read_planned_file
-from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
+from pipeline.readers.image_files import UNKNOWN, ImageFiles, unpack_files
 from pipeline.records import (
     TEXT_EXTENSIONS,
     PlannedFile,

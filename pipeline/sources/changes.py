@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from pipeline.readers.sidecars import SidecarIndex, collect_image_files, find_differences, is_same_file, unpack_files
+from pipeline.readers.image_files import is_same_file, unpack_files
 from pipeline.records import ListedFile, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
+from pipeline.sources.sidecars import SidecarIndex, collect_image_files, find_differences
 
 
 def find_changed(

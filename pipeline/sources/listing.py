@@ -16,9 +16,9 @@ from braceexpand import braceexpand
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.limits import printable, to_valid_text
-from pipeline.readers.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
+from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
 from pipeline.storage.reading import get_etag, read_file_if_exists
@@ -338,7 +338,7 @@ def _find_sidecars(
 
 
 def _check_utf8(file: str, root: str) -> None:
-    """Raise SourceError if the name of a file is not UTF-8. Such a name of an image is the reject `bad_key`."""
+    """Raise SourceError if the name of a shard is not UTF-8. Such a name of an image is the reject `bad_key`."""
     is_shard = file.lower().endswith((".tar", ".parquet"))
     if to_valid_text(root) != root or (is_shard and to_valid_text(file) != file):
         raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")

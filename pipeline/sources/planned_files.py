@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from pipeline.readers.sidecars import ImageFiles, pin_files, unpack_files
+from pipeline.readers.image_files import ImageFiles, unpack_files
 from pipeline.records import ListedFile, PlannedFile, Unit, path_below_root
+from pipeline.sources.sidecars import pin_files
 
 
 def list_input_files(unit: Unit) -> list[PlannedFile]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from pipeline.errors import SourceError
-from pipeline.readers.sidecars import is_same_file
+from pipeline.readers.image_files import is_same_file
 from pipeline.records import ListedFile, PlannedFile, Unit, source_name
 from pipeline.sources.listing import Listing, Source, abbreviate, find_free_name, format_argument, is_covered, same_root
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, without_etags

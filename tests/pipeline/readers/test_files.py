@@ -13,7 +13,7 @@ from pipeline.errors import SourceError, StorageError
 from pipeline.limits import Limits
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.folder import read_folder_unit
-from pipeline.readers.sidecars import unpack_files
+from pipeline.readers.image_files import unpack_files
 from pipeline.records import PlannedFile, Reject, Sample, Unit
 from pipeline.sources import units
 from pipeline.storage.folder import Folder

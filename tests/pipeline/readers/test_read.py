@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import DamagedError, Rejected, ShardError, StorageError
 from pipeline.limits import Limits
 from pipeline.readers.folder import BYTES_AHEAD, IMAGES_AHEAD, make_folder_key, read_folder
-from pipeline.readers.sidecars import ImageFiles
+from pipeline.readers.image_files import ImageFiles
 from pipeline.readers.tar import Member, _group_by_key, read_tar
 from pipeline.records import PlannedFile, Reject, Sample, path_below_root
 from tests.conftest import img2dataset_members, write_tar

@@ -6,20 +6,17 @@ not if there are several such texts, or several images that the text could belon
 """
 
 import hashlib
-import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.canonical_json import VERIFY_HINT, canonical_json
-from pipeline.errors import CacheError
-from pipeline.records import ListedFile, PlannedFile, Unit, extension, is_image, stem
-from pipeline.storage.etags import same_etag
+from pipeline.canonical_json import canonical_json
+from pipeline.readers.image_files import ImageFiles, get_folder, is_same_file
+from pipeline.records import ListedFile, PlannedFile, extension, is_image, stem
 
 SHARDS = frozenset({"tar", "parquet"})
-UNKNOWN = -1  # size of a file that may differ from the plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +25,6 @@ class SidecarIndex:
 
     texts: Mapping[str, Sequence[ListedFile]]
     unused: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFiles:
-    """An image and its texts, as they were planned."""
-
-    image: PlannedFile
-    texts: tuple[PlannedFile, ...]
-
-    def without_pins(self) -> "ImageFiles":
-        """Return the same files without sizes and ETags, so that they may differ from the plan."""
-        image, *texts = (PlannedFile(file.path, UNKNOWN, "") for file in (self.image, *self.texts))
-        return ImageFiles(image, tuple(texts))
-
-
-def get_folder(path: str) -> str:
-    """Return the folder of a file, with a trailing `/`."""
-    return path[: path.rfind("/") + 1]
 
 
 def fold_name(path: str) -> str:
@@ -164,31 +143,9 @@ def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:
     return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
 
 
-def unpack_files(unit: Unit) -> list[ImageFiles]:
-    """Return the files of a folder's unit as they were planned. Raises CacheError if the plan is corrupt."""
-    try:
-        return [
-            ImageFiles(
-                PlannedFile(path, size, etag),
-                tuple(PlannedFile(get_folder(path) + name, *facts) for name, *facts in texts),
-            )
-            for path, (size, etag, texts) in zip(unit.paths, json.loads(unit.files), strict=True)
-        ]
-    except (ValueError, TypeError) as error:
-        raise CacheError(f"the plan has no valid list of the files of the unit {unit.name}; {VERIFY_HINT}") from error
-
-
 def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
     """Yield the paths of files that were edited, added or removed. same_source: as for `is_same_file`."""
     earlier, later = ({file.path: file for file in (files.image, *files.texts)} for files in (before, now))
     for path in sorted(earlier.keys() | later.keys()):
         if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
             yield path
-
-
-def is_same_file(before: PlannedFile, now: PlannedFile | ListedFile, same_source: bool = False) -> bool:
-    """Whether a file is unchanged, judged by its size and its ETag. An unknown ETag matches any other.
-
-    same_source: the user states that a file with this path and size is the one that was planned.
-    """
-    return before.bytes == now.bytes and (same_source or same_etag(before.etag, now.etag))

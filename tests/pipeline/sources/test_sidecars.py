@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.cache import plan
 from pipeline.errors import CacheError
-from pipeline.readers.sidecars import ImageFiles, SidecarIndex, match_sidecars, unpack_files
+from pipeline.readers.image_files import ImageFiles, unpack_files
 from pipeline.records import TEXT_EXTENSIONS, ListedFile, PlannedFile
+from pipeline.sources.sidecars import SidecarIndex, match_sidecars
 from pipeline.sources.units import make_units
 from pipeline.storage.folder import Folder
 
