@@ -24,7 +24,7 @@ class ListedFile:
 
     url: its location, without credentials. root: URL of the source's last directory without a wildcard.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
-    etag: the version of its content (`reading.get_etag`); empty if it is unknown.
+    etag: the version of its content (`etags.get_etag`); empty if it is unknown.
     file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     """
 

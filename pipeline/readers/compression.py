@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pipeline.limits import printable
 from pipeline.records import ListedFile
+from pipeline.text import printable
 
 ADVICE = "decompress it (gunzip, unzstd, unxz, bunzip2), or unpack it into a folder"
 _FIRST_BYTES = {

@@ -8,7 +8,7 @@ from pipeline.errors import SourceError, StorageError
 from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile
 from pipeline.storage.connection import connect, get_protocols, http_status, is_local
-from pipeline.storage.reading import fetch_version
+from pipeline.storage.etags import fetch_version
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: PlannedFile) -> bytes:

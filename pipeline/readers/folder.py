@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pipeline.errors import Rejected, SourceError
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
 from pipeline.prefetch import map_in_order
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.image_files import UNKNOWN, ImageFiles, unpack_files
@@ -21,6 +21,7 @@ from pipeline.records import (
 )
 from pipeline.storage.connection import parent
 from pipeline.storage.reading import check_has_files, read_file_if_exists, read_or_none
+from pipeline.text import printable_key
 
 READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
@@ -107,7 +108,7 @@ def read_folder(
             columns = {extension(text.path): read_text(text) for text in files.texts if extension(text.path) in texts}
             return Sample(position, key, image, {**dict.fromkeys(texts), **columns})
         except Rejected as error:
-            return Reject.from_error(position, printable_key(key, limits), error)
+            return Reject.from_error(position, printable_key(key, limits.key_bytes), error)
 
     entries = add_keys(images, limits)
     return map_in_order(

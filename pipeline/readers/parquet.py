@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from latentmill.arrow_values import has_times
 from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.formats.schema import to_cache_name, to_source_name
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, printable_key
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key
 from pipeline.readers import parquet_footer
 from pipeline.readers.parquet_keys import FileKeys, KeySet
 from pipeline.records import Reject, Sample
+from pipeline.text import printable_key
 from pipeline.values import to_json_value
 
 MIN_BYTES = 12  # of a Parquet file: two magic numbers and the size of its footer
@@ -211,7 +212,7 @@ def read_parquet(
                 keys.add(name)
                 yield Sample(position, name, _get_bytes(image, limits), columns)
             except Rejected as error:
-                yield Reject.from_error(position, printable_key(name, limits), error)
+                yield Reject.from_error(position, printable_key(name, limits.key_bytes), error)
 
 
 def select_row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:

@@ -15,13 +15,14 @@ from braceexpand import braceexpand
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
-from pipeline.limits import printable, to_valid_text
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
-from pipeline.storage.reading import get_etag, read_file_if_exists
+from pipeline.storage.etags import get_etag
+from pipeline.storage.reading import read_file_if_exists
+from pipeline.text import printable, to_valid_text
 
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
-from pipeline.limits import printable
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, is_image, source_name, stem
 from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
 RANGE_BYTES = 128 << 20  # approximate size of a range of a Parquet file

@@ -13,7 +13,7 @@ from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_whi
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.storage.connection import connect, full_url, is_local, parent
-from pipeline.storage.etags import same_version
+from pipeline.storage.etags import fetch_version, same_version
 
 READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to end
 
@@ -65,26 +65,6 @@ def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
         fs, path = connect(unit.url, options)
         size, etag = fetch_version(fs, path)
     return replace(unit, bytes=size, etag=etag)
-
-
-def get_etag(info: Mapping[str, Any]) -> str:
-    """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
-
-    It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
-    """
-    if "mtime_ns" in info:
-        return f"m{info['mtime_ns']}"
-    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
-
-
-def fetch_version(fs: Any, path: str) -> tuple[int, str]:
-    """Return the size in bytes and the ETag of a file."""
-    if is_local(fs):
-        stat = os.stat(path)
-        info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    else:
-        info = fs.info(path)
-    return int(info["size"] or 0), get_etag(info)
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:

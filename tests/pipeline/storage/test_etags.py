@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.sources.units import make_tar_unit
-from pipeline.storage.etags import same_etag
-from pipeline.storage.reading import get_etag, open_stream
+from pipeline.storage.etags import get_etag, same_etag
+from pipeline.storage.reading import open_stream
 from tests.listed_files import list_source_files
 
 
