@@ -92,7 +92,7 @@ class ResourcePlan:
     def _choose_cluster_device(self) -> str:
         from jobs import ray_executor
 
-        self._stack.enter_context(ray_executor.connect(self.options.address))
+        self._stack.enter_context(ray_executor.connect_to_ray(self.options.address))
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs import cache_spec
+from jobs.cache_inputs import load_matching_vae, read_units
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error
-from jobs.open_cache import load_matching_vae, read_units
 from jobs.options import RetryOptions, describe_options, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit

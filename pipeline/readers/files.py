@@ -7,7 +7,7 @@ from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile
-from pipeline.storage.connection import connect, get_protocols, http_status, is_local
+from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local
 from pipeline.storage.etags import fetch_version
 
 
@@ -17,7 +17,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
     Raises SourceError if the file differs from the plan, and StorageError if it does not but arrived incomplete.
     """
     with name_url_in_errors(url, "read"):
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         expected = min(planned.bytes, limit + 1)
         if is_local(fs):
             with fs.open(path, "rb") as file:

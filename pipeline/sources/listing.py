@@ -19,7 +19,7 @@ from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
+from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
 from pipeline.storage.etags import get_etag
 from pipeline.storage.reading import read_file_if_exists
 from pipeline.text import printable, to_valid_text
@@ -175,7 +175,7 @@ def split_argument(argument: str) -> tuple[str, str]:
 
 def _matches_any(path: str) -> bool:
     """Whether a local path, or one of its brace alternatives, exists."""
-    local = connect(path, {})[1]
+    local = get_filesystem(path, {})[1]
     return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _expand_braces(local))
 
 
@@ -189,7 +189,7 @@ def _expand(
 ) -> tuple[Source, list[ListedFile]]:
     """Return one source and its files. Skipped entries are added to `skipped`."""
     name, source = split_argument(argument)
-    fs, path = connect(source, options)
+    fs, path = get_filesystem(source, options)
     path = _normalize_path(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
         if fs.exists(path):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
-from pipeline.storage.connection import connect, make_absolute
+from pipeline.storage.connection import get_filesystem, make_absolute
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import check_has_files, open_stream, read_file_if_exists
 from tests.listed_files import list_source_files
@@ -82,9 +82,9 @@ def test_two_colons_are_part_of_a_name(root: str) -> None:
     for shard in shards:
         assert read_file_if_exists(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
         assert read_file_if_exists(shard.url, {}, 99) == shard.path.encode()
-    assert connect("s3://bucket/a::b.jpg", {})[1] == "bucket/a::b.jpg"
+    assert get_filesystem("s3://bucket/a::b.jpg", {})[1] == "bucket/a::b.jpg"
     with pytest.raises(StorageError, match="cannot reach simplecache::s3://b/x"):
-        connect("simplecache::s3://b/x", {})
+        get_filesystem("simplecache::s3://b/x", {})
 
 
 def test_entries_that_are_not_files_are_noted_and_skipped(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(StorageError, match="cannot reach nonsense://x"):
-        connect("nonsense://x", {})
+        get_filesystem("nonsense://x", {})
 
 
 @pytest.mark.parametrize("seeking", [False, True])
