@@ -173,7 +173,7 @@ def encode_pending(
     executor = resources.start(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
     )
-    sizes = {unit.name: unit.share for unit in pending}
+    sizes = {unit.name: unit.input_bytes for unit in pending}
     meter = ProgressMeter("encoded", sum(sizes.values()))
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()

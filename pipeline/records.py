@@ -70,12 +70,12 @@ class Unit:
     root: str = ""
 
     @property
-    def source(self) -> str:
+    def source_name(self) -> str:
         """The name of the unit's source."""
         return source_name(self.path)
 
     @property
-    def share(self) -> int:
+    def input_bytes(self) -> int:
         """The approximate number of the input's bytes that this unit reads."""
         return self.bytes // (self.range[1] if self.range else 1)
 

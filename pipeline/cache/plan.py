@@ -77,7 +77,7 @@ def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
     files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
     roots = find_source_roots(itertools.chain.from_iterable(files))
-    return [move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
+    return [move_to_root(unit, roots[unit.source_name]) for unit in select_latest_units(files)]
 
 
 def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:

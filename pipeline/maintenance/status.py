@@ -18,7 +18,7 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     last run ended so; otherwise `planned`. images_per_second (over the last minute) and seconds_left come from the runs
     that are alive, and are None if there is none.
     """
-    units = {unit.name: unit.share for unit in plan.read_plan(cache)}
+    units = {unit.name: unit.input_bytes for unit in plan.read_plan(cache)}
     commits = list_commits(cache)
     finished = {name for name in commits if not parts.is_retry_part(name)}
     sums, committed_files = stats.RunningStats(), set[str]()

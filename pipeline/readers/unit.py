@@ -66,10 +66,10 @@ def read_samples(
                     yield sample
     elif unit.kind == "parquet":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
-            part, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
+            file_range, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
             known = parquet_keys.get_file_keys(unit.url, unit.bytes, unit.etag, key)
             samples = read_parquet(
-                stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, skipped
+                stream, unit.url, unit.bytes, file_range, image, key, columns.schema, spec.limits, known, skipped
             )
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":

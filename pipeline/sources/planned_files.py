@@ -17,7 +17,7 @@ def list_input_files(unit: Unit) -> list[PlannedFile]:
 
 def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:
     """Return the root of each source by its name. The root in the last unit of a source counts."""
-    return {unit.source: unit.root for unit in units}
+    return {unit.source_name: unit.root for unit in units}
 
 
 def move_to_root(unit: Unit, root: str) -> Unit:

@@ -38,13 +38,15 @@ def relocate_units(
         return list(planned), []
     files: dict[str, list[PlannedFile]] = defaultdict(list)
     for unit in planned:
-        if unit.source in moved:
-            files[unit.source] += list_input_files(unit)
+        if unit.source_name in moved:
+            files[unit.source_name] += list_input_files(unit)
     for name in moved:
         named = [source for source in sources if source.name == name]
         if not _is_planned_source(files[name], listed, named if require_all else [], same_source):
             _refuse_source(files[name], listed, named[0], roots, same_source)
-    return [move_to_root(unit, moved[unit.source]) if unit.source in moved else unit for unit in planned], notes
+    return [
+        move_to_root(unit, moved[unit.source_name]) if unit.source_name in moved else unit for unit in planned
+    ], notes
 
 
 def relocate_listed_units(planned: Sequence[Unit], listing: Listing, same_source: bool) -> list[Unit]:

@@ -159,7 +159,7 @@ def test_the_size_of_a_parquet_file_decides_its_ranges() -> None:
         ("data/b.parquet", (0, 1)),
     ]
     assert len({unit.name for unit in units}) == 4
-    assert sum(unit.share for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
+    assert sum(unit.input_bytes for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
 
 
 def test_a_parquet_file_beside_a_tar_of_the_same_name_is_metadata(tmp_path: Path) -> None:

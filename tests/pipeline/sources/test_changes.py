@@ -449,4 +449,4 @@ def test_the_plan_records_the_size_and_time_of_each_image(extend: Extend, cache:
     extend(tmp_path / "photos")
     (unit,) = plan.read_plan(cache)
     assert json.loads(unit.files)[1] == [11, "m1700000000000000001", []]
-    assert (unit.root, unit.source) == (f"{tmp_path}/photos", "photos")
+    assert (unit.root, unit.source_name) == (f"{tmp_path}/photos", "photos")
