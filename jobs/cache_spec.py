@@ -231,7 +231,7 @@ def make_encode_spec(
     return EncodeSpec(
         cache=cache,
         source_options=source_options,
-        identity=info.identity_sha256,
+        identity_sha256=info.identity_sha256,
         transform=identity.parse_transform(described),
         dtype=described.dtype,
         layout=identity.parse_schema(info),

@@ -81,9 +81,9 @@ def print_summary(
 
 def find_parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
     """Return the parts of a cache that have rejects, or supersede some."""
-    identity = cache.info.identity_sha256
+    identity_sha256 = cache.info.identity_sha256
     wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
-    inspected = (inspect_part(cache.folder, file, identity) for file in wanted)
+    inspected = (inspect_part(cache.folder, file, identity_sha256) for file in wanted)
     return [part for part in inspected if part is not None]
 
 

@@ -54,7 +54,7 @@ from pipeline.weights import Vae
 class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity: sha256 of the cache's identity. image_column, key_column: columns of Parquet sources.
+    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
     open_threads: threads that decode images, shared by the units in flight.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
@@ -63,7 +63,7 @@ class EncodeSpec:
 
     cache: Folder
     source_options: Mapping[str, str]
-    identity: str
+    identity_sha256: str
     transform: Transform
     dtype: str
     seed: int
@@ -175,7 +175,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
         return encode_missing_parts(unit, context, timer)
     except ChangedError:
         current = reading.fetch_current_version(unit, spec.source_options)
-        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
+        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity_sha256)]
         if current.bytes != unit.bytes or not records:
             raise
         samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
@@ -194,7 +194,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     adopted = parts_to_skip = encoded = fp32_fallbacks = 0
     texts: Counter[str] = Counter()
     for number in itertools.count():
-        part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
+        part = parts.find_part(spec.cache, unit.name, number, spec.identity_sha256, spec.layout.container)
         if part is None:
             exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
             part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
@@ -295,7 +295,7 @@ def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
     return PartRecord(
         format=FORMAT,
-        identity=context.spec.identity,
+        identity=context.spec.identity_sha256,
         unit=unit.name,
         part=number,
         last=last,

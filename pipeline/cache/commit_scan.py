@@ -35,7 +35,7 @@ NOT_COUNTED: dict[str, Any] = {
 class Repair:
     """How commits are repaired. rehash: files may have been overwritten, so each one is read and hashed."""
 
-    identity: str
+    identity_sha256: str
     container: Container
     rehash: bool = False
 
@@ -92,7 +92,9 @@ def pair_with_commits(
 
     def parse_commit(name: str, content: dict[str, Any]) -> dict[str, T]:
         if repair is not None:
-            content = repair_commit(cache, name, content, data_stems, repair.identity, repair.container, repair.rehash)
+            content = repair_commit(
+                cache, name, content, data_stems, repair.identity_sha256, repair.container, repair.rehash
+            )
         entries = {entry["file"]: parse_entry(name, entry) for entry in content["parts"]}
         check_files_exist(cache, entries.keys() - listed)
         return entries
@@ -121,7 +123,11 @@ def check_files_exist(cache: Folder, files: Collection[str]) -> None:
 
 
 def read_summaries(
-    cache: Folder, identity: str, listing: CacheListing | None = None, repair: Repair | None = None, after: str = ""
+    cache: Folder,
+    identity_sha256: str,
+    listing: CacheListing | None = None,
+    repair: Repair | None = None,
+    after: str = "",
 ) -> Iterator[PartSummary]:
     """Yield a summary of each part of a cache, in the order of the file names (`pair_with_commits`).
 
@@ -137,7 +143,7 @@ def read_summaries(
 
     for file, committed in pair_with_commits(cache, listing, parse_entry, repair, after):
         is_to_commit = repair is not None and file not in duplicates
-        part = committed or _read_uncommitted(cache, file, identity, is_to_commit)
+        part = committed or _read_uncommitted(cache, file, identity_sha256, is_to_commit)
         yield replace(part, **NOT_COUNTED) if file in duplicates else part
 
 
@@ -156,12 +162,12 @@ def _parse_summary(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
         raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
 
 
-def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: bool) -> PartSummary:
+def _read_uncommitted(cache: Folder, file: str, identity_sha256: str, is_to_commit: bool) -> PartSummary:
     """Read a part from its own file.
 
     is_to_commit: write the commit of a retry part, because the retry ended before it did.
     """
-    part = inspect_part(cache, file, identity)
+    part = inspect_part(cache, file, identity_sha256)
     if part is None:
         raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
     if is_to_commit and part.record.round:

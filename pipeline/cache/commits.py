@@ -81,7 +81,7 @@ def repair_commit(
     name: str,
     content: dict[str, Any],
     data_stems: Set[str],
-    identity: str,
+    identity_sha256: str,
     container: Container,
     rehash: bool,
 ) -> dict[str, Any]:
@@ -93,23 +93,23 @@ def repair_commit(
     writer can overwrite a file.
     """
     files = [entry["file"] for entry in content["parts"]]
-    parts = [inspect_part(cache, file, identity) for file in files] if rehash else []
+    parts = [inspect_part(cache, file, identity_sha256) for file in files] if rehash else []
     pairs = zip(parts, content["parts"], strict=False)
     has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
     if not has_changed and not any(to_data_stem(file) in data_stems for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
-    return rewrite_commit(cache, inspect_committed(cache, name, identity, container), facts)
+    return rewrite_commit(cache, inspect_committed(cache, name, identity_sha256, container), facts)
 
 
-def inspect_committed(cache: Folder, name: str, identity: str, container: Container) -> list[PartInfo]:
+def inspect_committed(cache: Folder, name: str, identity_sha256: str, container: Container) -> list[PartInfo]:
     """Read the parts of the commit with this name, as they are now. Raises CacheError if a unit lacks a part."""
     if is_retry_part(name):
         files = (f"{DATA}/{name}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{name}.json")
-        return [part for part in (inspect_part(cache, file, identity) for file in files) if part is not None][:1]
+        return [part for part in (inspect_part(cache, file, identity_sha256) for file in files) if part is not None][:1]
     parts: list[PartInfo] = []
     while not parts or not parts[-1].record.last:
-        part = find_part(cache, name, len(parts), identity, container)
+        part = find_part(cache, name, len(parts), identity_sha256, container)
         if part is None:
             raise CacheError(
                 f"part {len(parts)} of {cache.url_of(name)} was committed, but is missing: the cache is damaged; "

@@ -75,7 +75,7 @@ def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartIn
 
 
 def find_part(
-    cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet", round: int = 0
+    cache: Folder, unit: str, number: int, identity_sha256: str, container: Container = "parquet", round: int = 0
 ) -> PartInfo | None:
     """Return the part of this number, or None if it does not exist yet.
 
@@ -83,13 +83,13 @@ def find_part(
     """
     stem = format_part_stem(unit, number, round)
     for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
-        part = inspect_part(cache, name, identity)
+        part = inspect_part(cache, name, identity_sha256)
         if part is not None:
             return part
     return None
 
 
-def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
+def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | None:
     """Read the part with this file name. Returns None if the file does not exist.
 
     Raises CacheError if the file belongs to another cache or another name.
@@ -98,7 +98,7 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     if data is None:
         return None
     record = read_record(data, cache.url_of(name))
-    if record.identity != identity:
+    if record.identity != identity_sha256:
         raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
     if get_expected_stem(record) != strip_extension(name):
         raise CacheError(
@@ -145,25 +145,25 @@ def is_retry_part(stem: str) -> bool:
     return _RETRY_STEM.search(stem) is not None
 
 
-def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
+def read_retry_parts(cache: Folder, identity_sha256: str, units: Set[str] | None = None) -> list[PartInfo]:
     """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
 
     def is_wanted(name: str) -> bool:
         return is_retry_part(strip_extension(name)) and (units is None or parse_unit_name(name) in units)
 
-    return _read_parts(cache, identity, is_wanted)
+    return _read_parts(cache, identity_sha256, is_wanted)
 
 
-def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
+def read_unit_parts(cache: Folder, unit: str, identity_sha256: str) -> list[PartInfo]:
     """Read all existing parts of a unit, including retry parts. unit: the unit's name."""
-    return _read_parts(cache, identity, lambda name: parse_unit_name(name) == unit)
+    return _read_parts(cache, identity_sha256, lambda name: parse_unit_name(name) == unit)
 
 
-def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
+def _read_parts(cache: Folder, identity_sha256: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
     """Read the parts with wanted file names, without the files in `_empty/` that do not count."""
     names = list_part_files(cache)
     duplicates = find_empty_duplicates(names)
-    parts = (inspect_part(cache, name, identity) for name in names if is_wanted(name) and name not in duplicates)
+    parts = (inspect_part(cache, name, identity_sha256) for name in names if is_wanted(name) and name not in duplicates)
     return [part for part in parts if part is not None]
 
 
@@ -173,10 +173,10 @@ def parse_unit_name(file: str) -> str:
     return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def read_superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
+def read_superseded(cache: Folder, identity_sha256: str, units: Set[str]) -> dict[str, dict[int, str]]:
     """Return the rejects of these units that retry parts supersede: unit -> position -> reason."""
     superseded: dict[str, dict[int, str]] = {}
-    for part in read_retry_parts(cache, identity, units) if units else []:
+    for part in read_retry_parts(cache, identity_sha256, units) if units else []:
         reasons = superseded.setdefault(part.record.unit, {})
         for position, reason in part.record.supersedes:
             # The retry that reads a rest can reject its first sample, and a later retry can supersede that reject. The

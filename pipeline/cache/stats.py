@@ -112,8 +112,8 @@ class StatsWriter:
 
     SNAPSHOTS = 32
 
-    def __init__(self, cache: Folder, identity: str, repair: Repair | None = None) -> None:
-        self.cache, self.identity, self.repair = cache, identity, repair
+    def __init__(self, cache: Folder, identity_sha256: str, repair: Repair | None = None) -> None:
+        self.cache, self.identity_sha256, self.repair = cache, identity_sha256, repair
         self.files: tuple[str, ...] = ()
         self._snapshots: list[tuple[str, RunningStats]] = [("", RunningStats())]
         self._hashes: dict[str, str] = {}
@@ -123,7 +123,7 @@ class StatsWriter:
         listing = CacheListing.read(self.cache)
         after, sums = self._rewind(listing.files)
         interval = max(1, len(listing.files) // self.SNAPSHOTS)
-        for number, part in enumerate(read_summaries(self.cache, self.identity, listing, self.repair, after), 1):
+        for number, part in enumerate(read_summaries(self.cache, self.identity_sha256, listing, self.repair, after), 1):
             sums.add(part)
             self._hashes[part.file] = part.sha256
             if number % interval == 0:

@@ -246,7 +246,7 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
     readable = ReadableSamples(samples, context.damaged_at)
     if is_as_planned:
         return readable, readable
-    parts = commits.inspect_committed(spec.cache, unit.name, spec.identity, spec.layout.container)
+    parts = commits.inspect_committed(spec.cache, unit.name, spec.identity_sha256, spec.layout.container)
     records = [*(part.record for part in parts), *task.rests]
     return readable, input_hash.check_inputs(iter(readable), records, unit.url)
 
@@ -254,7 +254,9 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
 def add_existing_parts(unit: Unit, number: int, remaining: RemainingRejects, spec: EncodeSpec) -> None:
     """Add retry parts of this number that were written since the task was made, by another worker or attempt."""
     container = spec.layout.container
-    while part := find_part(spec.cache, unit.name, number, spec.identity, container, remaining.next_round(number)):
+    while part := find_part(
+        spec.cache, unit.name, number, spec.identity_sha256, container, remaining.next_round(number)
+    ):
         remaining.add(part.record)
 
 

@@ -37,7 +37,7 @@ def worker(vae: Vae) -> Callable[..., UnitWorker]:
         job = {
             "cache": Folder(str(cache)),
             "source_options": {},
-            "identity": "the identity",
+            "identity_sha256": "the identity",
             "transform": Transform(resolution=64),
             "dtype": "float16",
             "seed": 0,

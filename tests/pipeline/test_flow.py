@@ -388,7 +388,7 @@ def test_a_shard_that_changed_since_it_was_planned_fails(
 
 
 def test_a_part_of_another_cache_is_refused(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
-    worker(tmp_path / "c", identity="another").run(unit)
+    worker(tmp_path / "c", identity_sha256="another").run(unit)
     (tmp_path / f"c/_commits/{unit.name}.json").unlink()
     with pytest.raises(CacheError, match="belongs to a cache with another identity"):
         worker(tmp_path / "c").run(unit)

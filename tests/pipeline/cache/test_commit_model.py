@@ -234,7 +234,7 @@ def check_completion(store: Store) -> None:
     """Check that an undisturbed writer can finish, and that the commit then names each part that counts once."""
     disk = Disk(dict(store))
     write(disk, writer=9)
-    repair = Repair(identity="identity", container="parquet")
+    repair = Repair(identity_sha256="identity", container="parquet")
     assert list(pair_with_commits(disk, CacheListing.read(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
     counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted

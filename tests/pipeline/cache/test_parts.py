@@ -39,7 +39,7 @@ def commits(cache: Path) -> dict[str, dict[str, Any]]:
 
 
 def repair_commits(cache: Path, rehash: bool = False) -> None:
-    repair = Repair(identity=IDENTITY, container="parquet", rehash=rehash)
+    repair = Repair(identity_sha256=IDENTITY, container="parquet", rehash=rehash)
     assert list(read_summaries(Folder(str(cache)), IDENTITY, repair=repair))
 
 
