@@ -81,7 +81,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             with_source=True,
             superseded=parts.read_superseded(cache.folder, cache.info.identity_sha256, units),
         )
-        executor = resources.start(spec, vae, len(tasks), signals.stop)
+        executor = resources.start_executor(spec, vae, len(tasks), signals.stop)
 
         def on_tick() -> None:
             meter.tick(executor.images, executor.waiting_for)

@@ -55,7 +55,7 @@ class ResourcePlan:
             compile=compiled,
         )
 
-    def start(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
+    def start_executor(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""
         if self.is_inline:
             return self._close_later(LocalExecutor(spec, vae, stop))

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs import cache_spec
 from jobs.cache_inputs import load_matching_vae, read_units
+from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error
@@ -115,11 +116,11 @@ def run_retry(
         compute = resources.compute(cache.info.identity.precision)
         cache_spec.note_versions(cache.folder, recorder.run.name)
         limits, threads = options.input_limit, options.cpus_per_worker
-        encode_spec = cache_spec.make_encode_spec(
+        encode_spec = make_encode_spec(
             cache.folder, cache.info, compute, limits, threads, recorder.run.name, parse_source_options(options)
         )
         spec = retry.RetrySpec(encode_spec)
-        executor = resources.start(spec, vae, len(tasks), recorder.signals.stop)
+        executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
 
         def on_tick() -> None:
             meter.tick(executor.images, executor.waiting_for)

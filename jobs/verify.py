@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
-from jobs.cache_spec import make_encode_spec
+from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import configure_logging, log_info, log_note
