@@ -5,8 +5,8 @@
 It takes about 40 minutes on two cores. Jobs run on a local Ray with two workers. Each worker records its current phase
 in a file, so that the phase of every kill is known. A worker that is made faulty keeps running, but fails in all of its
 work: its model raises a device error or an unknown error, its reads end early, or it cannot write. After the intended
-number of faults, the job runs to its end. `bench.audit` then checks its cache: every sample is there exactly once, and
-the digest is that of an undisturbed run.
+number of faults, the job runs to its end. `bench.check_cache` then checks its cache: every sample is there exactly
+once, and the digest is that of an undisturbed run.
 
 The output has a line per job, and at the end the number of kills per phase and of workers per fault. Each failure is
 a line that starts with FAIL and names the seed. The exit code is 1 if a cache was wrong, or if a phase or a fault
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileOpener
 
-from bench import audit
+from bench import check_cache
 from bench.make_shards import MICRO, make_shards
 from pipeline import flow
 from pipeline.cache import commits
@@ -218,14 +218,18 @@ def main() -> int:
         argv = [str(root / "shards"), "--vae", str(root / "vae"), "--resolution", "128", "--rows-per-part", "8"]
         argv += ["--max-reject-rate", "1", "--to"]
         assert run_undisturbed([*argv, str(root / "undisturbed"), "--workers", "0"]) == 0
-        jobs, samples = 0, audit.count_samples(root / "shards")
+        jobs, samples = 0, check_cache.count_samples(root / "shards")
         while sum(hits.values()) < options.kills or sum(fault_counts.values()) < options.faults:
             jobs += 1
             board = root / f"board{jobs}"
             board.mkdir()
             cache = root / f"c{jobs}"
             code = disturb_job([*argv, str(cache), "--workers", "2"], board, hits, fault_counts, rng)
-            problems = [f"exit code {code}"] if code else list(audit.find_problems(audit.read_files(cache), samples))
+            problems = (
+                [f"exit code {code}"]
+                if code
+                else list(check_cache.find_problems(check_cache.read_files(cache), samples))
+            )
             if not problems and read_digest(cache) != read_digest(root / "undisturbed"):
                 problems = ["the digest differs from that of the undisturbed run"]
             if code:

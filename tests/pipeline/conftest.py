@@ -1,6 +1,7 @@
-"""Shared by the tests of the pipeline: a unit worker without Ray, and a unit."""
+"""Shared by the tests of the pipeline: a unit worker without Ray, a unit, and folders."""
 
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,9 @@ def short_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int | None], 
             ends[name] = end
 
     return set_end
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty folder, on disk and in memory."""
+    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"

@@ -20,12 +20,6 @@ from pipeline.storage.folder import Folder
 from tests.listed_files import list_source_files
 
 
-@pytest.fixture(params=["disk", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty folder, on disk and in memory."""
-    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
-
-
 def plan_files(root: str, **files: bytes) -> Unit:
     """Write files to a folder `data`, and return its unit. In the names, `_` stands for the dot."""
     for name, data in files.items():
