@@ -21,9 +21,9 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
 from jobs.executor import IN_FLIGHT, TaskResult, Worker, WorkerSpec, make_failed_result
 from jobs.messages import log_info
+from jobs.ray_address import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots
@@ -36,7 +36,7 @@ LOG_LINES = 20  # shown of a lost worker's log
 
 
 @contextmanager
-def connect(address: str) -> Iterator[None]:
+def connect_to_ray(address: str) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS inside this block. Without either, run a local Ray.
 
     Inside the block, standard output is redirected to standard error: Ray prints to it when a worker dies, and the

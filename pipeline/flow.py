@@ -9,39 +9,29 @@ written again.
 
 import itertools
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.batching import make_batches
 from pipeline.cache import commits, input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
+from pipeline.cache.part_info import PartInfo
 from pipeline.encoder import ComputeConfig, LatentEncoder
-from pipeline.errors import ChangedError, Rejected, ShardError, Stopped
-from pipeline.formats.record import PartInfo, Record
+from pipeline.errors import ChangedError, Rejected, Stopped
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.images import decode
+from pipeline.images.prepare import prepare_sample
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
-from pipeline.limits import Limits, check_columns, check_share
+from pipeline.limits import Limits, check_share
 from pipeline.prefetch import Peekable, map_in_order
-from pipeline.readers import parquet_keys
-from pipeline.readers.damage import (
-    ReadableSamples,
-    cut_at_retried_rest,
-    keep_rejected,
-    read_past_damage,
-    reject_missing_rest,
-)
-from pipeline.readers.folder import read_folder_unit
-from pipeline.readers.metadata import merge_metadata, read_tar_metadata
-from pipeline.readers.parquet import read_parquet
-from pipeline.readers.tar import read_tar
+from pipeline.readers.damage import ReadableSamples, cut_at_retried_rest, keep_rejected, reject_missing_rest
+from pipeline.readers.unit import read_samples
 from pipeline.records import (
     FIRST_ATTEMPT,
     Attempt,
@@ -60,28 +50,11 @@ from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
 
-class ReadSpec(Protocol):
-    """The settings of a job that decide how a unit is read."""
-
-    @property
-    def source_options(self) -> Mapping[str, str]: ...
-    @property
-    def layout(self) -> OutputSchema: ...
-    @property
-    def image_column(self) -> str | None: ...
-    @property
-    def key_column(self) -> str | None: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity: sha256 of the cache's identity. image_column, key_column: columns of Parquet sources.
+    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
     open_threads: threads that decode images, shared by the units in flight.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
@@ -90,7 +63,7 @@ class EncodeSpec:
 
     cache: Folder
     source_options: Mapping[str, str]
-    identity: str
+    identity_sha256: str
     transform: Transform
     dtype: str
     seed: int
@@ -202,7 +175,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
         return encode_missing_parts(unit, context, timer)
     except ChangedError:
         current = reading.fetch_current_version(unit, spec.source_options)
-        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
+        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity_sha256)]
         if current.bytes != unit.bytes or not records:
             raise
         samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
@@ -221,7 +194,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     adopted = parts_to_skip = encoded = fp32_fallbacks = 0
     texts: Counter[str] = Counter()
     for number in itertools.count():
-        part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
+        part = parts.find_part(spec.cache, unit.name, number, spec.identity_sha256, spec.layout.container)
         if part is None:
             exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
             part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
@@ -242,45 +215,6 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     report = make_report(unit, unit_parts, adopted, timer.seconds)
     report = replace(report, encoded=encoded, fp32_fallbacks=fp32_fallbacks, texts=texts)
     return replace(report, damage=readable.damage, skipped=skipped)
-
-
-def read_samples(
-    unit: Unit,
-    spec: ReadSpec,
-    skipped: Counter[str] | None = None,
-    on_piece: Callable[[], None] = lambda: None,
-    may_differ: Container[int] | None = None,
-) -> Iterator[Sample | Reject]:
-    """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
-
-    skipped: receives the number of inputs that are not part of a sample, by kind.
-    on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
-    may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
-    Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
-    """
-    options, columns = spec.source_options, spec.layout.columns
-    if unit.kind == "tar":
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
-        with reading.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
-            for sample in read_past_damage(samples, stream, on_piece):
-                if isinstance(sample, Sample) and sample.key in metadata:
-                    yield merge_metadata(sample, metadata[sample.key])
-                else:
-                    yield sample
-    elif unit.kind == "parquet":
-        with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
-            part, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
-            known = parquet_keys.get_file_keys(unit.url, unit.bytes, unit.etag, key)
-            samples = read_parquet(
-                stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, skipped
-            )
-            yield from read_past_damage(samples, stream, on_piece)
-    elif unit.kind == "folder":
-        may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
-    else:
-        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
 
 
 def instrument(
@@ -319,7 +253,7 @@ def fill_part(
     spec = context.spec
 
     def prepare(sample: Sample | Reject) -> tuple[PreparedImage | Reject | Filtered, float]:
-        item, seconds = open_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
+        item, seconds = prepare_sample(unit, sample, spec.transform, spec.limits, context.open_pixels)
         buffer.digests[sample.position] = input_hash.hash_sample(sample)
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
@@ -357,55 +291,11 @@ def select_images(
             buffer.filtered += 1
 
 
-def open_sample(
-    unit: Unit,
-    sample: Sample | Reject,
-    transform: Transform,
-    limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
-) -> tuple[PreparedImage | Reject | Filtered, float]:
-    """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
-    start = time.perf_counter()
-    return _open_sample(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
-
-
-def _open_sample(
-    unit: Unit,
-    sample: Sample | Reject,
-    transform: Transform,
-    limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray],
-) -> PreparedImage | Reject | Filtered:
-    if isinstance(sample, Reject):
-        return sample
-    try:
-        check_columns(sample.columns, limits)
-        rgb = open_pixels(sample.image, limits)
-    except Rejected as error:
-        return Reject.from_error(sample.position, sample.key, error)
-    height, width = rgb.shape[:2]
-    fit = transform.fit(height, width, unit.path, sample.key)
-    if fit is None:
-        return Filtered(sample.position)
-    return PreparedImage(
-        position=sample.position,
-        key=sample.key,
-        columns=sample.columns,
-        pixels=transform.apply(rgb, fit),
-        original_height=height,
-        original_width=width,
-        crop_top=fit.top,
-        crop_left=fit.left,
-        enlarged=fit.enlarged,
-        flipped=fit.flipped,
-    )
-
-
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> Record:
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, context: WorkerContext) -> PartRecord:
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
-    return Record(
+    return PartRecord(
         format=FORMAT,
-        identity=context.spec.identity,
+        identity=context.spec.identity_sha256,
         unit=unit.name,
         part=number,
         last=last,

@@ -23,7 +23,7 @@ from latentmill.folder import CacheFolder
 from latentmill.stream import Stream, name_url_in_errors
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import connect, get_protocols, http_status, is_local, is_memory
+from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -44,7 +44,7 @@ class Folder(CacheFolder):
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Return the filesystem, and the path of a name on it."""
-        fs, root = connect(self.url, self.options)
+        fs, root = get_filesystem(self.url, self.options)
         return fs, f"{root.rstrip('/')}/{name}" if name else root
 
     def is_empty(self) -> bool:

@@ -1,0 +1,62 @@
+"""Prepare a sample for the encoder: decode its image, and transform the pixels."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.errors import Rejected
+from pipeline.images import decode
+from pipeline.images.transform import Transform
+from pipeline.limits import Limits, check_columns
+from pipeline.records import (
+    Filtered,
+    PreparedImage,
+    Reject,
+    Sample,
+    Unit,
+)
+
+
+def prepare_sample(
+    unit: Unit,
+    sample: Sample | Reject,
+    transform: Transform,
+    limits: Limits,
+    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
+) -> tuple[PreparedImage | Reject | Filtered, float]:
+    """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
+    start = time.perf_counter()
+    return _decode_and_transform(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
+
+
+def _decode_and_transform(
+    unit: Unit,
+    sample: Sample | Reject,
+    transform: Transform,
+    limits: Limits,
+    open_pixels: Callable[[bytes, Limits], np.ndarray],
+) -> PreparedImage | Reject | Filtered:
+    if isinstance(sample, Reject):
+        return sample
+    try:
+        check_columns(sample.columns, limits)
+        rgb = open_pixels(sample.image, limits)
+    except Rejected as error:
+        return Reject.from_error(sample.position, sample.key, error)
+    height, width = rgb.shape[:2]
+    fit = transform.fit(height, width, unit.path, sample.key)
+    if fit is None:
+        return Filtered(sample.position)
+    return PreparedImage(
+        position=sample.position,
+        key=sample.key,
+        columns=sample.columns,
+        pixels=transform.apply(rgb, fit),
+        original_height=height,
+        original_width=width,
+        crop_top=fit.top,
+        crop_left=fit.left,
+        enlarged=fit.enlarged,
+        flipped=fit.flipped,
+    )
