@@ -2,15 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 DEMO := demo-output
 
-.PHONY: demo test test-slow check docs help
+.PHONY: demo test test-slow test-lowest check docs help
 help:
-	@echo "make demo       encode and decode the sample photos on a local Ray"
-	@echo "make test       run the fast tests"
-	@echo "make test-slow  run the slow tests"
-	@echo "make check      run ruff, mypy, the layer rules, the prose check and the documentation build"
-	@echo "make docs       build the documentation site into site/"
+	@echo "make demo        encode and decode the sample photos on a local Ray"
+	@echo "make test        run the fast tests"
+	@echo "make test-slow   run the slow tests"
+	@echo "make test-lowest run the fast tests with the lowest versions that pyproject.toml permits"
+	@echo "make check       run ruff, mypy, the layer rules, the prose check and the documentation build"
+	@echo "make docs        build the documentation site into site/"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +41,14 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 -n auto --maxprocesses 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and ray' --timeout 600
+
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -m tests.lowest_versions > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt torch setuptools
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
+		--no-build-isolation --config-settings editable_mode=compat --editable '.[dev,peers,train]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 3
 
 # --strict turns every warning, such as a broken link or a page outside the nav, into an error.
 docs: $(VENV)/docs-installed

@@ -1,10 +1,11 @@
-"""Throughput of the encode job on two cores, compared with its own two halves and with a plain Ray Data pipeline.
+"""Throughput of the encode job on two cores, compared with two of its steps and with a plain Ray Data pipeline.
 
     python -m bench.end_to_end [--shards 8] [--images 1024] [--keep DIRECTORY]
 
 It needs an idle machine, pandas (for Ray Data), diffusers and scikit-image. The output is a table of images per second:
 
-- e and o: the encoder alone, and opening images alone, each as two single-threaded processes (`bench.halves`).
+- e and o: the encoder alone, and opening images alone, each as two single-threaded processes
+  (`bench.encoder_and_opening`).
 - The bound 1/(1/e + 1/o): no job on these cores can be faster.
 - t: the job without its start. The first target is t as a fraction of the bound.
 - The whole process with its start: the job, and `bench/ray_data_peer.py` on the same shards and weights. The second
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bench.halves import CORES, SIDE, make_encode_step, make_open_step, measure_on_all_cores
+from bench.encoder_and_opening import CORES, SIDE, make_encode_step, make_open_step, measure_on_all_cores
 from bench.make_shards import make_model, make_shards, read_images
 
 RAY_DATA_RATIO, BOUND_FRACTION = 2.0, 0.80  # targets

@@ -138,7 +138,7 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     spec = EncodeSpec(
         cache=Folder(str(folder / "cache")),
         source_options={},
-        identity="bench",
+        identity_sha256="bench",
         transform=Transform(resolution=SIDE, buckets=make_grid(SIDE, SIDE // 16) if case.has_buckets else ()),
         dtype="float16",
         seed=0,

@@ -1,15 +1,15 @@
 """A soak test of the encode job: random kills and faulty workers must not change the result.
 
-    python -m bench.soak --kills 200 --sicknesses 100 --seed 1
+    python -m bench.soak --kills 200 --faults 100 --seed 1
 
 It takes about 40 minutes on two cores. Jobs run on a local Ray with two workers. Each worker records its current phase
-in a file, so that the phase of every kill is known. A worker that is made sick keeps running, but fails in all of its
+in a file, so that the phase of every kill is known. A worker that is made faulty keeps running, but fails in all of its
 work: its model raises a device error or an unknown error, its reads end early, or it cannot write. After the intended
-number of faults, the job runs to its end. `bench.audit` then checks its cache: every sample is there exactly once, and
-the digest is that of an undisturbed run.
+number of faults, the job runs to its end. `bench.check_cache` then checks its cache: every sample is there exactly
+once, and the digest is that of an undisturbed run.
 
-The output has a line per job, and at the end the number of kills per phase and of workers per sickness. Each failure is
-a line that starts with FAIL and names the seed. The exit code is 1 if a cache was wrong, or if a phase or a sickness
+The output has a line per job, and at the end the number of kills per phase and of workers per fault. Each failure is
+a line that starts with FAIL and names the seed. The exit code is 1 if a cache was wrong, or if a phase or a fault
 occurred fewer than ten times.
 """
 
@@ -31,7 +31,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileOpener
 
-from bench import audit
+from bench import check_cache
 from bench.make_shards import MICRO, make_shards
 from pipeline import part_writer
 from pipeline.cache import commits
@@ -44,10 +44,10 @@ from vae import AutoencoderKL
 
 PHASES = ("idle", "reading", "opening", "encoding", "publishing", "recording")
 BOARD = "LATENTMILL_SOAK_BOARD"  # environment variable: the folder in which workers record their phase
-SICKNESSES = ("device", "unknown", "reader", "writer")
-MIN_HITS = 10  # of each phase, and of each sickness
-KILLS_PER_JOB, SICKNESSES_PER_JOB = 10, 5
-AVOID = 5.0  # seconds instead of minutes, because every worker of a job may be made sick
+FAULTS = ("device", "unknown", "reader", "writer")
+MIN_HITS = 10  # of each phase, and of each fault
+KILLS_PER_JOB, FAULTS_PER_JOB = 10, 5
+AVOID = 5.0  # seconds instead of minutes, because every worker of a job may be made faulty
 SHARDS, SAMPLES = 24, 960
 
 
@@ -61,10 +61,10 @@ class Board:
         self.write()
 
     @property
-    def sickness(self) -> str:
-        """The sickness of this worker, or an empty string if it is healthy."""
+    def fault(self) -> str:
+        """The fault of this worker, or an empty string if it is healthy."""
         with suppress(FileNotFoundError):
-            return self.path.with_suffix(".sick").read_text()
+            return self.path.with_suffix(".fault").read_text()
         return ""
 
     def write(self) -> None:
@@ -88,13 +88,13 @@ class Board:
 
 
 class SoakJob(EncodeSpec):
-    """An encode job whose workers record their phases, and fail if they are sick."""
+    """An encode job whose workers record their phases, and fail if they are faulty."""
 
     __slots__ = ()
 
     def build(self, vae: Vae, stop: threading.Event) -> UnitWorker:
         board = Board(Path(os.environ[BOARD]))
-        stage, open_sample, write_commit, read = (
+        stage, prepare_sample, write_commit, read = (
             StageTimer.stage,
             part_writer.prepare_sample,
             commits.write_commit,
@@ -105,25 +105,25 @@ class SoakJob(EncodeSpec):
         @contextmanager
         def record_stage(clock: StageTimer, name: str) -> Iterator[None]:
             with board.enter_phase(names[name]) if name in names else nullcontext(), stage(clock, name):
-                if name == "write" and board.sickness == "writer":
+                if name == "write" and board.fault == "writer":
                     raise StorageError("cannot write anything", may_pass=True)
                 yield
 
         def record_encode(*arguments: object) -> object:
             with board.enter_phase("encoding"):
-                if board.sickness == "device":
+                if board.fault == "device":
                     raise RuntimeError("CUDA error: unspecified launch failure")
-                if board.sickness == "unknown":
+                if board.fault == "unknown":
                     raise ValueError("an unknown error")
                 return launch(*arguments)  # type: ignore[arg-type]
 
         def read_half(file: LocalFileOpener, size: int = -1) -> bytes:
-            is_truncated = board.sickness == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
+            is_truncated = board.fault == "reader" and file.name.endswith(".tar") and file.tell() >= file.size // 2
             return b"" if is_truncated else bytes(read(file, size))
 
         def record_open(*arguments: object) -> object:
             with board.enter_phase("opening"):
-                return open_sample(*arguments)  # type: ignore[arg-type]
+                return prepare_sample(*arguments)  # type: ignore[arg-type]
 
         def record_commit(*arguments: object) -> None:
             with board.enter_phase("recording"):
@@ -132,55 +132,57 @@ class SoakJob(EncodeSpec):
         LocalFileOpener.read = read_half
         StageTimer.stage = record_stage  # type: ignore[method-assign, assignment]
         LatentEncoder.launch = record_encode  # type: ignore[method-assign, assignment]
-        part_writer.prepare_sample = record_open  # type: ignore[assignment]
+        part_writer.prepare_sample = record_open  # type: ignore[attr-defined, assignment]
         commits.write_commit = record_commit  # type: ignore[assignment]
         return EncodeSpec.build(self, vae, stop)
 
 
 def run_job(argv: list[str]) -> int:
     """Run the encode job with workers that record their phases. A child process of the soak test calls this."""
-    from jobs import cache_spec, encode, slots
+    from jobs import encode, encode_spec, slots
 
     slots.AVOID_SECONDS = AVOID
-    cache_spec.EncodeSpec = SoakJob  # type: ignore[misc]
+    encode_spec.EncodeSpec = SoakJob  # type: ignore[misc]
     return encode.main(argv)
 
 
 def list_healthy_workers(board: Path) -> dict[int, str]:
-    """Return the phases of the running workers that are not sick, by their process id."""
+    """Return the phases of the running workers that are not faulty, by their process id."""
     phases = {}
     for path in board.iterdir():
-        if path.suffix or path.with_suffix(".sick").exists():
+        if path.suffix or path.with_suffix(".fault").exists():
             continue
         if Path(f"/proc/{path.name}/cmdline").exists():
             phases[int(path.name)] = path.read_text() or "idle"
     return phases
 
 
-def disturb_job(argv: list[str], board: Path, hits: Counter[str], sick: Counter[str], rng: random.Random) -> int:
-    """Run a job, kill some of its workers and make others sick. Returns its exit code.
+def disturb_job(
+    argv: list[str], board: Path, hits: Counter[str], fault_counts: Counter[str], rng: random.Random
+) -> int:
+    """Run a job, kill some of its workers and make others faulty. Returns its exit code.
 
-    Kills are random, but more frequent in phases that were rarely hit. No two workers are made sick at the same time,
-    because the job recognizes a sick worker by comparison with the others.
+    Kills are random, but more frequent in phases that were rarely hit. No two workers are made faulty at the same time,
+    because the job recognizes a faulty worker by comparison with the others.
     """
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, BOARD: str(board), "PYTHONPATH": root}
     script = f"import sys; from bench.soak import run_job; sys.exit(run_job({argv!r}))"
     with open(f"{board}.log", "wb") as log:
         job = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL, stderr=log)
-    kills_left, sicknesses_left, pause_ends = KILLS_PER_JOB, SICKNESSES_PER_JOB, 0.0
+    kills_left, faults_left, pause_ends = KILLS_PER_JOB, FAULTS_PER_JOB, 0.0
     while job.poll() is None:
         time.sleep(rng.uniform(0.0, 0.02))
         healthy = list_healthy_workers(board)
         if not healthy:
             continue
         pid, phase = rng.choice(sorted(healthy.items()))
-        may_be_sick = len(healthy) > 1 and time.monotonic() > pause_ends
-        if sicknesses_left and may_be_sick and phase != "idle" and rng.random() < 0.05:
-            sickness = min(SICKNESSES, key=lambda name: (sick[name], rng.random()))
-            (board / f"{pid}.sick").write_text(sickness)
-            sick[sickness] += 1
-            sicknesses_left -= 1
+        may_be_faulty = len(healthy) > 1 and time.monotonic() > pause_ends
+        if faults_left and may_be_faulty and phase != "idle" and rng.random() < 0.05:
+            fault = min(FAULTS, key=lambda name: (fault_counts[name], rng.random()))
+            (board / f"{pid}.fault").write_text(fault)
+            fault_counts[fault] += 1
+            faults_left -= 1
             pause_ends = time.monotonic() + rng.uniform(2.0, 6.0)
             continue
         if not kills_left:
@@ -202,10 +204,10 @@ def read_digest(cache: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="minimum number of kills (default: 200)")
-    parser.add_argument("--sicknesses", type=int, default=100, help="minimum number of sick workers (default: 100)")
+    parser.add_argument("--faults", type=int, default=100, help="minimum number of faulty workers (default: 100)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30), help="default: random")
     options = parser.parse_args()
-    rng, hits, sick, failures = random.Random(options.seed), Counter[str](), Counter[str](), []
+    rng, hits, fault_counts, failures = random.Random(options.seed), Counter[str](), Counter[str](), []
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
         make_shards(root / "shards", SHARDS, SAMPLES)
@@ -215,28 +217,32 @@ def main() -> int:
         argv = [str(root / "shards"), "--vae", str(root / "vae"), "--resolution", "128", "--rows-per-part", "8"]
         argv += ["--max-reject-rate", "1", "--to"]
         assert run_undisturbed([*argv, str(root / "undisturbed"), "--workers", "0"]) == 0
-        jobs, samples = 0, audit.count_samples(root / "shards")
-        while sum(hits.values()) < options.kills or sum(sick.values()) < options.sicknesses:
+        jobs, samples = 0, check_cache.count_samples(root / "shards")
+        while sum(hits.values()) < options.kills or sum(fault_counts.values()) < options.faults:
             jobs += 1
             board = root / f"board{jobs}"
             board.mkdir()
             cache = root / f"c{jobs}"
-            code = disturb_job([*argv, str(cache), "--workers", "2"], board, hits, sick, rng)
-            problems = [f"exit code {code}"] if code else list(audit.find_problems(audit.read_files(cache), samples))
+            code = disturb_job([*argv, str(cache), "--workers", "2"], board, hits, fault_counts, rng)
+            problems = (
+                [f"exit code {code}"]
+                if code
+                else list(check_cache.find_problems(check_cache.read_files(cache), samples))
+            )
             if not problems and read_digest(cache) != read_digest(root / "undisturbed"):
                 problems = ["the digest differs from that of the undisturbed run"]
             if code:
                 print(Path(f"{board}.log").read_text())
             failures += [f"seed {options.seed}, job {jobs}: {problem}" for problem in problems]
-            totals = f"{sum(hits.values())} kills, {sum(sick.values())} sicknesses so far"
+            totals = f"{sum(hits.values())} kills, {sum(fault_counts.values())} faults so far"
             print(f"job {jobs}: {'; '.join(problems) or 'same digest as the undisturbed run'}; {totals}", flush=True)
             shutil.rmtree(cache)
-    print(f"seed {options.seed}: {sum(hits.values())} kills and {sum(sick.values())} sicknesses in {jobs} jobs")
-    for name in (*PHASES, *SICKNESSES):
-        times = hits[name] if name in PHASES else sick[name]
+    print(f"seed {options.seed}: {sum(hits.values())} kills and {sum(fault_counts.values())} faults in {jobs} jobs")
+    for name in (*PHASES, *FAULTS):
+        times = hits[name] if name in PHASES else fault_counts[name]
         print(f"  {name:<12}{times:>5}  {'#' * times}")
-    for name in (*PHASES, *SICKNESSES):
-        count = hits[name] if name in PHASES else sick[name]
+    for name in (*PHASES, *FAULTS):
+        count = hits[name] if name in PHASES else fault_counts[name]
         if count < MIN_HITS:
             failures.append(f"{name} occurred {count} times, but {MIN_HITS} are needed; run with more kills")
     for line in failures:

@@ -1,11 +1,11 @@
 """The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jobs.messages import log_note
-from jobs.options import ALL, EncodeOptions, parse_limits
+from jobs.options import ALL, EncodeOptions
 from jobs.resources import ResourcePlan
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
@@ -13,7 +13,6 @@ from pipeline.cache.identity import CacheInfo, Identity
 from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
-from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
@@ -212,37 +211,3 @@ def note_versions(cache: Folder, run: str) -> None:
                 f"earlier runs of this cache had {library} {', '.join(sorted(others))}, this one has "
                 f"{current[library]}; the bytes of images or files may differ"
             )
-
-
-def make_encode_spec(
-    cache: Folder,
-    info: CacheInfo,
-    compute: ComputeConfig,
-    limits: Sequence[str],
-    open_threads: int,
-    run: str,
-    source_options: Mapping[str, Any],
-) -> EncodeSpec:
-    """Return the specification of workers that encode into a cache.
-
-    info: the cache.json. limits: `--input-limit`. run: the name of the run.
-    """
-    described = info.identity
-    return EncodeSpec(
-        cache=cache,
-        source_options=source_options,
-        identity=info.identity_sha256,
-        transform=identity.parse_transform(described),
-        dtype=described.dtype,
-        layout=identity.parse_schema(info),
-        image_column=described.image_column,
-        key_column=described.key_column,
-        seed=described.seed,
-        rows_per_part=described.rows_per_part,
-        tile_above=described.tile_above,
-        limits=parse_limits(limits),
-        compute=compute,
-        open_threads=open_threads,
-        run=run,
-        versions=get_library_versions(),
-    )

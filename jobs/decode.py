@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_each, log_error, log_note
-from jobs.open_cache import list_files_with_rows, load_matching_vae, read_units
 from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
@@ -81,7 +81,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             with_source=True,
             superseded=parts.read_superseded(cache.folder, cache.info.identity_sha256, units),
         )
-        executor = resources.start(spec, vae, len(tasks), signals.stop)
+        executor = resources.start_executor(spec, vae, len(tasks), signals.stop)
 
         def on_tick() -> None:
             meter.tick(executor.images, executor.waiting_for)

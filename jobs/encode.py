@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs import cache_spec
+from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
@@ -76,7 +77,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
     log_each(listing.notes, log_note)
-    shards = listing.shards
+    shards = listing.files
     units = make_units(shards)
     archives = compression.find_archives(shards)
     if not units:
@@ -114,7 +115,7 @@ def run_encode(
         recorder.begin(single_writer)
         units, noticed = plan.extend_plan(
             cache,
-            listing.shards,
+            listing.files,
             listing.sources,
             options.new_source,
             options.same_source,
@@ -143,10 +144,10 @@ def run_encode(
     return Outcome(
         code=code,
         totals=totals,
-        written=written,
+        stats=written,
         failures=failures,
         units=len(units),
-        already=len(units) - len(pending),
+        units_done_before=len(units) - len(pending),
     )
 
 
@@ -166,14 +167,12 @@ def encode_pending(
     cache_spec.note_differences(info.compute, compute)
     cache_spec.note_versions(cache, recorder.run.name)
     limits, threads = options.input_limit, resources.open_threads
-    spec = cache_spec.make_encode_spec(
-        cache, info, compute, limits, threads, recorder.run.name, parse_source_options(options)
-    )
+    spec = make_encode_spec(cache, info, compute, limits, threads, recorder.run.name, parse_source_options(options))
     superseded = read_superseded(cache, info.identity_sha256, {unit.name for unit in pending})
-    executor = resources.start(
+    executor = resources.start_executor(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
     )
-    sizes = {unit.name: unit.share for unit in pending}
+    sizes = {unit.name: unit.input_bytes for unit in pending}
     meter = ProgressMeter("encoded", sum(sizes.values()))
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()

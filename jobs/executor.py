@@ -46,7 +46,11 @@ class Worker(Protocol):
 
 
 class WorkerSpec(Protocol):
-    """A small description of a worker. It is sent to the worker's process, which builds the worker."""
+    """A small description of a worker. It is sent to the worker's process, which builds the worker.
+
+    Implemented by `pipeline.flow.EncodeSpec`, `pipeline.maintenance.retry.RetrySpec` and
+    `pipeline.preview.render.RenderSpec`.
+    """
 
     @property
     def tasks_per_worker(self) -> int:

@@ -18,9 +18,9 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
     info: the cache.json.
     single_writer: the store does not support concurrent writers, so a writer may have overwritten another one's part.
     """
-    identity = info.identity_sha256
-    repair = Repair(identity=identity, container=info.identity.container, rehash=single_writer)
-    writer = stats.StatsWriter(cache, identity, repair)
+    identity_sha256 = info.identity_sha256
+    repair = Repair(identity_sha256=identity_sha256, container=info.identity.container, rehash=single_writer)
+    writer = stats.StatsWriter(cache, identity_sha256, repair)
     for _ in range(MAX_ROUNDS):
         written = writer.write()
         cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))

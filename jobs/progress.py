@@ -26,7 +26,7 @@ class ProgressMeter:
         self.finished_images = 0
         self.images = 0
         self.rejects = 0
-        self.pace = Throughput()
+        self.throughput = Throughput()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -48,20 +48,20 @@ class ProgressMeter:
     @property
     def seconds_left(self) -> int | None:
         """The ETA in seconds at the throughput of the last minute; None if it is unknown."""
-        rate, share = self.pace.rate, self.share
+        rate, share = self.throughput.rate, self.share
         return round(self.images / share * (1 - share) / rate) if rate and share else None
 
     @property
     def facts(self) -> dict[str, Any]:
         """The values for the record of a run, which are the same as those in `line`."""
-        return {"images": self.images, "images_per_second": self.pace.rate, "seconds_left": self.seconds_left}
+        return {"images": self.images, "images_per_second": self.throughput.rate, "seconds_left": self.seconds_left}
 
     @property
     def line(self) -> str:
         """The progress as text."""
         seconds = self.seconds_left
         left = "" if seconds is None or self.share == 1 else f", {format_duration(seconds)} left"
-        return f"{self.images:,} images {self.verb}, {self.pace.rate:.1f}/s, {self.rejects:,} rejected{left}"
+        return f"{self.images:,} images {self.verb}, {self.throughput.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, images: int, waiting_for: str) -> None:
         """Show the progress. Call this about once per second.
@@ -70,7 +70,7 @@ class ProgressMeter:
         """
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput
-            self.pace.note(self.images)
+            self.throughput.note(self.images)
         text = f"waiting for {waiting_for}" if waiting_for else self.line
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)

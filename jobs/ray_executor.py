@@ -1,4 +1,4 @@
-"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module imports ray.
+"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module and `ray_node` import ray.
 
 A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
 calls, because only the driver has the list of open tasks. A part that a lost actor still writes is harmless
@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -19,11 +18,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.connect import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
 from jobs.executor import TaskResult, Worker, WorkerSpec, make_failed_result
 from jobs.messages import log_info
+from jobs.ray_address import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
+from jobs.ray_node import WorkerLocation, count_cores_of_this_worker, locate_this_worker, read_last_lines
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots
@@ -32,11 +31,9 @@ from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
-LOG_LINES = 20  # shown of a lost worker's log
-
 
 @contextmanager
-def connect(address: str) -> Iterator[None]:
+def connect_to_ray(address: str) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS inside this block. Without either, run a local Ray.
 
     Inside the block, standard output is redirected to standard error: Ray prints to it when a worker dies, and the
@@ -130,27 +127,6 @@ def count_cpus() -> float:
     return _get_resources().get("CPU", 0.0)
 
 
-def _count_cores_per_worker() -> float:
-    """Return the cores of its node that this worker may use: in proportion to its GPUs, otherwise those it reserves."""
-    context = ray.get_runtime_context()
-    node_id, own = context.get_node_id(), context.get_assigned_resources()  # type: ignore[no-untyped-call]
-    node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)  # type: ignore[no-untyped-call]
-    return float(node["CPU"] * own["GPU"] / node["GPU"] if own.get("GPU") else own.get("CPU", 1))
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLocation:
-    """Where a worker runs.
-
-    node: Ray's id of the node.
-    log: the file that the worker's standard error goes to; empty if unknown.
-    """
-
-    node: str
-    host: str
-    log: str
-
-
 @ray.remote(max_restarts=0, max_task_retries=0)
 class RayWorker:
     """A process with one worker. Several of its calls run at the same time, in threads."""
@@ -160,15 +136,11 @@ class RayWorker:
 
     def locate(self) -> WorkerLocation:
         """Return where this process runs. Answers as soon as the process runs."""
-        try:
-            log = os.readlink("/proc/self/fd/2")
-        except OSError:  # not Linux
-            log = ""
-        return WorkerLocation(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
+        return locate_this_worker()
 
     def load(self, spec: WorkerSpec, vae: Vae) -> None:
         """Load the model, and return when it is loaded."""
-        self.worker = spec.for_node(_count_cores_per_worker()).build(vae, threading.Event())
+        self.worker = spec.for_node(count_cores_of_this_worker()).build(vae, threading.Event())
 
     def progress(self) -> tuple[int, int]:
         """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""
@@ -382,7 +354,7 @@ class RayExecutor:
             if handle.location is None:  # the worker may have ended before the first check of its progress
                 with suppress(RayError):
                     self._update_location(handle, 1.0)
-            for line in _read_last_lines(handle.location):
+            for line in read_last_lines(handle.location):
                 log_info(f"  {handle.name}: {line}")
         if handle.load_ref is not None:
             if not with_node:
@@ -422,30 +394,6 @@ def _died_with_its_node(error: RayError) -> bool:
     return (
         bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
     )
-
-
-def _read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
-    """Return the last lines of a worker's standard error. They are read here, or by a task on the worker's node."""
-    if location is None or not location.log:
-        return []
-    if location.node == ray.get_runtime_context().get_node_id():
-        return _read_tail(location.log)
-    on_node = NodeAffinitySchedulingStrategy(location.node, soft=False)
-    read = ray.remote(_read_tail).options(num_cpus=0, scheduling_strategy=on_node)
-    try:
-        return ray.get(read.remote(location.log), timeout=5)
-    except RayError:  # the node is lost, or too slow
-        return []
-
-
-def _read_tail(path: str) -> list[str]:
-    """Return the last lines of a log, without Ray's own lines."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = deque(file, 4 * LOG_LINES)
-    except OSError:
-        return []
-    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]
 
 
 def _describe_error(error: RayError) -> str:

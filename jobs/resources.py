@@ -54,7 +54,7 @@ class ResourcePlan:
         """The number of threads per worker that open images; 0 for workers on GPUs to derive it from their node."""
         return self.options.open_workers or (0 if self.device == "cuda" else self.options.cpus_per_worker)
 
-    def start(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
+    def start_executor(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""
         if self.is_inline:
             return self._close_later(LocalExecutor(spec, vae, stop))
@@ -91,7 +91,7 @@ class ResourcePlan:
     def _choose_cluster_device(self) -> str:
         from jobs import ray_executor
 
-        self._stack.enter_context(ray_executor.connect(self.options.address))
+        self._stack.enter_context(ray_executor.connect_to_ray(self.options.address))
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")

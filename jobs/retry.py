@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs import cache_spec
+from jobs.cache_inputs import load_matching_vae, read_units
+from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging, log_each, log_error
-from jobs.open_cache import load_matching_vae, read_units
 from jobs.options import RetryOptions, describe_options, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -17,13 +18,13 @@ from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
-from pipeline.cache import stats
+from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.identity import NAME
+from pipeline.cache.part_info import PartInfo, PartSummary
 from pipeline.cache.parts import inspect_part
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
-from pipeline.formats.record import PartInfo, PartSummary
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    parts = list(stats.read_parts(cache.folder, cache.info.identity_sha256))
+    parts = list(read_summaries(cache.folder, cache.info.identity_sha256))
     planned = read_units(options, cache, options.same_source).values()
     tasks = retry.make_tasks(planned, find_parts_with_rejects(cache, parts), find_started_inputs(parts))
     vae = load_matching_vae(options.vae, cache)
@@ -81,9 +82,9 @@ def print_summary(
 
 def find_parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
     """Return the parts of a cache that have rejects, or supersede some."""
-    identity = cache.info.identity_sha256
+    identity_sha256 = cache.info.identity_sha256
     wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
-    inspected = (inspect_part(cache.folder, file, identity) for file in wanted)
+    inspected = (inspect_part(cache.folder, file, identity_sha256) for file in wanted)
     return [part for part in inspected if part is not None]
 
 
@@ -115,11 +116,11 @@ def run_retry(
         compute = resources.compute(cache.info.identity.precision)
         cache_spec.note_versions(cache.folder, recorder.run.name)
         limits, threads = options.input_limit, resources.open_threads
-        encode_spec = cache_spec.make_encode_spec(
+        encode_spec = make_encode_spec(
             cache.folder, cache.info, compute, limits, threads, recorder.run.name, parse_source_options(options)
         )
         spec = retry.RetrySpec(encode_spec)
-        executor = resources.start(spec, vae, len(tasks), recorder.signals.stop)
+        executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
 
         def on_tick() -> None:
             meter.tick(executor.images, executor.waiting_for)

@@ -3,11 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.limits import printable
 from pipeline.readers.metadata import NO_METADATA
 from pipeline.readers.parquet import NO_IMAGES
 from pipeline.readers.tar_members import APART, HIDDEN, STRAY
 from pipeline.records import UnitReport
+from pipeline.text import printable
 
 MAX_NAMES = 3  # of files in a message
 

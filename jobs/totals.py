@@ -90,17 +90,17 @@ class Outcome:
     """The result of a run.
 
     code: the exit code.
-    written: the content of stats.json.
+    stats: the content of stats.json.
     units: the number of planned units.
-    already: the number of units that were done before this run.
+    units_done_before: the number of units that were done before this run.
     """
 
     code: int
     totals: RunTotals
-    written: Mapping[str, Any]
+    stats: Mapping[str, Any]
     failures: Sequence[Failure] = ()
     units: int = 0
-    already: int = 0
+    units_done_before: int = 0
 
 
 def describe_totals(totals: RunTotals) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def describe_totals(totals: RunTotals) -> dict[str, Any]:
 
 def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
     """Print the summary of a run: its work, the content of the cache, and the units that are left."""
-    totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.written
+    totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.stats
     counts = totals.counts
     if options.json:
         print_json(
@@ -136,7 +136,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
             }
         )
         return
-    before = f" ({outcome.already} of {units} units were done before)" if outcome.already else ""
+    before = f" ({outcome.units_done_before} of {units} units were done before)" if outcome.units_done_before else ""
     speed = f"{totals.rate:.1f} per second"
     lines = [f"encoded {counts['encoded']:,} images in {totals.wall:.1f} s, {speed}{before}"]
     lines.append(f"  cache      {cache.url}: {written['count']:,} rows")

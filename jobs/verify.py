@@ -7,21 +7,21 @@ from contextlib import suppress
 
 import torch
 
-from jobs.cache_spec import make_encode_spec
+from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
+from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import configure_logging, log_info, log_note
-from jobs.open_cache import list_files_with_rows, load_matching_vae, read_units
 from jobs.options import VerifyOptions, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts
+from pipeline.cache.part_info import find_unread_rests
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import CacheError, UsageError
 from pipeline.flow import EncodeSpec
-from pipeline.formats.record import find_unread_rests
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings

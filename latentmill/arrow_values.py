@@ -27,5 +27,5 @@ def to_python(array: Any) -> list[Any]:
 def _scalar_to_python(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):  # KeyError: pytz, which Arrow prefers, has no such zone
         return scalar

@@ -1,4 +1,4 @@
-"""Write JSON whose bytes follow from its content alone, and read JSON of a cache."""
+"""JSON of a cache: with bytes that follow from the content alone, with a checksum, or indented for people."""
 
 import hashlib
 import json

@@ -10,44 +10,26 @@ written again.
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
 from pipeline.cache import commits, input_hash, parts
+from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
-from pipeline.errors import ChangedError, ShardError, Stopped
-from pipeline.formats.record import PartInfo
+from pipeline.errors import ChangedError, Stopped
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.part_writer import Stages, UnitWriter
 from pipeline.prefetch import Peekable
-from pipeline.readers import parquet_keys
-from pipeline.readers.damage import (
-    ReadableSamples,
-    cut_at_retried_rest,
-    read_past_damage,
-    reject_missing_rest,
-)
-from pipeline.readers.folder import read_folder_unit
-from pipeline.readers.metadata import merge_metadata, read_tar_metadata
-from pipeline.readers.parquet import read_parquet
-from pipeline.readers.tar import read_tar
-from pipeline.records import (
-    FIRST_ATTEMPT,
-    Attempt,
-    Reject,
-    Sample,
-    Seconds,
-    Unit,
-    UnitReport,
-)
+from pipeline.readers.damage import ReadableSamples, cut_at_retried_rest, reject_missing_rest
+from pipeline.readers.unit import read_samples
+from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit, UnitReport
 from pipeline.storage import reading
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
@@ -57,28 +39,11 @@ WRITING = 2  # units of a worker that are only written, in addition to those tha
 IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait for the device
 
 
-class ReadSpec(Protocol):
-    """The settings of a job that decide how a unit is read."""
-
-    @property
-    def source_options(self) -> Mapping[str, str]: ...
-    @property
-    def layout(self) -> OutputSchema: ...
-    @property
-    def image_column(self) -> str | None: ...
-    @property
-    def key_column(self) -> str | None: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity: sha256 of the cache's identity. image_column, key_column: columns of Parquet sources.
+    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
     open_threads: threads that open images, shared by the units in flight; 0: as many as the worker has cores.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
@@ -87,7 +52,7 @@ class EncodeSpec:
 
     cache: Folder
     source_options: Mapping[str, str]
-    identity: str
+    identity_sha256: str
     transform: Transform
     dtype: str
     seed: int
@@ -208,7 +173,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
         return encode_missing_parts(unit, context, timer)
     except ChangedError:
         current = reading.fetch_current_version(unit, spec.source_options)
-        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity)]
+        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity_sha256)]
         if current.bytes != unit.bytes or not records:
             raise
         samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
@@ -229,7 +194,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     parts_to_skip = 0
     with UnitWriter(unit, spec, context.stages, timer, superseded) as writer:
         for number in itertools.count():
-            part = parts.find_part(spec.cache, unit.name, number, spec.identity, spec.layout.container)
+            part = parts.find_part(spec.cache, unit.name, number, spec.identity_sha256, spec.layout.container)
             if part is not None:
                 writer.adopt(part)
                 parts_to_skip += 1
@@ -246,45 +211,6 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
     report = make_report(unit, writer.parts, writer.adopted, timer.seconds)
     report = replace(report, encoded=writer.encoded, fp32_fallbacks=writer.fp32_fallbacks, texts=writer.texts)
     return replace(report, damage=readable.damage, skipped=skipped)
-
-
-def read_samples(
-    unit: Unit,
-    spec: ReadSpec,
-    skipped: Counter[str] | None = None,
-    on_piece: Callable[[], None] = lambda: None,
-    may_differ: Container[int] | None = None,
-) -> Iterator[Sample | Reject]:
-    """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
-
-    skipped: receives the number of inputs that are not part of a sample, by kind.
-    on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
-    may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
-    Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
-    """
-    options, columns = spec.source_options, spec.layout.columns
-    if unit.kind == "tar":
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
-        with reading.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
-            for sample in read_past_damage(samples, stream, on_piece):
-                if isinstance(sample, Sample) and sample.key in metadata:
-                    yield merge_metadata(sample, metadata[sample.key])
-                else:
-                    yield sample
-    elif unit.kind == "parquet":
-        with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
-            part, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
-            known = parquet_keys.get_file_keys(unit.url, unit.bytes, unit.etag, key)
-            samples = read_parquet(
-                stream, unit.url, unit.bytes, part, image, key, columns.schema, spec.limits, known, skipped
-            )
-            yield from read_past_damage(samples, stream, on_piece)
-    elif unit.kind == "folder":
-        may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
-    else:
-        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
 
 
 def instrument(

@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
+from pipeline.text import CONTROL
 from pipeline.values import iter_texts, size_in_bytes
 
-# characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _HIDDEN = re.compile(r"__[^/]*__/")  # webdataset skips folders of a shard that have such names
-_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
-_SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,33 +43,18 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def to_valid_text(name: str) -> str:
-    """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
-    return _NOT_UTF8.sub(lambda byte: f"{_SUBSTITUTE}x{ord(byte[0]) - 0xDC00:02x}", name)
-
-
 def check_key(key: str, limits: Limits) -> None:
     """Raise Rejected for a key that is unsafe: readers of the cache use it as the name of tar members and files."""
     if (
         not key
         or len(key.encode(errors="replace")) > limits.key_bytes
-        or _CONTROL.search(key)
+        or CONTROL.search(key)
         or key.startswith("/")
         or key.endswith("/")
         or {".", ".."} & set(key.split("/"))
         or _HIDDEN.match(key)
     ):
         raise Rejected("read", "bad_key", limits.key_bytes)
-
-
-def printable_key(key: str, limits: Limits) -> str:
-    """Return a key for a reject: cut to the limit, with escapes for control characters and bytes that are not UTF-8."""
-    return printable(key[: limits.key_bytes])[: limits.key_bytes]
-
-
-def printable(text: str) -> str:
-    """Return a text of `to_valid_text` with escapes for control characters, safe to print on a terminal."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace(_SUBSTITUTE, "\\"))
 
 
 def check_columns(columns: Mapping[str, object], limits: Limits) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 
 from pipeline.cache import input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
+from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop, UnitQueue
 from pipeline.errors import Rejected
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.images import decode
 from pipeline.images.prepare import prepare_sample
@@ -38,7 +39,7 @@ class PartSpec(Protocol):
     @property
     def cache(self) -> Folder: ...
     @property
-    def identity(self) -> str: ...
+    def identity_sha256(self) -> str: ...
     @property
     def transform(self) -> Transform: ...
     @property
@@ -270,11 +271,11 @@ def open_sample(
         queue.drop()
 
 
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec) -> Record:
+def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec) -> PartRecord:
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
-    return Record(
+    return PartRecord(
         format=FORMAT,
-        identity=spec.identity,
+        identity=spec.identity_sha256,
         unit=unit.name,
         part=number,
         last=last,

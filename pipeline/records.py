@@ -19,13 +19,13 @@ TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is co
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class ListedFile:
     """An input file as it was listed.
 
     url: its location, without credentials. root: URL of the source's last directory without a wildcard.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
-    etag: the version of its content (`reading.get_etag`); empty if it is unknown.
-    file: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
+    etag: the version of its content (`etags.get_etag`); empty if it is unknown.
+    file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     """
 
     url: str
@@ -33,12 +33,15 @@ class Shard:
     path: str
     bytes: int
     etag: str
-    file: str = ""
+    file_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class File:
-    """An image of a folder, or a text beside it, as it was listed. path: starts with the name of the source."""
+class PlannedFile:
+    """An input file as it was planned: a tar, a Parquet file, an image, or a text beside it.
+
+    path: starts with the name of the source.
+    """
 
     path: str
     bytes: int
@@ -52,7 +55,7 @@ class Unit:
     name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
     range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
-    texts (packed by `readers.sidecars`), and `etag` is the sha256 of `files`.
+    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`.
     """
 
     name: str
@@ -67,12 +70,12 @@ class Unit:
     root: str = ""
 
     @property
-    def source(self) -> str:
+    def source_name(self) -> str:
         """The name of the unit's source."""
         return source_name(self.path)
 
     @property
-    def share(self) -> int:
+    def input_bytes(self) -> int:
         """The approximate number of the input's bytes that this unit reads."""
         return self.bytes // (self.range[1] if self.range else 1)
 

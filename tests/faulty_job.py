@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-from jobs import cache_spec, encode
+from jobs import encode, encode_spec
 from jobs.entry import run_as_script
 from pipeline.flow import EncodeSpec
 
 {definition}
 
-cache_spec.EncodeSpec = Faulty
+encode_spec.EncodeSpec = Faulty
 run_as_script(encode.main)
 """
 

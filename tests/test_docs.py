@@ -6,16 +6,17 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.cli import VERBS
-from jobs.options import OPTIONS
-from jobs.parsing import make_parser
+from jobs.options import OPTIONS, EncodeOptions
+from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache import plan
@@ -38,7 +39,14 @@ def find_blocks(text: str, language: str) -> list[str]:
 
 def make_command_line_page() -> str:
     """Return docs/command-line.md, generated from the options."""
-    parts = ["# The command line\n\nMade from the options by `python -m tests.test_docs`; a test keeps it true.\n"]
+    parts = [
+        "# The command line\n",
+        "<!-- Made by `python -m tests.test_docs`. A test compares it with the options. -->\n",
+    ]
+    parts.append(
+        "This page has the help of each command, as `latentmill COMMAND --help` prints it. Every option can also be\n"
+        "set in a YAML file (`--config job.yaml`), with the same name: `resolution: 512`.\n"
+    )
     for verb, text in VERBS.items():
         parts.append(f"## latentmill {verb}\n\n{text[0].upper()}{text[1:]}.\n")
         parts.append(f"```text\n{make_parser(OPTIONS[verb], verb).format_help()}```\n")
@@ -72,6 +80,11 @@ def test_the_python_code_of_the_readme_runs(demo: Path, monkeypatch: pytest.Monk
     assert abs(latents.mean()) < 0.3
     assert 0.7 < latents.std() < 1.3
     np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
+    assert latents.dtype == np.float64
+    batch, captions = names["batch"], names["captions"]
+    assert isinstance(batch, torch.Tensor)
+    assert isinstance(captions, Sequence)
+    assert (batch.shape, batch.dtype, len(captions)) == ((3, 16, 32, 32), torch.float16, 3)
 
 
 def find_command_lines(text: str) -> list[str]:
@@ -101,6 +114,14 @@ def test_the_commands_of_a_page_exist(page: str) -> None:
             make_parser(OPTIONS[words[1]], words[1]).parse_args(words[2:])
         else:
             assert words[0] in ("export", ".", "ray", "python", "python3", "pip", "pre-commit"), line
+
+
+def test_the_config_file_of_the_readme_gives_the_options_of_the_quickstart(tmp_path: Path) -> None:
+    (block,) = find_blocks(README, "yaml")
+    (tmp_path / "job.yaml").write_text(block)
+    line = next(line for line in find_command_lines(find_section("Quickstart")) if "latentmill encode" in line)
+    from_file = parse(EncodeOptions, "encode", ["--config", str(tmp_path / "job.yaml")])
+    assert from_file == parse(EncodeOptions, "encode", shlex.split(line)[2:])
 
 
 def remove_numbers(line: str) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import encoded, smooth
 
 ROOT = Path(__file__).parents[1]
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 WRONG = "raise SystemExit('a module of the user')\n"
 READ = """
 import sys
@@ -25,6 +26,7 @@ cache = Cache.open(sys.argv[1], verify=True)
 latents = [cache.model_latent(row) for file in cache.files() for row in cache.rows(file)]
 print(__version__, len(latents), *latents[0].shape)
 """
+FIND = "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -74,25 +76,39 @@ def test_a_users_modules_on_the_path_do_not_break_a_job_from_a_checkout(project:
     assert json.loads(job.stdout)["stats"]["count"] == 3
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_users_modules_do_not_break_the_installed_package(project: Path, micro_vae: Path, tmp_path: Path) -> None:
-    """Install the built wheel in a new environment that uses the libraries of this one."""
-    sources, wheels, environment = tmp_path / "sources", tmp_path / "wheels", tmp_path / "environment"
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the package from a copy of its files, without the network. Returns the wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    sources, wheels = folder / "sources", folder / "wheels"
     for name in ("latentmill", "vae", "pipeline", "jobs"):
         shutil.copytree(ROOT / name, sources / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, sources],
+        [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", wheels, sources],
         check=True,
         capture_output=True,
     )
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = environment / "bin/python"
     (wheel,) = wheels.iterdir()
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    return wheel
+
+
+def create_environment(folder: Path) -> Path:
+    """Create an empty virtual environment. Returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin/python"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_users_modules_do_not_break_the_installed_package(
+    project: Path, micro_vae: Path, wheel: Path, tmp_path: Path
+) -> None:
+    """Install the built wheel in a new environment that uses the libraries of this one."""
+    environment = tmp_path / "environment"
+    python = create_environment(environment)
+    subprocess.run([*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
     (site,) = environment.glob("lib/*/site-packages")
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
@@ -106,6 +122,42 @@ def test_a_users_modules_do_not_break_the_installed_package(project: Path, micro
         assert json.loads(job.stdout)["stats"]["count"] == 3
         reader = run([python, "-c", READ, argv[3]], project, project)
         assert reader.stdout.split() == ["0.1.0", "3", "4", "8", "8"], reader.stderr
+
+
+@pytest.fixture
+def runtime_environment(tmp_path: Path, wheel: Path) -> Iterator[Path]:
+    """Install the wheel and what it requires, in the versions of constraints.txt. Returns the environment's folder."""
+    environment = tmp_path / "environment"
+    install = [*PIP, "--python", create_environment(environment), "install", "--quiet"]
+    for package in ("torch", wheel):  # torch first, as in the Makefile
+        subprocess.run([*install, "--constraint", ROOT / "constraints.txt", package], check=True)
+    yield environment
+    shutil.rmtree(environment)  # pytest would keep its gigabyte
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_the_installed_package_needs_only_its_runtime_dependencies(
+    project: Path, micro_vae: Path, runtime_environment: Path
+) -> None:
+    python, latentmill = runtime_environment / "bin/python", runtime_environment / "bin/latentmill"
+    found = run([python, "-c", FIND, "ray", "pytest", "mypy", "diffusers", "moto", "skimage"], project)
+    assert found.stdout.split() == ["ray"], found.stderr
+
+    stats = []
+    for workers in (0, 1):
+        cache = f"c{workers}"
+        argv = encode_argv(micro_vae, "--workers", workers)
+        argv[3] = cache
+        decode = ["decode", cache, "--to", f"previews{workers}", "--workers", 0, "--json"]
+        for command in (argv, decode, ["verify", cache, "--json"], ["stats", cache, "--json"]):
+            job = run([latentmill, *command], project)
+            assert job.returncode == 0, (command, job.stderr)
+        stats.append(json.loads(job.stdout))
+        assert stats[-1]["count"] == 3
+        assert (project / f"previews{workers}/sheets/00000.png").is_file()
+    assert stats[0]["digest"] == stats[1]["digest"]
 
 
 @pytest.mark.parametrize("command", ["latentmill", "jobs.status", "jobs.encode"])

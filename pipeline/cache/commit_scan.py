@@ -5,13 +5,14 @@ during the scan.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pipeline.cache import parts as part_files
-from pipeline.cache.commits import list_commits, read_commits, repair_commit
-from pipeline.cache.parts import DATA, is_retry_part, strip_extension
+from pipeline.cache.commits import COMMITS, list_commits, read_commits, repair_commit, write_commit
+from pipeline.cache.part_info import PartSummary
+from pipeline.cache.parts import DATA, find_empty_duplicates, inspect_part, is_retry_part, strip_extension
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Container
@@ -19,13 +20,22 @@ from pipeline.storage.folder import Folder
 
 CommitEntry = Mapping[str, Any]
 T = TypeVar("T")
+NOT_COUNTED: dict[str, Any] = {
+    "rows": 0,
+    "filtered": 0,
+    "enlarged": 0,
+    "reject_counts": {},
+    "rest_positions": (),
+    "supersedes": (),
+    "tally": {},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
     """How commits are repaired. rehash: files may have been overwritten, so each one is read and hashed."""
 
-    identity: str
+    identity_sha256: str
     container: Container
     rehash: bool = False
 
@@ -82,7 +92,9 @@ def pair_with_commits(
 
     def parse_commit(name: str, content: dict[str, Any]) -> dict[str, T]:
         if repair is not None:
-            content = repair_commit(cache, name, content, data_stems, repair.identity, repair.container, repair.rehash)
+            content = repair_commit(
+                cache, name, content, data_stems, repair.identity_sha256, repair.container, repair.rehash
+            )
         entries = {entry["file"]: parse_entry(name, entry) for entry in content["parts"]}
         check_files_exist(cache, entries.keys() - listed)
         return entries
@@ -108,3 +120,56 @@ def check_files_exist(cache: Folder, files: Collection[str]) -> None:
     for file in sorted(files):
         if cache.read_if_exists(file) is None:
             raise CacheError(f"{cache.url_of(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")
+
+
+def read_summaries(
+    cache: Folder,
+    identity_sha256: str,
+    listing: CacheListing | None = None,
+    repair: Repair | None = None,
+    after: str = "",
+) -> Iterator[PartSummary]:
+    """Yield a summary of each part of a cache, in the order of the file names (`pair_with_commits`).
+
+    A summary is read from the commit of its part, or from the part's file if no commit names it. A part without rows
+    counts nothing if the same part exists with rows.
+    Raises CacheError if a file that a commit names does not exist.
+    """
+    listing = listing or CacheListing.read(cache)
+    duplicates = find_empty_duplicates(listing.files)
+
+    def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
+        return _parse_summary(cache, name, entry)
+
+    for file, committed in pair_with_commits(cache, listing, parse_entry, repair, after):
+        is_to_commit = repair is not None and file not in duplicates
+        part = committed or _read_uncommitted(cache, file, identity_sha256, is_to_commit)
+        yield replace(part, **NOT_COUNTED) if file in duplicates else part
+
+
+def read_committed_summaries(cache: Folder, names: Iterable[str]) -> Iterator[PartSummary]:
+    """Yield a summary of each part of these commits, from the commits alone."""
+    for name, content in read_commits(cache, names):
+        for entry in content["parts"]:
+            yield _parse_summary(cache, name, entry)
+
+
+def _parse_summary(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
+    try:
+        return PartSummary.from_commit(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        file = cache.url_of(f"{COMMITS}/{name}.json")
+        raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
+
+
+def _read_uncommitted(cache: Folder, file: str, identity_sha256: str, is_to_commit: bool) -> PartSummary:
+    """Read a part from its own file.
+
+    is_to_commit: write the commit of a retry part, because the retry ended before it did.
+    """
+    part = inspect_part(cache, file, identity_sha256)
+    if part is None:
+        raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
+    if is_to_commit and part.record.round:
+        write_commit(cache, [part])
+    return part.summary

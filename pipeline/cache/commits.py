@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
     DATA,
     EMPTY,
@@ -21,7 +22,6 @@ from pipeline.cache.parts import (
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
-from pipeline.formats.record import PartInfo
 from pipeline.records import Container
 from pipeline.storage.folder import Folder
 
@@ -59,7 +59,7 @@ def encode_rejects(parts: Sequence[PartInfo]) -> bytes:
 
 def make_commit(parts: Sequence[PartInfo], facts: Mapping[str, object]) -> dict[str, Any]:
     """Return the content of a file in `_commits`."""
-    return with_checksum({"unit": parts[0].record.unit, "parts": [part.to_dict() for part in parts], **facts})
+    return with_checksum({"unit": parts[0].record.unit, "parts": [part.to_commit_entry() for part in parts], **facts})
 
 
 def rewrite_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def repair_commit(
     name: str,
     content: dict[str, Any],
     data_stems: Set[str],
-    identity: str,
+    identity_sha256: str,
     container: Container,
     rehash: bool,
 ) -> dict[str, Any]:
@@ -93,23 +93,23 @@ def repair_commit(
     writer can overwrite a file.
     """
     files = [entry["file"] for entry in content["parts"]]
-    parts = [inspect_part(cache, file, identity) for file in files] if rehash else []
+    parts = [inspect_part(cache, file, identity_sha256) for file in files] if rehash else []
     pairs = zip(parts, content["parts"], strict=False)
     has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
     if not has_changed and not any(to_data_stem(file) in data_stems for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
-    return rewrite_commit(cache, inspect_committed(cache, name, identity, container), facts)
+    return rewrite_commit(cache, inspect_committed(cache, name, identity_sha256, container), facts)
 
 
-def inspect_committed(cache: Folder, name: str, identity: str, container: Container) -> list[PartInfo]:
+def inspect_committed(cache: Folder, name: str, identity_sha256: str, container: Container) -> list[PartInfo]:
     """Read the parts of the commit with this name, as they are now. Raises CacheError if a unit lacks a part."""
     if is_retry_part(name):
         files = (f"{DATA}/{name}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{name}.json")
-        return [part for part in (inspect_part(cache, file, identity) for file in files) if part is not None][:1]
+        return [part for part in (inspect_part(cache, file, identity_sha256) for file in files) if part is not None][:1]
     parts: list[PartInfo] = []
     while not parts or not parts[-1].record.last:
-        part = find_part(cache, name, len(parts), identity, container)
+        part = find_part(cache, name, len(parts), identity_sha256, container)
         if part is None:
             raise CacheError(
                 f"part {len(parts)} of {cache.url_of(name)} was committed, but is missing: the cache is damaged; "

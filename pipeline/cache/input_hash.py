@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import SourceError
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.records import Reject, Sample
 from pipeline.values import to_json_value
 
@@ -41,7 +41,7 @@ def combine_digests(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def hash_record(record: Record, digests: bytes | bytearray) -> str:
+def hash_record(record: PartRecord, digests: bytes | bytearray) -> str:
     """Return the `inputs` that this part would have with the samples that its input has now.
 
     digests: the digests of these samples, one after the other from position 0 on. For a rejected sample, the recorded
@@ -54,7 +54,9 @@ def hash_record(record: Record, digests: bytes | bytearray) -> str:
     )
 
 
-def check_inputs(items: Iterator[Sample | Reject], records: Sequence[Record], url: str) -> Iterator[Sample | Reject]:
+def check_inputs(
+    items: Iterator[Sample | Reject], records: Sequence[PartRecord], url: str
+) -> Iterator[Sample | Reject]:
     """Yield the same items, and compare them with a unit's records on the way.
 
     Raises SourceError as soon as all samples of a part were read, if the part was made from other samples.
@@ -69,12 +71,12 @@ def check_inputs(items: Iterator[Sample | Reject], records: Sequence[Record], ur
         _check(record, digests, url)
 
 
-def _end(record: Record) -> int:
+def _end(record: PartRecord) -> int:
     """Return the position after the last sample of a part."""
     return max(record.sample_positions, default=-1) + 1
 
 
-def _check(record: Record, digests: bytearray, url: str) -> None:
+def _check(record: PartRecord, digests: bytearray, url: str) -> None:
     if hash_record(record, digests) != record.inputs:
         raise SourceError(
             f"{url} has changed since it was planned, and not only where it was damaged: {record.stem} was made from "

@@ -13,9 +13,10 @@ from latentmill.cache import DATA as DATA
 from latentmill.cache import EMPTY as EMPTY
 from latentmill.cache import list_part_files as list_part_files
 from latentmill.part_files import read_record_json
+from pipeline.cache.part_info import PartInfo
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
-from pipeline.formats.record import PartInfo, Record, format_part_stem
+from pipeline.formats.part_record import PartRecord, format_part_stem
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.folder import Folder
@@ -31,7 +32,7 @@ class PartFormat(Protocol):
     def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
-    def serialize_part(self, rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
+    def serialize_part(self, rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
         """Return the content of a part's file. rows: at least one."""
 
 
@@ -43,7 +44,7 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return PART_FORMATS[layout.container].describe_schema(layout)
 
 
-def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
+def publish_part(cache: Folder, record: PartRecord, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
     """Create a part's file, and return the part that exists: another writer's, if its file was first.
 
     A part with rows and a part without rows have different names. Two writers can disagree about the rows, for example
@@ -60,7 +61,7 @@ def publish_part(cache: Folder, record: Record, rows: Sequence[Row], layout: Out
     return existing or _create(cache, data_file, part_format.serialize_part(rows, record, layout), record)
 
 
-def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
+def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
@@ -74,7 +75,7 @@ def _create(cache: Folder, name: str, data: bytes, record: Record) -> PartInfo:
 
 
 def find_part(
-    cache: Folder, unit: str, number: int, identity: str, container: Container = "parquet", round: int = 0
+    cache: Folder, unit: str, number: int, identity_sha256: str, container: Container = "parquet", round: int = 0
 ) -> PartInfo | None:
     """Return the part of this number, or None if it does not exist yet.
 
@@ -82,13 +83,13 @@ def find_part(
     """
     stem = format_part_stem(unit, number, round)
     for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
-        part = inspect_part(cache, name, identity)
+        part = inspect_part(cache, name, identity_sha256)
         if part is not None:
             return part
     return None
 
 
-def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
+def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | None:
     """Read the part with this file name. Returns None if the file does not exist.
 
     Raises CacheError if the file belongs to another cache or another name.
@@ -97,7 +98,7 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     if data is None:
         return None
     record = read_record(data, cache.url_of(name))
-    if record.identity != identity:
+    if record.identity != identity_sha256:
         raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
     if get_expected_stem(record) != strip_extension(name):
         raise CacheError(
@@ -106,7 +107,7 @@ def inspect_part(cache: Folder, name: str, identity: str) -> PartInfo | None:
     return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def get_expected_stem(record: Record) -> str:
+def get_expected_stem(record: PartRecord) -> str:
     """Return the name that the file of a part must have, without the extension."""
     return f"{DATA if record.rows else EMPTY}/{record.stem}"
 
@@ -116,11 +117,11 @@ def strip_extension(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def read_record(data: bytes, name: str) -> Record:
+def read_record(data: bytes, name: str) -> PartRecord:
     """Return the record inside a part's file. Raises CacheError, with the file's name, if there is none."""
     is_bare = name.endswith(".json")
     try:
-        return Record.from_json(data if is_bare else read_record_json(data, name))
+        return PartRecord.from_json(data if is_bare else read_record_json(data, name))
     except (ValueError, KeyError, TypeError) as error:
         if is_bare:
             raise CacheError(f"{name} cannot be read as the record of a part") from error
@@ -144,25 +145,25 @@ def is_retry_part(stem: str) -> bool:
     return _RETRY_STEM.search(stem) is not None
 
 
-def read_retry_parts(cache: Folder, identity: str, units: Set[str] | None = None) -> list[PartInfo]:
+def read_retry_parts(cache: Folder, identity_sha256: str, units: Set[str] | None = None) -> list[PartInfo]:
     """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
 
     def is_wanted(name: str) -> bool:
         return is_retry_part(strip_extension(name)) and (units is None or parse_unit_name(name) in units)
 
-    return _read_parts(cache, identity, is_wanted)
+    return _read_parts(cache, identity_sha256, is_wanted)
 
 
-def read_unit_parts(cache: Folder, unit: str, identity: str) -> list[PartInfo]:
+def read_unit_parts(cache: Folder, unit: str, identity_sha256: str) -> list[PartInfo]:
     """Read all existing parts of a unit, including retry parts. unit: the unit's name."""
-    return _read_parts(cache, identity, lambda name: parse_unit_name(name) == unit)
+    return _read_parts(cache, identity_sha256, lambda name: parse_unit_name(name) == unit)
 
 
-def _read_parts(cache: Folder, identity: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
+def _read_parts(cache: Folder, identity_sha256: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
     """Read the parts with wanted file names, without the files in `_empty/` that do not count."""
     names = list_part_files(cache)
     duplicates = find_empty_duplicates(names)
-    parts = (inspect_part(cache, name, identity) for name in names if is_wanted(name) and name not in duplicates)
+    parts = (inspect_part(cache, name, identity_sha256) for name in names if is_wanted(name) and name not in duplicates)
     return [part for part in parts if part is not None]
 
 
@@ -172,10 +173,10 @@ def parse_unit_name(file: str) -> str:
     return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def read_superseded(cache: Folder, identity: str, units: Set[str]) -> dict[str, dict[int, str]]:
+def read_superseded(cache: Folder, identity_sha256: str, units: Set[str]) -> dict[str, dict[int, str]]:
     """Return the rejects of these units that retry parts supersede: unit -> position -> reason."""
     superseded: dict[str, dict[int, str]] = {}
-    for part in read_retry_parts(cache, identity, units) if units else []:
+    for part in read_retry_parts(cache, identity_sha256, units) if units else []:
         reasons = superseded.setdefault(part.record.unit, {})
         for position, reason in part.record.supersedes:
             # The retry that reads a rest can reject its first sample, and a later retry can supersede that reject. The

@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 from pipeline.cache import commits
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
-from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Shard, Unit, extension, is_image, source_name, stem
+from pipeline.readers.image_files import unpack_files
+from pipeline.records import TEXT_EXTENSIONS, ListedFile, PlannedFile, Unit, extension, is_image, source_name, stem
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
 from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
+from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
@@ -76,7 +77,7 @@ def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
     files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
     roots = find_source_roots(itertools.chain.from_iterable(files))
-    return [move_to_root(unit, roots[unit.source]) for unit in select_latest_units(files)]
+    return [move_to_root(unit, roots[unit.source_name]) for unit in select_latest_units(files)]
 
 
 def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
@@ -146,7 +147,7 @@ def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
 
 def extend_plan(
     cache: Folder,
-    shards: Sequence[Shard],
+    files: Sequence[ListedFile],
     sources: Sequence[Source] = (),
     new_source: bool = False,
     same_source: bool = False,
@@ -154,16 +155,16 @@ def extend_plan(
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
-    sources: the sources that list the shards. new_source: treat them as new, even if they resemble planned files.
+    sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
-    sidecars = match_sidecars(shards, texts)
+    sidecars = match_sidecars(files, texts)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
-        new, units, notes = compare_with_plan(cache, shards, sidecars, planned, sources, new_source, same_source)
+        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: it has no tar shards, Parquet files or images")
@@ -178,7 +179,7 @@ def extend_plan(
 
 def compare_with_plan(
     cache: Folder,
-    shards: Sequence[Shard],
+    listed_files: Sequence[ListedFile],
     sidecars: SidecarIndex,
     planned: Sequence[Unit],
     sources: Sequence[Source],
@@ -186,8 +187,8 @@ def compare_with_plan(
     same_source: bool,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
-    listed = {shard.path: shard for shard in shards}
-    roots = {(source_name(shard.path), shard.root): None for shard in shards}
+    listed = {file.path: file for file in listed_files}
+    roots = {(source_name(file.path), file.root): None for file in listed_files}
     sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
     planned, notes = relocate_units(planned, listed, sources, same_source)
@@ -204,7 +205,7 @@ def compare_with_plan(
         inputs = {identify_input(unit) for unit in replanned}
         pairs = zip((with_etags(unit, listed) for unit in planned), before, strict=True)
         replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
-    new, more = find_unplanned(shards, planned, files)
+    new, more = find_unplanned(listed_files, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
     roots_planned = find_source_roots(planned)
@@ -221,12 +222,12 @@ def compare_with_plan(
     if duplicates:
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
-    added = make_units([shard for shard in inputs_to_add if shard.path not in duplicates], sidecars)
+    added = make_units([file for file in inputs_to_add if file.path not in duplicates], sidecars)
     return replanned + added, planned, notes
 
 
 def replan_changed(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
+    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
 ) -> tuple[list[Unit], list[str]]:
     """Return new units for changed inputs without encoded samples, and notes about all changed inputs.
 
@@ -255,7 +256,7 @@ def replan_changed(
     return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars)], notes
 
 
-def replan_unit(unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex) -> list[Unit]:
+def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex) -> list[Unit]:
     """Return the units of a unit's input as it is now.
 
     A folder unit keeps its images. Images that are missing now stay as they were planned.
@@ -272,22 +273,22 @@ def replan_unit(unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex)
 
 
 def find_unplanned(
-    shards: Sequence[Shard], planned: Sequence[Unit], files: Mapping[str, File]
-) -> tuple[list[Shard], list[str]]:
+    listed_files: Sequence[ListedFile], planned: Sequence[Unit], files: Mapping[str, PlannedFile]
+) -> tuple[list[ListedFile], list[str]]:
     """Return the files that are not planned yet, and a note about images that cannot be added.
 
     files: all planned files, by path.
     """
     tars = {stem(unit.path) for unit in planned if unit.kind == "tar"}
     stems = {stem(path) for unit in planned for path in unit.paths}
-    new: list[Shard] = []
+    new: list[ListedFile] = []
     namesakes: list[str] = []
-    for shard in shards:
-        if shard.path not in files:
-            if is_image(shard.path) and stem(shard.path) in stems:
-                namesakes.append(shard.path)
-            elif extension(shard.path) != "parquet" or stem(shard.path) not in tars:
-                new.append(shard)
+    for file in listed_files:
+        if file.path not in files:
+            if is_image(file.path) and stem(file.path) in stems:
+                namesakes.append(file.path)
+            elif extension(file.path) != "parquet" or stem(file.path) not in tars:
+                new.append(file)
     if not namesakes:
         return new, []
     skipped = f"images that are skipped: {len(namesakes):,} ({abbreviate(namesakes)})"

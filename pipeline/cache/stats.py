@@ -5,82 +5,24 @@ work was interrupted.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from latentmill.cache import STATS
 from latentmill.cache import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
-from pipeline.cache import commit_scan, commits
-from pipeline.cache.commit_scan import CacheListing, CommitEntry, Repair, strip_folder
-from pipeline.cache.parts import find_empty_duplicates, inspect_part, strip_extension
+from pipeline.cache.commit_scan import CacheListing, Repair, read_summaries, strip_folder
+from pipeline.cache.part_info import PartSummary
+from pipeline.cache.parts import strip_extension
 from pipeline.cache.tally import compute_std, merge, merge_two, pool_channels
-from pipeline.canonical_json import VERIFY_HINT, indented_json
-from pipeline.errors import REST_OF_SHARD, CacheError
-from pipeline.formats.record import BucketTally, PartSummary
+from pipeline.canonical_json import indented_json
+from pipeline.errors import REST_OF_SHARD
+from pipeline.formats.part_record import BucketTally
 from pipeline.storage.folder import Folder
 
 NAME = STATS
-NOT_COUNTED: dict[str, Any] = {
-    "rows": 0,
-    "filtered": 0,
-    "enlarged": 0,
-    "reject_counts": {},
-    "rest_positions": (),
-    "supersedes": (),
-    "tally": {},
-}
 NEARLY_CONSTANT = 1e-4  # a channel's standard deviation, relative to that of the widest channel
-
-
-def read_parts(
-    cache: Folder, identity: str, listing: CacheListing | None = None, repair: Repair | None = None, after: str = ""
-) -> Iterator[PartSummary]:
-    """Yield all parts of a cache, in the order of their file names (`commit_scan.pair_with_commits`).
-
-    A part is read from its commit, or from its own file if no commit names it. A part without rows counts nothing if
-    the same part exists with rows.
-    Raises CacheError if a file that a commit names does not exist.
-    """
-    listing = listing or CacheListing.read(cache)
-    duplicates = find_empty_duplicates(listing.files)
-
-    def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
-        return _parse_entry(cache, name, entry)
-
-    for file, committed in commit_scan.pair_with_commits(cache, listing, parse_entry, repair, after):
-        is_to_commit = repair is not None and file not in duplicates
-        part = committed or _read_uncommitted(cache, file, identity, is_to_commit)
-        yield replace(part, **NOT_COUNTED) if file in duplicates else part
-
-
-def read_committed_parts(cache: Folder, names: Iterable[str]) -> Iterator[PartSummary]:
-    """Yield the parts of these commits, from the commits alone."""
-    for name, content in commits.read_commits(cache, names):
-        for entry in content["parts"]:
-            yield _parse_entry(cache, name, entry)
-
-
-def _parse_entry(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
-    try:
-        return PartSummary.from_commit(entry)
-    except (KeyError, TypeError, AttributeError) as error:
-        file = cache.url_of(f"{commits.COMMITS}/{name}.json")
-        raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
-
-
-def _read_uncommitted(cache: Folder, file: str, identity: str, is_to_commit: bool) -> PartSummary:
-    """Read a part from its own file.
-
-    is_to_commit: write the commit of a retry part, because the retry ended before it did.
-    """
-    part = inspect_part(cache, file, identity)
-    if part is None:
-        raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
-    if is_to_commit and part.record.round:
-        commits.write_commit(cache, [part])
-    return part.summary
 
 
 @dataclass(slots=True)
@@ -170,8 +112,8 @@ class StatsWriter:
 
     SNAPSHOTS = 32
 
-    def __init__(self, cache: Folder, identity: str, repair: Repair | None = None) -> None:
-        self.cache, self.identity, self.repair = cache, identity, repair
+    def __init__(self, cache: Folder, identity_sha256: str, repair: Repair | None = None) -> None:
+        self.cache, self.identity_sha256, self.repair = cache, identity_sha256, repair
         self.files: tuple[str, ...] = ()
         self._snapshots: list[tuple[str, RunningStats]] = [("", RunningStats())]
         self._hashes: dict[str, str] = {}
@@ -181,7 +123,7 @@ class StatsWriter:
         listing = CacheListing.read(self.cache)
         after, sums = self._rewind(listing.files)
         interval = max(1, len(listing.files) // self.SNAPSHOTS)
-        for number, part in enumerate(read_parts(self.cache, self.identity, listing, self.repair, after), 1):
+        for number, part in enumerate(read_summaries(self.cache, self.identity_sha256, listing, self.repair, after), 1):
             sums.add(part)
             self._hashes[part.file] = part.sha256
             if number % interval == 0:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.formats.record import BucketTally
+from pipeline.formats.part_record import BucketTally
 from pipeline.records import Row, Store
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import BASE_SCHEMA, OutputSchema
 from pipeline.records import Row
 from pipeline.values import size_in_bytes
@@ -35,7 +35,7 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return [{"name": field.name, "type": str(field.type)} for field in make_schema(layout)]
 
 
-def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
+def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
     """Return the content of a part's file. rows: at least one, sorted by bucket, then by position."""
     schema, sink = make_schema(layout), io.BytesIO()
     others = [path for field in schema if field.name != _LATENT for path in _list_paths(field.name, field.type)]
@@ -67,7 +67,7 @@ def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     yield group
 
 
-def _make_table(rows: Sequence[Row], record: Record, schema: pa.Schema) -> pa.Table:
+def _make_table(rows: Sequence[Row], record: PartRecord, schema: pa.Schema) -> pa.Table:
     """Return the rows of a row group as a table. They have one bucket, so their latents have one shape."""
     latent, images, geometries = rows[0].latent, [row.image for row in rows], [row.image.geometry for row in rows]
     columns: dict[str, Any] = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from latentmill.part_files import SAMPLE_JSON, WEBDATASET_RECORD, WEBDATASET_SUFFIX
 from pipeline.canonical_json import canonical_json
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Row
 from pipeline.values import to_json_value
@@ -30,7 +30,7 @@ def _get_array_name(layout: OutputSchema) -> str:
     return "moments" if layout.store == "moments" else "latent"
 
 
-def serialize_part(rows: Sequence[Row], record: Record, layout: OutputSchema) -> bytes:
+def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
     """Return the content of a part's file.
 
     rows: at least one, sorted by bucket, then by position. bfloat16 is not possible, because numpy does not support it.

@@ -1,4 +1,4 @@
-"""Decode images to pixels (stage "open"), by one rule for every kind of image.
+"""Decode images to pixels, by one rule for every kind of image.
 
     orientation   the EXIF orientation is applied; original sizes are measured after it
     animation     the first frame
@@ -9,6 +9,9 @@
     otherwise     RGB by Pillow's conversion (gray, palette, YCbCr, LAB, HSV)
 
 The number of bytes and of pixels is checked before an image is decompressed.
+
+Decoding an image file is part of the stage `open`. It is not the command `decode`, which turns latents into images
+(`pipeline.preview`).
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Turn a sample into the image that is encoded: check it, decode its image file, and transform the pixels."""
+"""Prepare a sample for the encoder: decode its image, and transform the pixels."""
 
 import time
 from collections.abc import Callable
@@ -21,10 +21,10 @@ def prepare_sample(
 ) -> tuple[PreparedImage | Reject | Filtered, float]:
     """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
     start = time.perf_counter()
-    return _prepare_sample(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
+    return _decode_and_transform(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
 
 
-def _prepare_sample(
+def _decode_and_transform(
     unit: Unit,
     sample: Sample | Reject,
     transform: Transform,

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from latentmill.part_files import to_tensor
-from pipeline import flow
 from pipeline.cache import input_hash
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
-from pipeline.formats.record import PartInfo
 from pipeline.images.prepare import prepare_sample
 from pipeline.maintenance.verify_part import Problem
+from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.storage import reading
 
@@ -38,7 +38,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     """
     digests, damage = bytearray(), ""
     try:
-        for sample in flow.read_samples(
+        for sample in read_samples(
             reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
         ):
             digests += input_hash.hash_sample(sample)
@@ -73,7 +73,7 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
         remaining = {row["key"]: (ref.file, row) for ref, row in rows if ref.unit.name == unit.name}
         rejected: dict[str, str] = {}
         try:
-            for sample in flow.read_samples(
+            for sample in read_samples(
                 reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
             ):
                 if isinstance(sample, Sample) and sample.key in remaining:

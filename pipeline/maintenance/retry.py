@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import find_part, publish_part
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
-from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext, instrument, make_report, read_samples
-from pipeline.formats.record import PartInfo, Record
+from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext, instrument, make_report
+from pipeline.formats.part_record import PartRecord
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.part_writer import PartBuffer, fill_part, make_record
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
+from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
 from pipeline.storage import reading
 from pipeline.timing import StageTimer
@@ -41,7 +43,7 @@ class RetryTask:
     rejected: Set[tuple[int, str]]
     superseded: Set[tuple[int, str]]
     rounds: Mapping[int, int]
-    rests: Sequence[Record]
+    rests: Sequence[PartRecord]
     any_size: bool
 
     @property
@@ -56,7 +58,7 @@ def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[st
     parts: all parts that have rejects or that a retry wrote.
     started: the paths of the inputs from which the encode command read at least one sample.
     """
-    records_by_unit: dict[str, list[Record]] = {}
+    records_by_unit: dict[str, list[PartRecord]] = {}
     for part in parts:
         records_by_unit.setdefault(part.record.unit, []).append(part.record)
     tasks = []
@@ -93,7 +95,7 @@ class RemainingRejects:
         self.end = 0
         self._update()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: PartRecord) -> None:
         """Add the rejects of a retry part, and the rejects that it supersedes."""
         self.rejected |= {(reject.position, reject.reason) for reject in record.rejects}
         self.superseded |= set(record.supersedes)
@@ -245,7 +247,7 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
     readable = ReadableSamples(samples, context.damaged_at)
     if is_as_planned:
         return readable, readable
-    parts = commits.inspect_committed(spec.cache, unit.name, spec.identity, spec.layout.container)
+    parts = commits.inspect_committed(spec.cache, unit.name, spec.identity_sha256, spec.layout.container)
     records = [*(part.record for part in parts), *task.rests]
     return readable, input_hash.check_inputs(iter(readable), records, unit.url)
 
@@ -253,7 +255,9 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
 def add_existing_parts(unit: Unit, number: int, remaining: RemainingRejects, spec: EncodeSpec) -> None:
     """Add retry parts of this number that were written since the task was made, by another worker or attempt."""
     container = spec.layout.container
-    while part := find_part(spec.cache, unit.name, number, spec.identity, container, remaining.next_round(number)):
+    while part := find_part(
+        spec.cache, unit.name, number, spec.identity_sha256, container, remaining.next_round(number)
+    ):
         remaining.add(part.record)
 
 
@@ -265,7 +269,7 @@ def make_retry_record(
     remaining: RemainingRejects,
     following: Sample | Reject | None,
     context: WorkerContext,
-) -> Record | None:
+) -> PartRecord | None:
     """Return the record of the samples that succeeded, or None if none did. Other samples are removed from `buffer`.
 
     positions: of the retried samples. following: the next sample to retry, if any.
@@ -293,7 +297,9 @@ def make_retry_record(
     )
 
 
-def publish_retry_part(record: Record, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec) -> PartInfo:
+def publish_retry_part(
+    record: PartRecord, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec
+) -> PartInfo:
     """Write a retry part and its commit. Raises StorageError if another retry wrote the part with other samples."""
     part = publish_part(spec.cache, record, buffer.rows, spec.layout)
     commits.write_commit(spec.cache, [part])

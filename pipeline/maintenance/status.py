@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cache import parts, plan, stats
+from pipeline.cache.commit_scan import read_committed_summaries
 from pipeline.cache.commits import list_commits
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
 from pipeline.storage.folder import Folder
@@ -17,11 +18,11 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     last run ended so; otherwise `planned`. images_per_second (over the last minute) and seconds_left come from the runs
     that are alive, and are None if there is none.
     """
-    units = {unit.name: unit.share for unit in plan.read_plan(cache)}
+    units = {unit.name: unit.input_bytes for unit in plan.read_plan(cache)}
     commits = list_commits(cache)
     finished = {name for name in commits if not parts.is_retry_part(name)}
     sums, committed_files = stats.RunningStats(), set[str]()
-    for part in stats.read_committed_parts(cache, sorted(commits)):
+    for part in read_committed_summaries(cache, sorted(commits)):
         sums.count(part)
         committed_files.add(part.file)
     runs = [describe_run(run, now) for run in read_runs(cache).values()]

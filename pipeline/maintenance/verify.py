@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.cache import card as card_module
 from pipeline.cache import commits, identity, plan, runs, stats
 from pipeline.cache.card import NAME
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
     DATA,
     EMPTY,
@@ -31,7 +32,6 @@ from pipeline.cache.parts import (
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
-from pipeline.formats.record import PartInfo
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
 from pipeline.prefetch import map_in_order
 from pipeline.records import Unit
@@ -381,7 +381,7 @@ def _compare_with_parts(
             if name in sound_files:
                 message = "it differs from the file that was committed"
                 yield Problem(name, message, f"move it and {file} away, and run {command}")
-        elif json.loads(canonical_json(part.to_dict())) != committed[name]:
+        elif json.loads(canonical_json(part.to_commit_entry())) != committed[name]:
             yield Problem(file, f"it differs from the record in {name}", REBUILD)
 
 

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
 from pipeline.errors import LatentmillError
 from pipeline.formats import parquet
-from pipeline.formats.record import BucketTally, PartInfo, Record
+from pipeline.formats.part_record import BucketTally, PartRecord
 from pipeline.records import Unit
 
 
@@ -80,7 +81,7 @@ def describe_redo(file: str) -> str:
     return f"move it away with _commits/{unit}.json, if that exists, and run the encode command again"
 
 
-def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:
+def find_contradictions(record: PartRecord, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:
     """Find values of a record that contradict each other, the plan or the cache."""
     suffix = parts.PART_FORMATS[cache.layout.container].SUFFIX if record.rows else ".json"
     if not file.endswith(suffix):
@@ -106,7 +107,7 @@ def find_contradictions(record: Record, file: str, cache: Cache, units: Mapping[
         yield "its statistics count another number of rows"
 
 
-def check_rows(record: Record, data: bytes, file: str, cache: Cache) -> tuple[list[str], np.ndarray]:
+def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tuple[list[str], np.ndarray]:
     """Compare a part's rows with its record. Returns up to three findings, and a 64-bit hash of each row's key."""
     layout, findings = cache.layout, list[str]()
     if layout.container == "parquet":

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from latentmill.part_files import to_tensor
-from pipeline import flow
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
 from pipeline.errors import LatentmillError, Stopped
@@ -26,6 +25,7 @@ from pipeline.images.prepare import prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
+from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
@@ -183,7 +183,7 @@ def find_originals(
     for name, unit in units.items():
         missing = {row["key"] for ref, row in rows if ref.unit.name == name}
         try:
-            for sample in flow.read_samples(unit, spec):
+            for sample in read_samples(unit, spec):
                 worker.step()
                 if sample.key in missing and isinstance(sample, Sample):
                     image, _ = prepare_sample(unit, sample, spec.transform, spec.limits)

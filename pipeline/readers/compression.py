@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pipeline.limits import printable
-from pipeline.records import Shard
+from pipeline.records import ListedFile
+from pipeline.text import printable
 
 ADVICE = "decompress it (gunzip, unzstd, unxz, bunzip2), or unpack it into a folder"
 _FIRST_BYTES = {
@@ -27,9 +27,9 @@ def detect_archive(start: bytes) -> str | None:
     return next((kind for first, kind in _FIRST_BYTES.items() if start.startswith(first)), None)
 
 
-def find_archives(shards: Sequence[Shard]) -> str:
+def find_archives(files: Sequence[ListedFile]) -> str:
     """Return a message that names the compressed archives among the files, and a remedy; "" if there are none."""
-    urls = [shard.url for shard in shards if shard.path.lower().endswith(_ENDINGS)]
+    urls = [file.url for file in files if file.path.lower().endswith(_ENDINGS)]
     if not urls:
         return ""
     more = f" and {len(urls) - _NAMED} more" if len(urls) > _NAMED else ""

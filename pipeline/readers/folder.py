@@ -4,13 +4,24 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 from pipeline.errors import Rejected, SourceError
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
 from pipeline.prefetch import map_in_order
 from pipeline.readers.files import read_planned_file
-from pipeline.readers.sidecars import UNKNOWN, ImageFiles, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Reject, Sample, Unit, extension, is_image, path_below_root, stem
+from pipeline.readers.image_files import UNKNOWN, ImageFiles, unpack_files
+from pipeline.records import (
+    TEXT_EXTENSIONS,
+    PlannedFile,
+    Reject,
+    Sample,
+    Unit,
+    extension,
+    is_image,
+    path_below_root,
+    stem,
+)
 from pipeline.storage.connection import parent
 from pipeline.storage.reading import check_has_files, read_file_if_exists, read_or_none
+from pipeline.text import printable_key
 
 READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
@@ -30,13 +41,13 @@ def read_folder_unit(
     Raises SourceError if they are not.
     """
 
-    def read_content(file: File, limit: int) -> bytes | None:
+    def read_content(file: PlannedFile, limit: int) -> bytes | None:
         url = url_of(file)
         if file.bytes == UNKNOWN:
             return read_file_if_exists(url, options, limit)
         return read_or_none(url, options, lambda: read_planned_file(url, options, limit, file))
 
-    def check_missing(file: File) -> None:
+    def check_missing(file: PlannedFile) -> None:
         if is_image(file.path):
             check_has_files(parent(url_of(file)), options)
         elif not file.bytes and not file.etag:
@@ -44,7 +55,7 @@ def read_folder_unit(
         elif file.bytes != UNKNOWN:
             raise SourceError(f"{url_of(file)} was deleted since it was planned, but its image was not; restore it")
 
-    def url_of(file: File) -> str:
+    def url_of(file: PlannedFile) -> str:
         return f"{unit.url}/{path_below_root(file.path)}"
 
     images = (
@@ -64,8 +75,8 @@ def make_folder_key(path: str) -> str:
 
 def read_folder(
     images: Iterable[ImageFiles],
-    read: Callable[[File, int], bytes | None],
-    on_missing: Callable[[File], None],
+    read: Callable[[PlannedFile, int], bytes | None],
+    on_missing: Callable[[PlannedFile], None],
     pool: Executor,
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
@@ -79,7 +90,7 @@ def read_folder(
     and each Rejected that `read` or `on_missing` raises.
     """
 
-    def read_text(text: File) -> str | None:
+    def read_text(text: PlannedFile) -> str | None:
         data = read(text, limits.text_bytes)
         if data is None:
             on_missing(text)
@@ -97,7 +108,7 @@ def read_folder(
             columns = {extension(text.path): read_text(text) for text in files.texts if extension(text.path) in texts}
             return Sample(position, key, image, {**dict.fromkeys(texts), **columns})
         except Rejected as error:
-            return Reject.from_error(position, printable_key(key, limits), error)
+            return Reject.from_error(position, printable_key(key, limits.key_bytes), error)
 
     entries = add_keys(images, limits)
     return map_in_order(

@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from latentmill.arrow_values import has_times
 from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.formats.schema import to_cache_name, to_source_name
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, printable_key
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key
 from pipeline.readers import parquet_footer
 from pipeline.readers.parquet_keys import FileKeys, KeySet
 from pipeline.records import Reject, Sample
+from pipeline.text import printable_key
 from pipeline.values import to_json_value
 
 MIN_BYTES = 12  # of a Parquet file: two magic numbers and the size of its footer
@@ -160,7 +161,7 @@ def read_parquet(
     stream: BinaryIO,
     url: str,
     size: int,
-    part: tuple[int, int],
+    file_range: tuple[int, int],
     image_column: str | None,
     key_column: str | None,
     wanted: pa.Schema,
@@ -168,7 +169,7 @@ def read_parquet(
     known: FileKeys | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[Sample | Reject]:
-    """Yield the samples of range k of n of a Parquet file, in the order of its rows. part: (k, n).
+    """Yield the samples of range k of n of a Parquet file, in the order of its rows. file_range: (k, n).
 
     size: bytes of the file. image_column: default: the only candidate.
     key_column: default: the number of the row in the file.
@@ -184,11 +185,11 @@ def read_parquet(
             images = find_image_column(schema, image_column, url)
         except NoImagesError:
             if skipped is not None:
-                skipped[NO_IMAGES] += part[0] == 0
+                skipped[NO_IMAGES] += file_range[0] == 0
             return
         if key_column is not None and key_column not in schema.names:
             raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
-        groups = select_row_groups(parquet_footer.find_row_group_middles(stream, url), part, size)
+        groups = select_row_groups(parquet_footer.find_row_group_middles(stream, url), file_range, size)
         rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if rows_of_groups != file.metadata.num_rows:
             footer = stream.seek(0, 2) - 8 - file.metadata.serialized_size
@@ -211,12 +212,12 @@ def read_parquet(
                 keys.add(name)
                 yield Sample(position, name, _get_bytes(image, limits), columns)
             except Rejected as error:
-                yield Reject.from_error(position, printable_key(name, limits), error)
+                yield Reject.from_error(position, printable_key(name, limits.key_bytes), error)
 
 
-def select_row_groups(middles: Sequence[int], part: tuple[int, int], size: int) -> list[int]:
+def select_row_groups(middles: Sequence[int], file_range: tuple[int, int], size: int) -> list[int]:
     """Return the row groups whose middle byte is in range k of n of the file's bytes."""
-    k, n = part
+    k, n = file_range
     return [group for group, middle in enumerate(middles) if k * size <= middle * n < (k + 1) * size]
 
 

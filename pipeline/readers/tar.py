@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from pipeline.errors import DamagedError, Rejected, ShardError
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text, printable_key, to_valid_text
+from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
 from pipeline.readers import compression
 from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, explain_no_image, fold_key, is_stray
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
+from pipeline.text import printable_key, to_valid_text
 
 BLOCK = 512
 SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
@@ -80,7 +81,7 @@ def read_tar(
                     raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
                 yield Sample(position, key, image.data, _collect_texts(members, texts, limits))
             except Rejected as error:
-                yield Reject.from_error(position, printable_key(key, limits), error)
+                yield Reject.from_error(position, printable_key(key, limits.key_bytes), error)
             position += 1
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.limits import printable
 from pipeline.records import IMAGE_EXTENSIONS
+from pipeline.text import printable
 
 # kinds of skipped members that a unit's report counts
 HIDDEN = "hidden"

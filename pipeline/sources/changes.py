@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from pipeline.readers.sidecars import SidecarIndex, collect_image_files, find_differences, is_same_file, unpack_files
-from pipeline.records import Shard, Unit
+from pipeline.readers.image_files import is_same_file, unpack_files
+from pipeline.records import ListedFile, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
+from pipeline.sources.sidecars import SidecarIndex, collect_image_files, find_differences
 
 
 def find_changed(
-    planned: Iterable[Unit], listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
+    planned: Iterable[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
 ) -> dict[str, list[str]]:
     """Return the paths of changed files by unit: inputs and the texts beside images. Missing inputs do not count.
 
@@ -20,7 +21,7 @@ def find_changed(
 
 
 def _find_changed_files(
-    unit: Unit, listed: Mapping[str, Shard], sidecars: SidecarIndex, same_source: bool
+    unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
 ) -> Iterator[str]:
     """Yield the paths of a unit's changed files."""
     if unit.kind == "folder":

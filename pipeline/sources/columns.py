@@ -17,7 +17,7 @@ from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension
 from pipeline.storage import connection, reading
 
 FILES = 16
@@ -26,7 +26,7 @@ MEMBERS = 64  # members of a tar that are inspected
 
 
 def find_columns(
-    shards: Sequence[Shard],
+    files: Sequence[ListedFile],
     units: Sequence[Unit],
     options: Mapping[str, str],
     image_column: str | None,
@@ -35,7 +35,7 @@ def find_columns(
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
-    shards: as listed. units: made of these shards. Raises SourceError if no source has a wanted column, if types are
+    files: as listed. units: made of these files. Raises SourceError if no source has a wanted column, if types are
     incompatible, or if Parquet files have no images.
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
@@ -44,7 +44,7 @@ def find_columns(
         _check_tars(tars, options, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
         schema = _read_schema(sorted(parquets), tars, options, image_column, limits, only_parquet)
-        texts = _find_texts(shards, tars, options, wanted, limits)
+        texts = _find_texts(files, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
@@ -169,7 +169,7 @@ def _pick_spread(urls: list[str]) -> list[str]:
 
 
 def _find_texts(
-    shards: Sequence[Shard],
+    files: Sequence[ListedFile],
     tars: list[str],
     options: Mapping[str, str],
     wanted: Sequence[str] | None,
@@ -179,9 +179,9 @@ def _find_texts(
     found: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
         found |= _find_member_extensions(tars, options, limits)
-    has_images = any(extension(shard.path) in IMAGE_EXTENSIONS for shard in shards)
+    has_images = any(extension(file.path) in IMAGE_EXTENSIONS for file in files)
     if has_images:
-        found |= {extension(shard.path) for shard in shards} - {"tar", "parquet"}
+        found |= {extension(file.path) for file in files} - {"tar", "parquet"}
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
     reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files

@@ -4,12 +4,15 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.records import File, Shard, path_below_root, source_name
+from pipeline.records import ListedFile, PlannedFile, path_below_root, source_name
 from pipeline.sources.walk import file_id_at
 
 
 def find_duplicates(
-    new: Sequence[Shard], listed: Mapping[str, Shard], planned: Mapping[str, File], roots: Mapping[str, str]
+    new: Sequence[ListedFile],
+    listed: Mapping[str, ListedFile],
+    planned: Mapping[str, PlannedFile],
+    roots: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the new files that are also in another source: for the path of each, the path under which it is read.
 
@@ -18,27 +21,30 @@ def find_duplicates(
     """
     planned_paths = _identify_planned_files(new, listed, planned, roots)
     counts = Counter(map(_identify_file, new))
-    groups: dict[str, list[Shard]] = {}
-    for shard in new:
-        identity = _identify_file(shard)
+    groups: dict[str, list[ListedFile]] = {}
+    for file in new:
+        identity = _identify_file(file)
         if identity in planned_paths or counts[identity] > 1:
-            groups.setdefault(identity, []).append(shard)
+            groups.setdefault(identity, []).append(file)
     duplicates: dict[str, str] = {}
-    for identity, shards in groups.items():
-        kept = planned_paths.get(identity) or min(shards, key=_rank_path).path
-        duplicates |= {shard.path: kept for shard in shards if source_name(shard.path) != source_name(kept)}
+    for identity, files in groups.items():
+        kept = planned_paths.get(identity) or min(files, key=_rank_path).path
+        duplicates |= {file.path: kept for file in files if source_name(file.path) != source_name(kept)}
     return duplicates
 
 
 def _identify_planned_files(
-    new: Sequence[Shard], listed: Mapping[str, Shard], planned: Mapping[str, File], roots: Mapping[str, str]
+    new: Sequence[ListedFile],
+    listed: Mapping[str, ListedFile],
+    planned: Mapping[str, PlannedFile],
+    roots: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the paths of the planned files by identity. Files that are not listed and match no new size are left out.
 
     A file that is not listed is looked up at its planned location.
     """
     paths: dict[str, str] = {}
-    sizes = {shard.bytes for shard in new}
+    sizes = {file.bytes for file in new}
     for path, file in planned.items():
         if path in listed:
             identity = _identify_file(listed[path])
@@ -52,13 +58,13 @@ def _identify_planned_files(
     return paths
 
 
-def _identify_file(shard: Shard) -> str:
+def _identify_file(file: ListedFile) -> str:
     """Return a text that is equal for two paths to the same file."""
-    return shard.file or shard.url
+    return file.file_id or file.url
 
 
-def _rank_path(shard: Shard) -> tuple[bool, int, str]:
+def _rank_path(file: ListedFile) -> tuple[bool, int, str]:
     """Return the sort key of a path to a file. The smallest one is read."""
-    is_local = "://" not in shard.url
-    root = os.path.realpath(shard.root) if is_local else shard.root
-    return is_local and os.path.islink(shard.url), len(root), shard.path
+    is_local = "://" not in file.url
+    root = os.path.realpath(file.root) if is_local else file.root
+    return is_local and os.path.islink(file.url), len(root), file.path

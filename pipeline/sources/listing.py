@@ -15,13 +15,14 @@ from braceexpand import braceexpand
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
-from pipeline.limits import printable, to_valid_text
-from pipeline.readers.sidecars import find_nearby_texts, find_possible_texts
-from pipeline.records import IMAGE_EXTENSIONS, Shard, is_image
+from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
+from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.connection import connect, full_url, is_local, parent, to_listed_url
-from pipeline.storage.reading import get_etag, read_file_if_exists
+from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
+from pipeline.storage.etags import get_etag
+from pipeline.storage.reading import read_file_if_exists
+from pipeline.text import printable, to_valid_text
 
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names
@@ -55,19 +56,9 @@ class Source:
 class Listing:
     """The files of all sources, sorted by path. notes: one line per kind of skipped file."""
 
-    shards: list[Shard]
+    files: list[ListedFile]
     sources: tuple[Source, ...]
     notes: list[str] = field(default_factory=list)
-
-
-def list_shards(
-    sources: tuple[str, ...], options: Mapping[str, Any], excluded: str, notes: list[str] | None = None
-) -> list[Shard]:
-    """Return the files of `list_sources`. notes: receives the notes of the listing."""
-    listing = list_sources(sources, options, excluded)
-    if notes is not None:
-        notes += listing.notes
-    return listing.shards
 
 
 def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: str) -> Listing:
@@ -78,19 +69,19 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
     of its root.
     The notes name entries that are not files, folders without permission, links to files that are listed themselves,
     and files that latentmill wrote.
-    Raises SourceError if a source names nothing, if two sources have one name, or if a shard's name is not UTF-8.
+    Raises SourceError if a source names nothing, if two sources have one name, or if a file's name is not UTF-8.
     """
     cache = to_listed_url(excluded).rstrip("/") + "/"
     local = None if "://" in cache else cache.rstrip("/")
-    found: dict[str, Shard] = {}
+    found: dict[str, ListedFile] = {}
     named: list[Source] = []
     skipped, listings = SkippedFiles(), FolderListings()
     for argument in sources:
-        source, shards = _expand(argument, options, local, cache, skipped, listings)
+        source, files = _expand(argument, options, local, cache, skipped, listings)
         _check_name(source, named)
         named.append(source)
-        for shard in shards:
-            found.setdefault(shard.path, shard)
+        for file in files:
+            found.setdefault(file.path, file)
     return Listing([found[path] for path in sorted(found)], tuple(named), skipped.describe())
 
 
@@ -184,7 +175,7 @@ def split_argument(argument: str) -> tuple[str, str]:
 
 def _matches_any(path: str) -> bool:
     """Whether a local path, or one of its brace alternatives, exists."""
-    local = connect(path, {})[1]
+    local = get_filesystem(path, {})[1]
     return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _expand_braces(local))
 
 
@@ -195,10 +186,10 @@ def _expand(
     cache: str,
     skipped: SkippedFiles,
     listings: FolderListings,
-) -> tuple[Source, list[Shard]]:
+) -> tuple[Source, list[ListedFile]]:
     """Return one source and its files. Skipped entries are added to `skipped`."""
     name, source = split_argument(argument)
-    fs, path = connect(source, options)
+    fs, path = get_filesystem(source, options)
     path = _normalize_path(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
         if fs.exists(path):
@@ -236,20 +227,20 @@ def _expand(
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return expanded, list(_make_shards(fs, wanted, root, name))
+    return expanded, list(_make_listed_files(fs, wanted, root, name))
 
 
-def _make_shards(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[Shard]:
-    """Yield the files as shards, sorted by path."""
+def _make_listed_files(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[ListedFile]:
+    """Yield the files as `ListedFile`, sorted by path."""
     for file in sorted(files):
         _check_utf8(file, root)
-        yield Shard(
+        yield ListedFile(
             url=to_valid_text(full_url(fs, file)),
             root=full_url(fs, root),
             path=to_valid_text(f"{name}/{file[len(root) + 1 :]}"),
             bytes=int(files[file].get("size") or 0),
             etag=get_etag(files[file]),
-            file=files[file].get("file", ""),
+            file_id=files[file].get("file", ""),
         )
 
 

@@ -3,20 +3,21 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from pipeline.readers.sidecars import ImageFiles, pin_files, unpack_files
-from pipeline.records import File, Shard, Unit, path_below_root
+from pipeline.readers.image_files import ImageFiles, unpack_files
+from pipeline.records import ListedFile, PlannedFile, Unit, path_below_root
+from pipeline.sources.sidecars import pin_files
 
 
-def list_input_files(unit: Unit) -> list[File]:
+def list_input_files(unit: Unit) -> list[PlannedFile]:
     """Return the planned files of a unit, without the texts beside images."""
     if unit.kind != "folder":
-        return [File(unit.path, unit.bytes, unit.etag)]
+        return [PlannedFile(unit.path, unit.bytes, unit.etag)]
     return [files.image for files in unpack_files(unit)]
 
 
 def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:
     """Return the root of each source by its name. The root in the last unit of a source counts."""
-    return {unit.source: unit.root for unit in units}
+    return {unit.source_name: unit.root for unit in units}
 
 
 def move_to_root(unit: Unit, root: str) -> Unit:
@@ -25,12 +26,12 @@ def move_to_root(unit: Unit, root: str) -> Unit:
     return unit if (unit.root, unit.url) == (root, url) else replace(unit, root=root, url=url)
 
 
-def with_etags(unit: Unit, listed: Mapping[str, Shard]) -> Unit:
+def with_etags(unit: Unit, listed: Mapping[str, ListedFile]) -> Unit:
     """Return the unit with the listed ETags of its files. A file whose size has changed keeps the planned ETag."""
 
-    def update(file: File) -> File:
-        shard = listed.get(file.path)
-        return replace(file, etag=shard.etag) if shard and shard.bytes == file.bytes else file
+    def update(file: PlannedFile) -> PlannedFile:
+        listed_file = listed.get(file.path)
+        return replace(file, etag=listed_file.etag) if listed_file and listed_file.bytes == file.bytes else file
 
     return _map_files(unit, update)
 
@@ -40,7 +41,7 @@ def without_etags(unit: Unit) -> Unit:
     return _map_files(unit, lambda file: replace(file, etag=""))
 
 
-def _map_files(unit: Unit, change: Callable[[File], File]) -> Unit:
+def _map_files(unit: Unit, change: Callable[[PlannedFile], PlannedFile]) -> Unit:
     """Return the unit with changed files."""
     if unit.kind != "folder":
         return replace(unit, etag=change(list_input_files(unit)[0]).etag)

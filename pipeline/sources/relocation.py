@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from pipeline.errors import SourceError
-from pipeline.readers.sidecars import is_same_file
-from pipeline.records import File, Shard, Unit, source_name
+from pipeline.readers.image_files import is_same_file
+from pipeline.records import ListedFile, PlannedFile, Unit, source_name
 from pipeline.sources.listing import Listing, Source, abbreviate, find_free_name, format_argument, is_covered, same_root
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, without_etags
 from pipeline.sources.renames import check_renamed
@@ -17,7 +17,7 @@ from pipeline.sources.renames import check_renamed
 
 def relocate_units(
     planned: Sequence[Unit],
-    listed: Mapping[str, Shard],
+    listed: Mapping[str, ListedFile],
     sources: Sequence[Source],
     same_source: bool = False,
     require_all: bool = True,
@@ -36,15 +36,17 @@ def relocate_units(
             notes.append(f"the source {source.name} has moved from {roots[source.name]} to {source.root}")
     if not moved:
         return list(planned), []
-    files: dict[str, list[File]] = defaultdict(list)
+    files: dict[str, list[PlannedFile]] = defaultdict(list)
     for unit in planned:
-        if unit.source in moved:
-            files[unit.source] += list_input_files(unit)
+        if unit.source_name in moved:
+            files[unit.source_name] += list_input_files(unit)
     for name in moved:
         named = [source for source in sources if source.name == name]
         if not _is_planned_source(files[name], listed, named if require_all else [], same_source):
             _refuse_source(files[name], listed, named[0], roots, same_source)
-    return [move_to_root(unit, moved[unit.source]) if unit.source in moved else unit for unit in planned], notes
+    return [
+        move_to_root(unit, moved[unit.source_name]) if unit.source_name in moved else unit for unit in planned
+    ], notes
 
 
 def relocate_listed_units(planned: Sequence[Unit], listing: Listing, same_source: bool) -> list[Unit]:
@@ -53,10 +55,10 @@ def relocate_listed_units(planned: Sequence[Unit], listing: Listing, same_source
     same_source: remove the ETags of units with a listed file, so that only sizes are checked when they are read.
     Raises SourceError if no planned file is listed, or if a source with a planned name holds other files.
     """
-    listed = {shard.path: shard for shard in listing.shards}
+    listed = {file.path: file for file in listing.files}
     if not any(_has_listed_file(unit, listed) for unit in planned):
         missing = {file.path: file for unit in planned for file in list_input_files(unit)}
-        check_renamed(listing.shards, missing, offer_new_source=False)
+        check_renamed(listing.files, missing, offer_new_source=False)
         arguments = " ".join(source.argument for source in listing.sources)
         raise SourceError(f"none of the cache's inputs is at {arguments}")
     relocated, _ = relocate_units(planned, listed, listing.sources, same_source, require_all=False)
@@ -69,13 +71,13 @@ def relocate_listed_units(planned: Sequence[Unit], listing: Listing, same_source
     return units
 
 
-def _has_listed_file(unit: Unit, listed: Mapping[str, Shard]) -> bool:
+def _has_listed_file(unit: Unit, listed: Mapping[str, ListedFile]) -> bool:
     """Whether at least one input file of a unit is listed."""
     return any(file.path in listed for file in list_input_files(unit))
 
 
 def _is_planned_source(
-    files: Sequence[File], listed: Mapping[str, Shard], sources: Sequence[Source], same_source: bool
+    files: Sequence[PlannedFile], listed: Mapping[str, ListedFile], sources: Sequence[Source], same_source: bool
 ) -> bool:
     """Whether a moved source holds the planned files.
 
@@ -93,7 +95,11 @@ def _is_planned_source(
 
 
 def _refuse_source(
-    files: Sequence[File], listed: Mapping[str, Shard], source: Source, roots: Mapping[str, str], same_source: bool
+    files: Sequence[PlannedFile],
+    listed: Mapping[str, ListedFile],
+    source: Source,
+    roots: Mapping[str, str],
+    same_source: bool,
 ) -> None:
     """Raise SourceError for a source that has a planned name but holds other files."""
     differing = [f.path for f in files if f.path not in listed or not is_same_file(f, listed[f.path], same_source)]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.records import File, Shard, path_below_root, source_name
+from pipeline.records import ListedFile, PlannedFile, path_below_root, source_name
 from pipeline.sources.listing import abbreviate, format_argument
 
 PathPair = tuple[str, str]  # paths of a new and of a planned file
@@ -30,8 +30,8 @@ class RootPair(NamedTuple):
 
 
 def check_renamed(
-    new: Sequence[Shard],
-    missing: Mapping[str, File],
+    new: Sequence[ListedFile],
+    missing: Mapping[str, PlannedFile],
     duplicates: Collection[str] = (),
     listed_sources: Collection[str] = (),
     offer_new_source: bool = True,
@@ -49,9 +49,9 @@ def check_renamed(
     matches: dict[RootPair, list[PathPair]] = defaultdict(list)
     for roots, paths in _match_files(new, missing):
         matches[roots].append(paths)
-    new_counts = Counter(source_name(shard.path) for shard in new)
+    new_counts = Counter(source_name(file.path) for file in new)
     missing_counts = Counter(map(source_name, missing))
-    new_roots = {source_name(shard.path): shard.root for shard in new}
+    new_roots = {source_name(file.path): file.root for file in new}
     notes: list[str] = []
     for roots, pairs in sorted(matches.items(), key=lambda item: -len(item[1])):
         source, planned_source = roots.source, roots.planned_source
@@ -71,23 +71,23 @@ def check_renamed(
     return notes
 
 
-def _match_files(new: Sequence[Shard], missing: Mapping[str, File]) -> Iterator[tuple[RootPair, PathPair]]:
+def _match_files(new: Sequence[ListedFile], missing: Mapping[str, PlannedFile]) -> Iterator[tuple[RootPair, PathPair]]:
     """Yield the pairs of a new and a planned file with the same size, if one relative path ends with the other."""
-    planned_files: dict[PathAndSize, list[File]] = defaultdict(list)
+    planned_files: dict[PathAndSize, list[PlannedFile]] = defaultdict(list)
     for file in missing.values():
         planned_files[path_below_root(file.path), file.bytes].append(file)
-    new_files: dict[PathAndSize, list[Shard]] = defaultdict(list)
-    for shard in new:
-        new_files[path_below_root(shard.path), shard.bytes].append(shard)
-        for folders, path in _split_before_each_step(path_below_root(shard.path)):
-            for file in planned_files.get((path, shard.bytes), ()):
-                roots = RootPair(source_name(shard.path), source_name(file.path), folders, is_above=True)
-                yield roots, (shard.path, file.path)
+    new_files: dict[PathAndSize, list[ListedFile]] = defaultdict(list)
+    for new_file in new:
+        new_files[path_below_root(new_file.path), new_file.bytes].append(new_file)
+        for folders, path in _split_before_each_step(path_below_root(new_file.path)):
+            for file in planned_files.get((path, new_file.bytes), ()):
+                roots = RootPair(source_name(new_file.path), source_name(file.path), folders, is_above=True)
+                yield roots, (new_file.path, file.path)
     for file in missing.values():
         for folders, path in _split_before_each_step(path_below_root(file.path)):
-            for shard in new_files.get((path, file.bytes), ()) if folders else ():
-                roots = RootPair(source_name(shard.path), source_name(file.path), folders, is_above=False)
-                yield roots, (shard.path, file.path)
+            for new_file in new_files.get((path, file.bytes), ()) if folders else ():
+                roots = RootPair(source_name(new_file.path), source_name(file.path), folders, is_above=False)
+                yield roots, (new_file.path, file.path)
 
 
 def _split_before_each_step(path: str) -> Iterator[tuple[str, str]]:

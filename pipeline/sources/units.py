@@ -1,4 +1,4 @@
-"""Divide shards into units. One task reads one unit."""
+"""Divide input files into units. One task reads one unit."""
 
 import hashlib
 import itertools
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
-from pipeline.limits import printable
-from pipeline.readers.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, Shard, Unit, extension, is_image, source_name, stem
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, is_image, source_name, stem
+from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
 RANGE_BYTES = 128 << 20  # approximate size of a range of a Parquet file
@@ -24,49 +24,49 @@ def make_unit_name(name: str, identity: object) -> str:
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def make_units(shards: Sequence[Shard], sidecars: SidecarIndex | None = None) -> list[Unit]:
-    """Return the units of these shards: tars, Parquet files, images, each in the order of the paths.
+def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
+    """Return the units of these files: tars, Parquet files, images, each in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` is not a unit either.
     sidecars: the texts of images, if they are already known or include more than captions and metadata.
     """
-    texts = (sidecars or match_sidecars(shards, TEXT_EXTENSIONS)).texts
-    shards = select_inputs(shards)
-    tars = [make_tar_unit(shard) for shard in shards if extension(shard.path) == "tar"]
-    parquets = [shard for shard in shards if extension(shard.path) == "parquet"]
-    ranges = [unit for shard in parquets for unit in make_parquet_units(shard)]
-    images = [shard for shard in shards if is_image(shard.path)]
+    texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
+    files = select_inputs(files)
+    tars = [make_tar_unit(file) for file in files if extension(file.path) == "tar"]
+    parquets = [file for file in files if extension(file.path) == "parquet"]
+    ranges = [unit for file in parquets for unit in make_parquet_units(file)]
+    images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
     return tars + ranges + [make_folder_unit(group, texts) for group in groups]
 
 
-def is_table_log(shard: Shard) -> bool:
+def is_table_log(file: ListedFile) -> bool:
     """Whether a Parquet file is internal to Delta Lake or Spark: logs, changes, and uncommitted rows."""
-    return extension(shard.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(shard.path.split("/")[1:-1])
+    return extension(file.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(file.path.split("/")[1:-1])
 
 
-def select_inputs(shards: Sequence[Shard]) -> list[Shard]:
+def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
     """Return the files that units are made of."""
-    tar_stems = {stem(shard.path) for shard in shards if extension(shard.path) == "tar"}
+    tar_stems = {stem(file.path) for file in files if extension(file.path) == "tar"}
 
-    def is_input(shard: Shard) -> bool:
-        kind = extension(shard.path)
+    def is_input(file: ListedFile) -> bool:
+        kind = extension(file.path)
         if kind == "parquet":
-            return stem(shard.path) not in tar_stems and not is_table_log(shard)
-        return kind == "tar" or is_image(shard.path)
+            return stem(file.path) not in tar_stems and not is_table_log(file)
+        return kind == "tar" or is_image(file.path)
 
-    return [shard for shard in shards if is_input(shard)]
+    return [file for file in files if is_input(file)]
 
 
-def count_other_files(shards: Sequence[Shard], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
+def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
     """Count the files that are not used, by extension. Files that may belong to an image or a tar do not count.
 
     texts: extensions of the files beside an image that are copied.
     """
     known = {"tar", "parquet", *IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
-    return Counter(printable(extension(shard.path)) for shard in shards if extension(shard.path) not in known)
+    return Counter(printable(extension(file.path)) for file in files if extension(file.path) not in known)
 
 
 def derive_unit_name(unit: Unit) -> str:
@@ -76,42 +76,42 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_tar_unit(shard: Shard) -> Unit:
+def make_tar_unit(file: ListedFile) -> Unit:
     """Return the unit of a tar."""
     return Unit(
-        name=make_unit_name(PurePosixPath(shard.path).stem, [shard.path, None]),
+        name=make_unit_name(PurePosixPath(file.path).stem, [file.path, None]),
         kind="tar",
-        url=shard.url,
-        path=shard.path,
-        bytes=shard.bytes,
-        etag=shard.etag,
-        root=shard.root,
+        url=file.url,
+        path=file.path,
+        bytes=file.bytes,
+        etag=file.etag,
+        root=file.root,
     )
 
 
-def make_parquet_units(shard: Shard) -> list[Unit]:
+def make_parquet_units(file: ListedFile) -> list[Unit]:
     """Return one unit per range k of n of a Parquet file. n follows from the file's size alone."""
-    count = max(1, math.ceil(shard.bytes / RANGE_BYTES))
-    name = PurePosixPath(shard.path).stem
+    count = max(1, math.ceil(file.bytes / RANGE_BYTES))
+    name = PurePosixPath(file.path).stem
     return [
         Unit(
-            name=make_unit_name(name, [shard.path, [k, count]]),
+            name=make_unit_name(name, [file.path, [k, count]]),
             kind="parquet",
-            url=shard.url,
-            path=shard.path,
+            url=file.url,
+            path=file.path,
             range=(k, count),
-            bytes=shard.bytes,
-            etag=shard.etag,
-            root=shard.root,
+            bytes=file.bytes,
+            etag=file.etag,
+            root=file.root,
         )
         for k in range(count)
     ]
 
 
-def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
+def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
     """Yield groups of up to 256 images, in order. Images that differ only in their extension stay together."""
-    group: list[Shard] = []
-    for _, twins in itertools.groupby(images, key=lambda shard: stem(shard.path)):
+    group: list[ListedFile] = []
+    for _, twins in itertools.groupby(images, key=lambda file: stem(file.path)):
         same = list(twins)
         if group and len(group) + len(same) > IMAGES_PER_UNIT:
             yield group
@@ -121,9 +121,9 @@ def group_images(images: list[Shard]) -> Iterator[list[Shard]]:
         yield group
 
 
-def make_folder_unit(images: list[Shard], texts: Mapping[str, Sequence[Shard]]) -> Unit:
+def make_folder_unit(images: list[ListedFile], texts: Mapping[str, Sequence[ListedFile]]) -> Unit:
     """Return the unit of these images. texts: of each image that has any, by the image's path."""
-    root, paths = images[0].root, tuple(shard.path for shard in images)
+    root, paths = images[0].root, tuple(file.path for file in images)
     source = source_name(paths[0])
     return Unit(
         name=make_unit_name(source, list(paths)),

@@ -21,7 +21,7 @@ RETRIES = {"mode": "standard", "max_attempts": 8}  # of botocore, for 500, 503 a
 CONNECTIONS = 64  # per S3 server. With botocore's default of 10, the readers of folders would wait for each other.
 
 
-def connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the filesystem of a URL or a local path, and the path on that filesystem.
 
     `::` is part of a name. It does not chain filesystems as in fsspec.
@@ -50,7 +50,7 @@ def make_absolute(url: str) -> str:
     """Return a URL unchanged, and a local path as an absolute one: workers have another working directory."""
     if "://" in url and not url.startswith("file://"):
         return url
-    return os.path.abspath(connect(url, {})[1])
+    return os.path.abspath(get_filesystem(url, {})[1])
 
 
 def is_local(fs: Any) -> bool:
@@ -99,14 +99,14 @@ def sibling_url(tar: str) -> str:
 def exists(url: str, options: Mapping[str, Any]) -> bool:
     """Whether a file or a directory exists at a URL."""
     with name_url_in_errors(url, "look for"):
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         return bool(fs.exists(path))
 
 
 def check_reachable(url: str, options: Mapping[str, Any]) -> None:
     """Raise StorageError if the storage of a URL does not answer. "No such file" counts as an answer."""
     with name_url_in_errors(url, "reach"), contextlib.suppress(FileNotFoundError):
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         fs.info(path)
 
 

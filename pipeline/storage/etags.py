@@ -1,8 +1,33 @@
-"""Whether a file is the one that was planned, judged by its size and its ETag (`reading.get_etag`)."""
+"""The version of a file, which is its size and its ETag, and whether two versions are the same."""
 
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.storage.connection import is_local
 
 ROUNDING = (100, 10**3, 10**6, 10**9)  # nanoseconds to which disks and tools round a file's time
+
+
+def get_etag(info: Mapping[str, Any]) -> str:
+    """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
+
+    It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
+    """
+    if "mtime_ns" in info:
+        return f"m{info['mtime_ns']}"
+    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
+
+
+def fetch_version(fs: Any, path: str) -> tuple[int, str]:
+    """Return the size in bytes and the ETag of a file."""
+    if is_local(fs):
+        stat = os.stat(path)
+        info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    else:
+        info = fs.info(path)
+    return int(info["size"] or 0), get_etag(info)
 
 
 def same_etag(first: str, second: str) -> bool:

@@ -10,6 +10,7 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
+import inspect
 import threading
 import time
 import uuid
@@ -22,7 +23,7 @@ from latentmill.folder import CacheFolder
 from latentmill.stream import Stream, name_url_in_errors
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import connect, get_protocols, http_status, is_local, is_memory
+from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -43,7 +44,7 @@ class Folder(CacheFolder):
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """Return the filesystem, and the path of a name on it."""
-        fs, root = connect(self.url, self.options)
+        fs, root = get_filesystem(self.url, self.options)
         return fs, f"{root.rstrip('/')}/{name}" if name else root
 
     def is_empty(self) -> bool:
@@ -158,5 +159,10 @@ def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
 
 
 def _single_request_option(fs: Any) -> dict[str, int]:
-    """Return the option that keeps s3fs from requesting a file's size before the file."""
-    return {"max_concurrency": 1} if "s3" in get_protocols(fs) else {}
+    """Return the option that keeps s3fs from requesting a file's size before the file.
+
+    Versions before 2026.3 have no such option, and always read a file by one request.
+    """
+    if "s3" not in get_protocols(fs) or "max_concurrency" not in inspect.signature(fs._cat_file).parameters:
+        return {}
+    return {"max_concurrency": 1}

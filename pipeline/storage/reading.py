@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import Unit
-from pipeline.storage.connection import connect, full_url, is_local, parent
-from pipeline.storage.etags import same_version
+from pipeline.storage.connection import full_url, get_filesystem, is_local, parent
+from pipeline.storage.etags import fetch_version, same_version
 
 READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to end
 
@@ -28,7 +28,7 @@ def open_stream(
     Raises StorageError if fewer bytes arrive than the file has, even if the caller turned that error into another.
     """
     with name_url_in_errors(url, "read"):
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         before = fetch_version(fs, path) if planned is not None else (0, "")
         if planned and not same_version((planned.bytes, planned.etag), before):
             same_size = before[0] == planned.bytes
@@ -62,29 +62,9 @@ def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
     if unit.kind == "folder":
         return unit
     with name_url_in_errors(unit.url, "read"):
-        fs, path = connect(unit.url, options)
+        fs, path = get_filesystem(unit.url, options)
         size, etag = fetch_version(fs, path)
     return replace(unit, bytes=size, etag=etag)
-
-
-def get_etag(info: Mapping[str, Any]) -> str:
-    """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
-
-    It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
-    """
-    if "mtime_ns" in info:
-        return f"m{info['mtime_ns']}"
-    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
-
-
-def fetch_version(fs: Any, path: str) -> tuple[int, str]:
-    """Return the size in bytes and the ETag of a file."""
-    if is_local(fs):
-        stat = os.stat(path)
-        info: Mapping[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    else:
-        info = fs.info(path)
-    return int(info["size"] or 0), get_etag(info)
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:
@@ -118,7 +98,7 @@ def read_or_none(url: str, options: Mapping[str, Any], read: Callable[[], bytes]
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):
             return None
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         if is_local(fs) and isinstance(cause, OSError):
             if cause.errno in NO_SUCH_FILE:
                 return None
@@ -131,7 +111,7 @@ def read_or_none(url: str, options: Mapping[str, Any], read: Callable[[], bytes]
 def check_has_files(url: str, options: Mapping[str, Any]) -> None:
     """Raise SourceError if a directory is missing or empty, for example because its disk is no longer mounted."""
     with name_url_in_errors(url, "list"):
-        fs, path = connect(url, options)
+        fs, path = get_filesystem(url, options)
         if is_local(fs):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
                 if next(entries, None) is not None:
@@ -152,7 +132,7 @@ def fetch(ref: str, options: Mapping[str, Any], wanted: re.Pattern[str]) -> Iter
         return
     with tempfile.TemporaryDirectory(prefix="latentmill-") as local:
         with name_url_in_errors(ref, "read"):
-            fs, root = connect(ref, options)
+            fs, root = get_filesystem(ref, options)
             root = root.rstrip("/")
             if fs.isfile(root):
                 copy = f"{local}/{root.rpartition('/')[2]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import audit
+from bench import check_cache
 from tests.conftest import img2dataset_members, write_tar
 from tests.faulty_job import run_faulty_job
 
@@ -44,7 +44,7 @@ def read_digest(cache: Path) -> str:
 
 def assert_complete(cache: Path, reference_digest: str) -> None:
     """Check that each sample is in the cache once, files are as committed, and the digest is the expected one."""
-    assert list(audit.find_problems(audit.read_files(cache), 480)) == []
+    assert list(check_cache.find_problems(check_cache.read_files(cache), 480)) == []
     assert read_digest(cache) == reference_digest
 
 

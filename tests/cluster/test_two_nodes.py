@@ -15,7 +15,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
-from bench import audit
+from bench import check_cache
 from tests.conftest import img2dataset_members, write_tar
 from tests.faulty_job import run_faulty_job
 from tests.servers import free_port, names, objects, read, upload
@@ -112,7 +112,7 @@ def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], second
 
 def assert_complete(cache: Mapping[str, bytes], reference_digest: str) -> None:
     """Check that each sample is in the cache once, files are as committed, and the digest is the expected one."""
-    assert list(audit.find_problems(cache, 720)) == []
+    assert list(check_cache.find_problems(cache, 720)) == []
     assert json.loads(cache["stats.json"])["digest"] == reference_digest
 
 
@@ -192,7 +192,7 @@ def test_a_users_modules_do_not_break_a_job_of_the_cluster(
         )
         job, out = completed, completed.stderr
     assert job.returncode == 0, out
-    assert_complete(audit.read_files(tmp_path / "c"), reference_digest)
+    assert_complete(check_cache.read_files(tmp_path / "c"), reference_digest)
 
 
 def test_workers_run_the_drivers_code_and_are_added_for_new_nodes(
@@ -215,7 +215,7 @@ def test_workers_run_the_drivers_code_and_are_added_for_new_nodes(
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
         out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    assert_complete(audit.read_files(tmp_path / "c"), reference_digest)
+    assert_complete(check_cache.read_files(tmp_path / "c"), reference_digest)
 
 
 def test_a_job_names_the_resources_that_it_waits_for(
@@ -304,7 +304,7 @@ def test_a_node_on_which_workers_fail_is_avoided(
     argv = [source, "--to", tmp_path / "c", *make_options(micro_vae), "--address", cluster.address, "--workers", 2]
     job = run_faulty_job(FAULTY_JOB, argv, tmp_path, timeout=280)
     assert job.returncode == 0, job.stderr
-    assert_complete(audit.read_files(tmp_path / "c"), reference_digest)
+    assert_complete(check_cache.read_files(tmp_path / "c"), reference_digest)
     restarts = re.findall(r"restarting worker-\d+ on \S+: RuntimeError: CUDA error: uncorrectable ECC", job.stderr)
     assert 2 <= len(restarts) <= 4, job.stderr
     assert job.stderr.count("two workers in a row failed on ") == 1

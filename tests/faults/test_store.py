@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 import pytest
 
-from bench import audit
+from bench import check_cache
 from tests.conftest import img2dataset_members, write_tar
 from tests.proxy import Proxy, Request
 from tests.servers import names, objects, read, upload
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         members = img2dataset_members(10 * number, 10)
         members[f"{10 * number + 7:09d}.jpg"] = b"no image"
         write_tar(folder / f"{number}.tar", members)
-    assert audit.count_samples(folder) == SAMPLES
+    assert check_cache.count_samples(folder) == SAMPLES
     return folder
 
 
@@ -98,7 +98,7 @@ def read_digest(bucket: str) -> str:
 
 def assert_complete(bucket: str, reference_digest: str) -> None:
     """Check that each sample is in the cache once, files are as committed, and the digest is the expected one."""
-    assert list(audit.find_problems(objects(f"{bucket}/c"), SAMPLES)) == []
+    assert list(check_cache.find_problems(objects(f"{bucket}/c"), SAMPLES)) == []
     assert read_digest(bucket) == reference_digest
 
 

@@ -21,6 +21,7 @@ from pipeline.encoder import LatentEncoder, LaunchedBatch
 from pipeline.images import decode
 from pipeline.limits import Limits
 from pipeline.maintenance.status import estimate_seconds_left, read_status
+from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage
 from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
@@ -138,7 +139,7 @@ def test_two_running_jobs_share_the_remaining_time() -> None:
 
 
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = flow.read_samples
+    read = read_samples
 
     def run_slowly(*args: Any) -> Iterator[Any]:
         for sample in read(*args):

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import commits as commit_files
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
-from pipeline.formats.record import PartInfo
 from pipeline.maintenance import verify
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of

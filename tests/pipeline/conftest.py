@@ -1,6 +1,7 @@
-"""Shared by the tests of the pipeline: a unit worker without Ray, and a unit."""
+"""Shared by the tests of the pipeline: a unit worker without Ray, a unit, and folders."""
 
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.records import Unit
 from pipeline.sources import units
-from pipeline.sources.listing import list_shards
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
 from tests.conftest import img2dataset_members, write_tar
+from tests.listed_files import list_source_files
 
 CPU = ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1)
 
@@ -37,7 +38,7 @@ def worker(vae: Vae) -> Callable[..., UnitWorker]:
         job = {
             "cache": Folder(str(cache)),
             "source_options": {},
-            "identity": "the identity",
+            "identity_sha256": "the identity",
             "transform": Transform(resolution=64),
             "dtype": "float16",
             "seed": 0,
@@ -58,7 +59,7 @@ def worker(vae: Vae) -> Callable[..., UnitWorker]:
 
 
 def unit_of(source: Path) -> Unit:
-    (unit,) = units.make_units(list_shards((str(source),), {}, "nowhere"))
+    (unit,) = units.make_units(list_source_files((str(source),), {}, "nowhere"))
     return unit
 
 
@@ -96,3 +97,9 @@ def short_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int | None], 
             ends[name] = end
 
     return set_end
+
+
+@pytest.fixture(params=["disk", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty folder, on disk and in memory."""
+    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"

@@ -25,13 +25,14 @@ from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
 from pipeline.encoder import ComputeConfig, LatentEncoder, LaunchedBatch, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
-from pipeline.flow import UnitWorker, read_samples
+from pipeline.flow import UnitWorker
 from pipeline.formats import parquet
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.part_writer import fill_part
+from pipeline.readers.unit import read_samples
 from pipeline.records import Attempt, PreparedImage, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
@@ -163,7 +164,7 @@ def rows_of_any_container(cache: Path) -> list[dict[str, Any]]:
     return [row for path in cache.glob("data/*") for row in read_rows(Folder(str(cache)), f"data/{path.name}")]
 
 
-def records(cache: Path) -> list[Record]:
+def records(cache: Path) -> list[PartRecord]:
     return [read_record(path.read_bytes(), path.name) for path in sorted(cache.glob("data/*"))]
 
 
@@ -356,14 +357,14 @@ def test_a_part_without_rows_has_no_file_in_data(worker: Callable[..., UnitWorke
     members = {f"{n}.jpg": b"no image" for n in range(4)} | img2dataset_members(4, 1)
     worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     (empty,) = (tmp_path / "c/_empty").iterdir()
-    assert Record.from_json(empty.read_bytes()).samples == 4
+    assert PartRecord.from_json(empty.read_bytes()).samples == 4
     assert [record.part for record in records(tmp_path / "c")] == [1]
 
 
 def test_a_shard_without_samples_has_one_record(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
     report = worker(tmp_path / "c").run(unit_of(write_tar(tmp_path / "s/0.tar", {})))
     (empty,) = (tmp_path / "c/_empty").iterdir()
-    record = Record.from_json(empty.read_bytes())
+    record = PartRecord.from_json(empty.read_bytes())
     assert (record.samples, record.rows, record.last, record.tally) == (0, 0, True, {})
     assert report.parts == 1
 
@@ -388,7 +389,7 @@ def test_a_shard_that_changed_since_it_was_planned_fails(
 
 
 def test_a_part_of_another_cache_is_refused(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:
-    worker(tmp_path / "c", identity="another").run(unit)
+    worker(tmp_path / "c", identity_sha256="another").run(unit)
     (tmp_path / f"c/_commits/{unit.name}.json").unlink()
     with pytest.raises(CacheError, match="belongs to a cache with another identity"):
         worker(tmp_path / "c").run(unit)

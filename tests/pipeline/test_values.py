@@ -1,7 +1,9 @@
 """Values that Arrow can represent, but Python or JSON may not."""
 
+import sys
 import uuid
 from decimal import Decimal
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +47,22 @@ def test_every_time_has_a_text(number: int, kind: Any, text: str) -> None:
     assert [to_json_value(value) for value in array] == [text, None]
     if kind != pa.time64("ns"):  # Python's times of day have no nanoseconds
         assert pa.array(to_python(array), kind).equals(array)
+
+
+def test_a_zone_that_pytz_does_not_have_stays_arrows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pandas before 3 installs pytz. Arrow then uses it, and an unknown zone is another error than without it."""
+
+    def timezone(name: str) -> None:
+        raise KeyError(name)
+
+    array = pa.array([1]).cast(pa.timestamp("us", "Mars/Phobos"))
+    pytz = ModuleType("pytz")
+    monkeypatch.setattr(pytz, "timezone", timezone, raising=False)
+    monkeypatch.setattr(pytz, "utc", None, raising=False)
+    monkeypatch.setitem(sys.modules, "pytz", pytz)
+    with pytest.raises(KeyError):
+        array[0].as_py()
+    assert to_python(array) == [array[0]]
 
 
 @pytest.mark.parametrize(("array", "expected"), NESTED, ids=lambda value: str(getattr(value, "type", ""))[:10])

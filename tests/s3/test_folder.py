@@ -9,10 +9,10 @@ from s3fs import S3File
 
 from pipeline.errors import SourceError, StorageError
 from pipeline.records import Unit
-from pipeline.sources.listing import list_shards
 from pipeline.storage import connection, reading
 from pipeline.storage.folder import Folder
 from tests.conftest import slow_param
+from tests.listed_files import list_source_files
 from tests.proxy import Proxy
 
 
@@ -58,7 +58,7 @@ def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> N
         Folder(f"{root}/shards").replace("0.tar", b"0")
         Folder(f"{root}/shards").replace("1.tar", b"1")
     for source in ("shards", "shards/*.tar", "shards/{0..1}.tar"):
-        local, remote = (list_shards((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
+        local, remote = (list_source_files((f"{root}/{source}",), {}, "nowhere") for root in (str(tmp_path), bucket))
         assert [shard.path for shard in local] == [shard.path for shard in remote] == ["shards/0.tar", "shards/1.tar"]
         assert all(shard.etag and shard.url.startswith("s3://") for shard in remote)
 
@@ -66,7 +66,7 @@ def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> N
 def test_a_name_may_contain_two_colons(bucket: str) -> None:
     for name in ("a.jpg", "a.jpg::x.jpg", "s3::b.jpg"):
         Folder(f"{bucket}/data").replace(name, name.encode())
-    shards = list_shards((f"{bucket}/data",), {}, "nowhere")
+    shards = list_source_files((f"{bucket}/data",), {}, "nowhere")
     assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/s3::b.jpg"]
     assert all(reading.read_file(shard.url, {}, 99) == shard.path[len("data/") :].encode() for shard in shards)
 
@@ -80,7 +80,7 @@ def test_a_missing_folder_is_distinguished_from_missing_images(bucket: str) -> N
 
 def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -> None:
     Folder(bucket).replace("0.tar", b"old")
-    (shard,) = list_shards((bucket,), {}, "nowhere")
+    (shard,) = list_source_files((bucket,), {}, "nowhere")
     unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
     Folder(bucket).replace("0.tar", b"new")
     changed = pytest.raises(SourceError, match="has changed since it was planned")
@@ -128,7 +128,7 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     """botocore refuses a body that is shorter than its header says, but other libraries may not."""
     content = bytes(range(256)) * 100
     Folder(bucket).replace("0.tar", content)
-    (shard,) = list_shards((bucket,), {}, "nowhere")
+    (shard,) = list_source_files((bucket,), {}, "nowhere")
     unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
     fetch = S3File._fetch_range
     monkeypatch.setattr(

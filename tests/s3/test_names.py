@@ -20,13 +20,13 @@ def test_a_moved_prefix_is_resumed_and_another_one_is_refused(bucket: str) -> No
         Folder(bucket).replace(name, content)
     cache = Folder(f"{bucket}/cache")
     first = list_all(f"{bucket}/a/shards")
-    plan.extend_plan(cache, first.shards, first.sources)
+    plan.extend_plan(cache, first.files, first.sources)
     moved = list_all(f"{bucket}/b/shards")
-    (unit,), (note,) = plan.extend_plan(cache, moved.shards, moved.sources)
+    (unit,), (note,) = plan.extend_plan(cache, moved.files, moved.sources)
     assert (unit.url, "has moved from" in note) == (f"{bucket}/b/shards/0.tar", True)
     other = list_all(f"{bucket}/c/shards")
     with pytest.raises(SourceError, match=f"give it a name: shards2={bucket}/c/shards"):
-        plan.extend_plan(cache, other.shards, other.sources)
+        plan.extend_plan(cache, other.files, other.sources)
 
 
 def test_a_url_given_twice_is_one_source(bucket: str) -> None:
@@ -34,10 +34,10 @@ def test_a_url_given_twice_is_one_source(bucket: str) -> None:
     listing = list_all(
         f"{bucket}/x", f"{bucket}/x/", f"{bucket}/x/0.tar", f"{bucket}/x/*", bucket.replace("s3:", "s3a:") + "/x"
     )
-    assert [shard.path for shard in listing.shards] == ["x/0.tar"]
+    assert [shard.path for shard in listing.files] == ["x/0.tar"]
     cache = Folder(f"{bucket}/cache")
     twice = list_all(f"{bucket}/x", f"y={bucket}/x/0.tar")
-    units, _ = plan.extend_plan(cache, twice.shards, twice.sources)
+    units, _ = plan.extend_plan(cache, twice.files, twice.sources)
     assert [unit.path for unit in units] == ["x/0.tar"]
 
 
@@ -47,9 +47,9 @@ def test_listing_a_source_does_not_cost_a_request_per_file(bucket: str, proxy: P
         Folder(bucket).replace(f"s/{number}.tar", b"%d" % number)
     cache = Folder(f"{bucket}/cache")
     first = list_all(f"{bucket}/s")
-    plan.extend_plan(cache, first.shards, first.sources)
+    plan.extend_plan(cache, first.files, first.sources)
     before = len(proxy.seen)
     renamed = list_all(f"t={bucket}/s")
     with pytest.raises(SourceError, match="--new-source"):
-        plan.extend_plan(cache, renamed.shards, renamed.sources)
+        plan.extend_plan(cache, renamed.files, renamed.sources)
     assert len(proxy.seen) - before < 20, Counter(request.method for request in proxy.seen[before:])

@@ -17,9 +17,10 @@ import pytest
 from pipeline.cache import commits
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_scan import CacheListing, Repair, pair_with_commits
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import find_empty_duplicates, find_part, list_part_files, publish_part, strip_extension
 from pipeline.errors import StorageError
-from pipeline.formats.record import PartInfo, Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Unit
 
@@ -97,7 +98,7 @@ class JsonFormat:
     SUFFIX = ".parquet"
 
     @staticmethod
-    def serialize_part(rows: object, record: Record, layout: OutputSchema) -> bytes:
+    def serialize_part(rows: object, record: PartRecord, layout: OutputSchema) -> bytes:
         return record.to_json()
 
 
@@ -107,9 +108,9 @@ def parts_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_module, "read_record_json", lambda data, name: data)
 
 
-def make_record(number: int, writer: int, rows: int = 0) -> Record:
+def make_record(number: int, writer: int, rows: int = 0) -> PartRecord:
     """Return a part's record. writer: 0 if all writers make the same bytes, otherwise the writer's own number."""
-    return Record(
+    return PartRecord(
         format=1,
         identity="identity",
         unit=UNIT.name,
@@ -233,7 +234,7 @@ def check_completion(store: Store) -> None:
     """Check that an undisturbed writer can finish, and that the commit then names each part that counts once."""
     disk = Disk(dict(store))
     write(disk, writer=9)
-    repair = Repair(identity="identity", container="parquet")
+    repair = Repair(identity_sha256="identity", container="parquet")
     assert list(pair_with_commits(disk, CacheListing.read(disk), lambda name, entry: entry, repair))  # type: ignore[arg-type]
     counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
     assert {part["file"] for part in json.loads(disk.store[COMMIT])["parts"]} == counted

@@ -16,21 +16,22 @@ from pipeline.cache import commit_scan, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_scan import CacheListing
+from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import inspect_part
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
-from pipeline.formats.record import BucketTally, PartInfo, Record
+from pipeline.formats.part_record import BucketTally, PartRecord
 from pipeline.storage.folder import Folder
 
 IDENTITY = "identity"
 
 
-def made_record(unit: str, part: int, last: bool, draw: random.Random, round: int = 0) -> Record:
+def made_record(unit: str, part: int, last: bool, draw: random.Random, round: int = 0) -> PartRecord:
     """Return the record of a part with rows in one to three buckets, and up to two filtered and enlarged images."""
     rng = np.random.default_rng(draw.randrange(1 << 30))
     names = draw.sample(["64x64", "56x72", "72x56"], draw.randint(1, 3))
     tallies = {name: tally.tally_latents([torch.tensor(rng.normal(size=(4, 8, 8)))]) for name in sorted(names)}
-    return Record(
+    return PartRecord(
         format=1,
         identity=IDENTITY,
         unit=unit,
@@ -52,7 +53,7 @@ def made_record(unit: str, part: int, last: bool, draw: random.Random, round: in
     )
 
 
-def put(cache: Path, records: Iterable[Record], committed: bool = True) -> list[PartInfo]:
+def put(cache: Path, records: Iterable[PartRecord], committed: bool = True) -> list[PartInfo]:
     """Write files that hold only the records, for these parts of one unit, and their commit."""
     parts = []
     for record in records:

@@ -16,7 +16,7 @@ import pytest
 from pipeline.cache import parts
 from pipeline.cache.input_hash import encode_value
 from pipeline.flow import UnitWorker
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -44,7 +44,7 @@ def combine(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def records(cache: Path) -> list[Record]:
+def records(cache: Path) -> list[PartRecord]:
     folder = Folder(str(cache))
     inspected = [parts.inspect_part(folder, name, "the identity") for name in parts.list_part_files(folder)]
     return sorted((part.record for part in inspected if part), key=lambda record: record.stem)

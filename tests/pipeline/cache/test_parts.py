@@ -11,12 +11,12 @@ import pytest
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
 from pipeline.cache import stats
-from pipeline.cache.commit_scan import Repair
+from pipeline.cache.commit_scan import Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
+from pipeline.cache.part_info import PartSummary
 from pipeline.cache.parts import _create, find_empty_duplicates, find_part, inspect_part, is_retry_part
 from pipeline.errors import CacheError
 from pipeline.flow import UnitWorker
-from pipeline.formats.record import PartSummary
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
@@ -30,7 +30,7 @@ STRICT = Limits(image_bytes=10)  # every image is a reject
 
 
 def parts(cache: Path) -> list[PartSummary]:
-    return list(stats.read_parts(Folder(str(cache)), IDENTITY))
+    return list(read_summaries(Folder(str(cache)), IDENTITY))
 
 
 def commits(cache: Path) -> dict[str, dict[str, Any]]:
@@ -39,8 +39,8 @@ def commits(cache: Path) -> dict[str, dict[str, Any]]:
 
 
 def repair_commits(cache: Path, rehash: bool = False) -> None:
-    repair = Repair(identity=IDENTITY, container="parquet", rehash=rehash)
-    assert list(stats.read_parts(Folder(str(cache)), IDENTITY, repair=repair))
+    repair = Repair(identity_sha256=IDENTITY, container="parquet", rehash=rehash)
+    assert list(read_summaries(Folder(str(cache)), IDENTITY, repair=repair))
 
 
 @pytest.mark.parametrize("first", ["with rows", "without"])

@@ -5,14 +5,14 @@ import pytest
 
 from pipeline.cache import plan
 from pipeline.errors import CacheError, SourceError
-from pipeline.records import Shard, Unit
-from pipeline.sources.listing import list_shards
+from pipeline.records import ListedFile, Unit
 from pipeline.sources.units import RANGE_BYTES, count_other_files, make_tar_unit, make_units
 from pipeline.storage.folder import Folder
+from tests.listed_files import list_source_files
 
 
-def shard(path: str, root: str = "/disk/data", size: int = 1) -> Shard:
-    return Shard(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
+def shard(path: str, root: str = "/disk/data", size: int = 1) -> ListedFile:
+    return ListedFile(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
 
 
 def test_the_name_of_a_tar_unit_does_not_depend_on_its_location() -> None:
@@ -65,7 +65,7 @@ def test_a_plan_is_append_only(tmp_path: Path) -> None:
     (source / "0.tar").write_bytes(b"x")
 
     def extend() -> tuple[list[Unit], list[str]]:
-        return plan.extend_plan(cache, list_shards((str(source),), {}, cache.url))
+        return plan.extend_plan(cache, list_source_files((str(source),), {}, cache.url))
 
     first, _ = extend()
     assert extend() == (first, [])
@@ -159,7 +159,7 @@ def test_the_size_of_a_parquet_file_decides_its_ranges() -> None:
         ("data/b.parquet", (0, 1)),
     ]
     assert len({unit.name for unit in units}) == 4
-    assert sum(unit.share for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
+    assert sum(unit.input_bytes for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
 
 
 def test_a_parquet_file_beside_a_tar_of_the_same_name_is_metadata(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.cache.parts import read_record
 from pipeline.errors import CacheError, Rejected
 from pipeline.formats import parquet as parquet_format
 from pipeline.formats import webdataset as webdataset_format
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
 
@@ -51,8 +51,8 @@ ROWS = [
 ]
 
 
-def make_record(rows: int = 3) -> Record:
-    return Record(
+def make_record(rows: int = 3) -> PartRecord:
+    return PartRecord(
         format=1,
         identity="i" * 64,
         unit="unit",

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import parts
+from pipeline.cache.part_info import find_unread_rests
 from pipeline.errors import REST_OF_SHARD, DamagedError, ShardError, SourceError, Stopped, StorageError
 from pipeline.flow import UnitWorker
-from pipeline.formats import record as record_format
-from pipeline.formats.record import Record
+from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.readers import damage
 from pipeline.readers.parquet import read_parquet
@@ -50,7 +50,7 @@ def find_rests(cache: Path) -> dict[str, set[int]]:
     found = (
         parts.inspect_part(Folder(str(cache)), name, identity) for name in parts.list_part_files(Folder(str(cache)))
     )
-    return record_format.find_unread_rests(part.record for part in found if part is not None)
+    return find_unread_rests(part.record for part in found if part is not None)
 
 
 @KINDS
@@ -278,16 +278,14 @@ def test_a_long_rest_is_read_in_pieces_and_a_stop_takes_effect_at_once(worker: M
 
 
 def test_a_rest_counts_until_a_part_supersedes_it() -> None:
-    def record(part: int, rest: int | None, *supersedes: int) -> Record:
+    def record(part: int, rest: int | None, *supersedes: int) -> PartRecord:
         rejects = () if rest is None else (damage.reject_rest(rest),)
-        made: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__)
+        made: dict[str, Any] = dict.fromkeys(PartRecord.__dataclass_fields__)
         made |= {"unit": "u", "part": part, "rejects": rejects, "round": int(bool(supersedes))}
-        return Record(**{**made, "supersedes": tuple((position, REST_OF_SHARD) for position in supersedes)})
+        return PartRecord(**{**made, "supersedes": tuple((position, REST_OF_SHARD) for position in supersedes)})
 
     chain = [record(0, 3), record(0, 4, 3), record(1, 8, 4), record(2, None, 8)]
-    assert record_format.find_unread_rests(chain) == {}
-    assert record_format.find_unread_rests(chain[:1]) == {"u": {3}}
-    assert record_format.find_unread_rests(chain[:3]) == {"u": {8}}
-    assert record_format.find_unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, (
-        "the rest of a lost part counts again"
-    )
+    assert find_unread_rests(chain) == {}
+    assert find_unread_rests(chain[:1]) == {"u": {3}}
+    assert find_unread_rests(chain[:3]) == {"u": {8}}
+    assert find_unread_rests([chain[0], chain[1], chain[3]]) == {"u": {4}}, "the rest of a lost part counts again"

@@ -13,24 +13,18 @@ from pipeline.errors import SourceError, StorageError
 from pipeline.limits import Limits
 from pipeline.readers.files import read_planned_file
 from pipeline.readers.folder import read_folder_unit
-from pipeline.readers.sidecars import unpack_files
-from pipeline.records import File, Reject, Sample, Unit
+from pipeline.readers.image_files import unpack_files
+from pipeline.records import PlannedFile, Reject, Sample, Unit
 from pipeline.sources import units
-from pipeline.sources.listing import list_shards
 from pipeline.storage.folder import Folder
-
-
-@pytest.fixture(params=["disk", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty folder, on disk and in memory."""
-    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
+from tests.listed_files import list_source_files
 
 
 def plan_files(root: str, **files: bytes) -> Unit:
     """Write files to a folder `data`, and return its unit. In the names, `_` stands for the dot."""
     for name, data in files.items():
         Folder(f"{root}/data").replace(name.replace("_", "."), data)
-    (unit,) = units.make_units(list_shards((f"{root}/data",), {}, "nowhere"))
+    (unit,) = units.make_units(list_source_files((f"{root}/data",), {}, "nowhere"))
     return unit
 
 
@@ -76,7 +70,9 @@ def test_a_file_on_a_store_that_is_no_longer_empty_fails_its_unit(name: str) -> 
 
 def test_a_deleted_text_fails_its_unit(root: str) -> None:
     unit = plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2")
-    (shorter,) = units.make_units([s for s in list_shards((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"])
+    (shorter,) = units.make_units(
+        [s for s in list_source_files((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"]
+    )
     whole = replace(unit, url=f"{root}/other")
     for name, data in (("a.jpg", b"1"), ("b.jpg", b"2")):
         copy(root, name, data)
@@ -140,7 +136,7 @@ def test_no_more_than_the_limit_is_read(root: str) -> None:
 def test_other_content_of_the_same_size_is_detected_by_its_time(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"old")
-    before = File("data/a.jpg", 3, f"m{path.stat().st_mtime_ns}")
+    before = PlannedFile("data/a.jpg", 3, f"m{path.stat().st_mtime_ns}")
     assert read_planned_file(str(path), {}, 9, before) == b"old"
     path.write_bytes(b"new")
     os.utime(path, (1, 1))

@@ -22,7 +22,7 @@ from pipeline.readers.parquet import read_parquet
 from pipeline.readers.tar import read_tar
 from pipeline.records import Reject, Sample
 from tests.conftest import encoded, img2dataset_members, smooth
-from tests.pipeline.readers.test_read import tar
+from tests.pipeline.readers.test_tar import tar
 
 SECONDS = 5  # the limit for one case
 LIMITS = Limits(pixels=1_000_000)

@@ -12,7 +12,7 @@ from pipeline.errors import DamagedError, ShardError
 from pipeline.readers.tar import read_tar
 from pipeline.readers.tar_members import APART, HIDDEN, STRAY
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
-from tests.pipeline.readers.test_read import outcome, tar
+from tests.pipeline.readers.test_tar import outcome, tar
 
 APPLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cache import plan
 from pipeline.errors import SourceError
-from pipeline.records import Shard, Unit
+from pipeline.records import ListedFile, Unit
 from pipeline.sources import units
 from pipeline.sources.listing import list_sources
 from pipeline.sources.planned_files import list_input_files
@@ -43,7 +43,7 @@ def extend(cache: Folder) -> Extend:
 
     def run(*sources: object, **options: bool) -> tuple[list[str], list[str]]:
         listing = list_sources([str(source) for source in sources], {}, cache.url)
-        units, notes = plan.extend_plan(cache, listing.shards, listing.sources, **options)
+        units, notes = plan.extend_plan(cache, listing.files, listing.sources, **options)
         assert sorted(map(repr, units)) == sorted(map(repr, plan.read_plan(cache))) or any(
             "has moved" in n for n in notes
         )
@@ -79,7 +79,7 @@ def test_a_moved_source_is_read_from_its_new_place(extend: Extend, cache: Folder
     (tmp_path / "b").mkdir()
     (tmp_path / "a/photos").rename(tmp_path / "b/photos")
     listing = list_sources([f"{tmp_path}/b/photos"], {}, cache.url)
-    units, notes = plan.extend_plan(cache, listing.shards, listing.sources)
+    units, notes = plan.extend_plan(cache, listing.files, listing.sources)
     assert notes == [f"the source photos has moved from {tmp_path}/a/photos to {tmp_path}/b/photos"]
     assert {unit.url for unit in units} == {f"{tmp_path}/b/photos", f"{tmp_path}/b/photos/0.tar"}
     assert extend(tmp_path / "b/photos")[0] == first
@@ -118,8 +118,8 @@ def test_files_of_equal_sizes_with_other_times_are_another_source(extend: Extend
 
 
 def test_a_moved_source_is_not_identified_by_sizes_alone(extend: Extend, cache: Folder) -> None:
-    def tar(root: str) -> Shard:
-        return Shard(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
+    def tar(root: str) -> ListedFile:
+        return ListedFile(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
 
     plan.extend_plan(cache, [tar("x://cats/shards")])
     with pytest.raises(SourceError, match="no ETag or time proves that they are the planned ones"):
@@ -249,8 +249,10 @@ def test_equal_sources_that_are_named_together_are_two_sources(extend: Extend, t
 def test_a_renamed_source_is_recognized_whatever_its_etags(cache: Folder, etag: str) -> None:
     """A copy has another ETag on Azure and Google, and on S3 with customer-provided keys."""
 
-    def tar(name: str, etag: str) -> Shard:
-        return Shard(url=f"s3://b/{name}/0.tar", root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag)
+    def tar(name: str, etag: str) -> ListedFile:
+        return ListedFile(
+            url=f"s3://b/{name}/0.tar", root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag
+        )
 
     plan.extend_plan(cache, [tar("cats", "aa")])
     with pytest.raises(SourceError, match="as files of the source cats"):
@@ -393,8 +395,8 @@ def test_a_parquet_file_that_grew_is_planned_with_more_ranges(
 
 
 def test_an_unknown_time_is_not_a_change(cache: Folder) -> None:
-    def tar(etag: str) -> Shard:
-        return Shard(url="/s/0.tar", root="/s", path="s/0.tar", bytes=1, etag=etag)
+    def tar(etag: str) -> ListedFile:
+        return ListedFile(url="/s/0.tar", root="/s", path="s/0.tar", bytes=1, etag=etag)
 
     for planned, listed in (("", "m5"), ("m5", "")):
         folder = Folder(f"{cache.url}{planned}")
@@ -403,8 +405,8 @@ def test_an_unknown_time_is_not_a_change(cache: Folder) -> None:
 
 
 def test_the_last_plan_file_sets_the_place_of_a_source(cache: Folder) -> None:
-    def tar(root: str, number: int) -> Shard:
-        return Shard(url=f"{root}/{number}.tar", root=root, path=f"s/{number}.tar", bytes=1, etag="")
+    def tar(root: str, number: int) -> ListedFile:
+        return ListedFile(url=f"{root}/{number}.tar", root=root, path=f"s/{number}.tar", bytes=1, etag="")
 
     plan.write_plan_file(cache, 0, make_units([tar("/a/s", 0), tar("/a/s", 1)]))
     plan.write_plan_file(cache, 1, make_units([tar("/b/s", 0)]))
@@ -447,4 +449,4 @@ def test_the_plan_records_the_size_and_time_of_each_image(extend: Extend, cache:
     extend(tmp_path / "photos")
     (unit,) = plan.read_plan(cache)
     assert json.loads(unit.files)[1] == [11, "m1700000000000000001", []]
-    assert (unit.root, unit.source) == (f"{tmp_path}/photos", "photos")
+    assert (unit.root, unit.source_name) == (f"{tmp_path}/photos", "photos")

@@ -1,7 +1,8 @@
-"""Names of sources; and files that are no inputs: second paths to one file, and outputs of latentmill."""
+"""The files of sources; names of sources; and files that are no inputs: second paths to one file, own outputs."""
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StorageError
 from pipeline.sources import own_outputs
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.storage.connection import get_filesystem
 from pipeline.storage.folder import Folder
+from pipeline.storage.reading import read_file_if_exists
+from tests.listed_files import list_source_files
 
 IMAGE = b"x"
 UNIT = "photos-0123456789abcdef"
@@ -29,8 +33,157 @@ def list_inputs(*sources: object) -> Listing:
     return list_sources([str(source) for source in sources], {}, "nowhere/at/all")
 
 
-def list_paths(*sources: object) -> list[str]:
-    return [shard.path for shard in list_inputs(*sources).shards]
+def list_paths(*sources: object, exclude: str = "nowhere/at/all", notes: list[str] | None = None) -> list[str]:
+    return [file.path for file in list_source_files(tuple(map(str, sources)), {}, exclude, notes)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("data", ["data/0.tar", "data/1.tar", "data/sub/2.tar"]),
+        ("data/", ["data/0.tar", "data/1.tar", "data/sub/2.tar"]),
+        ("data/*.tar", ["data/0.tar", "data/1.tar"]),
+        ("data/{0..1}.tar", ["data/0.tar", "data/1.tar"]),
+        ("data/{1,0}.tar", ["data/0.tar", "data/1.tar"]),
+        ("data/sub/2.tar", ["sub/2.tar"]),
+        ("data/s*/2.tar", ["data/sub/2.tar"]),
+        ("data/s*", ["data/sub/2.tar"]),
+    ],
+)
+def test_a_source_is_a_file_a_directory_a_glob_or_a_range(root: str, source: str, expected: list[str]) -> None:
+    put(root, "data/0.tar", "data/1.tar", "data/sub/2.tar", "data/.hidden/3.tar", "data/.4.tar")
+    assert list_paths(f"{root}/{source}") == expected
+
+
+def test_an_existing_name_with_wildcards_is_not_a_glob(root: str) -> None:
+    put(root, "a[1]{2/x.jpg")
+    assert list_paths(f"{root}/a[1]{{2") == ["a[1]{2/x.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("data/*.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json"]),
+        ("data/a.jpg", ["a.JPG.Txt", "a.jpg", "a.txt"]),
+        ("data/{b,a}.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json"]),
+        ("data/**/*.jpg", ["a.JPG.Txt", "a.jpg", "a.txt", "b.jpg", "b.jpg.json", "sub/c.jpg", "sub/c.txt"]),
+        ("data/?.tar", ["0.tar"]),
+    ],
+)
+def test_texts_beside_the_named_images_are_listed(root: str, source: str, expected: list[str]) -> None:
+    put(root, "data/a.jpg", "data/a.txt", "data/b.jpg", "data/b.jpg.json", "data/a.png", "data/c.txt", "data/a.JPG.Txt")
+    put(root, "data/sub/c.jpg", "data/sub/c.txt", "data/0.tar", "data/0.txt", "data/b.txt/d.txt")
+    assert list_paths(f"{root}/{source}") == [f"data/{name}" for name in expected]
+
+
+def test_texts_are_listed_in_a_folder_with_wildcards_in_its_name(root: str) -> None:
+    put(root, "a[1]/x.jpg", "a[1]/x.txt")
+    assert list_paths(f"{root}/a[1]/x.jpg") == ["a[1]/x.jpg", "a[1]/x.txt"]
+
+
+def test_two_colons_are_part_of_a_name(root: str) -> None:
+    """fsspec would interpret them as a chain of filesystems, and read another file."""
+    for name in ("data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"):
+        put(root, name, data=name.encode())
+    shards = list_source_files((f"{root}/data",), {}, "nowhere")
+    assert [shard.path for shard in shards] == ["data/a.jpg", "data/a.jpg::x.jpg", "data/b::c.tar"]
+    for shard in shards:
+        assert read_file_if_exists(f"{shard.root}/{shard.path.split('/', 1)[1]}", {}, 99) == shard.path.encode()
+        assert read_file_if_exists(shard.url, {}, 99) == shard.path.encode()
+    assert get_filesystem("s3://bucket/a::b.jpg", {})[1] == "bucket/a::b.jpg"
+    with pytest.raises(StorageError, match="cannot reach simplecache::s3://b/x"):
+        get_filesystem("simplecache::s3://b/x", {})
+
+
+def test_entries_that_are_not_files_are_noted_and_skipped(tmp_path: Path) -> None:
+    put(str(tmp_path), "data/a.jpg", "data/dir.jpg/b.jpg")
+    os.mkfifo(tmp_path / "data/pipe\n.jpg")
+    notes: list[str] = []
+    assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+    assert notes == [f"skipped entries that are not files, or folders without permission: {tmp_path}/data/pipe\\n.jpg"]
+    assert list_paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(str(tmp_path), "data/a.jpg", "data/closed/b.jpg")
+    listdir = os.listdir
+
+    def refuse(path: str) -> list[str]:
+        if path.endswith("closed"):
+            raise PermissionError(13, "no")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    notes: list[str] = []
+    assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg"]
+    assert notes[0].endswith(": " + str(tmp_path / "data/closed"))
+    with pytest.raises(StorageError, match=r"cannot list .*closed: permission denied"):
+        list_paths(f"{tmp_path}/data/closed")
+
+
+def test_links_are_followed_and_no_directory_is_entered_twice(tmp_path: Path) -> None:
+    put(str(tmp_path), "data/a/1.jpg", "other/2.jpg", "3.jpg")
+    for link, target in {
+        "0": "a",
+        "b": "../other",
+        "c": "../other",
+        "a/loop": "../../data",
+        "l.jpg": "../3.jpg",
+    }.items():
+        (tmp_path / "data" / link).symlink_to(target)
+    (tmp_path / "data/broken.jpg").symlink_to("nowhere")
+    expected = ["data/a/1.jpg", "data/b/2.jpg", "data/broken.jpg", "data/l.jpg"]
+    assert list_paths(f"{tmp_path}/data") == expected
+    assert list_paths(f"{tmp_path}/data/*") == expected
+    assert list_paths(f"{tmp_path}/data/b/*.jpg") == ["b/2.jpg"]
+    assert list_paths(f"{tmp_path}/data/*/2.jpg") == ["data/b/2.jpg"]
+    (tmp_path / "data/up").symlink_to(tmp_path)
+    notes: list[str] = []
+    assert list_paths(f"{tmp_path}/data", notes=notes) == expected
+    assert notes[0].endswith(": " + str(tmp_path / "data/up"))
+
+
+def test_a_cache_in_a_source_that_is_a_link_is_skipped(tmp_path: Path) -> None:
+    put(str(tmp_path), "photos/a.jpg", "photos/cache/data/part.parquet")
+    (tmp_path / "link").symlink_to("photos")
+    (tmp_path / "photos/b").symlink_to("cache/data")
+    for source in ("link", "link/*", "link/cache/data/*.parquet", "link/cache"):
+        if "cache" in source:
+            with pytest.raises(SourceError, match="there are no files in"):
+                list_paths(f"{tmp_path}/{source}", exclude=f"{tmp_path}/photos/cache")
+        else:
+            assert list_paths(f"{tmp_path}/{source}", exclude=f"{tmp_path}/photos/cache") == ["link/a.jpg"]
+
+
+def test_a_shard_whose_name_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"d\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"d\xe9") / "0.tar").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
+        list_paths(str(tmp_path))
+    with pytest.raises(SourceError, match=r"the name of .*/d\\xe9/0.tar is not UTF-8; rename the file"):
+        list_paths(str(tmp_path / os.fsdecode(b"d\xe9")))
+
+
+def test_a_cache_inside_its_source_is_skipped(root: str) -> None:
+    put(root, "data/0.tar", "data/cache/data/part.parquet")
+    assert list_paths(f"{root}/data", exclude=f"{root}/data/cache") == ["data/0.tar"]
+
+
+def test_two_sources_with_one_name_are_an_error_with_a_suggestion(root: str) -> None:
+    put(root, "a/data/0.tar", "b/data/0.tar", "b/data/1.tar")
+    for second in ("b/data", "b/data/1.tar", "b/data/*.tar"):
+        with pytest.raises(SourceError, match="two sources have the name data: ") as error:
+            list_paths(f"{root}/a/data", f"{root}/{second}")
+        argument = shlex.split(str(error.value).rpartition("give one of them another: ")[2])[0]
+        assert "data2/1.tar" in list_paths(f"{root}/a/data", argument)
+    assert list_paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
+
+
+@pytest.mark.parametrize("source", ["no", "no/*.tar", "data/{0..2}.tar"])
+def test_a_missing_source_is_named(root: str, source: str) -> None:
+    put(root, "data/0.tar", "data/1.tar")
+    with pytest.raises(SourceError, match="there is no source at .*/" + source.split("/")[0]):
+        list_paths(f"{root}/{source}")
 
 
 def test_a_source_has_its_given_name(tmp_path: Path) -> None:
@@ -79,7 +232,7 @@ def test_every_spelling_of_a_directory_has_the_same_name(tmp_path: Path, source:
     put(tmp_path, "data/photos/1.jpg", "data/x/2.jpg")
     (shard,) = list_inputs(
         f"{tmp_path}/{source}", f"file://{tmp_path}/data/photos", tmp_path / "data/photos/1.jpg"
-    ).shards
+    ).files
     assert (shard.path, shard.url) == (f"{name}/1.jpg", f"{tmp_path}/data/photos/1.jpg")
 
 
@@ -107,7 +260,7 @@ def test_links_to_files_of_the_same_source_are_skipped_and_counted(tmp_path: Pat
         (tmp_path / "data" / link).symlink_to(target)
     os.link(tmp_path / "data/a.jpg", tmp_path / "data/hard.jpg")
     listing = list_inputs(tmp_path / "data")
-    assert [shard.path for shard in listing.shards] == [
+    assert [shard.path for shard in listing.files] == [
         *("data/a.jpg", "data/a.txt", "data/b.txt", "data/c.jpg", "data/d.jpg", "data/hard.jpg")
     ], "texts stay; several links to one file outside the source are separate files, and so are hard links"
     assert listing.notes == [f"skipped links to files of the same source: 1 ({tmp_path}/data/b.jpg)"]
@@ -123,7 +276,7 @@ def test_caches_and_previews_in_a_source_are_skipped(root: str, tmp_path: Path) 
     put(base, "photos/previews/report.json", data=REPORT)
     put(base, f"photos/previews/images/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
     listing = list_inputs(f"{base}/photos")
-    assert [shard.path.removeprefix("photos/") for shard in listing.shards] == [
+    assert [shard.path.removeprefix("photos/") for shard in listing.files] == [
         *("a.jpg", "data/b.jpg", "images/d.png", "previews/mine.png", "sheets/c.png")
     ]
     cache, previews = listing.notes
@@ -190,7 +343,7 @@ def test_a_folder_whose_images_are_named_individually_is_listed_once(
 def test_thumbnails_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
     listing = list_inputs(tmp_path / "photos")
-    assert [shard.path for shard in listing.shards] == ["photos/0.png"]
+    assert [shard.path for shard in listing.files] == ["photos/0.png"]
     assert listing.notes[0].startswith("skipped files of the operating system: 2 (")
 
 

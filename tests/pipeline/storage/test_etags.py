@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources.listing import list_shards
 from pipeline.sources.units import make_tar_unit
-from pipeline.storage.etags import same_etag
-from pipeline.storage.reading import get_etag, open_stream
+from pipeline.storage.etags import get_etag, same_etag
+from pipeline.storage.reading import open_stream
+from tests.listed_files import list_source_files
 
 
 def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
     path = tmp_path / "s/0.tar"
     path.write_bytes(b"old")
     os.utime(path, ns=(1, 1_700_000_000_123_456_789))
-    (shard,) = list_shards((str(tmp_path / "s"),), {}, "nowhere")
+    (shard,) = list_source_files((str(tmp_path / "s"),), {}, "nowhere")
     assert shard.etag == "m1700000000123456789"
     with open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
         assert stream.read() == b"old"
@@ -30,7 +30,7 @@ def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
 def test_a_file_rewritten_with_the_same_size_while_it_is_read_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(b"old")
-    (shard,) = list_shards((str(path),), {}, "nowhere")
+    (shard,) = list_source_files((str(path),), {}, "nowhere")
     changed = pytest.raises(SourceError, match=r"0.tar changed while it was being read")
     with changed, open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
         path.write_bytes(b"new")

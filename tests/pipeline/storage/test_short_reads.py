@@ -24,11 +24,6 @@ ShortReads = Callable[[str, int | None], None]
 CONTENT = bytes(range(256)) * 40
 
 
-@pytest.fixture(params=["disk", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
-
-
 @pytest.fixture
 def url(root: str) -> str:
     Folder(root).replace("x.tar", CONTENT)

@@ -6,46 +6,25 @@ not if there are several such texts, or several images that the text could belon
 """
 
 import hashlib
-import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.canonical_json import VERIFY_HINT, canonical_json
-from pipeline.errors import CacheError
-from pipeline.records import File, Shard, Unit, extension, is_image, stem
-from pipeline.storage.etags import same_etag
+from pipeline.canonical_json import canonical_json
+from pipeline.readers.image_files import ImageFiles, get_folder, is_same_file
+from pipeline.records import ListedFile, PlannedFile, extension, is_image, stem
 
 SHARDS = frozenset({"tar", "parquet"})
-UNKNOWN = -1  # size of a file that may differ from the plan
 
 
 @dataclass(frozen=True, slots=True)
 class SidecarIndex:
     """texts: by the path of an image, its texts, one per extension. unused: the paths of the other texts."""
 
-    texts: Mapping[str, Sequence[Shard]]
+    texts: Mapping[str, Sequence[ListedFile]]
     unused: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFiles:
-    """An image and its texts, as they were planned."""
-
-    image: File
-    texts: tuple[File, ...]
-
-    def without_pins(self) -> "ImageFiles":
-        """Return the same files without sizes and ETags, so that they may differ from the plan."""
-        image, *texts = (File(file.path, UNKNOWN, "") for file in (self.image, *self.texts))
-        return ImageFiles(image, tuple(texts))
-
-
-def get_folder(path: str) -> str:
-    """Return the folder of a file, with a trailing `/`."""
-    return path[: path.rfind("/") + 1]
 
 
 def fold_name(path: str) -> str:
@@ -75,11 +54,11 @@ def find_nearby_texts(texts: Mapping[str, Iterable[str]], images: Iterable[str])
     return (text for name in folded for text in texts.get(name, ()))
 
 
-def match_sidecars(shards: Sequence[Shard], wanted: Collection[str]) -> SidecarIndex:
-    """Match texts to the images among the shards. wanted: extensions of texts, in lower case."""
-    images = [shard for shard in shards if is_image(shard.path)]
-    unmatched = {shard.path: shard for shard in shards if extension(shard.path) in wanted} if images else {}
-    found: dict[str, list[Shard]] = {}
+def match_sidecars(files: Sequence[ListedFile], wanted: Collection[str]) -> SidecarIndex:
+    """Match texts to the images among the files. wanted: extensions of texts, in lower case."""
+    images = [file for file in files if is_image(file.path)]
+    unmatched = {file.path: file for file in files if extension(file.path) in wanted} if images else {}
+    found: dict[str, list[ListedFile]] = {}
     for key in (_keep_path, _lower_extension, fold_name):
         if not unmatched:
             break
@@ -87,7 +66,7 @@ def match_sidecars(shards: Sequence[Shard], wanted: Collection[str]) -> SidecarI
         for image, text in pairs if key is _keep_path else _select_unambiguous(pairs):
             found.setdefault(image, []).append(text)
             unmatched.pop(text.path, None)
-    return SidecarIndex(found, _find_unused(unmatched.values(), shards, images) if unmatched else [])
+    return SidecarIndex(found, _find_unused(unmatched.values(), files, images) if unmatched else [])
 
 
 def _keep_path(path: str) -> str:
@@ -99,17 +78,17 @@ def _lower_extension(path: str) -> str:
 
 
 def _match_pairs(
-    images: Iterable[Shard],
-    texts: Iterable[Shard],
+    images: Iterable[ListedFile],
+    texts: Iterable[ListedFile],
     wanted: Collection[str],
     key: Callable[[str], str],
-    found: Mapping[str, Sequence[Shard]],
-) -> Iterator[tuple[str, Shard]]:
+    found: Mapping[str, Sequence[ListedFile]],
+) -> Iterator[tuple[str, ListedFile]]:
     """Yield the path of an image with a text of an extension that it has no text of so far.
 
     The text must be the only one with the same key as the name that the image's text would have.
     """
-    by_key: dict[str, list[Shard]] = defaultdict(list)
+    by_key: dict[str, list[ListedFile]] = defaultdict(list)
     for text in texts:
         by_key[key(text.path)].append(text)
     for image in images:
@@ -122,7 +101,7 @@ def _match_pairs(
                         yield image.path, text
 
 
-def _select_unambiguous(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[str, Shard]]:
+def _select_unambiguous(pairs: Sequence[tuple[str, ListedFile]]) -> Iterator[tuple[str, ListedFile]]:
     """Return the pairs whose text belongs to a single image, or to several images with one name."""
     stems: dict[str, set[str]] = defaultdict(set)
     for image, text in pairs:
@@ -130,18 +109,18 @@ def _select_unambiguous(pairs: Sequence[tuple[str, Shard]]) -> Iterator[tuple[st
     return ((image, text) for image, text in pairs if len(stems[text.path]) == 1)
 
 
-def _find_unused(texts: Iterable[Shard], shards: Sequence[Shard], images: Sequence[Shard]) -> list[str]:
+def _find_unused(texts: Iterable[ListedFile], files: Sequence[ListedFile], images: Sequence[ListedFile]) -> list[str]:
     """Return the unmatched texts that may have been meant for an image, without the metadata of shards."""
     roots = {image.root for image in images}
-    of_shards = {get_folder(shard.path) for shard in shards if extension(shard.path) in SHARDS}
+    of_shards = {get_folder(file.path) for file in files if extension(file.path) in SHARDS}
     of_shards -= {get_folder(image.path) for image in images}
     return sorted(text.path for text in texts if text.root in roots and get_folder(text.path) not in of_shards)
 
 
-def collect_image_files(image: Shard, texts: Mapping[str, Sequence[Shard]]) -> ImageFiles:
+def collect_image_files(image: ListedFile, texts: Mapping[str, Sequence[ListedFile]]) -> ImageFiles:
     """Return an image and its texts as they were listed."""
     sidecars = sorted(texts.get(image.path, ()), key=lambda text: text.path)
-    first, *others = (File(shard.path, shard.bytes, shard.etag) for shard in (image, *sidecars))
+    first, *others = (PlannedFile(file.path, file.bytes, file.etag) for file in (image, *sidecars))
     return ImageFiles(first, tuple(others))
 
 
@@ -164,28 +143,9 @@ def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:
     return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
 
 
-def unpack_files(unit: Unit) -> list[ImageFiles]:
-    """Return the files of a folder's unit as they were planned. Raises CacheError if the plan is corrupt."""
-    try:
-        return [
-            ImageFiles(File(path, size, etag), tuple(File(get_folder(path) + name, *facts) for name, *facts in texts))
-            for path, (size, etag, texts) in zip(unit.paths, json.loads(unit.files), strict=True)
-        ]
-    except (ValueError, TypeError) as error:
-        raise CacheError(f"the plan has no valid list of the files of the unit {unit.name}; {VERIFY_HINT}") from error
-
-
 def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
     """Yield the paths of files that were edited, added or removed. same_source: as for `is_same_file`."""
     earlier, later = ({file.path: file for file in (files.image, *files.texts)} for files in (before, now))
     for path in sorted(earlier.keys() | later.keys()):
         if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
             yield path
-
-
-def is_same_file(before: File, now: File | Shard, same_source: bool = False) -> bool:
-    """Whether a file is unchanged, judged by its size and its ETag. An unknown ETag matches any other.
-
-    same_source: the user states that a file with this path and size is the one that was planned.
-    """
-    return before.bytes == now.bytes and (same_source or same_etag(before.etag, now.etag))

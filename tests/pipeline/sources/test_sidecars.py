@@ -8,18 +8,19 @@ import pytest
 
 from pipeline.cache import plan
 from pipeline.errors import CacheError
-from pipeline.readers.sidecars import ImageFiles, SidecarIndex, match_sidecars, unpack_files
-from pipeline.records import TEXT_EXTENSIONS, File, Shard
+from pipeline.readers.image_files import ImageFiles, unpack_files
+from pipeline.records import TEXT_EXTENSIONS, ListedFile, PlannedFile
+from pipeline.sources.sidecars import SidecarIndex, match_sidecars
 from pipeline.sources.units import make_units
 from pipeline.storage.folder import Folder
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
 
-def make_shards(*names: str, root: str = "/disk/p", **sizes: int) -> list[Shard]:
+def make_shards(*names: str, root: str = "/disk/p", **sizes: int) -> list[ListedFile]:
     """Return the files of a folder `p`. sizes: in bytes, by the stem of a name (default: 1)."""
     return [
-        Shard(
+        ListedFile(
             url=f"{root}/{name}",
             root=root,
             path=f"p/{name}",
@@ -93,10 +94,10 @@ def test_a_plan_lists_each_file_of_a_folder(tmp_path: Path) -> None:
     (unit,) = plan.read_plan(cache)
     assert unit.paths == ("p/b.png", "p/x/a.jpg")
     assert unpack_files(unit) == [
-        ImageFiles(File("p/b.png", 9, "e-b.png"), ()),
+        ImageFiles(PlannedFile("p/b.png", 9, "e-b.png"), ()),
         ImageFiles(
-            File("p/x/a.jpg", 1, "e-x/a.jpg"),
-            (File("p/x/a.jpg.json", 1, "e-x/a.jpg.json"), File("p/x/a.txt", 1, "e-x/a.txt")),
+            PlannedFile("p/x/a.jpg", 1, "e-x/a.jpg"),
+            (PlannedFile("p/x/a.jpg.json", 1, "e-x/a.jpg.json"), PlannedFile("p/x/a.txt", 1, "e-x/a.txt")),
         ),
     ]
 
@@ -138,13 +139,13 @@ def test_edited_texts_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
     assert "p/0.txt, p/1.txt, p/2.txt, p/3.txt, p/4.txt and 3 more" in line
 
 
-def edit(shard: Shard) -> Shard:
-    return Shard(url=shard.url, root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
+def edit(shard: ListedFile) -> ListedFile:
+    return ListedFile(url=shard.url, root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
 
 
 def test_an_unknown_etag_is_not_a_change(tmp_path: Path) -> None:
     cache, shards = Folder(str(tmp_path)), make_shards("a.jpg", "a.txt")
-    unknown = [Shard(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
+    unknown = [ListedFile(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
     plan.extend_plan(cache, shards)
     assert plan.extend_plan(cache, unknown)[1] == []
     plan.extend_plan(Folder(str(tmp_path / "other")), unknown)

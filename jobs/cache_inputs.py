@@ -1,7 +1,8 @@
 """The VAE, the units and the files of an existing cache."""
 
 from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
-from pipeline.cache import parts, plan, stats
+from pipeline.cache import parts, plan
+from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
@@ -36,7 +37,7 @@ def read_units(
 def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
     """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
     files = []
-    for part in stats.read_parts(cache.folder, cache.info.identity_sha256):
+    for part in read_summaries(cache.folder, cache.info.identity_sha256):
         if part.unit not in units:
             url = cache.folder.url_of(part.file)
             raise CacheError(f"{url} is of a unit that is not in the plan: the cache is damaged")

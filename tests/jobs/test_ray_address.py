@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.connect import call_with_timeout, check_listening, resolve_address
+from jobs.ray_address import call_with_timeout, check_listening, resolve_address
 from pipeline.errors import UsageError
 from tests.conftest import STAMP, slow_param
 from tests.servers import free_port

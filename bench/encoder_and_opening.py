@@ -1,4 +1,4 @@
-"""Throughput of the encode job's two halves, each alone on both cores: the encoder, and opening images.
+"""Throughput of two steps of the encode job, each alone on both cores: the encoder, and opening images.
 
 It is a part of `bench.end_to_end`, which prints the results. Opening means to decode a JPEG and resize it.
 """

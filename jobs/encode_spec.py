@@ -1,0 +1,46 @@
+"""The specification of the workers that encode, made from a cache.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.options import parse_limits
+from pipeline.cache import identity
+from pipeline.cache.identity import CacheInfo
+from pipeline.cache.runs import get_library_versions
+from pipeline.encoder import ComputeConfig
+from pipeline.flow import EncodeSpec
+from pipeline.storage.folder import Folder
+
+
+def make_encode_spec(
+    cache: Folder,
+    info: CacheInfo,
+    compute: ComputeConfig,
+    limits: Sequence[str],
+    open_threads: int,
+    run: str,
+    source_options: Mapping[str, Any],
+) -> EncodeSpec:
+    """Return the specification of workers that encode into a cache.
+
+    info: the cache.json. limits: `--input-limit`. run: the name of the run.
+    """
+    described = info.identity
+    return EncodeSpec(
+        cache=cache,
+        source_options=source_options,
+        identity_sha256=info.identity_sha256,
+        transform=identity.parse_transform(described),
+        dtype=described.dtype,
+        layout=identity.parse_schema(info),
+        image_column=described.image_column,
+        key_column=described.key_column,
+        seed=described.seed,
+        rows_per_part=described.rows_per_part,
+        tile_above=described.tile_above,
+        limits=parse_limits(limits),
+        compute=compute,
+        open_threads=open_threads,
+        run=run,
+        versions=get_library_versions(),
+    )

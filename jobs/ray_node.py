@@ -1,0 +1,66 @@
+"""What is known of the node that a Ray worker runs on: its name, its cores, and the worker's log."""
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+LOG_LINES = 20  # shown of a lost worker's log
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLocation:
+    """Where a worker runs.
+
+    node: Ray's id of the node.
+    log: the file that the worker's standard error goes to; empty if unknown.
+    """
+
+    node: str
+    host: str
+    log: str
+
+
+def locate_this_worker() -> WorkerLocation:
+    """Return the location of the worker in whose process this runs."""
+    try:
+        log = os.readlink("/proc/self/fd/2")
+    except OSError:  # not Linux
+        log = ""
+    return WorkerLocation(ray.get_runtime_context().get_node_id(), os.uname().nodename, log)
+
+
+def count_cores_of_this_worker() -> float:
+    """Return the cores of its node that this worker may use: in proportion to its GPUs, otherwise those it reserves."""
+    context = ray.get_runtime_context()
+    node_id, own = context.get_node_id(), context.get_assigned_resources()  # type: ignore[no-untyped-call]
+    node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)  # type: ignore[no-untyped-call]
+    return float(node["CPU"] * own["GPU"] / node["GPU"] if own.get("GPU") else own.get("CPU", 1))
+
+
+def read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
+    """Return the last lines of a worker's standard error. They are read here, or by a task on the worker's node."""
+    if location is None or not location.log:
+        return []
+    if location.node == ray.get_runtime_context().get_node_id():
+        return _read_tail(location.log)
+    on_node = NodeAffinitySchedulingStrategy(location.node, soft=False)
+    read = ray.remote(_read_tail).options(num_cpus=0, scheduling_strategy=on_node)
+    try:
+        return ray.get(read.remote(location.log), timeout=5)
+    except RayError:  # the node is lost, or too slow
+        return []
+
+
+def _read_tail(path: str) -> list[str]:
+    """Return the last lines of a log, without Ray's own lines."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = deque(file, 4 * LOG_LINES)
+    except OSError:
+        return []
+    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]

@@ -1,0 +1,87 @@
+"""The parts of a cache: what a commit holds about them, and the files that were read or written."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import REST_OF_SHARD
+from pipeline.formats.part_record import BucketTally, PartRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSummary:
+    """The counts and statistics of a part. They can be read from the part's commit, without the part's file.
+
+    reject_counts: the number of rejects per reason. rest_positions: where the rest of a damaged shard is rejected.
+    """
+
+    file: str
+    sha256: str
+    unit: str
+    source: str
+    rows: int
+    filtered: int
+    enlarged: int
+    reject_counts: Mapping[str, int]
+    rest_positions: Sequence[int]
+    supersedes: Sequence[tuple[int, str]]
+    tally: Mapping[str, BucketTally]
+
+    @classmethod
+    def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
+        """Parse a part's entry in `_commits`. Raises KeyError, TypeError or AttributeError if it is not one."""
+        names = ("file", "sha256", "unit", "source", "rows", "filtered", "enlarged")
+        return cls(
+            **{name: entry[name] for name in names},
+            reject_counts=entry["rejects"],
+            rest_positions=entry.get("rests", ()),
+            supersedes=entry.get("supersedes", ()),
+            tally={name: BucketTally(**tally) for name, tally in entry["tally"].items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PartInfo:
+    """A part in the cache whose file was read or written: its record, and the file's name, size and sha256."""
+
+    record: PartRecord
+    file: str
+    bytes: int
+    sha256: str
+
+    @property
+    def summary(self) -> PartSummary:
+        """The same summary that the part's entry in `_commits` gives."""
+        record = self.record
+        return PartSummary(
+            file=self.file,
+            sha256=self.sha256,
+            unit=record.unit,
+            source=record.source,
+            rows=record.rows,
+            filtered=record.filtered,
+            enlarged=record.enlarged,
+            reject_counts=record.reject_counts,
+            rest_positions=record.rest_positions,
+            supersedes=record.supersedes,
+            tally=record.tally,
+        )
+
+    def to_commit_entry(self) -> dict[str, Any]:
+        """Return the part's entry in `_commits`: the record, but with counts and rest positions instead of rejects."""
+        fields = self.record.to_dict()
+        fields["rejects"], fields["rests"] = self.record.reject_counts, self.record.rest_positions
+        return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
+
+
+def find_unread_rests(records: Iterable[PartRecord]) -> dict[str, set[int]]:
+    """Return, per unit, the positions from which its input was never read.
+
+    These are the rejects `rest_of_shard` that no retry part supersedes.
+    """
+    rests, superseded = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
+    for record in records:
+        rests[record.unit].update(record.rest_positions)
+        superseded[record.unit].update(position for position, reason in record.supersedes if reason == REST_OF_SHARD)
+    return {unit: unread for unit, positions in rests.items() if (unread := positions - superseded[unit])}

@@ -1,0 +1,79 @@
+"""Read the samples of one unit, whatever its kind: a tar, a range of a Parquet file, or images of a folder."""
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Protocol
+
+from pipeline.errors import ShardError
+from pipeline.formats.schema import OutputSchema
+from pipeline.limits import Limits
+from pipeline.readers import parquet_keys
+from pipeline.readers.damage import (
+    read_past_damage,
+)
+from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.metadata import merge_metadata, read_tar_metadata
+from pipeline.readers.parquet import read_parquet
+from pipeline.readers.tar import read_tar
+from pipeline.records import (
+    Reject,
+    Sample,
+    Unit,
+)
+from pipeline.storage import reading
+
+
+class ReadSpec(Protocol):
+    """The settings of a job that decide how a unit is read."""
+
+    @property
+    def source_options(self) -> Mapping[str, str]: ...
+    @property
+    def layout(self) -> OutputSchema: ...
+    @property
+    def image_column(self) -> str | None: ...
+    @property
+    def key_column(self) -> str | None: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
+
+
+def read_samples(
+    unit: Unit,
+    spec: ReadSpec,
+    skipped: Counter[str] | None = None,
+    on_piece: Callable[[], None] = lambda: None,
+    may_differ: Container[int] | None = None,
+) -> Iterator[Sample | Reject]:
+    """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
+
+    skipped: receives the number of inputs that are not part of a sample, by kind.
+    on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
+    may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
+    Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
+    """
+    options, columns = spec.source_options, spec.layout.columns
+    if unit.kind == "tar":
+        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
+        with reading.open_stream(unit.url, options, unit) as stream:
+            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
+            for sample in read_past_damage(samples, stream, on_piece):
+                if isinstance(sample, Sample) and sample.key in metadata:
+                    yield merge_metadata(sample, metadata[sample.key])
+                else:
+                    yield sample
+    elif unit.kind == "parquet":
+        with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
+            file_range, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
+            known = parquet_keys.get_file_keys(unit.url, unit.bytes, unit.etag, key)
+            samples = read_parquet(
+                stream, unit.url, unit.bytes, file_range, image, key, columns.schema, spec.limits, known, skipped
+            )
+            yield from read_past_damage(samples, stream, on_piece)
+    elif unit.kind == "folder":
+        may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
+        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
+    else:
+        raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")

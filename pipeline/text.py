@@ -1,0 +1,23 @@
+"""Names and keys as valid text, and as text that is safe to print."""
+
+import re
+
+# characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
+_SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
+
+
+def to_valid_text(name: str) -> str:
+    """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
+    return _NOT_UTF8.sub(lambda byte: f"{_SUBSTITUTE}x{ord(byte[0]) - 0xDC00:02x}", name)
+
+
+def printable(text: str) -> str:
+    """Return a text of `to_valid_text` with escapes for control characters, safe to print on a terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace(_SUBSTITUTE, "\\"))
+
+
+def printable_key(key: str, key_bytes: int) -> str:
+    """Return a key for a reject: its first `key_bytes`, with escapes for control characters and bytes not in UTF-8."""
+    return printable(key[:key_bytes])[:key_bytes]

@@ -1,0 +1,19 @@
+"""URLs, paths, and the filesystems behind them."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage.connection import get_filesystem, make_absolute
+
+
+def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert make_absolute("a/../b") == str(tmp_path / "b")
+    assert make_absolute("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(StorageError, match="cannot reach nonsense://x"):
+        get_filesystem("nonsense://x", {})

@@ -1,0 +1,45 @@
+"""Folders on disk and in memory: create, replace, list and read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage.folder import Folder
+from pipeline.storage.reading import read_file_if_exists
+from tests.pipeline.storage.concurrent_writers import winners
+
+
+def test_one_of_many_creators_wins_with_its_whole_content(root: str) -> None:
+    folder = Folder(root)
+    won = winners(folder)
+    assert len(won) == 1
+    assert folder.read("data/x") == bytes(won) * 100_000
+    assert folder.list_files("data") == ["x"]
+    assert folder.list_files("_tmp") == []
+
+
+def test_replace_overwrites_and_leaves_no_other_file(root: str) -> None:
+    folder = Folder(root)
+    folder.replace("a/b", b"1")
+    folder.replace("a/b", b"2")
+    assert folder.read("a/b") == b"2"
+    assert folder.list_files("a") == ["b"]
+    if not root.startswith("memory"):
+        assert [path.name for path in Path(root, "a").iterdir()] == ["b"]
+
+
+def test_missing_files_and_folders(root: str) -> None:
+    folder = Folder(f"{root}/none")
+    assert (folder.list_files("x"), folder.is_empty(), folder.read_if_exists("x")) == ([], True, None)
+    with pytest.raises(StorageError, match=r"cannot read .*/none/x: no such file or directory"):
+        folder.read("x")
+    assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
+
+
+@pytest.mark.parametrize("write", [Folder.create, Folder.replace], ids=["create", "replace"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[..., object]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*/file/c/x: not a directory"):
+        write(Folder(str(tmp_path / "file/c")), "x", b"")
