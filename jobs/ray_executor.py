@@ -1,4 +1,4 @@
-"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. Only this module and `ray_node` import ray.
+"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. `ray_node` alone imports ray, too.
 
 A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
 calls, because only the driver has the list of open tasks. A part that a lost actor still writes is harmless

@@ -207,7 +207,7 @@ def test_one_faulty_worker_of_two_does_not_change_the_cache(
 
 
 @pytest.mark.fault(15, "a machine runs out of memory, and Ray ends the worker")
-def test_slices_are_smaller_after_a_worker_ran_out_of_memory(
+def test_batches_are_smaller_after_a_worker_ran_out_of_memory(
     source: Path, reference: dict[str, Any], micro_vae: Path, tmp_path: Path
 ) -> None:
     """The samples are the same. Their bits may differ by rounding, as between any two batch sizes.

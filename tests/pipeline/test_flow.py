@@ -506,7 +506,7 @@ class TestMemory:
         capacity: int,
         error: Exception = torch.OutOfMemoryError("CUDA out of memory"),
     ) -> tuple[LatentEncoder, list[int]]:
-        """Return an encoder with memory for slices of `capacity` images, and a list of the sizes that it tries."""
+        """Return an encoder with memory for batches of `capacity` images, and a list of the sizes that it tries."""
         compute = ComputeConfig(device="cpu", precision="fp32", batch_size=4, threads=1)
         latent_encoder, tried = LatentEncoder(vae, compute, "float32"), []
         encode = latent_encoder.model.encode
@@ -521,7 +521,7 @@ class TestMemory:
         return latent_encoder, tried
 
     @pytest.mark.fault(15, "a device out of memory")
-    def test_slices_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_batches_become_smaller_and_stay_so(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
         batch = [TestOverflow().make_image()] * 4
         first = latent_encoder.encode(batch)
@@ -531,7 +531,7 @@ class TestMemory:
         assert tried[6:] == [1, 1, 1, 1]
         assert all(torch.equal(a.latent, b.latent) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
 
-    def test_slices_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_batches_become_smaller_in_float32_too(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
         exact, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1)
         half = LatentEncoder(vae, dataclasses.replace(exact.compute, precision="bf16"), "float32")
         half._fp32_model = exact.model
@@ -579,7 +579,7 @@ class TestMemory:
         ],
         ids=str,
     )
-    def test_the_out_of_memory_errors_of_all_libraries_make_slices_smaller(
+    def test_the_out_of_memory_errors_of_all_libraries_make_batches_smaller(
         self, vae: Vae, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
         latent_encoder, tried = self.make_latent_encoder(vae, monkeypatch, capacity=1, error=error)

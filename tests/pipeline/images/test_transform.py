@@ -134,4 +134,4 @@ def test_images_of_ordinary_shapes_are_resized_as_a_whole(monkeypatch: pytest.Mo
         transform = Transform(resolution=resolution)
         fit = transform.fit(*size)
         assert fit is not None
-        assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (3, resolution, resolution)
+        assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (resolution, resolution, 3)
