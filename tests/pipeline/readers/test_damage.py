@@ -271,7 +271,8 @@ def test_a_long_rest_is_read_in_pieces_and_a_stop_takes_effect_at_once(worker: M
         def is_set(self) -> bool:
             return encoder.context.progress["pieces"] >= pieces + 5
 
-    encoder.context = dataclasses.replace(encoder.context, stop=LateStop())
+    stages = dataclasses.replace(encoder.context.stages, stop=LateStop())
+    encoder.context = dataclasses.replace(encoder.context, stages=stages)
     with pytest.raises(Stopped):
         encoder.run(unit, Attempt(damaged_at=at))
     assert encoder.context.progress["pieces"] == pieces + 5
