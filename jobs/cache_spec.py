@@ -17,6 +17,7 @@ from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
+from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 
@@ -75,6 +76,16 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
     for name in ("slice_size", "batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+
+
+def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
+    """Raise UsageError for an option of Parquet files if there are none."""
+    if any(unit.kind == "parquet" for unit in units):
+        return
+    for name in ("image_column", "key_column"):
+        if getattr(options, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for Parquet files with images, and the sources have none; leave it out")
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:

@@ -62,7 +62,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
         raise UsageError(f"--vae-config is for single files, but {options.vae} has its own config.json; leave it out")
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
     cache_spec.check_options(options, vae)
-    listing, columns = inspect_sources(options, cache)
+    listing, columns = inspect_sources(options, cache, is_new=existing is None)
     with plan_resources(options) as resources:
         wanted = cache_spec.describe_cache(options, vae, resources, existing, columns)
         info = identity.create_or_load(cache, wanted)
@@ -71,8 +71,12 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     return outcome.code
 
 
-def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, PassthroughColumns]:
-    """Return the files of the sources, and the columns that are copied from them. Raises SourceError without inputs."""
+def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tuple[Listing, PassthroughColumns]:
+    """Return the files of the sources, and the columns that are copied from them.
+
+    is_new: whether the cache does not exist yet. Raises SourceError without inputs, and UsageError for a new cache if
+    an option has no effect on these inputs.
+    """
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
     log_each(listing.notes, log_note)
@@ -82,6 +86,8 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     if not units:
         problem = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
+    if is_new:  # an option of an existing cache is part of its identity
+        cache_spec.check_parquet_options(options, units)
     if archives:
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
@@ -90,9 +96,9 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         log_note(f"passed over files that are neither shards nor images: {counts}")
-    return listing, find_columns(
-        shards, units, source_options, options.image_column or None, wanted, parse_limits(options.input_limit)
-    )
+    images, keys = options.image_column or None, options.key_column or None
+    limits = parse_limits(options.input_limit)
+    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys)
 
 
 def run_encode(

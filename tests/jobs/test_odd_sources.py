@@ -229,6 +229,24 @@ def test_a_requested_image_column_must_be_in_every_file(encode: Command, tmp_pat
     assert (code, "1.parquet: the column image does not exist; columns: key" in err) == (2, True), err
 
 
+def test_a_key_column_that_does_not_exist_is_refused_before_any_write(encode: Command, tmp_path: Path) -> None:
+    write_table(tmp_path / "p/pq.parquet", id=["a", "b"], **IMAGES)
+    code, _, err = encode(tmp_path / "p", "--key-column", "nope")
+    assert (code, f"--key-column: {tmp_path}/p/pq.parquet has no column nope; it has id, text" in err) == (2, True), err
+    assert not (tmp_path / "c").exists()
+    assert encode(tmp_path / "p", "--key-column", "id")[0] == 0
+    assert read_column(tmp_path / "c", "text") == {"a": "zero", "b": "one"}
+
+
+@pytest.mark.parametrize("option", ["--key-column", "--image-column"])
+def test_options_of_parquet_files_are_refused_without_such_files(
+    encode: Command, photos: Path, tmp_path: Path, option: str
+) -> None:
+    code, _, err = encode(photos, option, "id")
+    assert (code, f"{option} is for Parquet files with images, and the sources have none" in err) == (2, True), err
+    assert not (tmp_path / "c").exists()
+
+
 def test_images_of_an_unsupported_type_fail_their_unit(encode: Command, tmp_path: Path) -> None:
     """The file is not inspected before the job starts."""
     for number in range(40):
