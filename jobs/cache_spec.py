@@ -44,7 +44,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "image_column": existing.image_column or "",
         "key_column": existing.key_column or "",
     }
-    if not given & {"resolution", "buckets", "multiple_of"}:
+    if not given & {"resolution", "buckets"}:
         if preprocessing.buckets:
             inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
         else:
@@ -53,8 +53,13 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
-def check_options(options: EncodeOptions, vae: Vae) -> None:
-    """Raise UsageError for values that cannot work with this VAE or with each other."""
+def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
+    """Raise UsageError for values that cannot work with this VAE or with each other.
+
+    given: the names of the options that the user set.
+    """
+    if "multiple_of" in given and not options.buckets:
+        raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
     name = "multiple_of" if options.buckets else "resolution"
     value = getattr(options, name)
     if value < 1 or value % vae.config.downscale:
@@ -202,7 +207,15 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
     current = dataclasses.asdict(compute)
     for name, value in dataclasses.asdict(existing).items():
         if current[name] != value:
-            log_note(f"the cache was created with {name}={value}, now {current[name]}; bits may differ by rounding")
+            before, now = (_format_compute_setting(name, setting) for setting in (value, current[name]))
+            log_note(f"the cache was made with {before}, this command has {now}; bits may differ by rounding")
+
+
+def _format_compute_setting(name: str, value: Any) -> str:
+    """Return a compute setting as the option that sets it."""
+    if name == "compile":
+        return "--compile" if value else "no --compile"
+    return f"--{'cpus-per-worker' if name == 'threads' else name.replace('_', '-')} {value}"
 
 
 def note_versions(cache: Folder, run: str) -> None:
