@@ -136,6 +136,20 @@ def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dic
         yield strip_extension(name), content
 
 
+def read_superseded_positions(cache: Folder, units: Set[str]) -> dict[str, set[int]]:
+    """Return the positions of the rejects of these units that committed retry parts supersede, by unit."""
+
+    def is_wanted(name: str) -> bool:
+        return is_retry_part(name) and parse_unit_name(f"{COMMITS}/{name}.json") in units
+
+    positions: dict[str, set[int]] = {}
+    for _, content in read_commits(cache, sorted(filter(is_wanted, list_commits(cache)))):
+        for entry in content["parts"]:
+            found = positions.setdefault(entry["unit"], set())
+            found.update(position for position, _ in entry.get("supersedes", ()))
+    return positions
+
+
 def list_started_units(cache: Folder) -> set[str]:
     """Return the names of the units that have a part or a commit."""
     return {parse_unit_name(file) for file in list_part_files(cache)} | list_finished_units(cache)

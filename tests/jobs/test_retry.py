@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -148,6 +149,20 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
     assert "WARNING more than 0.05 of all samples are rejected (--max-reject-rate)" in err
     broken.write_bytes(intact)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    other = tmp_path / "p/000000002.jpg"
+    planned = other.stat()
+    other.touch()
+    _, _, err = latentmill(*argv)
+    os.utime(other, ns=(planned.st_atime_ns, planned.st_mtime_ns))
+    notes = [line.split("INFO ")[1] for line in err.splitlines() if "changed" in line]
+    assert notes == [
+        "inputs that have changed since they were planned: 1 (p/000000002.jpg); the cache still holds the old version; "
+        "to encode the new version, use another --to",
+        "inputs that have changed since they were planned: 1 (p/000000001.jpg); `latentmill retry` has encoded "
+        "rejected samples of them, as they were at that time. `latentmill verify --recount` finds later changes; to "
+        "encode these, use another --to",
+    ]
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
     for path in (*tmp_path.glob("c/data/*-00000.parquet"), *tmp_path.glob("c/_commits/p-????????????????.json")):
         path.unlink()
     assert latentmill(*argv)[0] == 0
