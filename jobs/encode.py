@@ -8,7 +8,7 @@ from typing import Any
 from jobs import cache_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
+from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note, log_warning
 from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -26,6 +26,7 @@ from pipeline.cache.parts import read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.formats.schema import PassthroughColumns
+from pipeline.limits import printable, to_valid_text
 from pipeline.readers import compression
 from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
@@ -132,6 +133,7 @@ def run_encode(
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
+        log_each(describe_unreadable(listing), log_warning)
         recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
@@ -143,14 +145,15 @@ def run_encode(
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
-        code = choose_exit_code(failures, written, options.max_reject_rate)
+        code = 1 if listing.unreadable else choose_exit_code(failures, written, options.max_reject_rate)
         recorder.update(**describe_totals(totals))
-        recorder.end("failed" if failures else "done", code)
+        recorder.end("failed" if code == 1 else "done", code)
     return Outcome(
         code=code,
         totals=totals,
         written=written,
         failures=failures,
+        unreadable=listing.unreadable,
         units=len(units),
         already=len(units) - len(pending),
     )
@@ -210,6 +213,14 @@ def encode_pending(
             totals.wall = time.perf_counter() - started
             for line in skipped.describe():
                 log_note(line)
+
+
+def describe_unreadable(listing: Listing) -> list[str]:
+    """Return a line for each folder of the sources that cannot be listed."""
+    return [
+        f"folder not readable, its images are not encoded: {printable(to_valid_text(folder))}"
+        for folder in listing.unreadable
+    ]
 
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.entry import print_json
-from jobs.messages import log_error, log_warning
+from jobs.messages import count_noun, log_error, log_warning
 from jobs.options import EncodeOptions
 from jobs.scheduler import Failure
 from pipeline.cache import stats
 from pipeline.errors import REST_OF_SHARD
+from pipeline.limits import to_valid_text
 from pipeline.records import Seconds, UnitReport
 from pipeline.storage.folder import Folder
 
@@ -91,6 +92,7 @@ class Outcome:
 
     code: the exit code.
     written: the content of stats.json.
+    unreadable: the folders of the sources that could not be listed.
     units: the number of planned units.
     already: the number of units that were done before this run.
     """
@@ -99,6 +101,7 @@ class Outcome:
     totals: RunTotals
     written: Mapping[str, Any]
     failures: Sequence[Failure] = ()
+    unreadable: Sequence[str] = ()
     units: int = 0
     already: int = 0
 
@@ -131,6 +134,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
                 },
                 "units": units,
                 "failed": [dataclasses.asdict(failure) for failure in failures],
+                "unreadable": [to_valid_text(folder) for folder in outcome.unreadable],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
                 "doubts": stats.find_implausible(written),
             }
@@ -157,5 +161,8 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
         log_warning(doubt)
     if outcome.code == 3 and REST_OF_SHARD not in written["rejected"]:
         log_warning(f"more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
+    if outcome.unreadable:
+        folders = count_noun(len(outcome.unreadable), "folder")
+        log_error(f"{folders} of the sources cannot be read: give read permission, and run the same command again")
     if failures:
         log_error(f"{len(failures)} of {units} units are not in the cache; run the same command to retry them")
