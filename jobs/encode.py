@@ -19,7 +19,7 @@ from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
 from jobs.throughput import WorkerTime
-from jobs.totals import Outcome, RunTotals, describe_totals, print_summary
+from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.parts import read_superseded
@@ -37,6 +37,7 @@ from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae, load_vae
+from pipeline.wording import count_noun
 from vae.load import is_single_file
 
 
@@ -127,14 +128,14 @@ def run_encode(
             options.same_source,
             texts=identity.parse_schema(info).columns.texts,
         )
-        units = units[: options.max_shards or None]
+        planned, units = len(units), units[: options.max_shards or None]
         finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
         log_each(describe_unreadable(listing), log_warning)
-        recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
+        recorder.log_only(f"{count_noun(len(units), 'unit')} planned, {len(pending):,} not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
             failures = encode_pending(options, cache, info, vae, pending, resources, recorder, totals)
@@ -146,6 +147,8 @@ def run_encode(
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
         code = 1 if listing.unreadable else choose_exit_code(failures, written, options.max_reject_rate)
+        if code == 3:
+            log_warning(explain_rejects(written, options.max_reject_rate, cache.url))
         recorder.update(**describe_totals(totals))
         recorder.end("failed" if code == 1 else "done", code)
     return Outcome(
@@ -156,6 +159,7 @@ def run_encode(
         unreadable=listing.unreadable,
         units=len(units),
         already=len(units) - len(pending),
+        left_out=planned - len(units),
     )
 
 
@@ -228,8 +232,8 @@ def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     missing = {unit.name for unit in units} - commits.list_finished_units(cache)
     if missing:
         raise JobError(
-            f"{len(missing)} units were reported done but are missing from {cache.url}: the workers do not share this "
-            f"filesystem; use a shared disk or an object store"
+            f"{count_noun(len(missing), 'unit')} reported done, but missing from {cache.url}: the workers do not share "
+            "this filesystem; use a shared disk or an object store"
         )
 
 

@@ -133,11 +133,6 @@ def log_each(texts: Sequence[str], log: Callable[[str], None]) -> None:
         log(f"... and {len(texts) - AT_MOST:,} more like these")
 
 
-def count_noun(number: int, noun: str) -> str:
-    """Return a number and its noun, such as `1 image` or `1,024 images`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def get_shown_level() -> int:
     """Return the lowest level that is shown."""
     return _own_handler.level

@@ -250,7 +250,7 @@ def replan_changed(
         is_replanned = identify_input(unit) in replanned
         state = "replanned" if is_replanned else "finished" if unit.name in finished else "started"
         for path in changed.get(unit.name, ()):
-            paths_by_state["retried" if path in retried and not is_replanned else state].add(path)
+            paths_by_state["retried" if state == "finished" and path in retried else state].add(path)
     notes = [
         f"inputs that have changed since they were planned: {len(paths):,} ({abbreviate(paths)}); {CHANGE_NOTES[state]}"
         for state, paths in paths_by_state.items()
@@ -266,10 +266,12 @@ def find_retried(
     sidecars: SidecarIndex,
 ) -> set[str]:
     """Return the files of changed units of which a retry encoded samples. changed: the paths of files by unit."""
-    superseded = commits.read_superseded_positions(cache, changed.keys())
+    retries = commits.list_retries(cache)
     retried: set[str] = set()
     for unit in planned:
-        positions = superseded.get(unit.name)
+        if unit.name not in changed or unit.name not in retries:
+            continue
+        positions = {position for position, _ in commits.read_superseded_rejects(cache, retries[unit.name])}
         if positions and unit.kind == "folder":
             images = {unit.paths[position] for position in positions if position < len(unit.paths)}
             texts = (text.path for image in images for text in sidecars.texts.get(image, ()))

@@ -90,7 +90,7 @@ def test_a_tar_that_cannot_be_opened_fails_only_its_unit(
 
     monkeypatch.setattr(reading, "open_stream", open_or_refuse)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 1 images" in out, "1.tar: permission denied" in err) == (1, True, True), err
+    assert (code, "encoded 1 image in" in out, "1.tar: permission denied" in err) == (1, True, True), err
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_is_a_failure(

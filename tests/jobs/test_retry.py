@@ -74,7 +74,7 @@ def test_samples_that_now_succeed_become_a_part_and_others_stay_rejected(latentm
     assert read_stats(cache)["rejected"] == {"not_an_image": 1}
     assert any("00001r1" in name for name in read_parts(cache))
     digest = read_stats(cache)["digest"]
-    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected samples\n  rows       0 more")
+    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected sample\n  rows       0 more")
     assert read_stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
 
 
@@ -146,7 +146,8 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
     argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv)
     assert code == 3
-    assert "WARNING more than 0.05 of all samples are rejected (--max-reject-rate)" in err
+    message = "1 of 3 samples (33.3%) rejected, the limit is 5% (--max-reject-rate): exit code 3; the other images are"
+    assert f"WARNING {message} in the cache. After a repair, run `latentmill retry {tmp_path}/c`\n" in err
     broken.write_bytes(intact)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
     other = tmp_path / "p/000000002.jpg"
