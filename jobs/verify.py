@@ -19,7 +19,7 @@ from pipeline.cache import identity, parts
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, NoCacheError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.formats.record import find_unread_rests
 from pipeline.maintenance import verify
@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--reencode must not be negative")
     try:
         cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    except NoCacheError:
+        raise
     except CacheError as error:
         print_findings(options, Findings(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
         return 1

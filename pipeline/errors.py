@@ -6,7 +6,8 @@ LatentmillError            one line for the user: the problem, its object, and a
 |   |   `-- ChangedError   an input that differs from the plan; nothing of it was read
 |   |-- VaeError           the VAE is not an AutoencoderKL
 |   `-- IdentityError      the cache was made with other settings
-|-- CacheError             a folder that is not a cache, or is inconsistent; exit code 1
+|-- CacheError             a cache that is inconsistent or damaged; exit code 1
+|   `-- NoCacheError       a folder that is not a cache; exit code 2
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
 |   |-- DamagedError       a shard that can be read up to a damage; its rest is rejected
@@ -18,7 +19,7 @@ Rejected                   one sample that cannot be encoded; becomes a row of _
 
 from typing import Literal
 
-from latentmill.errors import CacheError, IdentityError, LatentmillError, StorageError, UsageError
+from latentmill.errors import CacheError, IdentityError, LatentmillError, NoCacheError, StorageError, UsageError
 
 __all__ = [
     "REASONS",
@@ -29,6 +30,7 @@ __all__ = [
     "IdentityError",
     "JobError",
     "LatentmillError",
+    "NoCacheError",
     "NoImagesError",
     "Rejected",
     "ShardError",

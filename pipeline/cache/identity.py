@@ -9,7 +9,7 @@ from typing import Any
 
 from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
 from pipeline.canonical_json import indented_json, with_checksum
-from pipeline.errors import CacheError, IdentityError
+from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
 from pipeline.storage.folder import Folder
@@ -86,8 +86,8 @@ def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: st
 def read_cache_json(cache: Folder) -> CacheInfo | None:
     """Return the content of cache.json, or None if there is no cache yet.
 
-    Raises CacheError for a folder that holds something else, for a format that this version does not support, and for a
-    field that is missing or has another type.
+    Raises NoCacheError for a folder that holds something else, and CacheError for a format that this version does not
+    support, and for a field that is missing or has another type.
     """
     data = cache.read_if_exists(NAME)
     if data is None:
@@ -95,7 +95,7 @@ def read_cache_json(cache: Folder) -> CacheInfo | None:
             return None
         data = cache.read_if_exists(NAME)  # another job may have created it just now
     if data is None:
-        raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
+        raise NoCacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     return parse_cache_json(data, cache.url)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from latentmill import cache as reader
 from latentmill import part_files
-from latentmill.cache_info import CacheInfo
+from latentmill.cache_info import CacheInfo, parse_cache_json
 from pipeline.cache import identity
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
@@ -27,7 +27,8 @@ class Cache(reader.Cache):
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[Folder, CacheInfo | None]:
         folder = Folder(make_absolute(url), options)
-        return folder, identity.read_cache_json(folder)
+        data = folder.read_if_exists(identity.NAME)
+        return folder, None if data is None else parse_cache_json(data, folder.url)
 
     @property
     def config(self) -> AutoencoderKLConfig:

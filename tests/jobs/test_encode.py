@@ -331,7 +331,7 @@ class TestRefusals:
     def test_a_folder_that_is_not_a_cache(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
         (tmp_path / "c/thesis.tex").write_text("years of work")
-        self.assert_refused(encode(photos, "--to", tmp_path / "c"), 1, "is not a latentmill cache: it is not empty")
+        self.assert_refused(encode(photos, "--to", tmp_path / "c"), 2, "is not a latentmill cache: it is not empty")
 
     def test_a_cache_below_a_file(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
