@@ -138,7 +138,9 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
     print(f"  report     {out.url_of(REPORT)}", flush=True)
-    log_each(report["notes"], log_note)
+    if notes := report["notes"]:
+        more = f" ({count_noun(len(notes) - 1, 'more such line')} in {REPORT})" if len(notes) > 1 else ""
+        log_note(f"{notes[0]}{more}")
     log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 
 

@@ -7,7 +7,8 @@ LatentmillError            one line for the user: the problem, its object, and a
 |   |-- VaeError           the VAE is not an AutoencoderKL
 |   `-- IdentityError      the cache was made with other settings
 |-- CacheError             a cache that is inconsistent or damaged; exit code 1
-|   `-- NoCacheError       a folder that is not a cache; exit code 2
+|   |-- NoCacheError       a folder that is not a cache; exit code 2
+|   `-- DamagedFileError   a file with rows that cannot be read; a retry cannot succeed
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
 |   |-- DamagedError       a shard that can be read up to a damage; its rest is rejected
@@ -27,6 +28,7 @@ __all__ = [
     "CacheError",
     "ChangedError",
     "DamagedError",
+    "DamagedFileError",
     "IdentityError",
     "JobError",
     "LatentmillError",
@@ -77,6 +79,10 @@ class SourceError(UsageError):
 
 class ChangedError(SourceError):
     """An input differs from the plan. This was detected before anything of it was read."""
+
+
+class DamagedFileError(CacheError):
+    """A file with rows of a cache cannot be read, because its bytes are damaged."""
 
 
 class VaeError(UsageError):
