@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipeline.encoder import is_device_error
-from pipeline.errors import DamagedError, LatentmillError, Stopped, StorageError
+from pipeline.errors import DamagedError, DamagedFileError, LatentmillError, Stopped, StorageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
@@ -21,7 +21,8 @@ IN_FLIGHT = 2  # tasks per worker: while one encodes, the other reads, decodes a
 #   device    the worker's accelerator reported an error after which every call fails
 #   lost      the worker's process ended, or hung
 #   returned  its worker was ended because of other tasks
-Cause = Literal["task", "damage", "storage", "device", "lost", "returned"]
+#   final     a retry cannot succeed: a file of the cache is damaged
+Cause = Literal["task", "damage", "storage", "device", "lost", "returned", "final"]
 
 
 class Task(Protocol):
@@ -140,6 +141,8 @@ def find_cause(error: BaseException) -> Cause:
     """Classify an error that a worker raised."""
     if isinstance(error, DamagedError):
         return "damage"
+    if isinstance(error, DamagedFileError):
+        return "final"
     if isinstance(error, StorageError) and error.may_pass:
         return "storage"
     return "device" if is_device_error(error) else "task"

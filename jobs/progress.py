@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from jobs.messages import PROGRESS, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.records import UnitReport
+from pipeline.wording import count_noun
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -61,7 +62,8 @@ class ProgressMeter:
         """The progress as text."""
         seconds = self.seconds_left
         left = "" if seconds is None or self.share == 1 else f", {format_duration(seconds)} left"
-        return f"{self.images:,} images {self.verb}, {self.throughput.rate:.1f}/s, {self.rejects:,} rejected{left}"
+        images = count_noun(self.images, "image")
+        return f"{images} {self.verb}, {self.throughput.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, images: int, waiting_for: str) -> None:
         """Show the progress. Call this about once per second.
@@ -97,8 +99,9 @@ def log_unit(done: UnitReport) -> None:
     if done.damage:
         log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
-    rejects = sum(done.rejects.values())
-    log_debug(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})")
+    counts = {"row": done.rows, "reject": sum(done.rejects.values()), "part": done.parts}
+    work = ", ".join(count_noun(number, noun) for noun, number in counts.items())
+    log_debug(f"unit {done.unit}: {work} ({spent})")
 
 
 def format_duration(seconds: float) -> str:

@@ -29,6 +29,7 @@ from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection
 from pipeline.weights import Vae
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,10 +72,10 @@ def print_summary(
         content = {name: written[name] for name in ("rejected", "digest")}
         print_json({"cache": options.cache, "rows": counts["rows"], **content})
         return
-    rejected = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in written["rejected"].items()) or "none"
     retried = Counter(reason == REST_OF_SHARD for task in tasks for _, reason in task.rejected - task.superseded)
-    damaged = f", and the rest of {retried[True]:,} damaged shards" if retried[True] else ""
-    print(f"retried {retried[False]:,} rejected samples{damaged}")
+    damaged = f", and the rest of {count_noun(retried[True], 'damaged shard')}" if retried[True] else ""
+    print(f"retried {count_noun(retried[False], 'rejected sample')}{damaged}")
     print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
     print(f"  rejected   {rejected}")
     print(f"  digest     {written['digest']}", flush=True)

@@ -11,6 +11,7 @@ from jobs.parsing import parse
 from jobs.progress import format_duration
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +31,7 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
     units, size = content["units"], content["bytes"]
     share = size["done"] / size["planned"] if size["planned"] else 0.0
-    rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines = [
         f"{content['cache']}: {content['state']}",
         f"  units      {units['done']:,} of {units['planned']:,} done, {share:.0%} of the bytes",
@@ -39,7 +40,8 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
         f"  filtered   {content['filtered']:,}",
     ]
     if content["parts_of_units_under_way"]:
-        lines.append(f"  partial    {content['parts_of_units_under_way']:,} files of units that are not done")
+        files = count_noun(content["parts_of_units_under_way"], "file")
+        lines.append(f"  partial    {files} of units that are not done")
     if content["images_per_second"]:
         seconds = content["seconds_left"]
         eta = "" if seconds is None else f", about {format_duration(seconds)} left"

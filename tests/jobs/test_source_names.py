@@ -246,7 +246,7 @@ def test_a_partly_encoded_unit_is_resumed_if_its_samples_are_the_same(
 
     path.write_bytes(intact)
     code, out, err = encode(path.parent)
-    assert (code, "encoded 1 images" in out) == (0, True), err
+    assert (code, "encoded 1 image in" in out) == (0, True), err
     assert read_table(tmp_path / "c").sort_by("key") == table
     assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
 

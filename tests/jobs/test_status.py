@@ -59,8 +59,3 @@ def test_the_state_names_how_the_last_run_ended(cache: Path, latentmill: Command
     assert read_status(Folder(str(cache)), NOW)["state"] == state
     out = latentmill("status", cache)[1]
     assert ("no heartbeat since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
-
-
-def test_a_folder_without_a_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:
-    code, _, err = latentmill("status", tmp_path)
-    assert (code, "there is no latentmill cache" in err) == (1, True)
