@@ -68,12 +68,12 @@ class ProgressMeter:
     def tick(self, images: int, waiting_for: str) -> None:
         """Show the progress. Call this about once per second.
 
-        images: how many are done. waiting_for: what the first worker waits for; empty once a worker is ready.
+        images: how many are done. waiting_for: the state until the first worker is ready; empty from then on.
         """
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput
             self.pace.note(self.images)
-        text = f"waiting for {waiting_for}" if waiting_for else self.line
+        text = waiting_for or self.line
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
+from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_shards, list_sources
@@ -171,6 +173,25 @@ def test_two_sources_with_one_name_are_an_error_with_a_suggestion(root: str) -> 
         argument = shlex.split(str(error.value).rpartition("give one of them another: ")[2])[0]
         assert "data2/1.tar" in list_paths(f"{root}/a/data", argument)
     assert list_paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("no", "/no does not exist"), ("no/*.tar", "no file matches "), ("{no,data}", "does not exist")],
+)
+def test_the_reason_for_a_missing_source_is_named(root: str, source: str, reason: str) -> None:
+    put(root, "data/0.tar")
+    with pytest.raises(SourceError, match=reason):
+        list_paths(f"{root}/{source}")
+
+
+def test_missing_credentials_are_named() -> None:
+    with pytest.raises(StorageError) as raised, name_url_in_errors("s3://bucket/x", "list"):
+        raise NoCredentialsError
+    assert str(raised.value) == (
+        "cannot list s3://bucket/x: no credentials (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use storage "
+        "options: --storage-option key=env:NAME and secret=env:NAME, or anon=true for a public bucket)"
+    )
 
 
 @pytest.mark.parametrize("source", ["no", "no/*.tar", "data/{0..2}.tar"])
