@@ -18,11 +18,15 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressMeter:
-    """Counts and shows the progress of a job. The sizes of its tasks are all in bytes, or all in images or files."""
+    """Counts and shows the progress of a job. The sizes of its tasks are all in bytes, or all in images or files.
 
-    def __init__(self, verb: str, total: int) -> None:
+    size_per_image: the size of an image until a task has ended; 0 if it is unknown.
+    """
+
+    def __init__(self, verb: str, total: int, size_per_image: float = 0.0) -> None:
         self.verb = verb
         self.total = max(total, 1)
+        self.size_per_image = size_per_image
         self.finished = 0
         self.finished_images = 0
         self.images = 0
@@ -40,11 +44,9 @@ class ProgressMeter:
     @property
     def share(self) -> float:
         """The completed share, from 0 to 1: by the size of the ended tasks, and by the images of the running ones."""
-        share = self.finished / self.total
-        if self.finished_images:
-            running = max(self.images - self.finished_images, 0)
-            share += running * self.finished / self.finished_images / self.total
-        return min(share, 1.0)
+        size = self.finished / self.finished_images if self.finished_images else self.size_per_image
+        running = max(self.images - self.finished_images, 0)
+        return min((self.finished + running * size) / self.total, 1.0)
 
     @property
     def seconds_left(self) -> int | None:
