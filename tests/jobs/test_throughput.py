@@ -84,7 +84,7 @@ def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
 
 
 @pytest.fixture
-def job(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
+def job(micro_vae: Path, tmp_path: Path) -> list[object]:
     """Return an encode command for sixty images in six shards."""
     for number in range(6):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 10, height=64, width=64))
