@@ -60,7 +60,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
     unfinished = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, unfinished)  # the report marks the folder as rendered, even if the job is interrupted
     done: list[RenderReport] = []
-    meter = ProgressMeter("decoded", sum(len(task.rows) for task in tasks))
+    meter = ProgressMeter("decoded", sum(len(task.rows) for task in tasks), size_per_image=1.0)
 
     def on_done(sheet: RenderReport) -> None:
         done.append(sheet)

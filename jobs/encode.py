@@ -9,7 +9,7 @@ from jobs import cache_spec
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note, log_warning
+from jobs.messages import collect_secrets, configure_logging, log_each, log_note, log_warning
 from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -32,7 +32,7 @@ from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
-from pipeline.sources.planned_files import without_etags
+from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
 from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
@@ -135,7 +135,9 @@ def run_encode(
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
-        log_each(describe_unreadable(listing), log_warning)
+        if unreadable := describe_unreadable(listing):
+            log_each(unreadable, log_warning)
+            recorder.note_error(unreadable[0])
         recorder.log_only(f"{count_noun(len(units), 'unit')} planned, {len(pending):,} not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
@@ -143,7 +145,7 @@ def run_encode(
         resources.close()
         # encoding has ended, so there is no throughput any more
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], log_error)
+        recorder.note_failures(failures)
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
@@ -186,7 +188,7 @@ def encode_pending(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
     )
     sizes = {unit.name: unit.input_bytes for unit in pending}
-    meter = ProgressMeter("encoded", sum(sizes.values()))
+    meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()
     skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}

@@ -101,7 +101,7 @@ class Executor(Protocol):
 
     @property
     def waiting_for(self) -> str:
-        """The resources or events that the executor waits for, in a few words; empty if it can run tasks."""
+        """The state until the executor can run tasks, such as `starting 2 workers`; empty from then on."""
         ...
 
     @property

@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 def format_status(content: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
-    units, size = content["units"], content["bytes"]
-    share = size["done"] / size["planned"] if size["planned"] else 0.0
+    units, share = content["units"], content["share"]
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines = [
         f"{content['cache']}: {content['state']}",
@@ -46,6 +45,8 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
         seconds = content["seconds_left"]
         eta = "" if seconds is None else f", about {format_duration(seconds)} left"
         lines.append(f"  throughput {content['images_per_second']:.1f} images per second{eta}")
+    if content["state"] in ("failed", "stopped") and (error := content["runs"][-1]["error"]):
+        lines.append(f"  {content['state']:<10} {error}")
     for run in content["runs"]:
         if run["outcome"] == "silent":
             lines.append(f"  no heartbeat since {run['alive']} from the run that started {run['started']};")

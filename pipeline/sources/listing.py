@@ -210,7 +210,10 @@ def _expand(
         for pattern in patterns:
             matches = _find_matches(fs, pattern)
             if not matches:
-                raise SourceError(f"there is no source at {source}: {full_url(fs, pattern)} does not exist")
+                place = full_url(fs, pattern)
+                is_glob = bool(WILDCARDS & set(pattern))
+                problem = f"no file matches {place}" if is_glob else f"{place} does not exist"
+                raise SourceError(f"there is no source at {source}: {problem}")
             below = _find_files(fs, matches, root, excluded, skipped)
             if not below:
                 closed = f"; folders not readable: {abbreviate(skipped.unreadable)}" if skipped.unreadable else ""

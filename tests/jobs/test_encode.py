@@ -94,11 +94,14 @@ def test_only_missing_parts_are_encoded(encode: Command, shards: Path, tmp_path:
 
 def test_parts_without_a_commit_are_not_encoded_again(encode: Command, shards: Path, tmp_path: Path) -> None:
     encode(shards, "--to", tmp_path / "c")
-    for record in (tmp_path / "c/_commits").iterdir():
-        record.unlink()
+    records = {path.name: json.loads(path.read_text())["parts"] for path in (tmp_path / "c/_commits").iterdir()}
+    for name in records:
+        (tmp_path / "c/_commits" / name).unlink()
     code, out, err = encode(shards, "--to", tmp_path / "c")
     assert code == 0, err
     assert out.startswith("encoded 0 images")
+    written = {path.name: json.loads(path.read_text())["parts"] for path in (tmp_path / "c/_commits").iterdir()}
+    assert (len(written), written) == (3, records), "the commits are written again"
 
 
 def test_the_location_of_the_source_does_not_change_the_digest(encode: Command, tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ class TestRefusals:
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "other", "--workers", 0)
         self.assert_refused(result, 2, "this is a configuration of class AutoencoderDC, not AutoencoderKL")
 
-    def test_another_identity(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+    def test_another_identity(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         encode(photos, "--to", tmp_path / "c")
         self.assert_refused(
             encode(photos, "--to", tmp_path / "c", "--interpolation", "lanczos"),

@@ -123,9 +123,7 @@ def test_verbose_reports_the_result_of_each_unit(latentmill: Command, job: list[
 
 
 @pytest.mark.slow
-def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
-    latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warnings_of_other_libraries_are_shown_on_request_and_kept(job: list[object], tmp_path: Path) -> None:
     """The job runs in its own process, because pytest replaces the display of warnings."""
     script = (
         "import logging, sys, warnings\n"

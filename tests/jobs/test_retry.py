@@ -98,7 +98,7 @@ def test_the_rows_equal_those_of_a_run_without_rejects(
 
 
 def test_encode_and_status_count_the_rows_of_a_retry(
-    latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
     after = read_stats(cache)

@@ -196,9 +196,7 @@ def test_changed_times_of_inputs_do_not_prevent_resuming(encode: Command, tmp_pa
     assert encode(shards, "--same-source")[2] == encode(shards)[2] == ""
 
 
-def test_a_changed_input_fails_its_partly_encoded_unit(
-    encode: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_input_fails_its_partly_encoded_unit(encode: Command, tmp_path: Path) -> None:
     shards = write_shard(tmp_path / "s/0.tar", 0).parent
     assert encode(shards, "--rows-per-part", 1)[0] == 0
     first, second = sorted((tmp_path / "c/data").iterdir())

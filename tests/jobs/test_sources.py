@@ -200,7 +200,7 @@ def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None
 
 
 def test_unusual_files_of_a_folder_are_skipped_or_rejected(
-    encode: Command, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encode: Command, latentmill: Command, tmp_path: Path
 ) -> None:
     source, cache = tmp_path / "photos", tmp_path / "c"
     (source / "2.txt").mkdir(parents=True)

@@ -181,6 +181,16 @@ def test_two_sources_with_one_name_are_an_error_with_a_suggestion(root: str) -> 
     assert list_paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("no", "/no does not exist"), ("no/*.tar", "no file matches "), ("{no,data}", "does not exist")],
+)
+def test_the_reason_for_a_missing_source_is_named(root: str, source: str, reason: str) -> None:
+    put(root, "data/0.tar")
+    with pytest.raises(SourceError, match=reason):
+        list_paths(f"{root}/{source}")
+
+
 @pytest.mark.parametrize("source", ["no", "no/*.tar", "data/{0..2}.tar"])
 def test_a_missing_source_is_named(root: str, source: str) -> None:
     put(root, "data/0.tar", "data/1.tar")
