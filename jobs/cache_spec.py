@@ -1,7 +1,7 @@
 """The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.messages import log_note
@@ -16,6 +16,7 @@ from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
+from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 
@@ -42,7 +43,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "image_column": existing.image_column or "",
         "key_column": existing.key_column or "",
     }
-    if not given & {"resolution", "buckets", "multiple_of"}:
+    if not given & {"resolution", "buckets"}:
         if preprocessing.buckets:
             inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
         else:
@@ -51,8 +52,13 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
-def check_options(options: EncodeOptions, vae: Vae) -> None:
-    """Raise UsageError for values that cannot work with this VAE or with each other."""
+def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
+    """Raise UsageError for values that cannot work with this VAE or with each other.
+
+    given: the names of the options that the user set.
+    """
+    if "multiple_of" in given and not options.buckets:
+        raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
     name = "multiple_of" if options.buckets else "resolution"
     value = getattr(options, name)
     if value < 1 or value % vae.config.downscale:
@@ -71,9 +77,21 @@ def check_options(options: EncodeOptions, vae: Vae) -> None:
         )
     if options.to.startswith("memory://") and options.workers != "0":
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
+    if not 0 <= options.max_reject_rate <= 1:
+        raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
     for name in ("batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+
+
+def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
+    """Raise UsageError for an option of Parquet files if there are none."""
+    if any(unit.kind == "parquet" for unit in units):
+        return
+    for name in ("image_column", "key_column"):
+        if getattr(options, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for Parquet files with images, and the sources have none; leave it out")
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
@@ -190,7 +208,15 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
     current = dataclasses.asdict(compute)
     for name, value in dataclasses.asdict(existing).items():
         if current[name] != value:
-            log_note(f"the cache was created with {name}={value}, now {current[name]}; bits may differ by rounding")
+            before, now = (_format_compute_setting(name, setting) for setting in (value, current[name]))
+            log_note(f"the cache was made with {before}, this command has {now}; bits may differ by rounding")
+
+
+def _format_compute_setting(name: str, value: Any) -> str:
+    """Return a compute setting as the option that sets it."""
+    if name == "compile":
+        return "--compile" if value else "no --compile"
+    return f"--{'cpus-per-worker' if name == 'threads' else name.replace('_', '-')} {value}"
 
 
 def note_versions(cache: Folder, run: str) -> None:

@@ -27,6 +27,7 @@ from pipeline.sources.own_outputs import MADE_BY, REPORT
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
+from pipeline.wording import count_noun
 
 # Originals are drawn without columns, so that captions that have changed since do not matter.
 NO_COLUMNS = PassthroughColumns(pa.schema([]), ())
@@ -59,7 +60,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
     unfinished = {"made_by": MADE_BY, "cache": options.cache, "finished": False}
     write_report(out, unfinished)  # the report marks the folder as rendered, even if the job is interrupted
     done: list[RenderReport] = []
-    meter = ProgressMeter("decoded", sum(len(task.rows) for task in tasks))
+    meter = ProgressMeter("decoded", sum(len(task.rows) for task in tasks), size_per_image=1.0)
 
     def on_done(sheet: RenderReport) -> None:
         done.append(sheet)
@@ -129,7 +130,7 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
     if options.json:
         print_json(report)
         return
-    print(f"decoded {len(report['images'])} images")
+    print(f"decoded {count_noun(len(report['images']), 'image')}")
     for name in report["sheets"][:10]:
         print(f"  sheet      {out.url_of(name)}")
     if len(report["sheets"]) > 10:
@@ -137,7 +138,9 @@ def print_summary(options: DecodeOptions, out: Folder, report: dict[str, Any]) -
     if report["psnr"]:
         print("  fidelity   PSNR {mean:.1f} dB on average, {min:.1f} to {max:.1f}".format(**report["psnr"]))
     print(f"  report     {out.url_of(REPORT)}", flush=True)
-    log_each(report["notes"], log_note)
+    if notes := report["notes"]:
+        more = f" ({count_noun(len(notes) - 1, 'more such line')} in {REPORT})" if len(notes) > 1 else ""
+        log_note(f"{notes[0]}{more}")
     log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 
 

@@ -9,7 +9,7 @@ from jobs import cache_spec
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging, log_each, log_error, log_note
+from jobs.messages import collect_secrets, configure_logging, log_each, log_note, log_warning
 from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -20,7 +20,7 @@ from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
 from jobs.throughput import WorkerTime
-from jobs.totals import Outcome, RunTotals, describe_totals, print_summary
+from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.parts import read_superseded
@@ -32,11 +32,13 @@ from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
-from pipeline.sources.planned_files import without_etags
+from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
 from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
+from pipeline.text import printable, to_valid_text
 from pipeline.weights import Vae, load_vae
+from pipeline.wording import count_noun
 from vae.load import is_single_file
 
 
@@ -62,8 +64,8 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files, but {options.vae} has its own config.json; leave it out")
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
-    cache_spec.check_options(options, vae)
-    listing, columns = inspect_sources(options, cache)
+    cache_spec.check_options(options, given, vae)
+    listing, columns = inspect_sources(options, cache, is_new=existing is None)
     with plan_resources(options) as resources:
         wanted = cache_spec.describe_cache(options, vae, resources, existing, columns)
         info = identity.create_or_load(cache, wanted)
@@ -72,8 +74,12 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     return outcome.code
 
 
-def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, PassthroughColumns]:
-    """Return the files of the sources, and the columns that are copied from them. Raises SourceError without inputs."""
+def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tuple[Listing, PassthroughColumns]:
+    """Return the files of the sources, and the columns that are copied from them.
+
+    is_new: whether the cache does not exist yet. Raises SourceError without inputs, and UsageError for a new cache if
+    an option has no effect on these inputs.
+    """
     source_options = parse_source_options(options)
     listing = list_sources(options.source, source_options, cache.url)
     log_each(listing.notes, log_note)
@@ -83,6 +89,8 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     if not units:
         problem = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
+    if is_new:  # an option of an existing cache is part of its identity
+        cache_spec.check_parquet_options(options, units)
     if archives:
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
@@ -91,9 +99,9 @@ def inspect_sources(options: EncodeOptions, cache: Folder) -> tuple[Listing, Pas
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         log_note(f"passed over files that are neither shards nor images: {counts}")
-    return listing, find_columns(
-        shards, units, source_options, options.image_column or None, wanted, parse_limits(options.input_limit)
-    )
+    images, keys = options.image_column or None, options.key_column or None
+    limits = parse_limits(options.input_limit)
+    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys)
 
 
 def run_encode(
@@ -121,33 +129,40 @@ def run_encode(
             options.same_source,
             texts=identity.parse_schema(info).columns.texts,
         )
-        units = units[: options.max_shards or None]
+        planned, units = len(units), units[: options.max_shards or None]
         finished = commits.list_finished_units(cache)
         pending = [unit for unit in units if unit.name not in finished]
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
-        recorder.log_only(f"{len(units)} units are planned, {len(pending)} of them are not done")
+        if unreadable := describe_unreadable(listing):
+            log_each(unreadable, log_warning)
+            recorder.note_error(unreadable[0])
+        recorder.log_only(f"{count_noun(len(units), 'unit')} planned, {len(pending):,} not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
         if pending:
             failures = encode_pending(options, cache, info, vae, pending, resources, recorder, totals)
         resources.close()
         # encoding has ended, so there is no throughput any more
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], log_error)
+        recorder.note_failures(failures)
         if not failures:
             check_commits(cache, units)
         written = finalize_cache(cache, info, single_writer)
-        code = choose_exit_code(failures, written, options.max_reject_rate)
+        code = 1 if listing.unreadable else choose_exit_code(failures, written, options.max_reject_rate)
+        if code == 3:
+            log_warning(explain_rejects(written, options.max_reject_rate, cache.url))
         recorder.update(**describe_totals(totals))
-        recorder.end("failed" if failures else "done", code)
+        recorder.end("failed" if code == 1 else "done", code)
     return Outcome(
         code=code,
         totals=totals,
         stats=written,
         failures=failures,
+        unreadable=listing.unreadable,
         units=len(units),
         units_done_before=len(units) - len(pending),
+        left_out=planned - len(units),
     )
 
 
@@ -173,7 +188,7 @@ def encode_pending(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
     )
     sizes = {unit.name: unit.input_bytes for unit in pending}
-    meter = ProgressMeter("encoded", sum(sizes.values()))
+    meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()
     skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}
@@ -205,13 +220,21 @@ def encode_pending(
                 log_note(line)
 
 
+def describe_unreadable(listing: Listing) -> list[str]:
+    """Return a line for each folder of the sources that cannot be listed."""
+    return [
+        f"folder not readable, its images are not encoded: {printable(to_valid_text(folder))}"
+        for folder in listing.unreadable
+    ]
+
+
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     """Raise JobError if a completed unit is not in the cache, because the workers see another storage."""
     missing = {unit.name for unit in units} - commits.list_finished_units(cache)
     if missing:
         raise JobError(
-            f"{len(missing)} units were reported done but are missing from {cache.url}: the workers do not share this "
-            f"filesystem; use a shared disk or an object store"
+            f"{count_noun(len(missing), 'unit')} reported done, but missing from {cache.url}: the workers do not share "
+            "this filesystem; use a shared disk or an object store"
         )
 
 

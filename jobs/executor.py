@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipeline.encoder import is_device_error
-from pipeline.errors import DamagedError, LatentmillError, OtherUnitError, Stopped, StorageError
+from pipeline.errors import DamagedError, DamagedFileError, LatentmillError, OtherUnitError, Stopped, StorageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
 
@@ -19,7 +19,8 @@ from pipeline.weights import Vae
 #   device    the worker's accelerator reported an error after which every call fails
 #   lost      the worker's process ended, or hung
 #   returned  its worker was ended, or its device failed, because of other tasks
-Cause = Literal["task", "damage", "storage", "device", "lost", "returned"]
+#   final     a retry cannot succeed: a file of the cache is damaged
+Cause = Literal["task", "damage", "storage", "device", "lost", "returned", "final"]
 
 
 class Task(Protocol):
@@ -107,7 +108,7 @@ class Executor(Protocol):
 
     @property
     def waiting_for(self) -> str:
-        """The resources or events that the executor waits for, in a few words; empty if it can run tasks."""
+        """The state until the executor can run tasks, such as `starting 2 workers`; empty from then on."""
         ...
 
     @property
@@ -150,6 +151,8 @@ def make_failed_result(task: Any, worker: str, error: Exception) -> TaskResult:
 
 def find_cause(error: BaseException) -> Cause:
     """Classify an error that a worker raised."""
+    if isinstance(error, DamagedFileError):
+        return "final"
     if isinstance(error, DamagedError):
         return "damage"
     if isinstance(error, OtherUnitError):

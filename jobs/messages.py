@@ -47,9 +47,7 @@ class RunLogHandler(logging.Handler):
         self.addFilter(lambda record: record.name != PROGRESS.name)
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = format_line(record, utc=True)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
+        text = self.redact(format_line(record, utc=True))
         line = text.encode(errors="backslashreplace")[: FIRST_BYTES - 1] + b"\n"
         if self._room >= len(line):
             self._first.append(line)
@@ -61,6 +59,12 @@ class RunLogHandler(logging.Handler):
         while self._last_bytes > LAST_BYTES:
             self._last_bytes -= len(self._last.popleft())
             self._dropped += 1
+
+    def redact(self, text: str) -> str:
+        """Return a text without the secrets."""
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def add(self, text: str, level: int = logging.INFO) -> None:
         """Add a line to the log that is not shown on standard error."""

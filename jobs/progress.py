@@ -12,16 +12,21 @@ from rich.progress import BarColumn, Progress, TextColumn
 from jobs.messages import PROGRESS, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.records import UnitReport
+from pipeline.wording import count_noun
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressMeter:
-    """Counts and shows the progress of a job. The sizes of its tasks are all in bytes, or all in images or files."""
+    """Counts and shows the progress of a job. The sizes of its tasks are all in bytes, or all in images or files.
 
-    def __init__(self, verb: str, total: int) -> None:
+    size_per_image: the size of an image until a task has ended; 0 if it is unknown.
+    """
+
+    def __init__(self, verb: str, total: int, size_per_image: float = 0.0) -> None:
         self.verb = verb
         self.total = max(total, 1)
+        self.size_per_image = size_per_image
         self.finished = 0
         self.finished_images = 0
         self.images = 0
@@ -39,11 +44,9 @@ class ProgressMeter:
     @property
     def share(self) -> float:
         """The completed share, from 0 to 1: by the size of the ended tasks, and by the images of the running ones."""
-        share = self.finished / self.total
-        if self.finished_images:
-            running = max(self.images - self.finished_images, 0)
-            share += running * self.finished / self.finished_images / self.total
-        return min(share, 1.0)
+        size = self.finished / self.finished_images if self.finished_images else self.size_per_image
+        running = max(self.images - self.finished_images, 0)
+        return min((self.finished + running * size) / self.total, 1.0)
 
     @property
     def seconds_left(self) -> int | None:
@@ -61,17 +64,18 @@ class ProgressMeter:
         """The progress as text."""
         seconds = self.seconds_left
         left = "" if seconds is None or self.share == 1 else f", {format_duration(seconds)} left"
-        return f"{self.images:,} images {self.verb}, {self.throughput.rate:.1f}/s, {self.rejects:,} rejected{left}"
+        images = count_noun(self.images, "image")
+        return f"{images} {self.verb}, {self.throughput.rate:.1f}/s, {self.rejects:,} rejected{left}"
 
     def tick(self, images: int, waiting_for: str) -> None:
         """Show the progress. Call this about once per second.
 
-        images: how many are done. waiting_for: what the first worker waits for; empty once a worker is ready.
+        images: how many are done. waiting_for: the state until the first worker is ready; empty from then on.
         """
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput
             self.throughput.note(self.images)
-        text = f"waiting for {waiting_for}" if waiting_for else self.line
+        text = waiting_for or self.line
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -97,8 +101,9 @@ def log_unit(done: UnitReport) -> None:
     if done.damage:
         log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
-    rejects = sum(done.rejects.values())
-    log_debug(f"unit {done.unit}: {done.rows} rows, {rejects} rejects, {done.parts} parts ({spent})")
+    counts = {"row": done.rows, "reject": sum(done.rejects.values()), "part": done.parts}
+    work = ", ".join(count_noun(number, noun) for noun, number in counts.items())
+    log_debug(f"unit {done.unit}: {work} ({spent})")
 
 
 def format_duration(seconds: float) -> str:

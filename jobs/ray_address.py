@@ -33,6 +33,22 @@ def check_listening(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
+def advise_about_token() -> str:
+    """Return what to do if this process and the cluster do not agree about a token."""
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return (
+            "RAY_AUTH_MODE=token is set here: set RAY_AUTH_TOKEN or ~/.ray/auth_token to the token of the cluster, or "
+            "unset RAY_AUTH_MODE if the cluster has no token"
+        )
+    return "if it requires a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
+
+
+def explain_lost_actor(reason: str) -> str:
+    """Return the reason why an actor was lost. In a cluster without a token, actors of a job with a token never run."""
+    is_token_set = os.environ.get("RAY_AUTH_MODE") == "token"
+    return f"{reason.rstrip('.')}; {advise_about_token()}" if is_token_set and "never ran" in reason else reason
+
+
 def call_with_timeout(call: Callable[[], Answer], seconds: float) -> Answer:
     """Return the result of a call that no signal can interrupt. Raises TimeoutError.
 

@@ -1,4 +1,4 @@
-"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. `ray_node` alone imports ray, too.
+"""The executor on Ray: actors that each hold a model, on one machine or on a cluster. See also `ray_node`.
 
 A lost actor is replaced by a new one, and its tasks are returned to the driver. Ray neither restarts actors nor retries
 calls, because only the driver has the list of open tasks. A part that a lost actor still writes is harmless
@@ -21,11 +21,18 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jobs.executor import TaskResult, Worker, WorkerSpec, make_failed_result
 from jobs.messages import log_info
-from jobs.ray_address import CONNECT_SECONDS, call_with_timeout, check_listening, resolve_address
+from jobs.ray_address import (
+    CONNECT_SECONDS,
+    advise_about_token,
+    call_with_timeout,
+    check_listening,
+    explain_lost_actor,
+    resolve_address,
+)
 from jobs.ray_node import WorkerLocation, count_cores_of_this_worker, locate_this_worker, read_last_lines
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
-from jobs.slots import Slot, Slots
+from jobs.slots import Slot, Slots, describe_start
 from jobs.worker_packages import make_runtime_env, package_directory, working_in
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
@@ -77,9 +84,7 @@ def _explain_unreachable(error: Exception) -> str:
         reason = (error.strerror or str(error)).lower()
         return f"{reason}; start it, correct the address, or leave it out for a local Ray"
     reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-    if isinstance(error, ConnectionError | RayError):
-        reason += "; if it requires a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
-    return reason
+    return f"{reason}; {advise_about_token()}" if isinstance(error, ConnectionError | RayError) else reason
 
 
 @contextmanager
@@ -190,14 +195,23 @@ class RayExecutor:
     grows: request one more actor than there are while tasks wait. Then an autoscaler adds nodes, and nodes that join
     are used.
     stall_timeout: seconds without progress (`Worker.steps`) after which an actor that loads or has tasks is restarted.
+    is_local: the Ray is this job's own, so nothing else uses its resources.
     """
 
     can_replace = True
 
     def __init__(
-        self, spec: WorkerSpec, vae: Vae, workers: int, gpus: float, cpus: int, stall_timeout: float, grows: bool
+        self,
+        spec: WorkerSpec,
+        vae: Vae,
+        workers: int,
+        gpus: float,
+        cpus: int,
+        stall_timeout: float,
+        grows: bool,
+        is_local: bool = False,
     ) -> None:
-        self.grows = grows
+        self.grows, self.is_local = grows, is_local
         self.stall_timeout = stall_timeout
         self.spec, self.vae = spec, ray.put(vae)
         self.tasks_per_worker = spec.tasks_per_worker
@@ -250,16 +264,12 @@ class RayExecutor:
 
     @property
     def waiting_for(self) -> str:
-        starting = self.starting
         if self.workers:
             return ""
-        if not starting:
-            return "the next attempt to start a worker, after several failed"
-        wanted = [(name[4:-1].upper(), count) for name, count in self.resources.items() if count]
-        free, total = _get_available(), _get_resources()
-        has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name, _ in wanted)
-        each = " and ".join(f"{count:g} {name}" for name, count in wanted)
-        return f"{starting} worker{'s' if starting > 1 else ''} to start ({each} each; free in the cluster: {has})"
+        if not self.starting:
+            return "waiting for the next attempt to start a worker, after several failed"
+        wanted = {} if any(handle.location for handle in self.handles) else self.resources  # a process runs already
+        return describe_start(self.starting, wanted, _get_available(), _get_resources(), self.is_local)
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         handle = next(handle for handle in self.handles if handle.name == worker)
@@ -402,4 +412,5 @@ def _describe_error(error: RayError) -> str:
         return "its machine ran out of memory, and Ray ended the process"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else ""
-    return (last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}")[:300]
+    reason = last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}"
+    return explain_lost_actor(reason[:300])

@@ -1,7 +1,6 @@
 """What is known of the node that a Ray worker runs on: its name, its cores, and the worker's log."""
 
 import os
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-LOG_LINES = 20  # shown of a lost worker's log
+from jobs.worker_log import read_log_tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +46,10 @@ def read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
     if location is None or not location.log:
         return []
     if location.node == ray.get_runtime_context().get_node_id():
-        return _read_tail(location.log)
+        return read_log_tail(location.log)
     on_node = NodeAffinitySchedulingStrategy(location.node, soft=False)
-    read = ray.remote(_read_tail).options(num_cpus=0, scheduling_strategy=on_node)
+    read = ray.remote(read_log_tail).options(num_cpus=0, scheduling_strategy=on_node)
     try:
         return ray.get(read.remote(location.log), timeout=5)
     except RayError:  # the node is lost, or too slow
         return []
-
-
-def _read_tail(path: str) -> list[str]:
-    """Return the last lines of a log, without Ray's own lines."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = deque(file, 4 * LOG_LINES)
-    except OSError:
-        return []
-    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]

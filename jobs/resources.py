@@ -65,10 +65,18 @@ class ResourcePlan:
         capacity = int((ray_executor.count_gpus() if on_gpu else ray_executor.count_cpus()) / per_worker)
         workers = self.workers or max(1, min(capacity, tasks))
         gpus = self.options.gpus_per_worker if on_gpu else 0.0
-        grows = self.workers is None and ray_executor.can_grow(self.options.address)
+        is_cluster = ray_executor.can_grow(self.options.address)
+        grows = self.workers is None and is_cluster
         return self._close_later(
             ray_executor.RayExecutor(
-                spec, vae, workers, gpus, self.options.cpus_per_worker, self.options.stall_timeout, grows
+                spec,
+                vae,
+                workers,
+                gpus,
+                self.options.cpus_per_worker,
+                self.options.stall_timeout,
+                grows,
+                is_local=not is_cluster,
             )
         )
 
@@ -114,5 +122,5 @@ def parse_worker_count(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdigit():
-        raise UsageError(f"--workers must be a number or 'auto', not '{text}'")
+        raise UsageError(f"--workers must be 0 or more, or auto, not '{text}'")
     return int(text)

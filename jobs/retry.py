@@ -10,7 +10,7 @@ from jobs.cache_inputs import load_matching_vae, read_units
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging, log_each, log_error
+from jobs.messages import collect_secrets, configure_logging
 from jobs.options import RetryOptions, describe_options, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -29,6 +29,7 @@ from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection
 from pipeline.weights import Vae
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +56,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         recorder.update(units=len(tasks))
         result = run_retry(options, cache, vae, tasks, recorder, counts)  # the executor is closed when it returns
         recorder.update(counts=dict(counts), images_per_second=0.0, seconds_left=None)
-        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in result.failures], log_error)
+        recorder.note_failures(result.failures)
         written = finalize_cache(cache.folder, cache.info, single_writer)
         code = 1 if result.failures else 0
         recorder.end("failed" if result.failures else "done", code)
@@ -71,10 +72,10 @@ def print_summary(
         content = {name: written[name] for name in ("rejected", "digest")}
         print_json({"cache": options.cache, "rows": counts["rows"], **content})
         return
-    rejected = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items()) or "none"
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in written["rejected"].items()) or "none"
     retried = Counter(reason == REST_OF_SHARD for task in tasks for _, reason in task.rejected - task.superseded)
-    damaged = f", and the rest of {retried[True]:,} damaged shards" if retried[True] else ""
-    print(f"retried {retried[False]:,} rejected samples{damaged}")
+    damaged = f", and the rest of {count_noun(retried[True], 'damaged shard')}" if retried[True] else ""
+    print(f"retried {count_noun(retried[False], 'rejected sample')}{damaged}")
     print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
     print(f"  rejected   {rejected}")
     print(f"  digest     {written['digest']}", flush=True)
@@ -105,12 +106,13 @@ def run_retry(
     """Run the tasks on the workers."""
     if not tasks:
         return RunResult()
-    meter = ProgressMeter("encoded", len(tasks))
+    sizes = {task.name: len(task.rejected - task.superseded) for task in tasks}
+    meter = ProgressMeter("encoded", sum(sizes.values()), size_per_image=1.0)
 
     def on_done(done: UnitReport) -> None:
         log_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
-        meter.task_done(1, done.rows, 0)
+        meter.task_done(sizes[done.unit], done.rows, 0)
 
     with plan_resources(options) as resources:
         compute = resources.compute(cache.info.identity.precision)

@@ -8,16 +8,18 @@ does not depend on the job's main thread.
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from jobs.executor import format_error
-from jobs.messages import LOGGER, RunLogHandler, get_shown_level, log_note, log_warning
+from jobs.messages import LOGGER, RunLogHandler, get_shown_level, log_each, log_error, log_note, log_warning
+from jobs.scheduler import Failure
 from jobs.signals import Signals
 from pipeline.cache import runs
 from pipeline.cache.runs import Run
 from pipeline.errors import JobError, LatentmillError, Stopped, StorageError
+from pipeline.wording import count_noun
 
 HEARTBEAT_SECONDS = 30.0  # between two entries
 WARNING_SECONDS = 600.0  # between two warnings that the record cannot be written
@@ -68,6 +70,16 @@ class RunRecorder:
         """Add a line to the log without showing it."""
         self._messages.add(text)
 
+    def note_error(self, text: str) -> None:
+        """Add the reason of a failure to the next entry."""
+        self.update(error=self._messages.redact(text))
+
+    def note_failures(self, failures: Sequence[Failure]) -> None:
+        """Log the units that failed for good, and add the first error to the next entry."""
+        log_each([f"failed: unit {failure.name}: {failure.error}" for failure in failures], log_error)
+        if failures:
+            self.note_error(f"{count_noun(len(failures), 'unit')} failed: {failures[0].error}")
+
     def end(self, outcome: str, code: int) -> None:
         """Write the last entry. outcome: done, failed or stopped. code: the exit code."""
         self._messages.add(f"{outcome}, exit code {code}")
@@ -94,6 +106,7 @@ class RunRecorder:
             raise
         except BaseException as error:
             self._messages.add(format_error(error), logging.ERROR)
+            self.note_error(format_error(error))
             self.end("failed", error.exit_code if isinstance(error, LatentmillError) else 1)
             raise
         finally:

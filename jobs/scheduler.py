@@ -203,6 +203,9 @@ class Scheduler:
         if done.cause == "returned":
             self.retries.append(state)
             return True
+        if done.cause == "final":
+            self.failures.append(Failure(done.task.name, str(done.error)))
+            return False
         state.avoided.append(done.worker)
         state.failed_at = self.clock()
         is_counted = self._is_counted(done.worker)

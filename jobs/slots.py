@@ -1,13 +1,14 @@
 """Slots for workers: where and when workers are restarted after failures."""
 
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.messages import log_info
 from jobs.scheduler import compute_backoff
 from pipeline.errors import JobError
+from pipeline.wording import count_noun
 
 MAX_FAILURES = 3  # consecutive failed workers in every slot, without a completed task, after which the job ends
 AVOID_SECONDS = 300.0  # for which no worker is started on a node where two in a row failed
@@ -82,3 +83,26 @@ class Slots(list[Slot]):
         """Return whether a worker may start in this slot now."""
         is_paused = slot.paused_until > self.clock() and not (slot.may_move and avoided)
         return slot.worker is None and not is_paused
+
+
+def describe_start(
+    starting: int,
+    resources: Mapping[str, float],
+    free: Mapping[str, float],
+    total: Mapping[str, float],
+    is_local: bool = False,
+) -> str:
+    """Return that workers are starting, or which resources they wait for.
+
+    resources: of one worker, such as `num_cpus`. free, total: of the Ray, by its own names, such as `CPU`.
+    is_local: the Ray is the job's own. Then resources that are not free are those of the job's workers.
+    """
+    wanted = {name[4:-1].upper(): count for name, count in resources.items() if count}
+    available = total if is_local else free
+    workers = count_noun(starting, "worker")
+    if all(available.get(name, 0) >= count for name, count in wanted.items()):
+        return f"starting {workers}"
+    has = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name in wanted)
+    each = " and ".join(f"{count:g} {name}" for name, count in wanted.items())
+    place = "free on this machine" if is_local else "free in the cluster"
+    return f"waiting for {workers} to start ({each} each; {place}: {has})"

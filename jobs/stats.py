@@ -11,6 +11,7 @@ from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,12 +32,12 @@ def main(argv: Sequence[str]) -> int:
 
 def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """Return the lines of the report. content: stats.json. vae: the VAE's entry in cache.json."""
-    lines = [f"{content['count']:,} latents, raw, made by {vae.reference}"]
+    lines = [f"{count_noun(content['count'], 'latent')}, raw, made by {vae.reference}"]
     if content["count"]:
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
         lines += [f"{name:<12} {bucket['count']:,}" for name, bucket in content["buckets"].items()]
-    rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines += ["", f"rejected     {rejected}"]
     lines += [f"filtered     {content['filtered']:,}", f"enlarged     {content['enlarged']:,}"]
     lines += [f"digest       {content['digest']}"]

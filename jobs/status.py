@@ -11,6 +11,7 @@ from jobs.parsing import parse
 from jobs.progress import format_duration
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,9 +29,8 @@ def main(argv: Sequence[str]) -> int:
 
 def format_status(content: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
-    units, size = content["units"], content["bytes"]
-    share = size["done"] / size["planned"] if size["planned"] else 0.0
-    rejected = ", ".join(f"{count} {reason}" for reason, count in content["rejected"].items()) or "none"
+    units, share = content["units"], content["share"]
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines = [
         f"{content['cache']}: {content['state']}",
         f"  units      {units['done']:,} of {units['planned']:,} done, {share:.0%} of the bytes",
@@ -39,11 +39,14 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
         f"  filtered   {content['filtered']:,}",
     ]
     if content["parts_of_units_under_way"]:
-        lines.append(f"  partial    {content['parts_of_units_under_way']:,} files of units that are not done")
+        files = count_noun(content["parts_of_units_under_way"], "file")
+        lines.append(f"  partial    {files} of units that are not done")
     if content["images_per_second"]:
         seconds = content["seconds_left"]
         eta = "" if seconds is None else f", about {format_duration(seconds)} left"
         lines.append(f"  throughput {content['images_per_second']:.1f} images per second{eta}")
+    if content["state"] in ("failed", "stopped") and (error := content["runs"][-1]["error"]):
+        lines.append(f"  {content['state']:<10} {error}")
     for run in content["runs"]:
         if run["outcome"] == "silent":
             lines.append(f"  no heartbeat since {run['alive']} from the run that started {run['started']};")

@@ -3,17 +3,23 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from jobs.entry import print_json
 from jobs.messages import log_error, log_warning
 from jobs.options import EncodeOptions
 from jobs.scheduler import Failure
-from pipeline.cache import stats
-from pipeline.errors import REST_OF_SHARD
+from pipeline.cache import commits, stats
+from pipeline.errors import REST_OF_SHARD, LatentmillError
 from pipeline.records import Seconds, UnitReport
 from pipeline.storage.folder import Folder
+from pipeline.text import printable, to_valid_text
+from pipeline.wording import count_noun
+
+MAX_NAMES = 3  # of rejects in the summary
 
 
 @dataclass(kw_only=True)
@@ -91,16 +97,20 @@ class Outcome:
 
     code: the exit code.
     stats: the content of stats.json.
+    unreadable: the folders of the sources that could not be listed.
     units: the number of planned units.
     units_done_before: the number of units that were done before this run.
+    left_out: the number of planned units that `--max-shards` leaves out.
     """
 
     code: int
     totals: RunTotals
     stats: Mapping[str, Any]
     failures: Sequence[Failure] = ()
+    unreadable: Sequence[str] = ()
     units: int = 0
     units_done_before: int = 0
+    left_out: int = 0
 
 
 def describe_totals(totals: RunTotals) -> dict[str, Any]:
@@ -131,17 +141,17 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
                 },
                 "units": units,
                 "failed": [dataclasses.asdict(failure) for failure in failures],
+                "unreadable": [to_valid_text(folder) for folder in outcome.unreadable],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
                 "doubts": stats.find_implausible(written),
             }
         )
         return
-    before = f" ({outcome.units_done_before} of {units} units were done before)" if outcome.units_done_before else ""
-    speed = f"{totals.rate:.1f} per second"
-    lines = [f"encoded {counts['encoded']:,} images in {totals.wall:.1f} s, {speed}{before}"]
-    lines.append(f"  cache      {cache.url}: {written['count']:,} rows")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in written["rejected"].items())
+    lines = [describe_work(outcome)]
+    lines.append(f"  cache      {cache.url}: {count_noun(written['count'], 'row')}")
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in written["rejected"].items())
     lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
+    lines += [f"             {line}" for line in name_rejects(cache)] if reasons else []
     lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
     if totals.missing_texts:
         lines.append(f"  texts      {totals.missing_texts}")
@@ -152,10 +162,50 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"
         lines.append(f"  bottleneck {totals.bottleneck} ({shares}){busy}")
     lines.append(f"  digest     {written['digest']}")
+    if outcome.left_out:
+        done = f"{units - len(failures):,} of {units + outcome.left_out:,} done"
+        lines.append(f"  units      {done}; run the same command without --max-shards for the rest")
     print("\n".join(lines), flush=True)
     for doubt in stats.find_implausible(written):
         log_warning(doubt)
-    if outcome.code == 3 and REST_OF_SHARD not in written["rejected"]:
-        log_warning(f"more than {options.max_reject_rate:.3g} of all samples are rejected (--max-reject-rate)")
+    if outcome.unreadable:
+        folders = count_noun(len(outcome.unreadable), "folder")
+        log_error(f"{folders} of the sources cannot be read: give read permission, and run the same command again")
     if failures:
-        log_error(f"{len(failures)} of {units} units are not in the cache; run the same command to retry them")
+        units_left = f"{len(failures):,} of {count_noun(units, 'unit')}"
+        log_error(f"{units_left} failed and left images out of the cache; run the same command to retry")
+
+
+def describe_work(outcome: Outcome) -> str:
+    """Return the first line of the summary: the images that this run encoded, its time, and the units before it."""
+    totals, images = outcome.totals, outcome.totals.counts["encoded"]
+    speed = f" ({totals.rate:.1f} per second while encoding)" if images else ""
+    line = f"encoded {count_noun(images, 'image')} in {totals.wall:.1f} s{speed}"
+    if outcome.units_done_before:
+        were = "was" if outcome.units_done_before == 1 else "were"
+        line += f"; {outcome.units_done_before:,} of {count_noun(outcome.units, 'unit')} {were} done before"
+    return line
+
+
+def name_rejects(cache: Folder) -> list[str]:
+    """Return a line with the names of the first rejects of a cache; none if they cannot be read."""
+    with suppress(LatentmillError):
+        rejects = list(islice(commits.read_rejects(cache), MAX_NAMES))
+        names = [f"{reject['key']} in {reject['shard']}" if reject["key"] else reject["shard"] for reject in rejects]
+        named = [f"{printable(name)} ({reject['reason']})" for name, reject in zip(names, rejects, strict=True)]
+        return [f"{', '.join(named)}; all are in {cache.url_of(commits.REJECTS)}/"] if named else []
+    return []
+
+
+def explain_rejects(written: Mapping[str, Any], max_reject_rate: float, cache: str) -> str:
+    """Return why the rejects of a run lead to exit code 3. written: the content of stats.json."""
+    advice = f"After a repair, run `latentmill retry {cache}`"
+    if damaged := written["rejected"].get(REST_OF_SHARD):
+        rests = count_noun(damaged, "damaged shard")
+        return f"the rest of {rests} is not encoded and cannot be counted: exit code 3. {advice}"
+    rejected = sum(written["rejected"].values())
+    samples = written["count"] + written["filtered"] + rejected
+    return (
+        f"{rejected:,} of {count_noun(samples, 'sample')} ({rejected / samples:.1%}) rejected, the limit is "
+        f"{100 * max_reject_rate:.3g}% (--max-reject-rate): exit code 3; the other images are in the cache. {advice}"
+    )

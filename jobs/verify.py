@@ -20,12 +20,13 @@ from pipeline.cache.part_info import find_unread_rests
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.encoder import ComputeConfig
-from pipeline.errors import CacheError, UsageError
+from pipeline.errors import CacheError, NoCacheError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
 from pipeline.maintenance.verify_part import Problem
+from pipeline.wording import count_noun
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--reencode must not be negative")
     try:
         cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    except NoCacheError:
+        raise
     except CacheError as error:
         print_findings(options, Findings(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
         return 1
@@ -107,7 +110,7 @@ def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence
     for problem in findings.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
-        f"{options.cache}: {_count(len(findings.parts), 'file')}, {_count(rows, 'row')}: "
+        f"{options.cache}: {count_noun(len(findings.parts), 'file')}, {count_noun(rows, 'row')}: "
         f"{summarize_findings(options, findings, rows)}"
     )
 
@@ -115,20 +118,16 @@ def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence
 def summarize_findings(options: VerifyOptions, findings: Findings, rows: int) -> str:
     """Return the results of the requested checks in one line."""
     if findings.problems:
-        return _count(len(findings.problems), "problem")
+        return count_noun(len(findings.problems), "problem")
     results = ["all files match their records"]
     if options.recount:
         uncounted = len(find_uncounted(findings))
-        but = f", except after the damage of {_count(uncounted, 'input')}" if uncounted else ""
+        but = f", except after the damage of {count_noun(uncounted, 'input')}" if uncounted else ""
         results.append(f"the inputs have the samples that are recorded{but}")
     if options.reencode:
-        images = _count(min(options.reencode, rows), "image")
+        images = count_noun(min(options.reencode, rows), "image")
         results.append(f"{images} encoded again, with the same latents except for rounding")
     return "; ".join(results)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
-from latentmill.errors import CacheError, IdentityError
+from latentmill.errors import IdentityError, NoCacheError
 from latentmill.folder import CacheFolder, make_absolute
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
@@ -44,7 +44,7 @@ class Cache:
         """
         folder, info = cls._read_info(url, options or {})
         if info is None:
-            raise CacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
+            raise NoCacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
         if digest is not None or verify:
             check_digest(folder, digest, verify)
         return cls(folder, info)

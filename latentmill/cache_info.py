@@ -1,7 +1,7 @@
 """cache.json as one typed object: the settings that made a cache, its VAE, and the columns of its rows.
 
-Everything that decides the bytes of a cache is in the identity. A job with another identity is refused, with the first
-field that differs. `compute` is not part of the identity: another batch size or thread count may change bits by
+Everything that decides the bytes of a cache is in the identity. A job with another identity is refused, with
+the options that differ. `compute` is not part of the identity: another batch size or thread count may change bits by
 rounding.
 """
 

@@ -21,6 +21,12 @@ class CacheError(LatentmillError):
     """A folder is not a latentmill cache, or its files are inconsistent."""
 
 
+class NoCacheError(CacheError):
+    """A folder has no cache.json: it is not a cache, or it does not exist."""
+
+    exit_code = 2
+
+
 class StorageError(LatentmillError):
     """A storage operation failed: no such file, no permission, no space or no answer.
 

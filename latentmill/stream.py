@@ -13,6 +13,11 @@ NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP
 # errno values that a retry does not change: a full disk, a quota, a read-only disk, a name or file that is too large.
 PERMANENT = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, *NO_SUCH_FILE})
 
+CREDENTIALS_HINT = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use storage options: --storage-option key=env:NAME and "
+    "secret=env:NAME, or anon=true for a public bucket"
+)
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message. It is empty if there is no message."""
@@ -37,6 +42,8 @@ def name_url_in_errors(url: str, verb: str) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         known = os.strerror(number).lower() if number else type(error).__name__
         detail = first_line(error)[:200]
+        if type(error).__name__ == "NoCredentialsError":  # of botocore
+            known, detail = "no credentials", CREDENTIALS_HINT
         is_url = "://" in url
         message = f"cannot {verb} {url}: {known}" + (f" ({detail})" if is_url and detail else "")
         raise StorageError(message, may_pass=number not in PERMANENT) from error

@@ -6,7 +6,9 @@ LatentmillError            one line for the user: the problem, its object, and a
 |   |   `-- ChangedError   an input that differs from the plan; nothing of it was read
 |   |-- VaeError           the VAE is not an AutoencoderKL
 |   `-- IdentityError      the cache was made with other settings
-|-- CacheError             a folder that is not a cache, or is inconsistent; exit code 1
+|-- CacheError             a cache that is inconsistent or damaged; exit code 1
+|   |-- NoCacheError       a folder that is not a cache; exit code 2
+|   `-- DamagedFileError   a file with rows that cannot be read; a retry cannot succeed
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
 |   |-- DamagedError       a shard that can be read up to a damage; its rest is rejected
@@ -18,7 +20,7 @@ Rejected                   one sample that cannot be encoded; becomes a row of _
 
 from typing import Literal
 
-from latentmill.errors import CacheError, IdentityError, LatentmillError, StorageError, UsageError
+from latentmill.errors import CacheError, IdentityError, LatentmillError, NoCacheError, StorageError, UsageError
 
 __all__ = [
     "REASONS",
@@ -26,9 +28,11 @@ __all__ = [
     "CacheError",
     "ChangedError",
     "DamagedError",
+    "DamagedFileError",
     "IdentityError",
     "JobError",
     "LatentmillError",
+    "NoCacheError",
     "NoImagesError",
     "Rejected",
     "ShardError",
@@ -75,6 +79,10 @@ class SourceError(UsageError):
 
 class ChangedError(SourceError):
     """An input differs from the plan. This was detected before anything of it was read."""
+
+
+class DamagedFileError(CacheError):
+    """A file with rows of a cache cannot be read, because its bytes are damaged."""
 
 
 class VaeError(UsageError):

@@ -63,6 +63,6 @@ def _import_library() -> tuple[Any, Any]:
         from huggingface_hub import errors
     except ImportError as error:
         raise LoadError(
-            "models on the hub need the package huggingface_hub; run pip install 'latentmill[hub]'"
+            "models on the hub need the package huggingface_hub: run `pip install huggingface_hub` (the extra hub)"
         ) from error
     return huggingface_hub, errors

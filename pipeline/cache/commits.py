@@ -136,6 +136,43 @@ def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dic
         yield strip_extension(name), content
 
 
+def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:
+    """Yield the rejects of a cache that no retry part supersedes, unit by unit, as `_rejects` lists them.
+
+    Raises CacheError if a file cannot be parsed.
+    """
+    names = [name for name in cache.list_files(REJECTS) if name.endswith(".jsonl")]
+    retries = list_retries(cache) if names else {}
+    for name, data in cache.read_each(REJECTS, names):
+        unit = parse_unit_of_commit(strip_extension(name))
+        superseded = read_superseded_rejects(cache, retries.get(unit, ()))
+        for line in data.splitlines():
+            reject = parse_json_object(line, cache.url_of(f"{REJECTS}/{name}"))
+            if not {"shard", "key", "position", "reason"} <= reject.keys():
+                raise CacheError(f"{cache.url_of(f'{REJECTS}/{name}')} is damaged; {VERIFY_HINT}")
+            if (reject["position"], reject["reason"]) not in superseded:
+                yield reject
+
+
+def list_retries(cache: Folder) -> dict[str, list[str]]:
+    """Return the names of the commits of retry parts, by unit."""
+    retries: dict[str, list[str]] = {}
+    for name in sorted(filter(is_retry_part, list_commits(cache))):
+        retries.setdefault(parse_unit_of_commit(name), []).append(name)
+    return retries
+
+
+def parse_unit_of_commit(name: str) -> str:
+    """Return the unit of the commit with this name."""
+    return parse_unit_name(f"{COMMITS}/{name}.json") if is_retry_part(name) else name
+
+
+def read_superseded_rejects(cache: Folder, retries: Iterable[str]) -> set[tuple[int, str]]:
+    """Return the rejects that retry parts of one unit supersede, as position and reason. retries: their commits."""
+    entries = [entry for _, content in read_commits(cache, retries) for entry in content["parts"]]
+    return {(position, reason) for entry in entries for position, reason in entry.get("supersedes", ())}
+
+
 def list_started_units(cache: Folder) -> set[str]:
     """Return the names of the units that have a part or a commit."""
     return {parse_unit_name(file) for file in list_part_files(cache)} | list_finished_units(cache)

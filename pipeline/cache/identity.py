@@ -1,15 +1,15 @@
 """The identity of a cache: everything that decides its bytes, written once to cache.json and never changed.
 
-A job whose identity differs from the cache's is refused with the field named. `latentmill.cache_info` has the fields;
+A job whose identity differs from the cache's is refused with the options named. `latentmill.cache_info` has the fields;
 here they are made from a job's settings, written, and compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
 from pipeline.canonical_json import indented_json, with_checksum
-from pipeline.errors import CacheError, IdentityError
+from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
 from pipeline.storage.folder import Folder
@@ -25,6 +25,7 @@ _NOT_RAW = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
     | {"up_block_types", "out_channels", "use_post_quant_conv"}
 )
+CONFIG_FIELDS = frozenset(AutoencoderKLConfig.__dataclass_fields__) - _NOT_RAW
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -85,8 +86,8 @@ def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: st
 def read_cache_json(cache: Folder) -> CacheInfo | None:
     """Return the content of cache.json, or None if there is no cache yet.
 
-    Raises CacheError for a folder that holds something else, for a format that this version does not support, and for a
-    field that is missing or has another type.
+    Raises NoCacheError for a folder that holds something else, and CacheError for a format that this version does not
+    support, and for a field that is missing or has another type.
     """
     data = cache.read_if_exists(NAME)
     if data is None:
@@ -94,14 +95,14 @@ def read_cache_json(cache: Folder) -> CacheInfo | None:
             return None
         data = cache.read_if_exists(NAME)  # another job may have created it just now
     if data is None:
-        raise CacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
+        raise NoCacheError(f"{cache.url} is not a latentmill cache: it is not empty, and has no {NAME}")
     return parse_cache_json(data, cache.url)
 
 
 def create_or_load(cache: Folder, wanted: CacheInfo) -> CacheInfo:
     """Create cache.json with this content, or return the content of the existing one.
 
-    Raises IdentityError, with the first field that differs, if the existing one has another identity.
+    Raises IdentityError, with the options that differ, if the existing one has another identity.
     """
     cache.create(NAME, encode_cache_json(with_checksum(wanted.to_dict())))
     existing = read_cache_json(cache)
@@ -117,25 +118,48 @@ def encode_cache_json(content: Mapping[str, Any]) -> bytes:
 
 
 def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
-    """Raise IdentityError unless the two identities are equal."""
-    for field, cache_value, job_value in _find_differences(existing.to_dict(), wanted.to_dict(), ""):
-        raise IdentityError(
-            f"the cache {url} was made with {field}={_shorten(cache_value)}, this job has {field}="
-            f"{_shorten(job_value)}; use its setting, or another --to"
-        )
+    """Raise IdentityError, with the options that differ, unless the two identities are equal."""
+    if existing.sha256 == wanted.sha256:
+        return
+    cache_settings, job_settings = describe_settings(existing), describe_settings(wanted)
+    differing = [name for name, text in cache_settings.items() if job_settings.get(name, text) != text]
+    explained: set[str] = set()  # by another difference
+    if "weights" in differing:
+        explained |= {name for name in differing if name.startswith("config.")}
+    if {"size", "multiple_of"} & set(differing):
+        explained.add("grid")
+    differing = [name for name in differing if name not in explained]
+    raise IdentityError(
+        f"the cache {url} was made with {' and '.join(cache_settings[name] for name in differing)}, this command has "
+        f"{' and '.join(job_settings[name] for name in differing)}; use the settings of the cache, or another --to"
+    )
 
 
-def _find_differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
-    differences: list[tuple[str, Any, Any]] = []
-    for key in [*b, *(key for key in a if key not in b)]:
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            differences += _find_differences(left, right, f"{prefix}{key}.")
-        elif left != right:
-            differences.append((prefix + key, left, right))
-    return differences
+def describe_settings(identity: Identity) -> dict[str, str]:
+    """Return the settings of an identity by name, each as the option that sets it if there is one.
+
+    Every field is described. Settings of buckets are left out if there are no buckets.
+    """
+    settings, preprocessing = identity.to_dict(), identity.preprocessing
+    grid = ", ".join(f"{height}x{width}" for height, width in preprocessing.buckets or ())
+    buckets = {"multiple_of": f"--multiple-of {preprocessing.multiple_of}", "grid": f"the buckets {grid}"}
+    names = sorted(CONFIG_FIELDS | settings["config"].keys())  # a cache of another version may lack some
+    return {
+        "weights": f"a VAE whose weights have the sha256 {identity.weights:.12}...",
+        **{f"config.{name}": f"a VAE that has {name} {settings['config'].get(name)}" for name in names},
+        "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
+        **(buckets if grid else {}),
+        **_format_options(settings["preprocessing"], ("min_size", "interpolation", "crop", "flip")),
+        **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
+        "tile_above": f"--tile-above {identity.tile_above or 0}",
+        "container": f"--format {identity.container}",
+        "columns": "--columns all" if identity.columns is None else f"--columns '{','.join(identity.columns)}'",
+        "image_column": f"--image-column {identity.image_column}" if identity.image_column else "no --image-column",
+        "key_column": f"--key-column {identity.key_column}" if identity.key_column else "no --key-column",
+        "version": f"version {preprocessing.version} of the preprocessing",
+    }
 
 
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "..." if len(text) == 64 and text.isalnum() else text
+def _format_options(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return these settings as the options of the same names."""
+    return {name: f"--{name.replace('_', '-')} {settings[name]}" for name in names}

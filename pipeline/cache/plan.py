@@ -50,7 +50,9 @@ SCHEMA = pa.schema(
 
 # Notes about changed inputs, by the state of their units.
 CHANGE_NOTES = {
-    "finished": "the cache still holds the old version",
+    "finished": "the cache still holds the old version; to encode the new version, use another --to",
+    "retried": "`latentmill retry` has encoded rejected samples of them, as they were at that time. `latentmill verify "
+    "--recount` finds later changes; to encode these, use another --to",
     "replanned": "none of their samples are encoded yet, and they are planned again",
     "started": "they are partly encoded. The rest of a tar or Parquet file is encoded if its samples are unchanged. "
     "If a unit fails: restore its input, or move away the unit's files in data/, _empty/, _commits/ and _rejects/, and "
@@ -243,17 +245,41 @@ def replan_changed(
         for unit in planned
         if unit.name in changed and identify_input(unit) not in started_inputs
     }
-    paths_by_state: dict[str, set[str]] = {"finished": set(), "replanned": set(), "started": set()}
+    retried = find_retried(cache, planned, changed, sidecars)
+    paths_by_state: dict[str, set[str]] = {state: set() for state in ("finished", "retried", "replanned", "started")}
     for unit in planned:
         is_replanned = identify_input(unit) in replanned
         state = "replanned" if is_replanned else "finished" if unit.name in finished else "started"
-        paths_by_state[state].update(changed.get(unit.name, ()))
+        for path in changed.get(unit.name, ()):
+            paths_by_state["retried" if state == "finished" and path in retried else state].add(path)
     notes = [
         f"inputs that have changed since they were planned: {len(paths):,} ({abbreviate(paths)}); {CHANGE_NOTES[state]}"
         for state, paths in paths_by_state.items()
         if paths
     ]
     return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars)], notes
+
+
+def find_retried(
+    cache: Folder,
+    planned: Sequence[Unit],
+    changed: Mapping[str, Collection[str]],
+    sidecars: SidecarIndex,
+) -> set[str]:
+    """Return the files of changed units of which a retry encoded samples. changed: the paths of files by unit."""
+    retries = commits.list_retries(cache)
+    retried: set[str] = set()
+    for unit in planned:
+        if unit.name not in changed or unit.name not in retries:
+            continue
+        positions = {position for position, _ in commits.read_superseded_rejects(cache, retries[unit.name])}
+        if positions and unit.kind == "folder":
+            images = {unit.paths[position] for position in positions if position < len(unit.paths)}
+            texts = (text.path for image in images for text in sidecars.texts.get(image, ()))
+            retried |= images.union(texts)
+        elif positions:
+            retried.add(unit.path)
+    return retried
 
 
 def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex) -> list[Unit]:

@@ -1,13 +1,17 @@
 """A cache that jobs work on: `latentmill.Cache`, on a folder that can be written to."""
 
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from latentmill import cache as reader
 from latentmill import part_files
-from latentmill.cache_info import CacheInfo
+from latentmill.cache_info import CacheInfo, parse_cache_json
 from pipeline.cache import identity
+from pipeline.errors import DamagedFileError
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
 from pipeline.storage.connection import make_absolute
@@ -27,7 +31,8 @@ class Cache(reader.Cache):
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[Folder, CacheInfo | None]:
         folder = Folder(make_absolute(url), options)
-        return folder, identity.read_cache_json(folder)
+        data = folder.read_if_exists(identity.NAME)
+        return folder, None if data is None else parse_cache_json(data, folder.url)
 
     @property
     def config(self) -> AutoencoderKLConfig:
@@ -47,6 +52,13 @@ def read_rows(
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = TEXT_EXTENSIONS,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes."""
+    """Yield the rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes.
+
+    Raises DamagedFileError if the file cannot be read as rows.
+    """
     with folder.open(file) as stream:
-        yield from part_files.read_rows(stream, file, wanted, columns, texts)
+        try:
+            yield from part_files.read_rows(stream, file, wanted, columns, texts)
+        except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            url = folder.url_of(file)
+            raise DamagedFileError(f"{url} is damaged; run `latentmill verify {folder.url}`") from error

@@ -19,7 +19,7 @@ from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.storage import reading
 
-# relative to a latent's own size: another device or slice size changes less, another image changes more
+# relative to a latent's own size: another device or batch size changes less, another image changes more
 TOLERANCE = 0.05
 
 SHOWN_EXAMPLES = 3  # parts that are named per input that was exchanged

@@ -8,6 +8,7 @@ from pipeline.cache import parts, plan, stats
 from pipeline.cache.commit_scan import read_committed_summaries
 from pipeline.cache.commits import list_commits
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
+from pipeline.sources.planned_files import estimate_bytes_per_image
 from pipeline.storage.folder import Folder
 
 
@@ -15,10 +16,12 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     """Return the progress of a cache. now: the current time, with a time zone, to compare heartbeats with.
 
     state: `running`; `done`; `silent` if the last run neither ended nor writes heartbeats; `failed` or `stopped` if the
-    last run ended so; otherwise `planned`. images_per_second (over the last minute) and seconds_left come from the runs
+    last run ended so; otherwise `planned`. share: from 0 to 1, of the bytes; the images of units under way are
+    estimated. images_per_second (over the last minute) and seconds_left come from the runs
     that are alive, and are None if there is none.
     """
-    units = {unit.name: unit.input_bytes for unit in plan.read_plan(cache)}
+    planned = plan.read_plan(cache)
+    units = {unit.name: unit.input_bytes for unit in planned}
     commits = list_commits(cache)
     finished = {name for name in commits if not parts.is_retry_part(name)}
     sums, committed_files = stats.RunningStats(), set[str]()
@@ -28,12 +31,17 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     runs = [describe_run(run, now) for run in read_runs(cache).values()]
     alive = [run for run in runs if run["outcome"] == "running"]
     done_bytes = sum(units.get(unit, 0) for unit in finished)
+    samples = sums.rows + sums.filtered + sum(sums.rejected.values())
+    size = done_bytes / samples if samples else estimate_bytes_per_image(planned)
+    bytes_under_way = sum(run["images_under_way"] for run in alive) * size
+    all_bytes = sum(units.values())
     rate = sum(run["images_per_second"] for run in alive) or None
     return {
         "cache": cache.url,
         "state": _determine_state(runs, undone=len(units.keys() - finished)),
         "units": {"planned": len(units), "done": len(finished)},
-        "bytes": {"planned": sum(units.values()), "done": done_bytes},
+        "bytes": {"planned": all_bytes, "done": done_bytes},
+        "share": min((done_bytes + bytes_under_way) / all_bytes, 1.0) if all_bytes else 0.0,
         "parts_of_units_under_way": len(set(parts.list_part_files(cache)) - committed_files),
         "rows": sums.rows,
         "rejected": sums.rejected,
@@ -47,12 +55,19 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
 def describe_run(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
     """Summarize the record of a run. If the run did not end and writes no heartbeats, its outcome is `silent`."""
     is_silent = content["outcome"] == "running" and not is_alive(content, now)
+    counts = content.get("counts")
+    images, finished = content.get("images"), counts.get("encoded", 0) if isinstance(counts, Mapping) else None
+    under_way = 0
+    if content["verb"] == "encode" and isinstance(images, int) and isinstance(finished, int):
+        under_way = max(images - finished, 0)
     return {
         **{name: content[name] for name in ("verb", "started", "alive", "ended", "exit_code")},
         "outcome": "silent" if is_silent else content["outcome"],
         "silent_seconds": seconds_since_heartbeat(content, now) if content["ended"] is None else 0,
         "images_per_second": content.get("images_per_second") or 0.0,
         "seconds_left": content.get("seconds_left"),
+        "images_under_way": under_way,
+        "error": error if isinstance(error := content.get("error"), str) else None,
     }
 
 

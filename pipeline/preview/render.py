@@ -19,7 +19,7 @@ import torch
 from latentmill.part_files import to_tensor
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
-from pipeline.errors import LatentmillError, Stopped
+from pipeline.errors import LatentmillError, SourceError, Stopped, StorageError
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.prepare import prepare_sample
 from pipeline.images.transform import Transform
@@ -193,7 +193,9 @@ def find_originals(
                 if not missing:
                     break
         except LatentmillError as error:
-            notes.append(f"originals not shown: {error}")
+            is_elsewhere = isinstance(error, StorageError | SourceError)
+            advice = f"; give their location with --source {unit.source_name}=PATH" if is_elsewhere else ""
+            notes.append(f"originals not shown: {error}{advice}")
     return originals, notes
 
 

@@ -125,12 +125,27 @@ def _suggest_download(schema: pa.Schema) -> str:
     return f"; first download the images that {names[0]} names, for example with img2dataset" if names else ""
 
 
+def check_key_column(schema: pa.Schema, key_column: str | None, images: str, url: str) -> None:
+    """Raise ShardError if a file lacks the requested key column. images: the column with the images."""
+    if key_column is not None and key_column not in schema.names:
+        others = ", ".join(name for name in schema.names if name != images) or "no other column"
+        raise ShardError(f"--key-column: {url} has no column {key_column}; it has {others}")
+
+
 def read_available_columns(
-    stream: BinaryIO, url: str, image_column: str | None, limits: Limits = DEFAULT_LIMITS
+    stream: BinaryIO,
+    url: str,
+    image_column: str | None,
+    limits: Limits = DEFAULT_LIMITS,
+    key_column: str | None = None,
 ) -> pa.Schema:
-    """Return the columns beside the images of a file, by their names in a cache."""
+    """Return the columns beside the images of a file, by their names in a cache.
+
+    Raises ShardError if the file lacks the requested image or key column.
+    """
     with open_parquet(stream, url, limits) as file:
         images = find_image_column(file.schema_arrow, image_column, url)
+        check_key_column(file.schema_arrow, key_column, images, url)
         return _select_passable(file.schema_arrow, images)
 
 
@@ -187,8 +202,7 @@ def read_parquet(
             if skipped is not None:
                 skipped[NO_IMAGES] += file_range[0] == 0
             return
-        if key_column is not None and key_column not in schema.names:
-            raise ShardError(f"{url} has no column {key_column} for keys: it has {', '.join(schema.names)}")
+        check_key_column(schema, key_column, images, url)
         groups = select_row_groups(parquet_footer.find_row_group_middles(stream, url), file_range, size)
         rows_of_groups = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
         if rows_of_groups != file.metadata.num_rows:

@@ -32,18 +32,19 @@ def find_columns(
     image_column: str | None,
     wanted: Sequence[str] | None,
     limits: Limits,
+    key_column: str | None = None,
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
     files: as listed. units: made of these files. Raises SourceError if no source has a wanted column, if types are
-    incompatible, or if Parquet files have no images.
+    incompatible, if Parquet files have no images, or if a Parquet file lacks `image_column` or `key_column`.
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
         _check_tars(tars, options, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
-        schema = _read_schema(sorted(parquets), tars, options, image_column, limits, only_parquet)
+        schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
         texts = _find_texts(files, tars, options, wanted, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
@@ -70,6 +71,7 @@ def _read_schema(
     tars: list[str],
     options: Mapping[str, str],
     image_column: str | None,
+    key_column: str | None,
     limits: Limits,
     only_parquet: bool,
 ) -> pa.Schema:
@@ -81,7 +83,7 @@ def _read_schema(
 
     def read_image_file_columns(url: str) -> pa.Schema:
         with reading.open_stream(url, options) as stream:
-            return parquet.read_available_columns(stream, url, image_column, limits)
+            return parquet.read_available_columns(stream, url, image_column, limits, key_column)
 
     def read_metadata_columns(tar: str) -> pa.Schema | None:
         url = connection.sibling_url(tar)

@@ -27,6 +27,7 @@ from pipeline.text import printable, to_valid_text
 WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names
 SYSTEM_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # of thumbnails and deleted files
+CLOSED_SYSTEM_FOLDERS = SYSTEM_FOLDERS | {"lost+found"}  # without images, if they are not readable
 INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in IMAGE_EXTENSIONS)})
 
 FoundFiles = Mapping[str, Mapping[str, Any]]
@@ -54,11 +55,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of all sources, sorted by path. notes: one line per kind of skipped file."""
+    """The files of all sources, sorted by path.
+
+    notes: one line per kind of skipped file. unreadable: the folders without permission, whose files are not listed.
+    """
 
     files: list[ListedFile]
     sources: tuple[Source, ...]
     notes: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: str) -> Listing:
@@ -67,8 +72,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
     A source is a file, a directory (all files below it that are not hidden), a glob or a brace range. Texts that share
     an image's name except for its extension are listed with the image. `NAME=SOURCE` names a source; default: the name
     of its root.
-    The notes name entries that are not files, folders without permission, links to files that are listed themselves,
-    and files that latentmill wrote.
+    The notes name special files, links to files that are listed themselves, and files that latentmill wrote.
     Raises SourceError if a source names nothing, if two sources have one name, or if a file's name is not UTF-8.
     """
     cache = to_listed_url(excluded).rstrip("/") + "/"
@@ -82,18 +86,21 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         named.append(source)
         for file in files:
             found.setdefault(file.path, file)
-    return Listing([found[path] for path in sorted(found)], tuple(named), skipped.describe())
+    shards = [found[path] for path in sorted(found)]
+    return Listing(shards, tuple(named), skipped.describe(), sorted(skipped.unreadable))
 
 
 @dataclass(slots=True)
 class SkippedFiles:
     """Entries of the sources that are not inputs.
 
-    others: entries that are not files, and folders without permission. system: files in folders of operating systems.
-    links: links to files that are listed themselves. own_outputs: files that latentmill wrote, by cache or previews.
+    others: special files, and links to folders that contain the source. unreadable: folders without permission.
+    system: files in folders of operating systems. links: links to files that are listed themselves. own_outputs: files
+    that latentmill wrote, by cache or previews.
     """
 
     others: set[str] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)
     system: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
@@ -102,9 +109,8 @@ class SkippedFiles:
         """Return one line per kind of skipped entry."""
         notes = []
         if self.others:
-            notes.append(
-                f"skipped entries that are not files, or folders without permission: {abbreviate(self.others)}"
-            )
+            kinds = "special files (pipes and the like) and links to folders that contain the source"
+            notes.append(f"skipped {kinds}: {abbreviate(self.others)}")
         if self.system:
             notes.append(f"skipped files of the operating system: {len(self.system):,} ({abbreviate(self.system)})")
         if self.links:
@@ -204,16 +210,21 @@ def _expand(
         for pattern in patterns:
             matches = _find_matches(fs, pattern)
             if not matches:
-                raise SourceError(f"there is no source at {source}: {full_url(fs, pattern)} does not exist")
-            below = _find_files(fs, matches, root, excluded, skipped.others)
+                place = full_url(fs, pattern)
+                is_glob = bool(WILDCARDS & set(pattern))
+                problem = f"no file matches {place}" if is_glob else f"{place} does not exist"
+                raise SourceError(f"there is no source at {source}: {problem}")
+            below = _find_files(fs, matches, root, excluded, skipped)
             if not below:
-                raise SourceError(f"there is no source at {source}: there are no files in {full_url(fs, pattern)}")
+                closed = f"; folders not readable: {abbreviate(skipped.unreadable)}" if skipped.unreadable else ""
+                problem = f"there are no files in {full_url(fs, pattern)}{closed}"
+                raise SourceError(f"there is no source at {source}: {problem}")
             files.update(below)
             if images := {path for path in matches if path in below and is_image(path)}:
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
         for place, images in named.items():
-            files.update(_find_sidecars(fs, place, images, root, excluded, skipped.others, listings))
+            files.update(_find_sidecars(fs, place, images, root, excluded, skipped, listings))
         root = root.rstrip("/")
         files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
         system = {file for file in files if not SYSTEM_FOLDERS.isdisjoint(file[len(root) + 1 :].split("/"))}
@@ -306,12 +317,15 @@ def _find_matches(fs: Any, pattern: str) -> FoundFiles:
     return cast(FoundFiles, fs.glob(pattern, detail=True))
 
 
-def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, others: set[str]) -> FoundFiles:
-    """Return the files among these paths and below the directories among them. others: receives all other entries."""
+def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, skipped: SkippedFiles) -> FoundFiles:
+    """Return the files among these paths and below the directories among them. skipped: receives all other entries."""
     if is_local(fs):
         walk = Walk(root or "/", excluded)
         walk.run(paths)
-        others.update(walk.others)
+        skipped.others.update(walk.others)
+        for folder in walk.unreadable:
+            is_system = not CLOSED_SYSTEM_FOLDERS.isdisjoint(folder[len(root) :].split("/"))
+            (skipped.system if is_system else skipped.unreadable).add(folder)
         return walk.found
     found: dict[str, Mapping[str, Any]] = {}
     for path, info in paths.items():
@@ -320,7 +334,13 @@ def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, oth
 
 
 def _find_sidecars(
-    fs: Any, place: str, images: set[str], root: str, excluded: str | None, others: set[str], listings: FolderListings
+    fs: Any,
+    place: str,
+    images: set[str],
+    root: str,
+    excluded: str | None,
+    skipped: SkippedFiles,
+    listings: FolderListings,
 ) -> FoundFiles:
     """Return the texts of images that were named one by one, or by their extension, without the rest of their folder.
 
@@ -335,7 +355,7 @@ def _find_sidecars(
     entries, by_name = listings[url]
     is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
     texts = {path: entries[path] for path in find_nearby_texts(by_name, images) if not is_directory(path)}
-    return _find_files(fs, texts, root, excluded, others)
+    return _find_files(fs, texts, root, excluded, skipped)
 
 
 def _check_utf8(file: str, root: str) -> None:

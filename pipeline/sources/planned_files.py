@@ -15,6 +15,16 @@ def list_input_files(unit: Unit) -> list[PlannedFile]:
     return [files.image for files in unpack_files(unit)]
 
 
+def estimate_bytes_per_image(units: Iterable[Unit]) -> float:
+    """Return the average size of the images in the units of folders; 0 if there are none.
+
+    Only these units name their images before they are read.
+    """
+    folders = [unit for unit in units if unit.kind == "folder"]
+    images = sum(len(unit.paths) for unit in folders)
+    return sum(unit.bytes for unit in folders) / images if images else 0.0
+
+
 def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:
     """Return the root of each source by its name. The root in the last unit of a source counts."""
     return {unit.source_name: unit.root for unit in units}

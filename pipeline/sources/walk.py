@@ -13,14 +13,16 @@ class Walk:
     """A walk from paths that are in the directory `top`, or are `top`. Hidden entries and `excluded` are skipped.
 
     found: the files by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: entries that are neither
-    files nor directories, and directories without permission. Links to directories are followed, but no directory is
-    entered twice. A directory that is below `top` and also behind a link is entered below `top`.
+    files nor directories, and links to directories above `top`. unreadable: directories without permission. Links to
+    directories are followed, but no directory is entered twice. A directory that is below `top` and also behind a link
+    is entered below `top`.
     """
 
     top: str
     excluded: str | None
     found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     _folders: list[str] = field(default_factory=list)
     _links: list[str] = field(default_factory=list)
 
@@ -45,7 +47,7 @@ class Walk:
             except PermissionError:
                 if folder == self.top:
                     raise
-                self.others.append(folder)
+                self.unreadable.append(folder)
                 continue
             self._add(os.path.join(folder, name) for name in names if not name.startswith("."))
 

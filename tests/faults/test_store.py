@@ -375,7 +375,7 @@ def test_a_replaced_input_fails_its_unit(
 
 @pytest.mark.fault(25, "a foreign file in the cache")
 def test_a_foreign_file_fails_its_unit_and_is_named(
-    start_job: Callable[..., subprocess.Popen[str]], proxy: Proxy, bucket: str, reference_digest: str
+    start_job: Callable[..., subprocess.Popen[str]], bucket: str
 ) -> None:
     assert finish_job(start_job())[0] == 0
     files = objects(f"{bucket}/c")
@@ -427,7 +427,7 @@ def run_on_small_disk(folder: Path, size: int, command: list[str]) -> int:
     return subprocess.run([*shell, *command], env=environment, capture_output=True).returncode
 
 
-@pytest.mark.fault(16, "a disk (tmpfs of 96 KiB) fills up, and is made larger")
+@pytest.mark.fault(16, "a disk (tmpfs of 128 KiB) fills up, and is made larger")
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
 def test_a_disk_that_fills_up_ends_the_job(
     folder: Path, micro_vae: Path, tmp_path: Path, reference_digest: str

@@ -58,10 +58,26 @@ def test_without_the_source_only_decoded_images_are_drawn(
     code, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json")
     assert code == 0
     assert json.loads(out)["psnr"] is None
+    _, _, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
+    (line,) = err.splitlines()
+    assert f" INFO originals not shown: {source} is missing or empty, " in line
+    assert line.endswith("; give their location with --source photos=PATH"), line
 
     moved = ("--source", tmp_path / "elsewhere/photos")
     _, out, _ = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0, "--json", *moved)
     assert json.loads(out)["psnr"] is not None
+
+
+def test_missing_originals_of_many_shards_give_one_line(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, shards: Path
+) -> None:
+    source, cache = shutil.copytree(shards, tmp_path / "shards"), tmp_path / "c"
+    latentmill("encode", source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    source.rename(tmp_path / "elsewhere")
+    _, _, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
+    (line,) = err.splitlines()
+    assert f" INFO originals not shown: cannot read {source}/00000.tar: no such file" in line
+    assert line.endswith("; give their location with --source shards=PATH (2 more such lines in report.json)"), line
 
 
 def test_originals_are_found_in_a_copy_without_times(
@@ -87,6 +103,26 @@ def test_an_original_is_drawn_if_only_its_caption_was_edited(
     assert (err, json.loads(out)["psnr"] is None) == ("", False)
 
 
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_a_damaged_file_of_the_cache_is_named_and_not_read_again(
+    latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path, form: str
+) -> None:
+    cache = tmp_path / "c"
+    options = ("--vae", micro_vae, "--resolution", 64, "--workers", 0, "--format", form)
+    assert latentmill("encode", photos, "--to", cache, *options)[0] == 0
+    (file,) = (cache / "data").iterdir()
+    data = bytearray(file.read_bytes())
+    if form == "parquet":
+        data[1000] ^= 255
+    else:
+        del data[5000:]
+    file.write_bytes(data)
+    code, _, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.endswith(f" ERROR failed: sheet 0: {file} is damaged; run `latentmill verify {cache}`")
+
+
 def test_previews_can_be_written_into_the_cache(latentmill: Command, cache: Path) -> None:
     assert latentmill("decode", cache, "--to", cache / "previews", "--workers", 0)[0] == 0
     assert read_size(cache / "previews/sheets/00000.png")[0] > 3 * 2 * 256
@@ -98,14 +134,13 @@ def test_another_model_is_refused(latentmill: Command, cache: Path, tmp_path: Pa
     assert "demo is not the VAE that made the cache" in err
 
 
-@pytest.mark.parametrize("verb", ["decode", "stats"])
+@pytest.mark.parametrize("verb", ["decode", "retry", "stats", "status", "verify"])
 def test_a_folder_without_a_cache_is_refused(latentmill: Command, photos: Path, tmp_path: Path, verb: str) -> None:
     to = ("--to", tmp_path / "p") if verb == "decode" else ()
-    code, _, err = latentmill(verb, photos, *to)
-    assert code == 1
-    assert "is not a latentmill cache" in err
-    code, _, err = latentmill(verb, tmp_path / "nothing", *to)
-    assert (code, "there is no latentmill cache at" in err) == (1, True)
+    for folder in (photos, tmp_path / "nothing"):
+        code, out, err = latentmill(verb, folder, *to)
+        message = f"latentmill: there is no latentmill cache at {folder}: it has no cache.json\n"
+        assert (code, out, err) == (2, "", message)
 
 
 def test_statistics_as_a_table_and_as_json(latentmill: Command, cache: Path) -> None:

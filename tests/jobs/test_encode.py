@@ -94,11 +94,14 @@ def test_only_missing_parts_are_encoded(encode: Command, shards: Path, tmp_path:
 
 def test_parts_without_a_commit_are_not_encoded_again(encode: Command, shards: Path, tmp_path: Path) -> None:
     encode(shards, "--to", tmp_path / "c")
-    for record in (tmp_path / "c/_commits").iterdir():
-        record.unlink()
+    records = {path.name: json.loads(path.read_text())["parts"] for path in (tmp_path / "c/_commits").iterdir()}
+    for name in records:
+        (tmp_path / "c/_commits" / name).unlink()
     code, out, err = encode(shards, "--to", tmp_path / "c")
     assert code == 0, err
     assert out.startswith("encoded 0 images")
+    written = {path.name: json.loads(path.read_text())["parts"] for path in (tmp_path / "c/_commits").iterdir()}
+    assert (len(written), written) == (3, records), "the commits are written again"
 
 
 def test_the_location_of_the_source_does_not_change_the_digest(encode: Command, tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_the_stored_form_of_the_posterior_is_part_of_the_identity(
     assert second_code == 0, "omitted settings are taken from the cache"
     other_code, _, err = encode(photos, "--to", tmp_path / "c", "--store", "mode")
     assert other_code == 2
-    assert f"store={settings[1]}" in err
+    assert f"was made with --store {settings[1]}" in err
     code, out, err = latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--vae", micro_vae, "--workers", 0)
     assert code == 0, err
     assert "PSNR" in out, "originals are cropped and mirrored as the latents were"
@@ -143,7 +146,7 @@ def test_a_webdataset_cache_holds_the_same_rows(
     code, _, err = encode(shards, "--to", tmp_path / "tar", "--format", "webdataset", "--max-shards", 1)
     assert code == 0, err
     code, out, err = encode(shards, "--to", tmp_path / "tar")
-    assert (code, "1 of 3 units were done before" in out) == (0, True), err
+    assert (code, "1 of 3 units was done before" in out) == (0, True), err
     assert {path.suffix for path in (tmp_path / "tar/data").iterdir()} == {".tar"}
     parquet, tar = Cache.open(str(tmp_path / "parquet")), Cache.open(str(tmp_path / "tar"))
     rows = [[row for file in cache.files() for row in cache.rows(file)] for cache in (parquet, tar)]
@@ -176,7 +179,13 @@ def test_images_are_sorted_into_buckets_by_shape(latentmill: Command, micro_vae:
     assert {name: bucket["count"] for name, bucket in stats["buckets"].items()} == {"56x72": 2, "64x64": 1, "72x56": 1}
     assert latentmill(*job)[0] == 0, "without options, the buckets are those of the cache"
     code, _, err = latentmill(*job, "--resolution", 64)
-    assert (code, "preprocessing" in err) == (2, True)
+    message = "was made with --buckets 64, this command has --resolution 64;"
+    assert (code, message in err, "[" in err) == (2, True, False), err
+    code, _, err = latentmill(*job, "--multiple-of", 16)
+    assert (code, "was made with --multiple-of 8, this command has --multiple-of 16;" in err) == (2, True), err
+    code, _, err = latentmill(*job[:-1], tmp_path / "d", "--resolution", 64, "--multiple-of", 8)
+    assert (code, "--multiple-of is for the sides of --buckets" in err) == (2, True), err
+    assert not (tmp_path / "d").exists()
     code, _, err = latentmill("decode", tmp_path / "c", "--to", tmp_path / "p", "--vae", micro_vae, "--workers", 0)
     assert code == 0, err
 
@@ -304,24 +313,28 @@ class TestRefusals:
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "other", "--workers", 0)
         self.assert_refused(result, 2, "this is a configuration of class AutoencoderDC, not AutoencoderKL")
 
-    def test_another_identity(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+    def test_another_identity(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         encode(photos, "--to", tmp_path / "c")
         self.assert_refused(
             encode(photos, "--to", tmp_path / "c", "--interpolation", "lanczos"),
             2,
-            "was made with preprocessing.interpolation=bicubic, this job has preprocessing.interpolation=lanczos",
+            "was made with --interpolation bicubic, this command has --interpolation lanczos; use the settings",
         )
 
     def test_other_weights(self, encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
         encode(photos, "--to", tmp_path / "c")
         AutoencoderKL(**MICRO).save_pretrained(tmp_path / "v")
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "v", "--workers", 0)
-        self.assert_refused(result, 2, "was made with weights=")
+        self.assert_refused(
+            result,
+            2,
+            "was made with a VAE whose weights have the sha256 [0-9a-f]{12}",
+        )
 
     def test_a_folder_that_is_not_a_cache(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
         (tmp_path / "c/thesis.tex").write_text("years of work")
-        self.assert_refused(encode(photos, "--to", tmp_path / "c"), 1, "is not a latentmill cache: it is not empty")
+        self.assert_refused(encode(photos, "--to", tmp_path / "c"), 2, "is not a latentmill cache: it is not empty")
 
     def test_a_cache_below_a_file(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -395,7 +408,7 @@ def test_large_images_are_tiled_on_request(latentmill: Command, photos: Path, mi
     assert not torch.allclose(tiled, whole, atol=1e-3)
     assert encode("tiled")[0] == 0, "an omitted option is taken from the cache"
     code, err = encode("tiled", "--tile-above", 96)
-    assert (code, "was made with tile_above=64, this job has tile_above=96" in err) == (2, True)
+    assert (code, "was made with --tile-above 64, this command has --tile-above 96;" in err) == (2, True)
     code, err = encode("other", "--tile-above", 50)
     assert (code, "--tile-above 50 is not a multiple of 32" in err) == (2, True)
     assert latentmill("decode", tmp_path / "tiled", "--to", tmp_path / "out", "--workers", 0)[0] == 0

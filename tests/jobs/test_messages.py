@@ -85,7 +85,7 @@ def test_the_messages_of_a_run_are_kept_in_its_log(latentmill: Command, job: lis
     printed = [re.sub(rf"^{STAMP} ", "", line) for line in err.splitlines()]
     logged = [re.sub(rf"^{STAMP}Z ", "", line) for line in lines]
     assert "INFO encode with latentmill" in logged[0]
-    assert logged[1] == "INFO 2 units are planned, 2 of them are not done"
+    assert logged[1] == "INFO 2 units planned, 2 not done"
     assert logged[2:-1] == printed
     assert logged[-1] == "INFO done, exit code 3"
     assert latentmill("status", tmp_path / "c")[0] == 0
@@ -123,9 +123,7 @@ def test_verbose_reports_the_result_of_each_unit(latentmill: Command, job: list[
 
 
 @pytest.mark.slow
-def test_warnings_of_other_libraries_are_shown_on_request_and_kept(
-    latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warnings_of_other_libraries_are_shown_on_request_and_kept(job: list[object], tmp_path: Path) -> None:
     """The job runs in its own process, because pytest replaces the display of warnings."""
     script = (
         "import logging, sys, warnings\n"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,35 @@ def test_a_tar_that_cannot_be_opened_fails_only_its_unit(
 
     monkeypatch.setattr(reading, "open_stream", open_or_refuse)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert (code, "encoded 1 images" in out, "1.tar: permission denied" in err) == (1, True, True), err
+    assert (code, "encoded 1 image in" in out, "1.tar: permission denied" in err) == (1, True, True), err
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_is_a_failure(
+    encode: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is simulated, because root may list any folder."""
+    write_photos(tmp_path / "s")
+    write_photos(tmp_path / "s/closed")
+    listdir = os.listdir
+
+    def list_or_refuse(path: str) -> list[str]:
+        if path.endswith("closed"):
+            raise PermissionError(13, "no")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", list_or_refuse)
+    code, out, err = encode(tmp_path / "s")
+    assert (code, "encoded 2 images" in out) == (1, True), err
+    assert f"WARNING folder not readable, its images are not encoded: {tmp_path}/s/closed\n" in err
+    assert "ERROR 1 folder of the sources cannot be read: give read permission, and run the same command again" in err
+    (run,) = (tmp_path / "c/_runs").glob("*.json")
+    record = json.loads(run.read_text())
+    assert (record["outcome"], record["exit_code"]) == ("failed", 1)
+    code, out, _ = encode(tmp_path / "s", "--json")
+    assert (code, json.loads(out)["unreadable"]) == (1, [f"{tmp_path}/s/closed"])
+    monkeypatch.undo()
+    code, out, err = encode(tmp_path / "s")
+    assert (code, "encoded 2 images" in out, err) == (0, True, "")
 
 
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar.zst", "0.zip", "0.TAR.XZ"])
@@ -227,6 +256,24 @@ def test_a_requested_image_column_must_be_in_every_file(encode: Command, tmp_pat
     write_table(tmp_path / "s/1.parquet", key=["x"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c", "--image-column", "image")
     assert (code, "1.parquet: the column image does not exist; columns: key" in err) == (2, True), err
+
+
+def test_a_key_column_that_does_not_exist_is_refused_before_any_write(encode: Command, tmp_path: Path) -> None:
+    write_table(tmp_path / "p/pq.parquet", id=["a", "b"], **IMAGES)
+    code, _, err = encode(tmp_path / "p", "--key-column", "nope")
+    assert (code, f"--key-column: {tmp_path}/p/pq.parquet has no column nope; it has id, text" in err) == (2, True), err
+    assert not (tmp_path / "c").exists()
+    assert encode(tmp_path / "p", "--key-column", "id")[0] == 0
+    assert read_column(tmp_path / "c", "text") == {"a": "zero", "b": "one"}
+
+
+@pytest.mark.parametrize("option", ["--key-column", "--image-column"])
+def test_options_of_parquet_files_are_refused_without_such_files(
+    encode: Command, photos: Path, tmp_path: Path, option: str
+) -> None:
+    code, _, err = encode(photos, option, "id")
+    assert (code, f"{option} is for Parquet files with images, and the sources have none" in err) == (2, True), err
+    assert not (tmp_path / "c").exists()
 
 
 def test_images_of_an_unsupported_type_fail_their_unit(encode: Command, tmp_path: Path) -> None:

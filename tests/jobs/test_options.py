@@ -5,6 +5,7 @@ import pytest
 
 from jobs.options import DecodeOptions, EncodeOptions, describe_options, parse_storage_options
 from jobs.parsing import parse
+from jobs.resources import parse_worker_count
 from pipeline.errors import UsageError
 
 REQUIRED = ["in/", "--to", "out", "--vae", "demo"]
@@ -95,3 +96,9 @@ def test_the_record_of_a_run_has_no_secret() -> None:
     assert record["storage_option"] == ["key=(not kept)", "secret=env:NAME"]
     assert record["source_option"] == ["key=(not kept)", "secret=env:MINE"]
     assert set(record) == {field.name for field in dataclasses.fields(EncodeOptions)}
+
+
+@pytest.mark.parametrize("text", ["-1", "two", "1.5", ""])
+def test_a_wrong_number_of_workers_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match=f"^--workers must be 0 or more, or auto, not '{text}'$"):
+        parse_worker_count(text)

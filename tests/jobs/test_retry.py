@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def test_samples_that_now_succeed_become_a_part_and_others_stay_rejected(latentm
     assert read_stats(cache)["rejected"] == {"not_an_image": 1}
     assert any("00001r1" in name for name in read_parts(cache))
     digest = read_stats(cache)["digest"]
-    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected samples\n  rows       0 more")
+    assert latentmill("retry", cache, "--workers", 0)[1].startswith("retried 1 rejected sample\n  rows       0 more")
     assert read_stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
 
 
@@ -97,7 +98,7 @@ def test_the_rows_equal_those_of_a_run_without_rejects(
 
 
 def test_encode_and_status_count_the_rows_of_a_retry(
-    latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
+    latentmill: Command, cache: Path, source: Path, micro_vae: Path
 ) -> None:
     latentmill("retry", cache, "--workers", 0)
     after = read_stats(cache)
@@ -145,9 +146,24 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
     argv = ["encode", tmp_path / "p", "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv)
     assert code == 3
-    assert "WARNING more than 0.05 of all samples are rejected (--max-reject-rate)" in err
+    message = "1 of 3 samples (33.3%) rejected, the limit is 5% (--max-reject-rate): exit code 3; the other images are"
+    assert f"WARNING {message} in the cache. After a repair, run `latentmill retry {tmp_path}/c`\n" in err
     broken.write_bytes(intact)
     assert latentmill("retry", tmp_path / "c", "--workers", 0)[0] == 0
+    other = tmp_path / "p/000000002.jpg"
+    planned = other.stat()
+    other.touch()
+    _, _, err = latentmill(*argv)
+    os.utime(other, ns=(planned.st_atime_ns, planned.st_mtime_ns))
+    notes = [line.split("INFO ")[1] for line in err.splitlines() if "changed" in line]
+    assert notes == [
+        "inputs that have changed since they were planned: 1 (p/000000002.jpg); the cache still holds the old version; "
+        "to encode the new version, use another --to",
+        "inputs that have changed since they were planned: 1 (p/000000001.jpg); `latentmill retry` has encoded "
+        "rejected samples of them, as they were at that time. `latentmill verify --recount` finds later changes; to "
+        "encode these, use another --to",
+    ]
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
     for path in (*tmp_path.glob("c/data/*-00000.parquet"), *tmp_path.glob("c/_commits/p-????????????????.json")):
         path.unlink()
     assert latentmill(*argv)[0] == 0

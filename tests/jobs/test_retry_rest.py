@@ -127,7 +127,7 @@ def test_retry_completes_a_restored_shard(case: Case, intact: bytes, reference: 
     assert before["rejected"]["rest_of_shard"] == 1
     code, out, _ = case.retry()
     assert (code, case.stats["digest"]) == (0, before["digest"]), "the damage is still at the same position"
-    assert "and the rest of 1 damaged shards\n  rows       0 more" in out
+    assert "and the rest of 1 damaged shard\n  rows       0 more" in out
 
     case.shard.write_bytes(intact)
     code, out, err = case.retry()

@@ -293,6 +293,7 @@ def test_only_the_task_that_breaks_its_device_fails(slots: int) -> None:
 
 
 def test_occasional_failures_of_a_worker_fail_no_task() -> None:
+    """The worker is replaced only after two failures in a row, if another worker completes one of the tasks."""
     seen: Counter[str] = Counter()
 
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
@@ -304,6 +305,8 @@ def test_occasional_failures_of_a_worker_fail_no_task() -> None:
     executor = Simulation(4, behaviour)
     result = run(executor, NAMES)
     assert (len(result.done), result.failed) == (400, [])
+    assert {slot_of(worker) for worker in executor.replaced} <= {0}, "other workers are not at fault"
+    assert len(executor.replaced) <= 10, "most of its failures are single ones; usually it is replaced once or twice"
 
 
 def test_an_isolated_attempt_runs_alone_on_its_worker() -> None:

@@ -82,7 +82,7 @@ def test_images_without_a_text_are_counted_if_others_have_one(encode: Command, s
 
 def test_the_summary_omits_captions_if_no_image_has_one(encode: Command, source: Path) -> None:
     _, out, _ = encode(source)
-    assert "texts" not in out
+    assert "\n  texts " not in out
 
 
 def test_samples_of_tars_without_a_text_are_counted(encode: Command, tmp_path: Path) -> None:

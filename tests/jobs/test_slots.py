@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from jobs.slots import AVOID_SECONDS, Slots
+from jobs.slots import AVOID_SECONDS, Slots, describe_start
 from pipeline.errors import JobError
 
 
@@ -99,3 +99,41 @@ def test_a_node_whose_other_workers_succeed_is_not_avoided(clock: Clock) -> None
         fail(all_slots, 0, "n1")
     assert all_slots.find_avoided_nodes(lambda: {"n1", "n2"}) == frozenset()
     assert not all_slots.may_start(all_slots[0], frozenset({"n2"}))
+
+
+ONE_CPU = {"num_cpus": 1, "num_gpus": 0}
+
+
+@pytest.mark.parametrize(
+    ("starting", "resources", "free", "total", "is_local", "expected"),
+    [
+        (1, ONE_CPU, {"CPU": 1}, {"CPU": 2}, False, "starting 1 worker"),
+        (2, ONE_CPU, {}, {"CPU": 2}, True, "starting 2 workers"),  # they hold the CPUs already
+        (2, {}, {}, {}, False, "starting 2 workers"),
+        (
+            1,
+            ONE_CPU,
+            {},
+            {"CPU": 2},
+            False,
+            "waiting for 1 worker to start (1 CPU each; free in the cluster: 0 of 2 CPUs)",
+        ),
+        (
+            2,
+            {"num_cpus": 4, "num_gpus": 1},
+            {"CPU": 2},
+            {"CPU": 2},
+            True,
+            "waiting for 2 workers to start (4 CPU and 1 GPU each; free on this machine: 2 of 2 CPUs, 0 of 0 GPUs)",
+        ),
+    ],
+)
+def test_a_start_names_resources_only_if_they_are_missing(
+    starting: int,
+    resources: dict[str, float],
+    free: dict[str, float],
+    total: dict[str, float],
+    is_local: bool,
+    expected: str,
+) -> None:
+    assert describe_start(starting, resources, free, total, is_local) == expected

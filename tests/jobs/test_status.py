@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
+from jobs import encode
+from jobs.status import format_status
+from pipeline.cache import plan
+from pipeline.cache.runs import Run
+from pipeline.errors import StorageError
 from pipeline.maintenance.status import read_status
+from pipeline.records import Shard
 from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 
@@ -61,6 +67,49 @@ def test_the_state_names_how_the_last_run_ended(cache: Path, latentmill: Command
     assert ("no heartbeat since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 
 
-def test_a_folder_without_a_cache_is_refused(latentmill: Command, tmp_path: Path) -> None:
-    code, _, err = latentmill("status", tmp_path)
-    assert (code, "there is no latentmill cache" in err) == (1, True)
+def test_the_reason_of_a_failure_is_shown_without_secrets(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise StorageError("cannot list it: no answer to pl4nted-s3cret")
+
+    write_tar(tmp_path / "shards/0.tar", img2dataset_members(0, 1))
+    options = ("--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    job = ("encode", tmp_path / "shards", "--to", tmp_path / "c", *options)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pl4nted-s3cret")
+    monkeypatch.setattr(encode, "encode_pending", fail)
+    assert latentmill(*job)[0] == 1
+    _, out, _ = latentmill("status", tmp_path / "c")
+    assert out.startswith(f"{tmp_path}/c: failed\n")
+    assert "  failed     cannot list it: no answer to ***\n" in out
+    monkeypatch.undo()
+    (tmp_path / "shards/0.tar").unlink()
+    write_tar(tmp_path / "shards/1.tar", {"0.jpg": b""})
+    assert latentmill(*job, "--max-reject-rate", 1)[0] == 1
+    error = f"1 unit failed: cannot read {tmp_path}/shards/0.tar: no such file or directory"
+    assert f"  failed     {error}\n" in latentmill("status", tmp_path / "c")[1]
+
+
+def test_images_of_units_under_way_count(cache: Path) -> None:
+    """Two of three units are done, with twelve samples; the third has six."""
+    finished = read_status(Folder(str(cache)), NOW)
+    assert (finished["units"]["done"], finished["share"]) == (2, pytest.approx(2 / 3, abs=0.02))
+    for images, share in ((10, 2 / 3), (13, 5 / 6), (1000, 1.0)):
+        rewrite_run(cache, outcome="running", ended=None, alive=NOW.isoformat(), images=images)
+        status = read_status(Folder(str(cache)), NOW)
+        assert (status["state"], status["share"]) == ("running", pytest.approx(share, abs=0.02))
+        assert f"2 of 3 done, {status['share']:.0%} of the bytes" in "\n".join(format_status(status))
+
+
+def test_the_first_unit_of_a_folder_counts_before_it_is_done(tmp_path: Path) -> None:
+    images = [
+        Shard(url=f"/p/{n}.jpg", root="/p", path=f"p/{n}.jpg", bytes=size, etag="") for n, size in enumerate((50, 150))
+    ]
+    cache = Folder(str(tmp_path))
+    plan.extend_plan(cache, images)
+    run = Run(cache, "encode", {})
+    run.write(images=1, counts=None)  # a damaged record
+    status = read_status(cache, datetime.datetime.now(datetime.UTC))
+    assert (status["state"], status["share"]) == ("running", 0.0)
+    run.write(images=1, counts={})  # no unit is done
+    assert read_status(cache, datetime.datetime.now(datetime.UTC))["share"] == 0.5

@@ -65,6 +65,16 @@ def test_the_progress_line_and_the_record_agree(clock: list[float]) -> None:
     assert meter.line.endswith("40 s left")
 
 
+def test_images_under_way_count_before_a_task_has_ended() -> None:
+    meter = ProgressMeter("encoded", total=1000, size_per_image=10.0)
+    meter.tick(30, "")
+    assert meter.share == 0.3
+    meter.tick(300, "")
+    assert meter.share == 1
+    meter.task_done(500, 25, 0)  # images are larger than they were estimated
+    assert ProgressMeter("encoded", total=1000).share == 0
+
+
 def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
     workers = WorkerTime(0)
     for ready in (0, 1, 3, 3):
@@ -74,7 +84,7 @@ def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
 
 
 @pytest.fixture
-def job(shards: Path, micro_vae: Path, tmp_path: Path) -> list[object]:
+def job(micro_vae: Path, tmp_path: Path) -> list[object]:
     """Return an encode command for sixty images in six shards."""
     for number in range(6):
         write_tar(tmp_path / f"s/{number}.tar", img2dataset_members(10 * number, 10, height=64, width=64))

@@ -404,9 +404,7 @@ def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro
 
 
 @pytest.fixture
-def retried_cache(
-    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> Path:
+def retried_cache(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> Path:
     """Return a cache of tars with a part that a retry wrote."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     latentmill(*argv, "--input-limit", "image_bytes=1500", "--format", "webdataset")
@@ -449,7 +447,7 @@ def test_damage_to_a_retry_part_is_found(latentmill: Command, retried_cache: Pat
 
 
 def test_images_beyond_a_limit_are_not_reported_as_exchanged(
-    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
+    latentmill: Command, micro_vae: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2, height=300, width=300))
     limit = ["--input-limit", "pixels=100000"]
@@ -510,7 +508,7 @@ def test_edited_captions_are_found_without_the_vae(
 
 
 def test_several_changed_parts_of_an_input_are_one_problem(
-    latentmill: Command, cache: Path, moved_source: Path, micro_vae: Path, tmp_path: Path
+    latentmill: Command, cache: Path, moved_source: Path
 ) -> None:
     write_tar(moved_source / "0.tar", img2dataset_members(100, 10))
     content = (moved_source / "0.tar").read_bytes()

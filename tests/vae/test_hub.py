@@ -109,7 +109,7 @@ def test_an_error_of_the_hub_becomes_a_clear_error(error: str, message: str, mon
 
 def test_without_the_library_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(LoadError, match=r"run pip install 'latentmill\[hub\]'"):
+    with pytest.raises(LoadError, match=r"run `pip install huggingface_hub` \(the extra hub\)"):
         AutoencoderKL.from_pretrained("owner/model")
 
 

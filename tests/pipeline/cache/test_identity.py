@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +17,69 @@ from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import MICRO
 from vae import AutoencoderKLConfig
 
+# For each field of an identity: another value, and how the cache's value and the other one are named.
+DIFFERENCES: dict[str, tuple[Any, str, str]] = {
+    "weights": ("v" * 64, "a VAE whose weights have the sha256 wwwwwwwwwwww...", "the sha256 vvvvvvvvvvvv..."),
+    "config": ({"latent_channels": 8}, "a VAE that has latent_channels 4", "a VAE that has latent_channels 8"),
+    "preprocessing": (Transform(resolution=96), "--resolution 64", "--resolution 96"),
+    "store": ("moments", "--store mode", "--store moments"),
+    "dtype": ("float32", "--dtype float16", "--dtype float32"),
+    "precision": ("bf16", "--precision fp32", "--precision bf16"),
+    "tile_above": (64, "--tile-above 0", "--tile-above 64"),
+    "rows_per_part": (20, "--rows-per-part 10", "--rows-per-part 20"),
+    "seed": (1, "--seed 0", "--seed 1"),
+    "container": ("webdataset", "--format parquet", "--format webdataset"),
+    "columns": (("txt", "json"), "--columns all", "--columns 'txt,json'"),
+    "image_column": ("jpg", "no --image-column", "--image-column jpg"),
+    "key_column": ("id", "no --key-column", "--key-column id"),
+}
+BUCKETS: dict[str, Any] = {"buckets": ((64, 64),), "multiple_of": 64}
+WIDE = ((128, 128), (64, 256))
+
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
 def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
-    other = dataclasses.replace(IDENTITY, **{field: {"x": 1} if field in ("config", "preprocessing") else "other"})
+    value, before, after = DIFFERENCES[field]
+    value = identity.describe_transform(value) if field == "preprocessing" else value
+    other = dataclasses.replace(IDENTITY, **{field: value})
     assert other.sha256 != IDENTITY.sha256
     assert identity.create_or_load(cache, info_of(IDENTITY)) == info_of(IDENTITY)
-    with pytest.raises(IdentityError, match=f"this job has {field}"):
+    pattern = f"{re.escape(f'was made with {before}, this command has ')}.*{re.escape(after)}; use"
+    with pytest.raises(IdentityError, match=pattern):
         identity.create_or_load(cache, info_of(other))
     assert (tmp_path / "cache.json").read_bytes() == encode_cache_json(with_checksum(info_of(IDENTITY).to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("cached", "wanted", "before", "after"),
+    [
+        ({}, BUCKETS, "--resolution 64", "--buckets 64"),
+        (BUCKETS | {"multiple_of": 32}, BUCKETS | {"buckets": WIDE}, "--multiple-of 32", "--multiple-of 64"),
+        (BUCKETS, BUCKETS | {"buckets": WIDE}, "the buckets 64x64", "the buckets 128x128, 64x256"),
+        ({}, {"min_size": 5, "crop": "random"}, "--min-size 0 and --crop center", "--min-size 5 and --crop random"),
+        ({}, {"interpolation": "lanczos"}, "--interpolation bicubic", "--interpolation lanczos"),
+        ({}, {"flip": "random"}, "--flip none", "--flip random"),
+    ],
+)
+def test_every_setting_of_the_preprocessing_is_named_if_it_differs(
+    cached: dict[str, Any], wanted: dict[str, Any], before: str, after: str
+) -> None:
+    """The numbers of the buckets are named only if no option explains them."""
+    first, second = (
+        dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(Transform(resolution=64, **settings)))
+        for settings in (cached, wanted)
+    )
+    with pytest.raises(IdentityError) as raised:
+        identity.check_same_identity("/c", first, second)
+    message = f"was made with {before}, this command has {after}; use the settings of the cache, or another --to"
+    assert str(raised.value) == f"the cache /c {message}"
+
+
+def test_another_version_of_the_preprocessing_is_named() -> None:
+    later = dataclasses.replace(IDENTITY.preprocessing, version=99)
+    with pytest.raises(IdentityError, match="this command has version 99 of the preprocessing; use"):
+        identity.check_same_identity("/c", IDENTITY, dataclasses.replace(IDENTITY, preprocessing=later))
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def test_a_changed_image_is_noted(tmp_path: Path) -> None:
     units, (line,) = plan.extend_plan(cache, images)
     assert units == first
     assert line == (
-        "inputs that have changed since they were planned: 1 (data/1.jpg); the cache still holds the old version"
+        "inputs that have changed since they were planned: 1 (data/1.jpg); the cache still holds the old version; to "
+        "encode the new version, use another --to"
     )
 
 

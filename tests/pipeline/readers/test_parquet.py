@@ -216,7 +216,7 @@ def test_one_of_several_image_columns_must_be_named() -> None:
     [
         ("pixels", None, "the column pixels does not exist; columns: jpg, caption, width"),
         ("caption", None, "the column caption holds no bytes"),
-        (None, "id", "has no column id for keys: it has jpg, caption, width"),
+        (None, "id", "--key-column: p.parquet has no column id; it has caption, width"),
     ],
 )
 def test_a_missing_or_unsuitable_column_is_named(image: str | None, key: str | None, message: str) -> None:

@@ -100,23 +100,25 @@ def test_entries_that_are_not_files_are_noted_and_skipped(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / "data/pipe\n.jpg")
     notes: list[str] = []
     assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg", "data/dir.jpg/b.jpg"]
-    assert notes == [f"skipped entries that are not files, or folders without permission: {tmp_path}/data/pipe\\n.jpg"]
+    kinds = "special files (pipes and the like) and links to folders that contain the source"
+    assert notes == [f"skipped {kinds}: {tmp_path}/data/pipe\\n.jpg"]
     assert list_paths(f"{tmp_path}/data/*.jpg") == ["data/a.jpg", "data/dir.jpg/b.jpg"]
 
 
 def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(str(tmp_path), "data/a.jpg", "data/closed/b.jpg")
+    put(str(tmp_path), "data/a.jpg", "data/closed/b.jpg", "data/lost+found/c.jpg")
     listdir = os.listdir
 
     def refuse(path: str) -> list[str]:
-        if path.endswith("closed"):
+        if path.endswith(("closed", "lost+found")):
             raise PermissionError(13, "no")
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
     notes: list[str] = []
     assert list_paths(f"{tmp_path}/data", notes=notes) == ["data/a.jpg"]
-    assert notes[0].endswith(": " + str(tmp_path / "data/closed"))
+    assert notes == [f"skipped files of the operating system: 1 ({tmp_path}/data/lost+found)"]
+    assert list_sources((f"{tmp_path}/data",), {}, "nowhere").unreadable == [str(tmp_path / "data/closed")]
     with pytest.raises(StorageError, match=r"cannot list .*closed: permission denied"):
         list_paths(f"{tmp_path}/data/closed")
 
@@ -177,6 +179,16 @@ def test_two_sources_with_one_name_are_an_error_with_a_suggestion(root: str) -> 
         argument = shlex.split(str(error.value).rpartition("give one of them another: ")[2])[0]
         assert "data2/1.tar" in list_paths(f"{root}/a/data", argument)
     assert list_paths(f"{root}/a/data", f"{root}/a/data/0.tar") == ["data/0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("no", "/no does not exist"), ("no/*.tar", "no file matches "), ("{no,data}", "does not exist")],
+)
+def test_the_reason_for_a_missing_source_is_named(root: str, source: str, reason: str) -> None:
+    put(root, "data/0.tar")
+    with pytest.raises(SourceError, match=reason):
+        list_paths(f"{root}/{source}")
 
 
 @pytest.mark.parametrize("source", ["no", "no/*.tar", "data/{0..2}.tar"])

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
+from latentmill.stream import name_url_in_errors
 from pipeline.errors import StorageError
 from pipeline.storage.connection import get_filesystem, make_absolute
 
@@ -17,3 +19,12 @@ def test_local_paths_become_absolute_and_urls_stay(monkeypatch: pytest.MonkeyPat
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(StorageError, match="cannot reach nonsense://x"):
         get_filesystem("nonsense://x", {})
+
+
+def test_missing_credentials_are_named() -> None:
+    with pytest.raises(StorageError) as raised, name_url_in_errors("s3://bucket/x", "list"):
+        raise NoCredentialsError
+    assert str(raised.value) == (
+        "cannot list s3://bucket/x: no credentials (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use storage "
+        "options: --storage-option key=env:NAME and secret=env:NAME, or anon=true for a public bucket)"
+    )

@@ -1,0 +1,6 @@
+"""Numbers and nouns in messages."""
+
+
+def count_noun(number: int, noun: str, plural: str = "") -> str:
+    """Return a number and its noun: `1 image`, `1,024 images`. plural: default: the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
