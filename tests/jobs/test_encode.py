@@ -146,7 +146,7 @@ def test_a_webdataset_cache_holds_the_same_rows(
     code, _, err = encode(shards, "--to", tmp_path / "tar", "--format", "webdataset", "--max-shards", 1)
     assert code == 0, err
     code, out, err = encode(shards, "--to", tmp_path / "tar")
-    assert (code, "1 of 3 units were done before" in out) == (0, True), err
+    assert (code, "1 of 3 units was done before" in out) == (0, True), err
     assert {path.suffix for path in (tmp_path / "tar/data").iterdir()} == {".tar"}
     parquet, tar = Cache.open(str(tmp_path / "parquet")), Cache.open(str(tmp_path / "tar"))
     rows = [[row for file in cache.files() for row in cache.rows(file)] for cache in (parquet, tar)]
