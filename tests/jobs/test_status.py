@@ -14,7 +14,7 @@ from pipeline.cache import plan
 from pipeline.cache.runs import Run
 from pipeline.errors import StorageError
 from pipeline.maintenance.status import read_status
-from pipeline.records import Shard
+from pipeline.records import ListedFile
 from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 
@@ -104,7 +104,8 @@ def test_images_of_units_under_way_count(cache: Path) -> None:
 
 def test_the_first_unit_of_a_folder_counts_before_it_is_done(tmp_path: Path) -> None:
     images = [
-        Shard(url=f"/p/{n}.jpg", root="/p", path=f"p/{n}.jpg", bytes=size, etag="") for n, size in enumerate((50, 150))
+        ListedFile(url=f"/p/{n}.jpg", root="/p", path=f"p/{n}.jpg", bytes=size, etag="")
+        for n, size in enumerate((50, 150))
     ]
     cache = Folder(str(tmp_path))
     plan.extend_plan(cache, images)
