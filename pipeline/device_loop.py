@@ -99,7 +99,7 @@ class UnitQueue:
         """Wait until there is room for another sample. `put` or `drop` must follow."""
         loop = self.loop
         with loop.lock:
-            self._wait(loop.has_room, lambda: loop.in_flight < loop.max_in_flight)
+            self._wait(loop.has_room, loop.may_read)
             loop.in_flight += 1
             self.in_flight += 1
             loop.batcher.start_opening(self.name)
@@ -110,6 +110,7 @@ class UnitQueue:
             self.loop.batcher.add(self.name, image.bucket, _QueuedImage(self, image, on_encoded))
             if self.error is not None:
                 self.loop.release(self, 1)
+            self.loop.has_room.notify()  # for the next sample to be opened
             self.loop.has_work.notify()
 
     def drop(self) -> None:
@@ -184,8 +185,7 @@ class DeviceLoop:
         self._open_queues: set[UnitQueue] = set()
         self._fatal: OtherUnitError | None = None
         self._idle = DeviceTime()
-        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None  # it runs while there are units
 
     @contextmanager
     def unit(self, name: str, stop: threading.Event) -> Iterator[UnitQueue]:
@@ -206,15 +206,23 @@ class DeviceLoop:
                 self._waiting_units -= 1
             self._places.add(name)
             self._open_queues.add(queue)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+                self._thread.start()
             self.batcher.start_unit(name)
         try:
             yield queue
         finally:
             queue.fail(Stopped())  # threads that still wait for results
             with self.lock:
-                self._open_queues.discard(queue)
                 while queue.in_flight:
                     self.has_results.wait()
+                self._open_queues.discard(queue)
+                self.has_work.notify()
+
+    def may_read(self) -> bool:
+        """Whether another sample may be read. Few wait for an opener, because they hold the bytes of their files."""
+        return self.in_flight < self.max_in_flight and self.batcher.opening < 2 * self.openers
 
     def discard(self, queue: UnitQueue) -> None:
         """Forget the images of a unit that wait. The caller holds the lock."""
@@ -238,8 +246,25 @@ class DeviceLoop:
 
     def _run(self) -> None:
         running: _RunningBatch | None = None
-        while True:
-            running = self._step(running)
+        try:
+            while running is not None or self._has_units():
+                running = self._step(running)
+        except BaseException as error:  # an error of this program: the units must not wait for ever
+            with self.lock:
+                self._thread, units = None, list(self._open_queues)
+                self._fatal = OtherUnitError(f"the device's thread failed: {error!r}")
+                for unit in units:
+                    unit.in_flight = 0
+            for unit in units:
+                unit.fail(error)
+            raise
+
+    def _has_units(self) -> bool:
+        """Return whether there are units. If there are none, the thread ends, and the next unit starts another one."""
+        with self.lock:
+            if not self._open_queues:
+                self._thread = None
+            return bool(self._open_queues)
 
     def _step(self, running: _RunningBatch | None) -> _RunningBatch | None:
         """Start the next batch, then finish the one that runs. Returns the batch that runs now."""
@@ -253,15 +278,17 @@ class DeviceLoop:
         return launched
 
     def _wait_for_batch(self, running: _RunningBatch | None) -> Sequence[_QueuedImage]:
-        """Return the next batch; an empty one if none is ready before the running one is done."""
+        """Return the next batch. It is empty if none is ready before the running one is done, or without units."""
         with self.lock:
             while True:
                 self.batcher.batch_size = self.encoder.batch_size
                 units_wait = self._waiting_units > 0 and len(self._places) >= self.max_units
-                if batch := self.batcher.next_batch(units_wait, is_full=self.in_flight >= self.max_in_flight):
+                if batch := self.batcher.next_batch(units_wait, is_full=not self.may_read()):
                     self.update_places()
                     return batch
                 if running is not None and self.encoder.is_done(running.launched):
+                    return []
+                if running is None and not self._open_queues:
                     return []
                 start = time.perf_counter()
                 self.has_work.wait(POLL if running is not None else None)
@@ -299,7 +326,10 @@ class DeviceLoop:
             launched.started = now
         for queued, result in zip(running.queued, results, strict=True):
             if queued.unit.error is None:
-                queued.on_encoded(result)
+                try:
+                    queued.on_encoded(result)
+                except Exception as error:
+                    queued.unit.fail(error)
         with self.lock:
             for queued in running.queued:
                 queued.unit.seconds.add(spent, 1 / len(running.queued))

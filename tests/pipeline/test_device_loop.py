@@ -134,6 +134,66 @@ def test_the_other_units_of_a_device_that_failed_are_not_at_fault() -> None:
     assert loop.in_flight == 0
 
 
+def test_an_error_of_a_unit_that_takes_its_results_reaches_this_unit() -> None:
+    loop = DeviceLoop(PacedEncoder(batch_size=1), max_units=2, max_in_flight=8, openers=1)
+
+    def fail(encoded: EncodedImage) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError), loop.unit("a", threading.Event()) as queue:
+        queue.admit()
+        queue.put(make_image("a", 0), fail)
+        queue.wait(lambda: False)
+    assert encode_unit(loop, "b", [make_image("b", 0)]) == [0]
+
+
+def test_units_do_not_wait_for_a_thread_that_failed() -> None:
+    class Broken(PacedEncoder):
+        def is_done(self, launched: Any) -> bool:
+            raise ZeroDivisionError
+
+    loop = DeviceLoop(Broken(batch_size=1, seconds=0.1), max_units=2, max_in_flight=8, openers=1)
+    loop_errors = []
+    original, threading.excepthook = threading.excepthook, lambda args: loop_errors.append(args.exc_type)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            encode_unit(loop, "a", [make_image("a", n) for n in range(3)])
+    finally:
+        threading.excepthook = original
+    assert loop_errors == [ZeroDivisionError]
+    with pytest.raises(OtherUnitError, match="the device's thread failed"):
+        encode_unit(loop, "b", [make_image("b", 0)])
+
+
+def test_the_thread_ends_with_the_last_unit() -> None:
+    loop = DeviceLoop(PacedEncoder(), max_units=2, max_in_flight=8, openers=1)
+    for _ in range(2):
+        assert encode_unit(loop, "a", [make_image("a", 0)]) == [0]
+        thread = loop._thread
+        if thread is not None:
+            thread.join(10)
+        assert loop._thread is None
+
+
+def test_few_samples_wait_for_an_opener() -> None:
+    """They hold the bytes of their files."""
+    loop = DeviceLoop(PacedEncoder(), max_units=1, max_in_flight=100, openers=2)
+    most = 0
+    with ThreadPoolExecutor(2) as pool, loop.unit("a", threading.Event()) as queue:
+
+        def open_slowly(position: int) -> None:
+            time.sleep(0.01)
+            queue.put(make_image("a", position), lambda encoded: None)
+
+        for position in range(30):
+            queue.admit()
+            most = max(most, loop.batcher.opening)
+            pool.submit(open_slowly, position)
+        queue.end_reading()
+        queue.wait(lambda: queue.in_flight == 0)
+    assert most == 4
+
+
 def test_the_samples_between_reader_and_device_are_bounded() -> None:
     encoder = PacedEncoder(batch_size=4, seconds=0.05)
     loop = DeviceLoop(encoder, max_units=1, max_in_flight=8, openers=1)
