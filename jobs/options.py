@@ -214,8 +214,10 @@ class EncodeOptions(Common):
         metavar="N",
         default_text="all",
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "precision of the computation; auto: bf16 on CUDA GPUs, otherwise fp32", "model and performance"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "auto",
+        "precision of the computation; auto: on CUDA GPUs fp16, or tf32 if the VAE overflows in fp16; otherwise fp32",
+        "model and performance",
     )
     batch_size: int = option(
         0,

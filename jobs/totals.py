@@ -26,6 +26,7 @@ MAX_NAMES = 3  # of rejects in the summary
 class RunTotals:
     """The totals of a run so far.
 
+    precision_error: the largest error of a worker's self-check, relative to the size of the latents.
     wall: seconds from the start of the workers to the end of the last unit.
     working: seconds from the first ready worker to the end of the last unit.
     worker_seconds: seconds for which workers were ready, summed over the workers.
@@ -35,6 +36,7 @@ class RunTotals:
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
     texts: Counter[str] = field(default_factory=Counter)
+    precision_error: float = 0.0
     wall: float = 0.0
     working: float = 0.0
     worker_seconds: float = 0.0
@@ -44,6 +46,7 @@ class RunTotals:
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
         self.texts.update(done.texts)
+        self.precision_error = max(self.precision_error, done.precision_error)
         names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
@@ -123,6 +126,7 @@ def describe_totals(totals: RunTotals) -> dict[str, Any]:
         "bottleneck": totals.bottleneck,
         "device_busy": totals.device_busy,
         "images_per_second": totals.rate,
+        "precision_error": totals.precision_error,
     }
 
 
@@ -157,6 +161,8 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
         lines.append(f"  texts      {totals.missing_texts}")
     if counts["fp32_fallbacks"]:
         lines.append(f"  overflowed {counts['fp32_fallbacks']:,} in half precision, and were encoded again in fp32")
+    if totals.precision_error:
+        lines.append(f"  precision  the latents of a self-check differ from float32 by {totals.precision_error:.2%}")
     if totals.shares:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in totals.shares.items())
         busy = "" if totals.device_busy is None else f"; the device was busy for {totals.device_busy:.0%} of the time"

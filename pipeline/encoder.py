@@ -32,7 +32,9 @@ OUT_OF_MEMORY = (
     "invalid buffer size",  # MPS: one buffer would exceed the device's maximum buffer length (MPSAllocator.mm)
 )
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECKED_IMAGES, CHECKED_SIDE = 2, 256  # of the self-check
+MAX_ERROR = 0.05  # of the self-check; the largest that was seen of a sound encoder is in docs/models.md
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,8 @@ class ComputeConfig:
 def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
     """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`."""
     disable_malloc_trim()
+    if compute.device == "cuda":
+        configure_cuda(compute.precision)
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
     with torch.device("meta"):
@@ -65,12 +69,28 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compute.compile:
         compile_encoder(model)
-    elif (compute.device, compute.precision) == ("cpu", "fp32"):
+    elif compute.device == "cpu" and model.dtype == torch.float32:
         optimize_for_cpu(model)
     if tile_above:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale
     return model.eval().requires_grad_(False)
+
+
+def configure_cuda(precision: str) -> None:
+    """Set the switches of torch that decide how exact and how fast CUDA computes. They hold for the whole process.
+
+    By default, torch convolves float32 values in TF32, which keeps 10 bits of their mantissas. So `fp32` asks for
+    float32, and `tf32` for TF32. Sums of half-precision products are kept in float32. The shapes are static, so cuDNN
+    times its algorithms once per shape. Only those are used that give the same bits each time.
+    """
+    float32_precision = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = float32_precision
+    torch.backends.cudnn.conv.fp32_precision = float32_precision  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True
 
 
 @dataclass(slots=True)
@@ -167,6 +187,34 @@ class LatentEncoder:
             EncodedImage(latent) if finite else self._encode_in_fp32(image)
             for image, latent, finite in zip(launched.images, latents, is_finite, strict=True)
         ]
+
+    def check_precision(self) -> float | None:
+        """Encode two synthetic images also in float32, and return the relative root mean square error of the latents.
+
+        Returns None if this encoder computes in float32 on a CPU, or if an image overflows. Raises VaeError if the
+        error is above MAX_ERROR, as with a broken kernel or a faulty device.
+        """
+        if (self.compute.device, self.compute.precision) == ("cpu", "fp32"):
+            return None
+        images = [make_checked_image(number) for number in range(CHECKED_IMAGES)]
+        exact_model = build_model(self._vae, replace(self.compute, precision="fp32", compile=False), self.tile_above)
+        latents = []
+        with torch.inference_mode():
+            for model in (exact_model, self.model):
+                if self.compute.device == "cuda":
+                    configure_cuda("fp32" if model is exact_model else self.compute.precision)
+                pixels = self._staging.to_device(torch.stack(images))
+                latents.append(model.encode(normalize_pixels(pixels, model.dtype)).latent_dist.mode().double().cpu())
+        exact, actual = latents
+        if not bool(actual.isfinite().all()):
+            return None
+        error = float((actual - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt().clamp(min=1e-12))
+        if error > MAX_ERROR:
+            raise VaeError(
+                f"the {self.compute.device} device computes wrong latents: in {self.compute.precision} they are off by "
+                f"{error:.1%} of their size (at most {MAX_ERROR:.0%} is normal); use another device or --precision fp32"
+            )
+        return error
 
     def _count_runs(self, model: AutoencoderKL) -> None:
         """Make a model's encoder count its runs."""
@@ -301,6 +349,15 @@ def is_device_error(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False
     return isinstance(error, torch.AcceleratorError) or _DEVICE_ERROR.search(str(error)) is not None
+
+
+def make_checked_image(seed: int) -> Tensor:
+    """Return an image for the self-check, uint8 [CHECKED_SIDE, CHECKED_SIDE, 3]: large shapes with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = torch.rand(1, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(shapes, size=CHECKED_SIDE, mode="bicubic")[0]
+    noise = torch.randn(smooth.shape, generator=generator) * 0.05
+    return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -71,10 +71,11 @@ class EncodeSpec:
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
+        error = encoder.check_precision()
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_threads)
         pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
         stages = Stages(pool=pool, loop=loop, stop=stop)
-        return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages))
+        return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages, precision_error=error))
 
     def for_node(self, cores: float) -> "EncodeSpec":
         """Return the same job for a worker that may use this many cores of its node."""
@@ -114,6 +115,7 @@ class WorkerContext:
 
     progress: how many `samples` were read so far, in all units, and how many `pieces` were skipped after a damage.
     damaged_at: the known damage of the unit that is processed, see `Attempt`.
+    precision_error: of the worker's self-check, see `LatentEncoder.check_precision`.
     """
 
     spec: EncodeSpec
@@ -121,6 +123,7 @@ class WorkerContext:
     stages: Stages
     progress: Counter[str] = field(default_factory=Counter)
     damaged_at: int | None = None
+    precision_error: float | None = None
 
     def with_opener(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
         """Return the same context with another function that decodes image files."""
@@ -209,6 +212,7 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
                 break
     commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
     report = make_report(unit, writer.parts, writer.adopted, timer.seconds)
+    report = replace(report, precision_error=context.precision_error or 0.0)
     report = replace(report, encoded=writer.encoded, fp32_fallbacks=writer.fp32_fallbacks, texts=writer.texts)
     return replace(report, damage=readable.damage, skipped=skipped)
 
@@ -239,6 +243,7 @@ def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
     return {
         "seconds": asdict(seconds),
         "compute": asdict(context.latent_encoder.compute),
+        "precision_error": context.precision_error,
         "versions": dict(context.spec.versions),
         "run": context.spec.run,
     }

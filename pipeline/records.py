@@ -221,6 +221,7 @@ class UnitReport:
     adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
     half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
     damage: the error of a damaged shard whose rest was rejected; otherwise empty.
+    precision_error: the relative error that the worker's self-check found, 0 if it computes in float32 on a CPU.
     skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
     """
 
@@ -238,6 +239,7 @@ class UnitReport:
     bytes: int = 0
     damage: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict)
+    precision_error: float = 0.0
     seconds: Seconds = field(default_factory=Seconds)
 
 

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import subprocess
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -38,7 +39,7 @@ from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 from tests.conftest import img2dataset_members, write_tar
-from tests.pipeline.conftest import unit_of
+from tests.pipeline.conftest import CPU, unit_of
 
 
 def test_texts_of_parquet_columns_have_a_limit(worker: Callable[..., UnitWorker], tmp_path: Path) -> None:
@@ -494,6 +495,47 @@ class TestOverflow:
         assert isinstance(encoded.latent, torch.Tensor)
         assert isinstance(expected.latent, torch.Tensor)
         assert torch.equal(encoded.latent, expected.latent)
+
+
+class TestPrecision:
+    """The self-check of a worker, and the switches of CUDA."""
+
+    def make_latent_encoder(self, vae: Vae, precision: str) -> LatentEncoder:
+        return LatentEncoder(vae, dataclasses.replace(CPU, precision=precision), "float32")
+
+    def test_the_self_check_measures_the_error_of_half_precision(self, vae: Vae) -> None:
+        errors = {name: self.make_latent_encoder(vae, name).check_precision() for name in ("fp32", "fp16", "bf16")}
+        assert errors["fp32"] is None
+        assert errors["fp16"] is not None
+        assert errors["bf16"] is not None
+        assert 1e-5 < errors["fp16"] < 0.5 * errors["bf16"] < 0.02
+
+    def test_an_encoder_that_computes_wrong_latents_is_refused(self, vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = self.make_latent_encoder(vae, "bf16")
+        kernel = encoder.model.encoder.conv_out
+        monkeypatch.setattr(kernel, "forward", lambda x: type(kernel).forward(kernel, x) * 1.2)
+        with pytest.raises(VaeError, match=r"cpu device computes wrong latents: in bf16 they are off by \d+\.\d%"):
+            encoder.check_precision()
+
+    def test_an_overflow_is_no_error_of_the_device(self, vae: Vae) -> None:
+        assert TestOverflow().make_latent_encoder(vae, "fp16", 1e7).check_precision() is None
+
+    def test_the_report_and_the_commit_have_the_error(
+        self, worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
+    ) -> None:
+        report = worker(tmp_path / "c", compute=dataclasses.replace(CPU, precision="bf16")).run(unit)
+        (done,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_commits").iterdir())
+        assert 0 < report.precision_error == done["precision_error"] < 0.05
+
+    @pytest.mark.parametrize(("precision", "float32"), [("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee")])
+    def test_fp32_is_float32_on_cuda_and_tf32_is_asked_for(self, precision: str, float32: str) -> None:
+        """The switches hold for the whole process, so another process sets them."""
+        show = "torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision"
+        script = (
+            f"import torch; from pipeline.encoder import configure_cuda; configure_cuda({precision!r}); print({show})"
+        )
+        printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        assert printed.split() == [float32, float32]
 
 
 class TestMemory:
