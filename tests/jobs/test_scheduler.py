@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from jobs import outage, scheduler
-from jobs.executor import Cause, TaskResult
+from jobs.executor import Cause, TaskResult, find_cause
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.scheduler import Scheduler
 from jobs.signals import Signals
-from pipeline.errors import JobError, StorageError
+from pipeline.errors import JobError, OtherUnitError, StorageError
 from pipeline.records import Attempt
 
 
@@ -75,7 +75,7 @@ class Simulation:
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
         assert worker in self.workers
-        assert sum(assigned == worker for _, _, assigned, _ in self.running) < 2
+        assert sum(assigned == worker for _, _, assigned, _ in self.running) < self.tasks_per_worker
         failure = self.behaviour(worker, task, attempt, self.now)
         self.running.append((self.now + (failure.after if failure else TASK_SECONDS), task, worker, attempt))
         self.workers_tried.setdefault(task.name, []).append(worker)
@@ -479,3 +479,37 @@ def test_a_resting_worker_does_not_block_the_others() -> None:
     assert scheduling.record_failure(TaskResult(task=first.task, worker="a", error="bad"))
     second = scheduling.assign_next(["a", "b"])
     assert second is not None and second.worker == "b"
+
+
+def count_tasks(scheduling: Scheduler, workers: list[str], starting: int = 0) -> Counter[str]:
+    """Assign as many tasks as possible, and return the number of tasks of each worker."""
+    assigned = Counter[str]()
+    while (assignment := scheduling.assign_next(workers, starting)) is not None:
+        assigned[assignment.worker] += 1
+    return assigned
+
+
+def test_a_worker_takes_no_more_than_its_share_of_the_last_tasks() -> None:
+    def schedule(tasks: int) -> Scheduler:
+        return Scheduler([Task(name) for name in NAMES[:tasks]], clock=lambda: 1.0, tasks_per_worker=8)
+
+    assert count_tasks(schedule(100), ["a", "b"]) == {"a": 8, "b": 8}
+    assert count_tasks(schedule(10), ["a", "b"]) == {"a": 5, "b": 5}
+    assert count_tasks(schedule(10), ["a"], starting=4) == {"a": 2}, "four more workers will be ready soon"
+    assert count_tasks(schedule(3), ["a"], starting=4) == {"a": 2}, "one is read while the other is encoded"
+    assert count_tasks(schedule(10), ["a"]) == {"a": 8}
+
+
+def test_a_failed_device_costs_no_task_of_a_worker_with_many() -> None:
+    executor = Simulation(
+        4,
+        lambda worker, *_: Failure("CUDA error", "device", after=1.0) if worker == "2.0" else None,
+        tasks_per_worker=8,
+    )
+    result = run(executor, NAMES)
+    assert (len(result.done), result.failed, executor.replaced) == (400, [], ["2.0"])
+
+
+def test_the_units_beside_those_whose_images_failed_are_returned() -> None:
+    assert find_cause(OtherUnitError("the device failed")) == "returned"
+    assert find_cause(RuntimeError("CUDA error: an illegal memory access was encountered")) == "device"
