@@ -170,9 +170,10 @@ class UnitWriter:
         """Return whether the last part exists. Waits for all parts read so far, but for one if more follow."""
         if self._is_read and self._queue is not None:
             self._queue.end_reading()
-        with self._pause():
-            while len(self._publishing) > (not self._is_read) and not self._is_complete:
-                self.parts.append(self._publishing.popleft().result())
+        while len(self._publishing) > (not self._is_read) and not self._is_complete:
+            future = self._publishing.popleft()
+            with nullcontext() if future.done() else self._pause():
+                self.parts.append(future.result())
         return self._is_complete
 
     def _pause(self) -> AbstractContextManager[None]:
