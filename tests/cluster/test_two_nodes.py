@@ -280,15 +280,15 @@ import os, time
 class Faulty(EncodeSpec):
     def build(self, vae, stop):
         encoder = EncodeSpec.build(self, vae, stop)
-        run_model = encoder.context.latent_encoder.encode
+        run_model = encoder.context.latent_encoder.launch
 
-        def encode(batch, shard=""):
+        def launch(batch):
             if "FAULTY" in os.environ:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
             time.sleep(0.05)  # so that other workers get tasks in the meantime
-            return run_model(batch, shard)
+            return run_model(batch)
 
-        encoder.context.latent_encoder.encode = encode
+        encoder.context.latent_encoder.launch = launch
         return encoder
 """
 

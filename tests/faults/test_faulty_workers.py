@@ -34,10 +34,10 @@ def fill_memory():
         blocks.append(os.urandom(1 << 20) * 64)
         time.sleep(0.02)
 
-def cuda_error(batch, shard=""):
+def cuda_error(batch):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-def unknown_error(batch, shard=""):
+def unknown_error(batch):
     time.sleep(0.01)
     raise ValueError("an error of an unknown kind")
 
@@ -54,10 +54,10 @@ class Faulty(EncodeSpec):
             hang()
         encoder = EncodeSpec.build(self, vae, stop)
         latent_encoder = encoder.context.latent_encoder
-        run_model = latent_encoder.encode
+        run_model = latent_encoder.launch
 
         if {fault!r} in ("cuda_error", "unknown_error") and is_first():
-            latent_encoder.encode = {fault}
+            latent_encoder.launch = {fault}
             return encoder
         if {fault!r} == "read_half" and is_first():
             read_half()
@@ -69,14 +69,14 @@ class Faulty(EncodeSpec):
                 latent_encoder.runs += 1  # as the encoder does after each tile
             open({marker!r} + "-crawled", "x").close()
 
-        def encode(batch, shard=""):
+        def launch(batch):
             if {fault!r} in ("hang", "crawl", "fill_memory") and is_first():
                 {fault}()
             elif {fault!r} in ("unknown_error", "start"):
                 time.sleep(0.5)  # so that the other worker does not encode everything first
-            return run_model(batch, shard)
+            return run_model(batch)
 
-        latent_encoder.encode = encode
+        latent_encoder.launch = launch
         return encoder
 """
 
