@@ -38,7 +38,7 @@ def count_cores_of_this_worker() -> float:
     context = ray.get_runtime_context()
     node_id, own = context.get_node_id(), context.get_assigned_resources()  # type: ignore[no-untyped-call]
     node = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)  # type: ignore[no-untyped-call]
-    return float(node["CPU"] * own["GPU"] / node["GPU"] if own.get("GPU") else own.get("CPU", 1))
+    return float(node.get("CPU", 1) * own["GPU"] / node["GPU"] if own.get("GPU") else own.get("CPU", 1))
 
 
 def read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
