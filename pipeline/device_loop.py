@@ -249,7 +249,7 @@ class DeviceLoop:
         try:
             while running is not None or self._has_units():
                 running = self._step(running)
-        except BaseException as error:  # an error of this program: the units must not wait for ever
+        except BaseException as error:  # a fault of this program; without this, the units would wait forever
             with self.lock:
                 self._thread, units = None, list(self._open_queues)
                 self._fatal = OtherUnitError(f"the device's thread failed: {error!r}")
@@ -308,12 +308,12 @@ class DeviceLoop:
         started = time.perf_counter()
         try:
             return _RunningBatch(batch, self.encoder.launch([queued.image for queued in batch]), started)
-        except Exception as error:  # the units decide, and their driver
+        except Exception as error:  # it is raised in the threads of the units
             self._fail(batch, error)
             return None
 
     def _finish(self, running: _RunningBatch, launched: _RunningBatch | None) -> None:
-        """Wait for a batch, and hand its latents to their units. launched: the batch that follows it on the device."""
+        """Wait for a batch, and pass its latents to their units. launched: the batch that follows it on the device."""
         try:
             results = self.encoder.finish(running.launched)
         except Exception as error:
