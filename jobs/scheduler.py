@@ -164,7 +164,8 @@ class Scheduler:
         """
         candidates: Sequence[str] = free
         if state.avoided:
-            may_wait = starting and self.clock() - state.failed_at < WAIT_FOR_WORKER
+            may_wait = bool(starting) and self.clock() - state.failed_at < WAIT_FOR_WORKER
+            may_wait |= bool(self.untried and set(workers) - set(state.avoided))  # untried tasks prove the others
             proven = [worker for worker in workers if self.workers[worker].is_proven]
             if self.untried or set(proven) - set(state.avoided):
                 workers, free = proven, [worker for worker in free if self.workers[worker].is_proven]

@@ -197,6 +197,20 @@ def test_damage_that_only_one_worker_finds_is_not_accepted() -> None:
     assert (len(result.done), result.failed, result.damaged) == (60, [], [])
 
 
+def test_a_task_does_not_run_again_on_the_only_proven_worker() -> None:
+    """Its failure there must be confirmed by another worker. The untried tasks prove the others meanwhile."""
+    scheduling = Scheduler([Task(name) for name in NAMES[:9]], clock=lambda: 1000.0)
+    first = [scheduling.assign_next(["a", "b"]) for _ in range(4)]
+    mine = [assignment for assignment in first if assignment is not None and assignment.worker == "a"]
+    scheduling.record_success(TaskResult(task=mine[0].task, worker="a", report=Report(mine[0].task.name)))
+    scheduling.record_failure(TaskResult(task=mine[1].task, worker="a", error="cut off", cause="damage", damaged_at=7))
+    scheduling.retries[0].paused_until = 0.0
+    scheduling.workers["a"].paused_until = 0.0
+    following = scheduling.assign_next(["a", "b"])
+    assert following is not None
+    assert following.task != mine[1].task
+
+
 def test_damage_that_two_workers_find_is_accepted() -> None:
     def behaviour(worker: str, task: Task, attempt: Attempt, now: float) -> Failure | None:
         if task.name.startswith("damaged") and attempt.damaged_at != 1024:
