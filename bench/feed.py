@@ -166,7 +166,7 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
         open_pixels=open_pixels,
     )
     worker = UnitWorker(WorkerContext(spec=spec, latent_encoder=encoder, stages=stages))
-    units: Sequence[Unit] = make_units(list_sources([str(folder / "source")], {}, "nowhere").shards)
+    units: Sequence[Unit] = make_units(list_sources([str(folder / "source")], {}, "nowhere").files)
     cpu = time.process_time()
     with ThreadPoolExecutor(spec.tasks_per_worker) as pool:
         encoded = sum(report.rows for report in pool.map(worker.run, units))
