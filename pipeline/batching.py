@@ -59,6 +59,11 @@ class Batcher(Generic[Item]):
         self._added = 0
 
     @property
+    def units(self) -> int:
+        """The number of units with samples that are unread, unopened or waiting."""
+        return len(self._units)
+
+    @property
     def reading(self) -> int:
         """The number of units with unread samples."""
         return sum(not (unit.is_read or unit.is_paused) for unit in self._units.values())
@@ -81,10 +86,6 @@ class Batcher(Generic[Item]):
         """Record that samples of a unit are read again."""
         if unit in self._units:
             self._units[unit].is_paused = False
-
-    def is_active(self, unit: str) -> bool:
-        """Whether a unit has samples that are unread, unopened or waiting."""
-        return unit in self._units
 
     def start_opening(self, unit: str) -> None:
         """Record that a sample was read. `add` or `drop` follows once it is opened."""

@@ -180,7 +180,6 @@ class DeviceLoop:
         self.has_room = threading.Condition(self.lock)
         self.has_place = threading.Condition(self.lock)
         self.has_results = threading.Condition(self.lock)
-        self._places: set[str] = set()
         self._waiting_units = 0
         self._open_queues: set[UnitQueue] = set()
         self._fatal: OtherUnitError | None = None
@@ -201,10 +200,9 @@ class DeviceLoop:
             self._waiting_units += 1
             self.has_work.notify()
             try:
-                queue._wait(self.has_place, lambda: len(self._places) < self.max_units)
+                queue._wait(self.has_place, lambda: self.batcher.units < self.max_units)
             finally:
                 self._waiting_units -= 1
-            self._places.add(name)
             self._open_queues.add(queue)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -227,7 +225,7 @@ class DeviceLoop:
     def discard(self, queue: UnitQueue) -> None:
         """Forget the images of a unit that wait. The caller holds the lock."""
         self.release(queue, self.batcher.discard(queue.name))
-        self.update_places()
+        self.has_place.notify()
 
     def release(self, queue: UnitQueue, samples: int) -> None:
         """Record that samples of a unit left: encoded, dropped or forgotten. The caller holds the lock."""
@@ -238,11 +236,7 @@ class DeviceLoop:
 
     def update_places(self) -> None:
         """Free the places of units whose last image has left the queues. The caller holds the lock."""
-        self.batcher.pop_finished()
-        left = {name for name in self._places if not self.batcher.is_active(name)}
-        if left:
-            self._places -= left
-            self.has_place.notify(len(left))
+        self.has_place.notify(len(self.batcher.pop_finished()))
 
     def _run(self) -> None:
         running: _RunningBatch | None = None
@@ -282,7 +276,7 @@ class DeviceLoop:
         with self.lock:
             while True:
                 self.batcher.batch_size = self.encoder.batch_size
-                units_wait = self._waiting_units > 0 and len(self._places) >= self.max_units
+                units_wait = self._waiting_units > 0 and self.batcher.units >= self.max_units
                 if batch := self.batcher.next_batch(units_wait, is_full=not self.may_read()):
                     self.update_places()
                     return batch
@@ -299,7 +293,7 @@ class DeviceLoop:
         """Record for how long the device had no batch, and the stage that it waited for."""
         if self.batcher.opening >= self.openers:
             self._idle.idle_opening += seconds
-        elif self._places:
+        elif self.batcher.units:
             self._idle.idle_reading += seconds
         elif self._open_queues:
             self._idle.idle_writing += seconds
