@@ -211,10 +211,15 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
             if writer.has_last_part():
                 break
     commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
-    report = make_report(unit, writer.parts, writer.adopted, timer.seconds)
-    report = replace(report, precision_error=context.precision_error or 0.0)
-    report = replace(report, encoded=writer.encoded, fp32_fallbacks=writer.fp32_fallbacks, texts=writer.texts)
-    return replace(report, damage=readable.damage, skipped=skipped)
+    return replace(
+        make_report(unit, writer.parts, writer.adopted, timer.seconds),
+        encoded=writer.encoded,
+        fp32_fallbacks=writer.fp32_fallbacks,
+        texts=writer.texts,
+        damage=readable.damage,
+        skipped=skipped,
+        precision_error=context.precision_error or 0.0,
+    )
 
 
 def instrument(
