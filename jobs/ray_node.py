@@ -1,6 +1,7 @@
 """What is known of the node that a Ray worker runs on: its name, its cores, and the worker's log."""
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.worker_log import read_log_tail
+LOG_LINES = 20  # shown of a lost worker's log
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +54,13 @@ def read_last_lines(location: WorkerLocation | None) -> Sequence[str]:
         return ray.get(read.remote(location.log), timeout=5)
     except RayError:  # the node is lost, or too slow
         return []
+
+
+def read_log_tail(path: str) -> list[str]:
+    """Return the last lines of a log, without Ray's own lines. They are empty if the log cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = deque(file, 4 * LOG_LINES)
+    except OSError:
+        return []
+    return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]
