@@ -48,14 +48,6 @@ from vae import AutoencoderKL
 BUSY = 0.95  # target
 PER_TAR = 256
 PHOTOS = Path(__file__).resolve().parents[1] / "examples/photos"
-MICRO = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 8, 8, 8),
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-}
 
 
 @dataclass(frozen=True)
@@ -180,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--device", default=device, help=f"cuda or cpu (default: {device})")
-    parser.add_argument("--model", default="sd", help=f"micro, {' or '.join(MODELS)} (default: sd)")
+    parser.add_argument("--model", default="sd", choices=MODELS, help="shape of the model (default: sd)")
     parser.add_argument("--side", type=int, default=512, help="side of the images in pixels (default: 512)")
     parser.add_argument("--images", type=int, default=8192, help="number of images (default: 8192)")
     parser.add_argument("--batch", type=int, default=8 if device == "cuda" else 1, help="images per batch")
@@ -198,7 +190,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="latentmill-gpu-") as temporary:
         folder = Path(temporary)
         torch.manual_seed(0)
-        AutoencoderKL(**MODELS.get(options.model, MICRO)).save_pretrained(folder / "vae")
+        AutoencoderKL(**MODELS[options.model]).save_pretrained(folder / "vae")
         make_shards(folder / "shards", options.images, options.side)
         ours = measure_latentmill(folder, options)
         plain, model = measure_plain_loop(folder, options)

@@ -14,19 +14,12 @@ import torch
 from PIL import Image
 from skimage import data
 
+from bench.vae import MICRO
 from vae import AutoencoderKL
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
 LONG, SHORT = 512, 384  # sides of an image in pixels
 NOISE_STD = 3.0  # of 255: the noise of a camera's sensor, which the resized photos have lost
-MICRO = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 8, 8, 8),
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-}
 
 
 def make_shards(folder: Path, shards: int, images: int) -> None:

@@ -32,7 +32,8 @@ from pathlib import Path
 from fsspec.implementations.local import LocalFileOpener
 
 from bench import check_cache
-from bench.make_shards import MICRO, make_shards
+from bench.make_shards import make_shards
+from bench.vae import MICRO
 from pipeline import part_writer
 from pipeline.cache import commits
 from pipeline.encoder import LatentEncoder

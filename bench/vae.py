@@ -40,7 +40,17 @@ SD: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
 }
+# A model with almost no work, to measure the data path beside it.
+MICRO: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
 MODELS: dict[str, dict[str, Any]] = {
+    "micro": MICRO,
     "sd": {**SD, "latent_channels": 4},
     "flux": {**SD, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
 }
