@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.encode_spec import make_spec
 from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, Staging
-from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext
-from pipeline.formats.schema import OutputSchema
+from pipeline.flow import UnitWorker, WorkerContext
 from pipeline.images.buckets import make_grid
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -40,7 +40,6 @@ from pipeline.part_writer import Stages
 from pipeline.records import EncodedImage, PreparedImage, Unit
 from pipeline.sources.listing import list_sources
 from pipeline.sources.units import make_units
-from pipeline.storage.folder import Folder
 from vae.fast import disable_malloc_trim
 
 SIDE, DOWNSCALE, CHANNELS = 256, 8, 4
@@ -135,24 +134,9 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     images = int(case.rate * seconds / case.unit_size + 1) * case.unit_size
     make_source(folder / "source", case, images)
     sizes = make_sizes(case.has_buckets)
-    spec = EncodeSpec(
-        cache=Folder(str(folder / "cache")),
-        source_options={},
-        identity_sha256="bench",
-        transform=Transform(resolution=SIDE, buckets=make_grid(SIDE, SIDE // 16) if case.has_buckets else ()),
-        dtype="float16",
-        seed=0,
-        layout=OutputSchema(),
-        image_column=None,
-        key_column=None,
-        rows_per_part=4096,
-        tile_above=None,
-        limits=Limits(),
-        compute=ComputeConfig(device="cuda", precision="bf16", batch_size=8, threads=1),
-        open_threads=case.openers,
-        run="bench",
-        versions={},
-    ).for_node(cores=16)
+    transform = Transform(resolution=SIDE, buckets=make_grid(SIDE, SIDE // 16) if case.has_buckets else ())
+    compute = ComputeConfig(device="cuda", precision="bf16", batch_size=8, threads=1)
+    spec = make_spec(folder / "cache", transform, compute, case.openers).for_node(cores=16)
 
     def open_pixels(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(OPEN_SECONDS)

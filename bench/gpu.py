@@ -33,15 +33,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from bench.encode_spec import make_spec
 from bench.vae import MODELS
 from pipeline.encoder import PRECISIONS, ComputeConfig
-from pipeline.flow import EncodeSpec
-from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
-from pipeline.limits import Limits
 from pipeline.sources.listing import list_sources
 from pipeline.sources.units import make_units
-from pipeline.storage.folder import Folder
 from pipeline.weights import load_vae
 from vae import AutoencoderKL
 
@@ -80,26 +77,10 @@ def make_shards(folder: Path, images: int, side: int) -> None:
 
 def measure_latentmill(folder: Path, options: argparse.Namespace) -> Result:
     """Encode the tars with one worker."""
-    spec = EncodeSpec(
-        cache=Folder(str(folder / "cache")),
-        source_options={},
-        identity_sha256="bench",
-        transform=Transform(resolution=options.side),
-        dtype="float16",
-        seed=0,
-        layout=OutputSchema(),
-        image_column=None,
-        key_column=None,
-        rows_per_part=4096,
-        tile_above=None,
-        limits=Limits(),
-        compute=ComputeConfig(
-            device=options.device, precision=options.precision, batch_size=options.batch, threads=options.threads
-        ),
-        open_threads=options.openers,
-        run="bench",
-        versions={},
+    compute = ComputeConfig(
+        device=options.device, precision=options.precision, batch_size=options.batch, threads=options.threads
     )
+    spec = make_spec(folder / "cache", Transform(resolution=options.side), compute, options.openers)
     worker = spec.build(load_vae(str(folder / "vae")), threading.Event())
     units = make_units(list_sources([str(folder / "shards")], {}, "nowhere").files)
     worker.run(units[0])  # cuDNN times its algorithms, and libraries are loaded
