@@ -19,6 +19,7 @@ from pipeline.images.transform import Transform
 from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
+from pipeline.wording import to_flag
 
 
 def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
@@ -64,7 +65,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
     if value < 1 or value % vae.config.downscale:
         near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
         raise UsageError(
-            f"--{name.replace('_', '-')} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
+            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
             f"the nearest is {near}"
         )
     if options.buckets and options.buckets < 2 * options.multiple_of:
@@ -81,7 +82,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
     for name in ("batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
         if getattr(options, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative")
+            raise UsageError(f"{to_flag(name)} must not be negative")
 
 
 def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
@@ -90,8 +91,9 @@ def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None
         return
     for name in ("image_column", "key_column"):
         if getattr(options, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag} is for Parquet files with images, and the sources have none; leave it out")
+            raise UsageError(
+                f"{to_flag(name)} is for Parquet files with images, and the sources have none; leave it out"
+            )
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
@@ -221,7 +223,7 @@ def _format_compute_setting(name: str, value: Any) -> str:
     """Return a compute setting as the option that sets it."""
     if name == "compile":
         return "--compile" if value else "no --compile"
-    return f"--{'cpus-per-worker' if name == 'threads' else name.replace('_', '-')} {value}"
+    return f"{to_flag('cpus_per_worker' if name == 'threads' else name)} {value}"
 
 
 def note_versions(cache: Folder, run: str) -> None:

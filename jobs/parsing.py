@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.errors import UsageError
+from pipeline.wording import to_flag
 
 if TYPE_CHECKING:  # a module that only type checkers have
     from _typeshed import DataclassInstance
@@ -131,7 +132,7 @@ def format_flag(item: "dataclasses.Field[Any]") -> str:
     """Return the name of a field on the command line."""
     if item.metadata["positional"]:
         return str(item.metadata["metavar"])
-    return "--" + item.name.replace("_", "-")
+    return to_flag(item.name)
 
 
 def format_help(item: "dataclasses.Field[Any]") -> str:

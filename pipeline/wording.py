@@ -1,6 +1,11 @@
-"""Numbers and nouns in messages."""
+"""Numbers, nouns and options in messages."""
 
 
 def count_noun(number: int, noun: str, plural: str = "") -> str:
     """Return a number and its noun: `1 image`, `1,024 images`. plural: default: the noun with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def to_flag(name: str) -> str:
+    """Return the flag of an option: `--key-column` for `key_column`."""
+    return f"--{name.replace('_', '-')}"

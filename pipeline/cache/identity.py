@@ -13,6 +13,7 @@ from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
 from pipeline.storage.folder import Folder
+from pipeline.wording import to_flag
 from vae import AutoencoderKLConfig
 
 __all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing"]
@@ -162,4 +163,4 @@ def describe_settings(identity: Identity) -> dict[str, str]:
 
 def _format_options(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """Return these settings as the options of the same names."""
-    return {name: f"--{name.replace('_', '-')} {settings[name]}" for name in names}
+    return {name: f"{to_flag(name)} {settings[name]}" for name in names}
