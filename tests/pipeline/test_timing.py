@@ -53,9 +53,8 @@ def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., UnitWo
     durations = slow_down_model(encoder)
     times, wall = measure_units(encoder, tmp_path, units=2)
     assert len(durations) == 2 * IMAGES
-    assert sum(stages.encode for stages in times) == pytest.approx(sum(durations), rel=0.2)
-    assert sum(stages.encode for stages in times) <= wall
-    assert sum(stages.idle_opening + stages.idle_reading + stages.idle_writing for stages in times) < 0.3 * wall
+    assert sum(durations) <= sum(stages.encode for stages in times) <= wall
+    assert all(stages.idle_opening + stages.idle_reading + stages.idle_writing < stages.encode for stages in times)
 
 
 def test_waiting_for_images_to_be_opened_is_a_separate_stage(
@@ -68,9 +67,9 @@ def test_waiting_for_images_to_be_opened_is_a_separate_stage(
     encoder = worker(tmp_path / "c", rows_per_part=100)
     encoder.context = encoder.context.with_opener(open_slowly)
     (stages,), wall = measure_units(encoder, tmp_path)
-    assert stages.open == pytest.approx(IMAGES * SLOW, rel=0.5)
+    assert IMAGES * SLOW <= stages.open <= wall
     assert 0.7 * IMAGES * SLOW < stages.idle_opening <= wall
-    assert stages.encode + stages.idle_reading + stages.idle_writing < 0.5 * stages.idle_opening
+    assert stages.encode + stages.idle_reading + stages.idle_writing < stages.idle_opening
 
 
 def test_waiting_for_samples_to_be_read_is_a_separate_stage(
@@ -96,4 +95,4 @@ def test_the_time_of_the_device_is_no_more_than_the_total_time(
     slow_down_model(encoder, 0.01)
     (stages,), wall = measure_units(encoder, tmp_path)
     device = stages.encode + stages.idle_opening + stages.idle_reading + stages.idle_writing
-    assert 0.5 * wall < device <= wall
+    assert IMAGES * 0.01 <= device <= wall
