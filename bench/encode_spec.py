@@ -26,7 +26,7 @@ def make_spec(cache: Path, transform: Transform, compute: ComputeConfig, openers
         tile_above=None,
         limits=Limits(),
         compute=compute,
-        open_threads=openers,
+        open_workers=openers,
         run="bench",
         versions={},
     )

@@ -34,6 +34,7 @@ from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, Staging
 from pipeline.flow import UnitWorker, WorkerContext
 from pipeline.images.buckets import make_grid
+from pipeline.images.prepare import make_opener
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.part_writer import Stages
@@ -138,24 +139,24 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     compute = ComputeConfig(device="cuda", precision="bf16", batch_size=8, threads=1)
     spec = make_spec(folder / "cache", transform, compute, case.openers).for_node(cores=16)
 
-    def open_pixels(data: bytes, limits: Limits) -> np.ndarray:
+    def sleep_instead(data: bytes, limits: Limits) -> np.ndarray:
         time.sleep(OPEN_SECONDS)
         return np.empty((*sizes[int(data[:7]) % len(sizes)], 3), np.uint8)
 
     encoder: Any = PacedEncoder(spec.compute, case.rate)
     stages = Stages(
-        pool=ThreadPoolExecutor(spec.open_threads),
-        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, spec.open_threads),
+        pool=ThreadPoolExecutor(spec.open_workers),
+        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, spec.open_workers),
         stop=threading.Event(),
-        open_pixels=open_pixels,
+        opener=make_opener(transform, spec.limits, sleep_instead),
     )
     worker = UnitWorker(WorkerContext(spec=spec, latent_encoder=encoder, stages=stages))
     units: Sequence[Unit] = make_units(list_sources([str(folder / "source")], {}, "nowhere").files)
     cpu = time.process_time()
     with ThreadPoolExecutor(spec.tasks_per_worker) as pool:
         encoded = sum(report.rows for report in pool.map(worker.run, units))
-    barrier = threading.Barrier(spec.open_threads)
-    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(spec.open_threads)]
+    barrier = threading.Barrier(spec.open_workers)
+    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(spec.open_workers)]
     cpu = time.process_time() - cpu - sum(opener.result() for opener in openers)
     assert encoded == images
     busy = encoder.batches * encoder.seconds / (encoder.free_at - encoder.first)

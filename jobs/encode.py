@@ -181,8 +181,8 @@ def encode_pending(
     compute = resources.compute(precision, options.batch_size, options.compile)
     cache_spec.note_differences(info.compute, compute)
     cache_spec.note_versions(cache, recorder.run.name)
-    limits, threads = options.input_limit, resources.open_threads
-    spec = make_encode_spec(cache, info, compute, limits, threads, recorder.run.name, parse_source_options(options))
+    limits, openers = options.input_limit, resources.count_openers(options.open_workers)
+    spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, parse_source_options(options))
     superseded = read_superseded(cache, info.identity_sha256, {unit.name for unit in pending})
     executor = resources.start_executor(
         dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop

@@ -17,7 +17,7 @@ def make_encode_spec(
     info: CacheInfo,
     compute: ComputeConfig,
     limits: Sequence[str],
-    open_threads: int,
+    open_workers: int,
     run: str,
     source_options: Mapping[str, Any],
 ) -> EncodeSpec:
@@ -40,7 +40,7 @@ def make_encode_spec(
         tile_above=described.tile_above,
         limits=parse_limits(limits),
         compute=compute,
-        open_threads=open_threads,
+        open_workers=open_workers,
         run=run,
         versions=get_library_versions(),
     )

@@ -96,13 +96,6 @@ class Common:
         "cluster",
         metavar="N",
     )
-    open_workers: int = option(
-        0,
-        "threads per worker that open images",
-        "model and performance",
-        metavar="N",
-        default_text="on a GPU, the cores of its machine per GPU; otherwise --cpus-per-worker",
-    )
     address: str = option(
         "",
         "address of the Ray cluster",
@@ -225,6 +218,13 @@ class EncodeOptions(Common):
         "model and performance",
         metavar="N",
         default_text="8 on GPUs, 1 on CPUs",
+    )
+    open_workers: int = option(
+        0,
+        "number of images that a worker opens at the same time: in threads, or in processes if there are more than 2",
+        "model and performance",
+        metavar="N",
+        default_text="on a GPU, the cores of its machine per GPU; otherwise --cpus-per-worker",
     )
     compile: bool = option(
         False, "compile the encoder with torch.compile: a slow start, for long jobs on GPUs", "model and performance"

@@ -49,10 +49,9 @@ class ResourcePlan:
             compile=compiled,
         )
 
-    @property
-    def open_threads(self) -> int:
-        """The number of threads per worker that open images; 0 for workers on GPUs to derive it from their node."""
-        return self.options.open_workers or (0 if self.device == "cuda" else self.options.cpus_per_worker)
+    def count_openers(self, open_workers: int) -> int:
+        """Return the number of openers per worker. 0: workers on GPUs derive it from their node."""
+        return open_workers or (0 if self.device == "cuda" else self.options.cpus_per_worker)
 
     def start_executor(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""

@@ -117,9 +117,9 @@ def run_retry(
     with plan_resources(options) as resources:
         compute = resources.compute(cache.info.identity.precision)
         cache_spec.note_versions(cache.folder, recorder.run.name)
-        limits, threads = options.input_limit, resources.open_threads
+        limits, openers = options.input_limit, 1  # images are decoded one after the other, in a separate process
         encode_spec = make_encode_spec(
-            cache.folder, cache.info, compute, limits, threads, recorder.run.name, parse_source_options(options)
+            cache.folder, cache.info, compute, limits, openers, recorder.run.name, parse_source_options(options)
         )
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)

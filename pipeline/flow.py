@@ -22,6 +22,8 @@ from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
 from pipeline.formats.schema import OutputSchema
+from pipeline.images.opener_processes import IS_SUPPORTED, OpenerProcesses
+from pipeline.images.prepare import Opener, make_opener
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -35,6 +37,7 @@ from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
+MAX_OPEN_THREADS = 2  # more of them hardly open more images per second, because of the interpreter's lock
 WRITING = 2  # units of a worker that are only written, in addition to those that are read
 IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait for the device
 
@@ -44,7 +47,8 @@ class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
     identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
-    open_threads: threads that open images, shared by the units in flight; 0: as many as the worker has cores.
+    open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the worker has
+    cores.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
@@ -63,23 +67,30 @@ class EncodeSpec:
     tile_above: int | None
     limits: Limits
     compute: ComputeConfig
-    open_threads: int
+    open_workers: int
     run: str
     versions: Mapping[str, str]
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
+        opener = self.make_opener()  # processes start while the model is loaded
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         error = encoder.check_precision()
-        loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_threads)
-        pool = ThreadPoolExecutor(self.open_threads, thread_name_prefix="open")
-        stages = Stages(pool=pool, loop=loop, stop=stop)
+        loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_workers)
+        pool = ThreadPoolExecutor(self.open_workers, thread_name_prefix="open")
+        stages = Stages(pool=pool, loop=loop, stop=stop, opener=opener)
         return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages, precision_error=error))
 
     def for_node(self, cores: float) -> "EncodeSpec":
         """Return the same job for a worker that may use this many cores of its node."""
-        return replace(self, open_threads=self.open_threads or max(1, int(cores)))
+        return replace(self, open_workers=self.open_workers or max(1, int(cores)))
+
+    def make_opener(self) -> Opener:
+        """Return the function with which a worker opens images: in its threads, or in processes if there are many."""
+        if self.open_workers > MAX_OPEN_THREADS and IS_SUPPORTED:
+            return OpenerProcesses(self.open_workers, self.transform, self.limits).open_image
+        return make_opener(self.transform, self.limits)
 
     def with_smaller_batches(self) -> "EncodeSpec":
         """Return the same job with smaller batches, which need less memory."""
@@ -104,9 +115,9 @@ class EncodeSpec:
     def samples_in_flight(self) -> int:
         """The number of samples between the readers and the model: as many as full batches need, bounded in bytes."""
         buckets, batch = max(1, len(self.transform.buckets)), self.compute.batch_size
-        wanted = buckets * (batch - 1) + 2 * self.open_threads + 4 * batch
+        wanted = buckets * (batch - 1) + 2 * self.open_workers + 4 * batch
         image_bytes = 3 * self.transform.resolution**2
-        return max(self.open_threads + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
+        return max(self.open_workers + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +136,10 @@ class WorkerContext:
     damaged_at: int | None = None
     precision_error: float | None = None
 
-    def with_opener(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
-        """Return the same context with another function that decodes image files."""
-        return replace(self, stages=replace(self.stages, open_pixels=open_pixels))
+    def with_decoder(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
+        """Return the same context with a function that decodes image files in the threads of this process."""
+        opener = make_opener(self.spec.transform, self.spec.limits, open_pixels)
+        return replace(self, stages=replace(self.stages, opener=opener))
 
     def on_piece(self) -> None:
         """Count a skipped piece of a damaged shard. Raises Stopped once the job is to stop."""
@@ -152,7 +164,7 @@ class UnitWorker:
         if not attempt.isolated:
             return process_unit(unit, context)
         with SandboxedDecoder(context.spec.limits) as decoder:
-            return process_unit(unit, context.with_opener(decoder.open_pixels))
+            return process_unit(unit, context.with_decoder(decoder.open_pixels))
 
     @property
     def images(self) -> int:

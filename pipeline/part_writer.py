@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
 from pipeline.cache import input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
@@ -23,8 +21,7 @@ from pipeline.device_loop import DeviceLoop, UnitQueue
 from pipeline.errors import Rejected
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
-from pipeline.images import decode
-from pipeline.images.prepare import prepare_sample
+from pipeline.images.prepare import Opener, prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_share
 from pipeline.readers.damage import keep_rejected
@@ -54,13 +51,13 @@ class PartSpec(Protocol):
 class Stages:
     """The threads that samples pass through: those that open images, and that of the device. Units share them.
 
-    open_pixels: decodes an image file. stop: set when the job is to stop.
+    opener: opens an image file. stop: set when the job is to stop.
     """
 
     pool: ThreadPoolExecutor
     loop: DeviceLoop
     stop: threading.Event
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
+    opener: Opener
 
 
 @dataclass(slots=True)
@@ -253,8 +250,8 @@ def open_sample(
         if queue.error is not None:
             queue.drop()
             return
-        item, seconds = prepare_sample(unit, sample, spec.transform, spec.limits, stages.open_pixels)
-        timer.add(open=seconds)
+        with timer.stage("open"):
+            item = prepare_sample(unit, sample, spec.limits, stages.opener)
         buffer.digests[sample.position] = input_hash.hash_sample(sample)
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)

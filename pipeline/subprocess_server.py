@@ -50,17 +50,13 @@ class Child:
                 raise ChildProcessError(str(error)) from error
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Start the child, with this package on its path."""
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path}
         process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # after an abort it has only messages of C++
             bufsize=0,
-            env=environment,
+            env=make_environment(),
         )
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)  # a child that does not read must not block this process forever
@@ -105,6 +101,12 @@ class Child:
             with contextlib.suppress(OSError):
                 self.process.communicate()
             self.process = None
+
+
+def make_environment() -> dict[str, str]:
+    """Return the environment of a child process, with this package on its path."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def limit_itself(memory: int | None = None) -> None:

@@ -1,57 +1,79 @@
-"""Prepare a sample for the encoder: decode its image, and transform the pixels."""
+"""Open an image for the encoder: decode its bytes, and transform the pixels."""
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
-from pipeline.images.transform import Transform
+from pipeline.images.transform import Fit, Transform
 from pipeline.limits import Limits, check_columns
 from pipeline.records import Filtered, PreparedImage, Reject, Sample, Unit
 
 
-def prepare_sample(
-    unit: Unit,
-    sample: Sample | Reject,
-    transform: Transform,
-    limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
-) -> tuple[PreparedImage | Reject | Filtered, float]:
-    """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
-    start = time.perf_counter()
-    return _decode_and_transform(unit, sample, transform, limits, open_pixels), time.perf_counter() - start
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """An opened image: uint8 [H, W, 3], its original size, and how it was transformed."""
+
+    pixels: Tensor
+    original_height: int
+    original_width: int
+    fit: Fit
 
 
-def _decode_and_transform(
-    unit: Unit,
-    sample: Sample | Reject,
+# Opens an image: its bytes, and the shard and the key that its random numbers follow from. None: it is filtered.
+# Raises Rejected.
+Opener = Callable[[bytes, str, str], OpenedImage | None]
+
+
+def make_opener(
+    transform: Transform, limits: Limits, open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
+) -> Opener:
+    """Return a function that opens images in the thread that calls it. open_pixels: decodes an image file."""
+    return partial(open_image, transform, limits, open_pixels)
+
+
+def open_image(
     transform: Transform,
     limits: Limits,
     open_pixels: Callable[[bytes, Limits], np.ndarray],
+    data: bytes,
+    shard: str,
+    key: str,
+) -> OpenedImage | None:
+    """Decode and transform an image. See `Opener`."""
+    rgb = open_pixels(data, limits)
+    height, width = rgb.shape[:2]
+    fit = transform.fit(height, width, shard, key)
+    return None if fit is None else OpenedImage(transform.apply(rgb, fit), height, width, fit)
+
+
+def prepare_sample(
+    unit: Unit, sample: Sample | Reject, limits: Limits, opener: Opener
 ) -> PreparedImage | Reject | Filtered:
+    """Open the image of a sample. Called in the threads of a pool."""
     if isinstance(sample, Reject):
         return sample
     try:
         check_columns(sample.columns, limits)
-        rgb = open_pixels(sample.image, limits)
+        opened = opener(sample.image, unit.path, sample.key)
     except Rejected as error:
         return Reject.from_error(sample.position, sample.key, error)
-    height, width = rgb.shape[:2]
-    fit = transform.fit(height, width, unit.path, sample.key)
-    if fit is None:
+    if opened is None:
         return Filtered(sample.position)
     return PreparedImage(
         shard=unit.path,
         position=sample.position,
         key=sample.key,
         columns=sample.columns,
-        pixels=transform.apply(rgb, fit),
-        original_height=height,
-        original_width=width,
-        crop_top=fit.top,
-        crop_left=fit.left,
-        enlarged=fit.enlarged,
-        flipped=fit.flipped,
+        pixels=opened.pixels,
+        original_height=opened.original_height,
+        original_width=opened.original_width,
+        crop_top=opened.fit.top,
+        crop_left=opened.fit.left,
+        enlarged=opened.fit.enlarged,
+        flipped=opened.fit.flipped,
     )

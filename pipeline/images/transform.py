@@ -80,12 +80,16 @@ class Transform:
     flip: Flip = "none"
     seed: int = 0
 
+    @property
+    def output_sizes(self) -> tuple[Bucket, ...]:
+        """The possible sizes of the output, (height, width) each."""
+        return self.buckets or ((self.resolution, self.resolution),)
+
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
         """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers."""
         if min(height, width) < self.min_size:
             return None
-        square = (self.resolution, self.resolution)
-        out_height, out_width = find_nearest(self.buckets, height, width) if self.buckets else square
+        out_height, out_width = find_nearest(self.output_sizes, height, width)
         if out_height * width >= out_width * height:  # the height determines the scale
             tall, wide = out_height, max(out_width, round(width * out_height / height))
         else:

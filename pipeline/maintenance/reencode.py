@@ -94,8 +94,8 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
 
 
 def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], encoder: UnitWorker) -> Iterator[Problem]:
-    spec = encoder.context.spec
-    image, _ = prepare_sample(unit, sample, spec.transform, spec.limits)
+    opener = encoder.context.stages.opener
+    image = prepare_sample(unit, sample, encoder.context.spec.limits, opener)
     if not isinstance(image, PreparedImage):
         reason = image.reason if isinstance(image, Reject) else "filtered"
         yield Problem(file, f"{sample.key} is rejected now ({reason}), but has a row", LIMITS)

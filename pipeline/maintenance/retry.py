@@ -157,7 +157,7 @@ class RetryWorker:
         """Retry a unit. Images are decoded in a separate process, because one may have crashed a worker before."""
         context = self.encoder.context
         with SandboxedDecoder(context.spec.limits) as decoder:
-            return retry_unit(task, replace(context.with_opener(decoder.open_pixels), damaged_at=attempt.damaged_at))
+            return retry_unit(task, replace(context.with_decoder(decoder.open_pixels), damaged_at=attempt.damaged_at))
 
     @property
     def images(self) -> int:

@@ -21,7 +21,7 @@ from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
 from pipeline.errors import LatentmillError, SourceError, Stopped, StorageError
 from pipeline.formats.schema import OutputSchema
-from pipeline.images.prepare import prepare_sample
+from pipeline.images.prepare import make_opener, prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
@@ -180,13 +180,14 @@ def find_originals(
     spec, units = worker.spec, {ref.unit.name: ref.unit for ref, _ in rows}
     originals: dict[tuple[str, str], np.ndarray] = {}
     notes: list[str] = []
+    opener = make_opener(spec.transform, spec.limits)
     for name, unit in units.items():
         missing = {row["key"] for ref, row in rows if ref.unit.name == name}
         try:
             for sample in read_samples(unit, spec):
                 worker.step()
                 if sample.key in missing and isinstance(sample, Sample):
-                    image, _ = prepare_sample(unit, sample, spec.transform, spec.limits)
+                    image = prepare_sample(unit, sample, spec.limits, opener)
                     if isinstance(image, PreparedImage):
                         originals[name, sample.key] = image.pixels.numpy()
                     missing.discard(sample.key)

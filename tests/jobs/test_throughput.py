@@ -169,7 +169,7 @@ def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build_slow(*args: Any) -> flow.UnitWorker:
         encoder = build(*args)
-        encoder.context = encoder.context.with_opener(run_slowly)
+        encoder.context = encoder.context.with_decoder(run_slowly)
         return encoder
 
     monkeypatch.setattr(flow.EncodeSpec, "build", build_slow)

@@ -49,7 +49,7 @@ def worker(vae: Vae) -> Callable[..., UnitWorker]:
             "tile_above": None,
             "limits": Limits(),
             "compute": CPU,
-            "open_threads": 1,
+            "open_workers": 1,
             "run": "a run",
             "versions": {},
         }

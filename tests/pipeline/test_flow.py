@@ -237,7 +237,7 @@ def test_random_values_depend_only_on_the_sample_and_the_seed(
     """They do not depend on the batch size or on the parts. Another seed gives other values."""
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 6, height=64, width=150)))
     worker(tmp_path / "a", **settings).run(unit)
-    worker(tmp_path / "b", **settings, rows_per_part=2, open_threads=3).run(unit)
+    worker(tmp_path / "b", **settings, rows_per_part=2, open_workers=3).run(unit)
     other_seed = {"seed": 1}
     if transform := settings.get("transform"):
         other_seed["transform"] = dataclasses.replace(transform, seed=1)
@@ -339,7 +339,7 @@ def test_the_batch_size_changes_no_byte(
 ) -> None:
     worker(tmp_path / "a").run(unit)
     compute = ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1)
-    worker(tmp_path / "b", compute=compute, open_threads=3).run(unit)
+    worker(tmp_path / "b", compute=compute, open_workers=3).run(unit)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

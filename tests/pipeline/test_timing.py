@@ -65,7 +65,7 @@ def test_waiting_for_images_to_be_opened_is_a_separate_stage(
         return decode.open_pixels(data, limits)
 
     encoder = worker(tmp_path / "c", rows_per_part=100)
-    encoder.context = encoder.context.with_opener(open_slowly)
+    encoder.context = encoder.context.with_decoder(open_slowly)
     (stages,), wall = measure_units(encoder, tmp_path)
     assert IMAGES * SLOW <= stages.open <= wall
     assert 0.7 * IMAGES * SLOW < stages.idle_opening <= wall

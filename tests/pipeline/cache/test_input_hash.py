@@ -68,7 +68,7 @@ def test_the_hash_follows_the_documentation(worker: MakeWorker, tmp_path: Path, 
     members["000000005.txt"] = b"\xff"  # rejected when it is read
     layout = OutputSchema(container=container)
     transform = Transform(resolution=64, buckets=((64, 64), (64, 192)), multiple_of=64)
-    encoder = worker(tmp_path / "c", layout=layout, open_threads=threads, transform=transform)
+    encoder = worker(tmp_path / "c", layout=layout, open_workers=threads, transform=transform)
     encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
     assert [record.inputs for record in records(tmp_path / "c")] == [
         combine([*hash_tar(members, 0, 2), reject(2, "not_an_image"), *hash_tar(members, 3, 1)]),
@@ -153,7 +153,7 @@ def test_every_json_value_has_an_encoding() -> None:
 def test_batch_size_and_interruptions_do_not_change_the_hash(worker: MakeWorker, tmp_path: Path) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 10, height=64, width=64)))
     worker(tmp_path / "a").run(unit)
-    worker(tmp_path / "b", compute=dataclasses.replace(CPU, batch_size=6), open_threads=3).run(unit)
+    worker(tmp_path / "b", compute=dataclasses.replace(CPU, batch_size=6), open_workers=3).run(unit)
     next((tmp_path / "b/data").glob("*-00001.parquet")).unlink()
     worker(tmp_path / "b").run(unit)
     assert [record.inputs for record in records(tmp_path / "a")] == [
