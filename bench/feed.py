@@ -145,8 +145,8 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
 
     encoder: Any = PacedEncoder(spec.compute, case.rate)
     stages = Stages(
-        pool=ThreadPoolExecutor(spec.open_workers),
-        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, spec.open_workers),
+        pool=ThreadPoolExecutor(spec.openers),
+        loop=DeviceLoop(encoder, spec.units_in_flight, spec.samples_in_flight, spec.openers),
         stop=threading.Event(),
         opener=make_opener(transform, spec.limits, sleep_instead),
     )
@@ -155,8 +155,8 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     cpu = time.process_time()
     with ThreadPoolExecutor(spec.tasks_per_worker) as pool:
         encoded = sum(report.rows for report in pool.map(worker.run, units))
-    barrier = threading.Barrier(spec.open_workers)
-    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(spec.open_workers)]
+    barrier = threading.Barrier(spec.openers)
+    openers = [stages.pool.submit(measure_thread_time, barrier) for _ in range(spec.openers)]
     cpu = time.process_time() - cpu - sum(opener.result() for opener in openers)
     assert encoded == images
     busy = encoder.batches * encoder.seconds / (encoder.free_at - encoder.first)

@@ -183,10 +183,12 @@ def encode_pending(
     cache_spec.note_versions(cache, recorder.run.name)
     limits, openers = options.input_limit, resources.count_openers(options.open_workers)
     spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, parse_source_options(options))
-    superseded = read_superseded(cache, info.identity_sha256, {unit.name for unit in pending})
-    executor = resources.start_executor(
-        dataclasses.replace(spec, superseded=superseded), vae, len(pending), recorder.signals.stop
+    spec = dataclasses.replace(
+        spec,
+        remote_openers=resources.plan_remote_openers(options.remote_openers),
+        superseded=read_superseded(cache, info.identity_sha256, {unit.name for unit in pending}),
     )
+    executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
     sizes = {unit.name: unit.input_bytes for unit in pending}
     meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
     worker_time = WorkerTime(len(executor.workers))

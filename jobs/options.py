@@ -226,6 +226,12 @@ class EncodeOptions(Common):
         metavar="N",
         default_text="on a GPU, the cores of its machine per GPU; otherwise --cpus-per-worker",
     )
+    remote_openers: int = option(
+        0,
+        "open images also in N processes per worker on nodes of the cluster without GPUs; each reserves one CPU",
+        "cluster",
+        metavar="N",
+    )
     compile: bool = option(
         False, "compile the encoder with torch.compile: a slow start, for long jobs on GPUs", "model and performance"
     )

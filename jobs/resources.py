@@ -14,6 +14,7 @@ from jobs.local_executor import LocalExecutor
 from jobs.options import Common
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
+from pipeline.images.remote_openers import RemoteOpeners
 from pipeline.weights import Vae
 
 GPU_BATCH, CPU_BATCH = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
@@ -52,6 +53,16 @@ class ResourcePlan:
     def count_openers(self, open_workers: int) -> int:
         """Return the number of openers per worker. 0: workers on GPUs derive it from their node."""
         return open_workers or (0 if self.device == "cuda" else self.options.cpus_per_worker)
+
+    def plan_remote_openers(self, count: int) -> RemoteOpeners | None:
+        """Return the remote openers that each worker starts. Raises UsageError if there is no cluster."""
+        if not count:
+            return None
+        if self.is_inline:
+            raise UsageError("--remote-openers does not work with --workers 0; leave it out, or use --open-workers")
+        from jobs.ray_openers import RayOpeners
+
+        return RayOpeners(count)
 
     def start_executor(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""

@@ -18,6 +18,7 @@ Stopped                    a signal stopped the job; exit code 130 or 143
 Rejected                   one sample that cannot be encoded; becomes a row of _rejects/
 """
 
+from functools import partial
 from typing import Literal
 
 from latentmill.errors import CacheError, IdentityError, LatentmillError, NoCacheError, StorageError, UsageError
@@ -130,4 +131,9 @@ class Rejected(Exception):
         self.stage = stage
         self.reason = reason
         self.numbers = numbers
+        self.more = more
         self.detail = REASONS[reason].format(*numbers) + more
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return how to restore the error in another process."""
+        return partial(Rejected, more=self.more), (self.stage, self.reason, *self.numbers)

@@ -24,6 +24,7 @@ from pipeline.errors import ChangedError, Stopped
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.opener_processes import IS_SUPPORTED, OpenerProcesses
 from pipeline.images.prepare import Opener, make_opener
+from pipeline.images.remote_openers import LocalAndRemoteOpeners, RemoteOpeners, count_images_in_flight
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -49,6 +50,7 @@ class EncodeSpec:
     identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
     open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the worker has
     cores.
+    remote_openers: openers on other machines, in addition.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
@@ -68,17 +70,18 @@ class EncodeSpec:
     limits: Limits
     compute: ComputeConfig
     open_workers: int
+    remote_openers: RemoteOpeners | None = None
     run: str
     versions: Mapping[str, str]
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
-        opener = self.make_opener()  # processes start while the model is loaded
+        opener = self.start_openers()  # processes start while the model is loaded
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         error = encoder.check_precision()
-        loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_workers)
-        pool = ThreadPoolExecutor(self.open_workers, thread_name_prefix="open")
+        loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.openers)
+        pool = ThreadPoolExecutor(self.openers, thread_name_prefix="open")
         stages = Stages(pool=pool, loop=loop, stop=stop, opener=opener)
         return UnitWorker(WorkerContext(spec=self, latent_encoder=encoder, stages=stages, precision_error=error))
 
@@ -86,11 +89,16 @@ class EncodeSpec:
         """Return the same job for a worker that may use this many cores of its node."""
         return replace(self, open_workers=self.open_workers or max(1, int(cores)))
 
-    def make_opener(self) -> Opener:
+    def start_openers(self) -> Opener:
         """Return the function with which a worker opens images: in its threads, or in processes if there are many."""
-        if self.open_workers > MAX_OPEN_THREADS and IS_SUPPORTED:
-            return OpenerProcesses(self.open_workers, self.transform, self.limits).open_image
-        return make_opener(self.transform, self.limits)
+        count, transform, limits = self.open_workers, self.transform, self.limits
+        opener = make_opener(transform, limits)
+        if count > MAX_OPEN_THREADS and IS_SUPPORTED:
+            opener = OpenerProcesses(count, transform, limits).open_image
+        if self.remote_openers is not None:
+            remote = self.remote_openers.start(transform, limits)
+            opener = LocalAndRemoteOpeners(opener, count, remote, transform, limits).open_image
+        return opener
 
     def with_smaller_batches(self) -> "EncodeSpec":
         """Return the same job with smaller batches, which need less memory."""
@@ -112,12 +120,17 @@ class EncodeSpec:
         return 8 if self.transform.buckets else 4
 
     @property
+    def openers(self) -> int:
+        """The number of images that a worker opens at the same time."""
+        return self.open_workers + count_images_in_flight(self.remote_openers, self.transform)
+
+    @property
     def samples_in_flight(self) -> int:
         """The number of samples between the readers and the model: as many as full batches need, bounded in bytes."""
         buckets, batch = max(1, len(self.transform.buckets)), self.compute.batch_size
-        wanted = buckets * (batch - 1) + 2 * self.open_workers + 4 * batch
+        wanted = buckets * (batch - 1) + 2 * self.openers + 4 * batch
         image_bytes = 3 * self.transform.resolution**2
-        return max(self.open_workers + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
+        return max(self.openers + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

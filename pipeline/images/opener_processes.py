@@ -29,9 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.errors import Rejected
-from pipeline.images.prepare import OpenedImage, make_opener
-from pipeline.images.sandbox import SandboxedDecoder
+from pipeline.images.prepare import OpenedImage, make_opener, open_in_sandbox
 from pipeline.images.transform import Fit, Transform
 from pipeline.limits import Limits
 from pipeline.subprocess_server import limit_itself, make_environment
@@ -64,8 +62,7 @@ class _Opened:
     fit: Fit
 
 
-# The answer to a request. None: the image is filtered. A tuple: the arguments of Rejected. An exception: any other one.
-_Answer = _Opened | tuple[object, ...] | Exception | None
+_Answer = _Opened | Exception | None  # to a request; None: the image is filtered; an exception: the worker raises it
 
 
 class OpenerProcesses:
@@ -94,8 +91,7 @@ class OpenerProcesses:
             opener = None  # the next image starts another one
         finally:
             self._idle.put(opener)
-        with SandboxedDecoder(self.limits) as decoder:
-            return make_opener(self.transform, self.limits, decoder.open_pixels)(data, shard, key)
+        return open_in_sandbox(self.transform, self.limits, data, shard, key)
 
     def list_pids(self) -> list[int]:
         """Return the process ids of the openers that are ready and idle, for tests and messages."""
@@ -116,8 +112,6 @@ class _OpenerProcess:
         self.memory[: len(data)] = data
         self.connection.send(_Request(len(data), shard, key))
         answer: _Answer = self._receive(self.seconds)
-        if isinstance(answer, tuple):
-            raise Rejected(*answer)  # type: ignore[arg-type]
         if isinstance(answer, Exception):
             raise answer
         if answer is None:
@@ -235,9 +229,7 @@ def serve(connection: Connection, memory: mmap.mmap, transform: Transform, limit
             try:
                 opened = opener(memory[: request.length], request.shard, request.key)
                 answer = None if opened is None else _write_pixels(opened, memory)
-            except Rejected as error:
-                answer = (error.stage, error.reason, *error.numbers)
-            except Exception as error:  # the worker raises it
+            except Exception as error:  # a Rejected, or an error that fails the unit
                 answer = error
             connection.send(answer)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
+from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Fit, Transform
 from pipeline.limits import Limits, check_columns
 from pipeline.records import Filtered, PreparedImage, Reject, Sample, Unit
@@ -49,6 +50,12 @@ def open_image(
     height, width = rgb.shape[:2]
     fit = transform.fit(height, width, shard, key)
     return None if fit is None else OpenedImage(transform.apply(rgb, fit), height, width, fit)
+
+
+def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage | None:
+    """Open an image that may have ended another process. See `Opener`."""
+    with SandboxedDecoder(limits) as decoder:
+        return open_image(transform, limits, decoder.open_pixels, data, shard, key)
 
 
 def prepare_sample(

@@ -350,6 +350,10 @@ class TestRefusals:
         result = latentmill("encode", photos, "--to", "memory://c", "--vae", micro_vae, "--resolution", 64)
         self.assert_refused(result, 2, "use it with --workers 0")
 
+    def test_remote_openers_without_ray(self, encode: Command, photos: Path, tmp_path: Path) -> None:
+        result = encode(photos, "--to", tmp_path / "c", "--remote-openers", 2)
+        self.assert_refused(result, 2, "--remote-openers does not work with --workers 0; leave it out")
+
     def test_the_rest_of_a_damaged_shard_is_one_reject(self, encode: Command, tmp_path: Path) -> None:
         write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 30))
         write_tar(tmp_path / "s/1.tar", img2dataset_members(30, 30))
