@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 
 from bench.encode_spec import make_spec
@@ -177,6 +178,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_malloc_trim()
+    pyarrow.array([0])  # pyarrow imports pandas here if it is installed: once per worker, not once per image
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the start\n")
     print("| source | images/s of the device | busy | padding | useful | target | CPU ms per image |")
     print("|---|---|---|---|---|---|---|", flush=True)
