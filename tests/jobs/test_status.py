@@ -67,6 +67,7 @@ def test_the_state_names_how_the_last_run_ended(cache: Path, latentmill: Command
     assert ("no heartbeat since 2026-05-01T11:50:00+00:00" in out) == (outcome == "running")
 
 
+@pytest.mark.slow
 def test_the_reason_of_a_failure_is_shown_without_secrets(
     latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def count_rows(cache: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in cache.glob("data/*"))
 
 
+@pytest.mark.slow
 def test_status_reports_the_throughput_of_a_running_job(
     latentmill: Command, job: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,7 +71,7 @@ def is_part(request: Request) -> bool:
     "rule",
     [
         pytest.param(lambda request: 500 if request.number == 0 else None, id="500", marks=pytest.mark.slow),
-        pytest.param(lambda request: "reset" if is_part(request) else None, id="reset"),
+        pytest.param(lambda request: "reset" if is_part(request) else None, id="reset", marks=pytest.mark.slow),
         pytest.param(lambda request: "lose" if is_part(request) else None, id="lost answers"),
     ],
 )

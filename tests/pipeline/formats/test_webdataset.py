@@ -103,6 +103,7 @@ class Garbage:
         time.sleep(1e-5)
 
 
+@pytest.mark.slow
 def test_many_threads_can_read_parts_at_once() -> None:
     """Otherwise, Python 3.11 fails occasionally, and an intact cache is reported as damaged."""
     before = sys.getswitchinterval()

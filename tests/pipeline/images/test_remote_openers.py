@@ -127,6 +127,7 @@ def test_the_images_of_a_lost_opener_are_opened_here(
     openers: LocalAndRemoteOpeners, local: BusyLocal, remote: FakeOpener
 ) -> None:
     """Those of its blocks, and those that would have been sent next. Then its replacement takes others."""
+    openers.block_images = 1
     remote.ready.set()
     wait_for(openers, 2)
     with ThreadPoolExecutor(8) as pool:
