@@ -40,7 +40,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), 
 IS_SUPPORTED = hasattr(os, "fork")
 MEMORY_BYTES = 16 << 20  # of the shared memory per opener; the operating system provides only what is used of it
 START_SECONDS = 120  # for importing the libraries on a busy machine
-SPARE_SECONDS = 40  # in addition to the time limit of an image, which is for an idle machine
+PATIENCE = 3  # times the time limit of an image; the sandbox, which rejects it, is stricter
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class _Server:
 
     def __init__(self, transform: Transform, limits: Limits) -> None:
         self.settings = pickle.dumps((transform, limits)).hex()
-        self.seconds = limits.seconds + SPARE_SECONDS
+        self.seconds = PATIENCE * limits.seconds
         self.size = max(MEMORY_BYTES, 3 * max(height * width for height, width in transform.output_sizes))
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
