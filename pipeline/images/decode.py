@@ -10,6 +10,10 @@
 
 The number of bytes and of pixels is checked before an image is decompressed.
 
+Pillow reads the header and the metadata of every image. JPEGs are then decompressed by simplejpeg, which is faster than
+Pillow. Both contain libjpeg-turbo and use the same settings, so the pixels are equal. Pillow decompresses all other
+images, and every JPEG for which that is not certain (`_decompress_jpeg`).
+
 Decoding an image file is part of the stage `open`. It is not the command `decode`, which turns latents into images
 (`pipeline.preview`).
 """
@@ -18,7 +22,8 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+import simplejpeg
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from pipeline.errors import Rejected
 from pipeline.limits import DEFAULT_LIMITS, Limits
@@ -33,6 +38,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
 # Pillow's warnings, mostly about damaged metadata, name neither the image nor a remedy. They are ignored in the whole
 # process, because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_HAS_TURBO = features.check_feature("libjpeg_turbo")  # another libjpeg has other pixels
+# Markers of JPEG (ITU-T T.81, table B.1): Huffman-coded frames of the DCT (baseline, extended, progressive), the
+# segments before a scan (DHT, DQT, DRI, APPn, COM), and the start of a scan.
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
+_SCAN = 0xDA
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -67,23 +79,71 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
     if width * height > limits.pixels or max(width, height) > limits.side:
         raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
     try:
-        image.load()
-        return np.asarray(_convert_to_rgb(_rotate_upright(image)))
+        pixels = _decompress_jpeg(data, image)
+        if pixels is None:
+            image.load()
+            return np.asarray(_convert_to_rgb(_rotate_upright(image)))
+        orientation = _read_orientation(image)
+        if orientation not in _UPRIGHT:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
     except (MemoryError, Rejected):
         raise
     except Exception:
         raise Rejected("open", "corrupt") from None
 
 
-def _rotate_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged metadata is ignored, because the image itself may be intact."""
+def _decompress_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """Decompress a JPEG to RGB uint8 [H, W, 3], without its orientation. None if Pillow has to decompress the image.
+
+    data: the image file. image: the same file, opened by Pillow, but not loaded.
+
+    Damaged images are left to Pillow: simplejpeg reports each of the library's warnings as an error, but Pillow ignores
+    warnings, and the two differ at the end of a truncated file. CMYK, and headers that the two may read differently,
+    are left to Pillow as well.
+    """
+    is_plain = getattr(image, "tile", None) == [("jpeg", (0, 0, *image.size), 0, (image.mode, ""))]
+    if not (_HAS_TURBO and is_plain and image.mode in ("RGB", "L") and _has_plain_header(data)):
+        return None
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (image.height, image.width, 3) else None
+
+
+def _has_plain_header(data: bytes) -> bool:
+    """Return whether a JPEG's header is a sequence of segments, and has one Huffman-coded frame of the DCT.
+
+    Frames of other kinds (lossless, arithmetic coding) do not occur in practice.
+    """
+    frames, at = 0, 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == _SCAN:
+            return frames == 1
+        if marker in _FRAMES:
+            frames += 1
+        elif marker not in _SEGMENTS:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return False
+
+
+def _rotate_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
+    orientation = _read_orientation(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _read_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation. Damaged metadata is ignored, because the image itself may be intact."""
+    try:
+        return image.getexif().get(_ORIENTATION)
     except MemoryError:
         raise
     except Exception:
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return None
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
