@@ -10,6 +10,9 @@ or less, which cost most, run in torch, which is three to five times faster. All
 If noise images are reduced to more than half, torch's integer weights are off by 2 in one of ten. If an image is about
 twice as tall as wide, Pillow 13 resizes the columns first, and clamping between the passes then gives another image.
 
+Pillow resizes the rows first, then the columns. Between the two passes, what the crop does not need is left out. The
+pixels of the crop are exactly those of resizing the whole image.
+
 A line of pixels would become a very long image. If the resized image had more than MAX_RESIZED pixels, and more than
 MAX_TIMES as many as the crop, only the crop is computed. It may then differ by the effect of clamping between the
 passes.
@@ -111,6 +114,8 @@ class Transform:
         """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3]."""
         if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
             cut = resize_cut(pixels, fit, self.interpolation)
+        elif _is_resized_in_passes(pixels, fit, self.interpolation):
+            cut = resize_in_passes(pixels, fit, self.interpolation)
         else:
             resized = resize(pixels, fit.height, fit.width, self.interpolation)
             cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
@@ -122,13 +127,41 @@ def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpola
     tall, wide = pixels.shape[:2]
     if (tall, wide) == (height, width):
         return torch.from_numpy(pixels.copy())
-    halves = 2 * height <= tall and 2 * width <= wide
-    if interpolation == "lanczos" or not halves or tall > MAX_TALL * wide:
+    if not _is_resized_by_torch((tall, wide), (height, width), interpolation):
         image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation])
         return torch.from_numpy(np.asarray(image).copy())
     source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
     resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0)
+
+
+def _is_resized_by_torch(source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation) -> bool:
+    """Return whether torch's result is within 1/255 of Pillow's. source, target: height and width in pixels."""
+    halves = 2 * target[0] <= source[0] and 2 * target[1] <= source[1]
+    return interpolation != "lanczos" and halves and source[0] <= MAX_TALL * source[1]
+
+
+def _is_resized_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> bool:
+    """Return whether `resize_in_passes` equals Pillow's resize, and has something to leave out."""
+    tall, wide = pixels.shape[:2]
+    target = (fit.height, fit.width)
+    is_cropped = target != (fit.out_height, fit.out_width)
+    by_pillow = (tall, wide) != target and not _is_resized_by_torch((tall, wide), target, interpolation)
+    return is_cropped and by_pillow and tall <= MAX_TALL * wide
+
+
+def resize_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
+    """Resize the rows, then the columns, without what the crop does not need. Return the crop, as `resize_cut` does.
+
+    Each pass has the scale and the positions of the whole image, so its weights are the same, to the bit. That is
+    impossible with Pillow's `box`, a float32.
+    """
+    tall, filter_ = pixels.shape[0], _PILLOW[interpolation]
+    needed, _, _ = _choose_window(fit.top, fit.out_height, fit.height, tall)
+    rows = Image.fromarray(pixels[needed]).resize((fit.width, needed.stop - needed.start), filter_)
+    rows = rows.crop((fit.left, -needed.start, fit.left + fit.out_width, tall - needed.start))
+    image = rows.resize((fit.out_width, fit.height), filter_)
+    return torch.from_numpy(np.array(image.crop((0, fit.top, fit.out_width, fit.top + fit.out_height))))
 
 
 def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:

@@ -135,3 +135,28 @@ def test_images_of_ordinary_shapes_are_resized_as_a_whole(monkeypatch: pytest.Mo
         fit = transform.fit(*size)
         assert fit is not None
         assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (resolution, resolution, 3)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("buckets", [(), make_grid(32, 8)])
+def test_leaving_out_what_is_not_needed_changes_no_pixel(
+    name: str, buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise shows every difference in weights and in the order of the passes. torch's part of the work is left out."""
+    draw = np.random.default_rng(len(name))
+    in_passes = 0
+    for number in range(400):
+        side, aspect = draw.integers(16, 129), np.exp(draw.uniform(-1.5, 1.5) / 2)
+        size = (max(1, int(side * aspect)), max(1, int(side / aspect)))
+        pixels = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
+        crop = ("center", "random")[number % 2]
+        transform = Transform(resolution=32, buckets=buckets, interpolation=name, crop=crop)  # type: ignore[arg-type]
+        fit = transform.fit(*size, "s.tar", str(number))
+        assert fit is not None
+        if 2 * fit.height <= size[0] and name != "lanczos":
+            continue
+        whole = np.asarray(Image.fromarray(pixels).resize((fit.width, fit.height), FILTERS[name]))
+        expected = whole[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
+        assert np.array_equal(transform.apply(pixels, fit), expected), (size, fit)
+        in_passes += module._is_resized_in_passes(pixels, fit, name)  # type: ignore[arg-type]
+    assert in_passes > 50
