@@ -10,11 +10,9 @@ written again.
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-
-import numpy as np
 
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
@@ -22,6 +20,7 @@ from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
 from pipeline.formats.schema import OutputSchema
+from pipeline.images.decode import OpenPixels
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
@@ -125,7 +124,7 @@ class WorkerContext:
     damaged_at: int | None = None
     precision_error: float | None = None
 
-    def with_opener(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
+    def with_opener(self, open_pixels: OpenPixels) -> "WorkerContext":
         """Return the same context with another function that decodes image files."""
         return replace(self, stages=replace(self.stages, open_pixels=open_pixels))
 

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
 from pipeline.cache import input_hash, parts, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
@@ -60,7 +58,7 @@ class Stages:
     pool: ThreadPoolExecutor
     loop: DeviceLoop
     stop: threading.Event
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
+    open_pixels: decode.OpenPixels = decode.open_pixels
 
 
 @dataclass(slots=True)

@@ -1,9 +1,6 @@
 """Prepare a sample for the encoder: decode its image, and transform the pixels."""
 
 import time
-from collections.abc import Callable
-
-import numpy as np
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
@@ -17,7 +14,7 @@ def prepare_sample(
     sample: Sample | Reject,
     transform: Transform,
     limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels,
+    open_pixels: decode.OpenPixels = decode.open_pixels,
 ) -> tuple[PreparedImage | Reject | Filtered, float]:
     """Decode and transform a sample, and measure the seconds. Called in the threads of a pool."""
     start = time.perf_counter()
@@ -29,16 +26,18 @@ def _decode_and_transform(
     sample: Sample | Reject,
     transform: Transform,
     limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray],
+    open_pixels: decode.OpenPixels,
 ) -> PreparedImage | Reject | Filtered:
     if isinstance(sample, Reject):
         return sample
     try:
         check_columns(sample.columns, limits)
-        rgb = open_pixels(sample.image, limits)
+        jpeg = decode.read_jpeg_header(sample.image) if transform.jpeg_decode == "scaled" else None
+        reduction = transform.choose_reduction(jpeg.height, jpeg.width, jpeg.is_turned) if jpeg else 1
+        rgb = open_pixels(sample.image, limits, reduction)
     except Rejected as error:
         return Reject.from_error(sample.position, sample.key, error)
-    height, width = rgb.shape[:2]
+    height, width = (jpeg.height, jpeg.width) if jpeg else rgb.shape[:2]
     fit = transform.fit(height, width, unit.path, sample.key)
     if fit is None:
         return Filtered(sample.position)
@@ -47,7 +46,7 @@ def _decode_and_transform(
         position=sample.position,
         key=sample.key,
         columns=sample.columns,
-        pixels=transform.apply(rgb, fit),
+        pixels=transform.apply(rgb, fit, (height / reduction, width / reduction)),
         original_height=height,
         original_width=width,
         crop_top=fit.top,

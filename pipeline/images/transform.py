@@ -30,13 +30,14 @@ from torch.nn import functional as F
 
 from pipeline.images.buckets import Bucket, find_nearest
 from pipeline.images.seeds import derive_seed
-from pipeline.records import Crop, Flip, Interpolation
+from pipeline.records import Crop, Flip, Interpolation, JpegDecode
 
 # Part of a cache's identity. Increase it if the same settings give other pixels.
 VERSION = 1
 
 MAX_RESIZED = 1 << 25  # pixels; half a GB during the resize. At 1,024 px, an image 32 times as long as high.
 MAX_TIMES = 16
+MIN_REDUCED = 2
 MAX_TALL = 1.9  # height / width up to which Pillow resizes the rows first, as torch does
 
 _PILLOW = {
@@ -44,6 +45,8 @@ _PILLOW = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+Extent = tuple[float, float]  # height and width
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Transform:
     resolution: height and width of the output; with buckets, the side of a square of their area.
     buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
     min_size: images with a shorter side than this are filtered.
+    jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
     seed: of random crops and flips.
     """
 
@@ -79,6 +83,7 @@ class Transform:
     multiple_of: int = 0
     min_size: int = 0
     interpolation: Interpolation = "bicubic"
+    jpeg_decode: JpegDecode = "full"
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
@@ -106,32 +111,61 @@ class Transform:
             flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5,
         )
 
+    def choose_reduction(self, height: int, width: int, is_turned: bool) -> int:
+        """Return the factor by which a JPEG of this size is reduced while it is decoded: 1, 2, 4 or 8.
+
+        is_turned: whether the JPEG has an orientation. If so, only factors of both sides are chosen. Otherwise, the
+        last row or column of the reduced image may be a partial one, and the orientation would make it the first.
+        """
+        fit = self.fit(height, width)
+        if self.jpeg_decode == "full" or fit is None:
+            return 1
+        for factor in (8, 4, 2):
+            tall, wide = math.ceil(height / factor), math.ceil(width / factor)
+            is_whole = (height, width) == (tall * factor, wide * factor)
+            is_large = tall >= MIN_REDUCED * fit.height and wide >= MIN_REDUCED * fit.width
+            if is_large and (is_whole or not is_turned):
+                return factor
+        return 1
+
     def _draw(self, purpose: str, shard: str, key: str) -> float:
         """Return a random number in [0, 1) that follows from the sample."""
         return random.Random(derive_seed(self.seed, purpose, shard, key)).random()
 
-    def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
-        """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3]."""
+    def apply(self, pixels: np.ndarray, fit: Fit, extent: Extent | None = None) -> Tensor:
+        """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3].
+
+        extent: height and width of the image in these pixels; default: H and W. They are fractions if the image was
+        reduced, and its last row or column is a partial one.
+        """
+        extent = extent or pixels.shape[:2]
         if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
-            cut = resize_cut(pixels, fit, self.interpolation)
-        elif _is_resized_in_passes(pixels, fit, self.interpolation):
+            cut = resize_cut(pixels, fit, self.interpolation, extent)
+        elif extent == pixels.shape[:2] and _is_resized_in_passes(pixels, fit, self.interpolation):
             cut = resize_in_passes(pixels, fit, self.interpolation)
         else:
-            resized = resize(pixels, fit.height, fit.width, self.interpolation)
+            resized = resize(pixels, fit.height, fit.width, self.interpolation, extent)
             cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
         return (cut.flip(1) if fit.flipped else cut).contiguous()
 
 
-def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased."""
+def resize(
+    pixels: np.ndarray, height: int, width: int, interpolation: Interpolation, extent: Extent | None = None
+) -> Tensor:
+    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased. extent: see `Transform.apply`."""
     tall, wide = pixels.shape[:2]
+    rows, columns = extent or (tall, wide)
     if (tall, wide) == (height, width):
         return torch.from_numpy(pixels.copy())
     if not _is_resized_by_torch((tall, wide), (height, width), interpolation):
-        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation])
+        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation], (0, 0, columns, rows))
         return torch.from_numpy(np.asarray(image).copy())
     source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
-    resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
+    if (rows, columns) == (tall, wide):
+        resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
+    else:  # torch rounds the size down, so the scale is rounded up
+        scale = [math.nextafter(height / rows, math.inf), math.nextafter(width / columns, math.inf)]
+        resized = F.interpolate(source, scale_factor=scale, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
@@ -164,16 +198,17 @@ def resize_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation)
     return torch.from_numpy(np.array(image.crop((0, fit.top, fit.out_width, fit.top + fit.out_height))))
 
 
-def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
+def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation, extent: Extent | None = None) -> Tensor:
     """Compute only the crop of the resized image, uint8 [out_height, out_width, 3]."""
-    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, pixels.shape[0])
-    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, pixels.shape[1])
+    tall, wide = extent or pixels.shape[:2]
+    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, tall)
+    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, wide)
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
     size, box = (fit.out_width, fit.out_height), (left, top, right, bottom)
     return torch.from_numpy(np.asarray(image.resize(size, _PILLOW[interpolation], box)).copy())
 
 
-def _choose_window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
+def _choose_window(first: int, count: int, resized: int, side: float) -> tuple[slice, float, float]:
     """Return the source pixels of one side that `count` resized pixels depend on, and the box inside them.
 
     Pillow stores boxes in float32. In a whole image of 65,535 pixels the box would be off by several resized pixels.
@@ -181,5 +216,5 @@ def _choose_window(first: int, count: int, resized: int, side: int) -> tuple[sli
     step = side / resized
     begin, end = first * step, min((first + count) * step, side)
     margin = math.ceil(3 * max(step, 1)) + 1  # the radius of Lanczos is three pixels of the coarser image
-    low, high = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
+    low, high = max(0, math.floor(begin) - margin), min(math.ceil(side), math.ceil(end) + margin)
     return slice(low, high), begin - low, end - low

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
-from pipeline.images.decode import open_pixels
+from pipeline.images.decode import JpegHeader, open_pixels, read_jpeg_header
 from pipeline.limits import DEFAULT_LIMITS, Limits
 from tests.conftest import encoded, smooth
 
@@ -25,14 +25,14 @@ Outcome = tuple[Any, ...]
 
 
 @pytest.fixture
-def by_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Outcome]:
+def by_pillow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Return a function that opens an image with Pillow alone."""
 
-    def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Outcome:
+    def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1) -> Outcome:
         with monkeypatch.context() as patch:
             patch.setattr(decode, "_HAS_TURBO", False)
             patch.setattr(simplejpeg, "decode_jpeg", None)
-            return describe(data, limits)
+            return describe(data, limits, reduction)
 
     return open_image
 
@@ -53,10 +53,10 @@ def decompressed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-def describe(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Outcome:
+def describe(data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1) -> Outcome:
     """Return an image's size and pixels, or its reject."""
     try:
-        pixels = open_pixels(data, limits)
+        pixels = open_pixels(data, limits, reduction)
     except Rejected as reject:
         return reject.stage, reject.reason, reject.numbers
     assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
@@ -207,7 +207,7 @@ SIZES = [(1, 1), (1, 40), (7, 9), (8, 8), (16, 17), (33, 31), (48, 64)]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_of_plain_jpegs_equal_pillow(
-    size: tuple[int, int], by_pillow: Callable[[bytes], Outcome], decompressed: list[bool]
+    size: tuple[int, int], by_pillow: Callable[..., Outcome], decompressed: list[bool]
 ) -> None:
     for name, data in plain_jpegs(textured(1, *size)).items():
         decompressed.clear()
@@ -217,7 +217,7 @@ def test_pixels_of_plain_jpegs_equal_pillow(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_and_rejects_of_other_and_damaged_jpegs_equal_pillow(
-    size: tuple[int, int], by_pillow: Callable[[bytes], Outcome], decompressed: list[bool]
+    size: tuple[int, int], by_pillow: Callable[..., Outcome], decompressed: list[bool]
 ) -> None:
     for name, data in other_jpegs(textured(2, *size)).items():
         decompressed.clear()
@@ -229,7 +229,7 @@ def test_pixels_and_rejects_of_other_and_damaged_jpegs_equal_pillow(
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_rows": 8}])
 def test_jpegs_of_more_than_a_block_equal_pillow(
-    options: dict[str, Any], by_pillow: Callable[[bytes], Outcome], decompressed: list[bool]
+    options: dict[str, Any], by_pillow: Callable[..., Outcome], decompressed: list[bool]
 ) -> None:
     """Pillow reads files in blocks of 64 KiB. Here, the end, the middle and a block's limit are damaged, too."""
     data = encoded(textured(3, 400, 501), quality=97, **options)
@@ -282,7 +282,7 @@ def test_damaged_jpegs_equal_pillow(
 
 
 @pytest.mark.parametrize("name", ["subsampling 420", "progressive", "restart markers by block", "grey"])
-def test_truncated_jpegs_equal_pillow(name: str, by_pillow: Callable[[bytes], Outcome]) -> None:
+def test_truncated_jpegs_equal_pillow(name: str, by_pillow: Callable[..., Outcome]) -> None:
     data = plain_jpegs(textured(5, 24, 40))[name]
     for length in range(1, len(data), 7):
         assert describe(data[:length]) == by_pillow(data[:length]), length
@@ -305,3 +305,72 @@ def test_a_lack_of_memory_in_simplejpeg_is_not_a_reject(monkeypatch: pytest.Monk
     monkeypatch.setattr(simplejpeg, "decode_jpeg", exhausted)
     with pytest.raises(MemoryError):
         open_pixels(encoded(smooth(7)))
+
+
+# Decoding at a reduced size
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("size", [(48, 64), (65, 79), (123, 40)])
+def test_reduced_pixels_equal_pillows_draft(
+    size: tuple[int, int], reduction: int, by_pillow: Callable[..., Outcome], decompressed: list[bool]
+) -> None:
+    for name, data in plain_jpegs(textured(8, *size)).items():
+        decompressed.clear()
+        pixels = open_pixels(data, DEFAULT_LIMITS, reduction)
+        header = read_jpeg_header(data)
+        assert header is not None and {header.height, header.width} == set(size), name
+        assert pixels.shape == (-(-header.height // reduction), -(-header.width // reduction), 3), name
+        assert describe(data, DEFAULT_LIMITS, reduction) == by_pillow(data, DEFAULT_LIMITS, reduction), name
+        assert decompressed == [True, True], name
+
+
+@pytest.mark.parametrize("size", [(33, 47), (64, 48)])
+def test_other_jpegs_are_not_reduced_and_damaged_ones_equal_pillow(
+    size: tuple[int, int], by_pillow: Callable[..., Outcome]
+) -> None:
+    whole = {**other_jpegs(textured(9, *size)), **unreported_damage(textured(9, *size))}
+    for name, data in whole.items():
+        reduced = describe(data, DEFAULT_LIMITS, 4)
+        assert reduced == by_pillow(data, DEFAULT_LIMITS, 4), name
+        if read_jpeg_header(data) is None:
+            assert reduced == describe(data), name
+    assert read_jpeg_header(whole["CMYK"]) is None
+    assert read_jpeg_header(whole["lossless"]) is None
+    assert read_jpeg_header(whole["no end"]) == JpegHeader(*size, is_turned=False)
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_jpegs_that_are_reduced_equal_pillow(name: str, by_pillow: Callable[..., Outcome]) -> None:
+    data, limits = plain_jpegs(textured(10, 40, 61))[name], Limits(pixels=1 << 20)
+    for number, damaged in enumerate(mutations(data, 60, seed=100 + FUZZED.index(name))):
+        reduction = (2, 4, 8)[number % 3]
+        outcome = describe(damaged, limits, reduction)
+        assert outcome == by_pillow(damaged, limits, reduction), damaged.hex()
+        if outcome[0] != "open" and (header := read_jpeg_header(damaged)):
+            assert outcome[0] == (-(-header.height // reduction), -(-header.width // reduction), 3)
+
+
+def test_the_limits_apply_to_the_size_before_the_reduction() -> None:
+    data = encoded(textured(11, 60, 80))
+    for limits in (Limits(pixels=4799), Limits(side=79), Limits(image_bytes=len(data) - 1)):
+        assert describe(data, limits, 8) == describe(data, limits)
+    assert describe(data, Limits(pixels=4800, side=80), 8)[0] == (8, 10, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
+def test_other_formats_have_no_jpeg_header_and_are_not_reduced(kind: str) -> None:
+    data = encoded(smooth(12), kind)
+    assert read_jpeg_header(data) is None
+    assert open_pixels(data, DEFAULT_LIMITS, 4).shape == (96, 128, 3)
+
+
+@pytest.mark.parametrize("value", range(10))
+def test_the_header_is_that_of_the_upright_image(value: int) -> None:
+    header = read_jpeg_header(encoded(textured(13, 30, 50), exif=orientation(value)))
+    assert header == JpegHeader(*((50, 30) if 5 <= value <= 8 else (30, 50)), is_turned=2 <= value <= 8)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8\xff", b"no image", encoded(smooth(1))[:100]])
+def test_bytes_without_a_whole_header_have_no_jpeg_header(data: bytes) -> None:
+    assert read_jpeg_header(data) is None
