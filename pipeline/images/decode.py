@@ -151,7 +151,9 @@ def _decompress_jpeg(data: bytes, image: Image.Image, reduction: int) -> np.ndar
     smallest = {"min_height": height, "min_width": width} if reduction > 1 else {}
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True, **smallest)
-    except ValueError:
+    except MemoryError:
+        raise
+    except Exception:  # whatever it is, Pillow decides
         return None
     return pixels if pixels.shape == (height, width, 3) else None
 

@@ -298,6 +298,19 @@ def test_pillow_with_another_libjpeg_decompresses_all_jpegs(
     assert decompressed == []
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, OverflowError])
+def test_pillow_decides_after_any_error_of_simplejpeg(
+    error: type[Exception], by_pillow: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    data = encoded(textured(14, 30, 50))
+    expected = by_pillow(data)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    assert describe(data) == expected
+
+
 def test_a_lack_of_memory_in_simplejpeg_is_not_a_reject(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise MemoryError
