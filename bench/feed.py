@@ -140,7 +140,7 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     compute = ComputeConfig(device="cuda", precision="bf16", batch_size=8, threads=1)
     spec = make_spec(folder / "cache", transform, compute, case.openers).for_node(cores=16)
 
-    def sleep_instead(data: bytes, limits: Limits) -> np.ndarray:
+    def sleep_instead(data: bytes, limits: Limits, reduction: int) -> np.ndarray:
         time.sleep(OPEN_SECONDS)
         return np.empty((*sizes[int(data[:7]) % len(sizes)], 3), np.uint8)
 

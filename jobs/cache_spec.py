@@ -31,6 +31,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     inherited: dict[str, Any] = {
         "min_size": preprocessing.min_size,
         "interpolation": preprocessing.interpolation,
+        "jpeg_decode": preprocessing.jpeg_decode,
         "crop": preprocessing.crop,
         "flip": preprocessing.flip,
         "store": existing.store,
@@ -112,6 +113,7 @@ def make_transform(options: EncodeOptions) -> Transform:
         multiple_of=options.multiple_of if options.buckets else 0,
         min_size=options.min_size,
         interpolation=options.interpolation,
+        jpeg_decode=options.jpeg_decode,
         crop=options.crop,
         flip=options.flip,
         seed=options.seed,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jobs.parsing import REQUIRED, option, suggest
 from pipeline.errors import UsageError
 from pipeline.limits import Limits
-from pipeline.records import Container, Crop, Flip, Interpolation, Store
+from pipeline.records import Container, Crop, Flip, Interpolation, JpegDecode, Store
 
 ALL = "all"
 
@@ -167,6 +167,12 @@ class EncodeOptions(Common):
         0, "skip images whose shorter side is below PX pixels", "preprocessing", metavar="PX", default_text="off"
     )
     interpolation: Interpolation = option("bicubic", "resampling filter; always antialiased", "preprocessing")
+    jpeg_decode: JpegDecode = option(
+        "full",
+        "scaled: decode large JPEGs at 1/2, 1/4 or 1/8 of their size, but at least at twice the output's; faster, but "
+        "changes the latents slightly (see docs/performance.md)",
+        "preprocessing",
+    )
     crop: Crop = option("center", "crop position; random: drawn from a seed of --seed, shard and key", "preprocessing")
     flip: Flip = option(
         "none",

@@ -30,7 +30,8 @@ class Preprocessing:
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
     width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
     min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
-    the same settings give other pixels.
+    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the file
+    has the field only then.
     """
 
     resolution: int
@@ -41,6 +42,7 @@ class Preprocessing:
     crop: Literal["center", "random"]
     flip: Literal["none", "random"]
     version: int
+    jpeg_decode: Literal["full", "scaled"] = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,10 @@ class Identity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
-        return json.loads(canonical_json(asdict(self)))  # type: ignore[no-any-return]
+        content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
+        if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
+            del content["preprocessing"]["jpeg_decode"]
+        return content
 
     @property
     def sha256(self) -> str:

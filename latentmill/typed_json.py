@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
@@ -24,8 +24,8 @@ def parse_fields(kind: type[T], value: Any, name: str = "") -> T:
     """Return a dataclass from a JSON object: nested objects as dataclasses, lists as tuples.
 
     kind: a dataclass. name: of the object in its file ("identity.preprocessing"); empty for the whole file.
-    Fields that the dataclass does not have are left out. Raises FieldError for a field that is missing or has another
-    type.
+    Fields that the dataclass does not have are left out, and a missing field has its default. Raises FieldError for a
+    field that is missing without a default, and for one of another type.
     """
     if not isinstance(value, Mapping):
         raise FieldError(f"{_quote(name)} must be an object, not {_shorten(value)}")
@@ -34,6 +34,8 @@ def parse_fields(kind: type[T], value: Any, name: str = "") -> T:
     for field in fields(kind):  # type: ignore[arg-type]  # T cannot be bound to "any dataclass"
         full = f"{name}.{field.name}" if name else field.name
         if field.name not in value:
+            if field.default is not MISSING:
+                continue
             raise FieldError(f"the field '{full}' is missing")
         parsed[field.name] = _parse(hints[field.name], value[field.name], full)
     return kind(**parsed)

@@ -10,11 +10,9 @@ written again.
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-
-import numpy as np
 
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
@@ -22,6 +20,7 @@ from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
 from pipeline.formats.schema import OutputSchema
+from pipeline.images.decode import OpenPixels
 from pipeline.images.opener_processes import IS_SUPPORTED, OpenerProcesses
 from pipeline.images.prepare import Opener, make_opener
 from pipeline.images.remote_openers import LocalAndRemoteOpeners, RemoteOpeners, count_images_in_flight
@@ -149,7 +148,7 @@ class WorkerContext:
     damaged_at: int | None = None
     precision_error: float | None = None
 
-    def with_decoder(self, open_pixels: Callable[[bytes, Limits], np.ndarray]) -> "WorkerContext":
+    def with_decoder(self, open_pixels: OpenPixels) -> "WorkerContext":
         """Return the same context with a function that decodes image files in the threads of this process."""
         opener = make_opener(self.spec.transform, self.spec.limits, open_pixels)
         return replace(self, stages=replace(self.stages, opener=opener))

@@ -9,6 +9,7 @@ from pipeline.errors import Rejected
 if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help` can save
     from torch import Tensor
 
+JpegDecode = Literal["full", "scaled"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]

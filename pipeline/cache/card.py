@@ -45,7 +45,8 @@ def _describe_image_size(settings: Preprocessing) -> str:
     size = f"{settings.resolution} px"
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
-    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}"
+    scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
+    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{scaled}"
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:

@@ -5,6 +5,7 @@ here they are made from a job's settings, written, and compared.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
@@ -43,6 +44,7 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         multiple_of=settings.multiple_of or None,
         min_size=settings.min_size,
         interpolation=settings.interpolation,
+        jpeg_decode=settings.jpeg_decode,
         crop=settings.crop,
         flip=settings.flip,
         version=transform.VERSION,
@@ -58,6 +60,7 @@ def parse_transform(identity: Identity) -> transform.Transform:
         multiple_of=preprocessing.multiple_of or 0,
         min_size=preprocessing.min_size,
         interpolation=preprocessing.interpolation,
+        jpeg_decode=preprocessing.jpeg_decode,
         crop=preprocessing.crop,
         flip=preprocessing.flip,
         seed=identity.seed,
@@ -150,7 +153,7 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         **{f"config.{name}": f"a VAE that has {name} {settings['config'].get(name)}" for name in names},
         "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
         **(buckets if grid else {}),
-        **_format_options(settings["preprocessing"], ("min_size", "interpolation", "crop", "flip")),
+        **_format_options(asdict(preprocessing), ("min_size", "interpolation", "jpeg_decode", "crop", "flip")),
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",

@@ -35,6 +35,7 @@ def get_library_versions() -> dict[str, str]:
         "torch": version("torch"),
         "pyarrow": version("pyarrow"),
         "pillow": version("pillow"),
+        "simplejpeg": version("simplejpeg"),
     }
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from pipeline.errors import Rejected
@@ -30,9 +29,7 @@ class OpenedImage:
 Opener = Callable[[bytes, str, str], OpenedImage | None]
 
 
-def make_opener(
-    transform: Transform, limits: Limits, open_pixels: Callable[[bytes, Limits], np.ndarray] = decode.open_pixels
-) -> Opener:
+def make_opener(transform: Transform, limits: Limits, open_pixels: decode.OpenPixels = decode.open_pixels) -> Opener:
     """Return a function that opens images in the thread that calls it. open_pixels: decodes an image file."""
     return partial(open_image, transform, limits, open_pixels)
 
@@ -40,16 +37,21 @@ def make_opener(
 def open_image(
     transform: Transform,
     limits: Limits,
-    open_pixels: Callable[[bytes, Limits], np.ndarray],
+    open_pixels: decode.OpenPixels,
     data: bytes,
     shard: str,
     key: str,
 ) -> OpenedImage | None:
     """Decode and transform an image. See `Opener`."""
-    rgb = open_pixels(data, limits)
-    height, width = rgb.shape[:2]
+    jpeg = decode.read_jpeg_header(data) if transform.jpeg_decode == "scaled" else None
+    reduction = transform.choose_reduction(jpeg.height, jpeg.width, jpeg.is_turned) if jpeg else 1
+    rgb = open_pixels(data, limits, reduction)
+    height, width = (jpeg.height, jpeg.width) if jpeg else rgb.shape[:2]
     fit = transform.fit(height, width, shard, key)
-    return None if fit is None else OpenedImage(transform.apply(rgb, fit), height, width, fit)
+    if fit is None:
+        return None
+    pixels = transform.apply(rgb, fit, (height / reduction, width / reduction))
+    return OpenedImage(pixels, height, width, fit)
 
 
 def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage | None:

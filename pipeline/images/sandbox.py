@@ -27,10 +27,10 @@ class SandboxedDecoder(Child):
     def __enter__(self) -> "SandboxedDecoder":
         return self
 
-    def open_pixels(self, data: bytes, limits: Limits) -> np.ndarray:
+    def open_pixels(self, data: bytes, limits: Limits, reduction: int = 1) -> np.ndarray:
         """Decode an image to RGB uint8 [H, W, 3]. Raises Rejected, with the reason `unsafe` if it ended the process."""
         try:
-            answer, content = self.ask(data, limits.seconds)
+            answer, content = self.ask(bytes([reduction]) + data, limits.seconds)
         except ChildProcessError:
             raise Rejected("open", "unsafe", limits.seconds, limits.memory) from None
         if "rejected" in answer:
@@ -46,7 +46,7 @@ def main() -> None:
 
     def answer(data: bytes) -> tuple[dict[str, Any], bytes]:
         try:
-            pixels = open_pixels(data, limits)
+            pixels = open_pixels(data[1:], limits, reduction=data[0])
         except Rejected as error:
             return {"rejected": [error.stage, error.reason, *error.numbers]}, b""
         except MemoryError:

@@ -10,6 +10,9 @@ or less, which cost most, run in torch, which is three to five times faster. All
 If noise images are reduced to more than half, torch's integer weights are off by 2 in one of ten. If an image is about
 twice as tall as wide, Pillow 13 resizes the columns first, and clamping between the passes then gives another image.
 
+Pillow resizes the rows first, then the columns. Between the two passes, what the crop does not need is left out. The
+pixels of the crop are exactly those of resizing the whole image.
+
 A line of pixels would become a very long image. If the resized image had more than MAX_RESIZED pixels, and more than
 MAX_TIMES as many as the crop, only the crop is computed. It may then differ by the effect of clamping between the
 passes.
@@ -27,13 +30,14 @@ from torch.nn import functional as F
 
 from pipeline.images.buckets import Bucket, find_nearest
 from pipeline.images.seeds import derive_seed
-from pipeline.records import Crop, Flip, Interpolation
+from pipeline.records import Crop, Flip, Interpolation, JpegDecode
 
 # Part of a cache's identity. Increase it if the same settings give other pixels.
 VERSION = 1
 
 MAX_RESIZED = 1 << 25  # pixels; half a GB during the resize. At 1,024 px, an image 32 times as long as high.
 MAX_TIMES = 16
+MIN_REDUCED = 2
 MAX_TALL = 1.9  # height / width up to which Pillow resizes the rows first, as torch does
 
 _PILLOW = {
@@ -41,6 +45,8 @@ _PILLOW = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+Extent = tuple[float, float]  # height and width
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ class Transform:
     resolution: height and width of the output; with buckets, the side of a square of their area.
     buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
     min_size: images with a shorter side than this are filtered.
+    jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
     seed: of random crops and flips.
     """
 
@@ -76,6 +83,7 @@ class Transform:
     multiple_of: int = 0
     min_size: int = 0
     interpolation: Interpolation = "bicubic"
+    jpeg_decode: JpegDecode = "full"
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
@@ -107,44 +115,104 @@ class Transform:
             flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5,
         )
 
+    def choose_reduction(self, height: int, width: int, is_turned: bool) -> int:
+        """Return the factor by which a JPEG of this size is reduced while it is decoded: 1, 2, 4 or 8.
+
+        is_turned: whether the JPEG has an orientation. If so, only factors of both sides are chosen. Otherwise, the
+        last row or column of the reduced image may be a partial one, and the orientation would make it the first.
+        """
+        fit = self.fit(height, width)
+        if self.jpeg_decode == "full" or fit is None:
+            return 1
+        for factor in (8, 4, 2):
+            tall, wide = math.ceil(height / factor), math.ceil(width / factor)
+            is_whole = (height, width) == (tall * factor, wide * factor)
+            is_large = tall >= MIN_REDUCED * fit.height and wide >= MIN_REDUCED * fit.width
+            if is_large and (is_whole or not is_turned):
+                return factor
+        return 1
+
     def _draw(self, purpose: str, shard: str, key: str) -> float:
         """Return a random number in [0, 1) that follows from the sample."""
         return random.Random(derive_seed(self.seed, purpose, shard, key)).random()
 
-    def apply(self, pixels: np.ndarray, fit: Fit) -> Tensor:
-        """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3]."""
+    def apply(self, pixels: np.ndarray, fit: Fit, extent: Extent | None = None) -> Tensor:
+        """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3].
+
+        extent: height and width of the image in these pixels; default: H and W. They are fractions if the image was
+        reduced, and its last row or column is a partial one.
+        """
+        extent = extent or pixels.shape[:2]
         if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
-            cut = resize_cut(pixels, fit, self.interpolation)
+            cut = resize_cut(pixels, fit, self.interpolation, extent)
+        elif extent == pixels.shape[:2] and _is_resized_in_passes(pixels, fit, self.interpolation):
+            cut = resize_in_passes(pixels, fit, self.interpolation)
         else:
-            resized = resize(pixels, fit.height, fit.width, self.interpolation)
+            resized = resize(pixels, fit.height, fit.width, self.interpolation, extent)
             cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
         return (cut.flip(1) if fit.flipped else cut).contiguous()
 
 
-def resize(pixels: np.ndarray, height: int, width: int, interpolation: Interpolation) -> Tensor:
-    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased."""
+def resize(
+    pixels: np.ndarray, height: int, width: int, interpolation: Interpolation, extent: Extent | None = None
+) -> Tensor:
+    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased. extent: see `Transform.apply`."""
     tall, wide = pixels.shape[:2]
+    rows, columns = extent or (tall, wide)
     if (tall, wide) == (height, width):
         return torch.from_numpy(pixels.copy())
-    halves = 2 * height <= tall and 2 * width <= wide
-    if interpolation == "lanczos" or not halves or tall > MAX_TALL * wide:
-        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation])
+    if not _is_resized_by_torch((tall, wide), (height, width), interpolation):
+        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation], (0, 0, columns, rows))
         return torch.from_numpy(np.asarray(image).copy())
     source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
-    resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
+    if (rows, columns) == (tall, wide):
+        resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
+    else:  # torch rounds the size down, so the scale is rounded up
+        scale = [math.nextafter(height / rows, math.inf), math.nextafter(width / columns, math.inf)]
+        resized = F.interpolate(source, scale_factor=scale, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
-def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
+def _is_resized_by_torch(source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation) -> bool:
+    """Return whether torch's result is within 1/255 of Pillow's. source, target: height and width in pixels."""
+    halves = 2 * target[0] <= source[0] and 2 * target[1] <= source[1]
+    return interpolation != "lanczos" and halves and source[0] <= MAX_TALL * source[1]
+
+
+def _is_resized_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> bool:
+    """Return whether `resize_in_passes` equals Pillow's resize, and has something to leave out."""
+    tall, wide = pixels.shape[:2]
+    target = (fit.height, fit.width)
+    is_cropped = target != (fit.out_height, fit.out_width)
+    by_pillow = (tall, wide) != target and not _is_resized_by_torch((tall, wide), target, interpolation)
+    return is_cropped and by_pillow and tall <= MAX_TALL * wide
+
+
+def resize_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
+    """Resize the rows, then the columns, without what the crop does not need. Return the crop, as `resize_cut` does.
+
+    Each pass has the scale and the positions of the whole image, so its weights are the same, to the bit. That is
+    impossible with Pillow's `box`, a float32.
+    """
+    tall, filter_ = pixels.shape[0], _PILLOW[interpolation]
+    needed, _, _ = _choose_window(fit.top, fit.out_height, fit.height, tall)
+    rows = Image.fromarray(pixels[needed]).resize((fit.width, needed.stop - needed.start), filter_)
+    rows = rows.crop((fit.left, -needed.start, fit.left + fit.out_width, tall - needed.start))
+    image = rows.resize((fit.out_width, fit.height), filter_)
+    return torch.from_numpy(np.array(image.crop((0, fit.top, fit.out_width, fit.top + fit.out_height))))
+
+
+def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation, extent: Extent | None = None) -> Tensor:
     """Compute only the crop of the resized image, uint8 [out_height, out_width, 3]."""
-    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, pixels.shape[0])
-    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, pixels.shape[1])
+    tall, wide = extent or pixels.shape[:2]
+    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, tall)
+    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, wide)
     image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
     size, box = (fit.out_width, fit.out_height), (left, top, right, bottom)
     return torch.from_numpy(np.asarray(image.resize(size, _PILLOW[interpolation], box)).copy())
 
 
-def _choose_window(first: int, count: int, resized: int, side: int) -> tuple[slice, float, float]:
+def _choose_window(first: int, count: int, resized: int, side: float) -> tuple[slice, float, float]:
     """Return the source pixels of one side that `count` resized pixels depend on, and the box inside them.
 
     Pillow stores boxes in float32. In a whole image of 65,535 pixels the box would be off by several resized pixels.
@@ -152,5 +220,5 @@ def _choose_window(first: int, count: int, resized: int, side: int) -> tuple[sli
     step = side / resized
     begin, end = first * step, min((first + count) * step, side)
     margin = math.ceil(3 * max(step, 1)) + 1  # the radius of Lanczos is three pixels of the coarser image
-    low, high = max(0, math.floor(begin) - margin), min(side, math.ceil(end) + margin)
+    low, high = max(0, math.floor(begin) - margin), min(math.ceil(side), math.ceil(end) + margin)
     return slice(low, high), begin - low, end - low

@@ -164,9 +164,9 @@ def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     build = flow.EncodeSpec.build
 
-    def run_slowly(data: bytes, limits: Limits) -> np.ndarray:
+    def run_slowly(data: bytes, limits: Limits, reduction: int) -> np.ndarray:
         time.sleep(0.1)
-        return decode.open_pixels(data, limits)
+        return decode.open_pixels(data, limits, reduction)
 
     def build_slow(*args: Any) -> flow.UnitWorker:
         encoder = build(*args)

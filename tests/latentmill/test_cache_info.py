@@ -39,6 +39,7 @@ def encode_with_sha256(content: dict[str, Any]) -> bytes:
     [
         {},
         {"preprocessing": identity.describe_transform(BUCKETS)},
+        {"preprocessing": identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))},
         {"columns": ("txt", "caption"), "tile_above": 2048, "image_column": "image", "key_column": "id"},
         {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
     ],
@@ -62,6 +63,13 @@ def test_the_sha256_of_an_identity_is_stable() -> None:
     )
     assert canonical_json(IDENTITY.to_dict()) == text.encode()
     assert IDENTITY.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_identity_has_jpeg_decode_only_if_jpegs_are_decoded_at_a_reduced_size() -> None:
+    scaled = identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))
+    content = make_content(preprocessing=scaled)["identity"]["preprocessing"]
+    assert content.pop("jpeg_decode") == "scaled"
+    assert content == make_content()["identity"]["preprocessing"]
 
 
 @pytest.mark.parametrize(

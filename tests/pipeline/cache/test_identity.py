@@ -59,6 +59,8 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
         (BUCKETS, BUCKETS | {"buckets": WIDE}, "the buckets 64x64", "the buckets 128x128, 64x256"),
         ({}, {"min_size": 5, "crop": "random"}, "--min-size 0 and --crop center", "--min-size 5 and --crop random"),
         ({}, {"interpolation": "lanczos"}, "--interpolation bicubic", "--interpolation lanczos"),
+        ({}, {"jpeg_decode": "scaled"}, "--jpeg-decode full", "--jpeg-decode scaled"),
+        ({"jpeg_decode": "scaled"}, {}, "--jpeg-decode scaled", "--jpeg-decode full"),
         ({}, {"flip": "random"}, "--flip none", "--flip random"),
     ],
 )
@@ -119,7 +121,9 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
 
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
-    transform = Transform(resolution=96, min_size=5, interpolation="lanczos", crop="random", flip="random", seed=7)
+    transform = Transform(
+        resolution=96, min_size=5, interpolation="lanczos", jpeg_decode="scaled", crop="random", flip="random", seed=7
+    )
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
     data = encode_cache_json(info_of(wanted).to_dict())
     assert identity.parse_transform(parse_cache_json(data, "c").identity) == transform

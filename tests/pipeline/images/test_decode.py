@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageFile
 
 from pipeline.errors import REASONS, Rejected
@@ -255,12 +256,13 @@ def test_limits_are_inclusive() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_the_size_is_checked_before_an_image_is_decompressed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(image: ImageFile.ImageFile) -> None:
+    def refuse(*_: object, **__: object) -> None:
         pytest.fail("the image was decompressed")
 
     data = encoded(smooth(5), kind)
     for owner in (ImageFile.ImageFile, type(Image.open(io.BytesIO(data)))):
         monkeypatch.setattr(owner, "load", refuse)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
     assert expect_reject(data, Limits(pixels=1000)).reason == "too_many_pixels"
 
 

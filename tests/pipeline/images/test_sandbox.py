@@ -34,6 +34,14 @@ def test_pixels_equal_those_without_the_sandbox(decoder: SandboxedDecoder) -> No
         assert np.array_equal(decoder.open_pixels(data, decoder.limits), open_pixels(data))
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 8])
+def test_reduced_pixels_equal_those_without_the_sandbox(decoder: SandboxedDecoder, reduction: int) -> None:
+    data = encoded(smooth(3, 60, 80))
+    pixels = decoder.open_pixels(data, decoder.limits, reduction)
+    assert np.array_equal(pixels, open_pixels(data, decoder.limits, reduction))
+    assert pixels.shape == (-(-60 // reduction), 80 // reduction, 3)
+
+
 def test_rejects_equal_those_without_the_sandbox(decoder: SandboxedDecoder) -> None:
     for data in (b"", b"no image", encoded(smooth(0))[:500]):
         with pytest.raises(Rejected) as expected:

@@ -8,6 +8,15 @@ from pipeline.images.buckets import make_grid
 from pipeline.images.transform import Transform, resize, resize_cut
 from tests.conftest import smooth
 
+
+def textured(seed: int, height: int, width: int) -> np.ndarray:
+    """Return an image with edges and details of several sizes, RGB uint8 [height, width, 3]."""
+    draw = np.random.default_rng(seed)
+    layers = [draw.integers(0, 2, (height // side + 1, width // side + 1, 3)) * 255 for side in (31, 17)]
+    images = [np.kron(layer, np.ones((side, side, 1))) for layer, side in zip(layers, (31, 17), strict=True)]
+    return (sum(image[:height, :width] for image in images) / 2).astype(np.uint8)
+
+
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -86,6 +95,76 @@ def test_a_random_flip_mirrors_half_of_the_images() -> None:
     assert transform.apply(pixels, mirrored).is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("size", "resolution", "factor"),
+    [
+        ((128, 128), 64, 1),  # half of it would be the target
+        ((254, 254), 64, 1),
+        ((255, 255), 64, 2),  # half of it is 127.5, rounded up
+        ((256, 341), 64, 2),  # 128 x 171, at least twice 64 x 85
+        ((256, 342), 64, 1),  # 128 x 171, less than twice 64 x 86
+        ((511, 511), 64, 4),
+        ((1024, 2000), 64, 8),
+        ((9000, 9000), 64, 8),  # the largest factor
+        ((40, 4000), 64, 1),  # enlarged
+    ],
+)
+def test_jpegs_are_reduced_to_at_least_twice_the_target(size: tuple[int, int], resolution: int, factor: int) -> None:
+    for shape in (size, size[::-1]):
+        assert Transform(resolution=resolution, jpeg_decode="scaled").choose_reduction(*shape, False) == factor
+        assert Transform(resolution=resolution).choose_reduction(*shape, False) == 1
+
+
+def test_the_reduction_is_the_largest_that_leaves_twice_the_resized_image() -> None:
+    draw = np.random.default_rng(5)
+    for buckets in ((), make_grid(64, 8)):
+        transform = Transform(resolution=64, buckets=buckets, jpeg_decode="scaled", min_size=40)
+        for height, width in draw.integers(1, 2000, (300, 2)).tolist():
+            fit = transform.fit(height, width)
+            fitting = [
+                factor
+                for factor in (1, 2, 4, 8)
+                if fit and -(-height // factor) >= 2 * fit.height and -(-width // factor) >= 2 * fit.width
+            ]
+            assert transform.choose_reduction(height, width, False) == max(fitting, default=1), (height, width)
+            whole = [factor for factor in fitting if height % factor == width % factor == 0]
+            assert transform.choose_reduction(height, width, True) == max(whole, default=1), (height, width)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_fraction_of_a_pixel_at_the_end_differs_from_pillow_by_at_most_one(name: str) -> None:
+    """Half of an image of 451 x 300 pixels is 225.5 of 226 pixels wide."""
+    draw = np.random.default_rng(3)
+    for _ in range(60):
+        height, width = (int(side) for side in draw.integers(40, 400, 2))
+        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        extent = (height - int(draw.integers(8)) / 8, width - int(draw.integers(8)) / 8)
+        scale = draw.uniform(0.1, 0.5)
+        target = (max(1, int(height * scale)), max(1, int(width * scale)))
+        ours = resize(pixels, *target, name, extent).numpy().astype(int)  # type: ignore[arg-type]
+        box = (0, 0, extent[1], extent[0])
+        theirs = np.asarray(Image.fromarray(pixels).resize(target[::-1], FILTERS[name], box))
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max() <= 1, (height, width, extent, target)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (451, 300), (300, 451), (513, 519), (301, 2001), (700, 301)])
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_reduced_image_is_resized_to_the_same_place(size: tuple[int, int], name: str) -> None:
+    """Means of blocks stand for libjpeg's reduction, and the partial ones at the ends for its padding."""
+    transform = Transform(resolution=64, interpolation=name, jpeg_decode="scaled")  # type: ignore[arg-type]
+    fit, factor = transform.fit(*size), transform.choose_reduction(*size, False)
+    assert fit is not None and factor > 1
+    pixels = textured(4, *size)
+    padding = [(0, -side % factor) for side in size]
+    padded = np.pad(pixels.astype(float), [*padding, (0, 0)], mode="edge")
+    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor, 3)
+    reduced = np.rint(blocks.mean(axis=(1, 3))).astype(np.uint8)
+    whole = transform.apply(pixels, fit).float()
+    placed = transform.apply(reduced, fit, (size[0] / factor, size[1] / factor)).float()
+    assert (placed - whole).pow(2).mean().sqrt() < 4, "without the extent, it is above 5"
+
+
 LINES = [(1, 20_000), (20_000, 1), (1, 65_535), (65_535, 1), (3, 65_535)]
 
 
@@ -126,6 +205,10 @@ def test_resizing_only_the_crop_equals_resizing_and_cropping() -> None:
                 whole = resize(pixels, fit.height, fit.width, name).int()  # type: ignore[arg-type]
                 cut = whole[fit.top : fit.top + 64, fit.left : fit.left + 64]
                 assert (resize_cut(pixels, fit, name).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
+                extent = (size[0] - 0.5, size[1] - 0.75)
+                whole = resize(pixels, fit.height, fit.width, name, extent).int()  # type: ignore[arg-type]
+                cut = whole[fit.top : fit.top + 64, fit.left : fit.left + 64]
+                assert (resize_cut(pixels, fit, name, extent).int() - cut).abs().max() <= 2, (name, crop, size)  # type: ignore[arg-type]
 
 
 def test_images_of_ordinary_shapes_are_resized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +218,28 @@ def test_images_of_ordinary_shapes_are_resized_as_a_whole(monkeypatch: pytest.Mo
         fit = transform.fit(*size)
         assert fit is not None
         assert transform.apply(np.zeros((*size, 3), np.uint8), fit).shape == (resolution, resolution, 3)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("buckets", [(), make_grid(32, 8)])
+def test_leaving_out_what_is_not_needed_changes_no_pixel(
+    name: str, buckets: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise shows every difference in weights and in the order of the passes. torch's part of the work is left out."""
+    draw = np.random.default_rng(len(name))
+    in_passes = 0
+    for number in range(400):
+        side, aspect = draw.integers(16, 129), np.exp(draw.uniform(-1.5, 1.5) / 2)
+        size = (max(1, int(side * aspect)), max(1, int(side / aspect)))
+        pixels = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
+        crop = ("center", "random")[number % 2]
+        transform = Transform(resolution=32, buckets=buckets, interpolation=name, crop=crop)  # type: ignore[arg-type]
+        fit = transform.fit(*size, "s.tar", str(number))
+        assert fit is not None
+        if 2 * fit.height <= size[0] and name != "lanczos":
+            continue
+        whole = np.asarray(Image.fromarray(pixels).resize((fit.width, fit.height), FILTERS[name]))
+        expected = whole[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
+        assert np.array_equal(transform.apply(pixels, fit), expected), (size, fit)
+        in_passes += module._is_resized_in_passes(pixels, fit, name)  # type: ignore[arg-type]
+    assert in_passes > 50

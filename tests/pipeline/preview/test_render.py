@@ -86,4 +86,4 @@ def test_the_record_of_a_run_is_written_from_start_to_end(tmp_path: Path) -> Non
     content = yaml.safe_load(path.read_text())
     assert (content["outcome"], content["exit_code"], content["units"]) == ("done", 0, 3)
     assert content["started"] <= content["alive"] <= content["ended"]
-    assert set(content["versions"]) == {"latentmill", "python", "torch", "pyarrow", "pillow"}
+    assert set(content["versions"]) == {"latentmill", "python", "torch", "pyarrow", "pillow", "simplejpeg"}
