@@ -152,14 +152,14 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    compute = resources.compute(precision, options.batch_size, options.compile)
+    compute = resources.compute(precision, options.batch_size, options.encoder_form)
     layout = OutputSchema(container=options.format, store=options.store, columns=columns)
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,
         identity_sha256=wanted.sha256,
         compute=ComputeInfo(
-            device=compute.device, batch_size=compute.batch_size, threads=compute.threads, compile=compute.compile
+            device=compute.device, batch_size=compute.batch_size, threads=compute.threads, form=compute.form
         ),
         vae=VaeInfo(
             reference=vae.ref,
@@ -221,9 +221,8 @@ def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
 
 def _format_compute_setting(name: str, value: Any) -> str:
     """Return a compute setting as the option that sets it."""
-    if name == "compile":
-        return "--compile" if value else "no --compile"
-    return f"{to_flag('cpus_per_worker' if name == 'threads' else name)} {value}"
+    options = {"threads": "cpus_per_worker", "form": "encoder_form"}
+    return f"{to_flag(options.get(name, name))} {value}"
 
 
 def note_versions(cache: Folder, run: str) -> None:

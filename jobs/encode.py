@@ -178,7 +178,7 @@ def encode_pending(
 ) -> Sequence[Failure]:
     """Run the pending units on the workers. Returns the units that failed for good."""
     precision = info.identity.precision
-    compute = resources.compute(precision, options.batch_size, options.compile)
+    compute = resources.compute(precision, options.batch_size, options.encoder_form)
     cache_spec.note_differences(info.compute, compute)
     cache_spec.note_versions(cache, recorder.run.name)
     limits, threads = options.input_limit, resources.open_threads

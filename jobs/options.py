@@ -226,8 +226,11 @@ class EncodeOptions(Common):
         metavar="N",
         default_text="8 on GPUs, 1 on CPUs",
     )
-    compile: bool = option(
-        False, "compile the encoder with torch.compile: a slow start, for long jobs on GPUs", "model and performance"
+    encoder_form: Literal["auto", "plain", "fused", "compiled"] = option(
+        "auto",
+        "implementation of the encoder; plain: torch's kernels; fused: Triton kernels, for CUDA GPUs; compiled: "
+        "torch.compile, once per shape; auto: the fastest on the GPU, otherwise plain",
+        "model and performance",
     )
     tile_above: int = option(
         0,

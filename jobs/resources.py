@@ -6,6 +6,7 @@ Ray takes seconds to start, so the connection is made only when it is needed.
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from jobs.local_executor import LocalExecutor
 from jobs.options import Common
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
+from pipeline.records import Form
 from pipeline.weights import Vae
 
 GPU_BATCH, CPU_BATCH = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
@@ -39,14 +41,16 @@ class ResourcePlan:
             self._device = self._choose_inline_device() if self.is_inline else self._choose_cluster_device()
         return self._device
 
-    def compute(self, precision: str, batch_size: int = 0, compiled: bool = False) -> ComputeConfig:
-        """Return how workers compute here. batch_size: 0 stands for the default."""
+    def compute(self, precision: str, batch_size: int = 0, form: Form | Literal["auto"] = "auto") -> ComputeConfig:
+        """Return how workers compute here. batch_size: 0 stands for the default. Raises UsageError for a form."""
+        if form == "fused" and self.device != "cuda":
+            raise UsageError(f"--encoder-form fused is for CUDA GPUs, and this job runs on {self.device}; use plain")
         return ComputeConfig(
             device=self.device,
             precision=precision,
             batch_size=batch_size or (CPU_BATCH if self.device == "cpu" else GPU_BATCH),
             threads=self.options.cpus_per_worker,
-            compile=compiled,
+            form="plain" if form == "auto" else form,
         )
 
     @property
