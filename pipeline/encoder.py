@@ -5,6 +5,7 @@ other images nor on its position (bit for bit on a CPU), and a compiled or bench
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ OUT_OF_MEMORY = (
     "miopenstatusallocfailed",
     "invalid buffer size",  # MPS: one buffer would exceed the device's maximum buffer length (MPSAllocator.mm)
 )
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_IMAGES, CHECKED_SIDE = 2, 256  # of the self-check
@@ -74,6 +76,7 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
     """
     disable_malloc_trim()
     if compute.device == "cuda":
+        configure_allocator()
         configure_cuda(compute.precision)
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
@@ -97,6 +100,16 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale
     return model.eval().requires_grad_(False)
+
+
+def configure_allocator() -> None:
+    """Let torch's allocator on CUDA grow its segments, unless the user has configured it.
+
+    Buckets and halved batches need blocks of many sizes. Without this, memory that is free in segments of another size
+    cannot be used. torch reads the environment variable at its first allocation, so this must run before it.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def configure_cuda(precision: str) -> None:

@@ -1,12 +1,15 @@
 """The forms of the encoder give the same latents, and have what they need."""
 
 import dataclasses
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.encoder import ComputeConfig, LatentEncoder, build_model, make_checked_image
+from pipeline.encoder import ALLOCATOR_VARIABLES, ComputeConfig, LatentEncoder, build_model, make_checked_image
 from pipeline.errors import VaeError
 from pipeline.records import PreparedImage
 from pipeline.weights import Vae
@@ -68,3 +71,33 @@ def test_torchs_kernels_are_contiguous_on_gpus_only() -> None:
         for form in ("plain", "fused", "compiled")
     }
     assert [key for key, value in formats.items() if value == torch.contiguous_format] == [("cuda", "plain")]
+
+
+SCRIPT = """
+import torch
+from pipeline.encoder import configure_allocator
+configure_allocator()
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:256"}, "max_split_size_mb:256"),
+    ],
+)
+def test_the_allocator_is_configured_after_torch_was_imported(given: dict[str, str], expected: str) -> None:
+    """torch reports the settings that it read. The user's own remain."""
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        env=environment | given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == expected
