@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
+from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop
@@ -46,6 +47,7 @@ class EncodeSpec:
     identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
     open_threads: threads that open images, shared by the units in flight; 0: as many as the worker has cores.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
+    candidates: what a worker may choose for its GPU (`pipeline.tuning`); None: `compute` has all settings.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
     """
@@ -66,10 +68,16 @@ class EncodeSpec:
     open_threads: int
     run: str
     versions: Mapping[str, str]
+    candidates: tuning.Candidates | None = None
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
+        if self.candidates is not None:
+            compute = tuning.choose_compute(
+                self.cache, vae, self.compute, self.candidates, self.transform.shapes, self.tile_above
+            )
+            return replace(self, compute=compute, candidates=None).build(vae, stop)
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         error = encoder.check_precision()
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.open_threads)

@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"storage"},
     {"formats", "images", "weights"},
     {"readers", "encoder"},
-    {"sources"},
+    {"sources", "tuning"},
     {"cache"},
     {"part_writer"},
     {"flow"},

@@ -80,6 +80,11 @@ class Transform:
     flip: Flip = "none"
     seed: int = 0
 
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The heights and widths of all outputs."""
+        return self.buckets or ((self.resolution, self.resolution),)
+
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
         """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers."""
         if min(height, width) < self.min_size:
