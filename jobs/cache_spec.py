@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jobs.messages import log_note
 from jobs.options import ALL, EncodeOptions
@@ -16,8 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
-from pipeline.records import Unit
+from pipeline.records import Form, Unit
 from pipeline.storage.folder import Folder
+from pipeline.tuning import Candidates
 from pipeline.weights import Vae
 from pipeline.wording import to_flag
 
@@ -154,15 +155,12 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    compute = resources.compute(precision, options.batch_size, options.compile)
     layout = OutputSchema(container=options.format, store=options.store, columns=columns)
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,
         identity_sha256=wanted.sha256,
-        compute=ComputeInfo(
-            device=compute.device, batch_size=compute.batch_size, threads=compute.threads, compile=compute.compile
-        ),
+        compute=describe_compute(options, resources, precision),
         vae=VaeInfo(
             reference=vae.ref,
             config=vae.config.to_dict(),
@@ -212,20 +210,49 @@ def note_columns(existing: PassthroughColumns, available: PassthroughColumns) ->
         log_note(f"skipped, because the cache was created without them: the columns {', '.join(new)}")
 
 
-def note_differences(existing: ComputeInfo, compute: ComputeConfig) -> None:
-    """Log the compute settings in which this run differs from the run that created the cache."""
+def describe_compute(options: EncodeOptions, resources: ResourcePlan, precision: str) -> ComputeInfo:
+    """Return the entry `compute` of a new cache.json. What workers choose is None or `auto`."""
+    compute = resources.compute(precision, options.batch_size, options.encoder_form)
+    is_chosen = resources.candidates(options.batch_size, options.encoder_form) is not None
+    return ComputeInfo(
+        device=compute.device,
+        batch_size=options.batch_size or (None if is_chosen else compute.batch_size),
+        threads=compute.threads,
+        form=options.encoder_form if is_chosen else compute.form,
+    )
+
+
+def inherit_compute(
+    recorded: ComputeInfo, device: str, batch_size: int = 0, form: Form | Literal["auto"] = "auto"
+) -> tuple[int, Form | Literal["auto"]]:
+    """Return the batch size and the form of a run on a cache. On CUDA, what is not set has the values of the cache.
+
+    recorded: the entry `compute` of cache.json. batch_size, form: 0 and `auto` if they are not set.
+    """
+    if not device == recorded.device == "cuda":
+        return batch_size, form
+    return batch_size or recorded.batch_size or 0, recorded.form if form == "auto" else form
+
+
+def note_differences(existing: ComputeInfo, compute: ComputeConfig, candidates: Candidates | None) -> None:
+    """Log the compute settings in which this run differs from the run that created the cache.
+
+    candidates: what the workers choose; it is not compared.
+    """
     current = dataclasses.asdict(compute)
+    if candidates is not None:
+        chosen = {"batch_size": candidates.batch_sizes, "form": candidates.forms}
+        current = {name: value for name, value in current.items() if len(chosen.get(name, ())) < 2}
     for name, value in dataclasses.asdict(existing).items():
-        if current[name] != value:
+        if value not in (None, "auto") and name in current and current[name] != value:
             before, now = (_format_compute_setting(name, setting) for setting in (value, current[name]))
             log_note(f"the cache was made with {before}, this command has {now}; bits may differ by rounding")
 
 
 def _format_compute_setting(name: str, value: Any) -> str:
     """Return a compute setting as the option that sets it."""
-    if name == "compile":
-        return "--compile" if value else "no --compile"
-    return f"{to_flag('cpus_per_worker' if name == 'threads' else name)} {value}"
+    options = {"threads": "cpus_per_worker", "form": "encoder_form"}
+    return f"{to_flag(options.get(name, name))} {value}"
 
 
 def note_versions(cache: Folder, run: str) -> None:

@@ -9,7 +9,7 @@ from jobs import cache_spec
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
-from jobs.messages import collect_secrets, configure_logging, log_each, log_note, log_warning
+from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.options import EncodeOptions, describe_options, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -21,6 +21,7 @@ from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
 from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
+from pipeline import tuning
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.parts import read_superseded
@@ -178,11 +179,13 @@ def encode_pending(
 ) -> Sequence[Failure]:
     """Run the pending units on the workers. Returns the units that failed for good."""
     precision = info.identity.precision
-    compute = resources.compute(precision, options.batch_size, options.compile)
-    cache_spec.note_differences(info.compute, compute)
+    size, form = cache_spec.inherit_compute(info.compute, resources.device, options.batch_size, options.encoder_form)
+    compute, candidates = resources.compute(precision, size, form), resources.candidates(size, form)
+    cache_spec.note_differences(info.compute, compute, candidates)
     cache_spec.note_versions(cache, recorder.run.name)
     limits, openers = options.input_limit, resources.count_openers(options.open_workers)
-    spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, parse_source_options(options))
+    source_options = parse_source_options(options)
+    spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, source_options, candidates)
     spec = dataclasses.replace(
         spec,
         remote_openers=resources.plan_remote_openers(options.remote_openers),
@@ -220,6 +223,7 @@ def encode_pending(
             totals.wall = time.perf_counter() - started
             for line in skipped.describe():
                 log_note(line)
+            log_each(tuning.describe_choices(cache) if candidates else (), log_info)
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

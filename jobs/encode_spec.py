@@ -10,6 +10,7 @@ from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.flow import EncodeSpec
 from pipeline.storage.folder import Folder
+from pipeline.tuning import Candidates
 
 
 def make_encode_spec(
@@ -20,10 +21,11 @@ def make_encode_spec(
     open_workers: int,
     run: str,
     source_options: Mapping[str, Any],
+    candidates: Candidates | None = None,
 ) -> EncodeSpec:
     """Return the specification of workers that encode into a cache.
 
-    info: the cache.json. limits: `--input-limit`. run: the name of the run.
+    info: the cache.json. limits: `--input-limit`. run: the name of the run. candidates: what workers choose.
     """
     described = info.identity
     return EncodeSpec(
@@ -43,4 +45,5 @@ def make_encode_spec(
         open_workers=open_workers,
         run=run,
         versions=get_library_versions(),
+        candidates=candidates,
     )

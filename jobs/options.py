@@ -223,7 +223,7 @@ class EncodeOptions(Common):
         "images per forward pass of the model; a batch that is not full is padded",
         "model and performance",
         metavar="N",
-        default_text="8 on GPUs, 1 on CPUs",
+        default_text="the fastest on CUDA GPUs, 8 on other GPUs, 1 on CPUs",
     )
     open_workers: int = option(
         0,
@@ -238,8 +238,11 @@ class EncodeOptions(Common):
         "cluster",
         metavar="N",
     )
-    compile: bool = option(
-        False, "compile the encoder with torch.compile: a slow start, for long jobs on GPUs", "model and performance"
+    encoder_form: Literal["auto", "plain", "fused", "compiled"] = option(
+        "auto",
+        "implementation of the encoder; plain: torch's kernels; fused: Triton kernels, for CUDA GPUs; compiled: "
+        "torch.compile, once per shape; auto: the fastest on the GPU, otherwise plain",
+        "model and performance",
     )
     tile_above: int = option(
         0,

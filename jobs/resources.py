@@ -6,6 +6,7 @@ Ray takes seconds to start, so the connection is made only when it is needed.
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 
@@ -15,9 +16,12 @@ from jobs.options import Common
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.images.remote_openers import RemoteOpeners
+from pipeline.records import Form
+from pipeline.tuning import BATCH_SIZES, Candidates
 from pipeline.weights import Vae
 
-GPU_BATCH, CPU_BATCH = 8, 1  # measured on CPUs (docs/benchmarks.md); not measured on GPUs yet
+CPU_BATCH, MPS_BATCH = 1, 8  # measured on CPUs only (docs/benchmarks.md); workers on CUDA choose (`pipeline.tuning`)
+FORMS: tuple[Form, ...] = ("plain", "fused", "compiled")
 
 
 class ResourcePlan:
@@ -40,15 +44,27 @@ class ResourcePlan:
             self._device = self._choose_inline_device() if self.is_inline else self._choose_cluster_device()
         return self._device
 
-    def compute(self, precision: str, batch_size: int = 0, compiled: bool = False) -> ComputeConfig:
-        """Return how workers compute here. batch_size: 0 stands for the default."""
+    def compute(self, precision: str, batch_size: int = 0, form: Form | Literal["auto"] = "auto") -> ComputeConfig:
+        """Return how workers compute here. They may still choose what `candidates` returns.
+
+        batch_size: 0 stands for the default, on CUDA the largest that workers may choose. Raises UsageError for a form
+        that this device does not support.
+        """
+        if form == "fused" and self.device != "cuda":
+            raise UsageError(f"--encoder-form fused is for CUDA GPUs, and this job runs on {self.device}; use plain")
         return ComputeConfig(
             device=self.device,
             precision=precision,
-            batch_size=batch_size or (CPU_BATCH if self.device == "cpu" else GPU_BATCH),
+            batch_size=batch_size or {"cpu": CPU_BATCH, "mps": MPS_BATCH, "cuda": max(BATCH_SIZES)}[self.device],
             threads=self.options.cpus_per_worker,
-            compile=compiled,
+            form="plain" if form == "auto" else form,
         )
+
+    def candidates(self, batch_size: int = 0, form: Form | Literal["auto"] = "auto") -> Candidates | None:
+        """Return what workers may choose for their GPU; None if nothing is left to choose, and on other devices."""
+        if self.device != "cuda" or (batch_size and form != "auto"):
+            return None
+        return Candidates(FORMS if form == "auto" else (form,), (batch_size,) if batch_size else BATCH_SIZES)
 
     def count_openers(self, open_workers: int) -> int:
         """Return the number of openers per worker. 0: workers on GPUs derive it from their node."""

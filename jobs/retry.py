@@ -115,11 +115,19 @@ def run_retry(
         meter.task_done(sizes[done.unit], done.rows, 0)
 
     with plan_resources(options) as resources:
-        compute = resources.compute(cache.info.identity.precision)
+        size, form = cache_spec.inherit_compute(cache.info.compute, resources.device)
+        compute = resources.compute(cache.info.identity.precision, size, form)
         cache_spec.note_versions(cache.folder, recorder.run.name)
         limits, openers = options.input_limit, 1  # images are decoded one after the other, in a separate process
         encode_spec = make_encode_spec(
-            cache.folder, cache.info, compute, limits, openers, recorder.run.name, parse_source_options(options)
+            cache.folder,
+            cache.info,
+            compute,
+            limits,
+            openers,
+            recorder.run.name,
+            parse_source_options(options),
+            resources.candidates(size, form),
         )
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)

@@ -84,12 +84,15 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeInfo:
-    """The compute settings of the run that created the cache. They can change bits by rounding."""
+    """The compute settings of the run that created the cache. They can change bits by rounding.
+
+    batch_size: None if workers choose it on their GPU. form: `auto` if they choose it.
+    """
 
     device: str
-    batch_size: int
+    batch_size: int | None
     threads: int
-    compile: bool
+    form: Literal["auto", "plain", "fused", "compiled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ other images nor on its position (bit for bit on a CPU), and a compiled or bench
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from pipeline.errors import Rejected, VaeError
 from pipeline.images.seeds import derive_seed
-from pipeline.records import EncodedImage, PreparedImage, Store
+from pipeline.records import AttentionKernel, EncodedImage, Form, PreparedImage, Store
 from pipeline.weights import Vae
 from vae import AutoencoderKL
-from vae.fast import compile_encoder, disable_malloc_trim, optimize_for_cpu
+from vae.attention import PerImage
+from vae.fast import compile_encoder, disable_malloc_trim, fuse_encoder, optimize_for_cpu
 from vae.posterior import DiagonalGaussianDistribution
 
 # Parts of the messages, in lower case, that report a lack of memory without a torch.OutOfMemoryError.
@@ -31,6 +33,7 @@ OUT_OF_MEMORY = (
     "miopenstatusallocfailed",
     "invalid buffer size",  # MPS: one buffer would exceed the device's maximum buffer length (MPSAllocator.mm)
 )
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_IMAGES, CHECKED_SIDE = 2, 256  # of the self-check
@@ -41,15 +44,25 @@ MAX_ERROR = 0.05  # of the self-check; the largest that was seen of a sound enco
 class ComputeConfig:
     """How the model runs on a worker.
 
-    batch_size: images per forward pass.
-    threads: intra-op threads on a CPU. compile: compile the encoder with torch.compile, once per shape.
+    batch_size: images per forward pass. threads: intra-op threads on a CPU.
+    form: the implementation of the encoder. `plain` is torch's own kernels (on a CPU with wide convolutions in float32
+    by Winograd's algorithm), `fused` has Triton kernels between the convolutions, for GPUs (`vae.fused`), and
+    `compiled` is torch.compile, once per shape.
+    attention: `sdpa` is torch's scaled_dot_product_attention, `per-image` is `vae.attention.PerImage`.
     """
 
     device: str
     precision: str
     batch_size: int
     threads: int
-    compile: bool = False
+    form: Form = "plain"
+    attention: AttentionKernel = "sdpa"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The memory format of pixels and weights. On GPUs, torch's group norm is slow for channels_last."""
+        is_contiguous = self.device == "cuda" and self.form == "plain"
+        return torch.contiguous_format if is_contiguous else torch.channels_last
 
     def with_smaller_batches(self) -> "ComputeConfig":
         """Return the same settings with half the batch size, but at least 1."""
@@ -57,24 +70,46 @@ class ComputeConfig:
 
 
 def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
-    """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`."""
+    """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`.
+
+    Raises VaeError if the form needs a package that is not installed.
+    """
     disable_malloc_trim()
     if compute.device == "cuda":
+        configure_allocator()
         configure_cuda(compute.precision)
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
     with torch.device("meta"):
         model = AutoencoderKL.from_config(vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
-    model.to(compute.device, PRECISIONS[compute.precision], memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compute.compile:
+    model.to(compute.device, PRECISIONS[compute.precision], memory_format=compute.memory_format)  # type: ignore[call-overload]
+    if compute.attention == "per-image":
+        model.set_attn_processor(PerImage())
+    if compute.form == "compiled":
         compile_encoder(model)
+    elif compute.form == "fused":
+        try:
+            fuse_encoder(model)
+        except ModuleNotFoundError as error:
+            text = f"the form fused needs the package {error.name}, which is not installed"
+            raise VaeError(f"{text}: pip install {error.name}, or use --encoder-form plain") from error
     elif compute.device == "cpu" and model.dtype == torch.float32:
         optimize_for_cpu(model)
     if tile_above:
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = tile_above, tile_above // vae.config.downscale
     return model.eval().requires_grad_(False)
+
+
+def configure_allocator() -> None:
+    """Let torch's allocator on CUDA grow its segments, unless the user has configured it.
+
+    Buckets and halved batches need blocks of many sizes. Without this, memory that is free in segments of another size
+    cannot be used. torch reads the environment variable at its first allocation, so this must run before it.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def configure_cuda(precision: str) -> None:
@@ -196,20 +231,12 @@ class LatentEncoder:
         """
         if (self.compute.device, self.compute.precision) == ("cpu", "fp32"):
             return None
-        images = [make_checked_image(number) for number in range(CHECKED_IMAGES)]
-        exact_model = build_model(self._vae, replace(self.compute, precision="fp32", compile=False), self.tile_above)
-        latents = []
-        with torch.inference_mode():
-            for model in (exact_model, self.model):
-                if self.compute.device == "cuda":
-                    configure_cuda("fp32" if model is exact_model else self.compute.precision)
-                pixels = self._staging.to_device(torch.stack(images))
-                latents.append(model.encode(normalize_pixels(pixels, model.dtype)).latent_dist.mode().double().cpu())
-        exact, actual = latents
-        if not bool(actual.isfinite().all()):
-            return None
-        error = float((actual - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt().clamp(min=1e-12))
-        if error > MAX_ERROR:
+        plain = replace(self.compute, precision="fp32", form="plain", attention="sdpa")
+        exact = encode_checked_images(build_model(self._vae, plain, self.tile_above), plain)
+        if self.compute.device == "cuda":
+            configure_cuda(self.compute.precision)
+        error = measure_error(encode_checked_images(self.model, self.compute), exact)
+        if error is not None and error > MAX_ERROR:
             raise VaeError(
                 f"the {self.compute.device} device computes wrong latents: in {self.compute.precision} they are off by "
                 f"{error:.1%} of their size (at most {MAX_ERROR:.0%} is normal); use another device or --precision fp32"
@@ -218,7 +245,7 @@ class LatentEncoder:
 
     def _count_runs(self, model: AutoencoderKL) -> None:
         """Make a model's encoder count its runs."""
-        if not self.compute.compile:  # torch.compile would compile the hook as well
+        if self.compute.form != "compiled":  # torch.compile would compile the hook as well
             model.encoder.register_forward_hook(self._on_run)
 
     def _on_run(self, *_: object) -> None:
@@ -251,7 +278,8 @@ class LatentEncoder:
                 chunk = images[start : start + size]
                 pixels = self._staging.collate([image.pixels for image in chunk], size)
                 buffers.append(pixels)
-                posterior = model.encode(normalize_pixels(self._staging.to_device(pixels), model.dtype)).latent_dist
+                x = normalize_pixels(self._staging.to_device(pixels), model.dtype, self.compute.memory_format)
+                posterior = model.encode(x).latent_dist
                 latents = self._convert_to_stored_form(posterior, [*chunk, *[chunk[-1]] * (size - len(chunk))])
                 outputs.append(latents[: len(chunk)].to(self.dtype))
             return torch.cat(outputs), buffers
@@ -360,10 +388,27 @@ def make_checked_image(seed: int) -> Tensor:
     return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def encode_checked_images(model: AutoencoderKL, compute: ComputeConfig) -> Tensor:
+    """Return the latents of the self-check's images, float64 [CHECKED_IMAGES, C, H/f, W/f] on the CPU."""
+    pixels = torch.stack([make_checked_image(number) for number in range(CHECKED_IMAGES)]).to(compute.device)
+    with torch.inference_mode():
+        x = normalize_pixels(pixels, model.dtype, compute.memory_format)
+        return model.encode(x).latent_dist.mode().double().cpu()
+
+
+def measure_error(actual: Tensor, exact: Tensor) -> float | None:
+    """Return the root mean square error relative to `exact`; None if `actual` is not finite."""
+    if not bool(actual.isfinite().all()):
+        return None
+    return float((actual - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt().clamp(min=1e-12))
+
+
+def normalize_pixels(
+    pixels: Tensor, dtype: torch.dtype, memory_format: torch.memory_format = torch.channels_last
+) -> Tensor:
     """Map uint8 [B, H, W, 3] to [B, 3, H, W] in [-1, 1]: 0 is exactly -1, and 255 exactly 1.
 
-    The values are computed in float32, then rounded to `dtype`. The memory format is channels_last.
+    The values are computed in float32, then rounded to `dtype`.
     """
     values = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
-    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+    return values.to(dtype).contiguous(memory_format=memory_format)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
+from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop
@@ -51,6 +52,7 @@ class EncodeSpec:
     cores.
     remote_openers: openers on other machines, in addition.
     run: name of this run. versions: versions of the libraries that affect the written bytes.
+    candidates: what a worker may choose for its GPU (`pipeline.tuning`); None: `compute` has all settings.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
     """
@@ -72,10 +74,16 @@ class EncodeSpec:
     remote_openers: RemoteOpeners | None = None
     run: str
     versions: Mapping[str, str]
+    candidates: tuning.Candidates | None = None
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
+        if self.candidates is not None:
+            compute = tuning.choose_compute(
+                self.cache, vae, self.compute, self.candidates, self.transform.output_sizes, self.tile_above
+            )
+            return replace(self, compute=compute, candidates=None).build(vae, stop)
         opener = self.start_openers()  # processes start while the model is loaded
         encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
         error = encoder.check_precision()

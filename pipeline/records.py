@@ -15,6 +15,8 @@ Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
+Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.encoder.ComputeConfig`
+AttentionKernel = Literal["sdpa", "per-image"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 

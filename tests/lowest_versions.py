@@ -14,7 +14,9 @@ def list_lowest_versions(pyproject: Path = PYPROJECT) -> list[str]:
     """Return a line `name==version` for each `name>=version` of the dependencies and of all extras, sorted."""
     project = tomllib.loads(pyproject.read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    bounds = [re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", requirement) for group in groups for requirement in group]
+    bounds = [
+        re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)(?:;.*)?", requirement) for group in groups for requirement in group
+    ]
     return sorted({f"{bound[1]}=={bound[2]}" for bound in bounds if bound})
 
 

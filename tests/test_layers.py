@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"storage"},
     {"formats", "images", "weights"},
     {"readers", "encoder"},
-    {"sources"},
+    {"sources", "tuning"},
     {"cache"},
     {"part_writer"},
     {"flow"},
@@ -106,6 +106,7 @@ def test_the_latentmill_package_needs_four_libraries() -> None:
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),
+        ("triton", {"vae.group_norm_silu", "vae.triton_kernels"}),
         ("argparse", {"jobs.parsing", "vae.train"}),
     ],
 )

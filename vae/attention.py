@@ -41,3 +41,23 @@ class Sliced:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plain = Plain()
         return torch.cat([plain(part, k, v) for part in torch.split(q, self.size, dim=2)], dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class PerImage:
+    """`Plain` for one image at a time, in the dtype of the inputs, and for at most `max_weights` weights at a time.
+
+    On GPUs, torch has no fast fused kernel for a head of 512 channels, and two matrix products may be faster than SDPA.
+    The softmax reads and writes that dtype. torch computes it in float32 in between.
+    """
+
+    max_weights: int = 1 << 28
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        size = max(1, self.max_weights // k.shape[2])
+        return torch.stack([self._attend(*image, size) for image in zip(q, k, v, strict=True)])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+        """Return the attention of one image: [1, N, C]. size: queries at a time."""
+        scale, k = q.shape[-1] ** -0.5, k.transpose(-1, -2)
+        return torch.cat([((part * scale) @ k).softmax(-1) @ v for part in torch.split(q, size, dim=1)], dim=1)

@@ -78,7 +78,8 @@ class Attention(nn.Module):
         """Compute queries, keys and values by three matrix products, and drop the copy."""
         self.fused = None
 
-    def _project(self, h: Tensor) -> tuple[Tensor, ...]:
+    def project(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Return the queries, keys and values of h: three times [..., C] -> [..., C]."""
         if self.fused is None:
             return self.to_q(h), self.to_k(h), self.to_v(h)
         # The copy is not a parameter, so that `model.to(...)` does not convert it.
@@ -88,7 +89,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         h: Tensor = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
-        h = self.processor(*self._project(h))
+        h = self.processor(*self.project(h))
         h = self.to_out[0](h).squeeze(1)
         return x + h.transpose(1, 2).reshape(batch, channels, height, width)
 

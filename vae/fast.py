@@ -2,6 +2,7 @@
 
 - `disable_malloc_trim` saves page faults on Linux; it costs no accuracy, and keeps the process at its peak of memory.
 - `optimize_for_cpu` replaces wide convolutions of a float32 model on a CPU (`vae.winograd`): inference only.
+- `fuse_encoder` replaces the operations between an encoder's convolutions by Triton kernels, for GPUs: inference only.
 - `compile_encoder` runs the encoder through torch.compile, for GPUs; each shape of batch costs a compilation.
 
 docs/benchmarks.md has the measurements.
@@ -13,6 +14,7 @@ import sys
 import torch
 from torch import nn
 
+from vae.model import AutoencoderKL
 from vae.winograd import WinogradConv2d
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -49,6 +51,16 @@ def compile_encoder(model: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
+
+
+def fuse_encoder(model: AutoencoderKL) -> None:
+    """Replace the encoder by a `vae.fused.FusedEncoder`, in place. Raises ModuleNotFoundError without triton.
+
+    model: in its final dtype, on its device, in channels_last. For inference only.
+    """
+    from vae.fused import FusedEncoder  # imports triton, which not every machine has
+
+    model.encoder = FusedEncoder(model.encoder)  # type: ignore[assignment]
 
 
 def optimize_for_cpu(model: nn.Module) -> None:

@@ -120,7 +120,7 @@ def set_field(*path: str, to: object) -> Callable[[dict[str, Any]], None]:
         ),
         (set_field("vae", to=[]), r"'vae' must be an object, not \[\]"),
         (set_field("vae", "scaling_factor", to=None), "'vae.scaling_factor' must be a number, not None"),
-        (set_field("compute", "compile", to=0), "'compute.compile' must be true or false, not 0"),
+        (set_field("compute", "form", to="fast"), "'compute.form' must be one of auto, plain, fused, compiled, not"),
         (set_field("schema", to=None), "'schema' must be a list, not None"),
         (set_field("schema", to=[{"name": "key"}]), r"'schema\[0\].type' is missing"),
         (set_field("columns", "arrow_schema", to="AAAA"), "'columns.arrow_schema' is not a schema of Arrow"),

@@ -34,7 +34,7 @@ from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.part_writer import fill_part
 from pipeline.readers.unit import read_samples
-from pipeline.records import Attempt, PreparedImage, Unit
+from pipeline.records import Attempt, Form, PreparedImage, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
@@ -671,13 +671,14 @@ class TestMemory:
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch, in torch
 def test_a_compiled_encoder_gives_the_same_latents(vae: Vae) -> None:
     """The latents are equal up to rounding. Each shape is compiled once."""
+    forms: tuple[Form, ...] = ("plain", "compiled")
     plain, compiled = (
         LatentEncoder(
             vae,
-            ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1, compile=is_compiled),
+            ComputeConfig(device="cpu", precision="fp32", batch_size=1, threads=1, form=form),
             "float32",
         )
-        for is_compiled in (False, True)
+        for form in forms
     )
     image = TestOverflow().make_image()
     tall = dataclasses.replace(image, pixels=image.pixels.repeat(2, 1, 1))

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import MICRO
 from vae import AutoencoderKL
-from vae.attention import SDPA, Plain, Processor, Sliced
+from vae.attention import SDPA, PerImage, Plain, Processor, Sliced
 
 NAMES = [f"{half}.mid_block.attentions.0.processor" for half in ("encoder", "decoder")]
 
@@ -23,7 +23,7 @@ def reconstruct(model: AutoencoderKL) -> torch.Tensor:
     return model(x).sample
 
 
-@pytest.mark.parametrize("processor", [SDPA(), Plain(), Sliced(), Sliced(7)], ids=repr)
+@pytest.mark.parametrize("processor", [SDPA(), Plain(), Sliced(), Sliced(7), PerImage(), PerImage(500)], ids=repr)
 def test_every_processor_gives_the_same_result(model: AutoencoderKL, processor: Processor) -> None:
     expected = reconstruct(model)
     model.set_attn_processor(processor)

@@ -1,0 +1,102 @@
+"""How the options about the encoder's form and the batch size become the settings of workers and of cache.json."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from jobs import cache_spec
+from jobs.options import EncodeOptions
+from jobs.resources import ResourcePlan
+from latentmill.cache_info import ComputeInfo
+from pipeline.errors import UsageError
+from pipeline.tuning import BATCH_SIZES, Candidates
+
+FORMS = ("plain", "fused", "compiled")
+CHOSEN = ComputeInfo(device="cuda", batch_size=None, threads=1, form="auto")
+SET = ComputeInfo(device="cuda", batch_size=16, threads=1, form="fused")
+ON_CPU = ComputeInfo(device="cpu", batch_size=1, threads=1, form="plain")
+
+
+def make_options(**given: Any) -> EncodeOptions:
+    return EncodeOptions(source=("s",), to="c", vae="demo", **given)
+
+
+def make_plan(device: str, options: EncodeOptions) -> ResourcePlan:
+    plan = ResourcePlan(options, ExitStack())
+    plan._device = device
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda", {}, Candidates(FORMS, BATCH_SIZES)),
+        ("cuda", {"encoder_form": "fused"}, Candidates(("fused",), BATCH_SIZES)),
+        ("cuda", {"batch_size": 24}, Candidates(FORMS, (24,))),
+        ("cuda", {"batch_size": 24, "encoder_form": "plain"}, None),
+        ("cpu", {}, None),
+        ("mps", {}, None),
+    ],
+)
+def test_workers_choose_what_is_not_set_on_cuda(
+    device: str, given: dict[str, Any], expected: Candidates | None
+) -> None:
+    options = make_options(**given)
+    plan = make_plan(device, options)
+    assert plan.candidates(options.batch_size, options.encoder_form) == expected
+    described = cache_spec.describe_compute(options, plan, "fp32")
+    compute = plan.compute("fp32", options.batch_size, options.encoder_form)
+    if expected is None:
+        assert (described.batch_size, described.form) == (compute.batch_size, compute.form)
+    else:
+        assert described.batch_size == given.get("batch_size")
+        assert described.form == given.get("encoder_form", "auto")
+        assert compute.batch_size == max(expected.batch_sizes), "an upper bound"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "device", "given", "expected"),
+    [
+        (CHOSEN, "cuda", (0, "auto"), (0, "auto")),
+        (SET, "cuda", (0, "auto"), (16, "fused")),
+        (SET, "cuda", (8, "plain"), (8, "plain")),
+        (SET, "cpu", (0, "auto"), (0, "auto")),
+        (ON_CPU, "cuda", (0, "auto"), (0, "auto")),
+    ],
+)
+def test_a_later_run_on_cuda_has_the_settings_of_the_cache(
+    recorded: ComputeInfo, device: str, given: tuple[int, Any], expected: tuple[int, str]
+) -> None:
+    assert cache_spec.inherit_compute(recorded, device, *given) == expected
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "expected"),
+    [
+        (CHOSEN, {}, []),
+        (CHOSEN, {"batch_size": 8, "encoder_form": "plain"}, []),
+        (SET, {"batch_size": 8}, ["--batch-size 16, this command has --batch-size 8"]),
+        (SET, {"batch_size": 16, "encoder_form": "plain"}, ["--encoder-form fused, this command has --encoder-form"]),
+        (ON_CPU, {}, ["--device cpu, this command has --device cuda"]),
+    ],
+)
+def test_differences_from_the_cache_are_noted(
+    recorded: ComputeInfo, given: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(cache_spec, "log_note", notes.append)
+    options = make_options(**given)
+    plan = make_plan("cuda", options)
+    size, form = cache_spec.inherit_compute(recorded, "cuda", options.batch_size, options.encoder_form)
+    cache_spec.note_differences(recorded, plan.compute("fp16", size, form), plan.candidates(size, form))
+    assert len(notes) == len(expected)
+    for note, text in zip(notes, expected, strict=True):
+        assert text in note
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_the_fused_form_is_refused_on_other_devices(device: str) -> None:
+    plan = make_plan(device, make_options())
+    with pytest.raises(UsageError, match=f"--encoder-form fused is for CUDA GPUs, and this job runs on {device}"):
+        plan.compute("fp32", 0, "fused")
