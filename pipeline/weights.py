@@ -15,7 +15,9 @@ from pipeline.storage import reading
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
 from vae.load import ConfigLike, is_single_file, weights_sha256
 
-VAE_FILES = re.compile(r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json))")
+VAE_FILES = re.compile(
+    r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json)|diffusion_flax_model\.msgpack)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,9 @@ from vae.blocks import ACTIVATIONS
 # diffusers writes these keys to config.json for its own use. They are not parameters of the model.
 IGNORED_KEYS = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
 
+# Both classes have the same configuration. Their weights differ in layout (`vae.flax_weights`).
+TORCH_CLASS, FLAX_CLASS = "AutoencoderKL", "FlaxAutoencoderKL"
+
 _POSITIVE_INTEGERS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _NUMBERS = ("scaling_factor", "shift_factor")
 _TUPLES = ("sample_size", "down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std")
@@ -103,12 +106,12 @@ class AutoencoderKLConfig(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "AutoencoderKLConfig":
-        """Build a configuration from the content of a config.json.
+        """Build a configuration from the content of a config.json, of either class.
 
         Raises ValueError for the configuration of another class, an unknown key, or an invalid value.
         """
-        class_name = fields.get("_class_name", "AutoencoderKL")
-        if class_name != "AutoencoderKL":
+        class_name = fields.get("_class_name", TORCH_CLASS)
+        if class_name not in (TORCH_CLASS, FLAX_CLASS):
             raise ValueError(f"this is a configuration of class {class_name}, not AutoencoderKL")
         known = [field.name for field in dataclasses.fields(cls)]
         for key in fields:

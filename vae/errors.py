@@ -1,4 +1,4 @@
-"""Errors and warnings of loading a model."""
+"""Errors and warnings of the models, most of them of loading one."""
 
 
 class LoadError(ValueError):
@@ -13,3 +13,7 @@ class AssumedConfigWarning(UserWarning):
 
     The tensors' shapes do not determine the scaling constants. Several public VAEs have the same shapes.
     """
+
+
+class AmbiguousLayoutWarning(UserWarning):
+    """Latents could have their channels first or last, and the call does not say which. The message names the shape."""

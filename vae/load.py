@@ -1,7 +1,8 @@
 """Load and save a model's files: a directory in diffusers' format, local or on the hub, or a single file.
 
 A directory has config.json and `diffusion_pytorch_model.safetensors`. The weights may be split into several files with
-an index. There may be a second copy in half precision (`.fp16.`). Old directories have a pickle (`.bin`) instead.
+an index. There may be a second copy in half precision (`.fp16.`). Old directories have a pickle (`.bin`) instead, and
+those of FlaxAutoencoderKL have `diffusion_flax_model.msgpack` (`vae.flax_weights`).
 """
 
 import hashlib
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vae import checkpoint, hub, single_file
-from vae.config import AutoencoderKLConfig
+from vae import checkpoint, flax_weights, hub, single_file
+from vae.config import FLAX_CLASS, TORCH_CLASS, AutoencoderKLConfig
 from vae.errors import LoadError
 from vae.keys import rename_keys
 from vae.presets import PRESETS
@@ -31,11 +32,15 @@ Fetch = Callable[[str], Path | None]
 
 
 def load_directory(
-    ref: str | Path, subfolder: str = "", variant: str = "", revision: str | None = None
+    ref: str | Path, subfolder: str = "", variant: str = "", revision: str | None = None, from_pt: bool = False
 ) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
     """Return the configuration and the tensors of a directory, of its `vae/`, or of a repository on the hub.
 
-    The parameters are those of `AutoencoderKL.from_pretrained`. Raises LoadError if there is no AutoencoderKL.
+    The tensors have the names and the layout of PyTorch, also if they come from a file of Flax. If there are files of
+    both, the weights are those of the class that config.json names.
+
+    from_pt: read no file of Flax. The other parameters are those of `AutoencoderKL.from_pretrained`. Raises LoadError
+    if there is no AutoencoderKL.
     """
     fetch = _find_source(str(ref), revision)
     folders = [f"{subfolder}/"] if subfolder else ["vae/", ""]
@@ -45,7 +50,9 @@ def load_directory(
         raise LoadError(f"there is no VAE at {ref}: {reason} {CONFIG}")
     name, path = match
     folder = name.removesuffix(CONFIG)
-    return read_config(path), _read_weights(lambda file: fetch(folder + file), variant, path.parent)
+    fields = _read_fields(path)
+    names = _list_weights(variant, fields.get("_class_name") == FLAX_CLASS, from_pt)
+    return _make_config(fields, path), _read_weights(lambda file: fetch(folder + file), names, path.parent)
 
 
 def load_file(ref: str | Path, config: "ConfigLike" = None) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
@@ -130,29 +137,53 @@ def _fetch_first(fetch: Fetch, names: Iterable[str]) -> tuple[str, Path] | None:
 
 def read_config(path: Path) -> AutoencoderKLConfig:
     """Return the configuration in a config.json. Raises LoadError if it is not that of an AutoencoderKL."""
+    return _make_config(_read_fields(path), path)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise LoadError(f"{path}: {error}") from error
+    return fields
+
+
+def _make_config(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
+    """Return the configuration with these fields. path: their source, for error messages."""
+    try:
         return AutoencoderKLConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise LoadError(f"{path}: {error}") from error
 
 
-def _read_weights(fetch: Fetch, variant: str, folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, or of all files in an index. folder: their directory, for error messages.
+def _list_weights(variant: str, is_flax: bool, from_pt: bool) -> list[str]:
+    """Return the names that a file of weights or an index may have, the preferred one first.
 
-    Without a variant, half precision is used only if there are no other weights.
+    Without a variant, half precision is used only if there are no other weights. is_flax: prefer the file of Flax.
     """
     names = []
     for precision in [variant] if variant else ["", "fp16"]:
         infix = f".{precision}" if precision else ""
         for suffix in ("safetensors", "bin"):
             names += [f"{STEM}{infix}.{suffix}", f"{STEM}.{suffix}.index{infix}.json"]
+    if variant or from_pt:
+        return names
+    return [flax_weights.FILE, *names] if is_flax else [*names, flax_weights.FILE]
+
+
+def _read_weights(fetch: Fetch, names: list[str], folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of the first of `names` that exists, or of all files in it if it is an index.
+
+    folder: their directory, for error messages.
+    """
     match = _fetch_first(fetch, names)
     if match is None:
         raise LoadError(f"there are no weights at {folder}: no {names[0]}")
     name, path = match
+    if name == flax_weights.FILE:
+        return flax_weights.to_torch(flax_weights.read(path), path)
     weights: dict[str, Tensor] = {}
     for part in read_index(path) if name.endswith(".json") else [name]:
         part_path = fetch(part)
@@ -193,12 +224,20 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             )
 
 
-def save(folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write config.json and one safetensors file to `folder`, in the format that diffusers reads."""
+def save(
+    folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor], class_name: str = TORCH_CLASS
+) -> None:
+    """Write config.json and one file of weights to `folder`, in the format that diffusers reads.
+
+    weights: a state dict. class_name: FLAX_CLASS writes a msgpack file instead of safetensors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    fields: dict[str, Any] = {"_class_name": "AutoencoderKL", **config.to_dict()}
+    fields: dict[str, Any] = {"_class_name": class_name, **config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    if class_name == FLAX_CLASS:
+        flax_weights.write(folder / flax_weights.FILE, flax_weights.to_flax(weights))
+    else:
+        save_file({name: t.contiguous() for name, t in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,134 @@
+"""Convert weights between the layouts of PyTorch and Flax, and read and write Flax's msgpack files. Needs no JAX.
+
+Weights in the layout of Flax are tensors by path, such as `encoder/down_blocks_0/resnets_0/conv1/kernel`. Kernels of
+convolutions are [H, W, in, out] instead of [out, in, H, W], and matrices are [in, out] instead of [out, in].
+
+A msgpack file (`diffusion_flax_model.msgpack`) has the tree of names as nested maps. An array is an extension of type 1
+that holds, packed in turn, its shape, the name of its dtype, and its values in C order.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+from torch import Tensor
+
+from vae.errors import LoadError
+from vae.keys import rename_keys
+
+FILE = "diffusion_flax_model.msgpack"
+
+_ARRAY = 1  # the extension's type
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_TO_FLAX = (  # the attention's names; rename_keys has the way back
+    (re.compile(r"\.to_q\."), ".query."),
+    (re.compile(r"\.to_k\."), ".key."),
+    (re.compile(r"\.to_v\."), ".value."),
+    (re.compile(r"\.to_out\.0\."), ".proj_attn."),
+)
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_NUMBERED = re.compile(r"_(\d+)(?=\.)")
+
+
+def to_flax(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict in the layout of Flax. Older names are accepted, as in files."""
+    converted = {}
+    for name, tensor in rename_keys(weights).items():
+        for pattern, replacement in _TO_FLAX:
+            name = pattern.sub(replacement, name)
+        stem, _, kind = _NUMBER.sub(r"_\1", name).rpartition(".")
+        if kind == "weight":
+            kind = "scale" if tensor.dim() == 1 else "kernel"
+        converted[f"{stem}.{kind}".replace(".", "/")] = _transpose(tensor, (2, 3, 1, 0))
+    return converted
+
+
+def to_torch(weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return tensors in the layout of Flax under the names and in the layout of a state dict.
+
+    path: their source, for messages. Raises LoadError for a name that no layer of Flax has, or that occurs twice.
+    """
+    converted: dict[str, Tensor] = {}
+    refusal = f"the weights at {path} are not those of a Flax model"
+    for name, tensor in weights.items():
+        stem, _, kind = name.replace("/", ".").rpartition(".")
+        if kind not in ("kernel", "scale", "bias"):
+            raise LoadError(
+                f"the weights at {path} are not those of a Flax model: {name} is not a kernel, scale or bias"
+            )
+        new_name = _NUMBERED.sub(r".\1", f"{stem}.") + ("bias" if kind == "bias" else "weight")
+        if new_name in converted:
+            raise LoadError(f"{refusal}: {new_name} occurs twice")
+        converted[new_name] = _transpose(tensor, (3, 2, 0, 1))
+    return rename_keys(converted)
+
+
+def _transpose(tensor: Tensor, axes: tuple[int, int, int, int]) -> Tensor:
+    """Return a matrix transposed, a convolution's kernel with permuted axes, and any other tensor unchanged."""
+    if tensor.dim() == 4:
+        return tensor.permute(axes).contiguous()
+    return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree of mappings with their paths, such as `encoder/conv_in/bias`."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{path}/")
+        else:
+            yield path, value
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of dicts with these leaves, the reverse of `flatten`. Keys are sorted, as in Flax's files."""
+    tree: dict[str, Any] = {}
+    for path in sorted(leaves, key=lambda path: path.split("/")):
+        *parents, last = path.split("/")
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+        branch[last] = leaves[path]
+    return tree
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a msgpack file, in the layout of Flax. Raises LoadError if it cannot be read."""
+    try:
+        tree = msgpack.unpackb(path.read_bytes(), ext_hook=_unpack_array, strict_map_key=True)
+    except (ValueError, TypeError, KeyError, RuntimeError, msgpack.UnpackException) as error:
+        raise LoadError(f"{path} cannot be read as Flax's msgpack; it may be truncated, download it again") from error
+    leaves = dict(flatten(tree)) if isinstance(tree, dict) else {"its content": tree}
+    for name, value in leaves.items():
+        if not isinstance(value, Tensor):
+            raise LoadError(f"{path} is not a file of Flax weights: {name} is no array")
+    return leaves
+
+
+def write(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors in the layout of Flax to a msgpack file, which Flax reads."""
+    path.write_bytes(msgpack.packb(nest(weights), default=_pack_array))
+
+
+def _unpack_array(code: int, data: bytes) -> Tensor:
+    if code != _ARRAY:
+        raise ValueError(f"an extension of type {code} is no array")
+    shape, dtype, values = msgpack.unpackb(data, strict_map_key=False)
+    return torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype]).reshape(shape)
+
+
+def _pack_array(tensor: Tensor) -> msgpack.ExtType:
+    values = tensor.detach().cpu().contiguous()
+    content = (tuple(values.shape), _DTYPE_NAMES[values.dtype], values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return msgpack.ExtType(_ARRAY, msgpack.packb(content))
