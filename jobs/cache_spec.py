@@ -82,7 +82,8 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     if not 0 <= options.max_reject_rate <= 1:
         raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
-    for name in ("batch_size", "rows_per_part", "min_size", "max_shards", "tile_above"):
+    counts = ("batch_size", "open_workers", "remote_openers", "rows_per_part", "min_size", "max_shards", "tile_above")
+    for name in counts:
         if getattr(options, name) < 0:
             raise UsageError(f"{to_flag(name)} must not be negative")
 

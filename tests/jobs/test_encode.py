@@ -354,6 +354,10 @@ class TestRefusals:
         result = encode(photos, "--to", tmp_path / "c", "--remote-openers", 2)
         self.assert_refused(result, 2, "--remote-openers does not work with --workers 0; leave it out")
 
+    @pytest.mark.parametrize("name", ["--open-workers", "--remote-openers", "--batch-size"])
+    def test_a_negative_count(self, encode: Command, photos: Path, tmp_path: Path, name: str) -> None:
+        self.assert_refused(encode(photos, "--to", tmp_path / "c", name, -1), 2, f"{name} must not be negative")
+
     def test_the_rest_of_a_damaged_shard_is_one_reject(self, encode: Command, tmp_path: Path) -> None:
         write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 30))
         write_tar(tmp_path / "s/1.tar", img2dataset_members(30, 30))
