@@ -185,8 +185,8 @@ def describe_choices(cache: Folder) -> list[str]:
     for name in cache.list_files(FOLDER):
         choice = parse_choice(cache.read(f"{FOLDER}/{name}"), cache.url_of(f"{FOLDER}/{name}"))
         lines.append(
-            f"encoder on {choice.device}: {choice.form} (attention {choice.attention}), "
-            f"batches of {choice.batch_size}; it had {choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
+            f"encoder on {choice.device}: {choice.form} (attention {choice.attention}), batches of "
+            f"{choice.batch_size}; it had {choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
         )
         lines += [
             f"encoder on {choice.device}: {left.form} (attention {left.attention}) was left out: {left.reason}"
