@@ -184,10 +184,9 @@ def describe_choices(cache: Folder) -> list[str]:
     lines = []
     for name in cache.list_files(FOLDER):
         choice = parse_choice(cache.read(f"{FOLDER}/{name}"), cache.url_of(f"{FOLDER}/{name}"))
-        lines.append(
-            f"encoder on {choice.device}: {choice.form} (attention {choice.attention}), batches of "
-            f"{choice.batch_size}; it had {choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
-        )
+        settings = f"{choice.form} (attention {choice.attention}), batches of {choice.batch_size}"
+        rate = f"{choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
+        lines.append(f"encoder on {choice.device}: {settings}; it had {rate}")
         lines += [
             f"encoder on {choice.device}: {left.form} (attention {left.attention}) was left out: {left.reason}"
             for left in choice.left_out
