@@ -1,5 +1,6 @@
 """Checks of the forms of the encoder on one device: bits, errors, and a lack of memory. See `bench.gpu`."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def print_choice(folder: Path, vae: Vae, compute: ComputeConfig, side: int) -> C
     """Let the GPU choose as a job does. Print the choice with its measurements, and return its settings."""
     cache, bound = Folder(str(folder / "choice")), max(BATCH_SIZES)
     candidates = Candidates(("plain", "fused", "compiled"), BATCH_SIZES)
-    settings = ComputeConfig(device="cuda", precision=compute.precision, batch_size=bound, threads=1)
+    settings = dataclasses.replace(compute, batch_size=bound)
     start = time.perf_counter()
     chosen = tuning.choose_compute(cache, vae, settings, candidates, ((side, side),), None)
     print(f"\nthe choice of a job took {time.perf_counter() - start:.1f} s:")
