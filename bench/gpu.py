@@ -4,14 +4,23 @@
     python -m bench.gpu --device cpu --model micro --side 256 --images 512
 
 It needs neither Ray nor a network, so it runs on a bare GPU machine. The images are made from the sample photographs,
-and the weights are random. The rows of the table are:
+and the weights are random. First, each form of the encoder is checked with one worker's encoder:
 
-- latentmill: the data path of the encode job with one worker. It writes Parquet.
+- error: of the self-check, relative to torch's kernels in float32.
+- same bits: whether no bit of a latent depends on the other images of the batch, its place in it, or padding.
+- after out of memory: the batch size after the rest of the GPU's memory was taken, and the largest difference of the
+  latents, relative to their deviation. On CPUs there is no such memory to take.
+
+On a GPU, the choice of the form and the batch size follows, as a job makes it (`pipeline.tuning`), with its duration.
+The rows of the last table are:
+
+- latentmill: the data path of the encode job with one worker. It writes Parquet. There is one row per form.
 - plain loop: a DataLoader whose processes decode, resize and crop with Pillow, and the model of diffusers in eager mode
   (this repository's model if diffusers is not installed), batch by batch. It writes nothing.
 
 busy: the share of the time for which the model ran. The model alone is measured by `bench.vae`, and how well a faster
-device would be fed by `bench.feed`. The exit code is 1 if latentmill's device is busy for less than 95% of the time.
+device would be fed by `bench.feed`. The exit code is 1 if latentmill's device is busy for less than 95% of the time
+with the last form, or if a form fails a check.
 """
 
 import argparse
@@ -34,9 +43,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bench.encode_spec import make_spec
+from bench.gpu_checks import print_checks, print_choice
 from bench.vae import MODELS
 from pipeline.encoder import PRECISIONS, ComputeConfig
 from pipeline.images.transform import Transform
+from pipeline.records import AttentionKernel, Form
 from pipeline.sources.listing import list_sources
 from pipeline.sources.units import make_units
 from pipeline.weights import load_vae
@@ -75,12 +86,22 @@ def make_shards(folder: Path, images: int, side: int) -> None:
                 tar.addfile(header, buffer)
 
 
-def measure_latentmill(folder: Path, options: argparse.Namespace) -> Result:
-    """Encode the tars with one worker."""
-    compute = ComputeConfig(
-        device=options.device, precision=options.precision, batch_size=options.batch, threads=options.threads
+def make_compute(options: argparse.Namespace, form: Form, attention: AttentionKernel = "sdpa") -> ComputeConfig:
+    """Return the settings of a form of the encoder."""
+    return ComputeConfig(
+        device=options.device,
+        precision=options.precision,
+        batch_size=options.batch,
+        threads=options.threads,
+        form=form,
+        attention=attention,
     )
-    spec = make_spec(folder / "cache", Transform(resolution=options.side), compute, options.openers)
+
+
+def measure_latentmill(folder: Path, compute: ComputeConfig, options: argparse.Namespace) -> Result:
+    """Encode the tars with one worker."""
+    name = f"{compute.form}-{compute.attention}-{compute.batch_size}"
+    spec = make_spec(folder / f"cache-{name}", Transform(resolution=options.side), compute, options.openers)
     worker = spec.build(load_vae(str(folder / "vae")), threading.Event())
     units = make_units(list_sources([str(folder / "shards")], {}, "nowhere").files)
     worker.run(units[0])  # cuDNN times its algorithms, and libraries are loaded
@@ -88,7 +109,6 @@ def measure_latentmill(folder: Path, options: argparse.Namespace) -> Result:
     with ThreadPoolExecutor(spec.tasks_per_worker) as pool:
         reports = list(pool.map(worker.run, units[1:]))
     seconds = time.perf_counter() - start
-    print(f"self-check: the latents are off by {worker.context.precision_error or 0:.2%}")
     busy = sum(report.seconds.encode for report in reports) / seconds
     return Result(sum(report.encoded for report in reports) / seconds, busy)
 
@@ -156,7 +176,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="sd", choices=MODELS, help="shape of the model (default: sd)")
     parser.add_argument("--side", type=int, default=512, help="side of the images in pixels (default: 512)")
     parser.add_argument("--images", type=int, default=8192, help="number of images (default: 8192)")
-    parser.add_argument("--batch", type=int, default=8 if device == "cuda" else 1, help="images per batch")
+    forms = "plain,fused,compiled" if device == "cuda" else "plain"
+    parser.add_argument("--forms", default=forms, help=f"of the encoder, comma-separated (default: {forms})")
+    parser.add_argument("--batch", type=int, default=16 if device == "cuda" else 1, help="images per batch")
     parser.add_argument("--openers", type=int, default=cores, help=f"threads that open images (default: {cores})")
     parser.add_argument("--threads", type=int, default=1, help="threads of the model on a CPU (default: 1)")
     parser.add_argument("--precision", default="fp16" if device == "cuda" else "fp32", help="see `latentmill encode`")
@@ -173,13 +195,21 @@ def main() -> int:
         torch.manual_seed(0)
         AutoencoderKL(**MODELS[options.model]).save_pretrained(folder / "vae")
         make_shards(folder / "shards", options.images, options.side)
-        ours = measure_latentmill(folder, options)
+        computes = [make_compute(options, form) for form in options.forms.split(",")]
+        vae = load_vae(str(folder / "vae"))
+        is_sound = print_checks(vae, computes, options.side)
+        if options.device == "cuda":
+            computes.append(print_choice(folder, vae, computes[0], options.side))
+        title = f"{options.model} at {options.side} px, {options.precision}"
+        print(f"\n| {title} | batch | images/s | busy |\n|---|---|---|---|")
+        for compute in computes:
+            ours = measure_latentmill(folder, compute, options)
+            row = f"latentmill, {compute.form}, attention {compute.attention} | {compute.batch_size}"
+            print(f"| {row} | {ours.images:.1f} | {ours.busy:.1%} |", flush=True)
         plain, model = measure_plain_loop(folder, options)
-    print(f"\n| {options.model} at {options.side} px, batches of {options.batch} | images/s | busy |\n|---|---|---|")
-    print(f"| latentmill, {options.precision} | {ours.images:.1f} | {ours.busy:.1%} |")
-    print(f"| plain loop, {model} | {plain.images:.1f} | {plain.busy:.1%} |")
+    print(f"| plain loop, {model} | {options.batch} | {plain.images:.1f} | {plain.busy:.1%} |")
     print(f"\n{ours.images / plain.images:.2f} times the plain loop")
-    return int(ours.busy < BUSY)
+    return int(ours.busy < BUSY or not is_sound)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Throughput of the model alone, compared with diffusers' model and with the limits of the machine.
 
     python -m bench.vae                       # SD at 256 px on this machine's GPU, or its CPU if it has none
-    python -m bench.vae --models sd,flux --sizes 256,512,1024 --batch 8 --dtype bfloat16 --device cuda
+    python -m bench.vae --models sd,flux --sizes 256,512,1024 --directions encode --dtype float16 --device cuda
 
-It needs diffusers and an idle machine. Each variant runs in its own process, with random weights. There is one table
-per model, size and direction (encode or decode), with these columns:
+It needs an idle machine, and diffusers for the comparison. Each variant runs in its own process, with random weights.
+A variant that cannot run here is skipped, with the reason. `ours` are latentmill's forms of the encoder
+(docs/performance.md): `ours plain` is torch's kernels, on a CPU in float32 with Winograd convolutions. There is one
+table per model, size and direction (encode or decode), with these columns:
 
 - images/s: the median over the batches.
 - of limit: the throughput as a fraction of the machine's limit. The limit is measured in the same run, by a large
@@ -13,10 +15,13 @@ per model, size and direction (encode or decode), with these columns:
   nothing else were moved. Winograd convolutions need fewer products than are counted, so they may exceed 100%.
 - peak MiB: the peak memory of the process on CPUs, of the device's tensors on GPUs.
 
-The lines below a table compare latentmill (`ours`) with the targets. The exit code is 1 if a target is missed.
+On GPUs, all variants have the switches of a job (`pipeline.encoder.configure_cuda`). The lines below a table compare
+the fastest of `ours` (on CPUs `ours plain`, which jobs use) with the targets. The exit code is 1 if a target is missed.
 """
 
 import argparse
+import importlib.util
+import os
 import resource
 import statistics
 import sys
@@ -31,8 +36,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.encoder import configure_allocator, configure_cuda
 from vae import AutoencoderKL
-from vae.fast import disable_malloc_trim, optimize_for_cpu
+from vae.attention import PerImage
+from vae.fast import disable_malloc_trim, fuse_encoder, optimize_for_cpu
 
 SD: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -54,8 +61,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "sd": {**SD, "latent_channels": 4},
     "flux": {**SD, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
 }
-VARIANTS = ("diffusers", "diffusers channels_last", "diffusers compiled", "ours compiled", "ours")
-# Minimum ratio of the throughput of `ours` to that of another variant.
+VARIANTS = (
+    "diffusers",
+    "diffusers channels_last",
+    "diffusers compiled",
+    "ours compiled",
+    "ours fused",
+    "ours fused per-image",
+    "ours plain",
+)
+GPU_PIXELS = 16 * 512 * 512  # of a batch on a GPU by default
+PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+# Minimum ratio of the throughput of the fastest of `ours` to that of another variant.
 TARGETS = {
     "cpu": {"diffusers": 1.4, "diffusers compiled": 1.0},
     "cuda": {"diffusers": 2.0, "diffusers compiled": 1.3},
@@ -92,13 +109,31 @@ def build_model(case: Case) -> tuple[nn.Module, torch.memory_format]:
         model: nn.Module = AutoencoderKL(**MODELS[case.model])
     else:
         from diffusers import AutoencoderKL as Reference
+        from diffusers.utils import logging
 
+        logging.set_verbosity_error()
         model = Reference(**MODELS[case.model])
-    layout = torch.contiguous_format if case.variant == "diffusers" else torch.channels_last
+    is_contiguous = case.variant == "diffusers" or (case.variant == "ours plain" and case.device == "cuda")
+    layout = torch.contiguous_format if is_contiguous else torch.channels_last
     model.to(case.device, getattr(torch, case.dtype), memory_format=layout)  # type: ignore[call-overload]
-    if case.variant == "ours" and (case.device, case.dtype) == ("cpu", "float32"):
+    if case.variant == "ours plain" and (case.device, case.dtype) == ("cpu", "float32"):
         optimize_for_cpu(model)
+    if case.variant.startswith("ours fused"):
+        assert isinstance(model, AutoencoderKL)
+        fuse_encoder(model)
+        if case.variant.endswith("per-image"):
+            model.set_attn_processor(PerImage())
     return model.eval().requires_grad_(False), layout
+
+
+def find_obstacle(case: Case) -> str:
+    """Return why a variant cannot run here; empty if it can."""
+    needed = "diffusers" if case.variant.startswith("diffusers") else "triton" if "fused" in case.variant else ""
+    if needed == "triton" and (case.device, case.direction) != ("cuda", "encode"):
+        return "for the encoder on CUDA only"
+    if needed and importlib.util.find_spec(needed) is None:
+        return f"{needed} is not installed"
+    return ""
 
 
 def make_step(case: Case) -> Callable[[], object]:
@@ -133,7 +168,9 @@ def measure(case: Case) -> Result:
     """
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
-    torch.backends.cudnn.benchmark = True
+    if case.device == "cuda":
+        configure_allocator()
+        configure_cuda(PRECISIONS[case.dtype])
     run = make_step(case)
     with torch.inference_mode():
         is_slow = measure_seconds(run, case.device) > case.seconds
@@ -201,12 +238,12 @@ def run_in_process(function: Callable[[Case], Any], case: Case) -> Any:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, dtype = (8, "bfloat16") if device == "cuda" else (1, "float32")
+    dtype = "float16" if device == "cuda" else "float32"
     parser.add_argument("--models", default="sd", help=f"comma-separated, of {', '.join(MODELS)} (default: sd)")
     parser.add_argument("--sizes", default="256", help="comma-separated sides in pixels (default: 256)")
     parser.add_argument("--directions", default="encode,decode", help="encode, decode or both (default: both)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: all)")
-    parser.add_argument("--batch", type=int, default=batch, help=f"images per batch (default: {batch})")
+    parser.add_argument("--batch", type=int, default=0, help="images per batch (default: 1; 16 at 512 px on GPUs)")
     parser.add_argument("--device", default=device, help=f"cpu or cuda (default: {device})")
     parser.add_argument("--dtype", default=dtype, help=f"dtype of weights and pixels (default: {dtype})")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU (default: 1)")
@@ -218,11 +255,12 @@ def main() -> int:
     """Run the benchmark and print the tables. Returns the exit code."""
     options, missed = parse_arguments(), []
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s)"
-    print(f"{name}, {options.dtype}, batches of {options.batch}, torch {torch.__version__}")
+    print(f"{name}, {options.dtype}, torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}")
     for model in options.models.split(","):
         for side in map(int, options.sizes.split(",")):
             for direction in options.directions.split(","):
-                common = (model, direction, side, options.batch, options.device, options.dtype, options.threads)
+                batch = options.batch or (max(1, GPU_PIXELS // side**2) if options.device == "cuda" else 1)
+                common = (model, direction, side, batch, options.device, options.dtype, options.threads)
                 missed += compare([Case(v, *common, options.seconds) for v in options.variants.split(",")])
     for line in missed:
         print(f"FAIL: {line}")
@@ -236,17 +274,25 @@ def compare(cases: list[Case]) -> list[str]:
     product, copy = run_in_process(measure_limits, first)
     min_seconds = max(flops / product, moved / copy) / first.batch
     print(
-        f"\n{first.direction} {first.model} at {first.side} px: {flops / first.batch / 1e9:.0f} GFLOP and "
-        f"{moved / first.batch / 2**20:.0f} MiB per image; "
+        f"\n{first.direction} {first.model} at {first.side} px, batches of {first.batch}: "
+        f"{flops / first.batch / 1e9:.0f} GFLOP and {moved / first.batch / 2**20:.0f} MiB per image; "
         f"matrix product {product / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"
     )
     print(f"  {'variant':<26}{'images/s':>10}{'of limit':>10}{'peak MiB':>10}")
     rates = {}
     for case in cases:
-        result: Result = run_in_process(measure, case)
+        if obstacle := find_obstacle(case):
+            print(f"  {case.variant:<26}  skipped: {obstacle}")
+            continue
+        try:
+            result: Result = run_in_process(measure, case)
+        except Exception as error:  # out of memory, or a form that fails; the others are still measured
+            print(f"  {case.variant:<26}  failed: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+            continue
         rates[case.variant] = rate = result.rate
         print(f"  {case.variant:<26}{rate:>10.3f}{rate * min_seconds:>10.0%}{result.memory:>10.0f}", flush=True)
-    ours = rates.get("ours", 0.0)
+    used = ("ours plain",) if first.device == "cpu" else [variant for variant in rates if variant.startswith("ours")]
+    ours = max((rates[variant] for variant in used if variant in rates), default=0.0)
     targets = {v: t for v, t in TARGETS[first.device].items() if v in rates and ours}
     for variant, target in targets.items():
         print(f"  ours / {variant}: {ours / rates[variant]:.2f} (target {target})")

@@ -180,15 +180,20 @@ def name_file(device: str) -> str:
 
 
 def describe_choices(cache: Folder) -> list[str]:
-    """Return a line for each kind of GPU of a cache, and one for each form that was left out there."""
+    """Return a line for each kind of GPU of a cache, and one for each form that was left out there.
+
+    A damaged file has a line as well.
+    """
     lines = []
     for name in cache.list_files(FOLDER):
-        choice = parse_choice(cache.read(f"{FOLDER}/{name}"), cache.url_of(f"{FOLDER}/{name}"))
-        lines.append(
-            f"encoder on {choice.device}: {choice.form} (attention {choice.attention}), "
-            f"batches of {choice.batch_size}; "
-            f"it had {choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
-        )
+        try:
+            choice = parse_choice(cache.read(f"{FOLDER}/{name}"), cache.url_of(f"{FOLDER}/{name}"))
+        except CacheError as error:  # no worker of this run used it
+            lines.append(str(error))
+            continue
+        settings = f"{choice.form} (attention {choice.attention}), batches of {choice.batch_size}"
+        rate = f"{choice.images_per_second:.1f} images/s at {choice.height}x{choice.width} pixels"
+        lines.append(f"encoder on {choice.device}: {settings}; it had {rate}")
         lines += [
             f"encoder on {choice.device}: {left.form} (attention {left.attention}) was left out: {left.reason}"
             for left in choice.left_out

@@ -1,7 +1,7 @@
 """The kernels of `vae.group_norm_silu`, in Triton's subset of Python.
 
 A row is one position of an image with all its channels, and a tile is TILE_ROWS rows of TILE_CHANNELS channels. A
-program processes TILES tiles, one after the other: program (i, b, c) has the i-th block of rows of image b, and the
+program processes `tiles` tiles, one after the other: program (i, b, c) has the i-th block of rows of image b, and the
 c-th block of channels. Offsets have 64 bits. Values are converted to float32 when they are read.
 """
 
@@ -13,13 +13,13 @@ import triton.language as tl
 def _find_tile(
     tile,
     rows,
+    tiles,
     CHANNELS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """Return the rows [R] of a tile of this program, its channels [C], and the mask [R, C] of those that exist."""
-    row = (tl.program_id(0) * TILES + tile).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    row = (tl.program_id(0) * tiles + tile).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     channel = tl.program_id(2) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     mask = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     return row, channel, mask
@@ -41,16 +41,16 @@ def _store_moments(
     mean_ptr,
     m2_ptr,
     rows,
+    tiles,
     CHANNELS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """Merge the running moments [R, C] over their rows, and store them for this program's block."""
-    row, channel, _ = _find_tile(0, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
-    tiles = tl.minimum(tl.maximum((rows - row + TILE_ROWS - 1) // TILE_ROWS, 0), TILES)  # that have this row
-    count = tiles.to(tl.float32)[:, None]
-    total = tl.sum(tiles, axis=0).to(tl.float32)
+    row, channel, _ = _find_tile(0, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
+    values = tl.minimum(tl.maximum((rows - row + TILE_ROWS - 1) // TILE_ROWS, 0), tiles)  # per row of the tile
+    count = values.to(tl.float32)[:, None]
+    total = tl.sum(values, axis=0).to(tl.float32)
     # The first row of a block always exists. Its mean is subtracted, so that the weighted sum is small.
     first = tl.sum(tl.where(tl.arange(0, TILE_ROWS)[:, None] == 0, mean, 0.0), axis=0)
     merged = first + tl.sum(count * (mean - first[None, :]), axis=0) / total
@@ -67,20 +67,20 @@ def sum_moments(
     mean_ptr,
     m2_ptr,
     rows,
+    tiles,
     image_stride,
     CHANNELS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     x_ptr += tl.program_id(1).to(tl.int64) * image_stride
     mean = tl.zeros((TILE_ROWS, TILE_CHANNELS), tl.float32)
     m2 = tl.zeros((TILE_ROWS, TILE_CHANNELS), tl.float32)
-    for tile in range(TILES):
-        row, channel, mask = _find_tile(tile, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+    for tile in range(tiles):
+        row, channel, mask = _find_tile(tile, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
         x = tl.load(x_ptr + row[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         mean, m2 = _update_moments(x, mask, mean, m2, tile)
-    _store_moments(mean, m2, mean_ptr, m2_ptr, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+    _store_moments(mean, m2, mean_ptr, m2_ptr, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
 
 
 @triton.jit
@@ -144,22 +144,22 @@ def normalize(
     shift_ptr,
     out_ptr,
     rows,
+    tiles,
     image_stride,
     CHANNELS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
     SILU: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
     x_ptr += image * image_stride
     out_ptr += image * rows * CHANNELS
-    _, channel, _ = _find_tile(0, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+    _, channel, _ = _find_tile(0, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
     center = tl.load(center_ptr + image * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)[None, :]
     scale = tl.load(scale_ptr + image * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)[None, :]
     shift = tl.load(shift_ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
-    for tile in range(TILES):
-        row, channel, mask = _find_tile(tile, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+    for tile in range(tiles):
+        row, channel, mask = _find_tile(tile, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
         offset = row[:, None] * CHANNELS + channel[None, :]
         y = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - center) * scale + shift
         if SILU:
@@ -176,6 +176,7 @@ def add_residual(
     mean_ptr,
     m2_ptr,
     rows,
+    tiles,
     width,
     h_stride,
     x_stride,
@@ -183,7 +184,6 @@ def add_residual(
     CHANNELS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -193,8 +193,8 @@ def add_residual(
     out_ptr += image * out_stride
     mean = tl.zeros((TILE_ROWS, TILE_CHANNELS), tl.float32)
     m2 = tl.zeros((TILE_ROWS, TILE_CHANNELS), tl.float32)
-    for tile in range(TILES):
-        row, channel, mask = _find_tile(tile, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+    for tile in range(tiles):
+        row, channel, mask = _find_tile(tile, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)
         offset = row[:, None] * CHANNELS + channel[None, :]
         y = tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -207,4 +207,4 @@ def add_residual(
             tl.store(out_ptr + offset, rounded, mask=mask)
             mean, m2 = _update_moments(rounded.to(tl.float32), mask, mean, m2, tile)
     if not PADDED:
-        _store_moments(mean, m2, mean_ptr, m2_ptr, rows, CHANNELS, TILE_ROWS, TILE_CHANNELS, TILES)
+        _store_moments(mean, m2, mean_ptr, m2_ptr, rows, tiles, CHANNELS, TILE_ROWS, TILE_CHANNELS)

@@ -1,14 +1,19 @@
 """How the options about the encoder's form and the batch size become the settings of workers and of cache.json."""
 
+import json
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import cache_spec
 from jobs.options import EncodeOptions
 from jobs.resources import ResourcePlan
 from latentmill.cache_info import ComputeInfo
+from pipeline import tuning
 from pipeline.errors import UsageError
 from pipeline.tuning import BATCH_SIZES, Candidates
 
@@ -100,3 +105,33 @@ def test_the_fused_form_is_refused_on_other_devices(device: str) -> None:
     plan = make_plan(device, make_options())
     with pytest.raises(UsageError, match=f"--encoder-form fused is for CUDA GPUs, and this job runs on {device}"):
         plan.compute("fp32", 0, "fused")
+
+
+def test_a_job_lets_its_worker_choose_and_says_what_was_chosen(
+    latentmill: Callable[..., tuple[int, str, str]],
+    shards: Path,
+    micro_vae: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The CPU stands for a GPU here. A second run takes the choice of the first."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test")
+    monkeypatch.setattr(tuning, "SECONDS_PER_SIZE", 0.0)
+    monkeypatch.setattr(ResourcePlan, "candidates", lambda *_: Candidates(("plain",), (1, 2)))
+    command = ["encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
+    code, _, errors = latentmill(*command, "--max-shards", 1)
+    assert code == 0, errors
+    assert "encoder on NVIDIA Test: plain (attention sdpa), batches of " in errors
+    assert json.loads((tmp_path / "c/cache.json").read_text())["compute"] | {"threads": 1} == {
+        "device": "cpu",
+        "batch_size": None,
+        "threads": 1,
+        "form": "auto",
+    }
+    choice = (tmp_path / "c/_compute/NVIDIA-Test.json").read_bytes()
+    code, _, errors = latentmill(*command)
+    assert code == 0, errors
+    assert (tmp_path / "c/_compute/NVIDIA-Test.json").read_bytes() == choice
+    code, _, errors = latentmill("verify", tmp_path / "c", "--reencode", 2)
+    assert code == 0, errors

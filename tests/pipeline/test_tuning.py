@@ -297,6 +297,8 @@ def test_a_damaged_choice_is_named(gpu: Gpu, root: str, vae: Vae, damage: Callab
     cache.replace(name, damage(cache.read(name)))
     with pytest.raises(CacheError, match=f"NVIDIA-H100-80GB-HBM3.json.*{text}"):
         choose_compute(cache, vae)
+    (line,) = tuning.describe_choices(cache)
+    assert "NVIDIA-H100-80GB-HBM3.json" in line
 
 
 def test_a_worker_measures_its_device_and_uses_the_choice(

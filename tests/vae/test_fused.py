@@ -1,11 +1,13 @@
 """The fused encoder computes the same function as the plain one. Without a GPU, Triton's interpreter runs it."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import MICRO, slow_param
 from vae import AutoencoderKL
@@ -13,6 +15,8 @@ from vae.attention import PerImage
 from vae.fast import fuse_encoder
 
 pytest.importorskip("triton")
+
+from vae import group_norm_silu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TWO_LEVELS = {
@@ -103,3 +107,44 @@ def test_the_attention_of_each_image_alone_can_be_used() -> None:
     fuse_encoder(model)
     model.set_attn_processor(PerImage())
     torch.testing.assert_close(model.moments(x), expected, atol=1e-5, rtol=1e-5)
+
+
+class AnyGrid:
+    """Replaces a kernel, and does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: None
+
+
+class RecordedOperations(TorchDispatchMode):
+    """Counts the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, kinds: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        self.counts[str(function).removeprefix("aten.").partition(".")[0]] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def test_no_activation_is_copied_or_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apart from the kernels, there are convolutions, the products of the attention, and borders of zeros."""
+    for name in ("sum_moments", "merge_moments", "normalize", "add_residual"):
+        monkeypatch.setattr(group_norm_silu.kernels, name, AnyGrid())
+    with torch.inference_mode(False), torch.no_grad():  # inference mode does not show what operations consist of
+        model, x = make_model(**CONFIGS["wider"]), random_pixels(2, 12, 8)
+        fuse_encoder(model)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with RecordedOperations() as recorded:
+            model.encoder(x)
+    views = {"permute", "transpose", "view", "_unsafe_view", "select", "slice", "unbind", "t", "squeeze", "unsqueeze"}
+    found = {
+        name: count
+        for name, count in recorded.counts.items()
+        if name not in views and not name.startswith(("empty", "new_empty", "_scaled_dot_product"))
+    }
+    # 6 blocks of two convolutions, a shortcut, conv_in, conv_out, and a Downsample, whose input has two borders
+    assert found == {"convolution": 6 * 2 + 1 + 3, "zero_": 2, "addmm": 3, "mm": 1}

@@ -47,13 +47,12 @@ found = []
 for capability in (80, 90):
     for channels in (128, 512, 96):
         tile = {"CHANNELS": channels, "TILE_ROWS": 4096 // max(128, channels), "TILE_CHANNELS": max(128, channels)}
-        tile["TILES"] = 16
         no_moments = {"mean_ptr": None, "m2_ptr": None}
         merged = {"CHANNELS": channels, "PER_GROUP": channels // 32, "TILE_BLOCKS": 64, "TILE_CHANNELS": 16}
         found += [
             inspect(kernels.sum_moments, capability, tile),
             inspect(kernels.normalize, capability, {**tile, "SILU": True}),
-            inspect(kernels.normalize, capability, {**tile, "SILU": False, "rows": 1}),
+            inspect(kernels.normalize, capability, {**tile, "SILU": False, "rows": 1, "tiles": 1}),
             inspect(kernels.add_residual, capability, {**tile, "HAS_BIAS": True, "PADDED": False}),
             inspect(kernels.add_residual, capability, {**tile, **no_moments, "HAS_BIAS": True, "PADDED": True}),
             inspect(kernels.merge_moments, capability, {**merged, "HAS_BIAS": True}),
