@@ -32,7 +32,7 @@ import torch
 
 from bench.encode_spec import make_spec
 from pipeline.device_loop import DeviceLoop
-from pipeline.encoder import ComputeConfig, Staging
+from pipeline.encoder import ComputeConfig
 from pipeline.flow import UnitWorker, WorkerContext
 from pipeline.images.buckets import make_grid
 from pipeline.images.prepare import make_opener
@@ -42,6 +42,7 @@ from pipeline.part_writer import Stages
 from pipeline.records import EncodedImage, PreparedImage, Unit
 from pipeline.sources.listing import list_sources
 from pipeline.sources.units import make_units
+from pipeline.staging import Staging
 from vae.fast import disable_malloc_trim
 
 SIDE, DOWNSCALE, CHANNELS = 256, 8, 4

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jobs.messages import log_note
 from jobs.options import ALL, EncodeOptions
-from jobs.resources import ResourcePlan
+from jobs.resources import ResourcePlan, check_jax_settings
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
@@ -134,6 +134,8 @@ def describe_cache(
     existing: the cache.json of the existing cache. Only a new cache needs the device, and so a connection to Ray.
     """
     precision = resolve_precision(options, vae, resources)
+    if resources.backend == "jax":
+        check_jax_settings(precision, options.encoder_form, options.tile_above)
     side = options.buckets or options.resolution
     transform = make_transform(options)
     wanted = Identity(
@@ -181,7 +183,7 @@ def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan)
     auto: on CUDA GPUs fp16, which is as fast as bf16 and several times more exact, or tf32 if the VAE has force_upcast;
     otherwise fp32. Raises UsageError for tf32 on other devices.
     """
-    if options.precision == "auto" and resources.device == "cuda":
+    if options.precision == "auto" and (resources.backend, resources.device) == ("torch", "cuda"):
         return "tf32" if vae.config.force_upcast else "fp16"
     if options.precision == "auto":
         return "fp32"
@@ -216,6 +218,7 @@ def describe_compute(options: EncodeOptions, resources: ResourcePlan, precision:
     compute = resources.compute(precision, options.batch_size, options.encoder_form)
     is_chosen = resources.candidates(options.batch_size, options.encoder_form) is not None
     return ComputeInfo(
+        backend=compute.backend,
         device=compute.device,
         batch_size=options.batch_size or (None if is_chosen else compute.batch_size),
         threads=compute.threads,
@@ -224,13 +227,15 @@ def describe_compute(options: EncodeOptions, resources: ResourcePlan, precision:
 
 
 def inherit_compute(
-    recorded: ComputeInfo, device: str, batch_size: int = 0, form: Form | Literal["auto"] = "auto"
+    recorded: ComputeInfo, backend: str, device: str, batch_size: int = 0, form: Form | Literal["auto"] = "auto"
 ) -> tuple[int, Form | Literal["auto"]]:
-    """Return the batch size and the form of a run on a cache. On CUDA, what is not set has the values of the cache.
+    """Return the batch size and the form of a run on a cache.
+
+    With torch on CUDA, what is not set has the values of the cache.
 
     recorded: the entry `compute` of cache.json. batch_size, form: 0 and `auto` if they are not set.
     """
-    if not device == recorded.device == "cuda":
+    if {(backend, device), (recorded.backend, recorded.device)} != {("torch", "cuda")}:
         return batch_size, form
     return batch_size or recorded.batch_size or 0, recorded.form if form == "auto" else form
 

@@ -13,7 +13,7 @@ from jobs.messages import configure_logging, log_each, log_error, log_note
 from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
-from jobs.resources import plan_resources
+from jobs.resources import check_jax_settings, plan_resources
 from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
@@ -68,6 +68,9 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
 
     units = {row.unit.name for task in tasks for row in task.rows}
     with plan_resources(options) as resources:
+        precision = "bf16" if resources.device == "cuda" else "fp32"
+        if resources.backend == "jax":
+            check_jax_settings(precision, tile_above=cache.info.identity.tile_above)
         spec = RenderSpec(
             cache=cache.folder,
             out=out,
@@ -78,7 +81,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             key_column=cache.info.identity.key_column,
             tile_above=cache.info.identity.tile_above,
             limits=parse_limits(options.input_limit),
-            compute=resources.compute("fp32" if resources.device != "cuda" else "bf16"),
+            compute=resources.compute(precision),
             with_source=True,
             superseded=parts.read_superseded(cache.folder, cache.info.identity_sha256, units),
         )

@@ -67,7 +67,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
     cache_spec.check_options(options, given, vae)
     listing, columns = inspect_sources(options, cache, is_new=existing is None)
-    with plan_resources(options) as resources:
+    with plan_resources(options, existing.compute.backend if existing else "torch") as resources:
         wanted = cache_spec.describe_cache(options, vae, resources, existing, columns)
         info = identity.create_or_load(cache, wanted)
         outcome = run_encode(options, cache, info, vae, listing, resources, signals)
@@ -179,7 +179,9 @@ def encode_pending(
 ) -> Sequence[Failure]:
     """Run the pending units on the workers. Returns the units that failed for good."""
     precision = info.identity.precision
-    size, form = cache_spec.inherit_compute(info.compute, resources.device, options.batch_size, options.encoder_form)
+    size, form = cache_spec.inherit_compute(
+        info.compute, resources.backend, resources.device, options.batch_size, options.encoder_form
+    )
     compute, candidates = resources.compute(precision, size, form), resources.candidates(size, form)
     cache_spec.note_differences(info.compute, compute, candidates)
     cache_spec.note_versions(cache, recorder.run.name)

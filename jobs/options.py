@@ -78,8 +78,16 @@ def verbose() -> Any:
 class Common:
     """The options of every command that runs a model."""
 
-    device: Literal["auto", "cuda", "mps", "cpu"] = option(
-        "auto", "device that runs the model; auto: a GPU if there is one, otherwise the CPU", "model and performance"
+    device: Literal["auto", "cuda", "mps", "tpu", "cpu"] = option(
+        "auto",
+        "device that runs the model; auto: a GPU if there is one, with JAX also a TPU, otherwise the CPU",
+        "model and performance",
+    )
+    backend: Literal["auto", "torch", "jax"] = option(
+        "auto",
+        "library that runs the model; jax: FlaxAutoencoderKL, also on TPUs; auto: that of an existing cache, "
+        "otherwise torch",
+        "model and performance",
     )
     workers: str = option(
         "auto",

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -122,14 +122,9 @@ def can_grow(address: str) -> bool:
     return bool(resolve_address(address))
 
 
-def count_gpus() -> float:
-    """Return the number of GPUs in the cluster."""
-    return _get_resources().get("GPU", 0.0)
-
-
-def count_cpus() -> float:
-    """Return the number of CPUs in the cluster."""
-    return _get_resources().get("CPU", 0.0)
+def count_resource(name: str) -> float:
+    """Return how much of a resource the cluster has: CPU, GPU or TPU."""
+    return _get_resources().get(name, 0.0)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -192,6 +187,7 @@ class WorkerHandle:
 class RayExecutor:
     """`workers` actors, each with several tasks under way.
 
+    resources: what each actor reserves, by Ray's names: CPU, GPU, TPU.
     grows: request one more actor than there are while tasks wait. Then an autoscaler adds nodes, and nodes that join
     are used.
     stall_timeout: seconds without progress (`Worker.steps`) after which an actor that loads or has tasks is restarted.
@@ -205,8 +201,7 @@ class RayExecutor:
         spec: WorkerSpec,
         vae: Vae,
         workers: int,
-        gpus: float,
-        cpus: int,
+        resources: Mapping[str, float],
         stall_timeout: float,
         grows: bool,
         is_local: bool = False,
@@ -215,7 +210,7 @@ class RayExecutor:
         self.stall_timeout = stall_timeout
         self.spec, self.vae = spec, ray.put(vae)
         self.tasks_per_worker = spec.tasks_per_worker
-        self.resources = {"num_cpus": cpus, "num_gpus": gpus}
+        self.resources = resources
         self.ended: list[TaskResult] = []
         self.lost_images = 0
         self._numbers = count()
@@ -230,7 +225,9 @@ class RayExecutor:
     def _start(self, excluded_nodes: Set[str]) -> WorkerHandle:
         labels = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"}
         placement = {"label_selector": labels} if excluded_nodes else {}
-        options = {"max_concurrency": self.tasks_per_worker + 2, **self.resources, **placement}
+        others = {name: count for name, count in self.resources.items() if name not in ("CPU", "GPU") and count}
+        reserved = {"num_cpus": self.resources["CPU"], "num_gpus": self.resources.get("GPU", 0), "resources": others}
+        options = {"max_concurrency": self.tasks_per_worker + 2, **reserved, **placement}
         actor = RayWorker.options(**options).remote()  # type: ignore[attr-defined]
         load_ref, locate_ref = actor.load.remote(self.spec, self.vae), actor.locate.remote()
         return WorkerHandle(f"worker-{next(self._numbers)}", actor, load_ref, locate_ref, frozenset(excluded_nodes))

@@ -13,22 +13,24 @@ import torch
 from jobs.executor import Executor, WorkerSpec
 from jobs.local_executor import LocalExecutor
 from jobs.options import Common
+from pipeline import jax_model
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.images.remote_openers import RemoteOpeners
-from pipeline.records import Form
+from pipeline.records import Backend, Form
 from pipeline.tuning import BATCH_SIZES, Candidates
 from pipeline.weights import Vae
 
-CPU_BATCH, MPS_BATCH = 1, 8  # measured on CPUs only (docs/benchmarks.md); workers on CUDA choose (`pipeline.tuning`)
+# Measured on CPUs only (docs/benchmarks.md). Workers on CUDA choose (`pipeline.tuning`).
+CPU_BATCH, UNMEASURED_BATCH = 1, 8
 FORMS: tuple[Form, ...] = ("plain", "fused", "compiled")
 
 
 class ResourcePlan:
     """Resolves the options about devices and workers against the devices of this machine or cluster."""
 
-    def __init__(self, options: Common, stack: ExitStack) -> None:
-        self.options = options
+    def __init__(self, options: Common, backend: Backend, stack: ExitStack) -> None:
+        self.options, self.backend = options, backend
         self.workers = parse_worker_count(options.workers)
         self._stack = stack
         self._device: str | None = None
@@ -39,7 +41,7 @@ class ResourcePlan:
 
     @property
     def device(self) -> str:
-        """`cuda`, `mps` or `cpu`. Connects to Ray on first use."""
+        """`cuda`, `mps`, `tpu` or `cpu`. Connects to Ray on first use."""
         if self._device is None:
             self._device = self._choose_inline_device() if self.is_inline else self._choose_cluster_device()
         return self._device
@@ -55,20 +57,27 @@ class ResourcePlan:
         return ComputeConfig(
             device=self.device,
             precision=precision,
-            batch_size=batch_size or {"cpu": CPU_BATCH, "mps": MPS_BATCH, "cuda": max(BATCH_SIZES)}[self.device],
+            batch_size=batch_size or self._default_batch,
             threads=self.options.cpus_per_worker,
             form="plain" if form == "auto" else form,
+            backend=self.backend,
         )
 
     def candidates(self, batch_size: int = 0, form: Form | Literal["auto"] = "auto") -> Candidates | None:
         """Return what workers may choose for their GPU; None if nothing is left to choose, and on other devices."""
-        if self.device != "cuda" or (batch_size and form != "auto"):
+        if (self.backend, self.device) != ("torch", "cuda") or (batch_size and form != "auto"):
             return None
         return Candidates(FORMS if form == "auto" else (form,), (batch_size,) if batch_size else BATCH_SIZES)
 
+    @property
+    def _default_batch(self) -> int:
+        if self.device == "cpu":
+            return CPU_BATCH
+        return max(BATCH_SIZES) if (self.backend, self.device) == ("torch", "cuda") else UNMEASURED_BATCH
+
     def count_openers(self, open_workers: int) -> int:
         """Return the number of openers per worker. 0: workers on GPUs derive it from their node."""
-        return open_workers or (0 if self.device == "cuda" else self.options.cpus_per_worker)
+        return open_workers or (0 if self.device in ("cuda", "tpu") else self.options.cpus_per_worker)
 
     def plan_remote_openers(self, count: int) -> RemoteOpeners | None:
         """Return the remote openers that each worker starts. Raises UsageError if there is no cluster."""
@@ -86,11 +95,13 @@ class ResourcePlan:
             return self._close_later(LocalExecutor(spec, vae, stop))
         from jobs import ray_executor
 
-        on_gpu = self.device == "cuda"
-        per_worker = self.options.gpus_per_worker if on_gpu else self.options.cpus_per_worker
-        capacity = int((ray_executor.count_gpus() if on_gpu else ray_executor.count_cpus()) / per_worker)
-        workers = self.workers or max(1, min(capacity, tasks))
-        gpus = self.options.gpus_per_worker if on_gpu else 0.0
+        reserved: dict[str, float] = {"CPU": self.options.cpus_per_worker}
+        if self.device == "cuda":
+            reserved["GPU"] = self.options.gpus_per_worker
+        if self.device == "tpu":
+            reserved["TPU"] = 1  # one chip, which is the only one that Ray shows to the worker
+        scarce = list(reserved)[-1]
+        workers = self.workers or max(1, min(int(ray_executor.count_resource(scarce) / reserved[scarce]), tasks))
         is_cluster = ray_executor.can_grow(self.options.address)
         grows = self.workers is None and is_cluster
         return self._close_later(
@@ -98,8 +109,7 @@ class ResourcePlan:
                 spec,
                 vae,
                 workers,
-                gpus,
-                self.options.cpus_per_worker,
+                reserved,
                 self.options.stall_timeout,
                 grows,
                 is_local=not is_cluster,
@@ -115,7 +125,11 @@ class ResourcePlan:
         return executor
 
     def _choose_inline_device(self) -> str:
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        if self.backend == "jax":
+            jax_model.configure(self.options.cpus_per_worker)
+            available = {name: jax_model.has_device(name) for name in ("tpu", "cuda", "cpu")}
+        else:
+            available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.options.device == "auto":
             return next(device for device, is_available in available.items() if is_available)
         if not available[self.options.device]:
@@ -129,18 +143,41 @@ class ResourcePlan:
         device = self.options.device
         if device == "mps":
             raise UsageError("--device mps works with --workers 0 only")
-        if device == "cuda" and not ray_executor.count_gpus() and not ray_executor.can_grow(self.options.address):
-            raise UsageError("--device cuda: this machine has no GPUs")
-        return device if device != "auto" else ("cuda" if ray_executor.count_gpus() else "cpu")
+        kinds = {"tpu": "TPU", "cuda": "GPU"} if self.backend == "jax" else {"cuda": "GPU"}
+        if device == "auto":
+            return next((device for device, name in kinds.items() if ray_executor.count_resource(name)), "cpu")
+        is_missing = device in kinds and not ray_executor.count_resource(kinds[device])
+        if is_missing and not ray_executor.can_grow(self.options.address):
+            raise UsageError(f"--device {device}: this machine has no {kinds[device]}s")
+        return device
 
 
 @contextmanager
-def plan_resources(options: Common) -> Iterator[ResourcePlan]:
-    """Return the resources for a job. An executor or a Ray that they started is stopped at the end of the block."""
+def plan_resources(options: Common, recorded_backend: Backend = "torch") -> Iterator[ResourcePlan]:
+    """Return the resources for a job. An executor or a Ray that they started is stopped at the end of the block.
+
+    recorded_backend: that of the cache, which `--backend auto` stands for.
+    """
+    backend = recorded_backend if options.backend == "auto" else options.backend
+    if options.device == "tpu" and backend != "jax":
+        raise UsageError("--device tpu needs --backend jax: torch does not run on TPUs here")
+    if options.device == "mps" and backend == "jax":
+        raise UsageError("--device mps needs --backend torch: JAX does not run on it here")
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
         raise UsageError("--cpus-per-worker must be at least 1, and --gpus-per-worker must be more than 0")
     with ExitStack() as stack:
-        yield ResourcePlan(options, stack)
+        yield ResourcePlan(options, backend, stack)
+
+
+def check_jax_settings(precision: str, form: str = "auto", tile_above: int | None = None) -> None:
+    """Raise UsageError for settings that `--backend jax` does not have."""
+    if tile_above:
+        raise UsageError("--tile-above is for --backend torch: JAX encodes whole images; leave one of them out")
+    if precision not in jax_model.PRECISIONS:
+        names = " and ".join(jax_model.PRECISIONS)
+        raise UsageError(f"--backend jax computes in {names}, not in {precision}; use one of them, or --backend torch")
+    if form not in ("auto", "plain"):
+        raise UsageError(f"--encoder-form {form} is for --backend torch: JAX always compiles the model; leave it out")
 
 
 def parse_worker_count(text: str) -> int | None:

@@ -114,8 +114,8 @@ def run_retry(
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(sizes[done.unit], done.rows, 0)
 
-    with plan_resources(options) as resources:
-        size, form = cache_spec.inherit_compute(cache.info.compute, resources.device)
+    with plan_resources(options, cache.info.compute.backend) as resources:
+        size, form = cache_spec.inherit_compute(cache.info.compute, resources.backend, resources.device)
         compute = resources.compute(cache.info.identity.precision, size, form)
         cache_spec.note_versions(cache.folder, recorder.run.name)
         limits, openers = options.input_limit, 1  # images are decoded one after the other, in a separate process

@@ -94,10 +94,10 @@ def describe_start(
 ) -> str:
     """Return that workers are starting, or which resources they wait for.
 
-    resources: of one worker, such as `num_cpus`. free, total: of the Ray, by its own names, such as `CPU`.
+    resources: of one worker; free, total: of the Ray. By Ray's names: CPU, GPU, TPU.
     is_local: the Ray is the job's own. Then resources that are not free are those of the job's workers.
     """
-    wanted = {name[4:-1].upper(): count for name, count in resources.items() if count}
+    wanted = {name: count for name, count in resources.items() if count}
     available = total if is_local else free
     workers = count_noun(starting, "worker")
     if all(available.get(name, 0) >= count for name, count in wanted.items()):

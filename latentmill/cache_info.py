@@ -89,6 +89,7 @@ class ComputeInfo:
     batch_size: None if workers choose it on their GPU. form: `auto` if they choose it.
     """
 
+    backend: Literal["torch", "jax"]
     device: str
     batch_size: int | None
     threads: int

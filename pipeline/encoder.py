@@ -4,10 +4,9 @@ A batch always has the static shape of its bucket. If it is not full, it is padd
 other images nor on its position (bit for bit on a CPU), and a compiled or benchmarked kernel is chosen once per bucket.
 """
 
-import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from pipeline.errors import Rejected, VaeError
 from pipeline.images.seeds import derive_seed
-from pipeline.records import AttentionKernel, EncodedImage, Form, PreparedImage, Store
+from pipeline.jax_model import JaxModel
+from pipeline.records import AttentionKernel, Backend, EncodedImage, Form, PreparedImage, Store
+from pipeline.staging import Staging
 from pipeline.weights import Vae
 from vae import AutoencoderKL
 from vae.attention import PerImage
@@ -31,6 +32,7 @@ OUT_OF_MEMORY = (
     "status_alloc_failed",  # CUBLAS_, CUDNN_, HIPBLAS_STATUS_ALLOC_FAILED
     "_allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED and ..._DEVICE_...
     "miopenstatusallocfailed",
+    "resource_exhausted",  # XLA
     "invalid buffer size",  # MPS: one buffer would exceed the device's maximum buffer length (MPSAllocator.mm)
 )
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -44,6 +46,7 @@ MAX_ERROR = 0.05  # of the self-check; the largest that was seen of a sound enco
 class ComputeConfig:
     """How the model runs on a worker.
 
+    backend: PyTorch (`vae.model`) or JAX (`vae.flax`), for which form and attention have no meaning.
     batch_size: images per forward pass. threads: intra-op threads on a CPU.
     form: the implementation of the encoder. `plain` is torch's own kernels (on a CPU with wide convolutions in float32
     by Winograd's algorithm), `fused` has Triton kernels between the convolutions, for GPUs (`vae.fused`), and
@@ -57,6 +60,7 @@ class ComputeConfig:
     threads: int
     form: Form = "plain"
     attention: AttentionKernel = "sdpa"
+    backend: Backend = "torch"
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -166,12 +170,11 @@ class LatentEncoder:
         self.images = 0
         self.runs = 0  # of the encoder; a tiled image takes one run per tile
         self.tile_above = tile_above
-        self.model = build_model(vae, compute, tile_above)
-        self.runs_ahead = compute.device == "cuda"
-        self._count_runs(self.model)
         self._vae = vae
-        self._fp32_model: AutoencoderKL | None = None  # built when the first latent overflows
-        self._staging = Staging(compute.device)
+        self.model = self._build_model(compute)
+        self._fp32_model: AutoencoderKL | JaxModel | None = None  # built when the first latent overflows
+        self.runs_ahead = (compute.backend, compute.device) == ("torch", "cuda")
+        self._staging = Staging(compute.device if compute.backend == "torch" else "cpu")
 
     @property
     def batch_size(self) -> int:
@@ -229,13 +232,15 @@ class LatentEncoder:
         Returns None if this encoder computes in float32 on a CPU, or if an image overflows. Raises VaeError if the
         error is above MAX_ERROR, as with a broken kernel or a faulty device.
         """
-        if (self.compute.device, self.compute.precision) == ("cpu", "fp32"):
+        compute = self.compute
+        if (compute.backend, compute.device, compute.precision) == ("torch", "cpu", "fp32"):
             return None
-        plain = replace(self.compute, precision="fp32", form="plain", attention="sdpa")
+        device = compute.device if compute.backend == "torch" else "cpu"
+        plain = replace(compute, device=device, precision="fp32", form="plain", attention="sdpa", backend="torch")
         exact = encode_checked_images(build_model(self._vae, plain, self.tile_above), plain)
-        if self.compute.device == "cuda":
-            configure_cuda(self.compute.precision)
-        error = measure_error(encode_checked_images(self.model, self.compute), exact)
+        if device == "cuda":
+            configure_cuda(compute.precision)
+        error = measure_error(encode_checked_images(self.model, compute), exact)
         if error is not None and error > MAX_ERROR:
             raise VaeError(
                 f"the {self.compute.device} device computes wrong latents: in {self.compute.precision} they are off by "
@@ -243,15 +248,21 @@ class LatentEncoder:
             )
         return error
 
-    def _count_runs(self, model: AutoencoderKL) -> None:
-        """Make a model's encoder count its runs."""
-        if self.compute.form != "compiled":  # torch.compile would compile the hook as well
+    def _build_model(self, compute: ComputeConfig) -> "AutoencoderKL | JaxModel":
+        """Build a model whose encoder counts its runs."""
+        if compute.backend == "jax":
+            return JaxModel(self._vae, compute.device, compute.precision, compute.threads, self._on_run)
+        model = build_model(self._vae, compute, self.tile_above)
+        if compute.form != "compiled":  # torch.compile would compile the hook as well
             model.encoder.register_forward_hook(self._on_run)
+        return model
 
     def _on_run(self, *_: object) -> None:
         self.runs += 1
 
-    def _run_in_memory(self, model: AutoencoderKL, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
+    def _run_in_memory(
+        self, model: AutoencoderKL | JaxModel, images: Sequence[PreparedImage]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the model. Halve the batch size, also for later batches, each time that memory does not suffice."""
         while True:
             try:
@@ -261,15 +272,17 @@ class LatentEncoder:
                     raise
                 if self.compute.batch_size == 1:
                     height, width = images[0].bucket
+                    backend = "--backend torch and " if self.compute.backend == "jax" else ""
                     raise VaeError(
                         f"out of memory on {self.compute.device} while encoding a single image of {height}x{width} "
-                        f"pixels; use --tile-above to encode it in tiles ({(str(error).splitlines() or [''])[0]:.200})"
+                        f"pixels; use {backend}--tile-above to encode it in tiles "
+                        f"({(str(error).splitlines() or [''])[0]:.200})"
                     ) from error
             self.compute = self.compute.with_smaller_batches()
             if self.compute.device in ("cuda", "mps"):
                 getattr(torch, self.compute.device).empty_cache()
 
-    def _run(self, model: AutoencoderKL, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, model: AutoencoderKL | JaxModel, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
         """Return the latents [B, ...] on the device, and the pinned memory that it still reads."""
         size = self.compute.batch_size
         outputs, buffers = [], []
@@ -278,8 +291,7 @@ class LatentEncoder:
                 chunk = images[start : start + size]
                 pixels = self._staging.collate([image.pixels for image in chunk], size)
                 buffers.append(pixels)
-                x = normalize_pixels(self._staging.to_device(pixels), model.dtype, self.compute.memory_format)
-                posterior = model.encode(x).latent_dist
+                posterior = encode_pixels(model, self._staging.to_device(pixels), self.compute)
                 latents = self._convert_to_stored_form(posterior, [*chunk, *[chunk[-1]] * (size - len(chunk))])
                 outputs.append(latents[: len(chunk)].to(self.dtype))
             return torch.cat(outputs), buffers
@@ -301,60 +313,13 @@ class LatentEncoder:
         """Encode one image in float32. Its latent is a Rejected if it is not finite in float32 either."""
         if self.model.dtype != torch.float32:
             if self._fp32_model is None:
-                self._fp32_model = build_model(self._vae, replace(self.compute, precision="fp32"), self.tile_above)
-                self._count_runs(self._fp32_model)
+                self._fp32_model = self._build_model(replace(self.compute, precision="fp32"))
             latents, buffers = self._run_in_memory(self._fp32_model, [image])
             latent = latents[0].cpu()
             self._staging.release(buffers)
             if bool(latent.isfinite().all()):
                 return EncodedImage(latent, is_fallback=True)
         return EncodedImage(Rejected("encode", "not_finite"))
-
-
-class Staging:
-    """Memory on the host from which a device reads batches, and into which it writes latents.
-
-    It is used again, because allocating pinned memory is slow, and copied on a stream of its own, so that the copy of a
-    batch runs beside the model. On CPUs, it is ordinary memory.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self._free: list[torch.UntypedStorage] = []
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return uninitialised memory. `release` makes it available again."""
-        size = math.prod(shape) * dtype.itemsize
-        for index, storage in enumerate(self._free):
-            if storage.nbytes() >= size:
-                del self._free[index]
-                return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]
-        del self._free[:1]  # it is too small; otherwise the memory would grow with every shape
-        return torch.empty(*shape, dtype=dtype, pin_memory=self._stream is not None)
-
-    def release(self, buffers: Iterable[Tensor]) -> None:
-        """Take back memory that no device uses any more."""
-        self._free += [buffer.untyped_storage() for buffer in buffers]
-
-    def collate(self, images: Sequence[Tensor], size: int) -> Tensor:
-        """Copy images, uint8 [H, W, 3] each, to a batch [size, H, W, 3]. The last image is repeated."""
-        batch = self.take((size, *images[0].shape), torch.uint8)
-        for index, image in enumerate(images):
-            batch[index].copy_(image)
-        batch[len(images) :] = images[-1]
-        return batch
-
-    def to_device(self, batch: Tensor) -> Tensor:
-        """Return a batch on the device."""
-        if self._stream is None:
-            return batch.to(self.device)
-        with torch.cuda.stream(self._stream):
-            pixels = batch.to(self.device, non_blocking=True)
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self._stream)
-        pixels.record_stream(current)
-        return pixels
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -388,12 +353,22 @@ def make_checked_image(seed: int) -> Tensor:
     return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def encode_checked_images(model: AutoencoderKL, compute: ComputeConfig) -> Tensor:
+def encode_checked_images(model: AutoencoderKL | JaxModel, compute: ComputeConfig) -> Tensor:
     """Return the latents of the self-check's images, float64 [CHECKED_IMAGES, C, H/f, W/f] on the CPU."""
-    pixels = torch.stack([make_checked_image(number) for number in range(CHECKED_IMAGES)]).to(compute.device)
+    pixels = torch.stack([make_checked_image(number) for number in range(CHECKED_IMAGES)])
+    if compute.backend == "torch":
+        pixels = pixels.to(compute.device)
     with torch.inference_mode():
-        x = normalize_pixels(pixels, model.dtype, compute.memory_format)
-        return model.encode(x).latent_dist.mode().double().cpu()
+        return encode_pixels(model, pixels, compute).mode().double().cpu()
+
+
+def encode_pixels(
+    model: AutoencoderKL | JaxModel, pixels: Tensor, compute: ComputeConfig
+) -> DiagonalGaussianDistribution:
+    """Return the posteriors of images, uint8 [B, H, W, 3]: for torch on the model's device, for JAX on the CPU."""
+    if isinstance(model, JaxModel):
+        return model.encode_pixels(pixels)
+    return model.encode(normalize_pixels(pixels, model.dtype, compute.memory_format)).latent_dist
 
 
 def measure_error(actual: Tensor, exact: Tensor) -> float | None:

@@ -15,6 +15,7 @@ Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
+Backend = Literal["torch", "jax"]  # that runs the model
 Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.encoder.ComputeConfig`
 AttentionKernel = Literal["sdpa", "per-image"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})

@@ -28,7 +28,7 @@ def info_of(identity: Identity) -> CacheInfo:
         format=1,
         identity=identity,
         identity_sha256=identity.sha256,
-        compute=ComputeInfo(device="cpu", batch_size=1, threads=1, form="plain"),
+        compute=ComputeInfo(backend="torch", device="cpu", batch_size=1, threads=1, form="plain"),
         vae=VaeInfo(
             reference="demo",
             config={"latent_channels": 4, "scaling_factor": 0.5},

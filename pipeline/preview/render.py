@@ -23,6 +23,7 @@ from pipeline.errors import LatentmillError, SourceError, Stopped, StorageError
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.prepare import make_opener, prepare_sample
 from pipeline.images.transform import Transform
+from pipeline.jax_model import JaxModel
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
 from pipeline.readers.unit import read_samples
@@ -94,6 +95,9 @@ class RenderSpec:
 
     def build(self, vae: Vae, stop: threading.Event) -> "RenderWorker":
         """Return the worker, with its model loaded. stop: set once the job is to stop."""
+        if self.compute.backend == "jax":
+            compute = self.compute
+            return RenderWorker(self, JaxModel(vae, compute.device, compute.precision, compute.threads), stop)
         return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)
 
     def for_node(self, cores: float) -> "RenderSpec":
@@ -112,7 +116,7 @@ class RenderWorker:
     images: images decoded so far. steps: images decoded and samples read so far, so that progress can be seen.
     """
 
-    def __init__(self, spec: RenderSpec, model: AutoencoderKL, stop: threading.Event) -> None:
+    def __init__(self, spec: RenderSpec, model: AutoencoderKL | JaxModel, stop: threading.Event) -> None:
         self.spec = spec
         self.model = model
         self.stop = stop
@@ -134,9 +138,11 @@ class RenderWorker:
         """Decode a row's latent, or the mean of its moments. Returns RGB uint8 [H, W, 3]."""
         self.step()
         latent = to_tensor(row)[: self.model.config.latent_channels]
-        latent = latent[None].to(self.model.device, self.model.dtype)
         with self.lock, torch.inference_mode():
-            sample = self.model.decode(latent).sample[0]
+            if isinstance(self.model, JaxModel):
+                sample = self.model.decode(latent[None])[0]
+            else:
+                sample = self.model.decode(latent[None].to(self.model.device, self.model.dtype)).sample[0]
             self.images += 1
         return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 

@@ -18,9 +18,9 @@ from pipeline.errors import UsageError
 from pipeline.tuning import BATCH_SIZES, Candidates
 
 FORMS = ("plain", "fused", "compiled")
-CHOSEN = ComputeInfo(device="cuda", batch_size=None, threads=1, form="auto")
-SET = ComputeInfo(device="cuda", batch_size=16, threads=1, form="fused")
-ON_CPU = ComputeInfo(device="cpu", batch_size=1, threads=1, form="plain")
+CHOSEN = ComputeInfo(backend="torch", device="cuda", batch_size=None, threads=1, form="auto")
+SET = ComputeInfo(backend="torch", device="cuda", batch_size=16, threads=1, form="fused")
+ON_CPU = ComputeInfo(backend="torch", device="cpu", batch_size=1, threads=1, form="plain")
 
 
 def make_options(**given: Any) -> EncodeOptions:
@@ -28,7 +28,7 @@ def make_options(**given: Any) -> EncodeOptions:
 
 
 def make_plan(device: str, options: EncodeOptions) -> ResourcePlan:
-    plan = ResourcePlan(options, ExitStack())
+    plan = ResourcePlan(options, "torch", ExitStack())
     plan._device = device
     return plan
 
@@ -73,7 +73,7 @@ def test_workers_choose_what_is_not_set_on_cuda(
 def test_a_later_run_on_cuda_has_the_settings_of_the_cache(
     recorded: ComputeInfo, device: str, given: tuple[int, Any], expected: tuple[int, str]
 ) -> None:
-    assert cache_spec.inherit_compute(recorded, device, *given) == expected
+    assert cache_spec.inherit_compute(recorded, "torch", device, *given) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_differences_from_the_cache_are_noted(
     monkeypatch.setattr(cache_spec, "log_note", notes.append)
     options = make_options(**given)
     plan = make_plan("cuda", options)
-    size, form = cache_spec.inherit_compute(recorded, "cuda", options.batch_size, options.encoder_form)
+    size, form = cache_spec.inherit_compute(recorded, "torch", "cuda", options.batch_size, options.encoder_form)
     cache_spec.note_differences(recorded, plan.compute("fp16", size, form), plan.candidates(size, form))
     assert len(notes) == len(expected)
     for note, text in zip(notes, expected, strict=True):
@@ -124,6 +124,7 @@ def test_a_job_lets_its_worker_choose_and_says_what_was_chosen(
     assert code == 0, errors
     assert "encoder on NVIDIA Test: plain (attention sdpa), batches of " in errors
     assert json.loads((tmp_path / "c/cache.json").read_text())["compute"] | {"threads": 1} == {
+        "backend": "torch",
         "device": "cpu",
         "batch_size": None,
         "threads": 1,

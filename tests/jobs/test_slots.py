@@ -101,7 +101,7 @@ def test_a_node_whose_other_workers_succeed_is_not_avoided(clock: Clock) -> None
     assert not all_slots.may_start(all_slots[0], frozenset({"n2"}))
 
 
-ONE_CPU = {"num_cpus": 1, "num_gpus": 0}
+ONE_CPU = {"CPU": 1, "GPU": 0}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ ONE_CPU = {"num_cpus": 1, "num_gpus": 0}
         ),
         (
             2,
-            {"num_cpus": 4, "num_gpus": 1},
+            {"CPU": 4, "GPU": 1},
             {"CPU": 2},
             {"CPU": 2},
             True,
