@@ -22,7 +22,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 def read_latents(cache: Path) -> dict[str, torch.Tensor]:
     opened = Cache.open(str(cache))
-    return {row["key"]: opened.raw_latent(row) for row in opened.rows()}
+    return {row["key"]: opened.raw_latent(row) for file in opened.files() for row in opened.rows(file)}
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
