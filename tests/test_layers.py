@@ -106,6 +106,9 @@ def test_the_latentmill_package_needs_four_libraries() -> None:
         ("s3fs", set()),
         ("diffusers", set()),
         ("webdataset", set()),
+        ("jax", {"vae.flax", "vae.flax_blocks", "vae.flax_outputs"}),
+        ("flax", {"vae.flax", "vae.flax_blocks", "vae.flax_outputs"}),
+        ("msgpack", {"vae.flax_weights"}),
         ("argparse", {"jobs.parsing", "vae.train"}),
     ],
 )

@@ -8,7 +8,7 @@ that holds, packed in turn, its shape, the name of its dtype, and its values in 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,18 @@ def _transpose(tensor: Tensor, axes: tuple[int, int, int, int]) -> Tensor:
     return tensor.t().contiguous() if tensor.dim() == 2 else tensor
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree of mappings with their paths, such as `encoder/conv_in/bias`."""
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{path}/")
-        else:
-            yield path, value
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the leaves of a tree of mappings by path, such as `encoder/conv_in/bias`."""
+    leaves = {}
+    branches: list[tuple[str, Mapping[Any, Any]]] = [("", tree)]
+    while branches:  # not recursive: a file may be nested deeply
+        prefix, branch = branches.pop()
+        for key, value in branch.items():
+            if isinstance(value, Mapping):
+                branches.append((f"{prefix}{key}/", value))
+            else:
+                leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def read(path: Path) -> dict[str, Tensor]:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_unpack_array, strict_map_key=True)
     except (ValueError, TypeError, KeyError, RuntimeError, msgpack.UnpackException) as error:
         raise LoadError(f"{path} cannot be read as Flax's msgpack; it may be truncated, download it again") from error
-    leaves = dict(flatten(tree)) if isinstance(tree, dict) else {"its content": tree}
+    leaves = flatten(tree) if isinstance(tree, dict) else {"its content": tree}
     for name, value in leaves.items():
         if not isinstance(value, Tensor):
             raise LoadError(f"{path} is not a file of Flax weights: {name} is no array")
