@@ -210,7 +210,19 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another kind of name": (
         lambda folder: change(folder, lambda weights: weights.update({"encoder/conv_in/weight": torch.ones(1)})),
-        NOT_FLAX + "encoder/conv_in/weight is not a kernel, scale or bias",
+        NOT_FLAX + "no layer of one has a tensor encoder/conv_in/weight of 1 dimensions",
+    ),
+    "a name of PyTorch": (
+        lambda folder: change(folder, lambda weights: weights.update({"encoder/a/to_q/kernel": torch.ones(8, 8)})),
+        NOT_FLAX + "no layer of one has a tensor encoder/a/to_q/kernel of 2 dimensions",
+    ),
+    "a path in one key": (
+        lambda folder: change(folder, lambda weights: weights.update({"encoder.conv_in.bias": torch.ones(8)})),
+        NOT_FLAX + "no layer of one has a tensor encoder.conv_in.bias of 1 dimensions",
+    ),
+    "a name without a layer": (
+        lambda folder: change(folder, lambda weights: weights.update({"kernel": torch.ones(8, 8)})),
+        NOT_FLAX + "no layer of one has a tensor kernel of 2 dimensions",
     ),
     "a name that occurs twice": (
         lambda folder: change(folder, lambda weights: weights.update({"encoder/conv_in/scale": torch.ones(1)})),
