@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from vae import AutoencoderKL
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# JAX reads these when it is first used: one thread, as torch has, and faster compilation of slower code.
+os.environ.setdefault("NPROC", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "latentmill-tests-jax"))
 
 pytest_plugins = ["tests.servers"]
 

@@ -231,10 +231,19 @@ def test_the_models_page_has_every_preset() -> None:
 
 
 def test_the_python_code_of_the_models_page_runs() -> None:
-    (block,) = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    block, _ = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
     names: dict[str, Any] = {}
     exec(block, names)
     assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
+
+
+@pytest.mark.slow
+def test_the_jax_code_of_the_models_page_runs() -> None:
+    pytest.importorskip("flax")
+    _, block = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert (names["latent"].shape, names["back"].shape) == ((1, 32, 32, 16), (1, 3, 256, 256))
 
 
 def test_the_format_page_names_every_column() -> None:

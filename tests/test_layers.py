@@ -108,6 +108,9 @@ def test_the_latentmill_package_needs_four_libraries() -> None:
         ("diffusers", set()),
         ("webdataset", set()),
         ("triton", {"vae.group_norm_silu", "vae.triton_kernels"}),
+        ("jax", {"pipeline.jax_model", "vae.flax", "vae.flax_blocks", "vae.flax_outputs"}),
+        ("flax", {"vae.flax", "vae.flax_blocks", "vae.flax_outputs"}),
+        ("msgpack", {"vae.flax_weights"}),
         ("argparse", {"jobs.parsing", "vae.train"}),
     ],
 )

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ class FlaxAutoencoderKL(nn.Module):
         """
         side = self.config.downscale  # parameters do not depend on the size
         shapes = jax.eval_shape(self.init, rng, jax.ShapeDtypeStruct((1, self.in_channels, side, side), jnp.float32))
-        leaves = {path: leaf.shape for path, leaf in flax_weights.flatten(shapes["params"])}
-        return jax.jit(lambda rng: flax_weights.nest(_draw(rng, leaves)))(rng)
+        leaves = tuple((path, leaf.shape) for path, leaf in flax_weights.flatten(shapes["params"]).items())
+        return flax_weights.nest(_draw(rng, leaves))
 
     def encode(
         self, sample: jax.Array, deterministic: bool = True, return_dict: bool = True
@@ -275,7 +276,7 @@ class FlaxAutoencoderKL(nn.Module):
 
         Raises LoadError unless the names and shapes of `params` are exactly those of the model.
         """
-        weights = {name: _to_tensor(value) for name, value in flax_weights.flatten(params)}
+        weights = {name: _to_tensor(value) for name, value in flax_weights.flatten(params).items()}
         load.check_weights(weights, flax_weights.to_flax(self._expected_weights()), "params")
         return flax_weights.to_torch(weights, "params")
 
@@ -314,12 +315,13 @@ def encode_pixels(model: FlaxAutoencoderKL, params: Params, pixels: jax.Array) -
     return moments.astype(jnp.float32).transpose(0, 3, 1, 2)
 
 
-def _draw(rng: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-    """Return random kernels, scales of one and biases of zero with these shapes, by path."""
-    sizes = [math.prod(shape) if path.endswith("/kernel") else 0 for path, shape in shapes.items()]
+@partial(jax.jit, static_argnums=1)
+def _draw(rng: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, jax.Array]:
+    """Return random kernels, scales of one and biases of zero, by path. shapes: pairs of a path and its shape."""
+    sizes = [math.prod(shape) if path.endswith("/kernel") else 0 for path, shape in shapes]
     noise = jax.random.truncated_normal(rng, -2.0, 2.0, (sum(sizes),)) / TRUNCATED_STD
     params, start = {}, 0
-    for (path, shape), size in zip(shapes.items(), sizes, strict=True):
+    for (path, shape), size in zip(shapes, sizes, strict=True):
         if size:
             part = jax.lax.slice(noise, (start,), (start + size,))
             params[path] = part.reshape(shape) / math.sqrt(math.prod(shape[:-1]))

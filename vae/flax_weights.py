@@ -8,7 +8,7 @@ that holds, packed in turn, its shape, the name of its dtype, and its values in 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,10 @@ _NUMBERED = re.compile(r"_(\d+)(?=\.)")
 
 def to_flax(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a state dict in the layout of Flax. Older names are accepted, as in files."""
-    converted = {}
-    for name, tensor in rename_keys(weights).items():
-        for pattern, replacement in _TO_FLAX:
-            name = pattern.sub(replacement, name)
-        stem, _, kind = _NUMBER.sub(r"_\1", name).rpartition(".")
-        if kind == "weight":
-            kind = "scale" if tensor.dim() == 1 else "kernel"
-        converted[f"{stem}.{kind}".replace(".", "/")] = _transpose(tensor, (2, 3, 1, 0))
-    return converted
+    return {
+        _flax_name(name, tensor.dim()): _transpose(tensor, (2, 3, 1, 0))
+        for name, tensor in rename_keys(weights).items()
+    }
 
 
 def to_torch(weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
@@ -63,15 +58,24 @@ def to_torch(weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tenso
     refusal = f"the weights at {path} are not those of a Flax model"
     for name, tensor in weights.items():
         stem, _, kind = name.replace("/", ".").rpartition(".")
-        if kind not in ("kernel", "scale", "bias"):
-            raise LoadError(
-                f"the weights at {path} are not those of a Flax model: {name} is not a kernel, scale or bias"
-            )
-        new_name = _NUMBERED.sub(r".\1", f"{stem}.") + ("bias" if kind == "bias" else "weight")
+        old_name = _NUMBERED.sub(r".\1", f"{stem}.") + ("bias" if kind == "bias" else "weight")
+        [(new_name, value)] = rename_keys({old_name: _transpose(tensor, (3, 2, 0, 1))}).items()
+        if _flax_name(new_name, value.dim()) != name:
+            raise LoadError(f"{refusal}: no layer of one has a tensor {name} of {tensor.dim()} dimensions")
         if new_name in converted:
             raise LoadError(f"{refusal}: {new_name} occurs twice")
-        converted[new_name] = _transpose(tensor, (3, 2, 0, 1))
-    return rename_keys(converted)
+        converted[new_name] = value
+    return converted
+
+
+def _flax_name(name: str, dimensions: int) -> str:
+    """Return the path in Flax of a tensor of a state dict."""
+    for pattern, replacement in _TO_FLAX:
+        name = pattern.sub(replacement, name)
+    stem, _, kind = _NUMBER.sub(r"_\1", name).rpartition(".")
+    if kind == "weight":
+        kind = "scale" if dimensions == 1 else "kernel"
+    return f"{stem}.{kind}".replace(".", "/")
 
 
 def _transpose(tensor: Tensor, axes: tuple[int, int, int, int]) -> Tensor:
@@ -81,14 +85,18 @@ def _transpose(tensor: Tensor, axes: tuple[int, int, int, int]) -> Tensor:
     return tensor.t().contiguous() if tensor.dim() == 2 else tensor
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree of mappings with their paths, such as `encoder/conv_in/bias`."""
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{path}/")
-        else:
-            yield path, value
+def flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the leaves of a tree of mappings by path, such as `encoder/conv_in/bias`."""
+    leaves = {}
+    branches: list[tuple[str, Mapping[Any, Any]]] = [("", tree)]
+    while branches:  # not recursive: a file may be nested deeply
+        prefix, branch = branches.pop()
+        for key, value in branch.items():
+            if isinstance(value, Mapping):
+                branches.append((f"{prefix}{key}/", value))
+            else:
+                leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def read(path: Path) -> dict[str, Tensor]:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_unpack_array, strict_map_key=True)
     except (ValueError, TypeError, KeyError, RuntimeError, msgpack.UnpackException) as error:
         raise LoadError(f"{path} cannot be read as Flax's msgpack; it may be truncated, download it again") from error
-    leaves = dict(flatten(tree)) if isinstance(tree, dict) else {"its content": tree}
+    leaves = flatten(tree) if isinstance(tree, dict) else {"its content": tree}
     for name, value in leaves.items():
         if not isinstance(value, Tensor):
             raise LoadError(f"{path} is not a file of Flax weights: {name} is no array")
