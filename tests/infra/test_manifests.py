@@ -4,6 +4,7 @@ No cluster is needed. docs/kubernetes.md lists what these tests cannot check.
 """
 
 import os
+import math
 import re
 import shlex
 import shutil
@@ -52,7 +53,7 @@ def load(name: str) -> list[Any]:
     return list(yaml.safe_load_all((INFRA / name).read_text(encoding="utf-8")))
 
 
-RAYJOBS = {name: load(f"kubernetes/{name}.yaml")[0] for name in ("encode", "decode")}
+RAYJOBS = {name: load(f"kubernetes/{name}.yaml")[0] for name in ("encode", "encode-tpu", "decode")}
 COMPOSE = load("compose.yaml")[0]
 rayjobs = pytest.mark.parametrize("spec", [job["spec"] for job in RAYJOBS.values()], ids=list(RAYJOBS))
 
@@ -165,9 +166,16 @@ def test_the_files_contain_commands_of_every_kind() -> None:
 def test_a_worker_fits_into_a_pod_and_the_cluster_scales_with_the_workers(spec: Any) -> None:
     options, (group,) = parse_command(spec["entrypoint"]), spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert options.device == "cuda"
-    assert options.cpus_per_worker <= int(limits["cpu"])
-    assert options.gpus_per_worker <= int(limits["nvidia.com/gpu"])
+    chips = int(limits.get("google.com/tpu", 0))
+    if chips:
+        assert (options.backend, options.device, group["numOfHosts"]) == ("jax", "tpu", 1)
+        selector = group["template"]["spec"]["nodeSelector"]
+        assert math.prod(map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))) == chips
+        assert options.cpus_per_worker * chips <= int(limits["cpu"])
+    else:
+        assert options.device == "cuda"
+        assert options.cpus_per_worker <= int(limits["cpu"])
+        assert options.gpus_per_worker <= int(limits["nvidia.com/gpu"])
     assert options.workers == "auto"  # the number of workers follows the autoscaler
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
