@@ -13,7 +13,8 @@ table per model, size and direction (encode or decode), with these columns:
   matrix product (FLOP/s) and a copy (bytes/s). It is the larger of the times for the counted FLOPs and bytes. The bytes
   are counted as if every convolution and projection read its input and weights once and wrote its output once, and
   nothing else were moved. Winograd convolutions need fewer products than are counted, so they may exceed 100%.
-- peak MiB: the peak memory of the process on CPUs, of the device's tensors on GPUs.
+- peak MiB: the peak memory of the process on CPUs, of torch's tensors on GPUs.
+- first, s: seconds of the first batch, which compiles, or chooses algorithms.
 
 On GPUs, all variants have the switches of a job (`pipeline.encoder.configure_cuda`). The lines below a table compare
 the fastest of `ours` (on CPUs `ours plain`, which jobs use) with the targets. The exit code is 1 if a target is missed.
@@ -68,6 +69,7 @@ VARIANTS = (
     "ours compiled",
     "ours fused",
     "ours fused per-image",
+    "ours jax",
     "ours plain",
 )
 GPU_PIXELS = 16 * 512 * 512  # of a batch on a GPU by default
@@ -96,10 +98,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Median images/s, and the peak memory in MiB: of the process on CPUs, of the device's tensors on GPUs."""
+    """Median images/s, the peak memory in MiB (see above), and the seconds of the first batch."""
 
     rate: float
     memory: float
+    first: float
 
 
 def build_model(case: Case) -> tuple[nn.Module, torch.memory_format]:
@@ -129,6 +132,8 @@ def build_model(case: Case) -> tuple[nn.Module, torch.memory_format]:
 def find_obstacle(case: Case) -> str:
     """Return why a variant cannot run here; empty if it can."""
     needed = "diffusers" if case.variant.startswith("diffusers") else "triton" if "fused" in case.variant else ""
+    if case.variant == "ours jax":
+        needed = "flax"
     if needed == "triton" and (case.device, case.direction) != ("cuda", "encode"):
         return "for the encoder on CUDA only"
     if needed and importlib.util.find_spec(needed) is None:
@@ -138,6 +143,8 @@ def find_obstacle(case: Case) -> str:
 
 def make_step(case: Case) -> Callable[[], object]:
     """Return the function that is timed: it encodes or decodes a batch."""
+    if case.variant == "ours jax":
+        return make_jax_step(case)
     model, layout = build_model(case)
     x = torch.rand(input_shape(case), device=case.device).to(getattr(torch, case.dtype)) * 2 - 1
     x = x.contiguous(memory_format=layout)
@@ -145,6 +152,25 @@ def make_step(case: Case) -> Callable[[], object]:
     if case.variant.endswith("compiled"):
         run = torch.compile(run)
     return lambda: run(x)
+
+
+def make_jax_step(case: Case) -> Callable[[], object]:
+    """Return the function that is timed for FlaxAutoencoderKL. Its first call compiles."""
+    os.environ["NPROC"] = str(case.threads)  # of a CPU; JAX reads it when it is first used
+    import jax
+    from jax import numpy as jnp
+
+    from vae import FlaxAutoencoderKL
+
+    model = FlaxAutoencoderKL(**MODELS[case.model], dtype=getattr(jnp, case.dtype))
+    params, key = model.init_weights(jax.random.key(0)), jax.random.key(1)
+    if case.direction == "encode":
+        x = jax.random.uniform(key, input_shape(case), minval=-1.0)
+        encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode").latent_dist.mode())
+        return lambda: encode(params, x).block_until_ready()
+    z = jax.random.normal(key, input_shape(case)).transpose(0, 2, 3, 1)
+    decode = jax.jit(lambda params, z: model.apply({"params": params}, z, method="decode", channels_last=True).sample)
+    return lambda: decode(params, z).block_until_ready()
 
 
 def input_shape(case: Case) -> tuple[int, int, int, int]:
@@ -164,7 +190,7 @@ def select_direction(model: Any, direction: str) -> Callable[[Tensor], Tensor]:
 def measure(case: Case) -> Result:
     """Time a case in this process: two batches to warm up, then at least three batches and `case.seconds`.
 
-    If a batch takes longer than `case.seconds`, one batch warms up and two are timed.
+    If a batch takes longer than `case.seconds`, two are timed.
     """
     torch.manual_seed(0)
     torch.set_num_threads(case.threads)
@@ -173,15 +199,14 @@ def measure(case: Case) -> Result:
         configure_cuda(PRECISIONS[case.dtype])
     run = make_step(case)
     with torch.inference_mode():
+        first = measure_seconds(run, case.device)
         is_slow = measure_seconds(run, case.device) > case.seconds
-        if not is_slow:
-            run()
         times: list[float] = []
         start = time.perf_counter()
         while time.perf_counter() - start < case.seconds or len(times) < (2 if is_slow else 3):
             times.append(measure_seconds(run, case.device))
     memory = torch.cuda.max_memory_allocated() if case.device == "cuda" else peak_process_bytes()
-    return Result(case.batch / statistics.median(times), memory / 2**20)
+    return Result(case.batch / statistics.median(times), memory / 2**20, first)
 
 
 def measure_seconds(run: Callable[[], object], device: str) -> float:
@@ -278,7 +303,7 @@ def compare(cases: list[Case]) -> list[str]:
         f"{flops / first.batch / 1e9:.0f} GFLOP and {moved / first.batch / 2**20:.0f} MiB per image; "
         f"matrix product {product / 1e12:.3g} TFLOP/s, copy {copy / 1e9:.3g} GB/s"
     )
-    print(f"  {'variant':<26}{'images/s':>10}{'of limit':>10}{'peak MiB':>10}")
+    print(f"  {'variant':<26}{'images/s':>10}{'of limit':>10}{'peak MiB':>10}{'first, s':>10}")
     rates = {}
     for case in cases:
         if obstacle := find_obstacle(case):
@@ -290,7 +315,10 @@ def compare(cases: list[Case]) -> list[str]:
             print(f"  {case.variant:<26}  failed: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
             continue
         rates[case.variant] = rate = result.rate
-        print(f"  {case.variant:<26}{rate:>10.3f}{rate * min_seconds:>10.0%}{result.memory:>10.0f}", flush=True)
+        print(
+            f"  {case.variant:<26}{rate:>10.3f}{rate * min_seconds:>10.0%}{result.memory:>10.0f}{result.first:>10.1f}",
+            flush=True,
+        )
     used = ("ours plain",) if first.device == "cpu" else [variant for variant in rates if variant.startswith("ours")]
     ours = max((rates[variant] for variant in used if variant in rates), default=0.0)
     targets = {v: t for v, t in TARGETS[first.device].items() if v in rates and ours}

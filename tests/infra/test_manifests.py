@@ -3,8 +3,8 @@
 No cluster is needed. docs/kubernetes.md lists what these tests cannot check.
 """
 
-import os
 import math
+import os
 import re
 import shlex
 import shutil
