@@ -36,7 +36,7 @@ demo: $(VENV)/installed
 	@echo "Statistics:     $(CURDIR)/$(DEMO)/latents/stats.json"
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
 
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 -n auto --maxprocesses 2
@@ -48,7 +48,7 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt torch setuptools
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt \
 		--no-build-isolation --config-settings editable_mode=compat --editable '.[dev,peers,train]'
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 3
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 4
 
 # --strict turns every warning, such as a broken link or a page outside the nav, into an error.
 docs: $(VENV)/docs-installed

@@ -94,6 +94,7 @@ def reference_digest(source: Path, micro_vae: Path, tmp_path_factory: pytest.Tem
     return read_digest(folder / "c")
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_cache_beside_a_users_modules(
     source: Path, reference_digest: str, micro_vae: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 ROOT = Path(__file__).parents[2]
 TRANSFORM = Transform(resolution=64, min_size=20, crop="random", flip="random")
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def test_in_batch_use_each_message_has_a_time_and_a_level(latentmill: Command, j
     assert re.search(rf"^{STAMP} WARNING damaged: .*1\.tar is truncated", err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_at_a_terminal_messages_are_plain(job: list[object], tmp_path: Path) -> None:
     """Standard error is a pseudo-terminal."""
     controller, terminal = pty.openpty()

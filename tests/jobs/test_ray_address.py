@@ -16,7 +16,7 @@ import pytest
 
 from jobs.ray_address import call_with_timeout, check_listening, resolve_address
 from pipeline.errors import UsageError
-from tests.conftest import STAMP, slow_param
+from tests.conftest import STAMP
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +123,7 @@ def start_job(argv: list[str], seconds: float) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_wait_for_a_silent_server_times_out(argv: list[str], silent_server: str) -> None:
     with start_job([*argv, "--address", silent_server], 2) as job:
@@ -133,8 +134,9 @@ def test_the_wait_for_a_silent_server_times_out(argv: list[str], silent_server: 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), slow_param(signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_wait(argv: list[str], silent_server: str, sign: signal.Signals, code: int) -> None:
     with start_job([*argv, "--address", silent_server], 60) as job:
         assert job.stderr is not None

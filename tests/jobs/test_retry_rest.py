@@ -85,7 +85,7 @@ def read_sorted_rows(cache: Path) -> list[dict[str, Any]]:
     return sorted(unsorted, key=lambda row: (row["shard"], row["key"]))
 
 
-@pytest.fixture(params=["parquet", "webdataset"])
+@pytest.fixture(params=["parquet", slow_param("webdataset")])
 def case(request: pytest.FixtureRequest, latentmill: Command, micro_vae: Path, tmp_path: Path) -> Case:
     return Case(latentmill, micro_vae, tmp_path, request.param)
 

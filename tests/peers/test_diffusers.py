@@ -89,7 +89,7 @@ def test_encode_decode_and_forward_are_equal(pair: tuple[AutoencoderKL, Any], he
     torch.testing.assert_close(ours(x).sample, theirs(x).sample, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("pair", ["sd", *map(slow_param, list(ARCHITECTURES)[1:])], indirect=True)
+@pytest.mark.parametrize("pair", [*map(slow_param, ARCHITECTURES)], indirect=True)
 @torch.inference_mode()
 def test_results_at_512_pixels_agree_with_the_reference_in_float64(pair: tuple[AutoencoderKL, Any]) -> None:
     """The round trip of the reference in float32 differs from float64 by up to 2e-4, ours by 4e-5."""
@@ -326,7 +326,7 @@ def test_a_directory_with_the_old_names_of_attention_loads(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "overlap"), [(64, 64, 0.25), (136, 72, 0.25), (136, 200, 0.5), (70, 93, 0.25)]
+    ("height", "width", "overlap"), [(64, 64, 0.25), (136, 72, 0.25), slow_param(136, 200, 0.5), (70, 93, 0.25)]
 )
 def test_tiling_gives_the_same_results_as_in_the_reference(
     pair: tuple[AutoencoderKL, Any], height: int, width: int, overlap: float

@@ -13,6 +13,7 @@ from pipeline.encoder import ALLOCATOR_VARIABLES, ComputeConfig, LatentEncoder, 
 from pipeline.errors import VaeError
 from pipeline.records import PreparedImage
 from pipeline.weights import Vae
+from tests.conftest import slow_param
 
 CPU = ComputeConfig(device="cpu", precision="fp32", batch_size=2, threads=1)
 
@@ -41,6 +42,7 @@ def encode(vae: Vae, compute: ComputeConfig, tile_above: int | None = None, side
     return torch.stack([result.latent for result in results if isinstance(result.latent, torch.Tensor)])
 
 
+@pytest.mark.slow
 def test_the_fused_form_gives_the_same_latents(vae: Vae) -> None:
     pytest.importorskip("triton")
     for attention in ("sdpa", "per-image"):
@@ -85,8 +87,8 @@ print(torch._C._accelerator_getAllocatorSettings())
     ("given", "expected"),
     [
         ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:256"}, "max_split_size_mb:256"),
+        slow_param({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        slow_param({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:256"}, "max_split_size_mb:256"),
     ],
 )
 def test_the_allocator_is_configured_after_torch_was_imported(given: dict[str, str], expected: str) -> None:

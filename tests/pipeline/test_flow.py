@@ -38,7 +38,7 @@ from pipeline.records import Attempt, Form, PreparedImage, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 from tests.pipeline.conftest import CPU, unit_of
 
 
@@ -527,7 +527,9 @@ class TestPrecision:
         (done,) = (json.loads(path.read_text()) for path in (tmp_path / "c/_commits").iterdir())
         assert 0 < report.precision_error == done["precision_error"] < 0.05
 
-    @pytest.mark.parametrize(("precision", "float32"), [("fp32", "ieee"), ("tf32", "tf32"), ("fp16", "ieee")])
+    @pytest.mark.parametrize(
+        ("precision", "float32"), [slow_param("fp32", "ieee"), ("tf32", "tf32"), slow_param("fp16", "ieee")]
+    )
     def test_fp32_is_float32_on_cuda_and_tf32_is_asked_for(self, precision: str, float32: str) -> None:
         """The switches hold for the whole process, so another process sets them."""
         show = "torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision"

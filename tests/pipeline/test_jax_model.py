@@ -130,6 +130,7 @@ def test_a_missing_package_is_named(vae: Vae, monkeypatch: pytest.MonkeyPatch) -
         JaxModel(vae, "cpu", "fp32", 1)
 
 
+@pytest.mark.slow
 def test_jax_keeps_to_the_threads_of_the_worker_and_compiles_once_per_machine(tmp_path: "os.PathLike[str]") -> None:
     code = (
         "import os; from pipeline import jax_model; from pipeline.weights import load_vae; import torch; "

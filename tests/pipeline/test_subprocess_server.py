@@ -71,6 +71,7 @@ def test_a_child_that_dies_during_a_request_is_an_error(child: Child, tmp_path: 
         child.ask(LARGER_THAN_A_PIPE, 60)
 
 
+@pytest.mark.slow
 def test_modules_can_be_imported_without_pythons_resource_module() -> None:
     """Windows has no such module. The command reports what is supported, instead of a ModuleNotFoundError."""
     code = "import sys; sys.modules['resource'] = None; "

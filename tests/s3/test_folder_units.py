@@ -133,6 +133,7 @@ def test_an_error_names_the_file(images: Folder, proxy: Proxy, monkeypatch: pyte
         list(items)
 
 
+@pytest.mark.slow
 def test_a_closed_reader_makes_no_more_requests(images: Folder, proxy: Proxy) -> None:
     for n in range(20, 200):
         images.replace(f"{n:03d}.jpg", b"x")

@@ -237,6 +237,7 @@ np.testing.assert_allclose(posterior.mean[:, 0], mean, rtol=1e-5, atol=2e-5)
 """
 
 
+@pytest.mark.slow
 def test_pmap_returns_the_posterior_whole_from_two_devices() -> None:
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     command = [sys.executable, "-c", PMAP, str(DATA)]

@@ -83,6 +83,7 @@ def test_the_error_in_half_precision_is_that_of_rounding(dtype: torch.dtype, lar
     assert float(error.pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()) < largest
 
 
+@pytest.mark.slow
 def test_no_bit_depends_on_the_batch_or_the_position_in_it() -> None:
     model, x = make_model(**CONFIGS["no attention"]), random_pixels(3, 12, 8)
     fuse_encoder(model)

@@ -79,6 +79,7 @@ def test_an_image_that_takes_too_long_is_rejected() -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_image_that_takes_too_much_memory_is_rejected() -> None:
     with SandboxedDecoder(Limits(memory=400 << 20)) as decoder:
         bomb = encoded(np.zeros((12000, 8000, 3), np.uint8), "PNG")  # 288 MB of pixels in a file of 300 kB
