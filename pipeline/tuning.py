@@ -27,10 +27,10 @@ from pipeline.encoder import (
     build_model,
     configure_allocator,
     encode_checked_images,
+    encode_pixels,
     is_device_error,
     is_out_of_memory,
     measure_error,
-    normalize_pixels,
 )
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import AttentionKernel, Form
@@ -373,8 +373,7 @@ class GpuTrial:
 
         def run() -> float:
             start = time.perf_counter()
-            x = normalize_pixels(pixels, self.model.dtype, self.compute.memory_format)
-            latents = self.model.encode(x).latent_dist.mode()
+            latents = encode_pixels(self.model, pixels, self.compute).mode()
             latents[0, 0, 0, 0].item()  # waits for the device
             return time.perf_counter() - start
 

@@ -82,7 +82,7 @@ class OpenerProcesses:
         opener = self._idle.get()
         try:
             opener = opener or self._server.start_opener()
-            if len(data) > opener.size:
+            if len(data) > len(opener.memory):
                 return self.open_here(data, shard, key)
             return opener.open_image(data, shard, key)
         except (OSError, EOFError):
@@ -103,7 +103,6 @@ class _OpenerProcess:
 
     def __init__(self, connection: Connection, memory: mmap.mmap, seconds: float) -> None:
         self.connection, self.memory, self.seconds = connection, memory, seconds
-        self.size = len(memory)
         self.pid = 0  # known once it is ready
 
     def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage | None:
