@@ -10,12 +10,13 @@ import torch
 
 from pipeline import tuning
 from pipeline.device_loop import DeviceLoop
-from pipeline.encoder import ComputeConfig, LatentEncoder, make_checked_image
+from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import VaeError
-from pipeline.records import AttentionKernel, EncodedImage, Form, PreparedImage
+from pipeline.records import AttentionKernel, EncodedImage, Form
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
 from pipeline.weights import Vae, load_vae
+from tests.checked_images import make_image
 from vae import AutoencoderKL, AutoencoderKLConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -28,21 +29,6 @@ ERRORS = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2}  # the largest
 @pytest.fixture(scope="module")
 def vae() -> Vae:
     return load_vae("demo")
-
-
-def make_image(number: int, height: int = 256, width: int = 256) -> PreparedImage:
-    return PreparedImage(
-        shard="s",
-        position=number,
-        key=str(number),
-        columns={},
-        pixels=make_checked_image(number)[:height, :width].contiguous(),
-        original_height=height,
-        original_width=width,
-        crop_top=0,
-        crop_left=0,
-        enlarged=False,
-    )
 
 
 def get_latents(encoded: Sequence[EncodedImage]) -> torch.Tensor:

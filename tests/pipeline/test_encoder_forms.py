@@ -9,34 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.encoder import ALLOCATOR_VARIABLES, ComputeConfig, LatentEncoder, build_model, make_checked_image
+from pipeline.encoder import ALLOCATOR_VARIABLES, ComputeConfig, LatentEncoder, build_model
 from pipeline.errors import VaeError
-from pipeline.records import PreparedImage
 from pipeline.weights import Vae
+from tests.checked_images import make_image
 from tests.conftest import slow_param
 
 CPU = ComputeConfig(device="cpu", precision="fp32", batch_size=2, threads=1)
 
 
-def make_image(number: int, side: int = 16) -> PreparedImage:
-    return PreparedImage(
-        shard="s",
-        position=number,
-        key=str(number),
-        columns={},
-        pixels=make_checked_image(number)[:side, :side].contiguous(),
-        original_height=side,
-        original_width=side,
-        crop_top=0,
-        crop_left=0,
-        enlarged=False,
-    )
-
-
 def encode(vae: Vae, compute: ComputeConfig, tile_above: int | None = None, side: int = 16) -> torch.Tensor:
     """Return the latents of three images: a full batch, and one that is padded."""
     encoder = LatentEncoder(vae, compute, "float32", tile_above=tile_above)
-    images = [make_image(number, side) for number in range(3)]
+    images = [make_image(number, side, side) for number in range(3)]
     results = [*encoder.encode(images[:2]), *encoder.encode(images[2:])]
     assert encoder.runs
     return torch.stack([result.latent for result in results if isinstance(result.latent, torch.Tensor)])

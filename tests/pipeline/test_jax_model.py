@@ -12,11 +12,12 @@ import torch
 pytest.importorskip("flax")
 
 from pipeline import jax_model
-from pipeline.encoder import ComputeConfig, LatentEncoder, make_checked_image
+from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import UsageError, VaeError
 from pipeline.jax_model import JaxModel
-from pipeline.records import EncodedImage, PreparedImage
+from pipeline.records import EncodedImage
 from pipeline.weights import Vae
+from tests.checked_images import make_image
 from vae import AutoencoderKL
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -24,22 +25,7 @@ TORCH = ComputeConfig(device="cpu", precision="fp32", batch_size=2, threads=1)
 JAX = dataclasses.replace(TORCH, backend="jax")
 
 
-def make_image(number: int, height: int = 64, width: int = 64) -> PreparedImage:
-    return PreparedImage(
-        shard="s",
-        position=number,
-        key=str(number),
-        columns={},
-        pixels=make_checked_image(number)[:height, :width].contiguous(),
-        original_height=height,
-        original_width=width,
-        crop_top=0,
-        crop_left=0,
-        enlarged=False,
-    )
-
-
-IMAGES = [make_image(number) for number in range(3)]
+IMAGES = [make_image(number, 64, 64) for number in range(3)]
 
 
 def get_latents(encoded: Sequence[EncodedImage]) -> torch.Tensor:
