@@ -58,5 +58,5 @@ check: $(VENV)/docs-installed docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/codespell *.md docs examples/README.md jobs/options.py
+	$(BIN)/codespell *.md docs examples/README.md jobs/options.py jobs/encode_options.py jobs/common_options.py
 	$(BIN)/python -m pytest tests/test_layers.py tests/test_prose.py

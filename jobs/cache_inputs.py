@@ -1,6 +1,7 @@
 """The VAE, the units and the files of an existing cache."""
 
-from jobs.options import DecodeOptions, RetryOptions, VerifyOptions, parse_source_options
+from jobs.common_options import parse_source_options
+from jobs.options import DecodeOptions, RetryOptions, VerifyOptions
 from pipeline.cache import parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jobs.encode_options import ALL, EncodeOptions
 from jobs.messages import log_note
-from jobs.options import ALL, EncodeOptions
 from jobs.resources import ResourcePlan, check_jax_settings
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs

@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
+from jobs.common_options import parse_limits, parse_source_options, parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_each, log_error, log_note
-from jobs.options import DecodeOptions, parse_limits, parse_source_options, parse_storage_options
+from jobs.options import DecodeOptions
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from jobs.resources import check_jax_settings, plan_resources

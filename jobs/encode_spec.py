@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.options import parse_limits
+from jobs.common_options import parse_limits
 from pipeline.cache import identity
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.runs import get_library_versions

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
+from jobs.common_options import Common
 from jobs.executor import Executor, WorkerSpec
 from jobs.local_executor import LocalExecutor
-from jobs.options import Common
 from pipeline import jax_model
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError

@@ -7,11 +7,12 @@ from typing import Any
 
 from jobs import cache_spec
 from jobs.cache_inputs import load_matching_vae, read_units
+from jobs.common_options import describe_options, parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging
-from jobs.options import RetryOptions, describe_options, parse_source_options, parse_storage_options
+from jobs.options import RetryOptions
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
 from jobs.resources import plan_resources

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.common_options import parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
-from jobs.options import StatsOptions, parse_storage_options
+from jobs.options import StatsOptions
 from jobs.parsing import parse
 from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats

@@ -4,9 +4,10 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.common_options import parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
-from jobs.options import StatusOptions, parse_storage_options
+from jobs.options import StatusOptions
 from jobs.parsing import parse
 from jobs.progress import format_duration
 from pipeline.cache.reader import Cache

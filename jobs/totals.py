@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from jobs.encode_options import EncodeOptions
 from jobs.entry import print_json
 from jobs.messages import log_error, log_warning
-from jobs.options import EncodeOptions
 from jobs.scheduler import Failure
 from pipeline.cache import commits, stats
 from pipeline.errors import REST_OF_SHARD, LatentmillError

@@ -8,11 +8,12 @@ from contextlib import suppress
 import torch
 
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
+from jobs.common_options import parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import configure_logging, log_info, log_note
-from jobs.options import VerifyOptions, parse_source_options, parse_storage_options
+from jobs.options import VerifyOptions
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from pipeline.cache import identity, parts

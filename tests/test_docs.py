@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from jobs.cli import VERBS
-from jobs.options import OPTIONS, EncodeOptions
+from jobs.encode_options import EncodeOptions
+from jobs.options import OPTIONS
 from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals

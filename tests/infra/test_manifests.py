@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.options import Common, DecodeOptions, EncodeOptions, StatusOptions
+from jobs.common_options import Common
+from jobs.encode_options import EncodeOptions
+from jobs.options import DecodeOptions, StatusOptions
 from jobs.parsing import parse
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("flax")
 
 from jobs import ray_executor, resources
-from jobs.options import EncodeOptions
+from jobs.encode_options import EncodeOptions
 from jobs.resources import ResourcePlan, plan_resources
 from latentmill import Cache
 from pipeline.errors import UsageError

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jobs import cache_spec
-from jobs.options import EncodeOptions
+from jobs.encode_options import EncodeOptions
 from jobs.resources import ResourcePlan
 from latentmill.cache_info import ComputeInfo
 from pipeline import tuning

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import DecodeOptions, EncodeOptions, describe_options, parse_storage_options
+from jobs.common_options import describe_options, parse_storage_options
+from jobs.encode_options import EncodeOptions
+from jobs.options import DecodeOptions
 from jobs.parsing import parse
 from jobs.resources import parse_worker_count
 from pipeline.errors import UsageError

@@ -1,0 +1,157 @@
+"""The options of `latentmill encode`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jobs.common_options import Common, same_source
+from jobs.parsing import REQUIRED, option
+from pipeline.records import Container, Crop, Flip, Interpolation, JpegDecode, Store
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(Common):
+    """Encode images into a cache of latents. To resume or to extend the cache, run the same command again."""
+
+    source: tuple[str, ...] = option(
+        REQUIRED,
+        "tar shards, Parquet files with images, or folders of images, as files, directories, globs or brace ranges; "
+        "NAME=SOURCE sets the name of the source (default: the name of its directory)",
+        "input",
+        metavar="SOURCE",
+        positional=True,
+    )
+    to: str = option(REQUIRED, "path or URL of the cache, new or existing", "output", metavar="CACHE")
+    new_source: bool = option(
+        False,
+        "encode the sources as new ones even if most of their files match files in the cache by path and size",
+        "input",
+    )
+    same_source: bool = same_source()
+    vae: str = option(
+        REQUIRED,
+        "VAE to use: a diffusers directory (or one that contains vae/), a single file (.safetensors, .ckpt), the URL "
+        "of either, a hub id, or 'demo'",
+        "model and performance",
+        metavar="REF",
+    )
+    vae_config: str = option(
+        "",
+        "VAE config for a single-file checkpoint, which does not record how its latents are scaled: a preset (sd, "
+        "sdxl, flux, ...) or a directory with a config.json",
+        "model and performance",
+        metavar="NAME",
+    )
+    resolution: int = option(
+        512,
+        "output size: resize the shorter side to PX, then crop to PX x PX",
+        "preprocessing",
+        metavar="PX",
+    )
+    buckets: int = option(
+        0,
+        "use aspect-ratio buckets of about PX x PX pixels instead of square crops",
+        "preprocessing",
+        metavar="PX",
+        default_text="off",
+    )
+    multiple_of: int = option(64, "make the sides of buckets multiples of PX", "preprocessing", metavar="PX")
+    min_size: int = option(
+        0, "skip images whose shorter side is below PX pixels", "preprocessing", metavar="PX", default_text="off"
+    )
+    interpolation: Interpolation = option("bicubic", "resampling filter; always antialiased", "preprocessing")
+    jpeg_decode: JpegDecode = option(
+        "full",
+        "scaled: decode large JPEGs at 1/2, 1/4 or 1/8 of their size, but at least at twice the output's; faster, but "
+        "changes the latents slightly (see docs/performance.md)",
+        "preprocessing",
+    )
+    crop: Crop = option("center", "crop position; random: drawn from a seed of --seed, shard and key", "preprocessing")
+    flip: Flip = option(
+        "none",
+        "random: mirror half of the images, drawn from a seed of --seed, shard and key",
+        "preprocessing",
+    )
+    store: Store = option(
+        "mode",
+        "what to store of the posterior: its mode, one sample drawn from a seed of --seed, shard and key, or its "
+        "moments (mean and log-variance)",
+        "output",
+    )
+    format: Container = option("parquet", "file format of the cache", "output")
+    dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "data type of the stored latents", "output")
+    seed: int = option(
+        0, "seed of random crops, flips and posterior samples", "preprocessing", metavar="N", default_text="0"
+    )
+    columns: str = option(
+        ALL,
+        "columns to copy from the source: text members of tars and Parquet columns; '' copies none",
+        "output",
+        metavar="NAME[,NAME...]",
+    )
+    image_column: str = option(
+        "",
+        "Parquet column that holds the images",
+        "input",
+        metavar="NAME",
+        default_text="the column with bytes",
+    )
+    key_column: str = option(
+        "", "Parquet column that holds the keys", "input", metavar="NAME", default_text="the row number"
+    )
+    max_shards: int = option(
+        0,
+        "process only the first N shards; run the command again without this option to process the rest",
+        "input",
+        metavar="N",
+        default_text="all",
+    )
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
+        "auto",
+        "precision of the computation; auto: on CUDA GPUs fp16, or tf32 if the VAE overflows in fp16; otherwise fp32",
+        "model and performance",
+    )
+    batch_size: int = option(
+        0,
+        "images per forward pass of the model; a batch that is not full is padded",
+        "model and performance",
+        metavar="N",
+        default_text="the fastest on CUDA GPUs, 8 on other GPUs, 1 on CPUs",
+    )
+    open_workers: int = option(
+        0,
+        "number of images that a worker opens at the same time: in threads, or in processes if there are more than 2",
+        "model and performance",
+        metavar="N",
+        default_text="on a GPU, the cores of its machine per GPU; otherwise --cpus-per-worker",
+    )
+    remote_openers: int = option(
+        0,
+        "open images also in N processes per worker on nodes of the cluster without GPUs; each reserves one CPU",
+        "cluster",
+        metavar="N",
+    )
+    encoder_form: Literal["auto", "plain", "fused", "compiled"] = option(
+        "auto",
+        "implementation of the encoder; plain: torch's kernels; fused: Triton kernels, for CUDA GPUs; compiled: "
+        "torch.compile, once per shape; auto: the fastest on the GPU, otherwise plain",
+        "model and performance",
+    )
+    tile_above: int = option(
+        0,
+        "encode images with a longer side above PX in tiles of PX pixels; uses less memory, but changes the latents",
+        "model and performance",
+        metavar="PX",
+        default_text="never",
+    )
+    rows_per_part: int = option(
+        0,
+        "images per output file",
+        "output",
+        metavar="N",
+        default_text="up to 4096 and about 256 MiB",
+    )
+    max_reject_rate: float = option(
+        0.05, "exit with code 3 if a larger fraction of the samples is rejected", "output", metavar="R"
+    )
