@@ -20,6 +20,8 @@ Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.en
 AttentionKernel = Literal["sdpa", "per-image"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
+# kinds of units that are made of one file each, by the ends of the file's name
+SHARD_ENDINGS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +268,17 @@ def stem(path: str) -> str:
 def extension(path: str) -> str:
     """Return the extension of a path in lower case, without its dot."""
     return path[len(stem(path)) + 1 :].lower()
+
+
+def get_shard_kind(path: str) -> str:
+    """Return the kind of unit that a file is read as, by the end of its name; "" for other files and images."""
+    return next((kind for end, kind in SHARD_ENDINGS.items() if path.lower().endswith(end)), "")
+
+
+def get_shard_stem(path: str) -> str:
+    """Return the path of a shard without the end that names its kind: `a/00000` for `a/00000.tar.gz`."""
+    end = max((end for end in SHARD_ENDINGS if path.lower().endswith(end)), key=len, default="")
+    return path[: len(path) - len(end)]
 
 
 def is_image(path: str) -> bool:

@@ -20,7 +20,17 @@ from pipeline.cache import commits
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, SourceError
 from pipeline.readers.image_files import unpack_files
-from pipeline.records import TEXT_EXTENSIONS, ListedFile, PlannedFile, Unit, extension, is_image, source_name, stem
+from pipeline.records import (
+    TEXT_EXTENSIONS,
+    ListedFile,
+    PlannedFile,
+    Unit,
+    get_shard_kind,
+    get_shard_stem,
+    is_image,
+    source_name,
+    stem,
+)
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
 from pipeline.sources.listing import Source, abbreviate
@@ -305,7 +315,7 @@ def find_unplanned(
 
     files: all planned files, by path.
     """
-    tars = {stem(unit.path) for unit in planned if unit.kind == "tar"}
+    tars = {get_shard_stem(unit.path) for unit in planned if unit.kind == "tar"}
     stems = {stem(path) for unit in planned for path in unit.paths}
     new: list[ListedFile] = []
     namesakes: list[str] = []
@@ -313,7 +323,7 @@ def find_unplanned(
         if file.path not in files:
             if is_image(file.path) and stem(file.path) in stems:
                 namesakes.append(file.path)
-            elif extension(file.path) != "parquet" or stem(file.path) not in tars:
+            elif get_shard_kind(file.path) != "parquet" or get_shard_stem(file.path) not in tars:
                 new.append(file)
     if not namesakes:
         return new, []

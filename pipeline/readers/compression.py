@@ -1,11 +1,11 @@
-"""Detect compressed archives by their bytes or names. They are not supported: tars are read as uncompressed streams."""
+"""Detect archives by their bytes or names. Those that are not supported are named: only gzip is decompressed."""
 
 from collections.abc import Sequence
 
 from pipeline.records import ListedFile
 from pipeline.text import printable
 
-ADVICE = "decompress it (gunzip, unzstd, unxz, bunzip2), or unpack it into a folder"
+ADVICE = "compress it with gzip instead, decompress it (unzstd, unxz, bunzip2), or unpack it into a folder"
 _FIRST_BYTES = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -16,8 +16,8 @@ _FIRST_BYTES = {
     b"Rar!\x1a\x07": "rar",
 }
 _ENDINGS = (
-    *(f".tar.{name}" for name in ("gz", "zst", "xz", "bz2", "lz4", "z")),
-    *(".tgz", ".tzst", ".txz", ".tbz", ".tbz2", ".zip", ".7z", ".rar"),
+    *(f".tar.{name}" for name in ("zst", "xz", "bz2", "lz4", "z")),
+    *(".tzst", ".txz", ".tbz", ".tbz2", ".zip", ".7z", ".rar"),
 )
 _NAMED = 3
 
@@ -28,9 +28,9 @@ def detect_archive(start: bytes) -> str | None:
 
 
 def find_archives(files: Sequence[ListedFile]) -> str:
-    """Return a message that names the compressed archives among the files, and a remedy; "" if there are none."""
+    """Return a message that names the unsupported archives among the files, and a remedy; "" if there are none."""
     urls = [file.url for file in files if file.path.lower().endswith(_ENDINGS)]
     if not urls:
         return ""
     more = f" and {len(urls) - _NAMED} more" if len(urls) > _NAMED else ""
-    return f"compressed archives are not supported: {', '.join(map(printable, urls[:_NAMED]))}{more}; {ADVICE}"
+    return f"archives of this kind are not supported: {', '.join(map(printable, urls[:_NAMED]))}{more}; {ADVICE}"

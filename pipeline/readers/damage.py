@@ -24,7 +24,7 @@ def read_past_damage(
     try:
         yield from samples
     except DamagedError as error:
-        stream.seek(error.at or 0)
+        stream.seek(min(error.at or 0, stream.tell()))  # of a compressed file, the damage is at a byte of its content
         while stream.read(PIECE):
             on_piece()
         raise

@@ -1,5 +1,7 @@
 """Read tar shards in the layout of webdataset and img2dataset, as streams: never downloaded whole, never unpacked.
 
+A tar may be compressed with gzip, whatever its name. Positions and damages then refer to its decompressed content.
+
 Members that share a key are adjacent: `0001.jpg`, `0001.txt`, `0001.json`. The key is the member's path up to the first
 dot of its base name. Python's `tarfile` and webdataset end silently at the end of a truncated shard, and before a
 second archive that was appended to the first. This reader requires the end mark, two blocks of zeros (POSIX.1-2001, pax
@@ -15,6 +17,7 @@ from typing import BinaryIO
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
 from pipeline.readers import compression
+from pipeline.readers.gzip_stream import open_gzip
 from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, explain_no_image, fold_key, is_stray
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 from pipeline.text import printable_key, to_valid_text
@@ -49,8 +52,9 @@ def read_tar(
     how many images and texts of one key are not adjacent.
     Rejects (stage "read"): `no_image`, `image_not_embedded`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
     `text_too_long`.
-    Raises DamagedError, which names the URL and the byte, if the tar is damaged or truncated. Raises ShardError if it
-    has more members than the limit, or if it is compressed.
+    Raises DamagedError, which names the URL and the byte (of a gzip file, the byte of its decompressed content), if the
+    tar is damaged or truncated. Raises ShardError if it
+    has more members than the limit, or if it is another kind of archive.
     """
     skipped = Counter() if skipped is None else skipped
     position = 0
@@ -149,11 +153,12 @@ def read_members(
 
 def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limits) -> Iterator[Member]:
     """Yield the members of `read_members`, including hidden ones."""
+    stream, url, first = _open_tar(stream, url, limits)
     offset = count = 0
     long_name: str | None = None
     long_size: int | None = None
     while True:
-        header = _read_exactly(stream, BLOCK, url, offset) if offset else _read_first_header(stream, url)
+        header = _read_exactly(stream, BLOCK, url, offset) if offset else first
         if not any(header):
             if any(_read_exactly(stream, BLOCK, url, offset + BLOCK)):
                 raise DamagedError(
@@ -200,13 +205,25 @@ def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: 
         offset = start + size + padding
 
 
-def _read_first_header(stream: BinaryIO, url: str) -> bytes:
-    """Read the first header of a tar. Raises ShardError if the file is another kind of archive."""
+def _open_tar(stream: BinaryIO, url: str, limits: Limits) -> tuple[BinaryIO, str, bytes]:
+    """Return the uncompressed tar, its name in errors, and its first header.
+
+    Raises ShardError if the file is another kind of archive.
+    """
     start = _read_up_to(stream, BLOCK)
-    kind = compression.detect_archive(start)
-    if kind and start[257:262] != b"ustar":  # a name may begin with any bytes
+    kind = _detect_archive(start)
+    if kind == "gzip":
+        stream, url = open_gzip(stream, url, limits, start), f"{url} (decompressed)"
+        start = _read_up_to(stream, BLOCK)
+        kind = _detect_archive(start)
+    if kind:
         raise ShardError(f"{url} is not a tar, but a {kind} file; {compression.ADVICE}")
-    return start + _read_exactly(stream, BLOCK - len(start), url, len(start))
+    return stream, url, start + _read_exactly(stream, BLOCK - len(start), url, len(start))
+
+
+def _detect_archive(start: bytes) -> str | None:
+    """Return the kind of archive that begins with these bytes; None for a tar, whose first name may be any bytes."""
+    return None if start[257:262] == b"ustar" else compression.detect_archive(start)
 
 
 def _find_next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:

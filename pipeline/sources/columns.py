@@ -17,7 +17,7 @@ from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, get_shard_kind
 from pipeline.storage import connection, reading
 
 FILES = 16
@@ -183,7 +183,7 @@ def _find_texts(
         found |= _find_member_extensions(tars, options, limits)
     has_images = any(extension(file.path) in IMAGE_EXTENSIONS for file in files)
     if has_images:
-        found |= {extension(file.path) for file in files} - {"tar", "parquet"}
+        found |= {extension(file.path) for file in files if not get_shard_kind(file.path)}
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
     reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files

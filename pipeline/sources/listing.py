@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
-from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
+from pipeline.records import ListedFile, get_shard_kind, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
@@ -28,7 +28,6 @@ WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names
 SYSTEM_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # of thumbnails and deleted files
 CLOSED_SYSTEM_FOLDERS = SYSTEM_FOLDERS | {"lost+found"}  # without images, if they are not readable
-INPUTS = frozenset({".tar", ".parquet", *(f".{name}" for name in IMAGE_EXTENSIONS)})
 
 FoundFiles = Mapping[str, Mapping[str, Any]]
 FolderListings = dict[str, tuple[FoundFiles, Mapping[str, list[str]]]]  # files of folders, and which may be texts
@@ -282,7 +281,7 @@ def _without_own_outputs(
         raise SourceError(f"there is no source at {source}: latentmill wrote all files there, {', '.join(outputs)}")
     for owner, owner_files in outputs.items():
         skipped.own_outputs.setdefault(owner, set()).update(owner_files)
-    inputs = [file for file in files if os.path.splitext(file)[1].lower() in INPUTS and file not in written]
+    inputs = [file for file in files if (get_shard_kind(file) or is_image(file)) and file not in written]
     links = find_second_paths(files, inputs)
     skipped.links |= links
     return {file: info for file, info in files.items() if file not in written and file not in links}
@@ -360,8 +359,7 @@ def _find_sidecars(
 
 def _check_utf8(file: str, root: str) -> None:
     """Raise SourceError if the name of a shard is not UTF-8. Such a name of an image is the reject `bad_key`."""
-    is_shard = file.lower().endswith((".tar", ".parquet"))
-    if to_valid_text(root) != root or (is_shard and to_valid_text(file) != file):
+    if to_valid_text(root) != root or (get_shard_kind(file) and to_valid_text(file) != file):
         raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")
 
 

@@ -14,9 +14,7 @@ from typing import Any
 
 from pipeline.canonical_json import canonical_json
 from pipeline.readers.image_files import ImageFiles, get_folder, is_same_file
-from pipeline.records import ListedFile, PlannedFile, extension, is_image, stem
-
-SHARDS = frozenset({"tar", "parquet"})
+from pipeline.records import ListedFile, PlannedFile, extension, get_shard_kind, is_image, stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ def find_possible_texts(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the file names that may be texts of images, by the folded name that they share with an image."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        if not is_image(name) and extension(name) not in SHARDS:
+        if not is_image(name) and not get_shard_kind(name):
             found[fold_name(stem(name))].append(name)
     return found
 
@@ -112,7 +110,7 @@ def _select_unambiguous(pairs: Sequence[tuple[str, ListedFile]]) -> Iterator[tup
 def _find_unused(texts: Iterable[ListedFile], files: Sequence[ListedFile], images: Sequence[ListedFile]) -> list[str]:
     """Return the unmatched texts that may have been meant for an image, without the metadata of shards."""
     roots = {image.root for image in images}
-    of_shards = {get_folder(file.path) for file in files if extension(file.path) in SHARDS}
+    of_shards = {get_folder(file.path) for file in files if get_shard_kind(file.path)}
     of_shards -= {get_folder(image.path) for image in images}
     return sorted(text.path for text in texts if text.root in roots and get_folder(text.path) not in of_shards)
 

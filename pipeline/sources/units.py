@@ -9,7 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, is_image, source_name, stem
+from pipeline.records import (
+    IMAGE_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    ListedFile,
+    Unit,
+    extension,
+    get_shard_kind,
+    get_shard_stem,
+    is_image,
+    source_name,
+    stem,
+)
 from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
 from pipeline.text import printable
 
@@ -33,8 +44,8 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
     """
     texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
     files = select_inputs(files)
-    tars = [make_tar_unit(file) for file in files if extension(file.path) == "tar"]
-    parquets = [file for file in files if extension(file.path) == "parquet"]
+    tars = [make_tar_unit(file) for file in files if get_shard_kind(file.path) == "tar"]
+    parquets = [file for file in files if get_shard_kind(file.path) == "parquet"]
     ranges = [unit for file in parquets for unit in make_parquet_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
@@ -44,18 +55,18 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
 
 def is_table_log(file: ListedFile) -> bool:
     """Whether a Parquet file is internal to Delta Lake or Spark: logs, changes, and uncommitted rows."""
-    return extension(file.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(file.path.split("/")[1:-1])
+    return get_shard_kind(file.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(file.path.split("/")[1:-1])
 
 
 def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
     """Return the files that units are made of."""
-    tar_stems = {stem(file.path) for file in files if extension(file.path) == "tar"}
+    tar_stems = {get_shard_stem(file.path) for file in files if get_shard_kind(file.path) == "tar"}
 
     def is_input(file: ListedFile) -> bool:
-        kind = extension(file.path)
+        kind = get_shard_kind(file.path)
         if kind == "parquet":
-            return stem(file.path) not in tar_stems and not is_table_log(file)
-        return kind == "tar" or is_image(file.path)
+            return get_shard_stem(file.path) not in tar_stems and not is_table_log(file)
+        return bool(kind) or is_image(file.path)
 
     return [file for file in files if is_input(file)]
 
@@ -65,8 +76,9 @@ def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_E
 
     texts: extensions of the files beside an image that are copied.
     """
-    known = {"tar", "parquet", *IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
-    return Counter(printable(extension(file.path)) for file in files if extension(file.path) not in known)
+    known = {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
+    others = (file.path for file in files if not get_shard_kind(file.path) and extension(file.path) not in known)
+    return Counter(printable(extension(path)) for path in others)
 
 
 def derive_unit_name(unit: Unit) -> str:

@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from latentmill.folder import has_password, open_filesystem
 from latentmill.stream import first_line, name_url_in_errors
 from pipeline.errors import StorageError, UsageError
+from pipeline.records import get_shard_stem
 
 RETRIES = {"mode": "standard", "max_attempts": 8}  # of botocore, for 500, 503 and resets: about a minute in total
 CONNECTIONS = 64  # per S3 server. With botocore's default of 10, the readers of folders would wait for each other.
@@ -93,7 +94,7 @@ def parent(path: str) -> str:
 
 def sibling_url(tar: str) -> str:
     """Return the URL at which img2dataset stores the metadata of a tar's samples."""
-    return tar[: -len(".tar")] + ".parquet"
+    return get_shard_stem(tar) + ".parquet"
 
 
 def exists(url: str, options: Mapping[str, Any]) -> bool:

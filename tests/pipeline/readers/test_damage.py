@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gzip
 import io
 import os
 import threading
@@ -34,6 +35,12 @@ def tar(folder: Path) -> Unit:
     return unit_of(write_tar(folder / "0.tar", img2dataset_members(0, 10, height=64, width=64)))
 
 
+def compressed_tar(folder: Path) -> Unit:
+    path = write_tar(folder / "0.tar.gz", img2dataset_members(0, 10, height=64, width=64))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    return unit_of(path)
+
+
 def parquet(folder: Path) -> Unit:
     jpegs = [data for name, data in img2dataset_members(0, 10, height=64, width=64).items() if name.endswith("jpg")]
     folder.mkdir(exist_ok=True)
@@ -42,7 +49,7 @@ def parquet(folder: Path) -> Unit:
 
 
 PLAIN = {"layout": OutputSchema(columns=PassthroughColumns(pa.schema([]), ()))}
-KINDS = pytest.mark.parametrize("make", [tar, parquet])
+KINDS = pytest.mark.parametrize("make", [tar, compressed_tar, parquet])
 
 
 def find_rests(cache: Path) -> dict[str, set[int]]:
