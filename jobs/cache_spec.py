@@ -88,15 +88,14 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
             raise UsageError(f"{to_flag(name)} must not be negative")
 
 
-def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
-    """Raise UsageError for an option of Parquet files if there are none."""
-    if any(unit.kind == "parquet" for unit in units):
-        return
-    for name in ("image_column", "key_column"):
-        if getattr(options, name):
-            raise UsageError(
-                f"{to_flag(name)} is for Parquet files with images, and the sources have none; leave it out"
-            )
+def check_input_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
+    """Raise UsageError for an option that has no effect on these kinds of inputs."""
+    kinds = {unit.kind for unit in units}
+    tables = kinds & {"parquet", "arrow"}
+    if options.image_column and not tables | kinds & {"tar", "zip"}:
+        raise UsageError("--image-column is for tars, zips, Parquet and Arrow files, and there are none; leave it out")
+    if options.key_column and not tables:
+        raise UsageError("--key-column is for Parquet and Arrow files, and the sources have none; leave it out")
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:

@@ -92,7 +92,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         problem = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
     if is_new:  # an option of an existing cache is part of its identity
-        cache_spec.check_parquet_options(options, units)
+        cache_spec.check_input_options(options, units)
     if archives:
         log_note(archives)
     if count := sum(map(is_table_log, shards)):

@@ -92,13 +92,14 @@ class EncodeOptions(Common):
     )
     image_column: str = option(
         "",
-        "Parquet column that holds the images",
+        "Parquet or Arrow column that holds the images (COLUMN.FIELD inside a struct), or, in tars and zips, the "
+        "extension of the image of each sample, as in source.jpg",
         "input",
         metavar="NAME",
-        default_text="the column with bytes",
+        default_text="the column with bytes; jpg, png and the like",
     )
     key_column: str = option(
-        "", "Parquet column that holds the keys", "input", metavar="NAME", default_text="the row number"
+        "", "Parquet or Arrow column that holds the keys", "input", metavar="NAME", default_text="the row number"
     )
     max_shards: int = option(
         0,

@@ -3,9 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from pipeline.readers.members import APART, HIDDEN, OTHER_IMAGES, STRAY
 from pipeline.readers.metadata import NO_METADATA
 from pipeline.readers.parquet import NO_IMAGES
-from pipeline.readers.tar_members import APART, HIDDEN, STRAY
 from pipeline.records import UnitReport
 from pipeline.text import printable
 
@@ -33,13 +33,18 @@ class SkippedInputs:
         lines = []
         if self.counts[HIDDEN] or self.counts[STRAY]:
             lines.append(
-                f"skipped tar members that are no part of a sample: {self.counts[HIDDEN]:,} hidden files "
+                f"skipped members of tars or zips that are no part of a sample: {self.counts[HIDDEN]:,} hidden files "
                 f"(._*, .DS_Store, Thumbs.db and the like), {self.counts[STRAY]:,} documents and indexes"
             )
         if self.counts[APART]:
             lines.append(
                 f"{self.counts[APART]:,} images are not next to their texts in their tars, and are encoded without "
                 "them: the files of a sample must be adjacent (create the tars with tar --sort=name)"
+            )
+        if self.counts[OTHER_IMAGES]:
+            lines.append(
+                f"{self.counts[OTHER_IMAGES]:,} further images of samples in tars or zips, such as .seg.png, are not "
+                "used: --columns seg.png copies one, --image-column seg.png encodes one"
             )
         if self.counts[NO_METADATA]:
             lines.append(

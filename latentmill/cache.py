@@ -73,7 +73,7 @@ class Cache:
         columns: of Parquet, to read less. wanted: the indexes of the rows to yield; None for all.
         """
         with self.folder.open(file) as stream:
-            yield from read_rows(stream, file, wanted, columns, self.info.columns.texts)
+            yield from read_rows(stream, file, wanted, columns, self.info.columns.texts, self.info.columns.binary)
 
     def raw_latent(self, row: Mapping[str, Any]) -> "Tensor":
         """Return the latent of a row as it is stored: [C, h, w] in the cache's dtype, on the CPU.

@@ -130,8 +130,8 @@ class ColumnInfo:
 class PassthroughInfo:
     """The columns that were copied from the sources.
 
-    texts: the columns that were text files beside an image, by extension. arrow_schema: all columns, as Arrow's
-    serialized schema in base64.
+    texts: the columns that were files beside an image, or members of its sample in a tar or zip, by extension.
+    arrow_schema: all columns, as Arrow's serialized schema in base64.
     """
 
     texts: tuple[str, ...]
@@ -140,6 +140,12 @@ class PassthroughInfo:
     def read_schema(self) -> pa.Schema:
         """Return the names and types of the columns. Raises ValueError or OSError if they cannot be read."""
         return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(self.arrow_schema)))
+
+    @property
+    def binary(self) -> frozenset[str]:
+        """Those of `texts` that are bytes, such as further images."""
+        schema = self.read_schema()
+        return frozenset(name for name in self.texts if pa.types.is_binary(schema.field(name).type))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -45,14 +45,16 @@ def read_rows(
     wanted: Sequence[int] | None = None,
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = (),
+    binary: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a part as dicts, in order.
 
     name: the file's, whose suffix names the container. wanted: indexes of the rows to yield; None for all. columns: of
-    Parquet, to read less. texts: of WebDataset, the columns that are text members; a sample may lack its own.
+    Parquet, to read less. texts: of WebDataset, the members to read; a sample may lack its own. binary: those
+    of them that are bytes.
     """
     if name.endswith(WEBDATASET_SUFFIX):
-        yield from read_webdataset_rows(stream, wanted, texts)
+        yield from read_webdataset_rows(stream, wanted, texts, binary)
     else:
         yield from read_parquet_rows(stream, wanted, columns)
 
@@ -77,16 +79,19 @@ def read_parquet_rows(
 
 
 def read_webdataset_rows(
-    stream: BinaryIO, wanted: Sequence[int] | None = None, texts: Sequence[str] = ()
+    stream: BinaryIO,
+    wanted: Sequence[int] | None = None,
+    texts: Sequence[str] = (),
+    binary: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples of a WebDataset part as `read_rows` does, as a Parquet part has them."""
     indexes = None if wanted is None else set(wanted)
-    for index, row in enumerate(_read_samples(stream, texts)):
+    for index, row in enumerate(_read_samples(stream, texts, binary)):
         if indexes is None or index in indexes:
             yield row
 
 
-def _read_samples(stream: BinaryIO, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str]) -> Iterator[dict[str, Any]]:
     row: dict[str, Any] = {}
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
@@ -100,8 +105,8 @@ def _read_samples(stream: BinaryIO, texts: Sequence[str]) -> Iterator[dict[str, 
                 row = {"latent": array.tobytes()} | dict.fromkeys(texts)
             elif member.name.endswith(SAMPLE_JSON):
                 row |= json.loads(data)
-            else:
-                row[member.name[len(row["key"]) + 1 :]] = data.decode()
+            elif (name := member.name[len(row["key"]) + 1 :]) in texts:
+                row[name] = data if name in binary else data.decode()
     if row:
         yield row
 

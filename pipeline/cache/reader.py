@@ -1,7 +1,7 @@
 """A cache that jobs work on: `latentmill.Cache`, on a folder that can be written to."""
 
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def read_rows(
     wanted: Sequence[int] | None = None,
     columns: Sequence[str] | None = None,
     texts: Sequence[str] = TEXT_EXTENSIONS,
+    binary: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes.
 
@@ -58,7 +59,7 @@ def read_rows(
     """
     with folder.open(file) as stream:
         try:
-            yield from part_files.read_rows(stream, file, wanted, columns, texts)
+            yield from part_files.read_rows(stream, file, wanted, columns, texts, binary)
         except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
             url = folder.url_of(file)
             raise DamagedFileError(f"{url} is damaged; run `latentmill verify {folder.url}`") from error

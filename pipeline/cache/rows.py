@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cache.reader import read_rows
+from pipeline.formats.schema import PassthroughColumns
 from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 
@@ -34,10 +35,10 @@ def choose_rows(files: Sequence[tuple[str, int, Unit]], limit: int) -> list[RowR
     return refs
 
 
-def read_refs(cache: Folder, refs: Sequence[RowRef]) -> Iterator[dict[str, Any]]:
+def read_refs(cache: Folder, refs: Sequence[RowRef], columns: PassthroughColumns) -> Iterator[dict[str, Any]]:
     """Yield the rows of these references, in the same order. The references of a file must follow one another."""
     indexes_by_file: dict[str, list[int]] = {}
     for ref in refs:
         indexes_by_file.setdefault(ref.file, []).append(ref.index)
     for file, indexes in indexes_by_file.items():
-        yield from read_rows(cache, file, indexes)
+        yield from read_rows(cache, file, indexes, texts=columns.texts, binary=columns.binary)

@@ -48,11 +48,17 @@ class PassthroughColumns:
     """The columns that are copied from the sources.
 
     schema: their names in the cache, and their types; all may be null. texts: the names of the columns that can come
-    from text members of tars and from text files beside images. Parquet files can have any column.
+    from members of tars and zips, and from text files beside images. They are text, or bytes if their type is binary.
+    Parquet and Arrow files can have any column.
     """
 
     schema: pa.Schema
     texts: tuple[str, ...] = TEXT_EXTENSIONS
+
+    @property
+    def binary(self) -> frozenset[str]:
+        """Those of `texts` that are bytes, such as further images of a sample."""
+        return frozenset(name for name in self.texts if pa.types.is_binary(self.schema.field(name).type))
 
     @property
     def from_parquet(self) -> pa.Schema:

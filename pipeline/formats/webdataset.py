@@ -22,7 +22,8 @@ SUFFIX = WEBDATASET_SUFFIX
 
 def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     """Return the members of a sample as cache.json names them."""
-    texts = [{"name": name, "type": "text"} for name in layout.columns.texts]
+    binary = layout.columns.binary
+    texts = [{"name": name, "type": "bytes" if name in binary else "text"} for name in layout.columns.texts]
     return [{"name": f"{_get_array_name(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
 
 
@@ -62,5 +63,5 @@ def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[
     yield f"{image.key}.{_get_array_name(layout)}.npy", array.getvalue()
     yield image.key + SAMPLE_JSON, canonical_json(info)
     for name in texts:
-        if (text := image.columns.get(name)) is not None:
-            yield f"{image.key}.{name}", text.encode()
+        if (value := image.columns.get(name)) is not None:
+            yield f"{image.key}.{name}", value if isinstance(value, bytes) else value.encode()

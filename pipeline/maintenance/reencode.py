@@ -68,7 +68,7 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
 def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Iterator[Problem]:
     """Encode the images of these rows again, and compare. The batches differ, so the rounding can differ."""
     spec = encoder.context.spec
-    rows = list(zip(refs, read_refs(cache.folder, refs), strict=True))
+    rows = list(zip(refs, read_refs(cache.folder, refs, cache.layout.columns), strict=True))
     for unit in {ref.unit.name: ref.unit for ref in refs}.values():
         remaining = {row["key"]: (ref.file, row) for ref, row in rows if ref.unit.name == unit.name}
         rejected: dict[str, str] = {}

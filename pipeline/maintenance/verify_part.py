@@ -114,7 +114,7 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
         if not schema.equals(parquet.make_schema(layout).remove_metadata()):
             findings.append("its columns differ from those of cache.json")
-    rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts)
+    rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts, binary=layout.columns.binary)
     latents: dict[str, list[Any]] = {}
     keys = []
     for row in rows:

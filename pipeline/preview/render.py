@@ -156,7 +156,7 @@ def make_tasks(rows: Sequence[RowRef]) -> list[RenderTask]:
 def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
     """Draw one contact sheet and its single images."""
     spec = worker.spec
-    rows = list(zip(task.rows, read_refs(spec.cache, task.rows), strict=True))
+    rows = list(zip(task.rows, read_refs(spec.cache, task.rows, spec.layout.columns), strict=True))
     originals, notes = find_originals(rows, worker) if spec.with_source else ({}, [])
     cells, images = [], []
     for ref, row in rows:

@@ -10,17 +10,16 @@ interchange format), and continues after it.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
 from typing import BinaryIO
 
-from pipeline.errors import DamagedError, Rejected, ShardError
-from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
+from pipeline.errors import DamagedError, ShardError
+from pipeline.limits import DEFAULT_LIMITS, Limits
 from pipeline.readers import compression
+from pipeline.readers.archive_samples import make_samples
 from pipeline.readers.gzip_stream import open_gzip
-from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, explain_no_image, fold_key, is_stray
+from pipeline.readers.members import DEFAULT_WANTED, HIDDEN, Member, Wanted, clean_name
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
-from pipeline.text import printable_key, to_valid_text
 
 BLOCK = 512
 SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
@@ -32,126 +31,45 @@ _PAX_LENGTH = re.compile(rb"([0-9]{1,9}) ")
 _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 
 
-NO_IMAGE = Member("", 0, b"")
-APART_FROM_IMAGE = "; its image is elsewhere in the tar: the files of a sample must be adjacent"
-OTHER_SPELLING = (
-    "; the key of an image differs only in the case of letters or in Unicode normalization: rename one of them"
-)
-
-
 def read_tar(
     stream: BinaryIO,
     url: str,
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
+    image: str | None = None,
+    binary: Collection[str] = (),
 ) -> Iterator[Sample | Reject]:
-    """Yield the samples of a tar, in their order. texts: extensions of the members that are copied as columns.
+    """Yield the samples of a tar, in their order. texts, image, binary: see `Wanted`.
 
-    skipped: receives the number of members that are not part of a sample, as HIDDEN and STRAY. As APART it receives
-    how many images and texts of one key are not adjacent.
-    Rejects (stage "read"): `no_image`, `image_not_embedded`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
-    `text_too_long`.
+    skipped: see `make_samples`, which also lists the rejects.
     Raises DamagedError, which names the URL and the byte (of a gzip file, the byte of its decompressed content), if the
-    tar is damaged or truncated. Raises ShardError if it
-    has more members than the limit, or if it is another kind of archive.
+    tar is damaged or truncated. Raises ShardError if it has more members than the limit, or if it is another kind of
+    archive.
     """
-    skipped = Counter() if skipped is None else skipped
-    position = 0
-    keys: set[str] = set()  # of images so far
-    folded: set[str] = set()  # the same by `fold_key`, if that changes them
-    keys_without_image: set[str] = set()
-    for key, members in _group_by_key(read_members(stream, url, texts, limits, skipped)):
-        images = [member for member in members if member.is_image]
-        if not images and is_stray(members, texts):
-            skipped[STRAY] += len(members)
-            continue
-        other, same = (keys_without_image, keys) if images else (keys, keys_without_image)
-        skipped[APART] += key in other and key not in same
-        for image in images or [NO_IMAGE]:
-            try:
-                if image is NO_IMAGE:
-                    keys_without_image.add(key)
-                    raise explain_no_image(members, _explain_missing_image(key, keys, folded))
-                if image.is_link:
-                    raise Rejected("read", "image_not_embedded")
-                check_key(key, limits)
-                if key in keys:
-                    raise Rejected("read", "duplicate_key")
-                keys.add(key)
-                if fold_key(key) != key:
-                    folded.add(fold_key(key))
-                if image.data is None:
-                    raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
-                yield Sample(position, key, image.data, _collect_texts(members, texts, limits))
-            except Rejected as error:
-                yield Reject.from_error(position, printable_key(key, limits.key_bytes), error)
-            position += 1
-
-
-def _explain_missing_image(key: str, keys: Set[str], folded: Set[str]) -> str:
-    """Return a hint about the image of a sample without one. keys: of images so far. folded: the same by `fold_key`."""
-    if key in keys:
-        return APART_FROM_IMAGE
-    return OTHER_SPELLING if fold_key(key) in keys or fold_key(key) in folded else ""
-
-
-def _group_by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
-    """Yield groups of adjacent members with one key.
-
-    Only the first image, and the first text of each extension, keep their bytes. No other member is used, and there
-    may be any number of them.
-    """
-    group: list[Member] = []
-    held: set[str] = set()
-    for member in members:
-        if group and member.key != group[0].key:
-            yield group[0].key, group
-            group, held = [], set()
-        kind = "image" if member.is_image else f".{member.extension}"
-        group.append(replace(member, data=None) if kind in held else member)
-        if not member.is_link:
-            held.add(kind)
-    if group:
-        yield group[0].key, group
-
-
-def _collect_texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
-    """Return the texts of a sample, by extension. Raises Rejected if one of them cannot be used."""
-    texts: dict[str, str] = {}
-    for member in members:
-        if member.extension in names:
-            if member.is_link:
-                raise Rejected("read", "image_not_embedded")
-            if member.extension in texts:  # it is unknown which of them is the image's
-                raise Rejected("read", "bad_text", member.extension)
-            if member.data is None:
-                raise Rejected("read", "text_too_long", member.extension, limits.text_bytes)
-            text = check_text(member.data, member.extension, limits)
-            if text is not None:
-                texts[member.extension] = text
-    return texts
+    skipped, wanted = Counter() if skipped is None else skipped, Wanted(tuple(texts), image, frozenset(binary))
+    yield from make_samples(read_members(stream, url, wanted, limits, skipped), wanted, limits, skipped)
 
 
 def read_members(
     stream: BinaryIO,
     url: str,
-    texts: Sequence[str] = TEXT_EXTENSIONS,
+    wanted: Wanted = DEFAULT_WANTED,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
 ) -> Iterator[Member]:
     """Yield the files, links and devices of a tar (ustar, GNU and pax long names), and of tars appended to it.
 
-    Only the bytes of images and texts within their limits are kept. Hidden files are skipped, and counted in `skipped`.
+    Only the bytes of wanted members within their limits are kept. Hidden files are skipped, and counted in `skipped`.
     """
-    for member in _read_all_members(stream, url, texts, limits):
+    for member in _read_all_members(stream, url, wanted, limits):
         if not member.is_hidden:
             yield member
         elif skipped is not None:
             skipped[HIDDEN] += 1
 
 
-def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: Limits) -> Iterator[Member]:
+def _read_all_members(stream: BinaryIO, url: str, wanted: Wanted, limits: Limits) -> Iterator[Member]:
     """Yield the members of `read_members`, including hidden ones."""
     stream, url, first = _open_tar(stream, url, limits)
     offset = count = 0
@@ -178,10 +96,10 @@ def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: 
                 )
             data = _read_exactly(stream, size, url, start)
             if kind == b"L":
-                long_name = _decode_name(data.rstrip(b"\0"))
+                long_name = clean_name(data.rstrip(b"\0"))
             elif kind == b"x":
                 records = _parse_pax(data, url, offset)
-                long_name = _decode_name(records[b"path"]) if b"path" in records else None
+                long_name = clean_name(records[b"path"]) if b"path" in records else None
                 long_size = int(records[b"size"]) if b"size" in records else None
         else:
             count += 1
@@ -193,7 +111,7 @@ def _read_all_members(stream: BinaryIO, url: str, texts: Sequence[str], limits: 
             if is_folder or kind in WITHOUT_DATA:
                 size = 0
             member = Member(name, size, None, is_link=kind not in FILES)
-            if not member.is_link and size <= _limit_bytes(member, texts, limits):
+            if not member.is_link and size <= wanted.limit_bytes(member, limits):
                 member = Member(member.name, size, _read_exactly(stream, size, url, start))
             else:
                 _skip(stream, size, url, start)
@@ -252,15 +170,6 @@ def _parse_pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
     return records
 
 
-def _limit_bytes(member: Member, texts: Sequence[str], limits: Limits) -> int:
-    """Return the size in bytes up to which the content of a member is kept."""
-    if member.is_hidden:
-        return 0
-    if member.is_image:
-        return limits.image_bytes
-    return limits.text_bytes if member.extension in texts else 0
-
-
 def _skip(stream: BinaryIO, count: int, url: str, offset: int) -> None:
     """Read and discard `count` bytes."""
     while count > 0:
@@ -310,9 +219,4 @@ def _parse_name(header: bytes) -> str:
     """Return the name in a header, with the prefix of ustar."""
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-    return _decode_name(prefix + b"/" + name if prefix else name)
-
-
-def _decode_name(name: bytes) -> str:
-    """Return a name as text. The `\\` of Windows becomes `/`, and a leading `./` is removed."""
-    return to_valid_text(name.decode(errors="surrogateescape")).replace("\\", "/").removeprefix("./")
+    return clean_name(prefix + b"/" + name if prefix else name)

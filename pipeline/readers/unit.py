@@ -58,7 +58,8 @@ def read_samples(
     if unit.kind == "tar":
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
         with reading.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
+            image = spec.image_column
+            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped, image, columns.binary)
             for sample in read_past_damage(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in metadata:
                     yield merge_metadata(sample, metadata[sample.key])

@@ -7,6 +7,7 @@ skipped here, and named when their units fail.
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
 
@@ -16,6 +17,7 @@ from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
 from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
+from pipeline.readers.members import Member, Wanted, holds_bytes, looks_like_image, name_extensions
 from pipeline.readers.tar import read_members
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, get_shard_kind
 from pipeline.storage import connection, reading
@@ -42,10 +44,10 @@ def find_columns(
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     try:
-        _check_tars(tars, options, limits)
+        _check_archives(tars, options, image_column, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
         schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
-        texts = _find_texts(files, tars, options, wanted, limits)
+        texts = _find_texts(files, tars, options, wanted, image_column, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
@@ -60,7 +62,7 @@ def find_columns(
                 f"--columns: there is no column {name} in the sources"
                 + (f"; did you mean {near[0]}?" if near else f"; they have {', '.join(available) or 'none'}")
             )
-    types = {name: pa.string() for name in texts} | {field.name: field.type for field in schema}
+    types = {name: _get_member_type(name) for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
     members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
@@ -105,15 +107,42 @@ def _read_schema(
         ) from error
 
 
-def _check_tars(tars: list[str], options: Mapping[str, str], limits: Limits) -> None:
-    """Raise ShardError if one of a few tars is compressed. Any other problem of a tar fails only its own unit."""
+def _check_archives(archives: list[str], options: Mapping[str, str], image: str | None, limits: Limits) -> None:
+    """Raise ShardError if one of a few tars is an archive of another kind, or if none of them has images.
 
-    def check(url: str) -> None:
+    Then `--image-column` may help: the first members look like images, or none has the extension that it gives.
+    Any other problem of an archive fails only its own unit. image: the extension of the images, if it is given.
+    """
+    wanted = Wanted(image=image)
+
+    def find_others(url: str) -> list[Member] | None:
+        """Return the first members of a tar, with one of each extension, or None if one is an image or is not known."""
+        others: dict[str, Member] = {}
         with contextlib.suppress(DamagedError, StorageError), reading.open_stream(url, options, seeking=True) as stream:
-            next(read_members(stream, url, limits=limits), None)
+            for member in islice(read_members(stream, url, wanted, limits), MEMBERS):
+                if wanted.is_image(member):
+                    return None
+                others.setdefault(member.extension, replace(member, data=None))
+            return list(others.values())
+        return None
 
     with ThreadPoolExecutor(FILES) as pool:
-        list(pool.map(check, _pick_spread(tars)))
+        found = list(pool.map(find_others, _pick_spread(archives)))
+    members = [member for others in found for member in others or ()]
+    candidates = members if image else [member for member in members if looks_like_image(member)]
+    if candidates and None not in found:
+        ends = ", ".join(name_extensions(candidates))
+        missing = f"has the extension .{image}" if image else "is an image by its extension (.jpg, .png and the like)"
+        others = " and other archives" if len(archives) > 1 else ""
+        raise ShardError(
+            f"none of the first members of {archives[0]}{others} {missing}; they end in {ends}. A key ends at the "
+            "first dot of a file's name, and the extension follows. Name the images' extension with --image-column"
+        )
+
+
+def _get_member_type(name: str) -> pa.DataType:
+    """Return the type of a column from members, by their extension."""
+    return pa.binary() if holds_bytes(name) else pa.string()
 
 
 def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
@@ -175,6 +204,7 @@ def _find_texts(
     tars: list[str],
     options: Mapping[str, str],
     wanted: Sequence[str] | None,
+    image: str | None,
     limits: Limits,
 ) -> list[str]:
     """Return the texts that tars and folders offer: captions and metadata always, others if one is found."""
@@ -187,7 +217,8 @@ def _find_texts(
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
     reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
-    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - reserved)
+    images = {image.lower()} if image and not has_images else IMAGE_EXTENSIONS
+    others = sorted(found - images - set(TEXT_EXTENSIONS) - reserved)
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 
 
@@ -211,9 +242,11 @@ def is_text(kind: object) -> bool:
 
 
 def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise SourceError if a name is a text beside images and has another type in a Parquet file."""
+    """Raise SourceError if a name is a text or a member beside images and has another type in a Parquet file."""
     for name in wanted:
-        if name in texts and not is_text(types[name]):
+        kind = _get_member_type(name)
+        if name in texts and types[name] != kind and not (is_text(kind) and is_text(types[name])):
             raise SourceError(
-                f"{name} is text beside images and {types[name]} in a Parquet file; leave it out with --columns"
+                f"{name} is {'text' if is_text(kind) else 'bytes'} beside images and {types[name]} in a Parquet file; "
+                "leave it out with --columns"
             )

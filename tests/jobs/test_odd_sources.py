@@ -265,12 +265,15 @@ def test_a_key_column_that_does_not_exist_is_refused_before_any_write(encode: Co
     assert read_column(tmp_path / "c", "text") == {"a": "zero", "b": "one"}
 
 
-@pytest.mark.parametrize("option", ["--key-column", "--image-column"])
-def test_options_of_parquet_files_are_refused_without_such_files(
-    encode: Command, photos: Path, tmp_path: Path, option: str
+@pytest.mark.parametrize(
+    ("option", "kinds"),
+    [("--key-column", "Parquet and Arrow files"), ("--image-column", "tars, zips, Parquet and Arrow files")],
+)
+def test_options_of_other_kinds_of_files_are_refused_for_a_folder(
+    encode: Command, photos: Path, tmp_path: Path, option: str, kinds: str
 ) -> None:
     code, _, err = encode(photos, option, "id")
-    assert (code, f"{option} is for Parquet files with images, and the sources have none" in err) == (2, True), err
+    assert (code, f"{option} is for {kinds}" in err) == (2, True), err
     assert not (tmp_path / "c").exists()
 
 

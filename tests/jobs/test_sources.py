@@ -154,6 +154,43 @@ def test_other_text_members_are_copied_on_request(encode: Command, tmp_path: Pat
     assert read_column(tmp_path / "d", "caption") == {"a": "of a file beside it"}
 
 
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_chosen_image_of_a_tar_is_encoded_and_others_are_copied(
+    encode: Command, latentmill: Command, tmp_path: Path, container: str
+) -> None:
+    source, target, jpeg = make_images(0, 3)
+    write_tar(tmp_path / "s/0.tar", {"0.source.jpg": source, "0.target.jpg": target, "0.txt": b"t"})
+    write_tar(tmp_path / "s/1.tar", {"1.jpg": jpeg, "1.source.jpg": source})
+    argv = ("--columns", "txt,target.jpg", "--image-column", "source.jpg", "--format", container)
+    encode(tmp_path / "s", "--to", tmp_path / "c", *argv)
+    cache = Cache.open(str(tmp_path / "c"))
+    rows = [row for file in cache.files() for row in cache.rows(file)]
+    assert [(row["key"], row["txt"], row["target.jpg"]) for row in rows] == [("0", "t", target), ("1", None, None)]
+    assert rows[0]["latent"] == rows[1]["latent"]
+    assert latentmill("verify", tmp_path / "c", "--recount", "--json")[0] == 0
+    code, out, err = latentmill("decode", tmp_path / "c", "--to", tmp_path / "out", "--workers", 0, "--json")
+    assert (code, err) == (0, ""), err
+    assert (code, all(image["psnr"] for image in json.loads(out)["images"])) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            [],
+            "s/0.tar is an image by its extension (.jpg, .png and the like); they end in .source.jpg, .img. A key ends",
+        ),
+        (["--image-column", "jpg"], "s/0.tar has the extension .jpg; they end in .source.jpg, .img, .txt. A key ends"),
+    ],
+)
+def test_tars_without_images_are_refused_if_an_image_can_be_named(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, argv: list[str], message: str
+) -> None:
+    write_tar(tmp_path / "s/0.tar", {"0.source.jpg": b"", "0.img": b"", "0.txt": b"t"})
+    code, _, err = latentmill("encode", tmp_path / "s", "--to", tmp_path / "c", "--vae", micro_vae, *argv)
+    assert (code, message in err) == (2, True), err
+
+
 def test_several_sources_in_one_job(encode: Command, photos: Path, shards: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "hf/train-0.parquet", make_images(300, 3), label=[1, 2, 3])
     _, out, _ = encode(shards, photos, tmp_path / "hf", "--to", tmp_path / "c")
@@ -193,7 +230,7 @@ def test_a_changed_shard_is_reported_and_not_encoded(encode: Command, tmp_path: 
 
 def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 1))
-    for name in ("1.tar.gz", "a.tiff", "b.tiff", "0_stats.json"):
+    for name in ("1.gz", "a.tiff", "b.tiff", "0_stats.json"):
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err

@@ -9,7 +9,9 @@ import pytest
 
 from pipeline.errors import DamagedError, ShardError
 from pipeline.limits import Limits
-from pipeline.readers.tar import Member, _group_by_key, read_tar
+from pipeline.readers.archive_samples import _group_by_key
+from pipeline.readers.members import DEFAULT_WANTED, Member
+from pipeline.readers.tar import read_tar
 from pipeline.records import Reject, Sample
 from tests.conftest import img2dataset_members, write_tar
 
@@ -131,7 +133,7 @@ def test_few_of_many_members_with_one_key_are_held_in_memory() -> None:
     """Otherwise, images that are rejected anyway would fill the memory."""
     names = ["k.jpg", "k.txt", *(f"k.{n}.jpg" for n in range(3)), "k.png", "k.jpg", "k.txt"]
     members = [Member(name, 2, b"xx") for name in names]
-    ((key, group),) = _group_by_key(iter(members))
+    ((key, group),) = _group_by_key(iter(members), DEFAULT_WANTED)
     assert key == "k"
     assert [member.name for member in group] == names
     assert [n for n, member in enumerate(group) if member.data is not None][:2] == [0, 1]

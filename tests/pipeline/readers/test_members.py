@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 
 from pipeline.errors import DamagedError, ShardError
+from pipeline.limits import Limits
+from pipeline.readers.members import APART, HIDDEN, OTHER_IMAGES, STRAY
 from pipeline.readers.tar import read_tar
-from pipeline.readers.tar_members import APART, HIDDEN, STRAY
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 from tests.pipeline.readers.test_tar import outcome, tar
 
@@ -129,10 +130,54 @@ def detail(members: dict[str, bytes]) -> str:
 def test_the_reject_of_a_sample_without_an_image_names_its_extensions() -> None:
     dots = " (a key ends at the first dot of a file's name)"
     assert detail({"v1.0.jpg": b"", "v1.1.jpg": b"", "v1": b""}) == (
-        f"the sample has no image: its files end in .0.jpg, .1.jpg, nothing{dots}"
+        f"the sample has no image: its files end in .0.jpg, .1.jpg, nothing{dots}; if .0.jpg is the image, encode with "
+        "--image-column 0.jpg"
     )
     many = {f"0.{n}.jpg": b"" for n in range(9)}
-    assert detail(many).endswith(f"its files end in .0.jpg, .1.jpg, .2.jpg, .3.jpg, .4.jpg and 4 more{dots}")
+    assert f"its files end in .0.jpg, .1.jpg, .2.jpg, .3.jpg, .4.jpg and 4 more{dots}; if .0.jpg" in detail(many)
+    assert detail({"0.txt": b""}).endswith(f"its files end in .txt{dots}")
+    assert detail({"0.jpg_large": b"", "0.txt": b""}).endswith(
+        "; if .jpg_large is the image, encode with --image-column jpg_large"
+    )
+
+
+PAIRS = {f"{n}.{end}": f"{n}.{end}".encode() for n in range(2) for end in ("source.jpg", "TARGET.png", "txt", "jpg")}
+
+
+def read_image(
+    image: str | None, texts: tuple[str, ...] = TEXT_EXTENSIONS, binary: tuple[str, ...] = ()
+) -> list[object]:
+    skipped = Counter[str]()
+    data = io.BytesIO(tar(PAIRS))
+    items = read_tar(data, "s.tar", texts, skipped=skipped, image=image, binary=binary)
+    return [*((i.key, i.image, dict(i.columns)) if isinstance(i, Sample) else i.detail for i in items), dict(skipped)]
+
+
+def test_the_member_with_the_given_extension_is_the_image() -> None:
+    assert read_image("target.PNG") == [
+        ("0", b"0.TARGET.png", {"txt": "0.txt"}),
+        ("1", b"1.TARGET.png", {"txt": "1.txt"}),
+        {APART: 0, OTHER_IMAGES: 4},
+    ]
+    assert read_image(None)[:2] == [("0", b"0.jpg", {"txt": "0.txt"}), ("1", b"1.jpg", {"txt": "1.txt"})]
+    assert str(read_image("x")[0]).startswith(
+        "the sample has no image: its files end in .source.jpg, .target.png, .txt, .jpg, not in .x "
+    )
+
+
+def test_further_images_are_copied_as_bytes() -> None:
+    assert read_image("source.jpg", ("txt", "target.png"), ("target.png",)) == [
+        ("0", b"0.source.jpg", {"target.png": b"0.TARGET.png", "txt": "0.txt"}),
+        ("1", b"1.source.jpg", {"target.png": b"1.TARGET.png", "txt": "1.txt"}),
+        {APART: 0, OTHER_IMAGES: 2},
+    ]
+
+
+def test_a_further_image_above_the_limit_rejects_its_sample() -> None:
+    data = io.BytesIO(tar({"0.jpg": b"1", "0.seg.png": bytes(100)}))
+    (item,) = read_tar(data, "s.tar", ("seg.png",), Limits(image_bytes=99), binary=("seg.png",))
+    assert isinstance(item, Reject)
+    assert item.detail == "the column seg.png has more than 99 bytes"
 
 
 def test_names_in_a_reject_are_shortened_and_printable() -> None:
