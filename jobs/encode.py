@@ -89,7 +89,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
     units = make_units(shards)
     archives = compression.find_archives(shards)
     if not units:
-        problem = f"there are no tar shards, Parquet files or images in {' '.join(options.source)}"
+        problem = f"there are no tars, zips, Parquet or Arrow files, or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
     if is_new:  # an option of an existing cache is part of its identity
         cache_spec.check_input_options(options, units)

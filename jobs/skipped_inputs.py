@@ -3,9 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.readers.members import APART, HIDDEN, OTHER_IMAGES, STRAY
-from pipeline.readers.metadata import NO_METADATA
-from pipeline.readers.parquet import NO_IMAGES
+from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, OTHER_IMAGES, STRAY
 from pipeline.records import UnitReport
 from pipeline.text import printable
 
@@ -16,7 +14,7 @@ MAX_NAMES = 3  # of files in a message
 class SkippedInputs:
     """Counts of skipped inputs by kind.
 
-    files: the paths of the Parquet files without images.
+    files: the paths of the Parquet files, Arrow files and zips without images.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -54,5 +52,5 @@ class SkippedInputs:
         if self.files:
             more = f" and {len(self.files) - MAX_NAMES} more" if len(self.files) > MAX_NAMES else ""
             names = ", ".join(map(printable, sorted(self.files)[:MAX_NAMES]))
-            lines.append(f"skipped {len(self.files):,} Parquet files without images, and their columns: {names}{more}")
+            lines.append(f"skipped {len(self.files):,} files without images, and their columns: {names}{more}")
         return lines

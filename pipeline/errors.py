@@ -55,6 +55,8 @@ REASONS: dict[str, str] = {
     "duplicate_key": "another image of the shard has this key",
     "no_key": "the key column has no value in this row",
     "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
+    "unsupported_member": "the image, or a text beside it, is encrypted in its archive, or not compressed by deflate",
+    "corrupt_member": "the image, or a text beside it, does not have the size and the checksum that its archive states",
     "unreadable": "the permissions of the image, or of a text beside it, forbid reading it",
     "bad_key": "the key is empty, is longer than {} bytes, is not UTF-8, has control characters, or is a path that "
     "is absolute, ends with `/`, contains `.` or `..`, or is skipped by tar readers",

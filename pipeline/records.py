@@ -21,7 +21,7 @@ AttentionKernel = Literal["sdpa", "per-image"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 # kinds of units that are made of one file each, by the ends of the file's name
-SHARD_ENDINGS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".parquet": "parquet"}
+SHARD_ENDINGS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".zip": "zip", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,11 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a whole tar, a range of a Parquet file, or up to 256 images of a folder.
+    """The work of one task: a tar or Arrow file, a range of a zip or Parquet file, or up to 256 images of a folder.
 
-    name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
-    range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
+    name: unique, safe in a file name, and independent of the input's location.
+    kind: tar, zip, parquet, arrow or folder. range: (k, n) for range k of n of a zip or a Parquet file.
+    bytes: of the whole input. root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
     texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`.
     """

@@ -38,7 +38,7 @@ from pipeline.sources.planned_files import find_source_roots, list_input_files, 
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
 from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
-from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
+from pipeline.sources.units import make_shard_units, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
 FOLDER = "_plan"
@@ -179,7 +179,7 @@ def extend_plan(
         new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source)
         if not new:
             if not planned:
-                raise SourceError("the source is empty: it has no tar shards, Parquet files or images")
+                raise SourceError("the source is empty: it has no tars, zips, Parquet or Arrow files, or images")
             return units, notes
         number = int(names[-1][:5]) + 1 if names else 0
         if write_plan_file(cache, number, new):
@@ -297,10 +297,8 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
 
     A folder unit keeps its images. Images that are missing now stay as they were planned.
     """
-    if unit.kind == "tar":
-        return [make_tar_unit(listed[unit.path])]
-    if unit.kind == "parquet":
-        return make_parquet_units(listed[unit.path])
+    if unit.kind != "folder":
+        return make_shard_units(listed[unit.path], unit.kind)
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)

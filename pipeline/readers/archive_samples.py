@@ -7,17 +7,8 @@ from typing import Any
 
 from pipeline.errors import Rejected
 from pipeline.limits import Limits, check_key, check_text
-from pipeline.readers.members import (
-    APART,
-    OTHER_IMAGES,
-    STRAY,
-    Member,
-    Wanted,
-    explain_no_image,
-    fold_key,
-    is_stray,
-    looks_like_image,
-)
+from pipeline.readers.members import Member, Wanted, explain_no_image, fold_key, is_stray, looks_like_image
+from pipeline.readers.skipped import APART, OTHER_IMAGES, STRAY
 from pipeline.records import Reject, Sample
 from pipeline.text import printable_key
 

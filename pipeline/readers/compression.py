@@ -17,7 +17,7 @@ _FIRST_BYTES = {
 }
 _ENDINGS = (
     *(f".tar.{name}" for name in ("zst", "xz", "bz2", "lz4", "z")),
-    *(".tzst", ".txz", ".tbz", ".tbz2", ".zip", ".7z", ".rar"),
+    *(".tzst", ".txz", ".tbz", ".tbz2", ".7z", ".rar"),
 )
 _NAMED = 3
 

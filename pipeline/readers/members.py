@@ -11,12 +11,6 @@ from pipeline.limits import Limits
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
 from pipeline.text import printable, to_valid_text
 
-# kinds of skipped members that a unit's report counts
-HIDDEN = "hidden"
-STRAY = "stray"
-APART = "apart"
-OTHER_IMAGES = "other images"
-
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS's Archive Utility; Synology's thumbnails
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 # common documents and indexes beside samples: by the name up to the first dot, or by the last extension

@@ -9,10 +9,9 @@ import pyarrow as pa
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.readers.parquet import read_metadata
+from pipeline.readers.skipped import NO_METADATA
 from pipeline.records import Reject, Sample
 from pipeline.storage import connection, reading
-
-NO_METADATA = "tars without metadata"
 
 
 def read_tar_metadata(

@@ -18,6 +18,7 @@ from pipeline.formats.schema import to_cache_name, to_source_name
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key
 from pipeline.readers import parquet_footer
 from pipeline.readers.parquet_keys import FileKeys, KeySet
+from pipeline.readers.skipped import NO_IMAGES
 from pipeline.records import Reject, Sample
 from pipeline.text import printable_key
 from pipeline.values import to_json_value
@@ -25,7 +26,6 @@ from pipeline.values import to_json_value
 MIN_BYTES = 12  # of a Parquet file: two magic numbers and the size of its footer
 BATCH_ROWS = 16
 BUFFER_BYTES = 4 << 20  # per column
-NO_IMAGES = "no_images"  # the kind under which a unit's report counts a skipped file
 KEY = "key"  # key column of img2dataset's metadata
 _IMAGE_COLUMN_NAMES = (
     "image",

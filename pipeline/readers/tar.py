@@ -10,7 +10,7 @@ interchange format), and continues after it.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from pipeline.errors import DamagedError, ShardError
@@ -18,8 +18,9 @@ from pipeline.limits import DEFAULT_LIMITS, Limits
 from pipeline.readers import compression
 from pipeline.readers.archive_samples import make_samples
 from pipeline.readers.gzip_stream import open_gzip
-from pipeline.readers.members import DEFAULT_WANTED, HIDDEN, Member, Wanted, clean_name
-from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
+from pipeline.readers.members import DEFAULT_WANTED, Member, Wanted, clean_name
+from pipeline.readers.skipped import HIDDEN
+from pipeline.records import Reject, Sample
 
 BLOCK = 512
 SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
@@ -34,20 +35,18 @@ _PAX_SIZE = re.compile(rb"[0-9]{1,19}\n")
 def read_tar(
     stream: BinaryIO,
     url: str,
-    texts: Sequence[str] = TEXT_EXTENSIONS,
+    wanted: Wanted = DEFAULT_WANTED,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
-    image: str | None = None,
-    binary: Collection[str] = (),
 ) -> Iterator[Sample | Reject]:
-    """Yield the samples of a tar, in their order. texts, image, binary: see `Wanted`.
+    """Yield the samples of a tar, in their order.
 
     skipped: see `make_samples`, which also lists the rejects.
     Raises DamagedError, which names the URL and the byte (of a gzip file, the byte of its decompressed content), if the
     tar is damaged or truncated. Raises ShardError if it has more members than the limit, or if it is another kind of
     archive.
     """
-    skipped, wanted = Counter() if skipped is None else skipped, Wanted(tuple(texts), image, frozenset(binary))
+    skipped = Counter() if skipped is None else skipped
     yield from make_samples(read_members(stream, url, wanted, limits, skipped), wanted, limits, skipped)
 
 

@@ -1,4 +1,4 @@
-"""Read the samples of one unit, whatever its kind: a tar, a range of a Parquet file, or images of a folder."""
+"""Read the samples of one unit, whatever its kind: a tar, a range of a file, or images of a folder."""
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -12,9 +12,11 @@ from pipeline.readers.damage import (
     read_past_damage,
 )
 from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.members import Wanted
 from pipeline.readers.metadata import merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
 from pipeline.readers.tar import read_tar
+from pipeline.readers.zip import read_zip
 from pipeline.records import (
     Reject,
     Sample,
@@ -55,16 +57,20 @@ def read_samples(
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns = spec.source_options, spec.layout.columns
+    wanted = Wanted(columns.texts, spec.image_column, columns.binary)
     if unit.kind == "tar":
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
         with reading.open_stream(unit.url, options, unit) as stream:
-            image = spec.image_column
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped, image, columns.binary)
+            samples = read_tar(stream, unit.url, wanted, spec.limits, skipped)
             for sample in read_past_damage(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in metadata:
                     yield merge_metadata(sample, metadata[sample.key])
                 else:
                     yield sample
+    elif unit.kind == "zip":
+        with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
+            samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
+            yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "parquet":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             file_range, image, key = unit.range or (0, 1), spec.image_column, spec.key_column

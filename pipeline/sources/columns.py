@@ -7,24 +7,19 @@ skipped here, and named when their units fail.
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from difflib import get_close_matches
-from itertools import islice
 
 import pyarrow as pa
 
-from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
+from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
 from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
-from pipeline.readers.members import Member, Wanted, holds_bytes, looks_like_image, name_extensions
-from pipeline.readers.tar import read_members
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, get_shard_kind
+from pipeline.sources.archives import FILES, check_archives, find_member_extensions, get_member_type, pick_spread
 from pipeline.storage import connection, reading
 
-FILES = 16
 MORE_FILES = 256
-MEMBERS = 64  # members of a tar that are inspected
 
 
 def find_columns(
@@ -43,11 +38,12 @@ def find_columns(
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
+    archives = list(dict.fromkeys(unit.url for unit in units if unit.kind in ("tar", "zip")))
     try:
-        _check_archives(tars, options, image_column, limits)
+        check_archives(archives, units, options, image_column, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
         schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
-        texts = _find_texts(files, tars, options, wanted, image_column, limits)
+        texts = _find_texts(files, archives, options, wanted, image_column, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
@@ -62,7 +58,7 @@ def find_columns(
                 f"--columns: there is no column {name} in the sources"
                 + (f"; did you mean {near[0]}?" if near else f"; they have {', '.join(available) or 'none'}")
             )
-    types = {name: _get_member_type(name) for name in texts} | {field.name: field.type for field in schema}
+    types = {name: get_member_type(name) for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
     members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
@@ -96,7 +92,7 @@ def _read_schema(
 
     schemas = [
         *_read_image_schemas(read_image_file_columns, parquets, only_parquet),
-        *_read_undamaged(read_metadata_columns, _pick_spread(tars)),
+        *_read_undamaged(read_metadata_columns, pick_spread(tars)),
     ]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
@@ -105,44 +101,6 @@ def _read_schema(
         raise SourceError(
             f"the sources have columns with the same name and incompatible types; rename them: {error}"
         ) from error
-
-
-def _check_archives(archives: list[str], options: Mapping[str, str], image: str | None, limits: Limits) -> None:
-    """Raise ShardError if one of a few tars is an archive of another kind, or if none of them has images.
-
-    Then `--image-column` may help: the first members look like images, or none has the extension that it gives.
-    Any other problem of an archive fails only its own unit. image: the extension of the images, if it is given.
-    """
-    wanted = Wanted(image=image)
-
-    def find_others(url: str) -> list[Member] | None:
-        """Return the first members of a tar, with one of each extension, or None if one is an image or is not known."""
-        others: dict[str, Member] = {}
-        with contextlib.suppress(DamagedError, StorageError), reading.open_stream(url, options, seeking=True) as stream:
-            for member in islice(read_members(stream, url, wanted, limits), MEMBERS):
-                if wanted.is_image(member):
-                    return None
-                others.setdefault(member.extension, replace(member, data=None))
-            return list(others.values())
-        return None
-
-    with ThreadPoolExecutor(FILES) as pool:
-        found = list(pool.map(find_others, _pick_spread(archives)))
-    members = [member for others in found for member in others or ()]
-    candidates = members if image else [member for member in members if looks_like_image(member)]
-    if candidates and None not in found:
-        ends = ", ".join(name_extensions(candidates))
-        missing = f"has the extension .{image}" if image else "is an image by its extension (.jpg, .png and the like)"
-        others = " and other archives" if len(archives) > 1 else ""
-        raise ShardError(
-            f"none of the first members of {archives[0]}{others} {missing}; they end in {ends}. A key ends at the "
-            "first dot of a file's name, and the extension follows. Name the images' extension with --image-column"
-        )
-
-
-def _get_member_type(name: str) -> pa.DataType:
-    """Return the type of a column from members, by their extension."""
-    return pa.binary() if holds_bytes(name) else pa.string()
 
 
 def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
@@ -160,7 +118,7 @@ def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], on
             refused.append(error)
             return None
 
-    schemas = _read_undamaged(inspect_or_note, _pick_spread(urls))
+    schemas = _read_undamaged(inspect_or_note, pick_spread(urls))
     limit = len(urls) if only_parquet else MORE_FILES
     for start in range(0, min(len(urls), limit), FILES):
         if schemas or not refused:
@@ -193,47 +151,27 @@ def _read_undamaged(inspect: Callable[[str], pa.Schema | None], urls: list[str])
     return schemas
 
 
-def _pick_spread(urls: list[str]) -> list[str]:
-    """Return up to FILES of the URLs, spread evenly."""
-    count = min(FILES, len(urls))
-    return [urls[number * len(urls) // count] for number in range(count)]
-
-
 def _find_texts(
     files: Sequence[ListedFile],
-    tars: list[str],
+    archives: list[str],
     options: Mapping[str, str],
     wanted: Sequence[str] | None,
     image: str | None,
     limits: Limits,
 ) -> list[str]:
-    """Return the texts that tars and folders offer: captions and metadata always, others if one is found."""
+    """Return the texts that archives and folders offer: captions and metadata always, others if one is found."""
     found: set[str] = set()
     if set(wanted or ()) - set(TEXT_EXTENSIONS):
-        found |= _find_member_extensions(tars, options, limits)
+        found |= find_member_extensions(archives, options, limits)
     has_images = any(extension(file.path) in IMAGE_EXTENSIONS for file in files)
     if has_images:
         found |= {extension(file.path) for file in files if not get_shard_kind(file.path)}
-    if tars or has_images:
+    if archives or has_images:
         found |= set(TEXT_EXTENSIONS)
     reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
     images = {image.lower()} if image and not has_images else IMAGE_EXTENSIONS
     others = sorted(found - images - set(TEXT_EXTENSIONS) - reserved)
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
-
-
-def _find_member_extensions(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:
-    """Return the extensions of the first members of the first undamaged tar, and of damaged tars before it."""
-    found: set[str] = set()
-    for tar in _pick_spread(tars):
-        try:
-            with reading.open_stream(tar, options) as stream:
-                for member in islice(read_members(stream, tar, limits=limits), MEMBERS):
-                    found.add(member.extension)
-            break
-        except DamagedError:
-            continue
-    return found
 
 
 def is_text(kind: object) -> bool:
@@ -244,7 +182,7 @@ def is_text(kind: object) -> bool:
 def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequence[str]) -> None:
     """Raise SourceError if a name is a text or a member beside images and has another type in a Parquet file."""
     for name in wanted:
-        kind = _get_member_type(name)
+        kind = get_member_type(name)
         if name in texts and types[name] != kind and not (is_text(kind) and is_text(types[name])):
             raise SourceError(
                 f"{name} is {'text' if is_text(kind) else 'bytes'} beside images and {types[name]} in a Parquet file; "

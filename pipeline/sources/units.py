@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from pipeline.canonical_json import canonical_json
 from pipeline.records import (
     IMAGE_EXTENSIONS,
+    SHARD_ENDINGS,
     TEXT_EXTENSIONS,
     ListedFile,
     Unit,
@@ -25,7 +26,8 @@ from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_s
 from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
-RANGE_BYTES = 128 << 20  # approximate size of a range of a Parquet file
+RANGE_BYTES = {"parquet": 128 << 20, "zip": 1 << 30}  # approximate size of a range of a file
+SHARD_KINDS = tuple(dict.fromkeys(SHARD_ENDINGS.values()))
 TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
 
 
@@ -36,7 +38,7 @@ def make_unit_name(name: str, identity: object) -> str:
 
 
 def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
-    """Return the units of these files: tars, Parquet files, images, each in the order of the paths.
+    """Return the units of these files: of each kind of shard, then of images, each in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` is not a unit either.
@@ -44,13 +46,11 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
     """
     texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
     files = select_inputs(files)
-    tars = [make_tar_unit(file) for file in files if get_shard_kind(file.path) == "tar"]
-    parquets = [file for file in files if get_shard_kind(file.path) == "parquet"]
-    ranges = [unit for file in parquets for unit in make_parquet_units(file)]
+    shards = [unit for kind in SHARD_KINDS for file in files for unit in make_shard_units(file, kind)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
-    return tars + ranges + [make_folder_unit(group, texts) for group in groups]
+    return shards + [make_folder_unit(group, texts) for group in groups]
 
 
 def is_table_log(file: ListedFile) -> bool:
@@ -88,35 +88,30 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_tar_unit(file: ListedFile) -> Unit:
-    """Return the unit of a tar."""
-    return Unit(
-        name=make_unit_name(PurePosixPath(file.path).stem, [file.path, None]),
-        kind="tar",
-        url=file.url,
-        path=file.path,
-        bytes=file.bytes,
-        etag=file.etag,
-        root=file.root,
-    )
+def make_shard_units(file: ListedFile, kind: str) -> list[Unit]:
+    """Return the units of a file of this kind; none if it is of another kind.
 
-
-def make_parquet_units(file: ListedFile) -> list[Unit]:
-    """Return one unit per range k of n of a Parquet file. n follows from the file's size alone."""
-    count = max(1, math.ceil(file.bytes / RANGE_BYTES))
+    A tar is one unit. Other files have one per range k of n. n follows from the file's size alone.
+    """
+    if get_shard_kind(file.path) != kind:
+        return []
     name = PurePosixPath(file.path).stem
+    ranges: list[tuple[int, int] | None] = [None]
+    if kind in RANGE_BYTES:
+        count = max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
+        ranges = [(k, count) for k in range(count)]
     return [
         Unit(
-            name=make_unit_name(name, [file.path, [k, count]]),
-            kind="parquet",
+            name=make_unit_name(name, [file.path, list(file_range) if file_range else None]),
+            kind=kind,
             url=file.url,
             path=file.path,
-            range=(k, count),
+            range=file_range,
             bytes=file.bytes,
             etag=file.etag,
             root=file.root,
         )
-        for k in range(count)
+        for file_range in ranges
     ]
 
 

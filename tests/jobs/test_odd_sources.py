@@ -3,6 +3,7 @@
 import bz2
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,19 @@ def test_compressed_archives_are_named(encode: Command, tmp_path: Path, name: st
     assert (code, f"INFO {message}" in err) == (0, True), err
 
 
+def test_a_zip_without_images_is_noted(encode: Command, tmp_path: Path) -> None:
+    """Data sets have annotations beside their images."""
+    (tmp_path / "s").mkdir()
+    for name, member, data in (("images", "0.jpg", make_images(0, 1)[0]), ("annotations", "a/b.json", b"{}")):
+        with zipfile.ZipFile(tmp_path / f"s/{name}.zip", "w") as archive:
+            archive.writestr(member, data)
+    code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+    assert (code, "encoded 1 image in" in out) == (0, True), err
+    assert "INFO skipped 1 files without images, and their columns: s/annotations.zip" in err
+    code, _, err = encode(tmp_path / "s/annotations.zip", "--to", tmp_path / "d")
+    assert (code, "s/annotations.zip has no images" in err) == (2, True), err
+
+
 def write_table(path: Path, **columns: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
@@ -209,7 +223,7 @@ def test_parquet_files_without_images_are_skipped(
     write_table(tmp_path / "s/deeper" / name, **columns)
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 2 images" in out, "rejected   0" in out) == (0, True, True), err
-    assert err.count("INFO skipped 2 Parquet files without images") == 1
+    assert err.count("INFO skipped 2 files without images") == 1
     assert f"s/{name}" in err
     assert not (set(columns) - {"key"}) & set(read_table(tmp_path / "c").column_names)
     assert "encoded 0 images" in encode(tmp_path / "s", "--to", tmp_path / "c")[1]
@@ -236,7 +250,7 @@ def test_images_are_found_among_many_files_without_images(encode: Command, tmp_p
         )
     code, out, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "encoded 32 images" in out) == (0, True), err
-    assert "skipped 32 Parquet files without images" in err
+    assert "skipped 32 files without images" in err
     assert sorted(read_table(tmp_path / "c")["text"].to_pylist()) == sorted(f"text {number}" for number in range(32))
 
 

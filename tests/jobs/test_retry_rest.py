@@ -346,7 +346,7 @@ class TestParquet:
 
     @pytest.fixture
     def parquet(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> bytes:
-        monkeypatch.setattr(units, "RANGE_BYTES", 20_000)
+        monkeypatch.setitem(units.RANGE_BYTES, "parquet", 20_000)
         jpegs = [d for name, d in img2dataset_members(0, COUNT, height=64, width=64).items() if name.endswith("jpg")]
         table = pa.table({"jpg": jpegs, "caption": [f"caption {n}" for n in range(COUNT)]})
         case.shard = case.shard.with_name("0.parquet")

@@ -6,7 +6,7 @@ import pytest
 from pipeline.cache import plan
 from pipeline.errors import CacheError, SourceError
 from pipeline.records import ListedFile, Unit
-from pipeline.sources.units import RANGE_BYTES, count_other_files, make_tar_unit, make_units
+from pipeline.sources.units import RANGE_BYTES, count_other_files, make_units
 from pipeline.storage.folder import Folder
 from tests.listed_files import list_source_files
 
@@ -16,11 +16,11 @@ def shard(path: str, root: str = "/disk/data", size: int = 1) -> ListedFile:
 
 
 def test_the_name_of_a_tar_unit_does_not_depend_on_its_location() -> None:
-    local, remote = (make_tar_unit(shard("data/00 0?.tar", root)) for root in ("/disk/data", "s3://bucket/data"))
+    local, remote = (make_units([shard("data/00 0?.tar", root)])[0] for root in ("/disk/data", "s3://bucket/data"))
     assert local.name == remote.name
     assert local.name.startswith("00_0-")
     assert len(local.name) == len("00_0-") + 16
-    assert local.name != make_tar_unit(shard("other/00 0?.tar")).name
+    assert local.name != make_units([shard("other/00 0?.tar")])[0].name
 
 
 def test_folder_units_have_up_to_256_images() -> None:
@@ -154,13 +154,13 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_size_of_a_parquet_file_decides_its_ranges() -> None:
-    units = make_units([shard("data/a.parquet", size=3 * RANGE_BYTES - 1), shard("data/b.parquet", size=10)])
+    units = make_units([shard("data/a.parquet", size=3 * RANGE_BYTES["parquet"] - 1), shard("data/b.parquet", size=10)])
     assert [(unit.path, unit.range) for unit in units] == [
         *(("data/a.parquet", (k, 3)) for k in range(3)),
         ("data/b.parquet", (0, 1)),
     ]
     assert len({unit.name for unit in units}) == 4
-    assert sum(unit.input_bytes for unit in units) == pytest.approx(3 * RANGE_BYTES + 10, abs=4)
+    assert sum(unit.input_bytes for unit in units) == pytest.approx(3 * RANGE_BYTES["parquet"] + 10, abs=4)
 
 
 def test_a_parquet_file_beside_a_tar_of_the_same_name_is_metadata(tmp_path: Path) -> None:

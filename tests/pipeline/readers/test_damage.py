@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def compressed_tar(folder: Path) -> Unit:
     return unit_of(path)
 
 
+def zip_file(folder: Path) -> Unit:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "0.zip", "w") as archive:
+        for name, data in img2dataset_members(0, 10, height=64, width=64).items():
+            archive.writestr(name, data)
+    return unit_of(folder / "0.zip")
+
+
 def parquet(folder: Path) -> Unit:
     jpegs = [data for name, data in img2dataset_members(0, 10, height=64, width=64).items() if name.endswith("jpg")]
     folder.mkdir(exist_ok=True)
@@ -49,7 +58,7 @@ def parquet(folder: Path) -> Unit:
 
 
 PLAIN = {"layout": OutputSchema(columns=PassthroughColumns(pa.schema([]), ()))}
-KINDS = pytest.mark.parametrize("make", [tar, compressed_tar, parquet])
+KINDS = pytest.mark.parametrize("make", [tar, compressed_tar, zip_file, parquet])
 
 
 def find_rests(cache: Path) -> dict[str, set[int]]:

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.errors import DamagedError, ShardError
 from pipeline.limits import Limits
-from pipeline.readers.members import APART, HIDDEN, OTHER_IMAGES, STRAY
+from pipeline.readers.members import Wanted
+from pipeline.readers.skipped import APART, HIDDEN, OTHER_IMAGES, STRAY
 from pipeline.readers.tar import read_tar
 from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
 from tests.pipeline.readers.test_tar import outcome, tar
@@ -22,7 +23,7 @@ def read(
     members: dict[str, bytes], texts: tuple[str, ...] = TEXT_EXTENSIONS
 ) -> tuple[list[Sample | Reject], Counter[str]]:
     skipped = Counter[str]()
-    return list(read_tar(io.BytesIO(tar(members)), "s.tar", texts, skipped=skipped)), skipped
+    return list(read_tar(io.BytesIO(tar(members)), "s.tar", Wanted(texts), skipped=skipped)), skipped
 
 
 def rows(items: list[Sample | Reject]) -> list[tuple[str, bytes, dict[str, object]]]:
@@ -149,7 +150,7 @@ def read_image(
 ) -> list[object]:
     skipped = Counter[str]()
     data = io.BytesIO(tar(PAIRS))
-    items = read_tar(data, "s.tar", texts, skipped=skipped, image=image, binary=binary)
+    items = read_tar(data, "s.tar", Wanted(texts, image, frozenset(binary)), skipped=skipped)
     return [*((i.key, i.image, dict(i.columns)) if isinstance(i, Sample) else i.detail for i in items), dict(skipped)]
 
 
@@ -175,7 +176,7 @@ def test_further_images_are_copied_as_bytes() -> None:
 
 def test_a_further_image_above_the_limit_rejects_its_sample() -> None:
     data = io.BytesIO(tar({"0.jpg": b"1", "0.seg.png": bytes(100)}))
-    (item,) = read_tar(data, "s.tar", ("seg.png",), Limits(image_bytes=99), binary=("seg.png",))
+    (item,) = read_tar(data, "s.tar", Wanted(("seg.png",), None, frozenset(["seg.png"])), Limits(image_bytes=99))
     assert isinstance(item, Reject)
     assert item.detail == "the column seg.png has more than 99 bytes"
 

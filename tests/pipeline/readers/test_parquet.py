@@ -15,7 +15,6 @@ from pipeline.errors import DamagedError, NoImagesError, Rejected, ShardError
 from pipeline.limits import Limits
 from pipeline.readers import parquet_footer, parquet_keys
 from pipeline.readers.parquet import (
-    NO_IMAGES,
     read_available_columns,
     read_available_metadata_columns,
     read_metadata,
@@ -23,6 +22,7 @@ from pipeline.readers.parquet import (
     select_row_groups,
 )
 from pipeline.readers.parquet_keys import FileKeys
+from pipeline.readers.skipped import NO_IMAGES
 from pipeline.records import Reject, Sample
 
 NOTHING = pa.schema([])

@@ -381,7 +381,7 @@ def test_a_changed_input_of_the_same_size_is_noted(
 def test_a_parquet_file_that_grew_is_planned_with_more_ranges(
     extend: Extend, cache: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(units, "RANGE_BYTES", 100)
+    monkeypatch.setitem(units.RANGE_BYTES, "parquet", 100)
     put(tmp_path, "s/0.parquet", data=bytes(150))
     extend(tmp_path / "s")
     put(tmp_path, "s/0.parquet", data=bytes(250))

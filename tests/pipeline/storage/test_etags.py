@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
-from pipeline.sources.units import make_tar_unit
+from pipeline.sources.units import make_units
 from pipeline.storage.etags import get_etag, same_etag
 from pipeline.storage.reading import open_stream
 from tests.listed_files import list_source_files
@@ -19,11 +19,11 @@ def test_the_etag_of_a_local_file_is_its_time(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1_700_000_000_123_456_789))
     (shard,) = list_source_files((str(tmp_path / "s"),), {}, "nowhere")
     assert shard.etag == "m1700000000123456789"
-    with open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
+    with open_stream(shard.url, {}, make_units([shard])[0]) as stream:
         assert stream.read() == b"old"
     path.write_bytes(b"new")
     changed = pytest.raises(SourceError, match=r"0.tar has changed since it was planned \(its time or ETag\)")
-    with changed, open_stream(shard.url, {}, make_tar_unit(shard)):
+    with changed, open_stream(shard.url, {}, make_units([shard])[0]):
         pass
 
 
@@ -32,7 +32,7 @@ def test_a_file_rewritten_with_the_same_size_while_it_is_read_is_reported(tmp_pa
     path.write_bytes(b"old")
     (shard,) = list_source_files((str(path),), {}, "nowhere")
     changed = pytest.raises(SourceError, match=r"0.tar changed while it was being read")
-    with changed, open_stream(shard.url, {}, make_tar_unit(shard)) as stream:
+    with changed, open_stream(shard.url, {}, make_units([shard])[0]) as stream:
         path.write_bytes(b"new")
         stream.read()
 
