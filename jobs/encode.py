@@ -35,7 +35,7 @@ from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
-from pipeline.sources.units import is_table_log, make_units
+from pipeline.sources.units import is_result_cache, is_table_log, make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
@@ -97,6 +97,8 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
+    if count := sum(map(is_result_cache, shards)):
+        log_note(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
     wanted = cache_spec.parse_columns(options)
     if others := unit_files.count_other_files(shards, wanted or ()):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))

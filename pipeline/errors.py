@@ -53,6 +53,7 @@ REST_OF_SHARD = "rest_of_shard"  # all samples after a damage, not one sample
 REASONS: dict[str, str] = {
     "no_image": "the sample has no image",
     "duplicate_key": "another image of the shard has this key",
+    "several_images": "the image column has {} images in this row: write one row per image",
     "no_key": "the key column has no value in this row",
     "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
     "unsupported_member": "the image, or a text beside it, is encrypted in its archive, or not compressed by deflate",

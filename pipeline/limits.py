@@ -23,8 +23,9 @@ class Limits:
     checked before it is decoded. text_bytes: bytes of a caption, or of any other text beside an image.
     key_bytes: bytes of a key. columns_bytes: bytes of memory for the columns of a part's rows until the part is
     written; each row may take an equal share. members: files in a tar. header_bytes: bytes of one extended header of a
-    tar. footer_bytes: bytes of a Parquet file's footer. expansion: how many times larger than its file the content of a
-    gzip file may be, beyond its first GiB. seconds, memory: seconds and bytes of memory for one image, if
+    tar. footer_bytes: bytes of a Parquet file's footer.
+    batch_bytes: bytes of a record batch of an Arrow file. expansion: how many times larger than its file the content
+    of a gzip file may be, beyond its first GiB. seconds, memory: seconds and bytes of memory for one image, if
     it is decoded in a separate process because a worker died.
     """
 
@@ -37,6 +38,7 @@ class Limits:
     members: int = 1_000_000
     header_bytes: int = 1 << 20
     footer_bytes: int = 64 << 20
+    batch_bytes: int = 512 << 20
     expansion: int = 100
     seconds: int = 20
     memory: int = 2 << 30

@@ -21,7 +21,14 @@ AttentionKernel = Literal["sdpa", "per-image"]
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 # kinds of units that are made of one file each, by the ends of the file's name
-SHARD_ENDINGS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".zip": "zip", ".parquet": "parquet"}
+SHARD_ENDINGS = {
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".zip": "zip",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,6 +214,7 @@ def make_limits_table() -> str:
         "members": "members of a tar or a zip",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer, or of a zip's directory",
+        "batch_bytes": "bytes of a record batch of an Arrow file",
         "expansion": "times that the content of a gzip file may be larger than the file, beyond its first GiB",
         "seconds": "seconds for an image that is decoded in a separate process",
         "memory": "bytes of memory of the separate process",

@@ -38,10 +38,10 @@ class KeySet:
         rows = np.concatenate([*hashes, _hash_keys(())])
         self.hashes = rows[rows[:, 0].argsort()]
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         if not len(self.hashes):
             return False
-        ((first, second),) = _hash_keys([key])
+        ((first, second),) = _hash_keys([str(key)])
         start, end = self.hashes[:, 0].searchsorted(first, "left"), self.hashes[:, 0].searchsorted(first, "right")
         return bool((self.hashes[start:end, 1] == second).any())
 

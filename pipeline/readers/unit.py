@@ -8,6 +8,7 @@ from pipeline.errors import ShardError
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
 from pipeline.readers import parquet_keys
+from pipeline.readers.arrow import read_arrow
 from pipeline.readers.damage import (
     read_past_damage,
 )
@@ -15,6 +16,7 @@ from pipeline.readers.folder import read_folder_unit
 from pipeline.readers.members import Wanted
 from pipeline.readers.metadata import merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
+from pipeline.readers.partitions import add_partitions
 from pipeline.readers.tar import read_tar
 from pipeline.readers.zip import read_zip
 from pipeline.records import (
@@ -78,7 +80,12 @@ def read_samples(
             samples = read_parquet(
                 stream, unit.url, unit.bytes, file_range, image, key, columns.schema, spec.limits, known, skipped
             )
-            yield from read_past_damage(samples, stream, on_piece)
+            yield from add_partitions(read_past_damage(samples, stream, on_piece), unit.path, columns.schema)
+    elif unit.kind == "arrow":
+        with reading.open_stream(unit.url, options, unit) as stream:
+            image, key = spec.image_column, spec.key_column
+            samples = read_arrow(stream, unit.url, image, key, columns.schema, spec.limits, skipped)
+            yield from add_partitions(read_past_damage(samples, stream, on_piece), unit.path, columns.schema)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
         yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)

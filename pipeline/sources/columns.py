@@ -14,7 +14,9 @@ import pyarrow as pa
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
 from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
 from pipeline.limits import Limits
-from pipeline.readers import parquet
+from pipeline.readers import arrow, parquet
+from pipeline.readers.image_column import contains_bytes
+from pipeline.readers.partitions import parse_partitions
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, get_shard_kind
 from pipeline.sources.archives import FILES, check_archives, find_member_extensions, get_member_type, pick_spread
 from pipeline.storage import connection, reading
@@ -36,19 +38,19 @@ def find_columns(
     files: as listed. units: made of these files. Raises SourceError if no source has a wanted column, if types are
     incompatible, if Parquet files have no images, or if a Parquet file lacks `image_column` or `key_column`.
     """
-    parquets = {unit.url for unit in units if unit.kind == "parquet"}
+    tables = {unit.url: unit.path for unit in units if unit.kind in ("parquet", "arrow")}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     archives = list(dict.fromkeys(unit.url for unit in units if unit.kind in ("tar", "zip")))
     try:
         check_archives(archives, units, options, image_column, limits)
-        only_parquet = all(unit.kind == "parquet" for unit in units)
-        schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
+        only_tables = len(tables) == len({unit.url for unit in units})
+        schema = _read_schema(tables, tars, options, image_column, key_column, limits, only_tables)
         texts = _find_texts(files, archives, options, wanted, image_column, limits)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
         texts = [name for name in texts if name in TEXT_EXTENSIONS]
-        chosen = [field.name for field in schema if not parquet.holds_bytes(field.type)]
+        chosen = [field.name for field in schema if not contains_bytes(field.type)]
         wanted = [*texts, *(name for name in chosen if name not in texts)]
     for name in wanted:
         if name not in texts and name not in schema.names:
@@ -65,23 +67,26 @@ def find_columns(
 
 
 def _read_schema(
-    parquets: list[str],
+    tables: Mapping[str, str],
     tars: list[str],
     options: Mapping[str, str],
     image_column: str | None,
     key_column: str | None,
     limits: Limits,
-    only_parquet: bool,
+    only_tables: bool,
 ) -> pa.Schema:
-    """Return one schema of the columns of Parquet files with images and of img2dataset's metadata beside tars.
+    """Return one schema of the columns of tables with images and of img2dataset's metadata beside tars.
 
-    only_parquet: whether the sources have only Parquet files. A column that has no type in any inspected file, because
-    it has only nulls, becomes text.
+    tables: the paths of Parquet and Arrow files by URL. only_tables: whether the sources have nothing else. A column
+    that has no type in any inspected file, because it has only nulls, becomes text.
     """
 
     def read_image_file_columns(url: str) -> pa.Schema:
+        reader = parquet if get_shard_kind(url) == "parquet" else arrow
         with reading.open_stream(url, options) as stream:
-            return parquet.read_available_columns(stream, url, image_column, limits, key_column)
+            schema = reader.read_available_columns(stream, url, image_column, limits, key_column)
+        partitions = parse_partitions(tables[url])
+        return pa.schema([*schema, *((name, pa.string()) for name in partitions if name not in schema.names)])
 
     def read_metadata_columns(tar: str) -> pa.Schema | None:
         url = connection.sibling_url(tar)
@@ -91,7 +96,7 @@ def _read_schema(
             return parquet.read_available_metadata_columns(stream, url, limits)
 
     schemas = [
-        *_read_image_schemas(read_image_file_columns, parquets, only_parquet),
+        *_read_image_schemas(read_image_file_columns, sorted(tables), only_tables),
         *_read_undamaged(read_metadata_columns, pick_spread(tars)),
     ]
     try:
@@ -103,10 +108,10 @@ def _read_schema(
         ) from error
 
 
-def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], only_parquet: bool) -> list[pa.Schema]:
+def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], only_tables: bool) -> list[pa.Schema]:
     """Return the schemas of a few files. If none of them has images, inspect more files until one has.
 
-    Raises NoImagesError if no file has images and the sources have nothing else (`only_parquet`). Otherwise at most
+    Raises NoImagesError if no file has images and the sources have nothing else (`only_tables`). Otherwise at most
     MORE_FILES files are inspected.
     """
     refused: list[NoImagesError] = []
@@ -119,13 +124,13 @@ def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], on
             return None
 
     schemas = _read_undamaged(inspect_or_note, pick_spread(urls))
-    limit = len(urls) if only_parquet else MORE_FILES
+    limit = len(urls) if only_tables else MORE_FILES
     for start in range(0, min(len(urls), limit), FILES):
         if schemas or not refused:
             break
         with contextlib.suppress(DamagedError):
             schemas = _read_undamaged(inspect_or_note, urls[start : start + FILES])
-    if refused and only_parquet and not schemas:
+    if refused and only_tables and not schemas:
         raise refused[0]
     return schemas
 

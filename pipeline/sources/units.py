@@ -41,7 +41,7 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
     """Return the units of these files: of each kind of shard, then of images, each in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
-    file of `is_table_log` is not a unit either.
+    file of `is_table_log` or `is_result_cache` is not a unit either.
     sidecars: the texts of images, if they are already known or include more than captions and metadata.
     """
     texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
@@ -58,6 +58,11 @@ def is_table_log(file: ListedFile) -> bool:
     return get_shard_kind(file.path) == "parquet" and not TABLE_LOG_FOLDERS.isdisjoint(file.path.split("/")[1:-1])
 
 
+def is_result_cache(file: ListedFile) -> bool:
+    """Whether an Arrow file is one in which Hugging Face `datasets` keeps the result of a transform."""
+    return get_shard_kind(file.path) == "arrow" and PurePosixPath(file.path).name.startswith("cache-")
+
+
 def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
     """Return the files that units are made of."""
     tar_stems = {get_shard_stem(file.path) for file in files if get_shard_kind(file.path) == "tar"}
@@ -66,7 +71,7 @@ def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
         kind = get_shard_kind(file.path)
         if kind == "parquet":
             return get_shard_stem(file.path) not in tar_stems and not is_table_log(file)
-        return bool(kind) or is_image(file.path)
+        return (bool(kind) and not is_result_cache(file)) or is_image(file.path)
 
     return [file for file in files if is_input(file)]
 

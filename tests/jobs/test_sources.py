@@ -191,6 +191,16 @@ def test_tars_without_images_are_refused_if_an_image_can_be_named(
     assert (code, message in err) == (2, True), err
 
 
+def test_folders_of_a_partitioned_table_are_columns(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    for split, n in (("train", 0), ("val", 1)):
+        write_parquet(tmp_path / f"t/split={split}/0.parquet", make_images(n, 1), text=[f"{n}"])
+    write_parquet(tmp_path / "t/split=x/0.parquet", make_images(2, 1), split=["inside"], text=["2"])
+    encode(tmp_path / "t", "--to", tmp_path / "c")
+    table = read_table(tmp_path / "c").sort_by("text")
+    assert table["split"].to_pylist() == ["train", "val", "inside"]
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+
+
 def test_several_sources_in_one_job(encode: Command, photos: Path, shards: Path, tmp_path: Path) -> None:
     write_parquet(tmp_path / "hf/train-0.parquet", make_images(300, 3), label=[1, 2, 3])
     _, out, _ = encode(shards, photos, tmp_path / "hf", "--to", tmp_path / "c")

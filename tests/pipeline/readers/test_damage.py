@@ -57,8 +57,17 @@ def parquet(folder: Path) -> Unit:
     return unit_of(folder / "0.parquet")
 
 
+def arrow(folder: Path) -> Unit:
+    jpegs = [data for name, data in img2dataset_members(0, 10, height=64, width=64).items() if name.endswith("jpg")]
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"jpg": jpegs})
+    with pa.ipc.new_stream(str(folder / "0.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return unit_of(folder / "0.arrow")
+
+
 PLAIN = {"layout": OutputSchema(columns=PassthroughColumns(pa.schema([]), ()))}
-KINDS = pytest.mark.parametrize("make", [tar, compressed_tar, zip_file, parquet])
+KINDS = pytest.mark.parametrize("make", [tar, compressed_tar, zip_file, parquet, arrow])
 
 
 def find_rests(cache: Path) -> dict[str, set[int]]:

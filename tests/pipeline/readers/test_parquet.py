@@ -181,8 +181,10 @@ def test_a_column_of_another_type_fails_the_unit() -> None:
 
 
 def test_bytes_inside_nested_columns_are_not_images() -> None:
-    table = pa.table({"image": [{"bytes": {"bytes": b"0"}}], "other": [[b"0"]]})
-    with pytest.raises(ShardError, match="has no column with the bytes of images: it has image, other"):
+    table = pa.table({"image": [[{"name": "0", "data": b"0"}]], "other": [[[b"0"]]]})
+    with pytest.raises(
+        ShardError, match="has no column with the bytes of images: it has image, other; image has bytes"
+    ):
         read(parquet(table))
     both = table.append_column("picture", [[{"bytes": b"1", "path": None}]])
     assert [outcome(item)[2] for item in read(parquet(both))] == [b"1"]
@@ -215,7 +217,7 @@ def test_one_of_several_image_columns_must_be_named() -> None:
     ("image", "key", "message"),
     [
         ("pixels", None, "the column pixels does not exist; columns: jpg, caption, width"),
-        ("caption", None, "the column caption holds no bytes"),
+        ("caption", None, "the column caption holds no images"),
         (None, "id", "--key-column: p.parquet has no column id; it has caption, width"),
     ],
 )
@@ -360,9 +362,8 @@ def test_a_file_without_images_has_no_samples_and_is_counted_once(names: list[st
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ({"images": [[{"bytes": b"0"}]]}, "images is a list of images: write one row per image"),
-        ({"images": [[b"0"]]}, "images is a list of images: write one row per image"),
-        ({"sample": [{"jpg": b"0", "txt": "t"}]}, "sample has bytes inside it: write them to a separate column"),
+        ({"images": [[[b"0"]]]}, "images has bytes inside it (list<element: list<element: binary>>): write them"),
+        ({"images": [[{"jpg": b"0", "txt": "t"}]]}, "images has bytes inside it (list<element: struct<jpg"),
         ({"image": ["aGVsbG8="]}, "image is string, not binary: decode base64 to bytes, or download the images"),
         ({"img": [[1, 2]]}, "img is list<element: int64>, not binary"),
     ],
