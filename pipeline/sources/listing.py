@@ -21,6 +21,7 @@ from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
 from pipeline.storage.etags import get_etag
+from pipeline.storage.hub import pin_revision, strip_commit
 from pipeline.storage.reading import read_file_if_exists
 from pipeline.text import printable, to_valid_text
 
@@ -148,9 +149,9 @@ def format_argument(name: str, source: str) -> str:
 
 
 def same_root(first: str, second: str) -> bool:
-    """Whether two roots are the same directory. Local roots may lead there through links."""
+    """Whether two roots are the same directory: through links on a disk, or at another commit on the hub."""
     if first == second or "://" in first or "://" in second:
-        return first == second
+        return strip_commit(first) == strip_commit(second)
     return os.path.realpath(first) == os.path.realpath(second)
 
 
@@ -194,14 +195,14 @@ def _expand(
 ) -> tuple[Source, list[ListedFile]]:
     """Return one source and its files. Skipped entries are added to `skipped`."""
     name, source = split_argument(argument)
-    fs, path = get_filesystem(source, options)
+    fs, path = get_filesystem(pin_revision(source, options), options)
     path = _normalize_path(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
         if fs.exists(path):
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
             root, patterns = _find_fixed_directory(path), _expand_braces(path)
-        name = name or PurePosixPath(root).name
+        name = name or PurePosixPath(strip_commit(full_url(fs, root))).name
         if not name:
             raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}

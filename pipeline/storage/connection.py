@@ -44,7 +44,8 @@ def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     try:
         return open_filesystem(url, {**extra, **options})
     except Exception as error:  # libraries check their options here, each with its own exceptions
-        raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}") from error
+        hint = "; the extra hub has it" if protocol == "hf" and isinstance(error, ImportError) else ""
+        raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}{hint}") from error
 
 
 def make_absolute(url: str) -> str:

@@ -13,11 +13,11 @@ ROUNDING = (100, 10**3, 10**6, 10**9)  # nanoseconds to which disks and tools ro
 def get_etag(info: Mapping[str, Any]) -> str:
     """Return the version of a file's content, as its storage reports it. It is empty if nothing is reported.
 
-    It is a store's ETag, or the hub's blob id. For a local file it is `m` and the mtime in nanoseconds.
+    It is a store's ETag, or the hub's blob id or hash. For a local file it is `m` and the mtime in nanoseconds.
     """
     if "mtime_ns" in info:
         return f"m{info['mtime_ns']}"
-    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or "").strip('"')
+    return str(info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("xet_hash") or "").strip('"')
 
 
 def fetch_version(fs: Any, path: str) -> tuple[int, str]:
