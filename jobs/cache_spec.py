@@ -1,5 +1,6 @@
 """The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
+import codecs
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 from jobs.encode_options import ALL, EncodeOptions
 from jobs.messages import log_note
 from jobs.resources import ResourcePlan, check_jax_settings
-from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
+from latentmill.cache_info import ColumnInfo, ComputeInfo, SourceRules, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
 from pipeline.cache.runs import get_library_versions
@@ -16,11 +17,14 @@ from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
 from pipeline.images.transform import Transform
-from pipeline.records import Form, Unit
+from pipeline.records import IMAGE_EXTENSIONS, Form, Unit
+from pipeline.sources.columns import RESERVED
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
 from pipeline.weights import Vae
 from pipeline.wording import to_flag
+
+INPUT_EXTENSIONS = IMAGE_EXTENSIONS | {"tar", "parquet"}
 
 
 def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
@@ -45,6 +49,8 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "columns": ALL if existing.columns is None else ",".join(existing.columns),
         "image_column": existing.image_column or "",
         "key_column": existing.key_column or "",
+        "caption_extensions": ",".join(existing.sources.caption_extensions),
+        "text_encoding": existing.sources.text_encoding,
     }
     if not given & {"resolution", "buckets"}:
         if preprocessing.buckets:
@@ -106,6 +112,24 @@ def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
+def make_source_rules(options: EncodeOptions) -> SourceRules:
+    """Return how the samples of the sources and their texts are found. Raises UsageError for an invalid option."""
+    names = (name.strip().lstrip(".").lower() for name in options.caption_extensions.split(","))
+    captions = tuple(dict.fromkeys(filter(None, names)))
+    for name in captions:
+        if name in RESERVED | INPUT_EXTENSIONS:
+            raise UsageError(f"--caption-extensions: .{name} is not an extension of text files; leave it out")
+    try:
+        encoding = codecs.lookup(options.text_encoding).name
+        "text".encode(encoding)
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"--text-encoding: there is no encoding {options.text_encoding}; use a name of Python's, such as utf-8, "
+            "utf-16, cp1252, shift_jis or gb18030"
+        ) from None
+    return SourceRules(caption_extensions=captions, text_encoding=encoding)
+
+
 def make_transform(options: EncodeOptions) -> Transform:
     """Return the transform that the options describe."""
     side = options.buckets or options.resolution
@@ -153,6 +177,7 @@ def describe_cache(
         columns=parse_columns(options),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
+        sources=make_source_rules(options),
     )
     if existing is not None:
         note_columns(identity.parse_schema(existing).columns, columns)

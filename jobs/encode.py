@@ -43,6 +43,8 @@ from pipeline.weights import Vae, load_vae
 from pipeline.wording import count_noun
 from vae.load import is_single_file
 
+CAPTIONS = {"caption", "captions", "tags", "cap"}  # extensions of captions that are not read by default
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the job and return its exit code."""
@@ -82,7 +84,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
     is_new: whether the cache does not exist yet. Raises SourceError without inputs, and UsageError for a new cache if
     an option has no effect on these inputs.
     """
-    source_options = parse_source_options(options)
+    source_options, rules = parse_source_options(options), cache_spec.make_source_rules(options)
     listing = list_sources(options.source, source_options, cache.url)
     log_each(listing.notes, log_note)
     shards = listing.files
@@ -97,13 +99,14 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    wanted = cache_spec.parse_columns(options)
-    if others := unit_files.count_other_files(shards, wanted or ()):
+    wanted, captions = cache_spec.parse_columns(options), rules.caption_extensions
+    if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
-        log_note(f"passed over files that are neither shards nor images: {counts}")
+        hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
+        log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
     images, keys = options.image_column or None, options.key_column or None
     limits = parse_limits(options.input_limit)
-    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys)
+    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys, captions)
 
 
 def run_encode(

@@ -90,6 +90,18 @@ class EncodeOptions(Common):
         "output",
         metavar="NAME[,NAME...]",
     )
+    caption_extensions: str = option(
+        "txt,json",
+        "extensions of the text files beside an image, or of a tar's members, that are columns",
+        "input",
+        metavar="EXT[,EXT...]",
+    )
+    text_encoding: str = option(
+        "utf-8",
+        "encoding of these text files, such as cp1252 or utf-16; a byte-order mark takes precedence",
+        "input",
+        metavar="NAME",
+    )
     image_column: str = option(
         "",
         "Parquet column that holds the images",

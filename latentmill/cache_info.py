@@ -46,13 +46,33 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRules:
+    """How the samples of the sources and their texts are found.
+
+    caption_extensions: of the text files beside an image that are columns unless `columns` names others.
+    text_encoding: of these files. include, exclude: the globs that choose files. classes: the sorted names of the
+    folders that give the column `label`; None if folders give no labels.
+    """
+
+    caption_extensions: tuple[str, ...] = ("txt", "json")
+    text_encoding: str = "utf-8"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+
+
+_DEFAULT_RULES: Mapping[str, Any] = json.loads(canonical_json(asdict(SourceRules())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """The fields that decide a cache's bytes. Differences are reported in the order of the fields.
 
     weights: sha256 of the VAE's weights. config: the fields of the VAE's configuration that change raw latents.
     store: the stored form of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
     in pixels above which an image is encoded in tiles; None for never. columns: the requested columns; None for
-    all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
+    all. image_column, key_column: of Parquet sources; None if they were found by their type or name. sources: how
+    samples and texts are found.
     """
 
     weights: str
@@ -68,13 +88,15 @@ class Identity:
     columns: tuple[str, ...] | None
     image_column: str | None
     key_column: str | None
+    sources: SourceRules = SourceRules()  # the file has only the fields that differ from the default
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
         content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
         if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
             del content["preprocessing"]["jpeg_decode"]
-        return content
+        rules = {name: value for name, value in content.pop("sources").items() if value != _DEFAULT_RULES[name]}
+        return {**content, "sources": rules} if rules else content
 
     @property
     def sha256(self) -> str:
@@ -209,6 +231,6 @@ def _find_unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) ->
     for name, value in written.items():
         if name not in known:
             return name
-        if name == "preprocessing" and (inner := _find_unknown_field(value, known[name])):
+        if name in ("preprocessing", "sources") and (inner := _find_unknown_field(value, known[name])):
             return f"{name}.{inner}"
     return ""

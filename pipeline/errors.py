@@ -58,7 +58,7 @@ REASONS: dict[str, str] = {
     "unreadable": "the permissions of the image, or of a text beside it, forbid reading it",
     "bad_key": "the key is empty, is longer than {} bytes, is not UTF-8, has control characters, or is a path that "
     "is absolute, ends with `/`, contains `.` or `..`, or is skipped by tar readers",
-    "bad_text": "the column {} is not UTF-8 text, or occurs twice",
+    "bad_text": "the column {} is not text in its encoding (--text-encoding), or occurs twice",
     "text_too_long": "the column {} has more than {} bytes",
     "columns_too_large": "the columns take {} bytes, but a row's share of its part is {}; "
     "a smaller --rows-per-part raises it",

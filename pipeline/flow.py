@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
+from latentmill.cache_info import SourceRules
 from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
@@ -47,7 +48,8 @@ IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait f
 class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
+    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources. source_rules: how texts
+    are read.
     open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the worker has
     cores.
     remote_openers: openers on other machines, in addition.
@@ -76,6 +78,7 @@ class EncodeSpec:
     versions: Mapping[str, str]
     candidates: tuning.Candidates | None = None
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    source_rules: SourceRules = SourceRules()
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.text import CONTROL
+from pipeline.text import CONTROL, decode_text, join_tags
 from pipeline.values import iter_texts, size_in_bytes
 
+TAGS = "tags"  # the text whose lines are single tags
 _HIDDEN = re.compile(r"__[^/]*__/")  # webdataset skips folders of a shard that have such names
 
 
@@ -75,16 +76,17 @@ def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> Non
         raise Rejected("read", "columns_too_large", size, share)
 
 
-def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:
-    """Return the text in a file beside an image, without a byte-order mark. Return None if `data` is None.
+def check_text(data: bytes | None, name: str, limits: Limits, encoding: str = "utf-8") -> str | None:
+    """Return the text in a file beside an image (`decode_text`), and tags on one line. Return None if `data` is None.
 
-    Raises Rejected if it is too long, or is not UTF-8.
+    name: the extension of the file. Raises Rejected if the text is too long, or is not in the encoding.
     """
     if data is None:
         return None
     if len(data) > limits.text_bytes:
         raise Rejected("read", "text_too_long", name, limits.text_bytes)
     try:
-        return data.decode("utf-8-sig")
+        text = decode_text(data, encoding)
+        return join_tags(text) if name == TAGS else text
     except UnicodeDecodeError:
         raise Rejected("read", "bad_text", name) from None

@@ -185,7 +185,7 @@ class UnitWriter:
         buffer.sort()
         self.encoded += len(buffer.rows)
         self.fp32_fallbacks += buffer.fp32_fallbacks
-        self.texts += tally.count_texts(buffer.rows, self.spec.layout.columns.texts)
+        self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
         record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
             return parts.publish_part(self.spec.cache, record, buffer.rows, self.spec.layout)

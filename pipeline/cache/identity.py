@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
+from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, SourceRules, parse_cache_json
 from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
@@ -17,7 +17,7 @@ from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
 from vae import AutoencoderKLConfig
 
-__all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing"]
+__all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing", "SourceRules"]
 
 MAX_ROWS_PER_PART = 4096
 MAX_PART_BYTES = 256 << 20
@@ -160,7 +160,19 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         "columns": "--columns all" if identity.columns is None else f"--columns '{','.join(identity.columns)}'",
         "image_column": f"--image-column {identity.image_column}" if identity.image_column else "no --image-column",
         "key_column": f"--key-column {identity.key_column}" if identity.key_column else "no --key-column",
+        **_describe_source_rules(identity.sources),
         "version": f"version {preprocessing.version} of the preprocessing",
+    }
+
+
+def _describe_source_rules(rules: SourceRules) -> dict[str, str]:
+    """Return the rules for sources by name, each as the option that sets it."""
+    globs = {"include": rules.include, "exclude": rules.exclude}
+    return {
+        "caption_extensions": f"--caption-extensions {','.join(rules.caption_extensions)}",
+        "text_encoding": f"--text-encoding {rules.text_encoding}",
+        **{name: " ".join(f"--{name} '{glob}'" for glob in given) or f"no --{name}" for name, given in globs.items()},
+        "classes": "no --label-from-folder" if rules.classes is None else "--label-from-folder",
     }
 
 

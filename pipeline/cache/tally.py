@@ -31,8 +31,9 @@ def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTa
 
 
 def count_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
-    """Return the number of rows that have each of these texts."""
-    return Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
+    """Return the number of rows that have each of these texts, also if it is 0."""
+    found = Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
+    return Counter({name: found[name] for name in names})
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:

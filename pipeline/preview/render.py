@@ -16,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from latentmill.cache_info import SourceRules
 from latentmill.part_files import to_tensor
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
@@ -87,6 +88,7 @@ class RenderSpec:
     compute: ComputeConfig
     with_source: bool
     superseded: Mapping[str, Mapping[int, str]]
+    source_rules: SourceRules = SourceRules()
 
     @property
     def tasks_per_worker(self) -> int:

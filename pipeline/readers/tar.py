@@ -42,8 +42,11 @@ def read_tar(
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
+    encoding: str = "utf-8",
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a tar, in their order. texts: extensions of the members that are copied as columns.
+
+    encoding: of these texts.
 
     skipped: receives the number of members that are not part of a sample, as HIDDEN and STRAY. As APART it receives
     how many images and texts of one key are not adjacent.
@@ -79,7 +82,7 @@ def read_tar(
                     folded.add(fold_key(key))
                 if image.data is None:
                     raise Rejected("read", "too_many_bytes", image.size, limits.image_bytes)
-                yield Sample(position, key, image.data, _collect_texts(members, texts, limits))
+                yield Sample(position, key, image.data, _collect_texts(members, texts, limits, encoding))
             except Rejected as error:
                 yield Reject.from_error(position, printable_key(key, limits.key_bytes), error)
             position += 1
@@ -112,7 +115,7 @@ def _group_by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]
         yield group[0].key, group
 
 
-def _collect_texts(members: list[Member], names: Sequence[str], limits: Limits) -> dict[str, str]:
+def _collect_texts(members: list[Member], names: Sequence[str], limits: Limits, encoding: str) -> dict[str, str]:
     """Return the texts of a sample, by extension. Raises Rejected if one of them cannot be used."""
     texts: dict[str, str] = {}
     for member in members:
@@ -123,7 +126,7 @@ def _collect_texts(members: list[Member], names: Sequence[str], limits: Limits) 
                 raise Rejected("read", "bad_text", member.extension)
             if member.data is None:
                 raise Rejected("read", "text_too_long", member.extension, limits.text_bytes)
-            text = check_text(member.data, member.extension, limits)
+            text = check_text(member.data, member.extension, limits, encoding)
             if text is not None:
                 texts[member.extension] = text
     return texts

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Protocol
 
+from latentmill.cache_info import SourceRules
 from pipeline.errors import ShardError
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
@@ -35,6 +36,8 @@ class ReadSpec(Protocol):
     @property
     def key_column(self) -> str | None: ...
     @property
+    def source_rules(self) -> SourceRules: ...
+    @property
     def limits(self) -> Limits: ...
     @property
     def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
@@ -54,11 +57,11 @@ def read_samples(
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
-    options, columns = spec.source_options, spec.layout.columns
+    options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
     if unit.kind == "tar":
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
         with reading.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped)
+            samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped, encoding)
             for sample in read_past_damage(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in metadata:
                     yield merge_metadata(sample, metadata[sample.key])
@@ -74,6 +77,6 @@ def read_samples(
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
+        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")

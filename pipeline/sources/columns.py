@@ -22,6 +22,7 @@ from pipeline.storage import connection, reading
 
 FILES = 16
 MORE_FILES = 256
+RESERVED = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
 MEMBERS = 64  # members of a tar that are inspected
 
 
@@ -33,11 +34,13 @@ def find_columns(
     wanted: Sequence[str] | None,
     limits: Limits,
     key_column: str | None = None,
+    captions: Sequence[str] = TEXT_EXTENSIONS,
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
-    files: as listed. units: made of these files. Raises SourceError if no source has a wanted column, if types are
-    incompatible, if Parquet files have no images, or if a Parquet file lacks `image_column` or `key_column`.
+    files: as listed. units: made of these files. captions: the texts that are copied by default.
+    Raises SourceError if no source has a wanted column, if types are incompatible, if Parquet files have no images, or
+    if a Parquet file lacks `image_column` or `key_column`.
     """
     parquets = {unit.url for unit in units if unit.kind == "parquet"}
     tars = [unit.url for unit in units if unit.kind == "tar"]
@@ -45,11 +48,11 @@ def find_columns(
         _check_tars(tars, options, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
         schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
-        texts = _find_texts(files, tars, options, wanted, limits)
+        texts = _find_texts(files, tars, options, wanted, limits, captions)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
-        texts = [name for name in texts if name in TEXT_EXTENSIONS]
+        texts = [name for name in texts if name in captions]
         chosen = [field.name for field in schema if not parquet.holds_bytes(field.type)]
         wanted = [*texts, *(name for name in chosen if name not in texts)]
     for name in wanted:
@@ -62,7 +65,7 @@ def find_columns(
             )
     types = {name: pa.string() for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
-    members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
+    members = [name for name in wanted if name in texts or (name in captions and is_text(types[name]))]
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
 
@@ -176,19 +179,19 @@ def _find_texts(
     options: Mapping[str, str],
     wanted: Sequence[str] | None,
     limits: Limits,
+    captions: Sequence[str],
 ) -> list[str]:
-    """Return the texts that tars and folders offer: captions and metadata always, others if one is found."""
+    """Return the texts that tars and folders offer: captions always, others if one is found."""
     found: set[str] = set()
-    if set(wanted or ()) - set(TEXT_EXTENSIONS):
+    if set(wanted or ()) - set(captions):
         found |= _find_member_extensions(tars, options, limits)
     has_images = any(extension(file.path) in IMAGE_EXTENSIONS for file in files)
     if has_images:
         found |= {extension(file.path) for file in files} - {"tar", "parquet"}
     if tars or has_images:
-        found |= set(TEXT_EXTENSIONS)
-    reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
-    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - reserved)
-    return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
+        found |= set(captions)
+    others = sorted(found - IMAGE_EXTENSIONS - set(captions) - RESERVED)
+    return [*(name for name in captions if name in found), *others]
 
 
 def _find_member_extensions(tars: list[str], options: Mapping[str, str], limits: Limits) -> set[str]:

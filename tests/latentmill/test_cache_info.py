@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from latentmill import CacheError
-from latentmill.cache_info import parse_cache_json
+from latentmill.cache_info import SourceRules, parse_cache_json
 from latentmill.canonical_json import canonical_json
 from pipeline.cache import identity
 from pipeline.cache.identity import encode_cache_json
@@ -41,6 +41,7 @@ def encode_with_sha256(content: dict[str, Any]) -> bytes:
         {"preprocessing": identity.describe_transform(BUCKETS)},
         {"preprocessing": identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))},
         {"columns": ("txt", "caption"), "tile_above": 2048, "image_column": "image", "key_column": "id"},
+        {"sources": SourceRules(text_encoding="cp1252", exclude=("*.gif",), classes=("cat", "dog"))},
         {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
     ],
 )

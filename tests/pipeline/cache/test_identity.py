@@ -8,7 +8,7 @@ import pytest
 
 from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
-from pipeline.cache.identity import Identity, encode_cache_json
+from pipeline.cache.identity import Identity, SourceRules, encode_cache_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.images.transform import Transform
@@ -31,6 +31,7 @@ DIFFERENCES: dict[str, tuple[Any, str, str]] = {
     "container": ("webdataset", "--format parquet", "--format webdataset"),
     "columns": (("txt", "json"), "--columns all", "--columns 'txt,json'"),
     "image_column": ("jpg", "no --image-column", "--image-column jpg"),
+    "sources": (SourceRules(exclude=("*_mask.png",)), "no --exclude", "--exclude '*_mask.png'"),
     "key_column": ("id", "no --key-column", "--key-column id"),
 }
 BUCKETS: dict[str, Any] = {"buckets": ((64, 64),), "multiple_of": 64}

@@ -280,7 +280,7 @@ def test_metadata_rows_whose_key_is_not_a_text_are_skipped() -> None:
     assert rows["0"] == {"caption": "ok"}
     reject = rows["2"]["caption"]
     assert isinstance(reject, Rejected)
-    assert (reject.reason, reject.detail[:36]) == ("bad_text", "the column caption is not UTF-8 text")
+    assert (reject.reason, reject.detail[:30]) == ("bad_text", "the column caption is not text")
     nulls = pa.table({"key": ["None", None], "caption": ["a", "b"]})
     found = read_metadata(io.BytesIO(parquet(nulls)), "p", pa.schema([("caption", pa.string())]))
     assert found == {"None": {"caption": "a"}}
