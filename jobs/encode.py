@@ -34,6 +34,7 @@ from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
 from pipeline.sources.units import is_table_log, make_units
 from pipeline.storage import connection
@@ -86,7 +87,11 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
     """
     source_options, rules = parse_source_options(options), cache_spec.make_source_rules(options)
     listing = list_sources(options.source, source_options, cache.url)
-    log_each(listing.notes, log_note)
+    limits = parse_limits(options.input_limit)
+    images, keys = options.image_column or None, options.key_column or None
+    metadata = find_tables(listing.files, TableReader(source_options, limits, rules.text_encoding, images))
+    listing = dataclasses.replace(listing, files=metadata.files, metadata=metadata.index)
+    log_each([*listing.notes, *metadata.notes], log_note)
     shards = listing.files
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -104,9 +109,9 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
-    images, keys = options.image_column or None, options.key_column or None
-    limits = parse_limits(options.input_limit)
-    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys, captions)
+    return listing, find_columns(
+        shards, units, source_options, images, wanted, limits, keys, captions, metadata.schemas
+    )
 
 
 def run_encode(
@@ -126,13 +131,9 @@ def run_encode(
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
+        texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
         units, noticed = plan.extend_plan(
-            cache,
-            listing.files,
-            listing.sources,
-            options.new_source,
-            options.same_source,
-            texts=identity.parse_schema(info).columns.texts,
+            cache, listing.files, listing.sources, is_new, is_same, texts, metadata=listing.metadata
         )
         planned, units = len(units), units[: options.max_shards or None]
         finished = commits.list_finished_units(cache)

@@ -23,9 +23,10 @@ class Limits:
     image_bytes: bytes of an encoded image. pixels, side: pixels of a decoded image, in total and of its longer side;
     checked before it is decoded. text_bytes: bytes of a caption, or of any other text beside an image.
     key_bytes: bytes of a key. columns_bytes: bytes of memory for the columns of a part's rows until the part is
-    written; each row may take an equal share. members: files in a tar. header_bytes: bytes of one extended header of a
-    tar. footer_bytes: bytes of a Parquet file's footer. seconds, memory: seconds and bytes of memory for one image, if
-    it is decoded in a separate process because a worker died.
+    written; each row may take an equal share. members: files in a tar. table_bytes: bytes of memory for the tables of
+    metadata and paths that a process keeps. header_bytes: bytes of one extended header of a tar. footer_bytes: bytes of
+    a Parquet file's footer. seconds, memory: seconds and bytes of memory for one image, if it is decoded in a separate
+    process because a worker died.
     """
 
     image_bytes: int = 64 << 20
@@ -35,6 +36,7 @@ class Limits:
     columns_bytes: int = 1 << 30
     key_bytes: int = 512
     members: int = 1_000_000
+    table_bytes: int = 1 << 30
     header_bytes: int = 1 << 20
     footer_bytes: int = 64 << 20
     seconds: int = 20

@@ -59,7 +59,8 @@ class Unit:
     name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
     range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
-    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`.
+    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders and tars, `metadata` has the
+    paths, sizes and ETags of the tables with further columns of the samples.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Unit:
     etag: str = ""
     files: str = ""
     root: str = ""
+    metadata: str = ""
 
     @property
     def source_name(self) -> str:

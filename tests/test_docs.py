@@ -212,6 +212,7 @@ def make_limits_table() -> str:
         "columns_bytes": "bytes that the columns of a part's rows occupy in memory; each row may use an equal share",
         "key_bytes": "bytes of a key",
         "members": "members of a tar",
+        "table_bytes": "bytes of a table of metadata or paths; also of memory for all tables that a process keeps",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer",
         "seconds": "seconds for an image that is decoded in a separate process",

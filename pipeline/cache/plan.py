@@ -27,7 +27,14 @@ from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
-from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.sources.sidecars import (
+    NO_METADATA,
+    MetadataIndex,
+    SidecarIndex,
+    collect_image_files,
+    match_sidecars,
+    pin_files,
+)
 from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
@@ -44,6 +51,7 @@ SCHEMA = pa.schema(
         ("etag", pa.string()),
         ("files", pa.string()),
         ("root", pa.string()),
+        ("metadata", pa.string()),
     ]
 )
 
@@ -111,6 +119,7 @@ def _parse_unit(row: Mapping[str, Any]) -> Unit:
         etag=row["etag"],
         files=row["files"] or "",
         root=row["root"],
+        metadata=row["metadata"] or "",
     )
 
 
@@ -139,6 +148,7 @@ def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
             "etag": unit.etag,
             "files": unit.files or None,
             "root": unit.root,
+            "metadata": unit.metadata or None,
         }
         for unit in units
     ]
@@ -154,15 +164,16 @@ def extend_plan(
     new_source: bool = False,
     same_source: bool = False,
     texts: Collection[str] = TEXT_EXTENSIONS,
+    metadata: MetadataIndex = NO_METADATA,
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
     sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
-    texts: the extensions of the text files beside an image that are passed through.
+    texts: the extensions of the text files beside an image that are passed through. metadata: the tables beside them.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
-    sidecars = match_sidecars(files, texts)
+    sidecars = replace(match_sidecars(files, texts), metadata=metadata)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
@@ -189,7 +200,7 @@ def compare_with_plan(
     same_source: bool,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
-    listed = {file.path: file for file in listed_files}
+    listed = {**sidecars.metadata.files, **{file.path: file for file in listed_files}}
     roots = {(source_name(file.path), file.root): None for file in listed_files}
     sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
@@ -288,14 +299,15 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
     A folder unit keeps its images. Images that are missing now stay as they were planned.
     """
     if unit.kind == "tar":
-        return [make_tar_unit(listed[unit.path])]
+        return [make_tar_unit(listed[unit.path], sidecars.metadata)]
     if unit.kind == "parquet":
         return make_parquet_units(listed[unit.path])
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)
     ]
-    return [replace(unit, **pin_files(current))]
+    tables = sidecars.metadata.pin(path for path in unit.paths if path in listed)
+    return [replace(unit, metadata=tables, **pin_files(current))]
 
 
 def find_unplanned(

@@ -278,6 +278,12 @@ def _read_earlier_keys(file: Any, groups: list[int], key_column: str | None, kno
     return known.read_before(groups[0] if groups and key_column is not None else 0, read)
 
 
+def convert_rows(rows: pa.Table, wanted: pa.Schema, url: str) -> list[dict[str, Any]]:
+    """Return the wanted columns of each row, by name in the cache. A Rejected replaces text that is not UTF-8."""
+    values = _convert_columns(rows, wanted, url)
+    return [{name: column[index] for name, column in values.items()} for index in range(len(rows))]
+
+
 def _convert_columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
     """Return the wanted columns that a batch has, by their names in the cache, cast to the wanted types."""
     values: dict[str, list[Any]] = {}

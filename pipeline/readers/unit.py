@@ -13,7 +13,7 @@ from pipeline.readers.damage import (
     read_past_damage,
 )
 from pipeline.readers.folder import read_folder_unit
-from pipeline.readers.metadata import merge_metadata, read_tar_metadata
+from pipeline.readers.metadata import MetadataReader, merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
 from pipeline.readers.tar import read_tar
 from pipeline.records import (
@@ -58,15 +58,22 @@ def read_samples(
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
+
+    def make_metadata_reader(is_pinned: bool = True) -> MetadataReader:
+        limits, image = spec.limits, spec.image_column
+        return MetadataReader(unit, options, columns.schema, limits, encoding, image, is_pinned, skipped)
+
     if unit.kind == "tar":
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
+        more = make_metadata_reader()
+        counter = None if unit.metadata else skipped  # columns may come from other tables
+        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
         with reading.open_stream(unit.url, options, unit) as stream:
             samples = read_tar(stream, unit.url, columns.texts, spec.limits, skipped, encoding)
             for sample in read_past_damage(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in metadata:
-                    yield merge_metadata(sample, metadata[sample.key])
+                    yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
                 else:
-                    yield sample
+                    yield more.add_columns(sample)
     elif unit.kind == "parquet":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             file_range, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
@@ -77,6 +84,9 @@ def read_samples(
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding)
+        more = make_metadata_reader(is_pinned=not may_differ)
+        yield from map(
+            more.add_columns, read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding)
+        )
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")

@@ -35,10 +35,12 @@ def find_columns(
     limits: Limits,
     key_column: str | None = None,
     captions: Sequence[str] = TEXT_EXTENSIONS,
+    tables: Sequence[pa.Schema] = (),
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
     files: as listed. units: made of these files. captions: the texts that are copied by default.
+    tables: the columns of metadata.
     Raises SourceError if no source has a wanted column, if types are incompatible, if Parquet files have no images, or
     if a Parquet file lacks `image_column` or `key_column`.
     """
@@ -47,7 +49,7 @@ def find_columns(
     try:
         _check_tars(tars, options, limits)
         only_parquet = all(unit.kind == "parquet" for unit in units)
-        schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet)
+        schema = _read_schema(sorted(parquets), tars, options, image_column, key_column, limits, only_parquet, tables)
         texts = _find_texts(files, tars, options, wanted, limits, captions)
     except ShardError as error:
         raise SourceError(str(error)) from error
@@ -77,8 +79,9 @@ def _read_schema(
     key_column: str | None,
     limits: Limits,
     only_parquet: bool,
+    tables: Sequence[pa.Schema],
 ) -> pa.Schema:
-    """Return one schema of the columns of Parquet files with images and of img2dataset's metadata beside tars.
+    """Return one schema of the columns of Parquet files with images, of img2dataset's metadata beside tars, and tables.
 
     only_parquet: whether the sources have only Parquet files. A column that has no type in any inspected file, because
     it has only nulls, becomes text.
@@ -98,6 +101,7 @@ def _read_schema(
     schemas = [
         *_read_image_schemas(read_image_file_columns, parquets, only_parquet),
         *_read_undamaged(read_metadata_columns, _pick_spread(tars)),
+        *tables,
     ]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()

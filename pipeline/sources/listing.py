@@ -15,9 +15,10 @@ from braceexpand import braceexpand
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
+from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
-from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
+from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
 from pipeline.storage.etags import get_etag
@@ -57,11 +58,13 @@ class Source:
 class Listing:
     """The files of all sources, sorted by path.
 
-    notes: one line per kind of skipped file. unreadable: the folders without permission, whose files are not listed.
+    metadata: the tables beside the files, once `sources.metadata` has found them. notes: one line per kind of skipped
+    file. unreadable: the folders without permission, whose files are not listed.
     """
 
     files: list[ListedFile]
     sources: tuple[Source, ...]
+    metadata: MetadataIndex = NO_METADATA
     notes: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
@@ -87,7 +90,7 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         for file in files:
             found.setdefault(file.path, file)
     shards = [found[path] for path in sorted(found)]
-    return Listing(shards, tuple(named), skipped.describe(), sorted(skipped.unreadable))
+    return Listing(shards, tuple(named), notes=skipped.describe(), unreadable=sorted(skipped.unreadable))
 
 
 @dataclass(slots=True)
@@ -342,7 +345,7 @@ def _find_sidecars(
     skipped: SkippedFiles,
     listings: FolderListings,
 ) -> FoundFiles:
-    """Return the texts of images that were named one by one, or by their extension, without the rest of their folder.
+    """Return the texts and metadata of images that were named one by one, or by their extension.
 
     place: that folder with a trailing `/`, or the pattern of all entries in it.
     listings: the folders that were listed before. A shell expands one pattern to many sources.
@@ -354,7 +357,11 @@ def _find_sidecars(
         listings[url] = found, find_possible_texts(found)
     entries, by_name = listings[url]
     is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
-    texts = {path: entries[path] for path in find_nearby_texts(by_name, images) if not is_directory(path)}
+    near = {
+        *find_nearby_texts(by_name, images),
+        *(path for path in entries if PurePosixPath(path).name in METADATA_NAMES),
+    }
+    texts = {path: entries[path] for path in sorted(near) if not is_directory(path)}
     return _find_files(fs, texts, root, excluded, skipped)
 
 

@@ -5,12 +5,19 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, is_image, source_name, stem
-from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.sources.sidecars import (
+    NO_METADATA,
+    MetadataIndex,
+    SidecarIndex,
+    collect_image_files,
+    match_sidecars,
+    pin_files,
+)
 from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
@@ -29,17 +36,17 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` is not a unit either.
-    sidecars: the texts of images, if they are already known or include more than captions and metadata.
+    sidecars: the texts and metadata, if they are already known or include more than captions.
     """
-    texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
+    sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
-    tars = [make_tar_unit(file) for file in files if extension(file.path) == "tar"]
+    tars = [make_tar_unit(file, sidecars.metadata) for file in files if extension(file.path) == "tar"]
     parquets = [file for file in files if extension(file.path) == "parquet"]
     ranges = [unit for file in parquets for unit in make_parquet_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
-    return tars + ranges + [make_folder_unit(group, texts) for group in groups]
+    return tars + ranges + [make_folder_unit(group, sidecars) for group in groups]
 
 
 def is_table_log(file: ListedFile) -> bool:
@@ -76,8 +83,8 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_tar_unit(file: ListedFile) -> Unit:
-    """Return the unit of a tar."""
+def make_tar_unit(file: ListedFile, metadata: MetadataIndex = NO_METADATA) -> Unit:
+    """Return the unit of a tar. metadata: the tables with further columns."""
     return Unit(
         name=make_unit_name(PurePosixPath(file.path).stem, [file.path, None]),
         kind="tar",
@@ -86,6 +93,7 @@ def make_tar_unit(file: ListedFile) -> Unit:
         bytes=file.bytes,
         etag=file.etag,
         root=file.root,
+        metadata=metadata.pin([file.path]),
     )
 
 
@@ -121,8 +129,8 @@ def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
         yield group
 
 
-def make_folder_unit(images: list[ListedFile], texts: Mapping[str, Sequence[ListedFile]]) -> Unit:
-    """Return the unit of these images. texts: of each image that has any, by the image's path."""
+def make_folder_unit(images: list[ListedFile], sidecars: SidecarIndex) -> Unit:
+    """Return the unit of these images. sidecars: their texts and metadata."""
     root, paths = images[0].root, tuple(file.path for file in images)
     source = source_name(paths[0])
     return Unit(
@@ -132,5 +140,6 @@ def make_folder_unit(images: list[ListedFile], texts: Mapping[str, Sequence[List
         path=source,
         paths=paths,
         root=root,
-        **pin_files([collect_image_files(image, texts) for image in images]),
+        metadata=sidecars.metadata.pin(paths),
+        **pin_files([collect_image_files(image, sidecars.texts) for image in images]),
     )

@@ -193,7 +193,7 @@ def write_parquet_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("metadata.parquet", {"file_name": ["0.jpg", "1.jpg"], "caption": ["zero", "one"]}),
+        ("captions.parquet", {"file_name": ["0.jpg", "1.jpg"], "caption": ["zero", "one"]}),
         ("00001.parquet", {"key": ["2", "3"], "url": ["http://host/2", "http://host/3"], "status": ["success"] * 2}),
         ("clip.parquet", {"clip": [[1.0], [2.0]]}),
     ],
