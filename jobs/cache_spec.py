@@ -96,7 +96,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
 
 def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
     """Raise UsageError for an option of Parquet files if there are none."""
-    if any(unit.kind == "parquet" for unit in units):
+    if any(unit.kind in ("parquet", "manifest") or unit.metadata for unit in units):
         return
     for name in ("image_column", "key_column"):
         if getattr(options, name):

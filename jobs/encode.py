@@ -34,6 +34,7 @@ from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
 from pipeline.sources.units import is_table_log, make_units
@@ -89,9 +90,12 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
     listing = list_sources(options.source, source_options, cache.url)
     limits = parse_limits(options.input_limit)
     images, keys = options.image_column or None, options.key_column or None
-    metadata = find_tables(listing.files, TableReader(source_options, limits, rules.text_encoding, images))
-    listing = dataclasses.replace(listing, files=metadata.files, metadata=metadata.index)
-    log_each([*listing.notes, *metadata.notes], log_note)
+    reader = TableReader(source_options, limits, rules.text_encoding, images)
+    metadata = find_tables(listing.files, reader)
+    image_root = connection.make_absolute(options.image_root).rstrip("/") if options.image_root else ""
+    manifests = find_manifests(metadata.files, reader, keys, image_root)
+    listing = dataclasses.replace(listing, files=manifests.files, metadata=metadata.index)
+    log_each([*listing.notes, *metadata.notes, *manifests.notes], log_note)
     shards = listing.files
     units = make_units(shards)
     archives = compression.find_archives(shards)
@@ -104,14 +108,13 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         log_note(archives)
     if count := sum(map(is_table_log, shards)):
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
+    tables = [*metadata.schemas, *manifests.schemas]
     wanted, captions = cache_spec.parse_columns(options), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
-    return listing, find_columns(
-        shards, units, source_options, images, wanted, limits, keys, captions, metadata.schemas
-    )
+    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys, captions, tables)
 
 
 def run_encode(

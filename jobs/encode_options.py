@@ -16,7 +16,8 @@ class EncodeOptions(Common):
 
     source: tuple[str, ...] = option(
         REQUIRED,
-        "tar shards, Parquet files with images, or folders of images, as files, directories, globs or brace ranges; "
+        "tar shards, Parquet files with images, folders of images, or manifests (JSONL, CSV or Parquet files that list "
+        "images), as files, directories, globs or brace ranges; "
         "NAME=SOURCE sets the name of the source (default: the name of its directory)",
         "input",
         metavar="SOURCE",
@@ -104,13 +105,24 @@ class EncodeOptions(Common):
     )
     image_column: str = option(
         "",
-        "Parquet column that holds the images",
+        "Parquet column that holds the images; column of manifests and metadata that holds their paths or URLs",
         "input",
         metavar="NAME",
-        default_text="the column with bytes",
+        default_text="the column with bytes; file_name, image_path, path, url or the like",
     )
     key_column: str = option(
-        "", "Parquet column that holds the keys", "input", metavar="NAME", default_text="the row number"
+        "",
+        "column of Parquet files and manifests that holds the keys",
+        "input",
+        metavar="NAME",
+        default_text="the row number; for paths in manifests, the path without its extension",
+    )
+    image_root: str = option(
+        "",
+        "folder that the paths in manifests are relative to, and in which their images are",
+        "input",
+        metavar="FOLDER",
+        default_text="the folder of the manifest",
     )
     max_shards: int = option(
         0,

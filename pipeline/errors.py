@@ -54,6 +54,9 @@ REASONS: dict[str, str] = {
     "no_image": "the sample has no image",
     "duplicate_key": "another image of the shard has this key",
     "no_key": "the key column has no value in this row",
+    "not_found": "there is no file at the path or URL of the image, or its server refuses it",
+    "outside_root": "the path of the image is outside the folder of the images (--image-root), or its URL is of a kind "
+    "that is not read",
     "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
     "unreadable": "the permissions of the image, or of a text beside it, forbid reading it",
     "bad_key": "the key is empty, is longer than {} bytes, is not UTF-8, has control characters, or is a path that "

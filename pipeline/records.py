@@ -22,6 +22,14 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A table of images. image_root: URL of the folder that its paths are relative to; "": the manifest's own."""
+
+    rows: int
+    image_root: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedFile:
     """An input file as it was listed.
@@ -30,6 +38,7 @@ class ListedFile:
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
     etag: the version of its content (`etags.get_etag`); empty if it is unknown.
     file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
+    is_named: whether a source names the file itself, not only its folder. manifest: if the file is one.
     """
 
     url: str
@@ -38,6 +47,8 @@ class ListedFile:
     bytes: int
     etag: str
     file_id: str = ""
+    is_named: bool = False
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +65,15 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a whole tar, a range of a Parquet file, or up to 256 images of a folder.
+    """The work of one task: a whole tar, a range of a Parquet file or a manifest, or up to 256 images of a folder.
 
-    name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet or folder.
-    range: (k, n) for range k of n of a Parquet file. bytes: of the whole input. root: URL of the source's root.
+    name: unique, safe in a file name, and independent of the input's location. kind: tar, parquet, folder or manifest.
+    range: (k, n) for range k of n of a Parquet file or a manifest. bytes: of the whole input.
+    root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
     texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders and tars, `metadata` has the
-    paths, sizes and ETags of the tables with further columns of the samples.
+    paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL of the
+    folder of its images; "" for its own folder.
     """
 
     name: str

@@ -35,7 +35,7 @@ from pipeline.sources.sidecars import (
     match_sidecars,
     pin_files,
 )
-from pipeline.sources.units import make_parquet_units, make_tar_unit, make_units, select_inputs
+from pipeline.sources.units import make_manifest_units, make_parquet_units, make_tar_unit, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
 FOLDER = "_plan"
@@ -218,6 +218,8 @@ def compare_with_plan(
         inputs = {identify_input(unit) for unit in replanned}
         pairs = zip((with_etags(unit, listed) for unit in planned), before, strict=True)
         replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
+    changed = {identify_input(unit) for unit in replanned}
+    replanned += [unit for unit in _move_image_roots(planned, listed) if unit.path not in changed]
     new, more = find_unplanned(listed_files, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
@@ -237,6 +239,14 @@ def compare_with_plan(
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
     added = make_units([file for file in inputs_to_add if file.path not in duplicates], sidecars)
     return replanned + added, planned, notes
+
+
+def _move_image_roots(planned: Sequence[Unit], listed: Mapping[str, ListedFile]) -> Iterator[Unit]:
+    """Yield the units of manifests whose images are in another folder now (`--image-root`), with this folder."""
+    for unit in planned:
+        manifest = listed[unit.path].manifest if unit.kind == "manifest" and unit.path in listed else None
+        if manifest and manifest.image_root and manifest.image_root != unit.files:
+            yield replace(unit, files=manifest.image_root)
 
 
 def replan_changed(
@@ -302,6 +312,8 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
         return [make_tar_unit(listed[unit.path], sidecars.metadata)]
     if unit.kind == "parquet":
         return make_parquet_units(listed[unit.path])
+    if unit.kind == "manifest":
+        return make_manifest_units(listed[unit.path])
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)

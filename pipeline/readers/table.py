@@ -31,6 +31,7 @@ from pipeline.storage.reading import open_stream
 from pipeline.text import decode_text
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+TEXT_TABLES = frozenset({"jsonl", "json", *DELIMITERS})
 BLOCK_BYTES = 16 << 20  # the longest row of a text table
 BATCH_ROWS = 1024
 LABELS = "labels"  # the key of EDM2's dataset.json
@@ -68,7 +69,9 @@ class Table:
         """Return the table with its rows sorted by name."""
         column, chunks = rule.find_column(rows.schema), [pa.array([], pa.large_string())]
         if column is not None:
-            chunks += rule.convert(rows[column].cast(pa.large_string())).chunks
+            texts = rows[column].cast(pa.large_string())
+            texts.validate(full=True)  # Arrow does not check whether texts are UTF-8
+            chunks += rule.convert(texts).chunks
         names = pa.concat_arrays(chunks)
         return cls(rows, column or "", names, pc.sort_indices(names)[: len(names) - names.null_count])
 
@@ -125,7 +128,8 @@ def load_table(
         if key not in _tables or not is_planned:
             with open_stream(url, options, planned or PlannedFile(url, *version), seeking=True) as stream:
                 rows = read_rows(stream, url, limits, encoding)
-            _tables[key] = Table.make(rows, rule)
+            with _name_format(url, extension(url)):
+                _tables[key] = Table.make(rows, rule)
         _tables.move_to_end(key)
         while len(_tables) > 1 and sum(table.nbytes for table in _tables.values()) > limits.table_bytes:
             _tables.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Read the samples of one unit, whatever its kind: a tar, a range of a Parquet file, or images of a folder."""
+"""Read the samples of one unit, whatever its kind: a tar, a range of a Parquet file or manifest, images of a folder."""
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -13,6 +13,7 @@ from pipeline.readers.damage import (
     read_past_damage,
 )
 from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.manifest import read_manifest_unit
 from pipeline.readers.metadata import MetadataReader, merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
 from pipeline.readers.tar import read_tar
@@ -88,5 +89,8 @@ def read_samples(
         yield from map(
             more.add_columns, read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding)
         )
+    elif unit.kind == "manifest":
+        image, key = spec.image_column, spec.key_column
+        yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")

@@ -88,7 +88,8 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         _check_name(source, named)
         named.append(source)
         for file in files:
-            found.setdefault(file.path, file)
+            if file.is_named or file.path not in found:
+                found[file.path] = file
     shards = [found[path] for path in sorted(found)]
     return Listing(shards, tuple(named), notes=skipped.describe(), unreadable=sorted(skipped.unreadable))
 
@@ -210,6 +211,7 @@ def _expand(
             raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         named: dict[str, set[str]] = {}
+        named_files: set[str] = set()
         for pattern in patterns:
             matches = _find_matches(fs, pattern)
             if not matches:
@@ -223,6 +225,7 @@ def _expand(
                 problem = f"there are no files in {full_url(fs, pattern)}{closed}"
                 raise SourceError(f"there is no source at {source}: {problem}")
             files.update(below)
+            named_files.update(path for path in matches if path in below)
             if images := {path for path in matches if path in below and is_image(path)}:
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
@@ -241,11 +244,13 @@ def _expand(
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return expanded, list(_make_listed_files(fs, wanted, root, name))
+    return expanded, list(_make_listed_files(fs, wanted, root, name, named_files))
 
 
-def _make_listed_files(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[ListedFile]:
-    """Yield the files as `ListedFile`, sorted by path."""
+def _make_listed_files(
+    fs: Any, files: FoundFiles, root: str, name: str, named: Collection[str]
+) -> Iterator[ListedFile]:
+    """Yield the files as `ListedFile`, sorted by path. named: those that the source itself names."""
     for file in sorted(files):
         _check_utf8(file, root)
         yield ListedFile(
@@ -255,6 +260,7 @@ def _make_listed_files(fs: Any, files: FoundFiles, root: str, name: str) -> Iter
             bytes=int(files[file].get("size") or 0),
             etag=get_etag(files[file]),
             file_id=files[file].get("file", ""),
+            is_named=file in named,
         )
 
 

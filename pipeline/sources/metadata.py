@@ -59,8 +59,13 @@ class TableReader:
             return isinstance(parsed, dict) and isinstance(parsed.get(LABELS), list)
         if extension(file.path) != "parquet":
             return True
-        with open_stream(file.url, self.options, seeking=True) as stream, open_parquet(stream, file.url) as parquet:
-            return not any(holds_bytes(column.type) for column in parquet.schema_arrow)
+        return not any(holds_bytes(column.type) for column in self.read_schema(file))
+
+    def read_schema(self, file: ListedFile) -> pa.Schema:
+        """Return the columns of a Parquet file."""
+        url, limits = file.url, self.limits
+        with open_stream(url, self.options, seeking=True) as stream, open_parquet(stream, url, limits) as parquet:
+            return parquet.schema_arrow
 
 
 @dataclass(slots=True)

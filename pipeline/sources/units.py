@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
+from pipeline.readers.manifest import ROWS_PER_UNIT
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, is_image, source_name, stem
 from pipeline.sources.sidecars import (
     NO_METADATA,
@@ -32,7 +33,7 @@ def make_unit_name(name: str, identity: object) -> str:
 
 
 def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
-    """Return the units of these files: tars, Parquet files, images, each in the order of the paths.
+    """Return the units of these files: tars, Parquet files, manifests, images, each in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` is not a unit either.
@@ -41,12 +42,13 @@ def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None
     sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
     tars = [make_tar_unit(file, sidecars.metadata) for file in files if extension(file.path) == "tar"]
-    parquets = [file for file in files if extension(file.path) == "parquet"]
+    manifests = [unit for file in files for unit in make_manifest_units(file)]
+    parquets = [file for file in files if extension(file.path) == "parquet" and file.manifest is None]
     ranges = [unit for file in parquets for unit in make_parquet_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
-    return tars + ranges + [make_folder_unit(group, sidecars) for group in groups]
+    return tars + ranges + manifests + [make_folder_unit(group, sidecars) for group in groups]
 
 
 def is_table_log(file: ListedFile) -> bool:
@@ -62,7 +64,7 @@ def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
         kind = extension(file.path)
         if kind == "parquet":
             return stem(file.path) not in tar_stems and not is_table_log(file)
-        return kind == "tar" or is_image(file.path)
+        return kind == "tar" or is_image(file.path) or file.manifest is not None
 
     return [file for file in files if is_input(file)]
 
@@ -73,7 +75,8 @@ def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_E
     texts: extensions of the files beside an image that are copied.
     """
     known = {"tar", "parquet", *IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
-    return Counter(printable(extension(file.path)) for file in files if extension(file.path) not in known)
+    others = (file for file in files if file.manifest is None and extension(file.path) not in known)
+    return Counter(printable(extension(file.path)) for file in others)
 
 
 def derive_unit_name(unit: Unit) -> str:
@@ -110,6 +113,27 @@ def make_parquet_units(file: ListedFile) -> list[Unit]:
             range=(k, count),
             bytes=file.bytes,
             etag=file.etag,
+            root=file.root,
+        )
+        for k in range(count)
+    ]
+
+
+def make_manifest_units(file: ListedFile) -> list[Unit]:
+    """Return one unit per range of rows of a manifest; none if the file is not a manifest."""
+    if file.manifest is None:
+        return []
+    count = max(1, math.ceil(file.manifest.rows / ROWS_PER_UNIT))
+    return [
+        Unit(
+            name=make_unit_name(PurePosixPath(file.path).stem, [file.path, [k, count]]),
+            kind="manifest",
+            url=file.url,
+            path=file.path,
+            range=(k, count),
+            bytes=file.bytes,
+            etag=file.etag,
+            files=file.manifest.image_root,
             root=file.root,
         )
         for k in range(count)

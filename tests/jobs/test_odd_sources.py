@@ -247,7 +247,7 @@ def test_sources_without_images_are_refused(encode: Command, tmp_path: Path) -> 
         write_table(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "has no column with the bytes of images: it has key, URL" in err) == (2, True), err
-    assert "first download the images that URL names" in err
+    assert "to read the images that URL names, give the file itself as the source" in err
     assert not (tmp_path / "c").exists()
 
 

@@ -375,7 +375,7 @@ def test_a_column_that_may_hold_images_in_another_form_is_an_error(column: dict[
 
 
 def test_urls_of_images_must_be_downloaded_first() -> None:
-    with pytest.raises(NoImagesError, match="first download the images that URL names"):
+    with pytest.raises(NoImagesError, match="to read the images that URL names, give the file itself"):
         read_available_columns(io.BytesIO(parquet(pa.table({"URL": ["http://host/0.jpg"]}))), "p", None)
 
 
