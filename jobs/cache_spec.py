@@ -51,6 +51,9 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "key_column": existing.key_column or "",
         "caption_extensions": ",".join(existing.sources.caption_extensions),
         "text_encoding": existing.sources.text_encoding,
+        "include": existing.sources.include,
+        "exclude": existing.sources.exclude,
+        "label_from_folder": existing.sources.classes is not None,
     }
     if not given & {"resolution", "buckets"}:
         if preprocessing.buckets:
@@ -112,7 +115,7 @@ def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
-def make_source_rules(options: EncodeOptions) -> SourceRules:
+def make_source_rules(options: EncodeOptions, classes: tuple[str, ...] | None = None) -> SourceRules:
     """Return how the samples of the sources and their texts are found. Raises UsageError for an invalid option."""
     names = (name.strip().lstrip(".").lower() for name in options.caption_extensions.split(","))
     captions = tuple(dict.fromkeys(filter(None, names)))
@@ -127,7 +130,16 @@ def make_source_rules(options: EncodeOptions) -> SourceRules:
             f"--text-encoding: there is no encoding {options.text_encoding}; use a name of Python's, such as utf-8, "
             "utf-16, cp1252, shift_jis or gb18030"
         ) from None
-    return SourceRules(caption_extensions=captions, text_encoding=encoding)
+    for glob in (*options.include, *options.exclude):
+        if not glob.strip("/"):
+            raise UsageError(f"--include and --exclude need globs such as '*_mask.png', not '{glob}'")
+    return SourceRules(
+        caption_extensions=captions,
+        text_encoding=encoding,
+        include=options.include,
+        exclude=options.exclude,
+        classes=classes,
+    )
 
 
 def make_transform(options: EncodeOptions) -> Transform:
@@ -152,10 +164,12 @@ def describe_cache(
     resources: ResourcePlan,
     existing: CacheInfo | None,
     columns: PassthroughColumns,
+    classes: tuple[str, ...] | None = None,
 ) -> CacheInfo:
     """Return the cache.json that the options describe.
 
     existing: the cache.json of the existing cache. Only a new cache needs the device, and so a connection to Ray.
+    classes: of `--label-from-folder`.
     """
     precision = resolve_precision(options, vae, resources)
     if resources.backend == "jax":
@@ -177,7 +191,7 @@ def describe_cache(
         columns=parse_columns(options),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
-        sources=make_source_rules(options),
+        sources=make_source_rules(options, classes),
     )
     if existing is not None:
         note_columns(identity.parse_schema(existing).columns, columns)

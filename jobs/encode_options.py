@@ -103,6 +103,25 @@ class EncodeOptions(Common):
         "input",
         metavar="NAME",
     )
+    include: tuple[str, ...] = option(
+        (),
+        "encode only images and shards whose path below the root matches GLOB; repeatable",
+        "input",
+        metavar="GLOB",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        "leave out files whose path below the root, name or folder matches GLOB, such as '*_mask.png' or rejected/; "
+        "repeatable",
+        "input",
+        metavar="GLOB",
+    )
+    label_from_folder: bool = option(
+        False,
+        "columns label and label_name from the folders directly below the root, numbered in sorted order from 0, as "
+        "torchvision does",
+        "input",
+    )
     image_column: str = option(
         "",
         "Parquet column that holds the images; column of manifests and metadata that holds their paths or URLs",

@@ -13,6 +13,7 @@ from pipeline.readers.damage import (
     read_past_damage,
 )
 from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.labels import Labels
 from pipeline.readers.manifest import read_manifest_unit
 from pipeline.readers.metadata import MetadataReader, merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
@@ -85,10 +86,9 @@ def read_samples(
             yield from read_past_damage(samples, stream, on_piece)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        more = make_metadata_reader(is_pinned=not may_differ)
-        yield from map(
-            more.add_columns, read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding)
-        )
+        more, labels = make_metadata_reader(not may_differ), Labels(spec.source_rules.classes, columns.schema.names)
+        for sample in read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding):
+            yield labels.add_to(more.add_columns(sample), unit.paths[sample.position])
     elif unit.kind == "manifest":
         image, key = spec.image_column, spec.key_column
         yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding)

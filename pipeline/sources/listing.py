@@ -18,6 +18,7 @@ from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
+from pipeline.sources.choosing import choose_files
 from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
@@ -69,8 +70,16 @@ class Listing:
     unreadable: list[str] = field(default_factory=list)
 
 
-def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: str) -> Listing:
+def list_sources(
+    sources: Sequence[str],
+    options: Mapping[str, Any],
+    excluded: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Listing:
     """List the files that the sources name. Files below the URL `excluded` (the cache) are skipped.
+
+    include, exclude: globs that choose files (`sources.choosing`).
 
     A source is a file, a directory (all files below it that are not hidden), a glob or a brace range. Texts that share
     an image's name except for its extension are listed with the image. `NAME=SOURCE` names a source; default: the name
@@ -87,7 +96,9 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         source, files = _expand(argument, options, local, cache, skipped, listings)
         _check_name(source, named)
         named.append(source)
-        for file in files:
+        chosen, left_out = choose_files(files, include, exclude, _may_be_input)
+        skipped.left_out |= left_out
+        for file in chosen:
             if file.is_named or file.path not in found:
                 found[file.path] = file
     shards = [found[path] for path in sorted(found)]
@@ -99,13 +110,14 @@ class SkippedFiles:
     """Entries of the sources that are not inputs.
 
     others: special files, and links to folders that contain the source. unreadable: folders without permission.
-    system: files in folders of operating systems. links: links to files that are listed themselves. own_outputs: files
-    that latentmill wrote, by cache or previews.
+    system: files in folders of operating systems. left_out: files that globs leave out. links: links to files that are
+    listed themselves. own_outputs: files that latentmill wrote, by cache or previews.
     """
 
     others: set[str] = field(default_factory=set)
     unreadable: set[str] = field(default_factory=set)
     system: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
 
@@ -117,6 +129,8 @@ class SkippedFiles:
             notes.append(f"skipped {kinds}: {abbreviate(self.others)}")
         if self.system:
             notes.append(f"skipped files of the operating system: {len(self.system):,} ({abbreviate(self.system)})")
+        if self.left_out:
+            notes.append(f"left out by --include or --exclude: {len(self.left_out):,} ({abbreviate(self.left_out)})")
         if self.links:
             notes.append(f"skipped links to files of the same source: {len(self.links):,} ({abbreviate(self.links)})")
         for owner, files in self.own_outputs.items():
@@ -262,6 +276,11 @@ def _make_listed_files(
             file_id=files[file].get("file", ""),
             is_named=file in named,
         )
+
+
+def _may_be_input(file: ListedFile) -> bool:
+    """Whether a file is an image or a shard, by its extension."""
+    return os.path.splitext(file.path)[1].lower() in INPUTS
 
 
 def _is_shown(below: str) -> bool:

@@ -122,3 +122,16 @@ def test_files_with_the_names_of_metadata_may_be_something_else(encode: Command,
     code, out, err = encode(photos)
     assert (code, "encoded 4 images" in out) == (0, True), err
     assert read_columns(tmp_path / "c", "json")["sub/dataset"] == ('{"labels": [["of the image of this name", 1]]}',)
+
+
+def test_globs_choose_files_and_are_kept_by_the_cache(encode: Command, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", "a.jpg", "a_mask.jpg", "rejected/b.jpg")
+    code, out, err = encode(photos, "--exclude", "*_mask.*", "--exclude", "rejected/")
+    assert (code, "encoded 1 image" in out) == (0, True), err
+    note = "left out by --include or --exclude: 2 (photos/a_mask.jpg, photos/rejected/b.jpg)"
+    assert note in err
+    code, out, err = encode(photos)
+    assert (code, "encoded 0 images" in out, note in err) == (0, True, True)
+    code, _, err = encode(photos, "--exclude", "*_mask.*")
+    assert (code, "--exclude '*_mask.*' --exclude 'rejected/'" in err) == (2, True)
+    assert encode(photos, "--exclude", "/", "--to", tmp_path / "d")[0] == 2
