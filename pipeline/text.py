@@ -8,6 +8,9 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 _NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
 _SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
 
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, *_UTF16_MARKS)
+
 
 def to_valid_text(name: str) -> str:
     """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
@@ -21,7 +24,7 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> str:
     """
     if data.startswith(codecs.BOM_UTF8):
         return data.decode("utf-8-sig")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if data.startswith(_UTF16_MARKS):
         return data.decode("utf-16")
     return data.decode(encoding)
 

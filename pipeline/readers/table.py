@@ -7,6 +7,7 @@ and its memory does not depend on the number of units.
 import csv
 import io
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import DamagedError, ShardError
@@ -28,12 +28,14 @@ from pipeline.records import PlannedFile, extension
 from pipeline.storage.connection import get_filesystem
 from pipeline.storage.etags import fetch_version, same_version
 from pipeline.storage.reading import open_stream
-from pipeline.text import decode_text
+from pipeline.text import BYTE_ORDER_MARKS, decode_text
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 TEXT_TABLES = frozenset({"jsonl", "json", *DELIMITERS})
 BLOCK_BYTES = 16 << 20  # the longest row of a text table
-BATCH_ROWS = 1024
+BATCH_ROWS = 4096
+HEADER_CHARACTERS = 1 << 20  # among which the names of a CSV's columns are
+MAX_DEPTH = 100  # levels of lists and objects in JSON
 LABELS = "labels"  # the key of EDM2's dataset.json
 PATH_COLUMNS = ("file_name", "image_file_name", "image_path", "file_path", "filepath", "path", "filename")
 URL_COLUMNS = ("url", "image_url", "img_url", "urls")
@@ -149,8 +151,9 @@ def read_rows(stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8
     with _name_format(url, kind):
         if kind in DELIMITERS:
             return _read_csv(decode_text(data, encoding), DELIMITERS[kind])
-        text = decode_text(data)  # JSON is always Unicode
-        return _read_jsonl(text.encode()) if kind == "jsonl" else _read_json(text)
+        if data.startswith(BYTE_ORDER_MARKS):
+            data = decode_text(data).encode()  # otherwise JSON is UTF-8
+        return _read_jsonl(data) if kind == "jsonl" else _read_json(data.decode())
 
 
 @contextmanager
@@ -158,7 +161,7 @@ def _name_format(url: str, kind: str) -> Iterator[None]:
     """Turn the errors of a parser into a ShardError that names the URL."""
     try:
         yield
-    except (pa.ArrowException, ValueError, RecursionError, OverflowError) as error:
+    except (pa.ArrowException, csv.Error, ValueError, RecursionError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "; --text-encoding sets its encoding" if isinstance(error, UnicodeDecodeError) else ""
         raise ShardError(f"{url} cannot be read as {kind.upper()}: {reason:.300}{hint}") from error
@@ -190,32 +193,50 @@ def _get_value_type(kind: Any) -> Any:
 
 
 def _read_jsonl(data: bytes) -> pa.Table:
-    """Return one row per line. Texts stay texts, also if they look like times."""
-    if not data.strip():
-        return pa.table({})
-    read_options = pa.json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-    table = pa.json.read_json(pa.BufferReader(data), read_options)
-    texts = pa.schema([field.with_type(_replace_times(field.type)) for field in table.schema])
-    if texts == table.schema:
-        return table
-    parse_options = pa.json.ParseOptions(explicit_schema=texts)
-    return pa.json.read_json(pa.BufferReader(data), read_options, parse_options)
+    """Return one row per line. Python parses the lines, because Arrow crashes on deep nesting and changes times."""
+    tables: list[pa.Table] = []
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse_json(line.decode()))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"line {number} is not an object")
+        if len(rows) == BATCH_ROWS:
+            tables.append(_make_table(rows))
+            rows = []
+    tables.append(_make_table(rows))
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _replace_times(kind: Any) -> Any:
-    """Return a type with text instead of times, also inside lists and structs."""
-    if pa.types.is_timestamp(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_replace_times(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_replace_times(field.type)) for field in kind])
-    return kind
+def _parse_json(text: str) -> Any:
+    """Return a JSON value. Raises ValueError if it is nested too deeply for the libraries that process it later."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for bracket in re.sub(r"[^][{}]+", "", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+            depth += 1 if bracket in "[{" else -1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return json.loads(text)
+
+
+def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as a table. The first rows decide the order of the columns. Raises ValueError for mixed types."""
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise ValueError(f"the column {name} has values of different types: {error}") from error
+    return pa.table(columns)
 
 
 def _read_csv(text: str, delimiter: str) -> pa.Table:
     """Return one row per record. The first record names the columns. Columns of numbers get their type."""
-    names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+    names = next(csv.reader(io.StringIO(text[:HEADER_CHARACTERS]), delimiter=delimiter), [])
     if not names:
         return pa.table({})
     if len(set(names)) < len(names):
@@ -251,15 +272,14 @@ def _convert_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _read_json(text: str) -> pa.Table:
     """Return the rows of a JSON file: a list of objects, sd-scripts' object by path, or EDM2's `labels`."""
-    content = json.loads(text)
+    content = _parse_json(text)
     if isinstance(content, dict) and isinstance(content.get(LABELS), list):
         content = [{"file_name": path, "label": label} for path, label in content[LABELS]]
     elif isinstance(content, dict):
         content = [{"image_path": path, **values} for path, values in content.items() if isinstance(values, dict)]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it is neither a list of objects, nor an object of objects, nor has it `labels`")
-    names = dict.fromkeys(name for row in content for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in content]) for name in names})
+    return _make_table(content)
 
 
 def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str] = ()) -> str | None:

@@ -53,6 +53,8 @@ def test_columns_of_json_lines_have_their_types_and_texts_stay_texts() -> None:
     assert table.to_pylist()[1]["text"] == "caf\u00e9"
     assert read("a.jsonl", lines.encode("utf-16")).num_rows == 2
     assert read("a.jsonl", "\n").num_rows == 0
+    polygons = [[[number, number], [0, 1]] for number in range(200)]
+    assert read("a.jsonl", json.dumps({"polygons": polygons, "text": "[" * 200})).to_pylist()[0]["polygons"] == polygons
 
 
 def test_columns_of_csv_are_numbers_only_if_nothing_is_lost() -> None:
@@ -90,8 +92,14 @@ def test_json_of_edm2_sd_scripts_and_pixart(content: object, rows: list[tuple[ob
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        ("a.jsonl", '{"a": 1}\nnonsense\n', "cannot be read as JSONL: .*in row 1"),
-        ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', r"Column\(/a\) changed from number to string"),
+        ("a.jsonl", '{"a": 1}\nnonsense\n', "cannot be read as JSONL: line 2: "),
+        ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', "the column a has values of different types"),
+        ("a.jsonl", '{"a": 1}\n' * 4096 + '{"a": "x"}\n', "Field a has incompatible types: int64 vs string"),
+        ("a.jsonl", "[1]\n", "line 1 is not an object"),
+        ("a.jsonl", '{"a":' * 100_000, "line 1: it is nested more than 100 levels deep"),
+        ("a.jsonl", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: it is nested more than 100 levels deep"),
+        ("a.jsonl", '{"a": "\\ud800"}', "the column a"),
+        ("a.jsonl", '{"a": 1e999999999999999999999, "b": ' + "1" * 5000 + "}", "line 1: "),
         ("a.csv", "a,b\n1,2,3\n", "cannot be read as CSV: .*Expected 2 columns, got 3"),
         ("a.csv", "a,a\n1,2\n", "two columns have one name"),
         ("a.csv", b"a\ncaf\xe9\n", "cannot be read as CSV: .*--text-encoding"),
