@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jobs.encode_options import ALL, EncodeOptions
 from jobs.messages import log_note
 from jobs.resources import ResourcePlan, check_jax_settings
+from jobs.transform_options import check_sizes, inherit_recipe, make_transform
 from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
@@ -14,8 +15,6 @@ from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
-from pipeline.images import buckets
-from pipeline.images.transform import Transform
 from pipeline.records import Form, Unit
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
@@ -31,9 +30,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     preprocessing = existing.preprocessing
     inherited: dict[str, Any] = {
         "min_size": preprocessing.min_size,
-        "interpolation": preprocessing.interpolation,
-        "jpeg_decode": preprocessing.jpeg_decode,
-        "crop": preprocessing.crop,
+        "max_aspect": preprocessing.max_aspect or 0.0,
         "flip": preprocessing.flip,
         "store": existing.store,
         "dtype": existing.dtype,
@@ -46,11 +43,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "image_column": existing.image_column or "",
         "key_column": existing.key_column or "",
     }
-    if not given & {"resolution", "buckets"}:
-        if preprocessing.buckets:
-            inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
-        else:
-            inherited |= {"resolution": preprocessing.resolution}
+    inherited |= inherit_recipe(options, given, preprocessing)
     given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
@@ -60,18 +53,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
 
     given: the names of the options that the user set.
     """
-    if "multiple_of" in given and not options.buckets:
-        raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
-    name = "multiple_of" if options.buckets else "resolution"
-    value = getattr(options, name)
-    if value < 1 or value % vae.config.downscale:
-        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
-        raise UsageError(
-            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
-            f"the nearest is {near}"
-        )
-    if options.buckets and options.buckets < 2 * options.multiple_of:
-        raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
+    check_sizes(options, given, vae.config.downscale)
     if options.tile_above % (4 * vae.config.downscale):
         raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
@@ -86,6 +68,9 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
     for name in counts:
         if getattr(options, name) < 0:
             raise UsageError(f"{to_flag(name)} must not be negative")
+    if options.max_aspect and not options.max_aspect >= 1:
+        text = f"at least 1, not {options.max_aspect:g}"
+        raise UsageError(f"--max-aspect is the longer side divided by the shorter one: {text}")
 
 
 def check_parquet_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
@@ -106,22 +91,6 @@ def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
-def make_transform(options: EncodeOptions) -> Transform:
-    """Return the transform that the options describe."""
-    side = options.buckets or options.resolution
-    return Transform(
-        resolution=side,
-        buckets=buckets.make_grid(side, options.multiple_of) if options.buckets else (),
-        multiple_of=options.multiple_of if options.buckets else 0,
-        min_size=options.min_size,
-        interpolation=options.interpolation,
-        jpeg_decode=options.jpeg_decode,
-        crop=options.crop,
-        flip=options.flip,
-        seed=options.seed,
-    )
-
-
 def describe_cache(
     options: EncodeOptions,
     vae: Vae,
@@ -136,8 +105,7 @@ def describe_cache(
     precision = resolve_precision(options, vae, resources)
     if resources.backend == "jax":
         check_jax_settings(precision, options.encoder_form, options.tile_above)
-    side = options.buckets or options.resolution
-    transform = make_transform(options)
+    transform = make_transform(options, vae.config.downscale)
     wanted = Identity(
         weights=vae.sha256,
         config=identity.select_raw_fields(vae.config),
@@ -147,7 +115,7 @@ def describe_cache(
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, transform.resolution, options.dtype, options.store),
         seed=options.seed,
         container=options.format,
         columns=parse_columns(options),

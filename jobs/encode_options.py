@@ -5,7 +5,7 @@ from typing import Literal
 
 from jobs.common_options import Common, same_source
 from jobs.parsing import REQUIRED, option
-from pipeline.records import Container, Crop, Flip, Interpolation, JpegDecode, Store
+from pipeline.records import Container, Crop, Flip, JpegDecode, Recipe, Store
 
 ALL = "all"
 
@@ -43,11 +43,19 @@ class EncodeOptions(Common):
         "model and performance",
         metavar="NAME",
     )
+    transform: Recipe = option(
+        "center-crop",
+        "recipe by which images are resized and cropped; all but center-crop and none give exactly the pixels of a "
+        "trainer; none: the images are prepared already (see docs/inputs.md)",
+        "preprocessing",
+    )
     resolution: int = option(
-        512,
-        "output size: resize the shorter side to PX, then crop to PX x PX",
+        0,
+        "output size: resize the shorter side to PX, then crop to PX x PX; with sd-scripts and none, the largest area "
+        "is PX x PX",
         "preprocessing",
         metavar="PX",
+        default_text="512; with none, 2048",
     )
     buckets: int = option(
         0,
@@ -57,10 +65,35 @@ class EncodeOptions(Common):
         default_text="off",
     )
     multiple_of: int = option(64, "make the sides of buckets multiples of PX", "preprocessing", metavar="PX")
+    min_bucket_reso: int = option(256, "shortest side of a bucket of sd-scripts", "preprocessing", metavar="PX")
+    max_bucket_reso: int = option(1024, "longest side of a bucket of sd-scripts", "preprocessing", metavar="PX")
+    bucket_reso_steps: int = option(
+        64, "make the sides of buckets of sd-scripts multiples of PX", "preprocessing", metavar="PX"
+    )
+    bucket_no_upscale: bool = option(
+        False, "never enlarge an image to a bucket of sd-scripts; buckets depend on the images", "preprocessing"
+    )
+    no_upscale: bool = option(
+        False,
+        "never enlarge an image: with --buckets, a small image keeps its size, cropped to multiples of --multiple-of; "
+        "otherwise it is skipped",
+        "preprocessing",
+    )
     min_size: int = option(
         0, "skip images whose shorter side is below PX pixels", "preprocessing", metavar="PX", default_text="off"
     )
-    interpolation: Interpolation = option("bicubic", "resampling filter; always antialiased", "preprocessing")
+    max_aspect: float = option(
+        0.0,
+        "skip images whose longer side is more than R times the shorter one",
+        "preprocessing",
+        metavar="R",
+        default_text="off",
+    )
+    interpolation: Literal["auto", "bicubic", "bilinear", "lanczos"] = option(
+        "auto",
+        "resampling filter; always antialiased; auto: lanczos with diffusers, otherwise bicubic",
+        "preprocessing",
+    )
     jpeg_decode: JpegDecode = option(
         "full",
         "scaled: decode large JPEGs at 1/2, 1/4 or 1/8 of their size, but at least at twice the output's; faster, but "

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,27 +22,51 @@ from latentmill.typed_json import FieldError, parse_fields
 FORMAT = 1
 NAME = "cache.json"
 
+TransformName = Literal[
+    "center-crop",
+    "center-crop-dhariwal",
+    "diffusers",
+    "sd-scripts",
+    "aspect-ratio-512",
+    "aspect-ratio-1024",
+    "aspect-ratio-2048",
+    "none",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
     """How the pixels of an image are made.
 
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
-    width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
-    min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
-    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the file
-    has the field only then.
+    width) of each, in pixels; None for squares, and if the sizes depend on the images. multiple_of: of the sides, in
+    pixels; None for squares and tables. min_size: images with a shorter side are filtered; 0 filters none.
+    interpolation: None if the transform fixes it. version: of the transform itself; it goes up if the same settings
+    give other pixels. transform: the rule by which images are resized and cropped. jpeg_decode: "scaled" if large JPEGs
+    were decoded at a reduced size. min_bucket_reso, max_bucket_reso: of sd-scripts, in pixels. no_upscale: images that
+    would be enlarged keep their size, or are filtered. max_aspect: images with a longer side of more than this many
+    times the shorter one are filtered. The file has fields with a default only if they differ from it.
     """
 
     resolution: int
     buckets: tuple[tuple[int, int], ...] | None
     multiple_of: int | None
     min_size: int
-    interpolation: Literal["bicubic", "bilinear", "lanczos"]
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None
     crop: Literal["center", "random"]
     flip: Literal["none", "random"]
     version: int
+    transform: TransformName = "center-crop"
     jpeg_decode: Literal["full", "scaled"] = "full"
+    min_bucket_reso: int | None = None
+    max_bucket_reso: int | None = None
+    no_upscale: bool = False
+    max_aspect: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry `preprocessing`, without defaults, so that later fields do not change an identity."""
+        values = asdict(self)
+        return {item.name: values[item.name] for item in fields(self) if values[item.name] != item.default}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +95,9 @@ class Identity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
-        content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
-        if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
-            del content["preprocessing"]["jpeg_decode"]
-        return content
+        content: dict[str, Any] = asdict(self) | {"preprocessing": self.preprocessing.to_dict()}
+        plain: dict[str, Any] = json.loads(canonical_json(content))
+        return plain
 
     @property
     def sha256(self) -> str:

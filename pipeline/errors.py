@@ -69,6 +69,8 @@ REASONS: dict[str, str] = {
     "not_an_image": "the bytes are not a supported image format",
     "corrupt": "the image is corrupt or truncated",
     "unsafe": "decoding the image ended its process, or took more than {} s or {} bytes of memory",
+    "wrong_size": "the image has {} x {} pixels, but with --transform none both sides must be multiples of {}, and "
+    "their area at most {} x {} pixels (--resolution)",
     "unsupported_mode": "the pixel mode is not supported (32-bit integer or float)",
     "not_finite": "the latent is not finite, even in float32",
 }

@@ -11,6 +11,16 @@ if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help
 
 JpegDecode = Literal["full", "scaled"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+Recipe = Literal[
+    "center-crop",
+    "center-crop-dhariwal",
+    "diffusers",
+    "sd-scripts",
+    "aspect-ratio-512",
+    "aspect-ratio-1024",
+    "aspect-ratio-2048",
+    "none",
+]  # of `--transform`, see `pipeline.images.recipes`
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
 Container = Literal["parquet", "webdataset"]
@@ -128,7 +138,7 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings exclude (`--min-size`)."""
+    """A sample that the settings exclude (`--min-size`, `--max-aspect`, `--no-upscale`)."""
 
     position: int
 
@@ -147,6 +157,8 @@ class PreparedImage:
     pixels: "Tensor"
     original_height: int
     original_width: int
+    resized_height: int
+    resized_width: int
     crop_top: int
     crop_left: int
     enlarged: bool
@@ -160,9 +172,10 @@ class PreparedImage:
     @property
     def geometry(self) -> dict[str, int | bool]:
         """The columns of a row that describe the transform of its image."""
-        names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
+        names = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left")
         height, width = self.bucket
-        return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
+        sizes = {name: getattr(self, name) for name in names}
+        return {"height": height, "width": width, **sizes, "flipped": self.flipped}
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""

@@ -43,8 +43,12 @@ def _describe_image_size(settings: Preprocessing) -> str:
     mirrored = ", half of them mirrored" if settings.flip == "random" else ""
     buckets = settings.buckets
     size = f"{settings.resolution} px"
+    if settings.transform == "none":
+        return f"prepared beforehand, neither resized nor cropped{mirrored}"
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
+    if settings.transform != "center-crop":
+        return f"resized to {size} by the recipe {settings.transform}, {cut}{mirrored}"
     scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
     return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{scaled}"
 

@@ -28,6 +28,7 @@ _NOT_RAW = frozenset(
     | {"up_block_types", "out_channels", "use_post_quant_conv"}
 )
 CONFIG_FIELDS = frozenset(AutoencoderKLConfig.__dataclass_fields__) - _NOT_RAW
+_SIZE_SETTINGS = ("multiple_of", "min_bucket_reso", "max_bucket_reso")
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -43,11 +44,16 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         buckets=settings.buckets or None,
         multiple_of=settings.multiple_of or None,
         min_size=settings.min_size,
-        interpolation=settings.interpolation,
+        interpolation=settings.interpolation if settings.recipe in transform.HAS_INTERPOLATION else None,
         jpeg_decode=settings.jpeg_decode,
         crop=settings.crop,
         flip=settings.flip,
-        version=transform.VERSION,
+        version=settings.version,
+        transform=settings.recipe,
+        min_bucket_reso=settings.min_bucket_reso or None,
+        max_bucket_reso=settings.max_bucket_reso or None,
+        no_upscale=settings.no_upscale,
+        max_aspect=settings.max_aspect or None,
     )
 
 
@@ -59,10 +65,15 @@ def parse_transform(identity: Identity) -> transform.Transform:
         buckets=preprocessing.buckets or (),
         multiple_of=preprocessing.multiple_of or 0,
         min_size=preprocessing.min_size,
-        interpolation=preprocessing.interpolation,
+        interpolation=preprocessing.interpolation or "bicubic",
         jpeg_decode=preprocessing.jpeg_decode,
         crop=preprocessing.crop,
         flip=preprocessing.flip,
+        recipe=preprocessing.transform,
+        min_bucket_reso=preprocessing.min_bucket_reso or 0,
+        max_bucket_reso=preprocessing.max_bucket_reso or 0,
+        no_upscale=preprocessing.no_upscale,
+        max_aspect=preprocessing.max_aspect or 0.0,
         seed=identity.seed,
     )
 
@@ -130,7 +141,9 @@ def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
     explained: set[str] = set()  # by another difference
     if "weights" in differing:
         explained |= {name for name in differing if name.startswith("config.")}
-    if {"size", "multiple_of"} & set(differing):
+    if "transform" in differing:
+        explained |= {"size", "interpolation", "crop", "jpeg_decode", "no_upscale", "version", *_SIZE_SETTINGS}
+    if {"size", *_SIZE_SETTINGS} & set(differing):
         explained.add("grid")
     differing = [name for name in differing if name not in explained]
     raise IdentityError(
@@ -142,18 +155,16 @@ def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
 def describe_settings(identity: Identity) -> dict[str, str]:
     """Return the settings of an identity by name, each as the option that sets it if there is one.
 
-    Every field is described. Settings of buckets are left out if there are no buckets.
+    Every field is described.
     """
     settings, preprocessing = identity.to_dict(), identity.preprocessing
-    grid = ", ".join(f"{height}x{width}" for height, width in preprocessing.buckets or ())
-    buckets = {"multiple_of": f"--multiple-of {preprocessing.multiple_of}", "grid": f"the buckets {grid}"}
     names = sorted(CONFIG_FIELDS | settings["config"].keys())  # a cache of another version may lack some
     return {
         "weights": f"a VAE whose weights have the sha256 {identity.weights:.12}...",
         **{f"config.{name}": f"a VAE that has {name} {settings['config'].get(name)}" for name in names},
-        "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
-        **(buckets if grid else {}),
-        **_format_options(asdict(preprocessing), ("min_size", "interpolation", "jpeg_decode", "crop", "flip")),
+        **_describe_sizes(preprocessing),
+        **_format_options(asdict(preprocessing), ("min_size", "jpeg_decode", "crop", "flip")),
+        "max_aspect": f"--max-aspect {preprocessing.max_aspect or 0:g}",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",
@@ -161,6 +172,28 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         "image_column": f"--image-column {identity.image_column}" if identity.image_column else "no --image-column",
         "key_column": f"--key-column {identity.key_column}" if identity.key_column else "no --key-column",
         "version": f"version {preprocessing.version} of the preprocessing",
+    }
+
+
+def _describe_sizes(preprocessing: Preprocessing) -> dict[str, str]:
+    """Return the settings of the recipe and its sizes, as the options that set them. What it lacks is left out."""
+    is_sd_scripts = preprocessing.transform == "sd-scripts"
+    has_grid = preprocessing.transform == "center-crop" and preprocessing.buckets
+    flags = {
+        "size": "--buckets" if has_grid else "--resolution",
+        "multiple_of": "--bucket-reso-steps" if is_sd_scripts else "--multiple-of",
+        "min_bucket_reso": "--min-bucket-reso",
+        "max_bucket_reso": "--max-bucket-reso",
+        "interpolation": "--interpolation",
+    }
+    values = asdict(preprocessing) | {"size": preprocessing.resolution}
+    no_upscale = "--bucket-no-upscale" if is_sd_scripts else "--no-upscale"
+    grid = ", ".join(f"{height}x{width}" for height, width in preprocessing.buckets or ())
+    return {
+        "transform": f"--transform {preprocessing.transform}",
+        **{name: f"{flag} {values[name]}" for name, flag in flags.items() if values[name] is not None},
+        **({"grid": f"the buckets {grid}"} if grid else {}),
+        "no_upscale": no_upscale if preprocessing.no_upscale else f"no {no_upscale}",
     }
 
 

@@ -19,6 +19,8 @@ BASE_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("original_height", pa.int32()),
         ("original_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("resized_width", pa.int32()),
         ("crop_top", pa.int32()),
         ("crop_left", pa.int32()),
         ("flipped", pa.bool_()),

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.images.fit import Fit
 from pipeline.images.prepare import OpenedImage, make_opener, open_in_sandbox
-from pipeline.images.transform import Fit, Transform
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.subprocess_server import limit_itself, make_environment
 
@@ -137,7 +138,7 @@ class _Server:
     def __init__(self, transform: Transform, limits: Limits) -> None:
         self.settings = pickle.dumps((transform, limits)).hex()
         self.seconds = PATIENCE * limits.seconds
-        self.size = max(MEMORY_BYTES, 3 * max(height * width for height, width in transform.output_sizes))
+        self.size = max(MEMORY_BYTES, 3 * transform.max_pixels)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
+from pipeline.images.fit import Fit
 from pipeline.images.sandbox import SandboxedDecoder
-from pipeline.images.transform import Fit, Transform
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_columns
 from pipeline.records import Filtered, PreparedImage, Reject, Sample, Unit
 
@@ -81,6 +82,8 @@ def prepare_sample(
         pixels=opened.pixels,
         original_height=opened.original_height,
         original_width=opened.original_width,
+        resized_height=opened.fit.height,
+        resized_width=opened.fit.width,
         crop_top=opened.fit.top,
         crop_left=opened.fit.left,
         enlarged=opened.fit.enlarged,

@@ -476,6 +476,8 @@ class TestOverflow:
             pixels=pixels,
             original_height=64,
             original_width=64,
+            resized_height=64,
+            resized_width=64,
             crop_top=0,
             crop_left=0,
             enlarged=False,

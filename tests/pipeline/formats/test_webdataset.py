@@ -36,6 +36,8 @@ def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels
         pixels=torch.zeros(64, 72, 3, dtype=torch.uint8),
         original_height=100,
         original_width=113,
+        resized_height=100,
+        resized_width=113,
         crop_top=0,
         crop_left=4,
         enlarged=False,
