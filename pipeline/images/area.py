@@ -77,8 +77,12 @@ def _average_blocks(pixels: np.ndarray, tall: int, wide: int, fit: Fit) -> np.nd
     """Return the crop of an image that is shrunk by whole factors: the means of blocks of tall x wide pixels."""
     below, right = fit.top + fit.out_height, fit.left + fit.out_width
     needed = pixels[fit.top * tall : below * tall, fit.left * wide : right * wide]
-    blocks = needed.reshape(fit.out_height, tall, fit.out_width, wide, 3)
-    sums = blocks.sum(axis=(1, 3), dtype=np.int32)
+    narrow = np.zeros((fit.out_height, needed.shape[1], 3), np.int32)
+    for row in range(tall):  # `sum` of two axes takes ten times as long
+        narrow += needed[row::tall]
+    sums = np.zeros((fit.out_height, fit.out_width, 3), np.int32)
+    for column in range(wide):
+        sums += narrow[:, column::wide]
     if (tall, wide) == (2, 2):
         means = (sums + 2) >> 2
     else:
