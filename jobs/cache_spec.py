@@ -15,6 +15,7 @@ from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
+from pipeline.images.decode_settings import DEFAULT_DECODING, DecodeSettings
 from pipeline.images.transform import Transform
 from pipeline.records import Form, Unit
 from pipeline.storage.folder import Folder
@@ -35,6 +36,10 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "jpeg_decode": preprocessing.jpeg_decode,
         "crop": preprocessing.crop,
         "flip": preprocessing.flip,
+        "exif": preprocessing.exif,
+        "alpha": preprocessing.alpha,
+        "color": preprocessing.color,
+        "allow_truncated": preprocessing.allow_truncated,
         "store": existing.store,
         "dtype": existing.dtype,
         "precision": existing.precision,
@@ -51,7 +56,8 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
             inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
         else:
             inherited |= {"resolution": preprocessing.resolution}
-    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
+    automatic = ("precision", "rows_per_part", "exif", "alpha", "color")
+    given = given - {name for name in automatic if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
@@ -119,7 +125,15 @@ def make_transform(options: EncodeOptions) -> Transform:
         crop=options.crop,
         flip=options.flip,
         seed=options.seed,
+        decoding=resolve_decoding(options),
     )
+
+
+def resolve_decoding(options: EncodeOptions) -> DecodeSettings:
+    """Return how image files are decoded. `auto` stands for what the recipe of the transform does."""
+    named = {name: getattr(options, name) for name in ("exif", "alpha", "color")}
+    chosen = {name: value for name, value in named.items() if value != "auto"}
+    return dataclasses.replace(DEFAULT_DECODING, **chosen, allow_truncated=options.allow_truncated)
 
 
 def describe_cache(
@@ -158,7 +172,9 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    layout = OutputSchema(container=options.format, store=options.store, columns=columns)
+    layout = OutputSchema(
+        container=options.format, store=options.store, columns=columns, has_truncated=options.allow_truncated
+    )
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,

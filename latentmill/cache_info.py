@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -30,8 +30,10 @@ class Preprocessing:
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
     width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
     min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
-    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the file
-    has the field only then.
+    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size.
+    exif: whether the EXIF orientation was applied. alpha: the color behind transparent pixels, or "drop" if their own
+    color was kept. color: "srgb" if embedded color profiles were converted. allow_truncated: whether images that lack
+    their end were accepted. The file has the fields with a default only if they have another value.
     """
 
     resolution: int
@@ -43,6 +45,10 @@ class Preprocessing:
     flip: Literal["none", "random"]
     version: int
     jpeg_decode: Literal["full", "scaled"] = "full"
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["white", "black", "drop"] = "white"
+    color: Literal["keep", "srgb"] = "keep"
+    allow_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +78,9 @@ class Identity:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
         content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
-        if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
-            del content["preprocessing"]["jpeg_decode"]
+        for field in fields(self.preprocessing):  # so that the sha256 is that of caches from before the option
+            if field.default is not MISSING and getattr(self.preprocessing, field.name) == field.default:
+                del content["preprocessing"][field.name]
         return content
 
     @property

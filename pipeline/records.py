@@ -13,6 +13,9 @@ JpegDecode = Literal["full", "scaled"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
+Exif = Literal["apply", "ignore"]
+Alpha = Literal["white", "black", "drop"]
+Color = Literal["keep", "srgb"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 Backend = Literal["torch", "jax"]  # that runs the model
@@ -138,6 +141,7 @@ class PreparedImage:
     """A decoded and transformed sample: pixels are RGB uint8 [H, W, 3], with the parameters of the transform.
 
     shard: the path of the unit's input. With the key, it identifies the sample.
+    truncated: whether its file lacks its end; None if such files are rejected.
     """
 
     shard: str
@@ -151,6 +155,7 @@ class PreparedImage:
     crop_left: int
     enlarged: bool
     flipped: bool = False
+    truncated: bool | None = None
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -162,7 +167,8 @@ class PreparedImage:
         """The columns of a row that describe the transform of its image."""
         names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
         height, width = self.bucket
-        return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
+        truncated = {} if self.truncated is None else {"truncated": self.truncated}
+        return {"height": height, "width": width, **{name: getattr(self, name) for name in names}, **truncated}
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""

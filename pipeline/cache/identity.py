@@ -13,6 +13,7 @@ from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
 from vae import AutoencoderKLConfig
@@ -48,6 +49,7 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         crop=settings.crop,
         flip=settings.flip,
         version=transform.VERSION,
+        **asdict(settings.decoding),
     )
 
 
@@ -64,6 +66,12 @@ def parse_transform(identity: Identity) -> transform.Transform:
         crop=preprocessing.crop,
         flip=preprocessing.flip,
         seed=identity.seed,
+        decoding=DecodeSettings(
+            exif=preprocessing.exif,
+            alpha=preprocessing.alpha,
+            color=preprocessing.color,
+            allow_truncated=preprocessing.allow_truncated,
+        ),
     )
 
 
@@ -73,6 +81,7 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
         container=info.identity.container,
         store=info.identity.store,
         columns=PassthroughColumns.from_info(info.columns),
+        has_truncated=info.identity.preprocessing.allow_truncated,
     )
 
 
@@ -154,6 +163,8 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
         **(buckets if grid else {}),
         **_format_options(asdict(preprocessing), ("min_size", "interpolation", "jpeg_decode", "crop", "flip")),
+        **_format_options(asdict(preprocessing), ("exif", "alpha", "color")),
+        "allow_truncated": f"{'' if preprocessing.allow_truncated else 'no '}--allow-truncated",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.images.buckets import Bucket, find_nearest
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.seeds import derive_seed
 from pipeline.records import Crop, Flip, Interpolation, JpegDecode
 
@@ -75,7 +76,7 @@ class Transform:
     buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
     min_size: images with a shorter side than this are filtered.
     jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
-    seed: of random crops and flips.
+    seed: of random crops and flips. decoding: how an image file becomes the pixels that are transformed.
     """
 
     resolution: int
@@ -87,6 +88,7 @@ class Transform:
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
+    decoding: DecodeSettings = DecodeSettings()
 
     @property
     def output_sizes(self) -> tuple[Bucket, ...]:
