@@ -32,6 +32,10 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "min_size": preprocessing.min_size,
         "max_aspect": preprocessing.max_aspect or 0.0,
         "flip": preprocessing.flip,
+        "exif": preprocessing.exif,
+        "alpha": preprocessing.alpha,
+        "color": preprocessing.color,
+        "allow_truncated": preprocessing.allow_truncated,
         "store": existing.store,
         "dtype": existing.dtype,
         "precision": existing.precision,
@@ -44,7 +48,8 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "key_column": existing.key_column or "",
     }
     inherited |= inherit_recipe(options, given, preprocessing)
-    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
+    automatic = ("precision", "rows_per_part", "interpolation", "exif", "alpha", "color")
+    given = given - {name for name in automatic if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
@@ -126,7 +131,9 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    layout = OutputSchema(container=options.format, store=options.store, columns=columns)
+    layout = OutputSchema(
+        container=options.format, store=options.store, columns=columns, has_truncated=options.allow_truncated
+    )
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,

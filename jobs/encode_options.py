@@ -106,6 +106,25 @@ class EncodeOptions(Common):
         "random: mirror half of the images, drawn from a seed of --seed, shard and key",
         "preprocessing",
     )
+    exif: Literal["auto", "apply", "ignore"] = option(
+        "auto", "apply: turn images by their EXIF orientation; auto: as the transform's recipe does", "preprocessing"
+    )
+    alpha: Literal["auto", "white", "black", "drop"] = option(
+        "auto",
+        "color behind transparent pixels; drop: keep the hidden colors, as most trainers do; auto: as the transform's "
+        "recipe does",
+        "preprocessing",
+    )
+    color: Literal["auto", "keep", "srgb"] = option(
+        "auto",
+        "srgb: convert images from their embedded color profile to sRGB; auto: keep, as all trainers do",
+        "preprocessing",
+    )
+    allow_truncated: bool = option(
+        False,
+        "accept images that lack their end, and mark them in the column 'truncated'; otherwise they are rejected",
+        "preprocessing",
+    )
     store: Store = option(
         "mode",
         "what to store of the posterior: its mode, one sample drawn from a seed of --seed, shard and key, or its "

@@ -3,15 +3,16 @@
 A recipe fixes most settings. An option that it fixes, or that it does not have, is refused.
 """
 
-import dataclasses
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jobs.encode_options import EncodeOptions
 from latentmill.cache_info import Preprocessing
 from pipeline.errors import UsageError
 from pipeline.images import buckets
+from pipeline.images.decode_settings import DEFAULT_DECODING, DecodeSettings
 from pipeline.images.recipes import aspect_ratio, sd_scripts
 from pipeline.images.transform import Transform
 from pipeline.records import Recipe
@@ -34,6 +35,14 @@ _RECIPES_WITH: Mapping[str, tuple[Recipe, ...]] = {
     "max_bucket_reso": ("sd-scripts",),
     "bucket_reso_steps": ("sd-scripts",),
     "bucket_no_upscale": ("sd-scripts",),
+}
+_AS_IT_IS = DecodeSettings(exif="ignore", alpha="drop")  # `convert("RGB")` of Pillow, and nothing else
+# What the trainers of a recipe do with EXIF orientations and alpha channels. None of them converts colors.
+_DECODING: Mapping[Recipe, DecodeSettings] = {
+    "center-crop-dhariwal": _AS_IT_IS,
+    "sd-scripts": _AS_IT_IS,
+    "diffusers": DecodeSettings(alpha="drop"),
+    **dict.fromkeys(_TABLES, _AS_IT_IS),
 }
 # Values that change nothing, so that every recipe accepts them.
 _NEUTRAL: Mapping[str, Any] = {
@@ -79,7 +88,7 @@ def resolve_recipe(options: EncodeOptions) -> EncodeOptions:
         resolution = LARGEST_PREPARED if options.transform == "none" else RESOLUTION
     if interpolation == "auto":
         interpolation = "lanczos" if options.transform == "diffusers" else "bicubic"
-    return dataclasses.replace(options, resolution=resolution, interpolation=interpolation)
+    return replace(options, resolution=resolution, interpolation=interpolation)
 
 
 def refuse_fixed_options(options: EncodeOptions, given: set[str]) -> None:
@@ -156,7 +165,16 @@ def make_transform(options: EncodeOptions, downscale: int) -> Transform:
         crop=options.crop,
         flip=options.flip,
         seed=options.seed,
+        decoding=resolve_decoding(options),
     )
+
+
+def resolve_decoding(options: EncodeOptions) -> DecodeSettings:
+    """Return how image files are decoded. `auto` stands for what the trainers of the recipe do."""
+    named = {name: getattr(options, name) for name in ("exif", "alpha", "color")}
+    chosen = {name: value for name, value in named.items() if value != "auto"}
+    default = replace(_DECODING.get(options.transform, DEFAULT_DECODING), allow_truncated=options.allow_truncated)
+    return replace(default, **chosen)
 
 
 def _make_sizes(options: EncodeOptions, downscale: int) -> dict[str, Any]:

@@ -45,7 +45,10 @@ class Preprocessing:
     give other pixels. transform: the rule by which images are resized and cropped. jpeg_decode: "scaled" if large JPEGs
     were decoded at a reduced size. min_bucket_reso, max_bucket_reso: of sd-scripts, in pixels. no_upscale: images that
     would be enlarged keep their size, or are filtered. max_aspect: images with a longer side of more than this many
-    times the shorter one are filtered. The file has fields with a default only if they differ from it.
+    times the shorter one are filtered.
+    exif: whether the EXIF orientation was applied. alpha: the color behind transparent pixels, or "drop" if their own
+    color was kept. color: "srgb" if embedded color profiles were converted. allow_truncated: whether images that lack
+    their end were accepted. The file has the fields with a default only if they have another value.
     """
 
     resolution: int
@@ -62,6 +65,10 @@ class Preprocessing:
     max_bucket_reso: int | None = None
     no_upscale: bool = False
     max_aspect: float | None = None
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["white", "black", "drop"] = "white"
+    color: Literal["keep", "srgb"] = "keep"
+    allow_truncated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `preprocessing`, without defaults, so that later fields do not change an identity."""

@@ -23,6 +23,9 @@ Recipe = Literal[
 ]  # of `--transform`, see `pipeline.images.recipes`
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random"]
+Exif = Literal["apply", "ignore"]
+Alpha = Literal["white", "black", "drop"]
+Color = Literal["keep", "srgb"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 Backend = Literal["torch", "jax"]  # that runs the model
@@ -148,6 +151,7 @@ class PreparedImage:
     """A decoded and transformed sample: pixels are RGB uint8 [H, W, 3], with the parameters of the transform.
 
     shard: the path of the unit's input. With the key, it identifies the sample.
+    truncated: whether its file lacks its end; None if such files are rejected.
     """
 
     shard: str
@@ -163,6 +167,7 @@ class PreparedImage:
     crop_left: int
     enlarged: bool
     flipped: bool = False
+    truncated: bool | None = None
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -175,7 +180,8 @@ class PreparedImage:
         names = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left")
         height, width = self.bucket
         sizes = {name: getattr(self, name) for name in names}
-        return {"height": height, "width": width, **sizes, "flipped": self.flipped}
+        truncated = {} if self.truncated is None else {"truncated": self.truncated}
+        return {"height": height, "width": width, **sizes, "flipped": self.flipped, **truncated}
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""

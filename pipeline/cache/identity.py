@@ -13,6 +13,7 @@ from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
 from vae import AutoencoderKLConfig
@@ -54,6 +55,7 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         max_bucket_reso=settings.max_bucket_reso or None,
         no_upscale=settings.no_upscale,
         max_aspect=settings.max_aspect or None,
+        **asdict(settings.decoding),
     )
 
 
@@ -75,6 +77,12 @@ def parse_transform(identity: Identity) -> transform.Transform:
         no_upscale=preprocessing.no_upscale,
         max_aspect=preprocessing.max_aspect or 0.0,
         seed=identity.seed,
+        decoding=DecodeSettings(
+            exif=preprocessing.exif,
+            alpha=preprocessing.alpha,
+            color=preprocessing.color,
+            allow_truncated=preprocessing.allow_truncated,
+        ),
     )
 
 
@@ -84,6 +92,7 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
         container=info.identity.container,
         store=info.identity.store,
         columns=PassthroughColumns.from_info(info.columns),
+        has_truncated=info.identity.preprocessing.allow_truncated,
     )
 
 
@@ -163,8 +172,9 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         "weights": f"a VAE whose weights have the sha256 {identity.weights:.12}...",
         **{f"config.{name}": f"a VAE that has {name} {settings['config'].get(name)}" for name in names},
         **_describe_sizes(preprocessing),
-        **_format_options(asdict(preprocessing), ("min_size", "jpeg_decode", "crop", "flip")),
+        **_format_options(asdict(preprocessing), ("min_size", "jpeg_decode", "crop", "flip", "exif", "alpha", "color")),
         "max_aspect": f"--max-aspect {preprocessing.max_aspect or 0:g}",
+        "allow_truncated": f"{'' if preprocessing.allow_truncated else 'no '}--allow-truncated",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",

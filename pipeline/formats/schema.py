@@ -26,17 +26,19 @@ BASE_SCHEMA = pa.schema(
         ("flipped", pa.bool_()),
     ]
 )
+TRUNCATED = pa.field("truncated", pa.bool_())
+RESERVED_NAMES = frozenset({*BASE_SCHEMA.names, TRUNCATED.name})
 _PREFIX = "source_"
 
 
 def to_cache_name(name: str) -> str:
-    """Return the name in the cache of a source's column. `source_` precedes names of BASE_SCHEMA, prefixed or not."""
-    return _PREFIX + name if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    """Return the name in the cache of a source's column. `source_` precedes names of our columns, prefixed or not."""
+    return _PREFIX + name if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def to_source_name(name: str) -> str:
     """Return the name in its source of a column of the cache."""
-    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def _strip_prefixes(name: str) -> str:
@@ -78,8 +80,14 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """The layout of a cache's files, as the writers of parts need it."""
+    """The layout of a cache's files, as the writers of parts need it. has_truncated: whether rows have TRUNCATED."""
 
     container: Container = "parquet"
     store: Store = "mode"
     columns: PassthroughColumns = TEXT_COLUMNS
+    has_truncated: bool = False
+
+    @property
+    def base_schema(self) -> pa.Schema:
+        """The columns of a row that are not copied from the sources."""
+        return BASE_SCHEMA.append(TRUNCATED) if self.has_truncated else BASE_SCHEMA

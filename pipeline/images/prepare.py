@@ -1,7 +1,7 @@
 """Open an image for the encoder: decode its bytes, and transform the pixels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -17,12 +17,16 @@ from pipeline.records import Filtered, PreparedImage, Reject, Sample, Unit
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An opened image: uint8 [H, W, 3], its original size, and how it was transformed."""
+    """An opened image: uint8 [H, W, 3], its original size, and how it was transformed.
+
+    truncated: see `PreparedImage`.
+    """
 
     pixels: Tensor
     original_height: int
     original_width: int
     fit: Fit
+    truncated: bool | None = None
 
 
 # Opens an image: its bytes, and the shard and the key that its random numbers follow from. None: it is filtered.
@@ -44,15 +48,22 @@ def open_image(
     key: str,
 ) -> OpenedImage | None:
     """Decode and transform an image. See `Opener`."""
-    jpeg = decode.read_jpeg_header(data) if transform.jpeg_decode == "scaled" else None
+    settings = transform.decoding
+    jpeg = decode.read_jpeg_header(data, settings) if transform.jpeg_decode == "scaled" else None
     reduction = transform.choose_reduction(jpeg.height, jpeg.width, jpeg.is_turned) if jpeg else 1
-    rgb = open_pixels(data, limits, reduction)
+    truncated = False if settings.allow_truncated else None
+    try:
+        rgb = open_pixels(data, limits, reduction, replace(settings, allow_truncated=False))
+    except Rejected as error:
+        if error.reason != "corrupt" or not settings.allow_truncated:
+            raise
+        rgb, truncated = open_pixels(data, limits, reduction, settings), True
     height, width = (jpeg.height, jpeg.width) if jpeg else rgb.shape[:2]
     fit = transform.fit(height, width, shard, key)
     if fit is None:
         return None
     pixels = transform.apply(rgb, fit, (height / reduction, width / reduction))
-    return OpenedImage(pixels, height, width, fit)
+    return OpenedImage(pixels, height, width, fit, truncated)
 
 
 def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage | None:
@@ -88,4 +99,5 @@ def prepare_sample(
         crop_left=opened.fit.left,
         enlarged=opened.fit.enlarged,
         flipped=opened.fit.flipped,
+        truncated=opened.truncated,
     )

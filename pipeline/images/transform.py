@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.images import resize
 from pipeline.images.buckets import Bucket, make_grid
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.fit import Fit
 from pipeline.images.recipes import aspect_ratio, center_crop, dhariwal, diffusers, prepared, sd_scripts
 from pipeline.images.resize import Extent
@@ -50,7 +51,7 @@ class Transform:
     the shorter one, are filtered; 0 filters none.
     interpolation: of `center-crop` and `diffusers`; all others have fixed filters.
     jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
-    seed: of random crops and flips.
+    seed: of random crops and flips. decoding: how an image file becomes the pixels that are transformed.
     """
 
     recipe: Recipe = "center-crop"
@@ -67,6 +68,7 @@ class Transform:
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
+    decoding: DecodeSettings = DecodeSettings()
 
     @property
     def version(self) -> int:

@@ -13,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
-from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
+from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
@@ -186,7 +186,7 @@ def _find_texts(
         found |= {extension(file.path) for file in files} - {"tar", "parquet"}
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
-    reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
+    reserved = {*RESERVED_NAMES, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
     others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - reserved)
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 

@@ -11,6 +11,7 @@ from pipeline.cache import identity
 from pipeline.cache.identity import Identity, encode_cache_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.transform import Transform
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
@@ -35,6 +36,10 @@ DIFFERENCES: dict[str, tuple[Any, str, str]] = {
 }
 BUCKETS: dict[str, Any] = {"buckets": ((64, 64),), "multiple_of": 64}
 WIDE = ((128, 128), (64, 256))
+
+
+def decoded(**settings: Any) -> dict[str, Any]:
+    return {"decoding": DecodeSettings(**settings)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
@@ -62,6 +67,10 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
         ({}, {"jpeg_decode": "scaled"}, "--jpeg-decode full", "--jpeg-decode scaled"),
         ({"jpeg_decode": "scaled"}, {}, "--jpeg-decode scaled", "--jpeg-decode full"),
         ({}, {"flip": "random"}, "--flip none", "--flip random"),
+        ({}, decoded(exif="ignore"), "--exif apply", "--exif ignore"),
+        (decoded(alpha="drop"), decoded(alpha="black"), "--alpha drop", "--alpha black"),
+        ({}, decoded(color="srgb"), "--color keep", "--color srgb"),
+        (decoded(allow_truncated=True), {}, "--allow-truncated", "no --allow-truncated"),
     ],
 )
 def test_every_setting_of_the_preprocessing_is_named_if_it_differs(
@@ -122,7 +131,14 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(
-        resolution=96, min_size=5, interpolation="lanczos", jpeg_decode="scaled", crop="random", flip="random", seed=7
+        resolution=96,
+        min_size=5,
+        interpolation="lanczos",
+        jpeg_decode="scaled",
+        crop="random",
+        flip="random",
+        seed=7,
+        decoding=DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True),
     )
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
     data = encode_cache_json(info_of(wanted).to_dict())
