@@ -47,6 +47,8 @@ def _describe_image_size(settings: Preprocessing) -> str:
         return f"prepared beforehand, neither resized nor cropped{mirrored}"
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
+    elif settings.transform == "sd-scripts":
+        size = f"at most {size} squared, never enlarged,"
     if settings.transform != "center-crop":
         return f"resized to {size} by the recipe {settings.transform}, {cut}{mirrored}"
     scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
