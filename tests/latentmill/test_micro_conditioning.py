@@ -49,18 +49,12 @@ def test_sd_scripts_gives_the_borders_that_its_trainer_stores(
     assert time_ids(row, "diffusers") == (*original, *real[::-1], *out)
 
 
-def test_the_borders_of_sd_scripts_are_rounded_down_in_both_directions() -> None:
-    """1000 x 701 in 576 x 448 has borders of 22.112 pixels above and below; 701 x 1000 in 384 x 576 ... left."""
-    row = make_row(1000, 701)
-    ratio, (height, width) = 1000 / 701, (row["height"], row["width"])
-    assert width / height < ratio
-    assert time_ids(row, "sd-scripts")[2:4] == (int((height - width / ratio) // 2), 0)
-    tall = make_row(701, 1000)
-    ratio, (height, width) = 701 / 1000, (tall["height"], tall["width"])
-    assert width / height > ratio
-    left = (width - height * ratio) // 2
-    assert time_ids(tall, "sd-scripts")[2:4] == (0, int(left))
-    assert time_ids(tall, "sd-scripts", flipped=True)[2:4] == (0, int(width - (left + height * ratio)))
+def test_the_borders_of_sd_scripts_are_whole_numbers_that_differ_in_a_mirrored_image() -> None:
+    """699 x 1000 in 448 x 576 is 402.624 pixels wide, with borders of 22 and 23.376 pixels."""
+    assert time_ids(make_row(699, 1000), "sd-scripts") == (1000, 699, 0, 22, 576, 448)
+    assert time_ids(make_row(699, 1000), "sd-scripts", flipped=True) == (1000, 699, 0, 23, 576, 448)
+    assert time_ids(make_row(1000, 699), "sd-scripts") == (699, 1000, 22, 0, 448, 576)
+    assert time_ids(make_row(1000, 699), "sd-scripts", flipped=True) == (699, 1000, 22, 0, 448, 576)
 
 
 def test_diffusers_counts_the_left_in_the_mirrored_image() -> None:
