@@ -1,6 +1,6 @@
 """SDXL's micro-conditioning from the columns of a row: six numbers, with the meaning that a trainer gives them.
 
-A UNet of SDXL is told the original size of an image, the top left corner of its crop, and the size of the crop (Podell
+The UNet of SDXL takes the original size of an image, the top left corner of its crop, and the size of the crop (Podell
 et al. 2023, section 2.2). Trainers agree on the order, height before width and top before left, but not on the meaning.
 A row has the facts (`original_*`, `resized_*`, `crop_*`, `height`, `width`, `flipped`), from which each follows.
 """
