@@ -45,9 +45,11 @@ class EncodeOptions(Common):
     )
     transform: Recipe = option(
         "center-crop",
-        "recipe by which images are resized and cropped; all but center-crop and none give exactly the pixels of a "
-        "trainer; none: the images are prepared already (see docs/inputs.md)",
+        "recipe by which images are resized and cropped: center-crop, or exactly as a trainer does it "
+        "(center-crop-dhariwal, diffusers, sd-scripts, aspect-ratio-512, aspect-ratio-1024, aspect-ratio-2048), or none "
+        "if they are prepared already (see docs/inputs.md)",
         "preprocessing",
+        metavar="RECIPE",
     )
     resolution: int = option(
         0,
