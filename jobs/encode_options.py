@@ -46,8 +46,8 @@ class EncodeOptions(Common):
     transform: Recipe = option(
         "center-crop",
         "recipe by which images are resized and cropped: center-crop, or exactly as a trainer does it "
-        "(center-crop-dhariwal, diffusers, sd-scripts, aspect-ratio-512, aspect-ratio-1024, aspect-ratio-2048), or none "
-        "if they are prepared already (see docs/inputs.md)",
+        "(center-crop-dhariwal, diffusers, sd-scripts, aspect-ratio-512, aspect-ratio-1024, aspect-ratio-2048), or "
+        "none if they are prepared already (see docs/inputs.md)",
         "preprocessing",
         metavar="RECIPE",
     )
