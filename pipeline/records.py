@@ -31,7 +31,37 @@ Store = Literal["mode", "sample", "moments"]
 Backend = Literal["torch", "jax"]  # that runs the model
 Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.encoder.ComputeConfig`
 AttentionKernel = Literal["sdpa", "per-image"]
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+# The extensions of images: of formats that are read, that a plugin reads, and that are rejected. The bytes decide.
+_READ = (
+    *("jpg", "jpeg", "jpe", "jfif", "jif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "avif", "avifs"),
+    *("tif", "tiff", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico"),
+    *("qoi", "dds", "pcx", "sgi", "rgb", "rgba", "bw"),
+)
+_BY_PLUGIN = ("heic", "heif", "hif", "jxl")
+_REJECTED = (
+    *("svg", "svgz", "eps", "wmf", "emf", "psd", "psb", "xcf", "kra", "exr", "hdr", "icns", "cur", "blp", "dcx"),
+    *(
+        "jxr",
+        "wdp",
+        "hdp",
+        "bpg",
+        "flif",
+        "jls",
+        "djvu",
+        "dcm",
+        "fits",
+        "fli",
+        "flc",
+        "msp",
+        "pcd",
+        "ras",
+        "xbm",
+        "xpm",
+    ),
+    *("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr"),
+    *("xbm", "xpm", "fff", "erf", "mrw", "rwl", "iiq", "kdc", "dcr", "mos", "mef", "gpr"),
+)
+IMAGE_EXTENSIONS = frozenset({*_READ, *_BY_PLUGIN, *_REJECTED})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 
 
@@ -290,3 +320,8 @@ def extension(path: str) -> str:
 def is_image(path: str) -> bool:
     """Whether a path is an image's, by its extension."""
     return extension(path) in IMAGE_EXTENSIONS
+
+
+def image_rank(kind: str) -> int:
+    """Return which of several images with one name is used, by their extensions: those with the lowest rank."""
+    return 0 if kind in _READ else 1 if kind in _BY_PLUGIN else 2

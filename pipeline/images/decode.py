@@ -17,6 +17,7 @@ Decoding an image file is part of the stage `open`. It is not the command `decod
 
 import contextlib
 import io
+import logging
 import math
 import threading
 import warnings
@@ -25,26 +26,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageFile, features
 
 from pipeline.errors import Rejected
 from pipeline.images.color import convert_to_rgb
 from pipeline.images.decode_settings import DEFAULT_DECODING, DecodeSettings
+from pipeline.images.formats import open_header
 from pipeline.limits import DEFAULT_LIMITS, Limits
 
 # Decodes an image file to RGB uint8 [H, W, 3], as `open_pixels` does: bytes, limits, reduction, settings.
 OpenPixels = Callable[[bytes, Limits, int, DecodeSettings], np.ndarray]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PNG_TEXT = 64 << 20  # bytes of a PNG's decompressed texts and color profile
-
-# Pillow's own limit warns once per process, and raises above a higher number than ours. So it is checked here instead.
-Image.MAX_IMAGE_PIXELS = None
-# By default Pillow accepts up to 1 MiB of a text or a profile, and reports images with more as broken.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
-# Pillow's warnings, mostly about damaged metadata, name neither the image nor a remedy. They are ignored in the whole
-# process, because `warnings.catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# The warnings of Pillow and its plugins, mostly about damaged metadata, name neither the image nor a remedy. They are
+# ignored in the whole process, because `warnings.catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"(PIL|pi_heif|pillow_heif|pillow_jxl)\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 _HAS_TURBO = features.check_feature("libjpeg_turbo")  # another libjpeg has other pixels
 # Markers of JPEG (ITU-T T.81, table B.1): Huffman-coded frames of the DCT (baseline, extended, progressive), the
@@ -138,18 +134,7 @@ def _accept_truncated() -> Iterator[None]:
 
 
 def _decode(source: io.BytesIO, limits: Limits, reduction: int, settings: DecodeSettings) -> np.ndarray:
-    data = source.getvalue()
-    try:
-        image = Image.open(source, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise Rejected("open", "not_an_image") from None
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's parsers raise exceptions of any type for damaged bytes
-        raise Rejected("open", "corrupt") from None
-    width, height = image.size
-    if width * height > limits.pixels or max(width, height) > limits.side:
-        raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
+    data, image = source.getvalue(), open_header(source, limits)
     try:
         is_plain = _is_plain_jpeg(data, image)
         is_fast = is_plain and _HAS_TURBO and not _has_profile(image, settings)
@@ -245,8 +230,8 @@ def _read_orientation(image: Image.Image, settings: DecodeSettings) -> int | Non
 
     Damaged metadata is ignored, because the image itself may be intact.
     """
-    if settings.exif == "ignore":
-        return None
+    if settings.exif == "ignore" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return None  # JPEG XL has an orientation of its own, which its decoder applies; that of the EXIF is a copy
     try:
         return image.getexif().get(_ORIENTATION)
     except MemoryError:

@@ -17,6 +17,7 @@ from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
+from pipeline.sources.alternates import find_alternates
 from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
@@ -86,7 +87,8 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         named.append(source)
         for file in files:
             found.setdefault(file.path, file)
-    shards = [found[path] for path in sorted(found)]
+    skipped.alternates |= find_alternates(found)
+    shards = [found[path] for path in sorted(found.keys() - skipped.alternates)]
     return Listing(shards, tuple(named), skipped.describe(), sorted(skipped.unreadable))
 
 
@@ -96,7 +98,7 @@ class SkippedFiles:
 
     others: special files, and links to folders that contain the source. unreadable: folders without permission.
     system: files in folders of operating systems. links: links to files that are listed themselves. own_outputs: files
-    that latentmill wrote, by cache or previews.
+    that latentmill wrote, by cache or previews. alternates: images of which another format is used.
     """
 
     others: set[str] = field(default_factory=set)
@@ -104,6 +106,7 @@ class SkippedFiles:
     system: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
+    alternates: set[str] = field(default_factory=set)
 
     def describe(self) -> list[str]:
         """Return one line per kind of skipped entry."""
@@ -118,6 +121,9 @@ class SkippedFiles:
         for owner, files in self.own_outputs.items():
             if files:
                 notes.append(f"skipped files of {printable(to_valid_text(owner))}: {len(files):,}")
+        if self.alternates:
+            named = f"{len(self.alternates):,} ({abbreviate(self.alternates)})"
+            notes.append(f"skipped images that exist in another format with the same name, which is used: {named}")
         return notes
 
 
