@@ -147,7 +147,7 @@ def describe_cache(
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store, options.flip),
         seed=options.seed,
         container=options.format,
         columns=parse_columns(options),
@@ -158,7 +158,9 @@ def describe_cache(
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    layout = OutputSchema(container=options.format, store=options.store, columns=columns)
+    layout = OutputSchema(
+        container=options.format, store=options.store, columns=columns, has_flipped=options.flip == "both"
+    )
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,

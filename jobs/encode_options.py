@@ -70,7 +70,9 @@ class EncodeOptions(Common):
     crop: Crop = option("center", "crop position; random: drawn from a seed of --seed, shard and key", "preprocessing")
     flip: Flip = option(
         "none",
-        "random: mirror half of the images, drawn from a seed of --seed, shard and key",
+        "both: store a second latent per image, latent_flipped, of the image mirrored left to right; takes twice the "
+        "time and space. random: mirror half of the images, drawn from a seed of --seed, shard and key; costs nothing, "
+        "but does not augment, because the draw is the same in every epoch: prefer both",
         "preprocessing",
     )
     store: Store = option(

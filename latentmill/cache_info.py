@@ -29,9 +29,10 @@ class Preprocessing:
 
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
     width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
-    min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
-    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the file
-    has the field only then.
+    min_size: images with a shorter side are filtered; 0 filters none. flip: "random" if half of the images were
+    mirrored, "both" if each row has the latent of the mirrored image as well. version: of the transform itself; it goes
+    up if the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the
+    file has the field only then.
     """
 
     resolution: int
@@ -40,7 +41,7 @@ class Preprocessing:
     min_size: int
     interpolation: Literal["bicubic", "bilinear", "lanczos"]
     crop: Literal["center", "random"]
-    flip: Literal["none", "random"]
+    flip: Literal["none", "random", "both"]
     version: int
     jpeg_decode: Literal["full", "scaled"] = "full"
 

@@ -73,18 +73,22 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
         container=info.identity.container,
         store=info.identity.store,
         columns=PassthroughColumns.from_info(info.columns),
+        has_flipped=info.identity.preprocessing.flip == "both",
     )
 
 
-def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
+def choose_rows_per_part(
+    config: AutoencoderKLConfig, resolution: int, dtype: str, store: str, flip: str = "none"
+) -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
-    latent = (
+    latents = (
         (2 if store == "moments" else 1)
+        * (2 if flip == "both" else 1)
         * config.latent_channels
         * (resolution // config.downscale) ** 2
         * _VALUE_BYTES[dtype]
     )
-    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latent))
+    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latents))
 
 
 def read_cache_json(cache: Folder) -> CacheInfo | None:

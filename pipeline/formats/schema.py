@@ -13,6 +13,7 @@ BASE_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("shard", pa.string()),
         ("latent", pa.binary()),
+        ("latent_flipped", pa.binary()),  # only with `--flip both`
         ("shape", pa.list_(pa.field("element", pa.int32()))),
         ("dtype", pa.string()),
         ("height", pa.int32()),
@@ -76,8 +77,17 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """The layout of a cache's files, as the writers of parts need it."""
+    """The layout of a cache's files, as the writers of parts need it.
+
+    has_flipped: whether each row has the latent of the flipped image as well (`--flip both`).
+    """
 
     container: Container = "parquet"
     store: Store = "mode"
     columns: PassthroughColumns = TEXT_COLUMNS
+    has_flipped: bool = False
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """The columns of a row that hold latents."""
+        return ("latent", "latent_flipped") if self.has_flipped else ("latent",)

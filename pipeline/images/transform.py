@@ -3,7 +3,7 @@
 An image is resized so that it just covers its target: the square of `resolution`, or the bucket nearest to its shape.
 For a square, the shorter side becomes `resolution`, and the longer side `round(long * resolution / short)`. Then the
 target is cropped: at the center, `excess // 2` from the top and from the left, or at a uniformly random position.
-With `flip`, half of the images are mirrored.
+With `flip` "random", half of the images are mirrored. With "both", the encoder mirrors them.
 
 Resizing is always antialiased, and equals Pillow's filter of the same name within 1/255 per channel. Reductions to half
 or less, which cost most, run in torch, which is three to five times faster. All others run in Pillow, for two reasons.
