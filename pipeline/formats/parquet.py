@@ -14,7 +14,7 @@ import torch
 
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
 from pipeline.formats.part_record import PartRecord
-from pipeline.formats.schema import BASE_SCHEMA, OutputSchema
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import Row
 from pipeline.values import size_in_bytes
 
@@ -25,8 +25,7 @@ COMPRESSION = "zstd"
 
 def make_schema(layout: OutputSchema) -> pa.Schema:
     """Return the schema of every part of a cache."""
-    base = [field for field in BASE_SCHEMA if layout.has_flipped or field.name != "latent_flipped"]
-    return pa.schema([*base, *layout.columns.schema])
+    return pa.schema([*layout.base_schema, *layout.columns.schema])
 
 
 def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:

@@ -13,7 +13,6 @@ BASE_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("shard", pa.string()),
         ("latent", pa.binary()),
-        ("latent_flipped", pa.binary()),  # only with `--flip both`
         ("shape", pa.list_(pa.field("element", pa.int32()))),
         ("dtype", pa.string()),
         ("height", pa.int32()),
@@ -25,17 +24,19 @@ BASE_SCHEMA = pa.schema(
         ("flipped", pa.bool_()),
     ]
 )
+LATENT_FLIPPED = pa.field("latent_flipped", pa.binary())
+RESERVED_NAMES = frozenset({*BASE_SCHEMA.names, LATENT_FLIPPED.name})
 _PREFIX = "source_"
 
 
 def to_cache_name(name: str) -> str:
-    """Return the name in the cache of a source's column. `source_` precedes names of BASE_SCHEMA, prefixed or not."""
-    return _PREFIX + name if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    """Return the name in the cache of a source's column. `source_` precedes names of our columns, prefixed or not."""
+    return _PREFIX + name if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def to_source_name(name: str) -> str:
     """Return the name in its source of a column of the cache."""
-    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def _strip_prefixes(name: str) -> str:
@@ -79,7 +80,7 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 class OutputSchema:
     """The layout of a cache's files, as the writers of parts need it.
 
-    has_flipped: whether each row has the latent of the flipped image as well (`--flip both`).
+    has_flipped: whether rows have LATENT_FLIPPED (`--flip both`).
     """
 
     container: Container = "parquet"
@@ -90,4 +91,10 @@ class OutputSchema:
     @property
     def latent_names(self) -> tuple[str, ...]:
         """The columns of a row that hold latents."""
-        return ("latent", "latent_flipped") if self.has_flipped else ("latent",)
+        return ("latent", LATENT_FLIPPED.name) if self.has_flipped else ("latent",)
+
+    @property
+    def base_schema(self) -> pa.Schema:
+        """The columns of a row that are not copied from the sources."""
+        after_latent = BASE_SCHEMA.get_field_index("latent") + 1
+        return BASE_SCHEMA.insert(after_latent, LATENT_FLIPPED) if self.has_flipped else BASE_SCHEMA

@@ -13,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
-from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
+from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
@@ -187,7 +187,7 @@ def _find_texts(
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
     own = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache's tars
-    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - own - set(BASE_SCHEMA.names))
+    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - own - RESERVED_NAMES)
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 
 
