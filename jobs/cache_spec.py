@@ -15,6 +15,7 @@ from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import buckets
+from pipeline.images.near_empty import MAX_STD
 from pipeline.images.transform import Transform
 from pipeline.records import Form, Unit
 from pipeline.storage.folder import Folder
@@ -31,6 +32,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     preprocessing = existing.preprocessing
     inherited: dict[str, Any] = {
         "min_size": preprocessing.min_size,
+        "min_std": preprocessing.min_std,
         "interpolation": preprocessing.interpolation,
         "jpeg_decode": preprocessing.jpeg_decode,
         "crop": preprocessing.crop,
@@ -82,6 +84,10 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     if not 0 <= options.max_reject_rate <= 1:
         raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
+    if not 0 <= options.min_std <= MAX_STD:
+        raise UsageError(
+            f"--min-std must be from 0 to {MAX_STD}, the highest standard deviation, not {options.min_std:g}"
+        )
     counts = ("batch_size", "open_workers", "remote_openers", "rows_per_part", "min_size", "max_shards", "tile_above")
     for name in counts:
         if getattr(options, name) < 0:
@@ -114,6 +120,7 @@ def make_transform(options: EncodeOptions) -> Transform:
         buckets=buckets.make_grid(side, options.multiple_of) if options.buckets else (),
         multiple_of=options.multiple_of if options.buckets else 0,
         min_size=options.min_size,
+        min_std=options.min_std,
         interpolation=options.interpolation,
         jpeg_decode=options.jpeg_decode,
         crop=options.crop,

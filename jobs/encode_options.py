@@ -60,6 +60,14 @@ class EncodeOptions(Common):
     min_size: int = option(
         0, "skip images whose shorter side is below PX pixels", "preprocessing", metavar="PX", default_text="off"
     )
+    min_std: float = option(
+        0.0,
+        "skip near-empty images, such as blank pages: those whose pixels, after the crop, have a standard deviation "
+        "below X gray levels of 255 (blank pages have less than 2, photographs mostly more than 20)",
+        "preprocessing",
+        metavar="X",
+        default_text="off",
+    )
     interpolation: Interpolation = option("bicubic", "resampling filter; always antialiased", "preprocessing")
     jpeg_decode: JpegDecode = option(
         "full",

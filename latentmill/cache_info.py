@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -31,8 +31,9 @@ class Preprocessing:
     width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
     min_size: images with a shorter side are filtered; 0 filters none. flip: "random" if half of the images were
     mirrored, "both" if each row has the latent of the mirrored image as well. version: of the transform itself; it goes
-    up if the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the
-    file has the field only then.
+    up if the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size.
+    min_std: images whose standard deviation is lower, in gray levels, are filtered; 0 filters none. The file has the
+    fields with a default only if they have another value.
     """
 
     resolution: int
@@ -44,6 +45,7 @@ class Preprocessing:
     flip: Literal["none", "random", "both"]
     version: int
     jpeg_decode: Literal["full", "scaled"] = "full"
+    min_std: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,9 @@ class Identity:
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
         content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
-        if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
-            del content["preprocessing"]["jpeg_decode"]
+        for field in fields(self.preprocessing):  # so that the sha256 is that of caches from before the option
+            if field.default is not MISSING and getattr(self.preprocessing, field.name) == field.default:
+                del content["preprocessing"][field.name]
         return content
 
     @property

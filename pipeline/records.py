@@ -128,7 +128,7 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings exclude (`--min-size`)."""
+    """A sample that the settings exclude (`--min-size`, `--min-std`)."""
 
     position: int
 

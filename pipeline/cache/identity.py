@@ -48,6 +48,7 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         crop=settings.crop,
         flip=settings.flip,
         version=transform.VERSION,
+        min_std=settings.min_std,
     )
 
 
@@ -64,6 +65,7 @@ def parse_transform(identity: Identity) -> transform.Transform:
         crop=preprocessing.crop,
         flip=preprocessing.flip,
         seed=identity.seed,
+        min_std=preprocessing.min_std,
     )
 
 
@@ -158,6 +160,7 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
         **(buckets if grid else {}),
         **_format_options(asdict(preprocessing), ("min_size", "interpolation", "jpeg_decode", "crop", "flip")),
+        "min_std": f"--min-std {preprocessing.min_std:g}",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",

@@ -73,7 +73,8 @@ class Transform:
 
     resolution: height and width of the output; with buckets, the side of a square of their area.
     buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
-    min_size: images with a shorter side than this are filtered.
+    min_size: images with a shorter side than this are filtered. min_std: images whose transformed pixels have a lower
+    standard deviation than this are filtered (`near_empty.is_near_empty`), in gray levels; 0 filters none.
     jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
     seed: of random crops and flips.
     """
@@ -87,6 +88,7 @@ class Transform:
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
+    min_std: float = 0.0
 
     @property
     def output_sizes(self) -> tuple[Bucket, ...]:

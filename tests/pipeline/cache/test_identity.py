@@ -63,6 +63,7 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
         ({"jpeg_decode": "scaled"}, {}, "--jpeg-decode scaled", "--jpeg-decode full"),
         ({}, {"flip": "random"}, "--flip none", "--flip random"),
         ({}, {"flip": "both"}, "--flip none", "--flip both"),
+        ({}, {"min_std": 2.5}, "--min-std 0", "--min-std 2.5"),
     ],
 )
 def test_every_setting_of_the_preprocessing_is_named_if_it_differs(
@@ -125,7 +126,14 @@ def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, sto
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(
-        resolution=96, min_size=5, interpolation="lanczos", jpeg_decode="scaled", crop="random", flip="random", seed=7
+        resolution=96,
+        min_size=5,
+        min_std=1.5,
+        interpolation="lanczos",
+        jpeg_decode="scaled",
+        crop="random",
+        flip="random",
+        seed=7,
     )
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
     data = encode_cache_json(info_of(wanted).to_dict())
