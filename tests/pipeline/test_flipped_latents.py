@@ -32,7 +32,7 @@ def flipped_of(encoded: Sequence[EncodedImage]) -> torch.Tensor:
     return torch.stack([image.latent_flipped for image in encoded if image.latent_flipped is not None])
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"store": "moments", "dtype": "float16"}, {"tile_above": 32}, {"dtype": "bfloat16"}],
