@@ -15,6 +15,7 @@ from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
+from pipeline.images.near_empty import MAX_STD
 from pipeline.records import Form, Unit
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
@@ -31,6 +32,7 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     inherited: dict[str, Any] = {
         "min_size": preprocessing.min_size,
         "max_aspect": preprocessing.max_aspect or 0.0,
+        "min_std": preprocessing.min_std,
         "flip": preprocessing.flip,
         "exif": preprocessing.exif,
         "alpha": preprocessing.alpha,
@@ -69,6 +71,10 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     if not 0 <= options.max_reject_rate <= 1:
         raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
+    if not 0 <= options.min_std <= MAX_STD:
+        raise UsageError(
+            f"--min-std must be from 0 to {MAX_STD}, the highest standard deviation, not {options.min_std:g}"
+        )
     counts = ("batch_size", "open_workers", "remote_openers", "rows_per_part", "min_size", "max_shards", "tile_above")
     for name in counts:
         if getattr(options, name) < 0:
@@ -120,7 +126,7 @@ def describe_cache(
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.choose_rows_per_part(vae.config, transform.resolution, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, transform.resolution, options.dtype, options.store, options.flip),
         seed=options.seed,
         container=options.format,
         columns=parse_columns(options),
@@ -132,7 +138,11 @@ def describe_cache(
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
     layout = OutputSchema(
-        container=options.format, store=options.store, columns=columns, has_truncated=options.allow_truncated
+        container=options.format,
+        store=options.store,
+        columns=columns,
+        has_flipped=options.flip == "both",
+        has_truncated=options.allow_truncated,
     )
     return CacheInfo(
         format=identity.FORMAT,

@@ -91,6 +91,14 @@ class EncodeOptions(Common):
         metavar="R",
         default_text="off",
     )
+    min_std: float = option(
+        0.0,
+        "skip near-empty images, such as blank pages: those whose pixels, after the crop, have a standard deviation "
+        "below X gray levels of 255 (blank pages have less than 2, photographs mostly more than 20)",
+        "preprocessing",
+        metavar="X",
+        default_text="off",
+    )
     interpolation: Literal["auto", "bicubic", "bilinear", "lanczos"] = option(
         "auto",
         "resampling filter; always antialiased; auto: lanczos with diffusers, otherwise bicubic",
@@ -105,7 +113,9 @@ class EncodeOptions(Common):
     crop: Crop = option("center", "crop position; random: drawn from a seed of --seed, shard and key", "preprocessing")
     flip: Flip = option(
         "none",
-        "random: mirror half of the images, drawn from a seed of --seed, shard and key",
+        "both: store a second latent per image, latent_flipped, of the image mirrored left to right; takes twice the "
+        "time and space. random: mirror half of the images, drawn from a seed of --seed, shard and key; costs nothing, "
+        "but does not augment, because the draw is the same in every epoch: prefer both",
         "preprocessing",
     )
     exif: Literal["auto", "apply", "ignore"] = option(

@@ -27,17 +27,18 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_json({**content, "vae": {"reference": vae.reference, **vae.constants}})
     else:
-        print("\n".join(format_table(content, vae)), flush=True)
+        print("\n".join(format_table(content, vae, len(cache.layout.latent_names))), flush=True)
     return 0
 
 
-def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
+def format_table(content: Mapping[str, Any], vae: VaeInfo, latents_per_row: int) -> list[str]:
     """Return the lines of the report. content: stats.json. vae: the VAE's entry in cache.json."""
-    lines = [f"{count_noun(content['count'], 'latent')}, raw, made by {vae.reference}"]
+    images = f" of {count_noun(content['count'], 'image')} and their mirror images" if latents_per_row > 1 else ""
+    lines = [f"{count_noun(latents_per_row * content['count'], 'latent')}{images}, raw, made by {vae.reference}"]
     if content["count"]:
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
-        lines += [f"{name:<12} {bucket['count']:,}" for name, bucket in content["buckets"].items()]
+        lines += [f"{name:<12} {latents_per_row * bucket['count']:,}" for name, bucket in content["buckets"].items()]
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines += ["", f"rejected     {rejected}"]
     lines += [f"filtered     {content['filtered']:,}", f"enlarged     {content['enlarged']:,}"]

@@ -160,6 +160,7 @@ def make_transform(options: EncodeOptions, downscale: int) -> Transform:
         **_make_sizes(options, downscale),
         min_size=options.min_size,
         max_aspect=options.max_aspect,
+        min_std=options.min_std,
         interpolation=options.interpolation,  # type: ignore[arg-type]  # `auto` is resolved
         jpeg_decode=options.jpeg_decode,
         crop=options.crop,

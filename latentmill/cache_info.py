@@ -41,14 +41,16 @@ class Preprocessing:
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
     width) of each, in pixels; None for squares, and if the sizes depend on the images. multiple_of: of the sides, in
     pixels; None for squares and tables. min_size: images with a shorter side are filtered; 0 filters none.
-    interpolation: None if the transform fixes it. version: of the transform itself; it goes up if the same settings
+    interpolation: None if the transform fixes it. flip: "random" if half of the images were mirrored, "both" if each
+    row has the latent of the mirrored image as well. version: of the transform itself; it goes up if the same settings
     give other pixels. transform: the rule by which images are resized and cropped. jpeg_decode: "scaled" if large JPEGs
     were decoded at a reduced size. min_bucket_reso, max_bucket_reso: of sd-scripts, in pixels. no_upscale: images that
     would be enlarged keep their size, or are filtered. max_aspect: images with a longer side of more than this many
-    times the shorter one are filtered.
-    exif: whether the EXIF orientation was applied. alpha: the color behind transparent pixels, or "drop" if their own
-    color was kept. color: "srgb" if embedded color profiles were converted. allow_truncated: whether images that lack
-    their end were accepted. The file has the fields with a default only if they have another value.
+    times the shorter one are filtered. min_std: images whose standard deviation is lower, in gray levels, are filtered;
+    0 filters none. exif: whether the EXIF orientation was applied. alpha: the color behind transparent pixels, or
+    "drop" if their own color was kept. color: "srgb" if embedded color profiles were converted. allow_truncated:
+    whether images that lack their end were accepted. The file has the fields with a default only if they have another
+    value.
     """
 
     resolution: int
@@ -57,7 +59,7 @@ class Preprocessing:
     min_size: int
     interpolation: Literal["bicubic", "bilinear", "lanczos"] | None
     crop: Literal["center", "random"]
-    flip: Literal["none", "random"]
+    flip: Literal["none", "random", "both"]
     version: int
     transform: TransformName = "center-crop"
     jpeg_decode: Literal["full", "scaled"] = "full"
@@ -65,6 +67,7 @@ class Preprocessing:
     max_bucket_reso: int | None = None
     no_upscale: bool = False
     max_aspect: float | None = None
+    min_std: float = 0.0
     exif: Literal["apply", "ignore"] = "apply"
     alpha: Literal["white", "black", "drop"] = "white"
     color: Literal["keep", "srgb"] = "keep"

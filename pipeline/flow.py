@@ -85,7 +85,9 @@ class EncodeSpec:
             )
             return replace(self, compute=compute, candidates=None).build(vae, stop)
         opener = self.start_openers()  # processes start while the model is loaded
-        encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
+        encoder = LatentEncoder(
+            vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above, self.layout.has_flipped
+        )
         error = encoder.check_precision()
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.openers)
         pool = ThreadPoolExecutor(self.openers, thread_name_prefix="open")

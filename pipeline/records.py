@@ -22,7 +22,7 @@ Recipe = Literal[
     "none",
 ]  # of `--transform`, see `pipeline.images.recipes`
 Crop = Literal["center", "random"]
-Flip = Literal["none", "random"]
+Flip = Literal["none", "random", "both"]
 Exif = Literal["apply", "ignore"]
 Alpha = Literal["white", "black", "drop"]
 Color = Literal["keep", "srgb"]
@@ -171,7 +171,7 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings exclude (`--min-size`, `--max-aspect`, `--no-upscale`)."""
+    """A sample that the settings exclude (`--min-size`, `--max-aspect`, `--no-upscale`, `--min-std`)."""
 
     position: int
 
@@ -224,10 +224,18 @@ class EncodedImage:
 
     latent: as it is stored, [C, H/f, W/f] (moments: [2C, ...]), on the CPU; a Rejected if it is not finite.
     is_fallback: it overflowed in half precision, and was encoded again in float32.
+    latent_flipped: with `--flip both`, that of the flipped image, in the same form.
     """
 
     latent: "Tensor | Rejected"
     is_fallback: bool = False
+    latent_flipped: "Tensor | None" = None
+
+    def with_flipped(self, flipped: "EncodedImage") -> "EncodedImage":
+        """Return the result for the image and the flipped image. The image is rejected if either latent is."""
+        if isinstance(flipped.latent, Rejected):
+            return flipped
+        return replace(self, latent_flipped=flipped.latent, is_fallback=self.is_fallback or flipped.is_fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +243,22 @@ class Row:
     """An image and its raw latent as it is stored: [C, H/f, W/f] in the cache's dtype, on the CPU (moments: [2C, ...]).
 
     image: without its pixels, because thousands of rows stay in memory until their part is written.
+    latent_flipped: with `--flip both`, that of the flipped image.
     """
 
     image: PreparedImage
     latent: "Tensor"
+    latent_flipped: "Tensor | None" = None
+
+    @property
+    def latents(self) -> "tuple[Tensor, ...]":
+        """The latent of the image, followed by that of the flipped image if there is one."""
+        return (self.latent,) if self.latent_flipped is None else (self.latent, self.latent_flipped)
+
+    @property
+    def latent_bytes(self) -> int:
+        """The size of the latents in bytes."""
+        return sum(latent.nbytes for latent in self.latents)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,11 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 def _describe_image_size(settings: Preprocessing) -> str:
     """Return the size and the crop of the images, in a few words."""
     cut = "cut from the middle" if settings.crop == "center" else "cut at a random place"
-    mirrored = ", half of them mirrored" if settings.flip == "random" else ""
+    mirrored = {
+        "none": "",
+        "random": ", half of them mirrored",
+        "both": "; `latent_flipped` is the latent of the image mirrored left to right",
+    }[settings.flip]
     buckets = settings.buckets
     size = f"{settings.resolution} px"
     if settings.transform == "none":
@@ -52,7 +56,7 @@ def _describe_image_size(settings: Preprocessing) -> str:
     if settings.transform != "center-crop":
         return f"resized to {size} by the recipe {settings.transform}, {cut}{mirrored}"
     scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
-    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{scaled}"
+    return f"resized to {size} ({settings.interpolation}), {cut}{scaled}{mirrored}"
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:

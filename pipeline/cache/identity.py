@@ -55,6 +55,7 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         max_bucket_reso=settings.max_bucket_reso or None,
         no_upscale=settings.no_upscale,
         max_aspect=settings.max_aspect or None,
+        min_std=settings.min_std,
         **asdict(settings.decoding),
     )
 
@@ -77,6 +78,7 @@ def parse_transform(identity: Identity) -> transform.Transform:
         no_upscale=preprocessing.no_upscale,
         max_aspect=preprocessing.max_aspect or 0.0,
         seed=identity.seed,
+        min_std=preprocessing.min_std,
         decoding=DecodeSettings(
             exif=preprocessing.exif,
             alpha=preprocessing.alpha,
@@ -93,18 +95,22 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
         store=info.identity.store,
         columns=PassthroughColumns.from_info(info.columns),
         has_truncated=info.identity.preprocessing.allow_truncated,
+        has_flipped=info.identity.preprocessing.flip == "both",
     )
 
 
-def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
+def choose_rows_per_part(
+    config: AutoencoderKLConfig, resolution: int, dtype: str, store: str, flip: str = "none"
+) -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
-    latent = (
+    latents = (
         (2 if store == "moments" else 1)
+        * (2 if flip == "both" else 1)
         * config.latent_channels
         * (resolution // config.downscale) ** 2
         * _VALUE_BYTES[dtype]
     )
-    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latent))
+    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latents))
 
 
 def read_cache_json(cache: Folder) -> CacheInfo | None:
@@ -175,6 +181,7 @@ def describe_settings(identity: Identity) -> dict[str, str]:
         **_format_options(asdict(preprocessing), ("min_size", "jpeg_decode", "crop", "flip", "exif", "alpha", "color")),
         "max_aspect": f"--max-aspect {preprocessing.max_aspect or 0:g}",
         "allow_truncated": f"{'' if preprocessing.allow_truncated else 'no '}--allow-truncated",
+        "min_std": f"--min-std {preprocessing.min_std:g}",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",

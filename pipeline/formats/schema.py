@@ -26,8 +26,9 @@ BASE_SCHEMA = pa.schema(
         ("flipped", pa.bool_()),
     ]
 )
+LATENT_FLIPPED = pa.field("latent_flipped", pa.binary())
 TRUNCATED = pa.field("truncated", pa.bool_())
-RESERVED_NAMES = frozenset({*BASE_SCHEMA.names, TRUNCATED.name})
+RESERVED_NAMES = frozenset({*BASE_SCHEMA.names, LATENT_FLIPPED.name, TRUNCATED.name})
 _PREFIX = "source_"
 
 
@@ -80,14 +81,25 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """The layout of a cache's files, as the writers of parts need it. has_truncated: whether rows have TRUNCATED."""
+    """The layout of a cache's files, as the writers of parts need it.
+
+    has_flipped: whether rows have LATENT_FLIPPED (`--flip both`). has_truncated: whether rows have TRUNCATED.
+    """
 
     container: Container = "parquet"
     store: Store = "mode"
     columns: PassthroughColumns = TEXT_COLUMNS
+    has_flipped: bool = False
     has_truncated: bool = False
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """The columns of a row that hold latents."""
+        return ("latent", LATENT_FLIPPED.name) if self.has_flipped else ("latent",)
 
     @property
     def base_schema(self) -> pa.Schema:
         """The columns of a row that are not copied from the sources."""
-        return BASE_SCHEMA.append(TRUNCATED) if self.has_truncated else BASE_SCHEMA
+        after_latent = BASE_SCHEMA.get_field_index("latent") + 1
+        schema = BASE_SCHEMA.insert(after_latent, LATENT_FLIPPED) if self.has_flipped else BASE_SCHEMA
+        return schema.append(TRUNCATED) if self.has_truncated else schema

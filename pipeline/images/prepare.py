@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.errors import Rejected
 from pipeline.images import decode
 from pipeline.images.fit import Fit
+from pipeline.images.near_empty import is_near_empty
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_columns
@@ -63,6 +64,8 @@ def open_image(
     if fit is None:
         return None
     pixels = transform.apply(rgb, fit, (height / reduction, width / reduction))
+    if transform.min_std and is_near_empty(pixels, transform.min_std):
+        return None
     return OpenedImage(pixels, height, width, fit, truncated)
 
 

@@ -1,8 +1,8 @@
 """Transform images to the size at which they are encoded: resize, crop and mirror them, by one of several recipes.
 
 `pipeline.images.recipes` has the recipes of `--transform`. Each gives the size to which an image is resized, and the
-crop of it. Filters, random crops and flips are here, because they are the same for all. With `flip`, half of the images
-are mirrored, after the crop.
+crop of it. Filters, random crops and flips are here, because they are the same for all. With `flip`
+"random", half of the images are mirrored after the crop. With "both", the encoder mirrors them.
 """
 
 import math
@@ -49,6 +49,8 @@ class Transform:
     no_upscale: images that would be enlarged keep their size, or are filtered.
     min_size, max_aspect: images with a shorter side below min_size, or with a longer side of more than max_aspect times
     the shorter one, are filtered; 0 filters none.
+    min_std: images whose transformed pixels have a lower standard deviation than this are filtered
+    (`near_empty.is_near_empty`), in gray levels; 0 filters none.
     interpolation: of `center-crop` and `diffusers`; all others have fixed filters.
     jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
     seed: of random crops and flips. decoding: how an image file becomes the pixels that are transformed.
@@ -68,6 +70,7 @@ class Transform:
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
+    min_std: float = 0.0
     decoding: DecodeSettings = DecodeSettings()
 
     @property

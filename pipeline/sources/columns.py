@@ -186,8 +186,8 @@ def _find_texts(
         found |= {extension(file.path) for file in files} - {"tar", "parquet"}
     if tars or has_images:
         found |= set(TEXT_EXTENSIONS)
-    reserved = {*RESERVED_NAMES, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
-    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - reserved)
+    own = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache's tars
+    others = sorted(found - IMAGE_EXTENSIONS - set(TEXT_EXTENSIONS) - own - RESERVED_NAMES)
     return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
 
 

@@ -53,6 +53,14 @@ def test_a_latent_does_not_depend_on_its_batch(vae: Vae) -> None:
     assert torch.equal(get_latents(encoder.encode(IMAGES[1::-1])).flip(0), both)
 
 
+def test_flipped_latents_are_those_of_mirrored_images(vae: Vae) -> None:
+    mirrored = [dataclasses.replace(image, pixels=image.pixels.flip(1)) for image in IMAGES]
+    expected = [get_latents(LatentEncoder(vae, JAX, "float32").encode(images)) for images in (IMAGES, mirrored)]
+    encoded = LatentEncoder(vae, JAX, "float32", has_flipped=True).encode(IMAGES)
+    flipped = torch.stack([image.latent_flipped for image in encoded if image.latent_flipped is not None])
+    assert (torch.equal(get_latents(encoded), expected[0]), torch.equal(flipped, expected[1])) == (True, True)
+
+
 def test_images_are_decoded_as_by_pytorch(vae: Vae, micro_vae: str) -> None:
     latents = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

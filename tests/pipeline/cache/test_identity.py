@@ -67,6 +67,8 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
         ({}, {"jpeg_decode": "scaled"}, "--jpeg-decode full", "--jpeg-decode scaled"),
         ({"jpeg_decode": "scaled"}, {}, "--jpeg-decode scaled", "--jpeg-decode full"),
         ({}, {"flip": "random"}, "--flip none", "--flip random"),
+        ({}, {"flip": "both"}, "--flip none", "--flip both"),
+        ({}, {"min_std": 2.5}, "--min-std 0", "--min-std 2.5"),
         ({}, decoded(exif="ignore"), "--exif apply", "--exif ignore"),
         (decoded(alpha="drop"), decoded(alpha="black"), "--alpha drop", "--alpha black"),
         ({}, decoded(color="srgb"), "--color keep", "--color srgb"),
@@ -117,22 +119,25 @@ def test_scaling_is_not_part_of_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "dtype", "store", "rows"),
+    ("resolution", "dtype", "store", "flip", "rows"),
     [
-        (256, "float16", "mode", 4096),
-        (2048, "float16", "mode", 512),
-        (2048, "bfloat16", "moments", 256),
-        (2048, "float32", "sample", 256),
+        (256, "float16", "mode", "none", 4096),
+        (2048, "float16", "mode", "random", 512),
+        (2048, "float16", "mode", "both", 256),
+        (2048, "bfloat16", "moments", "none", 256),
+        (2048, "bfloat16", "moments", "both", 128),
+        (2048, "float32", "sample", "none", 256),
     ],
 )
-def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
-    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
+def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, flip: str, rows: int) -> None:
+    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store, flip) == rows
 
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(
         resolution=96,
         min_size=5,
+        min_std=1.5,
         interpolation="lanczos",
         jpeg_decode="scaled",
         crop="random",
