@@ -1,8 +1,8 @@
 """Transform images to the size at which they are encoded: resize, crop and mirror them, by one of several recipes.
 
 `pipeline.images.recipes` has the recipes of `--transform`. Each gives the size to which an image is resized, and the
-crop of it. Filters, random crops and flips are here, because they are the same for all. With `flip`
-"random", half of the images are mirrored after the crop. With "both", the encoder mirrors them.
+crop of it. Filters, random crops and flips are here, because they are the same for all. With `flip` "random", half of
+the images are mirrored after the crop. With "both", the encoder mirrors them.
 """
 
 import math
