@@ -45,8 +45,16 @@ def _describe_image_size(settings: Preprocessing) -> str:
     size = f"{settings.resolution} px"
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
-    scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
-    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{scaled}"
+    decoded = {
+        ", large JPEGs decoded at a reduced size": settings.jpeg_decode == "scaled",
+        ", EXIF orientation ignored": settings.exif == "ignore",
+        ", transparent pixels over black": settings.alpha == "black",
+        ", alpha dropped": settings.alpha == "drop",
+        ", color profiles converted to sRGB": settings.color == "srgb",
+        ", truncated files accepted": settings.allow_truncated,
+    }
+    notes = "".join(note for note, is_so in decoded.items() if is_so)
+    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{notes}"
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
