@@ -133,7 +133,7 @@ OTHERS = {
     "Radiance HDR": b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n",
     "DICOM": bytes(128) + b"DICM" + bytes(100),
     "FITS": b"SIMPLE  =                    T" + bytes(3000),
-    "video": b"\0\0\0\x18ftypmp42" + bytes(100),
+    "MPEG-4": b"\0\0\0\x18ftypmp42" + bytes(100),
 }
 RAW = {
     "CR2": b"II*\0\x10\0\0\0CR\2\0" + bytes(100),
