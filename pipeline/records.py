@@ -35,7 +35,7 @@ AttentionKernel = Literal["sdpa", "per-image"]
 _READ = (
     *("jpg", "jpeg", "jpe", "jfif", "jif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "avif", "avifs"),
     *("tif", "tiff", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico"),
-    *("qoi", "dds", "pcx", "sgi", "rgb", "rgba", "bw"),
+    *("icb", "vda", "vst", "qoi", "dds", "pcx", "sgi", "rgb", "rgba", "bw"),
 )
 _BY_PLUGIN = ("heic", "heif", "hif", "jxl")
 _REJECTED = (
@@ -59,7 +59,28 @@ _REJECTED = (
         "xpm",
     ),
     *("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr"),
-    *("xbm", "xpm", "fff", "erf", "mrw", "rwl", "iiq", "kdc", "dcr", "mos", "mef", "gpr"),
+    *(
+        "xbm",
+        "xpm",
+        "im",
+        "palm",
+        "pxr",
+        "gbr",
+        "ftc",
+        "ftu",
+        "fit",
+        "iim",
+        "fff",
+        "erf",
+        "mrw",
+        "rwl",
+        "iiq",
+        "kdc",
+        "dcr",
+        "mos",
+        "mef",
+        "gpr",
+    ),
 )
 IMAGE_EXTENSIONS = frozenset({*_READ, *_BY_PLUGIN, *_REJECTED})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache

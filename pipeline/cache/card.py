@@ -45,18 +45,25 @@ def _describe_image_size(settings: Preprocessing) -> str:
         "random": ", half of them mirrored",
         "both": "; `latent_flipped` is the latent of the image mirrored left to right",
     }[settings.flip]
-    buckets = settings.buckets
-    size = f"{settings.resolution} px"
+    decoded = {
+        ", large JPEGs decoded at a reduced size": settings.jpeg_decode == "scaled",
+        ", EXIF orientation ignored": settings.exif == "ignore",
+        ", transparent pixels over black": settings.alpha == "black",
+        ", alpha dropped": settings.alpha == "drop",
+        ", color profiles converted to sRGB": settings.color == "srgb",
+        ", truncated files accepted": settings.allow_truncated,
+    }
+    notes = "".join(note for note, is_so in decoded.items() if is_so) + mirrored
     if settings.transform == "none":
-        return f"prepared beforehand, neither resized nor cropped{mirrored}"
+        return f"prepared beforehand, neither resized nor cropped{notes}"
+    size, buckets = f"{settings.resolution} px", settings.buckets
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
     elif settings.transform == "sd-scripts":
         size = f"at most {size} squared, never enlarged,"
     if settings.transform != "center-crop":
-        return f"resized to {size} by the recipe {settings.transform}, {cut}{mirrored}"
-    scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
-    return f"resized to {size} ({settings.interpolation}), {cut}{scaled}{mirrored}"
+        return f"resized to {size} by the recipe {settings.transform}, {cut}{notes}"
+    return f"resized to {size} ({settings.interpolation}), {cut}{notes}"
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:

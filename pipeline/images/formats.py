@@ -54,13 +54,12 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (6, b"HEAPCCDR", "camera raw"),
     (8, b"CR\2\0", "camera raw"),
 )
-_BRANDS = {  # what follows `ftyp` in ISO's base media file format
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC"),
-    b"crx ": "camera raw",
-    **dict.fromkeys((b"isom", b"iso2", b"iso4", b"iso5", b"iso6", b"mp41", b"mp42", b"avc1", b"qt  "), "video"),
-}
-_CONTAINERS = frozenset({b"mif1", b"msf1", b"miaf", b"mif2"})  # brands that say nothing about the compression
+# What follows `ftyp` in files of ISO's base media file format. Some brands say nothing about the compression.
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_GENERAL_BRANDS = frozenset({b"mif1", b"mif2", b"msf1", b"miaf"})
 _PNG, _ICO, _TIFF = b"\x89PNG\r\n\x1a\n", b"\0\0\1\0", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_COMMON = (b"\xff\xd8", _PNG, b"RIFF", b"GIF8")  # JPEG, PNG, WebP and GIF
 _SUBFILE_TYPE, _REDUCED, _DNG_VERSION, _TILE_WIDTH, _TILE_LENGTH = 254, 1, 50706, 322, 323  # TIFF
 
 
@@ -114,15 +113,25 @@ def check_size(width: int, height: int, limits: Limits) -> None:
 
 def name_other_format(data: bytes) -> str:
     """Return the format of a file that Pillow does not open by itself. Empty for its own and for unknown formats."""
+    if data.startswith(_COMMON):
+        return ""
     if data.startswith((jxl.CODESTREAM, jxl.CONTAINER)):
         return "JPEG XL"
-    if data[4:8] == b"ftyp":
-        brands = [data[8:12], *(data[at : at + 4] for at in range(16, min(int.from_bytes(data[:4]), 256), 4))]
-        names = [_BRANDS.get(brand, "") for brand in brands]
-        return names[0] or (max(names) if brands[0] in _CONTAINERS and b"avif" not in brands else "")
+    if data[4:8] == b"ftyp" and len(data) >= 16:
+        return _name_iso_format(data)
     if _starts_as_markup(data) and b"<svg" in data[:4096] and not _is_html(data):
         return "SVG"
     return next((name for at, signature, name in _SIGNATURES if data.startswith(signature, at)), "")
+
+
+def _name_iso_format(data: bytes) -> str:
+    """Return the format of a file of ISO's base media file format. Empty for AVIF."""
+    brand, others = data[8:12], {data[at : at + 4] for at in range(16, min(int.from_bytes(data[:4]), 256), 4)}
+    if brand in _AVIF_BRANDS or (brand in _GENERAL_BRANDS and others & _AVIF_BRANDS):
+        return ""
+    if brand in _HEIC_BRANDS | _GENERAL_BRANDS:
+        return "HEIC"
+    return "camera raw" if brand == b"crx " else "MPEG-4"
 
 
 def _starts_as_markup(data: bytes) -> bool:

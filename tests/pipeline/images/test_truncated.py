@@ -128,14 +128,20 @@ def test_an_opened_image_says_whether_it_is_truncated() -> None:
     assert third.truncated is None
     with pytest.raises(Rejected, match="corrupt"):
         strict(damaged, "s", "1")
-    processes = OpenerProcesses(1, ACCEPTING, DEFAULT_LIMITS)
+
+
+@pytest.mark.slow
+def test_other_processes_say_whether_an_image_is_truncated() -> None:
+    damaged = cut()
+    expected = make_opener(ACCEPTING, DEFAULT_LIMITS)(damaged, "s", "1")
+    assert expected is not None
     for opened in (
         open_in_sandbox(ACCEPTING, DEFAULT_LIMITS, damaged, "s", "1"),
-        processes.open_image(damaged, "s", "1"),
+        OpenerProcesses(1, ACCEPTING, DEFAULT_LIMITS).open_image(damaged, "s", "1"),
     ):
         assert opened is not None
         assert opened.truncated
-        assert opened.pixels.equal(second.pixels)
+        assert opened.pixels.equal(expected.pixels)
 
 
 def test_a_truncated_jpeg_is_reduced_as_a_whole_one() -> None:
