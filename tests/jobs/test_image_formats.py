@@ -36,7 +36,7 @@ def write(folder: Path, **files: bytes) -> Path:
 
 def test_every_image_is_a_row_or_a_reject_that_names_its_format(encode: Command, tmp_path: Path) -> None:
     images = {f"{kind}_{end}": encoded(smooth(1), kind) for kind, end in (("AVIF", "avif"), ("TIFF", "TIF"))}
-    others = {"a_svg": b"<svg/>", "b_cr2": b"II*\0\x10\0\0\0CR\2\0", "c_heic": b"\0\0\0\x18ftypcrx "}
+    others = {"a_svg": b"<svg/>", "b_cr2": b"II*\0\x10\0\0\0CR\2\0", "c_heic": b"\0\0\0\x18ftypcrx " + bytes(9)}
     source = write(tmp_path / "photos", **images, **others, d_jfif=encoded(smooth(2)), d_nef=b"raw", d_txt=b"text")
     code, out, err = encode(source)
     assert (code, sorted(rows_of(tmp_path / "c"))) == (3, ["AVIF", "TIFF", "d"])

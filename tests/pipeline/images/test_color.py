@@ -25,6 +25,7 @@ from tests.pipeline.images.profiles import (
     make_p3,
 )
 from tests.pipeline.images.test_decode import GREY, make_png
+from tests.pipeline.images.test_formats import make_tiff
 
 P3 = make_p3()
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -264,6 +265,19 @@ def test_a_tiff_whose_zero_is_white_is_not_inverted() -> None:
     white_is_zero = {TiffImagePlugin.PHOTOMETRIC_INTERPRETATION: 0}
     data = save(Image.fromarray(65535 - gray16()), "TIFF", tiffinfo=white_is_zero)
     assert np.array_equal(open_pixels(data), as_rgb(np.rint(gray16() / 257)))
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_its_maximum() -> None:
+    size = {"IMAGEWIDTH": 4, "IMAGELENGTH": 1, "ROWSPERSTRIP": 1, "STRIPOFFSETS": 8, "STRIPBYTECOUNTS": 6}
+    data = make_tiff(
+        bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x10]),
+        **size,
+        BITSPERSAMPLE=12,
+        SAMPLESPERPIXEL=1,
+        COMPRESSION=1,
+        PHOTOMETRIC_INTERPRETATION=1,
+    )
+    assert open_pixels(data)[0, :, 0].tolist() == [255, 128, 0, 1]
 
 
 @pytest.mark.parametrize("maximum", [255, 1023, 65535])
