@@ -63,12 +63,11 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
     if "multiple_of" in given and not options.buckets:
         raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
     name = "multiple_of" if options.buckets else "resolution"
-    value = getattr(options, name)
-    if value < 1 or value % vae.config.downscale:
-        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
+    value, factor = getattr(options, name), vae.config.side_multiple
+    if value < 1 or value % factor:
+        near = max(1, round(value / factor)) * factor
         raise UsageError(
-            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
-            f"the nearest is {near}"
+            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {factor}; the nearest is {near}"
         )
     if options.buckets and options.buckets < 2 * options.multiple_of:
         raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
@@ -166,11 +165,8 @@ def describe_cache(
         compute=describe_compute(options, resources, precision),
         vae=VaeInfo(
             reference=vae.ref,
-            config=vae.config.to_dict(),
-            scaling_factor=vae.config.scaling_factor,
-            shift_factor=vae.config.shift_factor,
-            latents_mean=vae.config.latents_mean,
-            latents_std=vae.config.latents_std,
+            config={"_class_name": vae.config.class_names()[0], **vae.config.to_dict()},
+            **vae.constants,
         ),
         schema=tuple(ColumnInfo(**column) for column in parts.describe_schema(layout)),
         columns=columns.to_info(),
@@ -196,14 +192,14 @@ def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan)
 
 
 def note_constants(existing: VaeInfo, vae: Vae) -> None:
-    """Log the scaling constants in which the cache and the VAE's configuration differ. The cache's constants are kept.
+    """Log the scaling constants in which the cache and the VAE differ. The cache's constants are kept.
 
     existing: the entry `vae` of cache.json.
     """
-    current = vae.config.to_dict()
+    current = VaeInfo(reference=vae.ref, config={}, **vae.constants).constants
     for name, value in existing.constants.items():
         if value != current[name]:
-            difference = f"the cache has {name} {value}, the VAE's configuration {current[name]}"
+            difference = f"the cache has {name} {value}, the VAE {current[name]}"
             log_note(f"{difference}; the value of the cache is kept")
 
 

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import nn
 
-from vae.model import AutoencoderKL
+from vae.model import Autoencoder
 from vae.winograd import WinogradConv2d
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -53,7 +53,7 @@ def compile_encoder(model: nn.Module) -> None:
     model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
-def fuse_encoder(model: AutoencoderKL) -> None:
+def fuse_encoder(model: Autoencoder) -> None:
     """Replace the encoder by a `vae.fused.FusedEncoder`, in place. Raises ModuleNotFoundError without triton.
 
     model: in its final dtype, on its device, in channels_last. For inference only.

@@ -70,7 +70,10 @@ def test_weights_are_converted_to_the_requested_dtype(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "a configuration of class AutoencoderDC, not AutoencoderKL"),
+        (
+            {"_class_name": "AutoencoderDC"},
+            "a configuration of class AutoencoderDC; the classes of VAEs that can be loaded are AutoencoderKL and Auto",
+        ),
         ({"latent_chanels": 4}, "no parameter 'latent_chanels'; did you mean 'latent_channels'"),
         ({"down_block_types": ["Other"] * 4}, "no block of type Other"),
         ({"block_out_channels": [8, 8]}, "has 4 blocks, but block_out_channels has 2 levels"),

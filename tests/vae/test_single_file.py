@@ -14,9 +14,20 @@ from torch import Tensor
 from tests.checkpoints import AROUND, ldm
 from tests.conftest import MICRO
 from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
+from vae.auto import class_of
 from vae.keys import rename_keys
 from vae.load import resolve_config, weights_sha256
 
+SHAPE_FIELDS = (  # the fields that the tensors' names and shapes determine
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+)
 SMALL = AutoencoderKLConfig(
     **{**MICRO, "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
 )
@@ -81,15 +92,14 @@ def test_the_shapes_determine_the_architecture(name: str, tmp_path: Path) -> Non
     """For every preset, the fields inferred from its tensors are those of its configuration."""
     config = presets.PRESETS[name].config
     with torch.device("meta"):
-        weights = AutoencoderKL.from_config(config).state_dict()
+        weights = class_of(config)(**config).state_dict()
     fields = single_file.infer_fields(rename_keys(ldm(weights)), tmp_path)
-    assert fields == {field: config[field] for field in single_file.SHAPE_FIELDS}
+    names = {*SHAPE_FIELDS, *({"decoder_block_out_channels"} if name.startswith("flux2") else {})}
+    assert fields == {field: config[field] for field in names}
 
 
-def identify(fields: Mapping[str, Any], around: list[str], repository: str = "") -> AutoencoderKLConfig:
-    return single_file.identify_config(
-        {name: fields[name] for name in single_file.SHAPE_FIELDS}, around, repository, Path("x")
-    )
+def identify(fields: Mapping[str, Any], around: list[str], repository: str = "") -> Any:
+    return single_file.identify_config({name: fields[name] for name in SHAPE_FIELDS}, around, repository, Path("x"))
 
 
 @pytest.mark.parametrize("family", AROUND)
@@ -168,12 +178,18 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "list.ckpt": (lambda path: torch.save([make_tensor()], path), "it does not map names to tensors"),
     "numbers.pt": (lambda path: torch.save({"a": 1}, path), "it has no tensors"),
     "lora.safetensors": (lambda path: save_file({"lora_unet.a": make_tensor()}, path), "there is no AutoencoderKL in"),
-    "flux2.safetensors": (
+    "other.safetensors": (
         lambda path: save_file(
-            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor(), "bn.x": make_tensor()},
+            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor(), "x.y": make_tensor()},
             path,
         ),
-        "is not a checkpoint of an AutoencoderKL: it has the tensor bn.x",
+        "is not a checkpoint of an AutoencoderKL: it has the tensor x.y",
+    ),
+    "flat.safetensors": (
+        lambda path: save_file(
+            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor()}, path
+        ),
+        "is not a checkpoint of an AutoencoderKL: a weight has no dimensions",
     ),
     "half.safetensors": (
         lambda path: save_file(
