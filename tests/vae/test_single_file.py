@@ -13,7 +13,16 @@ from torch import Tensor
 
 from tests.checkpoints import AROUND, ldm
 from tests.conftest import MICRO
-from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
+from vae import (
+    AssumedConfigWarning,
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    LoadError,
+    LoadWarning,
+    presets,
+    single_file,
+    unpickle,
+)
 from vae.auto import class_of
 from vae.keys import rename_keys
 from vae.load import resolve_config, weights_sha256
@@ -206,6 +215,30 @@ def test_a_file_that_is_not_a_vae_is_refused(name: str, tmp_path: Path) -> None:
     make(tmp_path / name)
     with pytest.raises(LoadError, match=message):
         AutoencoderKL.from_single_file(tmp_path / name)
+
+
+def test_a_file_with_two_vaes_says_which_one_is_used(model: AutoencoderKL, tmp_path: Path) -> None:
+    other = {f"vae.{name}": tensor * 2 for name, tensor in ldm(model.state_dict()).items()}
+    save_file({**ldm(model.state_dict(), "first_stage_model."), **other}, tmp_path / "full.safetensors")
+    used, unused = "first_stage_model.encoder.conv_in.weight", "vae.encoder.conv_in.weight"
+    with pytest.warns(LoadWarning, match=f"has 2 VAEs; the one with the tensor {used} is used, not {unused}"):
+        loaded = AutoencoderKL.from_single_file(tmp_path / "full.safetensors", config=SMALL)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
+
+
+def test_a_file_with_the_average_of_its_weights_says_which_ones_are_used(model: AutoencoderKL, tmp_path: Path) -> None:
+    """latent-diffusion writes the names of the average without dots, and a counter, which alone means nothing."""
+    counters = {"model_ema.decay": make_tensor(), "model_ema.num_updates": make_tensor()}
+    tensors = ldm(model.state_dict())
+    save_file({**tensors, **counters}, tmp_path / "pruned.safetensors")
+    AutoencoderKL.from_single_file(tmp_path / "pruned.safetensors", config=SMALL)
+    average = {f"model_ema.{name.replace('.', '')}": tensor * 2 for name, tensor in tensors.items()}
+    save_file({**tensors, **counters, **average}, tmp_path / "trained.safetensors")
+    with pytest.warns(
+        LoadWarning, match=r"twice, as trained and as their moving average .*; those as trained are used"
+    ):
+        loaded = AutoencoderKL.from_single_file(tmp_path / "trained.safetensors", config=SMALL)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
 
 
 def test_a_configuration_that_does_not_match_is_refused(model: AutoencoderKL, tmp_path: Path) -> None:
