@@ -60,7 +60,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
 
     given: the names of the options that the user set.
     """
-    check_sizes(options, given, vae.config.downscale)
+    check_sizes(options, given, vae.config.side_multiple)
     if options.tile_above % (4 * vae.config.downscale):
         raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
@@ -116,7 +116,7 @@ def describe_cache(
     precision = resolve_precision(options, vae, resources)
     if resources.backend == "jax":
         check_jax_settings(precision, options.encoder_form, options.tile_above)
-    transform = make_transform(options, vae.config.downscale)
+    transform = make_transform(options, vae.config.side_multiple)
     wanted = Identity(
         weights=vae.sha256,
         config=identity.select_raw_fields(vae.config),
@@ -151,11 +151,8 @@ def describe_cache(
         compute=describe_compute(options, resources, precision),
         vae=VaeInfo(
             reference=vae.ref,
-            config=vae.config.to_dict(),
-            scaling_factor=vae.config.scaling_factor,
-            shift_factor=vae.config.shift_factor,
-            latents_mean=vae.config.latents_mean,
-            latents_std=vae.config.latents_std,
+            config={"_class_name": vae.config.class_names()[0], **vae.config.to_dict()},
+            **vae.constants,
         ),
         schema=tuple(ColumnInfo(**column) for column in parts.describe_schema(layout)),
         columns=columns.to_info(),
@@ -181,14 +178,14 @@ def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan)
 
 
 def note_constants(existing: VaeInfo, vae: Vae) -> None:
-    """Log the scaling constants in which the cache and the VAE's configuration differ. The cache's constants are kept.
+    """Log the scaling constants in which the cache and the VAE differ. The cache's constants are kept.
 
     existing: the entry `vae` of cache.json.
     """
-    current = vae.config.to_dict()
+    current = VaeInfo(reference=vae.ref, config={}, **vae.constants).constants
     for name, value in existing.constants.items():
         if value != current[name]:
-            difference = f"the cache has {name} {value}, the VAE's configuration {current[name]}"
+            difference = f"the cache has {name} {value}, the VAE {current[name]}"
             log_note(f"{difference}; the value of the cache is kept")
 
 

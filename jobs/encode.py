@@ -71,6 +71,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files, but {options.vae} has its own config.json; leave it out")
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
+    log_each(vae.notes, log_note)
     cache_spec.check_options(options, given, vae)
     listing, columns = inspect_sources(options, cache, is_new=existing is None)
     with plan_resources(options, existing.compute.backend if existing else "torch") as resources:

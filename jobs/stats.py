@@ -1,5 +1,6 @@
 """`latentmill stats`: show the statistics of a cache, next to the constants of the VAE that made it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def format_table(content: Mapping[str, Any], vae: VaeInfo, latents_per_row: int)
 
 def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """Return a line per channel: the measured values, and the constants of the model's configuration if it has any."""
-    means, stds = vae.latents_mean, vae.latents_std
+    means, stds = pool_patches(vae)
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
     lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]
     for channel in range(len(content["mean"])):
@@ -58,6 +59,22 @@ def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
             line += f"   {means[channel]:>10.4f} {stds[channel]:>10.4f}"
         lines.append(line)
     return lines
+
+
+def pool_patches(vae: VaeInfo) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each raw channel by the model's constants; empty if it has none.
+
+    With a patch_size, the constants are those of each position in a patch. They are pooled over the positions.
+    """
+    size = math.prod(vae.patch_size or (1, 1))
+    moments = list(zip(vae.latents_mean or (), vae.latents_std or (), strict=True))
+    means, stds = [], []
+    for start in range(0, len(moments), size):
+        patch = moments[start : start + size]
+        pooled = sum(mean for mean, _ in patch) / size
+        means.append(pooled)
+        stds.append(math.sqrt(sum(std**2 + (mean - pooled) ** 2 for mean, std in patch) / size))
+    return means, stds
 
 
 def format_constants(suggested: Mapping[str, Any], vae: VaeInfo) -> list[str]:

@@ -105,39 +105,39 @@ def refuse_fixed_options(options: EncodeOptions, given: set[str]) -> None:
             )
 
 
-def check_sizes(options: EncodeOptions, given: set[str], downscale: int) -> None:
-    """Raise UsageError for sizes that the recipe or the VAE does not permit. downscale: the VAE's factor."""
+def check_sizes(options: EncodeOptions, given: set[str], multiple: int) -> None:
+    """Raise UsageError for sizes that the recipe or the VAE does not permit. multiple: of the sides, for the VAE."""
     if "multiple_of" in given and not options.buckets:
         raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
     if options.transform in _TABLES:
-        _check_table(options, downscale)
+        _check_table(options, multiple)
         return
     if options.transform == "sd-scripts":
-        _check_buckets_of_sd_scripts(options, given, downscale)
+        _check_buckets_of_sd_scripts(options, given, multiple)
         return
     name = "multiple_of" if options.buckets else "resolution"
-    _check_multiple(name, getattr(options, name), downscale)
+    _check_multiple(name, getattr(options, name), multiple)
     if options.buckets and options.buckets < 2 * options.multiple_of:
         raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
 
 
-def _check_multiple(name: str, value: int, downscale: int) -> None:
-    if value < 1 or value % downscale:
-        near = max(1, round(value / downscale)) * downscale
+def _check_multiple(name: str, value: int, multiple: int) -> None:
+    if value < 1 or value % multiple:
+        near = max(1, round(value / multiple)) * multiple
         raise UsageError(
-            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {downscale}; the nearest is {near}"
+            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {multiple}; the nearest is {near}"
         )
 
 
-def _check_table(options: EncodeOptions, downscale: int) -> None:
+def _check_table(options: EncodeOptions, multiple: int) -> None:
     for height, width in aspect_ratio.list_sizes(options.resolution):
-        if height % downscale or width % downscale:
-            problem = f"its size {height}x{width} is not a multiple of the VAE's factor {downscale}"
+        if height % multiple or width % multiple:
+            problem = f"its size {height}x{width} is not a multiple of the VAE's factor {multiple}"
             raise UsageError(f"--transform {options.transform} does not suit this VAE: {problem}")
 
 
-def _check_buckets_of_sd_scripts(options: EncodeOptions, given: set[str], downscale: int) -> None:
-    _check_multiple("bucket_reso_steps", options.bucket_reso_steps, downscale)
+def _check_buckets_of_sd_scripts(options: EncodeOptions, given: set[str], multiple: int) -> None:
+    _check_multiple("bucket_reso_steps", options.bucket_reso_steps, multiple)
     if options.resolution < options.bucket_reso_steps:
         steps = options.bucket_reso_steps
         raise UsageError(f"--resolution {options.resolution} is less than --bucket-reso-steps {steps}")
@@ -153,11 +153,11 @@ def _check_buckets_of_sd_scripts(options: EncodeOptions, given: set[str], downsc
         )
 
 
-def make_transform(options: EncodeOptions, downscale: int) -> Transform:
-    """Return the transform that the options describe. downscale: the VAE's factor."""
+def make_transform(options: EncodeOptions, multiple: int) -> Transform:
+    """Return the transform that the options describe. multiple: of the sides, for the VAE."""
     return Transform(
         recipe=options.transform,
-        **_make_sizes(options, downscale),
+        **_make_sizes(options, multiple),
         min_size=options.min_size,
         max_aspect=options.max_aspect,
         min_std=options.min_std,
@@ -178,11 +178,11 @@ def resolve_decoding(options: EncodeOptions) -> DecodeSettings:
     return replace(default, **chosen)
 
 
-def _make_sizes(options: EncodeOptions, downscale: int) -> dict[str, Any]:
+def _make_sizes(options: EncodeOptions, multiple: int) -> dict[str, Any]:
     """Return the fields of the transform that decide the sizes of the output."""
     side = options.resolution
     if options.transform == "none":
-        return {"resolution": side, "multiple_of": downscale}
+        return {"resolution": side, "multiple_of": multiple}
     if options.transform in _TABLES:
         return {"resolution": side, "buckets": aspect_ratio.list_sizes(side), "no_upscale": options.no_upscale}
     if options.transform == "sd-scripts":

@@ -131,7 +131,11 @@ class ComputeInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeInfo:
-    """The VAE that made the latents: its reference (`--vae`), its config.json, and the constants of its scaling."""
+    """The VAE that made the latents: its reference (`--vae`), its config.json, and the constants of its scaling.
+
+    patch_size: height and width of the patches of raw latents that model latents have as channels; None for no patches.
+    latents_mean and latents_std are of these channels (`latentmill.scaling`).
+    """
 
     reference: str
     config: Mapping[str, Any]
@@ -139,15 +143,17 @@ class VaeInfo:
     shift_factor: float | None
     latents_mean: tuple[float, ...] | None
     latents_std: tuple[float, ...] | None
+    patch_size: tuple[int, int] | None = None
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constants by their names in a config.json, lists as lists."""
+        """The constants of `Scaling.from_constants` by name, lists as lists."""
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
             "latents_mean": self.latents_mean and list(self.latents_mean),
             "latents_std": self.latents_std and list(self.latents_std),
+            "patch_size": self.patch_size and list(self.patch_size),
         }
 
 
@@ -191,7 +197,9 @@ class CacheInfo:
     def scaling(self) -> Scaling:
         """The rule between the raw latents in the cache and model latents."""
         vae = self.vae
-        return Scaling.from_constants(vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std)
+        return Scaling.from_constants(
+            vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std, vae.patch_size
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of cache.json in its order, without the file's own sha256."""

@@ -18,8 +18,9 @@ from pipeline.jax_model import JaxModel
 from pipeline.records import AttentionKernel, Backend, EncodedImage, Form, PreparedImage, Store
 from pipeline.staging import Staging
 from pipeline.weights import Vae
-from vae import AutoencoderKL
+from vae import Autoencoder
 from vae.attention import PerImage
+from vae.auto import class_of
 from vae.fast import compile_encoder, disable_malloc_trim, fuse_encoder, optimize_for_cpu
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -73,7 +74,7 @@ class ComputeConfig:
         return replace(self, batch_size=max(1, self.batch_size // 2))
 
 
-def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
+def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> Autoencoder:
     """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`.
 
     Raises VaeError if the form needs a package that is not installed.
@@ -85,7 +86,7 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
     with torch.device("meta"):
-        model = AutoencoderKL.from_config(vae.config)
+        model = class_of(vae.config)(**vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=compute.memory_format)  # type: ignore[call-overload]
     if compute.attention == "per-image":
@@ -189,7 +190,7 @@ class LatentEncoder:
         self.has_flipped = has_flipped
         self._vae = vae
         self.model = self._build_model(compute)
-        self._fp32_model: AutoencoderKL | JaxModel | None = None  # built when the first latent overflows
+        self._fp32_model: Autoencoder | JaxModel | None = None  # built when the first latent overflows
         self.runs_ahead = (compute.backend, compute.device) == ("torch", "cuda")
         self._staging = Staging(compute.device if compute.backend == "torch" else "cpu")
 
@@ -273,7 +274,7 @@ class LatentEncoder:
             )
         return error
 
-    def _build_model(self, compute: ComputeConfig) -> "AutoencoderKL | JaxModel":
+    def _build_model(self, compute: ComputeConfig) -> "Autoencoder | JaxModel":
         """Build a model whose encoder counts its runs."""
         if compute.backend == "jax":
             return JaxModel(self._vae, compute.device, compute.precision, compute.threads, self._on_run)
@@ -286,7 +287,7 @@ class LatentEncoder:
         self.runs += 1
 
     def _run_in_memory(
-        self, model: AutoencoderKL | JaxModel, inputs: Sequence[ModelInput]
+        self, model: Autoencoder | JaxModel, inputs: Sequence[ModelInput]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the model. Halve the batch size, also for later batches, each time that memory does not suffice."""
         while True:
@@ -307,7 +308,7 @@ class LatentEncoder:
             if self.compute.device in ("cuda", "mps"):
                 getattr(torch, self.compute.device).empty_cache()
 
-    def _run(self, model: AutoencoderKL | JaxModel, inputs: Sequence[ModelInput]) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, model: Autoencoder | JaxModel, inputs: Sequence[ModelInput]) -> tuple[Tensor, list[Tensor]]:
         """Return the latents [N, ...] on the device, and the pinned memory that it still reads.
 
         inputs: flipped ones last. They are flipped on the device, so that no second copy of the pixels waits for it.
@@ -382,7 +383,7 @@ def make_checked_image(seed: int) -> Tensor:
     return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def encode_checked_images(model: AutoencoderKL | JaxModel, compute: ComputeConfig) -> Tensor:
+def encode_checked_images(model: Autoencoder | JaxModel, compute: ComputeConfig) -> Tensor:
     """Return the latents of the self-check's images, float64 [CHECKED_IMAGES, C, H/f, W/f] on the CPU."""
     pixels = torch.stack([make_checked_image(number) for number in range(CHECKED_IMAGES)])
     if compute.backend == "torch":
@@ -392,7 +393,7 @@ def encode_checked_images(model: AutoencoderKL | JaxModel, compute: ComputeConfi
 
 
 def encode_pixels(
-    model: AutoencoderKL | JaxModel, pixels: Tensor, compute: ComputeConfig
+    model: Autoencoder | JaxModel, pixels: Tensor, compute: ComputeConfig
 ) -> DiagonalGaussianDistribution:
     """Return the posteriors of images, uint8 [B, H, W, 3]: for torch on the model's device, for JAX on the CPU."""
     if isinstance(model, JaxModel):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentmill.cache_info import Preprocessing
+from latentmill.scaling import Scaling
 from pipeline.cache.reader import Cache
 
 NAME = "README.md"
@@ -27,7 +28,7 @@ Made by latentmill {version}. Each row has the latent of one image, *raw*, as th
 | rows | {rows:,} in {parts:,} files; {rejected:,} rejected, {filtered:,} filtered, {enlarged:,} enlarged |
 | digest | `{digest}` |
 
-What a diffusion model sees is `(latent - shift) * scale`, with
+What a diffusion model sees is {rule}, with
 
     shift = {shift}
     scale = {scale}
@@ -66,6 +67,17 @@ def _describe_image_size(settings: Preprocessing) -> str:
     return f"resized to {size} ({settings.interpolation}), {cut}{notes}"
 
 
+def _describe_rule(scaling: Scaling) -> str:
+    """Return how model latents are made, in a few words."""
+    if scaling.patch == (1, 1):
+        return "`(latent - shift) * scale`"
+    height, width = scaling.patch
+    return (
+        f"`(pack(latent) - shift) * scale`. `pack` makes each patch of {height} x {width} positions one position,\n"
+        f"whose channels are in the order channel, row, column. Shift and scale are per packed channel"
+    )
+
+
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
     """Return the card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
     identity = cache.info.identity
@@ -87,6 +99,7 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         filtered=stats["filtered"],
         enlarged=stats["enlarged"],
         digest=stats["digest"],
+        rule=_describe_rule(cache.scaling),
         shift=shift,
         scale=scale,
     ).encode()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
+from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, VaeInfo, parse_cache_json
 from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
@@ -16,7 +16,7 @@ from pipeline.images import transform
 from pipeline.images.decode_settings import DecodeSettings
 from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
-from vae import AutoencoderKLConfig
+from vae import AutoencoderKLConfig, VaeConfig, scaling
 
 __all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing"]
 
@@ -26,16 +26,22 @@ MAX_PART_BYTES = 256 << 20
 # Fields of a model's configuration that do not change its raw latents.
 _NOT_RAW = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
-    | {"up_block_types", "out_channels", "use_post_quant_conv"}
+    | {"up_block_types", "out_channels", "use_post_quant_conv", "decoder_block_out_channels"}
+    | {"batch_norm_eps", "batch_norm_momentum", "patch_size"}
 )
 CONFIG_FIELDS = frozenset(AutoencoderKLConfig.__dataclass_fields__) - _NOT_RAW
 _SIZE_SETTINGS = ("multiple_of", "min_bucket_reso", "max_bucket_reso")
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def select_raw_fields(config: AutoencoderKLConfig) -> dict[str, Any]:
+def select_raw_fields(config: VaeConfig) -> dict[str, Any]:
     """Return the fields of a model's configuration that change raw latents."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_RAW}
+
+
+def has_constants_of_its_vae(vae: VaeInfo, config: VaeConfig) -> bool:
+    """Return whether the scaling constants in cache.json can be those of the VAE with this configuration."""
+    return scaling.fits(config, vae.constants)
 
 
 def describe_transform(settings: transform.Transform) -> Preprocessing:
@@ -99,9 +105,7 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
     )
 
 
-def choose_rows_per_part(
-    config: AutoencoderKLConfig, resolution: int, dtype: str, store: str, flip: str = "none"
-) -> int:
+def choose_rows_per_part(config: VaeConfig, resolution: int, dtype: str, store: str, flip: str = "none") -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
     latents = (
         (2 if store == "moments" else 1)
