@@ -22,6 +22,7 @@ from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
 from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
+from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo, SourceRules
@@ -64,13 +65,18 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
+    if "resolution" in given and options.resolution < 1:
+        raise UsageError(f"--resolution {options.resolution} is not a size in pixels: give at least 1")
     cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
+    refuse_fixed_options(options, given)
+    options = resolve_recipe(options)
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files, but {options.vae} has its own config.json; leave it out")
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
+    log_each(vae.notes, log_note)
     cache_spec.check_options(options, given, vae)
     inputs = inspect_sources(options, cache, existing.identity.sources if existing else None)
     with plan_resources(options, existing.compute.backend if existing else "torch") as resources:

@@ -70,9 +70,13 @@ REASONS: dict[str, str] = {
     "too_many_bytes": "the image has {} bytes, but the limit is {}",
     "too_many_pixels": "the image has {} x {} pixels, but the limit is {} in total and {} per side",
     "not_an_image": "the bytes are not a supported image format",
+    "unsupported_format": "the image is in the format {}, which is not supported; convert it",
+    "missing_plugin": "the image is in the format {}, and its plugin is missing; run `pip install {}`",
     "corrupt": "the image is corrupt or truncated",
     "unsafe": "decoding the image ended its process, or took more than {} s or {} bytes of memory",
-    "unsupported_mode": "the pixel mode is not supported (32-bit integer or float)",
+    "wrong_size": "the image has {} x {} pixels, but with --transform none both sides must be multiples of {}, and "
+    "their area at most {} x {} pixels (--resolution)",
+    "unsupported_mode": "the pixel mode is not supported (such as 32-bit integers or floats)",
     "not_finite": "the latent is not finite, even in float32",
 }
 

@@ -88,7 +88,9 @@ class EncodeSpec:
             )
             return replace(self, compute=compute, candidates=None).build(vae, stop)
         opener = self.start_openers()  # processes start while the model is loaded
-        encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
+        encoder = LatentEncoder(
+            vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above, self.layout.has_flipped
+        )
         error = encoder.check_precision()
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.openers)
         pool = ThreadPoolExecutor(self.openers, thread_name_prefix="open")
@@ -127,7 +129,7 @@ class EncodeSpec:
         """
         if self.compute.device == "cpu":
             return 2
-        return 8 if self.transform.buckets else 4
+        return 8 if len(self.transform.output_sizes) > 1 else 4
 
     @property
     def openers(self) -> int:
@@ -137,9 +139,9 @@ class EncodeSpec:
     @property
     def samples_in_flight(self) -> int:
         """The number of samples between the readers and the model: as many as full batches need, bounded in bytes."""
-        buckets, batch = max(1, len(self.transform.buckets)), self.compute.batch_size
+        buckets, batch = len(self.transform.output_sizes), self.compute.batch_size
         wanted = buckets * (batch - 1) + 2 * self.openers + 4 * batch
-        image_bytes = 3 * self.transform.resolution**2
+        image_bytes = 3 * self.transform.max_pixels
         return max(self.openers + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
 
 

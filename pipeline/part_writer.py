@@ -93,7 +93,7 @@ class PartBuffer:
         if isinstance(encoded.latent, Rejected):
             self.add(Reject.from_error(image.position, image.key, encoded.latent))
         else:
-            self.add(Row(image.drop_pixels(), encoded.latent), encoded.is_fallback)
+            self.add(Row(image.drop_pixels(), encoded.latent, encoded.latent_flipped), encoded.is_fallback)
 
     def sort(self) -> None:
         """Sort the rows by bucket, then by position, and the rejects by position."""

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.errors import REASONS
 from pipeline.formats.parquet import make_schema
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
-from pipeline.records import Seconds
+from pipeline.records import Recipe, Seconds
 from tests.servers import upload
 from vae.presets import PRESETS
 
@@ -239,6 +240,29 @@ def test_the_python_code_of_the_models_page_runs() -> None:
     assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
 
 
+def test_the_python_code_of_the_micro_conditioning_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs/inputs.md").read_text(encoding="utf-8").split("## Micro-conditioning")[1]
+    (block,) = find_blocks(section.split("\n## ")[0], "python")
+    monkeypatch.chdir(demo / "demo-output")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert len(names["numbers"]) == 6
+    assert {numbers[0][4:] for numbers in names["numbers"]} == {(256, 256)}
+
+
+def test_the_commands_of_the_inputs_page_exist() -> None:
+    for line in find_command_lines((ROOT / "docs/inputs.md").read_text(encoding="utf-8")):
+        program, verb, *argv = shlex.split(line)
+        assert program == "latentmill"
+        make_parser(OPTIONS[verb], verb).parse_args(argv)
+
+
+def test_the_inputs_page_names_every_recipe() -> None:
+    page = (ROOT / "docs/inputs.md").read_text(encoding="utf-8")
+    for recipe in typing.get_args(Recipe):
+        assert f"`{recipe.replace('aspect-ratio-', '-')}`" in page or f"`{recipe}`" in page, recipe
+
+
 @pytest.mark.slow
 def test_the_jax_code_of_the_models_page_runs() -> None:
     pytest.importorskip("flax")
@@ -250,7 +274,7 @@ def test_the_jax_code_of_the_models_page_runs() -> None:
 
 def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
-    for field in make_schema(OutputSchema()):
+    for field in make_schema(OutputSchema(has_flipped=True)):
         assert f"`{field.name}`" in page, field.name
 
 

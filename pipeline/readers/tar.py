@@ -15,8 +15,17 @@ from typing import BinaryIO
 from pipeline.errors import DamagedError, Rejected, ShardError
 from pipeline.limits import DEFAULT_LIMITS, Limits, check_key, check_text
 from pipeline.readers import compression
-from pipeline.readers.tar_members import APART, HIDDEN, STRAY, Member, explain_no_image, fold_key, is_stray
-from pipeline.records import TEXT_EXTENSIONS, Reject, Sample
+from pipeline.readers.tar_members import (
+    APART,
+    HIDDEN,
+    STRAY,
+    Member,
+    explain_no_image,
+    fold_key,
+    is_stray,
+    select_images,
+)
+from pipeline.records import TEXT_EXTENSIONS, Reject, Sample, image_rank
 from pipeline.text import printable_key, to_valid_text
 
 BLOCK = 512
@@ -61,7 +70,7 @@ def read_tar(
     folded: set[str] = set()  # the same by `fold_key`, if that changes them
     keys_without_image: set[str] = set()
     for key, members in _group_by_key(read_members(stream, url, texts, limits, skipped)):
-        images = [member for member in members if member.is_image]
+        images = select_images(members)
         if not images and is_stray(members, texts):
             skipped[STRAY] += len(members)
             continue
@@ -98,8 +107,8 @@ def _explain_missing_image(key: str, keys: Set[str], folded: Set[str]) -> str:
 def _group_by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Yield groups of adjacent members with one key.
 
-    Only the first image, and the first text of each extension, keep their bytes. No other member is used, and there
-    may be any number of them.
+    Only the first image of each rank, and the first text of each extension, keep their bytes. No other member is used,
+    and there may be any number of them.
     """
     group: list[Member] = []
     held: set[str] = set()
@@ -107,7 +116,7 @@ def _group_by_key(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]
         if group and member.key != group[0].key:
             yield group[0].key, group
             group, held = [], set()
-        kind = "image" if member.is_image else f".{member.extension}"
+        kind = f"image {image_rank(member.extension)}" if member.is_image else f".{member.extension}"
         group.append(replace(member, data=None) if kind in held else member)
         if not member.is_link:
             held.add(kind)

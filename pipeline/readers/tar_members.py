@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.records import IMAGE_EXTENSIONS
+from pipeline.records import IMAGE_EXTENSIONS, image_rank
 from pipeline.text import printable
 
 # kinds of skipped members that a unit's report counts
@@ -76,6 +76,13 @@ class Member:
         if any(step in _SYSTEM_FOLDERS or (step.startswith(".") and step.strip(".")) for step in folders):
             return True
         return (self.base.startswith(".") and not self.is_image) or self.base.lower() in _SYSTEM_FILES
+
+
+def select_images(members: Sequence[Member]) -> list[Member]:
+    """Return the images of one key. If they are in several formats, those are left out that are harder to read."""
+    images = [member for member in members if member.is_image]
+    best = min((image_rank(image.extension) for image in images), default=0)
+    return [image for image in images if image_rank(image.extension) == best]
 
 
 def is_stray(members: Sequence[Member], texts: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ from itertools import islice
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError, StorageError
-from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
+from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import parquet
 from pipeline.readers.tar import read_members
@@ -22,7 +22,8 @@ from pipeline.storage import connection, reading
 
 FILES = 16
 MORE_FILES = 256
-RESERVED = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
+IN_TARS = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache
+RESERVED = IN_TARS | RESERVED_NAMES  # names in the cache's own files
 MEMBERS = 64  # members of a tar that are inspected
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import IMAGE_EXTENSIONS, ListedFile, is_image
 from pipeline.sources import own_outputs
+from pipeline.sources.alternates import find_alternates
 from pipeline.sources.choosing import choose_files
 from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
@@ -101,7 +102,8 @@ def list_sources(
         for file in chosen:
             if file.is_named or file.path not in found:
                 found[file.path] = file
-    shards = [found[path] for path in sorted(found)]
+    skipped.alternates |= find_alternates(found)
+    shards = [found[path] for path in sorted(found.keys() - skipped.alternates)]
     return Listing(shards, tuple(named), notes=skipped.describe(), unreadable=sorted(skipped.unreadable))
 
 
@@ -111,7 +113,8 @@ class SkippedFiles:
 
     others: special files, and links to folders that contain the source. unreadable: folders without permission.
     system: files in folders of operating systems. left_out: files that globs leave out. links: links to files that are
-    listed themselves. own_outputs: files that latentmill wrote, by cache or previews.
+    listed themselves. own_outputs: files that latentmill wrote, by cache or previews. alternates: images of which
+    another format is used.
     """
 
     others: set[str] = field(default_factory=set)
@@ -120,6 +123,7 @@ class SkippedFiles:
     left_out: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
+    alternates: set[str] = field(default_factory=set)
 
     def describe(self) -> list[str]:
         """Return one line per kind of skipped entry."""
@@ -136,6 +140,9 @@ class SkippedFiles:
         for owner, files in self.own_outputs.items():
             if files:
                 notes.append(f"skipped files of {printable(to_valid_text(owner))}: {len(files):,}")
+        if self.alternates:
+            named = f"{len(self.alternates):,} ({abbreviate(self.alternates)})"
+            notes.append(f"skipped images that exist in another format with the same name, which is used: {named}")
         return notes
 
 

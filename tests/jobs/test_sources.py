@@ -193,10 +193,10 @@ def test_a_changed_shard_is_reported_and_not_encoded(encode: Command, tmp_path: 
 
 def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 1))
-    for name in ("1.tar.gz", "a.tiff", "b.tiff", "0_stats.json"):
+    for name in ("1.tar.gz", "a.npy", "b.npy", "0_stats.json"):
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err
+    assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .npy" in err
 
 
 def test_unusual_files_of_a_folder_are_skipped_or_rejected(

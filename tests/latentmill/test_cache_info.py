@@ -14,6 +14,7 @@ from latentmill.canonical_json import canonical_json
 from pipeline.cache import identity
 from pipeline.cache.identity import encode_cache_json
 from pipeline.canonical_json import with_checksum
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.transform import Transform
 from tests.cache_infos import IDENTITY, info_of
 
@@ -64,6 +65,15 @@ def test_the_sha256_of_an_identity_is_stable() -> None:
     )
     assert canonical_json(IDENTITY.to_dict()) == text.encode()
     assert IDENTITY.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_identity_has_settings_of_decoding_only_if_they_are_no_defaults() -> None:
+    settings = DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True)
+    described = identity.describe_transform(Transform(resolution=64, decoding=settings))
+    content = dataclasses.replace(IDENTITY, preprocessing=described).to_dict()["preprocessing"]
+    plain = IDENTITY.to_dict()["preprocessing"]
+    assert content == plain | {"exif": "ignore", "alpha": "drop", "color": "srgb", "allow_truncated": True}
+    assert not plain.keys() & {"exif", "alpha", "color", "allow_truncated"}
 
 
 def test_the_identity_has_jpeg_decode_only_if_jpegs_are_decoded_at_a_reduced_size() -> None:
