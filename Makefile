@@ -38,9 +38,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
 
+# The tests with a Ray mostly wait. They run one after the other in one process, beside the others (tests/conftest.py).
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 -n auto --maxprocesses 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and ray' --timeout 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 600 -n 2 --dist loadgroup
 
 test-lowest:
 	$(PYTHON) -m venv $(LOWEST)

@@ -79,6 +79,8 @@ def as_image(pixels: torch.Tensor) -> PreparedImage:
         pixels=pixels,
         original_height=0,
         original_width=0,
+        resized_height=0,
+        resized_width=0,
         crop_top=0,
         crop_left=0,
         enlarged=False,

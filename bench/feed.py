@@ -37,7 +37,6 @@ from pipeline.flow import UnitWorker, WorkerContext
 from pipeline.images.buckets import make_grid
 from pipeline.images.prepare import make_opener
 from pipeline.images.transform import Transform
-from pipeline.limits import Limits
 from pipeline.part_writer import Stages
 from pipeline.records import EncodedImage, PreparedImage, Unit
 from pipeline.sources.listing import list_sources
@@ -141,7 +140,7 @@ def run(case: Case, folder: Path, seconds: float) -> tuple[float, float, float]:
     compute = ComputeConfig(device="cuda", precision="bf16", batch_size=8, threads=1)
     spec = make_spec(folder / "cache", transform, compute, case.openers).for_node(cores=16)
 
-    def sleep_instead(data: bytes, limits: Limits, reduction: int) -> np.ndarray:
+    def sleep_instead(data: bytes, *_: object) -> np.ndarray:
         time.sleep(OPEN_SECONDS)
         return np.empty((*sizes[int(data[:7]) % len(sizes)], 3), np.uint8)
 

@@ -71,6 +71,8 @@ def make_image(number: int, side: int) -> PreparedImage:
         pixels=pixels.repeat(repeats, repeats, 1)[:side, :side].contiguous(),
         original_height=side,
         original_width=side,
+        resized_height=side,
+        resized_width=side,
         crop_top=0,
         crop_left=0,
         enlarged=False,

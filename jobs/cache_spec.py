@@ -1,5 +1,6 @@
 """The cache that the options describe: completed from an existing cache, checked, and written as its cache.json."""
 
+import codecs
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -7,20 +8,23 @@ from typing import Any, Literal
 from jobs.encode_options import ALL, EncodeOptions
 from jobs.messages import log_note
 from jobs.resources import ResourcePlan, check_jax_settings
-from latentmill.cache_info import ColumnInfo, ComputeInfo, VaeInfo
+from jobs.transform_options import check_sizes, inherit_recipe, make_transform
+from latentmill.cache_info import ColumnInfo, ComputeInfo, SourceRules, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
 from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
-from pipeline.images import buckets
-from pipeline.images.transform import Transform
-from pipeline.records import Form, Unit
+from pipeline.images.near_empty import MAX_STD
+from pipeline.records import IMAGE_EXTENSIONS, Form, Unit
+from pipeline.sources.columns import RESERVED
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
 from pipeline.weights import Vae
 from pipeline.wording import to_flag
+
+INPUT_EXTENSIONS = IMAGE_EXTENSIONS | {"tar", "parquet"}
 
 
 def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -> EncodeOptions:
@@ -31,10 +35,13 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
     preprocessing = existing.preprocessing
     inherited: dict[str, Any] = {
         "min_size": preprocessing.min_size,
-        "interpolation": preprocessing.interpolation,
-        "jpeg_decode": preprocessing.jpeg_decode,
-        "crop": preprocessing.crop,
+        "max_aspect": preprocessing.max_aspect or 0.0,
+        "min_std": preprocessing.min_std,
         "flip": preprocessing.flip,
+        "exif": preprocessing.exif,
+        "alpha": preprocessing.alpha,
+        "color": preprocessing.color,
+        "allow_truncated": preprocessing.allow_truncated,
         "store": existing.store,
         "dtype": existing.dtype,
         "precision": existing.precision,
@@ -45,13 +52,15 @@ def inherit_unset(options: EncodeOptions, given: set[str], existing: Identity) -
         "columns": ALL if existing.columns is None else ",".join(existing.columns),
         "image_column": existing.image_column or "",
         "key_column": existing.key_column or "",
+        "caption_extensions": ",".join(existing.sources.caption_extensions),
+        "text_encoding": existing.sources.text_encoding,
+        "include": existing.sources.include,
+        "exclude": existing.sources.exclude,
+        "label_from_folder": existing.sources.classes is not None,
     }
-    if not given & {"resolution", "buckets"}:
-        if preprocessing.buckets:
-            inherited |= {"buckets": preprocessing.resolution, "multiple_of": preprocessing.multiple_of}
-        else:
-            inherited |= {"resolution": preprocessing.resolution}
-    given = given - {name for name in ("precision", "rows_per_part") if getattr(options, name) in ("auto", 0)}
+    inherited |= inherit_recipe(options, given, preprocessing)
+    automatic = ("precision", "rows_per_part", "interpolation", "exif", "alpha", "color")
+    given = given - {name for name in automatic if getattr(options, name) in ("auto", 0)}
     return dataclasses.replace(options, **{name: value for name, value in inherited.items() if name not in given})
 
 
@@ -60,18 +69,7 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
 
     given: the names of the options that the user set.
     """
-    if "multiple_of" in given and not options.buckets:
-        raise UsageError("--multiple-of is for the sides of --buckets, and there are none; leave it out")
-    name = "multiple_of" if options.buckets else "resolution"
-    value = getattr(options, name)
-    if value < 1 or value % vae.config.downscale:
-        near = max(1, round(value / vae.config.downscale)) * vae.config.downscale
-        raise UsageError(
-            f"{to_flag(name)} {value} is not a multiple of the VAE's factor {vae.config.downscale}; "
-            f"the nearest is {near}"
-        )
-    if options.buckets and options.buckets < 2 * options.multiple_of:
-        raise UsageError(f"--buckets {options.buckets} is less than twice --multiple-of {options.multiple_of}")
+    check_sizes(options, given, vae.config.side_multiple)
     if options.tile_above % (4 * vae.config.downscale):
         raise UsageError(f"--tile-above {options.tile_above} is not a multiple of {4 * vae.config.downscale}")
     if options.format == "webdataset" and options.dtype == "bfloat16":
@@ -82,19 +80,27 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError("memory:// is the memory of one process: use it with --workers 0")
     if not 0 <= options.max_reject_rate <= 1:
         raise UsageError(f"--max-reject-rate must be from 0 to 1, such as 0.05 for 5%, not {options.max_reject_rate:g}")
+    if not 0 <= options.min_std <= MAX_STD:
+        raise UsageError(
+            f"--min-std must be from 0 to {MAX_STD}, the highest standard deviation, not {options.min_std:g}"
+        )
     counts = ("batch_size", "open_workers", "remote_openers", "rows_per_part", "min_size", "max_shards", "tile_above")
     for name in counts:
         if getattr(options, name) < 0:
             raise UsageError(f"{to_flag(name)} must not be negative")
+    if options.max_aspect and not options.max_aspect >= 1:
+        text = f"at least 1, not {options.max_aspect:g}"
+        raise UsageError(f"--max-aspect is the longer side divided by the shorter one: {text}")
 
 
 def check_input_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
     """Raise UsageError for an option that has no effect on these kinds of inputs."""
     kinds = {unit.kind for unit in units}
-    tables = kinds & {"parquet", "arrow"}
-    if options.image_column and not tables | kinds & {"tar", "zip"}:
+    tables = kinds & {"parquet", "arrow", "manifest"}
+    has_metadata = any(unit.metadata for unit in units)
+    if options.image_column and not (tables or has_metadata or kinds & {"tar", "zip"}):
         raise UsageError("--image-column is for tars, zips, Parquet and Arrow files, and there are none; leave it out")
-    if options.key_column and not tables:
+    if options.key_column and not (tables or has_metadata):
         raise UsageError("--key-column is for Parquet and Arrow files, and the sources have none; leave it out")
 
 
@@ -105,19 +111,30 @@ def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
-def make_transform(options: EncodeOptions) -> Transform:
-    """Return the transform that the options describe."""
-    side = options.buckets or options.resolution
-    return Transform(
-        resolution=side,
-        buckets=buckets.make_grid(side, options.multiple_of) if options.buckets else (),
-        multiple_of=options.multiple_of if options.buckets else 0,
-        min_size=options.min_size,
-        interpolation=options.interpolation,
-        jpeg_decode=options.jpeg_decode,
-        crop=options.crop,
-        flip=options.flip,
-        seed=options.seed,
+def make_source_rules(options: EncodeOptions, classes: tuple[str, ...] | None = None) -> SourceRules:
+    """Return how the samples of the sources and their texts are found. Raises UsageError for an invalid option."""
+    names = (name.strip().lstrip(".").lower() for name in options.caption_extensions.split(","))
+    captions = tuple(dict.fromkeys(filter(None, names)))
+    for name in captions:
+        if name in RESERVED | INPUT_EXTENSIONS:
+            raise UsageError(f"--caption-extensions: .{name} is not an extension of text files; leave it out")
+    try:
+        encoding = codecs.lookup(options.text_encoding).name
+        "text".encode(encoding)
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"--text-encoding: there is no encoding {options.text_encoding}; use a name of Python's, such as utf-8, "
+            "utf-16, cp1252, shift_jis or gb18030"
+        ) from None
+    for glob in (*options.include, *options.exclude):
+        if not glob.strip("/"):
+            raise UsageError(f"--include and --exclude need globs such as '*_mask.png', not '{glob}'")
+    return SourceRules(
+        caption_extensions=captions,
+        text_encoding=encoding,
+        include=options.include,
+        exclude=options.exclude,
+        classes=classes,
     )
 
 
@@ -127,16 +144,17 @@ def describe_cache(
     resources: ResourcePlan,
     existing: CacheInfo | None,
     columns: PassthroughColumns,
+    classes: tuple[str, ...] | None = None,
 ) -> CacheInfo:
     """Return the cache.json that the options describe.
 
     existing: the cache.json of the existing cache. Only a new cache needs the device, and so a connection to Ray.
+    classes: of `--label-from-folder`.
     """
     precision = resolve_precision(options, vae, resources)
     if resources.backend == "jax":
         check_jax_settings(precision, options.encoder_form, options.tile_above)
-    side = options.buckets or options.resolution
-    transform = make_transform(options)
+    transform = make_transform(options, vae.config.side_multiple)
     wanted = Identity(
         weights=vae.sha256,
         config=identity.select_raw_fields(vae.config),
@@ -146,18 +164,25 @@ def describe_cache(
         precision=precision,
         tile_above=options.tile_above or None,
         rows_per_part=options.rows_per_part
-        or identity.choose_rows_per_part(vae.config, side, options.dtype, options.store),
+        or identity.choose_rows_per_part(vae.config, transform.resolution, options.dtype, options.store, options.flip),
         seed=options.seed,
         container=options.format,
         columns=parse_columns(options),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
+        sources=make_source_rules(options, classes),
     )
     if existing is not None:
         note_columns(identity.parse_schema(existing).columns, columns)
         note_constants(existing.vae, vae)
         return dataclasses.replace(existing, identity=wanted)
-    layout = OutputSchema(container=options.format, store=options.store, columns=columns)
+    layout = OutputSchema(
+        container=options.format,
+        store=options.store,
+        columns=columns,
+        has_flipped=options.flip == "both",
+        has_truncated=options.allow_truncated,
+    )
     return CacheInfo(
         format=identity.FORMAT,
         identity=wanted,
@@ -165,11 +190,8 @@ def describe_cache(
         compute=describe_compute(options, resources, precision),
         vae=VaeInfo(
             reference=vae.ref,
-            config=vae.config.to_dict(),
-            scaling_factor=vae.config.scaling_factor,
-            shift_factor=vae.config.shift_factor,
-            latents_mean=vae.config.latents_mean,
-            latents_std=vae.config.latents_std,
+            config={"_class_name": vae.config.class_names()[0], **vae.config.to_dict()},
+            **vae.constants,
         ),
         schema=tuple(ColumnInfo(**column) for column in parts.describe_schema(layout)),
         columns=columns.to_info(),
@@ -195,14 +217,14 @@ def resolve_precision(options: EncodeOptions, vae: Vae, resources: ResourcePlan)
 
 
 def note_constants(existing: VaeInfo, vae: Vae) -> None:
-    """Log the scaling constants in which the cache and the VAE's configuration differ. The cache's constants are kept.
+    """Log the scaling constants in which the cache and the VAE differ. The cache's constants are kept.
 
     existing: the entry `vae` of cache.json.
     """
-    current = vae.config.to_dict()
+    current = VaeInfo(reference=vae.ref, config={}, **vae.constants).constants
     for name, value in existing.constants.items():
         if value != current[name]:
-            difference = f"the cache has {name} {value}, the VAE's configuration {current[name]}"
+            difference = f"the cache has {name} {value}, the VAE {current[name]}"
             log_note(f"{difference}; the value of the cache is kept")
 
 

@@ -84,6 +84,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             limits=parse_limits(options.input_limit),
             compute=resources.compute(precision),
             with_source=True,
+            source_rules=cache.info.identity.sources,
             superseded=parts.read_superseded(cache.folder, cache.info.identity_sha256, units),
         )
         executor = resources.start_executor(spec, vae, len(tasks), signals.stop)

@@ -22,9 +22,10 @@ from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
 from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
+from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
 from pipeline.cache import commits, identity, plan
-from pipeline.cache.identity import CacheInfo
+from pipeline.cache.identity import CacheInfo, SourceRules
 from pipeline.cache.parts import read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
@@ -33,7 +34,10 @@ from pipeline.readers import compression
 from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
+from pipeline.sources.labels import describe_columns, find_classes
 from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.manifest import find_manifests
+from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
 from pipeline.sources.units import is_result_cache, is_table_log, make_units
 from pipeline.storage import connection
@@ -42,6 +46,8 @@ from pipeline.text import printable, to_valid_text
 from pipeline.weights import Vae, load_vae
 from pipeline.wording import count_noun
 from vae.load import is_single_file
+
+CAPTIONS = {"caption", "captions", "tags", "cap"}  # extensions of captions that are not read by default
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,39 +65,62 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     """
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
+    if "resolution" in given and options.resolution < 1:
+        raise UsageError(f"--resolution {options.resolution} is not a size in pixels: give at least 1")
     cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
+    refuse_fixed_options(options, given)
+    options = resolve_recipe(options)
     if options.vae_config and not is_single_file(options.vae):
         raise UsageError(f"--vae-config is for single files, but {options.vae} has its own config.json; leave it out")
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
+    log_each(vae.notes, log_note)
     cache_spec.check_options(options, given, vae)
-    listing, columns = inspect_sources(options, cache, is_new=existing is None)
+    inputs = inspect_sources(options, cache, existing.identity.sources if existing else None)
     with plan_resources(options, existing.compute.backend if existing else "torch") as resources:
-        wanted = cache_spec.describe_cache(options, vae, resources, existing, columns)
+        wanted = cache_spec.describe_cache(options, vae, resources, existing, inputs.columns, inputs.classes)
         info = identity.create_or_load(cache, wanted)
-        outcome = run_encode(options, cache, info, vae, listing, resources, signals)
+        outcome = run_encode(options, cache, info, vae, inputs.listing, resources, signals)
     print_summary(options, cache, outcome)
     return outcome.code
 
 
-def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tuple[Listing, PassthroughColumns]:
-    """Return the files of the sources, and the columns that are copied from them.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """The files of the sources, and the columns that are copied from them. classes: of `--label-from-folder`."""
 
-    is_new: whether the cache does not exist yet. Raises SourceError without inputs, and UsageError for a new cache if
-    an option has no effect on these inputs.
+    listing: Listing
+    columns: PassthroughColumns
+    classes: tuple[str, ...] | None
+
+
+def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules | None) -> Inputs:
+    """Return the inputs. recorded: the rules of the existing cache; None for a new one.
+
+    Raises SourceError without inputs, and UsageError for a new cache if an option has no effect on these inputs.
     """
-    source_options = parse_source_options(options)
-    listing = list_sources(options.source, source_options, cache.url)
-    log_each(listing.notes, log_note)
+    source_options, rules = parse_source_options(options), cache_spec.make_source_rules(options)
+    listing = list_sources(options.source, source_options, cache.url, rules.include, rules.exclude)
+    limits = parse_limits(options.input_limit)
+    images, keys = options.image_column or None, options.key_column or None
+    reader = TableReader(source_options, limits, rules.text_encoding, images)
+    metadata = find_tables(listing.files, reader)
+    image_root = connection.make_absolute(options.image_root).rstrip("/") if options.image_root else ""
+    manifests = find_manifests(metadata.files, reader, keys, image_root)
+    listing = dataclasses.replace(listing, files=manifests.files, metadata=metadata.index)
+    classes, notes = None, list[str]()
+    if options.label_from_folder:
+        classes, notes = find_classes(listing.files, recorded.classes if recorded else None, metadata)
+    log_each([*listing.notes, *metadata.notes, *manifests.notes, *notes], log_note)
     shards = listing.files
     units = make_units(shards)
     archives = compression.find_archives(shards)
     if not units:
         problem = f"there are no tars, zips, Parquet or Arrow files, or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
-    if is_new:  # an option of an existing cache is part of its identity
+    if recorded is None:  # an option of an existing cache is part of its identity
         cache_spec.check_input_options(options, units)
     if archives:
         log_note(archives)
@@ -99,13 +128,14 @@ def inspect_sources(options: EncodeOptions, cache: Folder, is_new: bool) -> tupl
         log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
     if count := sum(map(is_result_cache, shards)):
         log_note(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
-    wanted = cache_spec.parse_columns(options)
-    if others := unit_files.count_other_files(shards, wanted or ()):
+    tables = [*metadata.schemas, *manifests.schemas, *describe_columns(classes)]
+    wanted, captions = cache_spec.parse_columns(options), rules.caption_extensions
+    if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
-        log_note(f"passed over files that are neither shards nor images: {counts}")
-    images, keys = options.image_column or None, options.key_column or None
-    limits = parse_limits(options.input_limit)
-    return listing, find_columns(shards, units, source_options, images, wanted, limits, keys)
+        hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
+        log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
+    columns = find_columns(shards, units, source_options, images, wanted, limits, keys, captions, tables)
+    return Inputs(listing, columns, classes)
 
 
 def run_encode(
@@ -125,13 +155,9 @@ def run_encode(
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
+        texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
         units, noticed = plan.extend_plan(
-            cache,
-            listing.files,
-            listing.sources,
-            options.new_source,
-            options.same_source,
-            texts=identity.parse_schema(info).columns.texts,
+            cache, listing.files, listing.sources, is_new, is_same, texts, metadata=listing.metadata
         )
         planned, units = len(units), units[: options.max_shards or None]
         finished = commits.list_finished_units(cache)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jobs.common_options import Common, same_source
 from jobs.parsing import REQUIRED, option
-from pipeline.records import Container, Crop, Flip, Interpolation, JpegDecode, Store
+from pipeline.records import Container, Crop, Flip, JpegDecode, Recipe, Store
 
 ALL = "all"
 
@@ -16,7 +16,8 @@ class EncodeOptions(Common):
 
     source: tuple[str, ...] = option(
         REQUIRED,
-        "tar shards, Parquet files with images, or folders of images, as files, directories, globs or brace ranges; "
+        "tar shards, Parquet files with images, folders of images, or manifests (JSONL, CSV or Parquet files that list "
+        "images), as files, directories, globs or brace ranges; "
         "NAME=SOURCE sets the name of the source (default: the name of its directory)",
         "input",
         metavar="SOURCE",
@@ -43,11 +44,21 @@ class EncodeOptions(Common):
         "model and performance",
         metavar="NAME",
     )
+    transform: Recipe = option(
+        "center-crop",
+        "recipe by which images are resized and cropped: center-crop, or exactly as a trainer does it "
+        "(center-crop-dhariwal, diffusers, sd-scripts, aspect-ratio-512, aspect-ratio-1024, aspect-ratio-2048), or "
+        "none if they are prepared already (see docs/inputs.md)",
+        "preprocessing",
+        metavar="RECIPE",
+    )
     resolution: int = option(
-        512,
-        "output size: resize the shorter side to PX, then crop to PX x PX",
+        0,
+        "output size: resize the shorter side to PX, then crop to PX x PX; with sd-scripts and none, the largest area "
+        "is PX x PX",
         "preprocessing",
         metavar="PX",
+        default_text="512; with none, 2048",
     )
     buckets: int = option(
         0,
@@ -57,10 +68,43 @@ class EncodeOptions(Common):
         default_text="off",
     )
     multiple_of: int = option(64, "make the sides of buckets multiples of PX", "preprocessing", metavar="PX")
+    min_bucket_reso: int = option(256, "shortest side of a bucket of sd-scripts", "preprocessing", metavar="PX")
+    max_bucket_reso: int = option(1024, "longest side of a bucket of sd-scripts", "preprocessing", metavar="PX")
+    bucket_reso_steps: int = option(
+        64, "make the sides of buckets of sd-scripts multiples of PX", "preprocessing", metavar="PX"
+    )
+    bucket_no_upscale: bool = option(
+        False, "never enlarge an image to a bucket of sd-scripts; buckets depend on the images", "preprocessing"
+    )
+    no_upscale: bool = option(
+        False,
+        "never enlarge an image: with --buckets, a small image keeps its size, cropped to multiples of --multiple-of; "
+        "otherwise it is skipped",
+        "preprocessing",
+    )
     min_size: int = option(
         0, "skip images whose shorter side is below PX pixels", "preprocessing", metavar="PX", default_text="off"
     )
-    interpolation: Interpolation = option("bicubic", "resampling filter; always antialiased", "preprocessing")
+    max_aspect: float = option(
+        0.0,
+        "skip images whose longer side is more than R times the shorter one",
+        "preprocessing",
+        metavar="R",
+        default_text="off",
+    )
+    min_std: float = option(
+        0.0,
+        "skip near-empty images, such as blank pages: those whose pixels, after the crop, have a standard deviation "
+        "below X gray levels of 255 (blank pages have less than 2, photographs mostly more than 20)",
+        "preprocessing",
+        metavar="X",
+        default_text="off",
+    )
+    interpolation: Literal["auto", "bicubic", "bilinear", "lanczos"] = option(
+        "auto",
+        "resampling filter; always antialiased; auto: lanczos with diffusers, otherwise bicubic",
+        "preprocessing",
+    )
     jpeg_decode: JpegDecode = option(
         "full",
         "scaled: decode large JPEGs at 1/2, 1/4 or 1/8 of their size, but at least at twice the output's; faster, but "
@@ -70,7 +114,28 @@ class EncodeOptions(Common):
     crop: Crop = option("center", "crop position; random: drawn from a seed of --seed, shard and key", "preprocessing")
     flip: Flip = option(
         "none",
-        "random: mirror half of the images, drawn from a seed of --seed, shard and key",
+        "both: store a second latent per image, latent_flipped, of the image mirrored left to right; takes twice the "
+        "time and space. random: mirror half of the images, drawn from a seed of --seed, shard and key; costs nothing, "
+        "but does not augment, because the draw is the same in every epoch: prefer both",
+        "preprocessing",
+    )
+    exif: Literal["auto", "apply", "ignore"] = option(
+        "auto", "apply: turn images by their EXIF orientation; auto: as the transform's recipe does", "preprocessing"
+    )
+    alpha: Literal["auto", "white", "black", "drop"] = option(
+        "auto",
+        "color behind transparent pixels; drop: keep the hidden colors, as most trainers do; auto: as the transform's "
+        "recipe does",
+        "preprocessing",
+    )
+    color: Literal["auto", "keep", "srgb"] = option(
+        "auto",
+        "srgb: convert images from their embedded color profile to sRGB; auto: keep, as all trainers do",
+        "preprocessing",
+    )
+    allow_truncated: bool = option(
+        False,
+        "accept images that lack their end, and mark them in the column 'truncated'; otherwise they are rejected",
         "preprocessing",
     )
     store: Store = option(
@@ -90,16 +155,58 @@ class EncodeOptions(Common):
         "output",
         metavar="NAME[,NAME...]",
     )
-    image_column: str = option(
-        "",
-        "Parquet or Arrow column that holds the images (COLUMN.FIELD inside a struct), or, in tars and zips, the "
-        "extension of the image of each sample, as in source.jpg",
+    caption_extensions: str = option(
+        "txt,json",
+        "extensions of the text files beside an image, or of a tar's members, that are columns",
+        "input",
+        metavar="EXT[,EXT...]",
+    )
+    text_encoding: str = option(
+        "utf-8",
+        "encoding of these text files, such as cp1252 or utf-16; a byte-order mark takes precedence",
         "input",
         metavar="NAME",
-        default_text="the column with bytes; jpg, png and the like",
+    )
+    include: tuple[str, ...] = option(
+        (),
+        "encode only images and shards whose path below the root matches GLOB; repeatable",
+        "input",
+        metavar="GLOB",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        "leave out files whose path below the root, name or folder matches GLOB, such as '*_mask.png' or rejected/; "
+        "repeatable",
+        "input",
+        metavar="GLOB",
+    )
+    label_from_folder: bool = option(
+        False,
+        "columns label and label_name from the folders directly below the root, numbered in sorted order from 0, as "
+        "torchvision does",
+        "input",
+    )
+    image_column: str = option(
+        "",
+        "Parquet or Arrow column that holds the images (COLUMN.FIELD in a struct); column of manifests and metadata "
+        "that holds their paths or URLs; in tars and zips, the extension of the image of each sample, as in source.jpg",
+        "input",
+        metavar="NAME",
+        default_text="the column with bytes; file_name, image_path, path, url or the like; jpg, png and the like",
     )
     key_column: str = option(
-        "", "Parquet or Arrow column that holds the keys", "input", metavar="NAME", default_text="the row number"
+        "",
+        "column of Parquet files, Arrow files and manifests that holds the keys",
+        "input",
+        metavar="NAME",
+        default_text="the row number; for paths in manifests, the path without its extension",
+    )
+    image_root: str = option(
+        "",
+        "folder that the paths in manifests are relative to, and in which their images are",
+        "input",
+        metavar="FOLDER",
+        default_text="the folder of the manifest",
     )
     max_shards: int = option(
         0,

@@ -37,6 +37,7 @@ def make_encode_spec(
         layout=identity.parse_schema(info),
         image_column=described.image_column,
         key_column=described.key_column,
+        source_rules=described.sources,
         seed=described.seed,
         rows_per_part=described.rows_per_part,
         tile_above=described.tile_above,

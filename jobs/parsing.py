@@ -118,7 +118,7 @@ def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
         arguments["action"] = "store_true"
     else:
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        arguments["metavar"] = "|".join(choices) or item.metadata["metavar"]
+        arguments["metavar"] = item.metadata["metavar"] or "|".join(choices)
         arguments["type"] = make_converter(item.name, hint)
     if item.metadata["positional"]:
         arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"

@@ -59,7 +59,7 @@ class OpenerActor:
             return error
         if opened is None:
             return None
-        return opened.pixels.numpy(), opened.original_height, opened.original_width, opened.fit
+        return opened.pixels.numpy(), opened.original_height, opened.original_width, opened.fit, opened.truncated
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +96,5 @@ def _make_result(answer: Any) -> Result:
     """Return the result of an image, with pixels of its own, so that Ray can free the block."""
     if answer is None or isinstance(answer, Exception):
         return answer
-    pixels, height, width, fit = answer
-    return OpenedImage(torch.from_numpy(pixels.copy()), height, width, fit)
+    pixels, *facts = answer
+    return OpenedImage(torch.from_numpy(pixels.copy()), *facts)

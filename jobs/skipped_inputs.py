@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, OTHER_IMAGES, STRAY
+from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, NO_ROW, OTHER_IMAGES, STRAY
 from pipeline.records import UnitReport
 from pipeline.text import printable
 
@@ -48,6 +48,10 @@ class SkippedInputs:
             lines.append(
                 "tars without a metadata file (.parquet) beside them, although columns of the cache come from there: "
                 f"{self.counts[NO_METADATA]:,}; their samples are encoded without these columns"
+            )
+        if self.counts[NO_ROW]:
+            lines.append(
+                f"samples of tars without a row in their metadata, whose columns are null: {self.counts[NO_ROW]:,}"
             )
         if self.files:
             more = f" and {len(self.files) - MAX_NAMES} more" if len(self.files) > MAX_NAMES else ""

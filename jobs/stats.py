@@ -1,5 +1,6 @@
 """`latentmill stats`: show the statistics of a cache, next to the constants of the VAE that made it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,17 +28,18 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_json({**content, "vae": {"reference": vae.reference, **vae.constants}})
     else:
-        print("\n".join(format_table(content, vae)), flush=True)
+        print("\n".join(format_table(content, vae, len(cache.layout.latent_names))), flush=True)
     return 0
 
 
-def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
+def format_table(content: Mapping[str, Any], vae: VaeInfo, latents_per_row: int) -> list[str]:
     """Return the lines of the report. content: stats.json. vae: the VAE's entry in cache.json."""
-    lines = [f"{count_noun(content['count'], 'latent')}, raw, made by {vae.reference}"]
+    images = f" of {count_noun(content['count'], 'image')} and their mirror images" if latents_per_row > 1 else ""
+    lines = [f"{count_noun(latents_per_row * content['count'], 'latent')}{images}, raw, made by {vae.reference}"]
     if content["count"]:
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
-        lines += [f"{name:<12} {bucket['count']:,}" for name, bucket in content["buckets"].items()]
+        lines += [f"{name:<12} {latents_per_row * bucket['count']:,}" for name, bucket in content["buckets"].items()]
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines += ["", f"rejected     {rejected}"]
     lines += [f"filtered     {content['filtered']:,}", f"enlarged     {content['enlarged']:,}"]
@@ -47,7 +49,7 @@ def format_table(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
 
 def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
     """Return a line per channel: the measured values, and the constants of the model's configuration if it has any."""
-    means, stds = vae.latents_mean, vae.latents_std
+    means, stds = pool_patches(vae)
     head = f"{'channel':>7} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}"
     lines = [head + (f"   {'model mean':>10} {'model std':>10}" if means and stds else "")]
     for channel in range(len(content["mean"])):
@@ -57,6 +59,22 @@ def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
             line += f"   {means[channel]:>10.4f} {stds[channel]:>10.4f}"
         lines.append(line)
     return lines
+
+
+def pool_patches(vae: VaeInfo) -> tuple[list[float], list[float]]:
+    """Return the mean and the standard deviation of each raw channel by the model's constants; empty if it has none.
+
+    With a patch_size, the constants are those of each position in a patch. They are pooled over the positions.
+    """
+    size = math.prod(vae.patch_size or (1, 1))
+    moments = list(zip(vae.latents_mean or (), vae.latents_std or (), strict=True))
+    means, stds = [], []
+    for start in range(0, len(moments), size):
+        patch = moments[start : start + size]
+        pooled = sum(mean for mean, _ in patch) / size
+        means.append(pooled)
+        stds.append(math.sqrt(sum(std**2 + (mean - pooled) ** 2 for mean, std in patch) / size))
+    return means, stds
 
 
 def format_constants(suggested: Mapping[str, Any], vae: VaeInfo) -> list[str]:

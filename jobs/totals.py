@@ -74,8 +74,10 @@ class RunTotals:
 
     @property
     def missing_texts(self) -> str:
-        """How many encoded images lack a text column that others have; empty if none does."""
+        """How many encoded images lack each kind of text; empty if none does, or if there are no such columns."""
         encoded = self.counts["encoded"]
+        if encoded and self.texts and not self.texts.total():
+            return f"none of {count_noun(encoded, 'image')} has a text ({', '.join(self.texts)})"
         missing = {name: encoded - count for name, count in self.texts.items() if count < encoded}
         return ", ".join(f"{count:,} of {encoded:,} images have no {name}" for name, count in missing.items())
 

@@ -12,6 +12,7 @@ from latentmill.errors import CacheError, IdentityError, LatentmillError, Storag
 if TYPE_CHECKING:
     from latentmill.cache import Cache
     from latentmill.cache_info import CacheInfo
+    from latentmill.micro_conditioning import time_ids
     from latentmill.scaling import Scaling
 
 __version__ = "0.1.0"
@@ -24,8 +25,14 @@ __all__ = [
     "Scaling",
     "StorageError",
     "__version__",
+    "time_ids",
 ]
-_MODULES = {"Cache": "latentmill.cache", "CacheInfo": "latentmill.cache_info", "Scaling": "latentmill.scaling"}
+_MODULES = {
+    "Cache": "latentmill.cache",
+    "CacheInfo": "latentmill.cache_info",
+    "Scaling": "latentmill.scaling",
+    "time_ids": "latentmill.micro_conditioning",
+}
 
 
 def __getattr__(name: str) -> Any:

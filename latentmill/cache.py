@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
-from latentmill.errors import IdentityError, NoCacheError
+from latentmill.errors import IdentityError, NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
@@ -75,19 +75,26 @@ class Cache:
         with self.folder.open(file) as stream:
             yield from read_rows(stream, file, wanted, columns, self.info.columns.texts, self.info.columns.binary)
 
-    def raw_latent(self, row: Mapping[str, Any]) -> "Tensor":
+    def raw_latent(self, row: Mapping[str, Any], flipped: bool = False) -> "Tensor":
         """Return the latent of a row as it is stored: [C, h, w] in the cache's dtype, on the CPU.
 
-        Of a cache of moments: [2C, h, w], the mean and then the log-variance.
+        Of a cache of moments: [2C, h, w], the mean and then the log-variance. flipped: return the latent of the image
+        mirrored left to right. Raises UsageError if the cache has none, because it was not made with `--flip both`.
         """
-        return to_tensor(row)
+        if not flipped:
+            return to_tensor(row)
+        if self.info.identity.preprocessing.flip != "both":
+            raise UsageError(
+                f"the cache {self.folder.url} has no flipped latents; encode the images into a new one with --flip both"
+            )
+        return to_tensor(row, "latent_flipped")
 
-    def model_latent(self, row: Mapping[str, Any]) -> "Tensor":
+    def model_latent(self, row: Mapping[str, Any], flipped: bool = False) -> "Tensor":
         """Return the latent of a row as a diffusion model sees it: scaled, [C, h, w] in the cache's dtype, on the CPU.
 
-        Of a cache of moments: the scaled mean.
+        Of a cache of moments: the scaled mean. flipped: see `raw_latent`.
         """
-        latent = to_tensor(row)
+        latent = self.raw_latent(row, flipped)
         if self.info.identity.store == "moments":
             latent = latent.chunk(2)[0]
         return self.scaling.to_model(latent)

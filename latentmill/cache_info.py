@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,27 +22,80 @@ from latentmill.typed_json import FieldError, parse_fields
 FORMAT = 1
 NAME = "cache.json"
 
+TransformName = Literal[
+    "center-crop",
+    "center-crop-dhariwal",
+    "diffusers",
+    "sd-scripts",
+    "aspect-ratio-512",
+    "aspect-ratio-1024",
+    "aspect-ratio-2048",
+    "none",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
     """How the pixels of an image are made.
 
     resolution: pixels of a square's side, or the side of a square with the area of the buckets. buckets: (height,
-    width) of each, in pixels; None for squares. multiple_of: of the buckets' sides, in pixels; None for squares.
-    min_size: images with a shorter side are filtered; 0 filters none. version: of the transform itself; it goes up if
-    the same settings give other pixels. jpeg_decode: "scaled" if large JPEGs were decoded at a reduced size; the file
-    has the field only then.
+    width) of each, in pixels; None for squares, and if the sizes depend on the images. multiple_of: of the sides, in
+    pixels; None for squares and tables. min_size: images with a shorter side are filtered; 0 filters none.
+    interpolation: None if the transform fixes it. flip: "random" if half of the images were mirrored, "both" if each
+    row has the latent of the mirrored image as well. version: of the transform itself; it goes up if the same settings
+    give other pixels. transform: the rule by which images are resized and cropped. jpeg_decode: "scaled" if large JPEGs
+    were decoded at a reduced size. min_bucket_reso, max_bucket_reso: of sd-scripts, in pixels. no_upscale: images that
+    would be enlarged keep their size, or are filtered. max_aspect: images with a longer side of more than this many
+    times the shorter one are filtered. min_std: images whose standard deviation is lower, in gray levels, are filtered;
+    0 filters none. exif: whether the EXIF orientation was applied. alpha: the color behind transparent pixels, or
+    "drop" if their own color was kept. color: "srgb" if embedded color profiles were converted. allow_truncated:
+    whether images that lack their end were accepted. The file has the fields with a default only if they have another
+    value.
     """
 
     resolution: int
     buckets: tuple[tuple[int, int], ...] | None
     multiple_of: int | None
     min_size: int
-    interpolation: Literal["bicubic", "bilinear", "lanczos"]
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None
     crop: Literal["center", "random"]
-    flip: Literal["none", "random"]
+    flip: Literal["none", "random", "both"]
     version: int
+    transform: TransformName = "center-crop"
     jpeg_decode: Literal["full", "scaled"] = "full"
+    min_bucket_reso: int | None = None
+    max_bucket_reso: int | None = None
+    no_upscale: bool = False
+    max_aspect: float | None = None
+    min_std: float = 0.0
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["white", "black", "drop"] = "white"
+    color: Literal["keep", "srgb"] = "keep"
+    allow_truncated: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry `preprocessing`, without defaults, so that later fields do not change an identity."""
+        values = asdict(self)
+        return {item.name: values[item.name] for item in fields(self) if values[item.name] != item.default}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRules:
+    """How the samples of the sources and their texts are found.
+
+    caption_extensions: of the text files beside an image that are columns unless `columns` names others.
+    text_encoding: of these files. include, exclude: the globs that choose files. classes: the sorted names of the
+    folders that give the column `label`; None if folders give no labels.
+    """
+
+    caption_extensions: tuple[str, ...] = ("txt", "json")
+    text_encoding: str = "utf-8"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
+
+
+_DEFAULT_RULES: Mapping[str, Any] = json.loads(canonical_json(asdict(SourceRules())))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +105,8 @@ class Identity:
     weights: sha256 of the VAE's weights. config: the fields of the VAE's configuration that change raw latents.
     store: the stored form of a posterior. dtype: of the stored latents. precision: of the computation. tile_above: side
     in pixels above which an image is encoded in tiles; None for never. columns: the requested columns; None for
-    all. image_column, key_column: of Parquet sources; None if they were found by their type or name.
+    all. image_column, key_column: of Parquet sources; None if they were found by their type or name. sources: how
+    samples and texts are found.
     """
 
     weights: str
@@ -68,13 +122,14 @@ class Identity:
     columns: tuple[str, ...] | None
     image_column: str | None
     key_column: str | None
+    sources: SourceRules = SourceRules()  # the file has only the fields that differ from the default
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry `identity` of cache.json."""
-        content: dict[str, Any] = json.loads(canonical_json(asdict(self)))
-        if self.preprocessing.jpeg_decode == "full":  # so that the sha256 is that of caches from before the option
-            del content["preprocessing"]["jpeg_decode"]
-        return content
+        content: dict[str, Any] = asdict(self) | {"preprocessing": self.preprocessing.to_dict()}
+        plain: dict[str, Any] = json.loads(canonical_json(content))
+        rules = {name: value for name, value in plain.pop("sources").items() if value != _DEFAULT_RULES[name]}
+        return {**plain, "sources": rules} if rules else plain
 
     @property
     def sha256(self) -> str:
@@ -98,7 +153,11 @@ class ComputeInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeInfo:
-    """The VAE that made the latents: its reference (`--vae`), its config.json, and the constants of its scaling."""
+    """The VAE that made the latents: its reference (`--vae`), its config.json, and the constants of its scaling.
+
+    patch_size: height and width of the patches of raw latents that model latents have as channels; None for no patches.
+    latents_mean and latents_std are of these channels (`latentmill.scaling`).
+    """
 
     reference: str
     config: Mapping[str, Any]
@@ -106,15 +165,17 @@ class VaeInfo:
     shift_factor: float | None
     latents_mean: tuple[float, ...] | None
     latents_std: tuple[float, ...] | None
+    patch_size: tuple[int, int] | None = None
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constants by their names in a config.json, lists as lists."""
+        """The constants of `Scaling.from_constants` by name, lists as lists."""
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
             "latents_mean": self.latents_mean and list(self.latents_mean),
             "latents_std": self.latents_std and list(self.latents_std),
+            "patch_size": self.patch_size and list(self.patch_size),
         }
 
 
@@ -164,7 +225,9 @@ class CacheInfo:
     def scaling(self) -> Scaling:
         """The rule between the raw latents in the cache and model latents."""
         vae = self.vae
-        return Scaling.from_constants(vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std)
+        return Scaling.from_constants(
+            vae.scaling_factor, vae.shift_factor, vae.latents_mean, vae.latents_std, vae.patch_size
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of cache.json in its order, without the file's own sha256."""
@@ -215,6 +278,6 @@ def _find_unknown_field(written: Mapping[str, Any], known: Mapping[str, Any]) ->
     for name, value in written.items():
         if name not in known:
             return name
-        if name == "preprocessing" and (inner := _find_unknown_field(value, known[name])):
+        if name in ("preprocessing", "sources") and (inner := _find_unknown_field(value, known[name])):
             return f"{name}.{inner}"
     return ""

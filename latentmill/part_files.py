@@ -1,7 +1,7 @@
 """The files with the rows of a cache, Parquet and WebDataset: their rows, their record, their latents as tensors.
 
 A row is a dict with the same fields in both containers: `key`, `shard`, `latent` (the values as bytes, in C order),
-`shape`, `dtype`, the geometry of the image, and the passed-through columns.
+`latent_flipped` if the cache has it, `shape`, `dtype`, the geometry of the image, and the passed-through columns.
 """
 
 import io
@@ -31,12 +31,15 @@ SAMPLE_JSON = ".latent.json"
 _npy_lock = threading.Lock()
 
 
-def to_tensor(row: Mapping[str, Any]) -> "Tensor":
-    """Return the raw latent of a row: [C, h, w] in the cache's dtype, on the CPU; of moments [2C, h, w]."""
+def to_tensor(row: Mapping[str, Any], column: str = "latent") -> "Tensor":
+    """Return the raw latent of a row: [C, h, w] in the cache's dtype, on the CPU; of moments [2C, h, w].
+
+    column: `latent`, or `latent_flipped` of a cache with `--flip both`.
+    """
     import torch
 
     dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    return torch.frombuffer(bytearray(row["latent"]), dtype=dtypes[row["dtype"]]).reshape(row["shape"])
+    return torch.frombuffer(bytearray(row[column]), dtype=dtypes[row["dtype"]]).reshape(row["shape"])
 
 
 def read_rows(
@@ -100,15 +103,21 @@ def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str
             if member.name.endswith((".latent.npy", ".moments.npy")):  # the first member of a sample
                 if row:
                     yield row
-                with _npy_lock:
-                    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-                row = {"latent": array.tobytes()} | dict.fromkeys(texts)
+                row = {"latent": _read_npy(data)} | dict.fromkeys(texts)
+            elif member.name.endswith((".latent_flipped.npy", ".moments_flipped.npy")):
+                row["latent_flipped"] = _read_npy(data)
             elif member.name.endswith(SAMPLE_JSON):
                 row |= json.loads(data)
             elif (name := member.name[len(row["key"]) + 1 :]) in texts:
                 row[name] = data if name in binary else data.decode()
     if row:
         yield row
+
+
+def _read_npy(data: bytes) -> bytes:
+    """Return the values of an array, in C order."""
+    with _npy_lock:
+        return bytes(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).tobytes())
 
 
 def read_record_json(data: bytes, name: str) -> bytes:

@@ -9,7 +9,9 @@ The rule of a model family follows from the constants in its VAE's configuration
     shift_factor                   (z - shift_factor) * scaling_factor            (SD3, FLUX.1)
     otherwise                      z * scaling_factor                             (SD 1 and 2, SDXL)
 
-A family whose rule is (z - mean) / std has scaling_factor 1.
+A family whose rule is (z - mean) / std has scaling_factor 1. If there is a patch_size (FLUX.2), z is packed first:
+patches of positions become channels, in the order channel, row, column. latents_mean and latents_std are then those of
+the packed channels.
 """
 
 from collections.abc import Sequence
@@ -22,10 +24,15 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `latentmill --help` need
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """The rule model = (raw - shift) * scale. shift, scale: one value for all channels, or one per channel."""
+    """The rule model = (pack(raw) - shift) * scale.
+
+    shift, scale: one value for all channels, or one per channel of the model latents. patch: height and width of the
+    patches [C, p, q] of raw latents that are one position [C*p*q] of the model latents; (1, 1): nothing is packed.
+    """
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
+    patch: tuple[int, int] = (1, 1)
 
     @classmethod
     def from_constants(
@@ -34,21 +41,50 @@ class Scaling:
         shift_factor: float | None = None,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        patch_size: tuple[int, int] | None = None,
     ) -> "Scaling":
-        """Return the rule that the constants of a VAE's configuration imply."""
+        """Return the rule that the constants of a VAE imply: those under `vae` in cache.json."""
+        patch = patch_size or (1, 1)
         if latents_mean is not None and latents_std is not None:
-            return cls(tuple(latents_mean), tuple(scaling_factor / std for std in latents_std))
-        return cls((shift_factor or 0.0,), (scaling_factor,))
+            return cls(tuple(latents_mean), tuple(scaling_factor / std for std in latents_std), patch)
+        return cls((shift_factor or 0.0,), (scaling_factor,), patch)
 
     def to_model(self, raw: "Tensor") -> "Tensor":
-        """Return the model latents of raw latents [..., C, h, w], of the same shape and dtype."""
-        shift, scale = self._make_constants_like(raw)
-        return (raw - shift) * scale
+        """Return the model latents of raw latents [..., C, h, w], of the same dtype.
+
+        They have the same shape, or [..., C*p*q, h/p, w/q] if patches are packed. Raises ValueError if h or w is not a
+        multiple of the patch's side.
+        """
+        packed = self._pack(raw)
+        shift, scale = self._make_constants_like(packed)
+        return (packed - shift) * scale
 
     def to_raw(self, model: "Tensor") -> "Tensor":
-        """Return the raw latents of model latents [..., C, h, w], of the same shape and dtype."""
+        """Return the raw latents of model latents, of the same dtype: the inverse of `to_model`."""
         shift, scale = self._make_constants_like(model)
-        return model / scale + shift
+        return self._unpack(model / scale + shift)
+
+    def _pack(self, raw: "Tensor") -> "Tensor":
+        """Return latents [..., C, h, w] as [..., C*p*q, h/p, w/q]."""
+        if self.patch == (1, 1):
+            return raw
+        (*batch, channels, rows, columns), (height, width) = raw.shape, self.patch
+        if rows % height or columns % width:
+            sides = f"{rows} x {columns}"
+            raise ValueError(
+                f"latents of {sides} cannot be packed: the sides must be multiples of {height} and {width}"
+            )
+        patches = raw.reshape(*batch, channels, rows // height, height, columns // width, width)
+        return patches.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
+
+    def _unpack(self, packed: "Tensor") -> "Tensor":
+        """Return latents [..., C*p*q, h, w] as [..., C, h*p, w*q]."""
+        if self.patch == (1, 1):
+            return packed
+        *batch, channels, rows, columns = packed.shape
+        height, width = self.patch
+        patches = packed.reshape(*batch, channels // (height * width), height, width, rows, columns)
+        return patches.movedim((-4, -3), (-3, -1)).flatten(-2).flatten(-3, -2)
 
     def _make_constants_like(self, latents: "Tensor") -> "tuple[Tensor, Tensor]":
         """Return shift and scale as [C or 1, 1, 1], of the dtype and on the device of the latents."""

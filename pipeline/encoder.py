@@ -18,8 +18,9 @@ from pipeline.jax_model import JaxModel
 from pipeline.records import AttentionKernel, Backend, EncodedImage, Form, PreparedImage, Store
 from pipeline.staging import Staging
 from pipeline.weights import Vae
-from vae import AutoencoderKL
+from vae import Autoencoder
 from vae.attention import PerImage
+from vae.auto import class_of
 from vae.fast import compile_encoder, disable_malloc_trim, fuse_encoder, optimize_for_cpu
 from vae.posterior import DiagonalGaussianDistribution
 
@@ -73,7 +74,7 @@ class ComputeConfig:
         return replace(self, batch_size=max(1, self.batch_size // 2))
 
 
-def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> AutoencoderKL:
+def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None) -> Autoencoder:
     """Build the model on its device and in its precision. tile_above: side in pixels, see `LatentEncoder`.
 
     Raises VaeError if the form needs a package that is not installed.
@@ -85,7 +86,7 @@ def build_model(vae: Vae, compute: ComputeConfig, tile_above: int | None = None)
     if compute.device == "cpu":
         torch.set_num_threads(compute.threads)
     with torch.device("meta"):
-        model = AutoencoderKL.from_config(vae.config)
+        model = class_of(vae.config)(**vae.config)
     model.load_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()}, assign=True)
     model.to(compute.device, PRECISIONS[compute.precision], memory_format=compute.memory_format)  # type: ignore[call-overload]
     if compute.attention == "per-image":
@@ -132,14 +133,27 @@ def configure_cuda(precision: str) -> None:
     torch.backends.cudnn.deterministic = True
 
 
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """An image as the model sees it. is_flipped: mirrored left to right."""
+
+    image: PreparedImage
+    is_flipped: bool = False
+
+    def derive_seed(self, seed: int) -> int:
+        """Return the seed of a sample of its posterior. seed: of the cache."""
+        return derive_seed(seed, "sample_flipped" if self.is_flipped else "sample", self.image.shard, self.image.key)
+
+
 @dataclass(slots=True)
 class LaunchedBatch:
-    """A batch that a device encodes. latents, is_finite: [B, ...] and [B], valid once `done` has happened.
+    """A batch that a device encodes. latents, is_finite: [N, ...] and [N], valid once `done` has happened.
 
+    inputs: one per image, in order, followed by one per flipped image, in the same order, if these are encoded.
     buffers: pinned memory that is in use until then.
     """
 
-    images: Sequence[PreparedImage]
+    inputs: Sequence[ModelInput]
     latents: Tensor
     is_finite: Tensor
     done: "torch.cuda.Event | None" = None
@@ -152,6 +166,8 @@ class LatentEncoder:
     store: the stored part of the posterior: its `mode`, a `sample` that follows from `seed`, shard and key, or its
     `moments` (mean and log-variance).
     tile_above: images with a side of more pixels than this are encoded in tiles of this size.
+    has_flipped: whether each image is encoded a second time, mirrored left to right. Images and flipped images fill the
+    same batches.
     """
 
     def __init__(
@@ -162,6 +178,7 @@ class LatentEncoder:
         store: Store = "mode",
         seed: int = 0,
         tile_above: int | None = None,
+        has_flipped: bool = False,
     ) -> None:
         self.compute = compute  # the batch size is halved if memory does not suffice
         self.dtype = DTYPES[dtype]
@@ -170,9 +187,10 @@ class LatentEncoder:
         self.images = 0
         self.runs = 0  # of the encoder; a tiled image takes one run per tile
         self.tile_above = tile_above
+        self.has_flipped = has_flipped
         self._vae = vae
         self.model = self._build_model(compute)
-        self._fp32_model: AutoencoderKL | JaxModel | None = None  # built when the first latent overflows
+        self._fp32_model: Autoencoder | JaxModel | None = None  # built when the first latent overflows
         self.runs_ahead = (compute.backend, compute.device) == ("torch", "cuda")
         self._staging = Staging(compute.device if compute.backend == "torch" else "cpu")
 
@@ -184,25 +202,29 @@ class LatentEncoder:
     def encode(self, images: Sequence[PreparedImage]) -> Sequence[EncodedImage]:
         """Encode images of one bucket. Each latent is [2C, H/f, W/f] if moments are stored.
 
-        A latent that is not finite is encoded again in float32. If it is still not finite, it becomes a Rejected.
+        A latent that is not finite is encoded again in float32. If it is still not finite, it becomes a Rejected. With
+        flipped latents, an image is rejected if either is not finite.
         Raises VaeError if the device's memory does not suffice for a single image.
         """
         return self.finish(self.launch(images))
 
     def launch(self, images: Sequence[PreparedImage]) -> LaunchedBatch:
         """Start to encode images of one bucket. On CUDA, the device works on after this returns. Raises VaeError."""
-        latents, buffers = self._run_in_memory(self.model, images)
+        inputs = [ModelInput(image) for image in images]
+        if self.has_flipped:
+            inputs += [ModelInput(image, is_flipped=True) for image in images]
+        latents, buffers = self._run_in_memory(self.model, inputs)
         is_finite = latents.isfinite().flatten(1).all(dim=1)
         if not self.runs_ahead:
             self._staging.release(buffers)
-            return LaunchedBatch(images, latents, is_finite)
+            return LaunchedBatch(inputs, latents, is_finite)
         host_latents = self._staging.take(latents.shape, latents.dtype)
         host_finite = self._staging.take(is_finite.shape, is_finite.dtype)
         host_latents.copy_(latents, non_blocking=True)
         host_finite.copy_(is_finite, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return LaunchedBatch(images, host_latents, host_finite, done, [*buffers, host_latents, host_finite])
+        return LaunchedBatch(inputs, host_latents, host_finite, done, [*buffers, host_latents, host_finite])
 
     def is_fatal(self, error: Exception) -> bool:
         """Whether an error means that every later batch fails as well."""
@@ -220,11 +242,15 @@ class LatentEncoder:
         if launched.buffers:
             latents = latents.clone()  # the pinned memory is used again
             self._staging.release(launched.buffers)
-        self.images += len(launched.images)
-        return [
-            EncodedImage(latent) if finite else self._encode_in_fp32(image)
-            for image, latent, finite in zip(launched.images, latents, is_finite, strict=True)
+        results = [
+            EncodedImage(latent) if finite else self._encode_in_fp32(item)
+            for item, latent, finite in zip(launched.inputs, latents, is_finite, strict=True)
         ]
+        if self.has_flipped:
+            half = len(results) // 2
+            results = [result.with_flipped(other) for result, other in zip(results[:half], results[half:], strict=True)]
+        self.images += len(results)
+        return results
 
     def check_precision(self) -> float | None:
         """Encode two synthetic images also in float32, and return the relative root mean square error of the latents.
@@ -248,7 +274,7 @@ class LatentEncoder:
             )
         return error
 
-    def _build_model(self, compute: ComputeConfig) -> "AutoencoderKL | JaxModel":
+    def _build_model(self, compute: ComputeConfig) -> "Autoencoder | JaxModel":
         """Build a model whose encoder counts its runs."""
         if compute.backend == "jax":
             return JaxModel(self._vae, compute.device, compute.precision, compute.threads, self._on_run)
@@ -261,17 +287,17 @@ class LatentEncoder:
         self.runs += 1
 
     def _run_in_memory(
-        self, model: AutoencoderKL | JaxModel, images: Sequence[PreparedImage]
+        self, model: Autoencoder | JaxModel, inputs: Sequence[ModelInput]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the model. Halve the batch size, also for later batches, each time that memory does not suffice."""
         while True:
             try:
-                return self._run(model, images)
+                return self._run(model, inputs)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.compute.batch_size == 1:
-                    height, width = images[0].bucket
+                    height, width = inputs[0].image.bucket
                     backend = "--backend torch and " if self.compute.backend == "jax" else ""
                     raise VaeError(
                         f"out of memory on {self.compute.device} while encoding a single image of {height}x{width} "
@@ -282,39 +308,43 @@ class LatentEncoder:
             if self.compute.device in ("cuda", "mps"):
                 getattr(torch, self.compute.device).empty_cache()
 
-    def _run(self, model: AutoencoderKL | JaxModel, images: Sequence[PreparedImage]) -> tuple[Tensor, list[Tensor]]:
-        """Return the latents [B, ...] on the device, and the pinned memory that it still reads."""
+    def _run(self, model: Autoencoder | JaxModel, inputs: Sequence[ModelInput]) -> tuple[Tensor, list[Tensor]]:
+        """Return the latents [N, ...] on the device, and the pinned memory that it still reads.
+
+        inputs: flipped ones last. They are flipped on the device, so that no second copy of the pixels waits for it.
+        """
         size = self.compute.batch_size
         outputs, buffers = [], []
         with torch.inference_mode():
-            for start in range(0, len(images), size):
-                chunk = images[start : start + size]
-                pixels = self._staging.collate([image.pixels for image in chunk], size)
-                buffers.append(pixels)
-                posterior = encode_pixels(model, self._staging.to_device(pixels), self.compute)
+            for start in range(0, len(inputs), size):
+                chunk = inputs[start : start + size]
+                buffers.append(self._staging.collate([item.image.pixels for item in chunk], size))
+                pixels = self._staging.to_device(buffers[-1])
+                if chunk[-1].is_flipped:
+                    first = sum(not item.is_flipped for item in chunk)
+                    pixels[first:] = pixels[first:].flip(2)
+                posterior = encode_pixels(model, pixels, self.compute)
                 latents = self._convert_to_stored_form(posterior, [*chunk, *[chunk[-1]] * (size - len(chunk))])
                 outputs.append(latents[: len(chunk)].to(self.dtype))
             return torch.cat(outputs), buffers
 
-    def _convert_to_stored_form(
-        self, posterior: DiagonalGaussianDistribution, images: Sequence[PreparedImage]
-    ) -> Tensor:
+    def _convert_to_stored_form(self, posterior: DiagonalGaussianDistribution, inputs: Sequence[ModelInput]) -> Tensor:
         """Return the stored form of a batch's posteriors. Noise is drawn on the CPU, so it is equal on all devices."""
         if self.store == "mode":
             return posterior.mode()
         if self.store == "moments":
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
         shape = posterior.mean.shape[1:]
-        seeds = [derive_seed(self.seed, "sample", image.shard, image.key) for image in images]
+        seeds = [item.derive_seed(self.seed) for item in inputs]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
 
-    def _encode_in_fp32(self, image: PreparedImage) -> EncodedImage:
+    def _encode_in_fp32(self, item: ModelInput) -> EncodedImage:
         """Encode one image in float32. Its latent is a Rejected if it is not finite in float32 either."""
         if self.model.dtype != torch.float32:
             if self._fp32_model is None:
                 self._fp32_model = self._build_model(replace(self.compute, precision="fp32"))
-            latents, buffers = self._run_in_memory(self._fp32_model, [image])
+            latents, buffers = self._run_in_memory(self._fp32_model, [item])
             latent = latents[0].cpu()
             self._staging.release(buffers)
             if bool(latent.isfinite().all()):
@@ -353,7 +383,7 @@ def make_checked_image(seed: int) -> Tensor:
     return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def encode_checked_images(model: AutoencoderKL | JaxModel, compute: ComputeConfig) -> Tensor:
+def encode_checked_images(model: Autoencoder | JaxModel, compute: ComputeConfig) -> Tensor:
     """Return the latents of the self-check's images, float64 [CHECKED_IMAGES, C, H/f, W/f] on the CPU."""
     pixels = torch.stack([make_checked_image(number) for number in range(CHECKED_IMAGES)])
     if compute.backend == "torch":
@@ -363,7 +393,7 @@ def encode_checked_images(model: AutoencoderKL | JaxModel, compute: ComputeConfi
 
 
 def encode_pixels(
-    model: AutoencoderKL | JaxModel, pixels: Tensor, compute: ComputeConfig
+    model: Autoencoder | JaxModel, pixels: Tensor, compute: ComputeConfig
 ) -> DiagonalGaussianDistribution:
     """Return the posteriors of images, uint8 [B, H, W, 3]: for torch on the model's device, for JAX on the CPU."""
     if isinstance(model, JaxModel):

@@ -55,13 +55,16 @@ REASONS: dict[str, str] = {
     "duplicate_key": "another image of the shard has this key",
     "several_images": "the image column has {} images in this row: write one row per image",
     "no_key": "the key column has no value in this row",
+    "not_found": "there is no file at the path or URL of the image, or its server refuses it",
+    "outside_root": "the path of the image is outside the folder of the images (--image-root), or its URL is of a kind "
+    "that is not read",
     "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
     "unsupported_member": "the image, or a text beside it, is encrypted in its archive, or not compressed by deflate",
     "corrupt_member": "the image, or a text beside it, does not have the size and the checksum that its archive states",
     "unreadable": "the permissions of the image, or of a text beside it, forbid reading it",
     "bad_key": "the key is empty, is longer than {} bytes, is not UTF-8, has control characters, or is a path that "
     "is absolute, ends with `/`, contains `.` or `..`, or is skipped by tar readers",
-    "bad_text": "the column {} is not UTF-8 text, or occurs twice",
+    "bad_text": "the column {} is not text in its encoding (--text-encoding), or occurs twice",
     "text_too_long": "the column {} has more than {} bytes",
     "columns_too_large": "the columns take {} bytes, but a row's share of its part is {}; "
     "a smaller --rows-per-part raises it",
@@ -70,9 +73,13 @@ REASONS: dict[str, str] = {
     "too_many_bytes": "the image has {} bytes, but the limit is {}",
     "too_many_pixels": "the image has {} x {} pixels, but the limit is {} in total and {} per side",
     "not_an_image": "the bytes are not a supported image format",
+    "unsupported_format": "the image is in the format {}, which is not supported; convert it",
+    "missing_plugin": "the image is in the format {}, and its plugin is missing; run `pip install {}`",
     "corrupt": "the image is corrupt or truncated",
     "unsafe": "decoding the image ended its process, or took more than {} s or {} bytes of memory",
-    "unsupported_mode": "the pixel mode is not supported (32-bit integer or float)",
+    "wrong_size": "the image has {} x {} pixels, but with --transform none both sides must be multiples of {}, and "
+    "their area at most {} x {} pixels (--resolution)",
+    "unsupported_mode": "the pixel mode is not supported (such as 32-bit integers or floats)",
     "not_finite": "the latent is not finite, even in float32",
 }
 

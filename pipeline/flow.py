@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
+from latentmill.cache_info import SourceRules
 from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
 from pipeline.cache.part_info import PartInfo
@@ -47,7 +48,8 @@ IMAGES_IN_FLIGHT_BYTES = 2 << 30  # of the opened images of a worker that wait f
 class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
-    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources.
+    identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources. source_rules: how texts
+    are read.
     open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the worker has
     cores.
     remote_openers: openers on other machines, in addition.
@@ -76,6 +78,7 @@ class EncodeSpec:
     versions: Mapping[str, str]
     candidates: tuning.Candidates | None = None
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    source_rules: SourceRules = SourceRules()
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
         """Build the worker and load its model. stop: set when the job is to stop."""
@@ -85,7 +88,9 @@ class EncodeSpec:
             )
             return replace(self, compute=compute, candidates=None).build(vae, stop)
         opener = self.start_openers()  # processes start while the model is loaded
-        encoder = LatentEncoder(vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above)
+        encoder = LatentEncoder(
+            vae, self.compute, self.dtype, self.layout.store, self.seed, self.tile_above, self.layout.has_flipped
+        )
         error = encoder.check_precision()
         loop = DeviceLoop(encoder, self.units_in_flight, self.samples_in_flight, self.openers)
         pool = ThreadPoolExecutor(self.openers, thread_name_prefix="open")
@@ -124,7 +129,7 @@ class EncodeSpec:
         """
         if self.compute.device == "cpu":
             return 2
-        return 8 if self.transform.buckets else 4
+        return 8 if len(self.transform.output_sizes) > 1 else 4
 
     @property
     def openers(self) -> int:
@@ -134,9 +139,9 @@ class EncodeSpec:
     @property
     def samples_in_flight(self) -> int:
         """The number of samples between the readers and the model: as many as full batches need, bounded in bytes."""
-        buckets, batch = max(1, len(self.transform.buckets)), self.compute.batch_size
+        buckets, batch = len(self.transform.output_sizes), self.compute.batch_size
         wanted = buckets * (batch - 1) + 2 * self.openers + 4 * batch
-        image_bytes = 3 * self.transform.resolution**2
+        image_bytes = 3 * self.transform.max_pixels
         return max(self.openers + batch, min(wanted, IMAGES_IN_FLIGHT_BYTES // image_bytes))
 
 

@@ -1,5 +1,7 @@
 """A FlaxAutoencoderKL on one device, for `--backend jax`. It takes and returns torch's tensors. Needs the extra `jax`.
 
+It also runs FLUX.2's class, whose raw latents are made in the same way.
+
 Float32 means full precision on every device. Each shape of batch is compiled once, and compiled code is kept on disk
 (CACHE, or JAX_COMPILATION_CACHE_DIR), because it takes seconds per shape on a CPU, and longer on a TPU.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import UsageError, VaeError
 from pipeline.weights import Vae
+from vae import VaeConfig
 from vae.posterior import DiagonalGaussianDistribution
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentmill/jax"
@@ -77,13 +80,17 @@ class JaxModel:
 
         if not has_device(device):
             raise VaeError(f"JAX finds no {device} here; install jax for it, or use another --device")
+        if vae.config.decoder_channels != vae.config.block_out_channels:
+            raise VaeError(f"the decoder of {vae.ref} has other channels than its encoder: use --backend torch")
         self.config = vae.config
         self._on_run = on_run
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         self._device = _list_devices(device)[0]
-        model = FlaxAutoencoderKL(**vae.config, dtype=jnp.float32 if precision == "fp32" else jnp.bfloat16)
+        fields = {name: vae.config[name] for name in VaeConfig.__dataclass_fields__}
+        model = FlaxAutoencoderKL(**fields, dtype=jnp.float32 if precision == "fp32" else jnp.bfloat16)
+        weights = {name: torch.tensor(values) for name, values in vae.weights.items() if not name.startswith("bn.")}
         with jax.default_device(self._device):
-            params = model.convert_state_dict({name: torch.tensor(values) for name, values in vae.weights.items()})
+            params = model.convert_state_dict(weights)
             self._params = params if precision == "fp32" else model.to_bf16(params)
         self._encode: Any = jax.jit(lambda params, pixels: encode_pixels(model, params, pixels))
         self._decode: Any = jax.jit(

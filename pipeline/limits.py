@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import Rejected
-from pipeline.text import CONTROL
+from pipeline.text import CONTROL, decode_text, join_tags
 from pipeline.values import iter_texts, size_in_bytes
 
+TAGS = "tags"  # the text whose lines are single tags
 _HIDDEN = re.compile(r"__[^/]*__/")  # webdataset skips folders of a shard that have such names
 
 
@@ -22,11 +23,12 @@ class Limits:
     image_bytes: bytes of an encoded image. pixels, side: pixels of a decoded image, in total and of its longer side;
     checked before it is decoded. text_bytes: bytes of a caption, or of any other text beside an image.
     key_bytes: bytes of a key. columns_bytes: bytes of memory for the columns of a part's rows until the part is
-    written; each row may take an equal share. members: files in a tar. header_bytes: bytes of one extended header of a
-    tar. footer_bytes: bytes of a Parquet file's footer.
-    batch_bytes: bytes of a record batch of an Arrow file. expansion: how many times larger than its file the content
-    of a gzip file may be, beyond its first GiB. seconds, memory: seconds and bytes of memory for one image, if
-    it is decoded in a separate process because a worker died.
+    written; each row may take an equal share. members: files in a tar or a zip. table_bytes: bytes of memory for the
+    tables of metadata and paths that a process keeps. header_bytes: bytes of one extended header of a tar.
+    footer_bytes: bytes of a Parquet file's footer, or of a zip's directory. batch_bytes: bytes of a record batch of an
+    Arrow file. expansion: how many times larger than its file the content of a gzip file may be, beyond its first GiB.
+    seconds, memory: seconds and bytes of memory for one image, if it is decoded in a separate process because a worker
+    died.
     """
 
     image_bytes: int = 64 << 20
@@ -36,6 +38,7 @@ class Limits:
     columns_bytes: int = 1 << 30
     key_bytes: int = 512
     members: int = 1_000_000
+    table_bytes: int = 1 << 30
     header_bytes: int = 1 << 20
     footer_bytes: int = 64 << 20
     batch_bytes: int = 512 << 20
@@ -79,16 +82,17 @@ def check_share(columns: Mapping[str, object], rows: int, limits: Limits) -> Non
         raise Rejected("read", "columns_too_large", size, share)
 
 
-def check_text(data: bytes | None, name: str, limits: Limits) -> str | None:
-    """Return the text in a file beside an image, without a byte-order mark. Return None if `data` is None.
+def check_text(data: bytes | None, name: str, limits: Limits, encoding: str = "utf-8") -> str | None:
+    """Return the text in a file beside an image (`decode_text`), and tags on one line. Return None if `data` is None.
 
-    Raises Rejected if it is too long, or is not UTF-8.
+    name: the extension of the file. Raises Rejected if the text is too long, or is not in the encoding.
     """
     if data is None:
         return None
     if len(data) > limits.text_bytes:
         raise Rejected("read", "text_too_long", name, limits.text_bytes)
     try:
-        return data.decode("utf-8-sig")
+        text = decode_text(data, encoding)
+        return join_tags(text) if name == TAGS else text
     except UnicodeDecodeError:
         raise Rejected("read", "bad_text", name) from None

@@ -93,7 +93,7 @@ class PartBuffer:
         if isinstance(encoded.latent, Rejected):
             self.add(Reject.from_error(image.position, image.key, encoded.latent))
         else:
-            self.add(Row(image.drop_pixels(), encoded.latent), encoded.is_fallback)
+            self.add(Row(image.drop_pixels(), encoded.latent, encoded.latent_flipped), encoded.is_fallback)
 
     def sort(self) -> None:
         """Sort the rows by bucket, then by position, and the rejects by position."""
@@ -185,7 +185,7 @@ class UnitWriter:
         buffer.sort()
         self.encoded += len(buffer.rows)
         self.fp32_fallbacks += buffer.fp32_fallbacks
-        self.texts += tally.count_texts(buffer.rows, self.spec.layout.columns.texts)
+        self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
         record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
             return parts.publish_part(self.spec.cache, record, buffer.rows, self.spec.layout)

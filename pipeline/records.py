@@ -11,14 +11,78 @@ if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help
 
 JpegDecode = Literal["full", "scaled"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+Recipe = Literal[
+    "center-crop",
+    "center-crop-dhariwal",
+    "diffusers",
+    "sd-scripts",
+    "aspect-ratio-512",
+    "aspect-ratio-1024",
+    "aspect-ratio-2048",
+    "none",
+]  # of `--transform`, see `pipeline.images.recipes`
 Crop = Literal["center", "random"]
-Flip = Literal["none", "random"]
+Flip = Literal["none", "random", "both"]
+Exif = Literal["apply", "ignore"]
+Alpha = Literal["white", "black", "drop"]
+Color = Literal["keep", "srgb"]
 Container = Literal["parquet", "webdataset"]
 Store = Literal["mode", "sample", "moments"]
 Backend = Literal["torch", "jax"]  # that runs the model
 Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.encoder.ComputeConfig`
 AttentionKernel = Literal["sdpa", "per-image"]
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
+# The extensions of images: of formats that are read, that a plugin reads, and that are rejected. The bytes decide.
+_READ = (
+    *("jpg", "jpeg", "jpe", "jfif", "jif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "avif", "avifs"),
+    *("tif", "tiff", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico"),
+    *("icb", "vda", "vst", "qoi", "dds", "pcx", "sgi", "rgb", "rgba", "bw"),
+)
+_BY_PLUGIN = ("heic", "heif", "hif", "jxl")
+_REJECTED = (
+    *("svg", "svgz", "eps", "wmf", "emf", "psd", "psb", "xcf", "kra", "exr", "hdr", "icns", "cur", "blp", "dcx"),
+    *(
+        "jxr",
+        "wdp",
+        "hdp",
+        "bpg",
+        "flif",
+        "jls",
+        "djvu",
+        "dcm",
+        "fits",
+        "fli",
+        "flc",
+        "msp",
+        "pcd",
+        "ras",
+        "xbm",
+        "xpm",
+    ),
+    *("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr"),
+    *(
+        "xbm",
+        "xpm",
+        "im",
+        "palm",
+        "pxr",
+        "gbr",
+        "ftc",
+        "ftu",
+        "fit",
+        "iim",
+        "fff",
+        "erf",
+        "mrw",
+        "rwl",
+        "iiq",
+        "kdc",
+        "dcr",
+        "mos",
+        "mef",
+        "gpr",
+    ),
+)
+IMAGE_EXTENSIONS = frozenset({*_READ, *_BY_PLUGIN, *_REJECTED})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
 # kinds of units that are made of one file each, by the ends of the file's name
 SHARD_ENDINGS = {
@@ -31,6 +95,14 @@ SHARD_ENDINGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A table of images. image_root: URL of the folder that its paths are relative to; "": the manifest's own."""
+
+    rows: int
+    image_root: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedFile:
     """An input file as it was listed.
@@ -39,6 +111,7 @@ class ListedFile:
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
     etag: the version of its content (`etags.get_etag`); empty if it is unknown.
     file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
+    is_named: whether a source names the file itself, not only its folder. manifest: if the file is one.
     """
 
     url: str
@@ -47,6 +120,8 @@ class ListedFile:
     bytes: int
     etag: str
     file_id: str = ""
+    is_named: bool = False
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +138,16 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a tar or Arrow file, a range of a zip or Parquet file, or up to 256 images of a folder.
+    """The work of one task: a tar or Arrow file, a range of another file, or up to 256 images of a folder.
 
     name: unique, safe in a file name, and independent of the input's location.
-    kind: tar, zip, parquet, arrow or folder. range: (k, n) for range k of n of a zip or a Parquet file.
-    bytes: of the whole input. root: URL of the source's root.
+    kind: tar, zip, parquet, arrow, folder or manifest.
+    range: (k, n) for range k of n of a zip, a Parquet file or a manifest. bytes: of the whole input.
+    root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
-    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`.
+    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders, tars and zips, `metadata`
+    has the paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL
+    of the folder of its images; "" for its own folder.
     """
 
     name: str
@@ -82,6 +160,7 @@ class Unit:
     etag: str = ""
     files: str = ""
     root: str = ""
+    metadata: str = ""
 
     @property
     def source_name(self) -> str:
@@ -138,7 +217,7 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings exclude (`--min-size`)."""
+    """A sample that the settings exclude (`--min-size`, `--max-aspect`, `--no-upscale`, `--min-std`)."""
 
     position: int
 
@@ -148,6 +227,7 @@ class PreparedImage:
     """A decoded and transformed sample: pixels are RGB uint8 [H, W, 3], with the parameters of the transform.
 
     shard: the path of the unit's input. With the key, it identifies the sample.
+    truncated: whether its file lacks its end; None if such files are rejected.
     """
 
     shard: str
@@ -157,10 +237,13 @@ class PreparedImage:
     pixels: "Tensor"
     original_height: int
     original_width: int
+    resized_height: int
+    resized_width: int
     crop_top: int
     crop_left: int
     enlarged: bool
     flipped: bool = False
+    truncated: bool | None = None
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -170,9 +253,11 @@ class PreparedImage:
     @property
     def geometry(self) -> dict[str, int | bool]:
         """The columns of a row that describe the transform of its image."""
-        names = ("original_height", "original_width", "crop_top", "crop_left", "flipped")
+        names = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left")
         height, width = self.bucket
-        return {"height": height, "width": width, **{name: getattr(self, name) for name in names}}
+        sizes = {name: getattr(self, name) for name in names}
+        truncated = {} if self.truncated is None else {"truncated": self.truncated}
+        return {"height": height, "width": width, **sizes, "flipped": self.flipped, **truncated}
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""
@@ -185,10 +270,18 @@ class EncodedImage:
 
     latent: as it is stored, [C, H/f, W/f] (moments: [2C, ...]), on the CPU; a Rejected if it is not finite.
     is_fallback: it overflowed in half precision, and was encoded again in float32.
+    latent_flipped: with `--flip both`, that of the flipped image, in the same form.
     """
 
     latent: "Tensor | Rejected"
     is_fallback: bool = False
+    latent_flipped: "Tensor | None" = None
+
+    def with_flipped(self, flipped: "EncodedImage") -> "EncodedImage":
+        """Return the result for the image and the flipped image. The image is rejected if either latent is."""
+        if isinstance(flipped.latent, Rejected):
+            return flipped
+        return replace(self, latent_flipped=flipped.latent, is_fallback=self.is_fallback or flipped.is_fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +289,22 @@ class Row:
     """An image and its raw latent as it is stored: [C, H/f, W/f] in the cache's dtype, on the CPU (moments: [2C, ...]).
 
     image: without its pixels, because thousands of rows stay in memory until their part is written.
+    latent_flipped: with `--flip both`, that of the flipped image.
     """
 
     image: PreparedImage
     latent: "Tensor"
+    latent_flipped: "Tensor | None" = None
+
+    @property
+    def latents(self) -> "tuple[Tensor, ...]":
+        """The latent of the image, followed by that of the flipped image if there is one."""
+        return (self.latent,) if self.latent_flipped is None else (self.latent, self.latent_flipped)
+
+    @property
+    def latent_bytes(self) -> int:
+        """The size of the latents in bytes."""
+        return sum(latent.nbytes for latent in self.latents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,3 +397,8 @@ def get_shard_stem(path: str) -> str:
 def is_image(path: str) -> bool:
     """Whether a path is an image's, by its extension."""
     return extension(path) in IMAGE_EXTENSIONS
+
+
+def image_rank(kind: str) -> int:
+    """Return which of several images with one name is used, by their extensions: those with the lowest rank."""
+    return 0 if kind in _READ else 1 if kind in _BY_PLUGIN else 2

@@ -1,5 +1,6 @@
-"""Names and keys as valid text, and as text that is safe to print."""
+"""Names and keys as valid text, and as text that is safe to print. Bytes of text files as text."""
 
+import codecs
 import re
 
 # characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
@@ -7,10 +8,30 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 _NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
 _SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
 
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, *_UTF16_MARKS)
+
 
 def to_valid_text(name: str) -> str:
     """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
     return _NOT_UTF8.sub(lambda byte: f"{_SUBSTITUTE}x{ord(byte[0]) - 0xDC00:02x}", name)
+
+
+def decode_text(data: bytes, encoding: str = "utf-8") -> str:
+    """Return the text of a file, without its byte-order mark. A mark takes precedence over the encoding.
+
+    Raises UnicodeDecodeError if the bytes are not text in this encoding.
+    """
+    if data.startswith(codecs.BOM_UTF8):
+        return data.decode("utf-8-sig")
+    if data.startswith(_UTF16_MARKS):
+        return data.decode("utf-16")
+    return data.decode(encoding)
+
+
+def join_tags(text: str) -> str:
+    """Return the tags of a file on one line: lines are separated by `, `, and empty lines are left out."""
+    return ", ".join(line for line in map(str.strip, text.splitlines()) if line)
 
 
 def printable(text: str) -> str:

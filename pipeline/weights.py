@@ -1,6 +1,5 @@
 """The weights of a VAE, loaded and hashed once by the driver and then sent to the workers."""
 
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -12,8 +11,10 @@ import torch
 
 from pipeline.errors import VaeError
 from pipeline.storage import reading
-from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, hub
-from vae.load import ConfigLike, is_single_file, weights_sha256
+from vae import AssumedConfigWarning, Autoencoder, LoadError, LoadWarning, VaeConfig, hub
+from vae.auto import load_model
+from vae.load import ConfigLike, weights_sha256
+from vae.scaling import constants_of
 
 VAE_FILES = re.compile(
     r"(vae/)?(config\.json|diffusion_pytorch_model[^/]*\.(safetensors|bin|json)|diffusion_flax_model\.msgpack)"
@@ -24,14 +25,17 @@ VAE_FILES = re.compile(
 class Vae:
     """A trained model in the form that is sent to workers.
 
-    weights: float32 numpy arrays, which Ray shares between processes. sha256: of the weights
-    (`vae.load.weights_sha256`). ref: the name that the user gave, without credentials.
+    weights: numpy arrays, float32 but for counters, which Ray shares between processes. sha256: of the parameters
+    (`vae.load.weights_sha256`). ref: the name that the user gave, without credentials. constants: of the scaling
+    (`vae.scaling.constants_of`). notes: what was chosen or left out of the model's files.
     """
 
     ref: str
-    config: AutoencoderKLConfig
+    config: VaeConfig
     weights: Mapping[str, np.ndarray]
     sha256: str
+    constants: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: ConfigLike = None) -> Vae:
@@ -48,20 +52,28 @@ def load_vae(ref: str, options: Mapping[str, Any] | None = None, config: ConfigL
 
 def _load(path: str, ref: str, config: ConfigLike) -> Vae:
     try:
-        if is_single_file(path) and not os.path.isdir(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", AssumedConfigWarning)
-                model = AutoencoderKL.from_single_file(path, config, torch_dtype=torch.float32)
-        else:
-            model = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32)
-    except AssumedConfigWarning as warning:
-        raise VaeError(str(warning).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from warning
-    except (LoadError, OSError) as error:
-        raise VaeError(str(error).replace(path, ref).replace("config=NAME", "--vae-config NAME")) from error
-    tensors = model.state_dict()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", LoadWarning)
+            warnings.simplefilter("error", AssumedConfigWarning)
+            model: Autoencoder = load_model(path, config, torch_dtype=torch.float32)
+        tensors = model.state_dict()
+        constants = constants_of(model.config, tensors)
+    except (LoadError, AssumedConfigWarning, OSError) as error:
+        raise VaeError(_name_reference(str(error), path, ref)) from error
+    for warning in caught:
+        if not issubclass(warning.category, LoadWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    notes = [str(warning.message) for warning in caught if issubclass(warning.category, LoadWarning)]
     return Vae(
         ref=ref,
         config=model.config,
         weights={name: tensor.numpy() for name, tensor in tensors.items()},
-        sha256=weights_sha256(tensors),
+        sha256=weights_sha256(dict(model.named_parameters())),
+        constants=constants,
+        notes=tuple(_name_reference(note, path, ref) for note in notes),
     )
+
+
+def _name_reference(text: str, path: str, ref: str) -> str:
+    """Return a message about a local path as one about the reference and the options that the user gave."""
+    return text.replace(path, ref).replace("config=NAME", "--vae-config NAME")

@@ -14,6 +14,8 @@ def make_image(number: int, height: int = 256, width: int = 256) -> PreparedImag
         pixels=make_checked_image(number)[:height, :width].contiguous(),
         original_height=height,
         original_width=width,
+        resized_height=height,
+        resized_width=width,
         crop_top=0,
         crop_left=0,
         enlarged=False,

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from jobs.options import OPTIONS
 from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
+from latentmill import Scaling
 from pipeline.cache import plan
 from pipeline.errors import REASONS
 from pipeline.formats.parquet import make_schema
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
-from pipeline.records import Seconds
+from pipeline.records import Recipe, Seconds
 from tests.servers import upload
+from vae import AutoencoderKLConfig
 from vae.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -189,9 +192,12 @@ def make_presets_table() -> str:
     rows = []
     for name, preset in PRESETS.items():
         config = preset.config
-        means = f"{list(config.latents_mean)}, {list(config.latents_std or [])}" if config.latents_mean else ""
-        shift = "" if config.shift_factor is None else config.shift_factor
-        facts = (config.latent_channels, config.scaling_factor, shift, means, config.force_upcast, preset.source)
+        means, shift, scale = "", "", "in the weights"
+        if isinstance(config, AutoencoderKLConfig):
+            means = f"{list(config.latents_mean)}, {list(config.latents_std or [])}" if config.latents_mean else ""
+            shift = "" if config.shift_factor is None else str(config.shift_factor)
+            scale = str(config.scaling_factor)
+        facts = (config.latent_channels, scale, shift, means, config.force_upcast, preset.source)
         rows.append(f"| `{name}` | " + " | ".join(map(str, facts)) + " |\n")
     return "".join(rows)
 
@@ -212,6 +218,7 @@ def make_limits_table() -> str:
         "columns_bytes": "bytes that the columns of a part's rows occupy in memory; each row may use an equal share",
         "key_bytes": "bytes of a key",
         "members": "members of a tar or a zip",
+        "table_bytes": "bytes of a table of metadata or paths; also of memory for all tables that a process keeps",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer, or of a zip's directory",
         "batch_bytes": "bytes of a record batch of an Arrow file",
@@ -234,24 +241,71 @@ def test_the_models_page_has_every_preset() -> None:
 
 
 def test_the_python_code_of_the_models_page_runs() -> None:
-    block, _ = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    first, flux2, _ = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
+    exec(flux2, names)
+    assert (names["raw"].shape, names["latent"].shape) == ((1, 32, 32, 32), (1, 128, 16, 16))
+    assert names["back"].shape == (1, 3, 256, 256)
+
+
+def test_the_python_code_of_the_micro_conditioning_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "docs/inputs.md").read_text(encoding="utf-8").split("## Micro-conditioning")[1]
+    (block,) = find_blocks(section.split("\n## ")[0], "python")
+    monkeypatch.chdir(demo / "demo-output")
     names: dict[str, Any] = {}
     exec(block, names)
-    assert (names["latent"].shape, names["back"].shape) == ((1, 16, 32, 32), (1, 3, 256, 256))
+    assert len(names["numbers"]) == 6
+    assert {numbers[0][4:] for numbers in names["numbers"]} == {(256, 256)}
+
+
+def test_the_commands_of_the_inputs_page_exist() -> None:
+    for line in find_command_lines((ROOT / "docs/inputs.md").read_text(encoding="utf-8")):
+        program, verb, *argv = shlex.split(line)
+        assert program == "latentmill"
+        make_parser(OPTIONS[verb], verb).parse_args(argv)
+
+
+def test_the_inputs_page_names_every_recipe() -> None:
+    page = (ROOT / "docs/inputs.md").read_text(encoding="utf-8")
+    for recipe in typing.get_args(Recipe):
+        assert f"`{recipe.replace('aspect-ratio-', '-')}`" in page or f"`{recipe}`" in page, recipe
 
 
 @pytest.mark.slow
 def test_the_jax_code_of_the_models_page_runs() -> None:
     pytest.importorskip("flax")
-    _, block = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
+    *_, block = find_blocks((ROOT / "docs/models.md").read_text(encoding="utf-8"), "python")
     names: dict[str, Any] = {}
     exec(block, names)
     assert (names["latent"].shape, names["back"].shape) == ((1, 32, 32, 16), (1, 3, 256, 256))
 
 
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"scaling_factor": 0.18215},
+        {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0], "latents_std": [2.0, 4.0]},
+        {"scaling_factor": 1.0, "latents_mean": [*range(8)], "latents_std": [*range(1, 9)], "patch_size": [2, 2]},
+    ],
+    ids=lambda constants: " ".join(constants),
+)
+def test_the_python_code_of_the_format_page_makes_model_latents(constants: dict[str, Any]) -> None:
+    (block,) = find_blocks((ROOT / "docs/cache-format.md").read_text(encoding="utf-8"), "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    every = {"shift_factor": None, "latents_mean": None, "latents_std": None, "patch_size": None, **constants}
+    patch = tuple(every["patch_size"]) if every["patch_size"] else None
+    raw = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = Scaling.from_constants(**{**every, "patch_size": patch}).to_model(raw)
+    torch.testing.assert_close(torch.tensor(names["to_model_latent"](raw.numpy(), every)).float(), expected)
+
+
 def test_the_format_page_names_every_column() -> None:
     page = (ROOT / "docs/cache-format.md").read_text(encoding="utf-8")
-    for field in make_schema(OutputSchema()):
+    for field in make_schema(OutputSchema(has_flipped=True)):
         assert f"`{field.name}`" in page, field.name
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (AutoencoderKL): the model, its configuration, and its files.
+"""The autoencoders of latent diffusion (AutoencoderKL, and FLUX.2's): models, their configurations and files.
 
 Depends on torch, safetensors, msgpack and local files. Files on the Hugging Face hub need the optional huggingface_hub.
 FlaxAutoencoderKL, the same model in JAX, needs the extra `jax`, which is imported when the class is first used. The
@@ -7,9 +7,10 @@ package has no dependency on shards, storage or Ray. Start with `vae.model`.
 
 from typing import TYPE_CHECKING, Any
 
-from vae.config import AutoencoderKLConfig
-from vae.errors import AmbiguousLayoutWarning, AssumedConfigWarning, LoadError
-from vae.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+from vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, VaeConfig
+from vae.errors import AmbiguousLayoutWarning, AssumedConfigWarning, LoadError, LoadWarning
+from vae.flux2 import AutoencoderKLFlux2
+from vae.model import Autoencoder, AutoencoderKL, AutoencoderKLOutput, DecoderOutput
 from vae.posterior import DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 __all__ = [
     "AmbiguousLayoutWarning",
     "AssumedConfigWarning",
+    "Autoencoder",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLFlux2Config",
     "AutoencoderKLOutput",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
     "LoadError",
+    "LoadWarning",
+    "VaeConfig",
 ]
 
 

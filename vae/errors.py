@@ -15,5 +15,9 @@ class AssumedConfigWarning(UserWarning):
     """
 
 
+class LoadWarning(UserWarning):
+    """A model was loaded, but its files left a choice, or have something that was left out. The message says which."""
+
+
 class AmbiguousLayoutWarning(UserWarning):
     """Latents could have their channels first or last, and the call does not say which. The message names the shape."""

@@ -1,7 +1,8 @@
 """Optional speed-ups, kept apart from the model's definition.
 
 - `disable_malloc_trim` saves page faults on Linux; it costs no accuracy, and keeps the process at its peak of memory.
-- `optimize_for_cpu` replaces wide convolutions of a float32 model on a CPU (`vae.winograd`): inference only.
+- `optimize_for_cpu` replaces the group norms and wide convolutions of a float32 model on a CPU (`vae.group_norm`,
+  `vae.winograd`): inference only.
 - `fuse_encoder` replaces the operations between an encoder's convolutions by Triton kernels, for GPUs: inference only.
 - `compile_encoder` runs the encoder through torch.compile, for GPUs; each shape of batch costs a compilation.
 
@@ -14,7 +15,8 @@ import sys
 import torch
 from torch import nn
 
-from vae.model import AutoencoderKL
+from vae.group_norm import ChannelsLastGroupNorm
+from vae.model import Autoencoder
 from vae.winograd import WinogradConv2d
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -53,7 +55,7 @@ def compile_encoder(model: nn.Module) -> None:
     model.encoder.compile(dynamic=False)  # type: ignore[union-attr]
 
 
-def fuse_encoder(model: AutoencoderKL) -> None:
+def fuse_encoder(model: Autoencoder) -> None:
     """Replace the encoder by a `vae.fused.FusedEncoder`, in place. Raises ModuleNotFoundError without triton.
 
     model: in its final dtype, on its device, in channels_last. For inference only.
@@ -66,9 +68,12 @@ def fuse_encoder(model: AutoencoderKL) -> None:
 def optimize_for_cpu(model: nn.Module) -> None:
     """Replace the wide 3x3 convolutions of a float32 model on a CPU by Winograd convolutions, in place.
 
-    For inference only: the model can no longer be trained or saved. Results change by less than 1e-5.
+    Wide group norms are replaced by ones that are exact in the memory format channels_last. For inference only: the
+    model can no longer be trained or saved. Results change by less than 1e-5.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if WinogradConv2d.suits(child):
                 setattr(module, name, WinogradConv2d(child))  # type: ignore[arg-type]
+            elif ChannelsLastGroupNorm.suits(child):
+                setattr(module, name, ChannelsLastGroupNorm(child))  # type: ignore[arg-type]

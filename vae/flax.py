@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from vae import flax_weights, load
-from vae.config import FLAX_CLASS, IGNORED_KEYS, AutoencoderKLConfig
-from vae.errors import AmbiguousLayoutWarning
+from vae.config import FLAX_CLASS, IGNORED_KEYS, AutoencoderKLConfig, VaeConfig
+from vae.errors import AmbiguousLayoutWarning, LoadError
 from vae.model import AutoencoderKL
 
 try:
@@ -230,7 +230,7 @@ class FlaxAutoencoderKL(nn.Module):
         Raises `vae.LoadError` if there is no AutoencoderKL.
         """
         config, weights = load.load_directory(path, subfolder, variant, revision, from_pt)
-        model = cls(**config, dtype=dtype)
+        model = cls(**_check_class(config, path), dtype=dtype)
         return model, model.convert_state_dict(weights, path)
 
     @classmethod
@@ -243,7 +243,7 @@ class FlaxAutoencoderKL(nn.Module):
         Raises `vae.LoadError` if there is no AutoencoderKL.
         """
         resolved, weights = load.load_file(path, config)
-        model = cls(**resolved, dtype=dtype)
+        model = cls(**_check_class(resolved, path), dtype=dtype)
         return model, model.convert_state_dict(weights, path)
 
     @nn.nowrap
@@ -329,6 +329,15 @@ def _draw(rng: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> di
             params[path] = jnp.full(shape, float(path.endswith("/scale")))
         start += size
     return params
+
+
+def _check_class(config: VaeConfig, path: str | Path) -> AutoencoderKLConfig:
+    """Return the configuration. Raises LoadError if it is not that of an AutoencoderKL. path: its source."""
+    if not isinstance(config, AutoencoderKLConfig):
+        raise LoadError(
+            f"{path} is of class {config.class_names()[0]}, which FlaxAutoencoderKL does not run; use PyTorch"
+        )
+    return config
 
 
 def _cast(params: Params, dtype: Any, mask: Any) -> Params:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 _UP = re.compile(r"^decoder\.up\.(\d+)\.")
 _REPLACEMENTS = (  # older name, new name; \1 and \2 are level and block
-    # latent-diffusion: the checkpoints of SD, SDXL, SD 3 and FLUX.1
+    # latent-diffusion: the checkpoints of SD, SDXL, SD 3, FLUX.1 and FLUX.2
     (re.compile(r"\.down\.(\d+)\.block\.(\d+)\."), r".down_blocks.\1.resnets.\2."),
     (re.compile(r"\.down\.(\d+)\.downsample\."), r".down_blocks.\1.downsamplers.0."),
     (re.compile(r"\.up\.(\d+)\.block\.(\d+)\."), r".up_blocks.\1.resnets.\2."),
@@ -19,6 +19,9 @@ _REPLACEMENTS = (  # older name, new name; \1 and \2 are level and block
     (re.compile(r"\.mid\.attn_1\.norm\."), ".mid_block.attentions.0.group_norm."),
     (re.compile(r"\.nin_shortcut\."), ".conv_shortcut."),
     (re.compile(r"\.norm_out\."), ".conv_norm_out."),
+    # FLUX.2 has these in the encoder and in the decoder
+    (re.compile(r"^encoder\.quant_conv\."), "quant_conv."),
+    (re.compile(r"^decoder\.post_quant_conv\."), "post_quant_conv."),
     # diffusers before 0.17: the directories of SD 1
     (re.compile(r"\.query\."), ".to_q."),
     (re.compile(r"\.key\."), ".to_k."),

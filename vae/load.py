@@ -1,12 +1,13 @@
 """Load and save a model's files: a directory in diffusers' format, local or on the hub, or a single file.
 
 A directory has config.json and `diffusion_pytorch_model.safetensors`. The weights may be split into several files with
-an index. There may be a second copy in half precision (`.fp16.`). Old directories have a pickle (`.bin`) instead, and
-those of FlaxAutoencoderKL have `diffusion_flax_model.msgpack` (`vae.flax_weights`).
+an index. There may be other copies, the variants, such as those in half precision (`.fp16.`). Old directories have a
+pickle (`.bin`) instead, and those of FlaxAutoencoderKL have `diffusion_flax_model.msgpack` (`vae.flax_weights`).
 """
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vae import checkpoint, flax_weights, hub, single_file
-from vae.config import FLAX_CLASS, TORCH_CLASS, AutoencoderKLConfig
-from vae.errors import LoadError
+from vae.config import FLAX_CLASS, VaeConfig, parse_config
+from vae.errors import LoadError, LoadWarning
 from vae.keys import rename_keys
 from vae.presets import PRESETS
 
@@ -25,6 +26,8 @@ CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# The variants that are looked for if there are no weights without one. The first is the most exact one.
+VARIANTS = ("fp32", "fp16", "bf16", "ema", "non_ema")
 DEMO = Path(__file__).parent / "demo"  # the small model that ships with this package
 
 Fetch = Callable[[str], Path | None]
@@ -33,14 +36,15 @@ Fetch = Callable[[str], Path | None]
 
 def load_directory(
     ref: str | Path, subfolder: str = "", variant: str = "", revision: str | None = None, from_pt: bool = False
-) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
+) -> tuple[VaeConfig, dict[str, Tensor]]:
     """Return the configuration and the tensors of a directory, of its `vae/`, or of a repository on the hub.
 
     The tensors have the names and the layout of PyTorch, also if they come from a file of Flax. If there are files of
-    both, the weights are those of the class that config.json names.
+    both, the weights are those of the class that config.json names. Warns (LoadWarning) if they are those of a variant
+    that was not asked for.
 
     from_pt: read no file of Flax. The other parameters are those of `AutoencoderKL.from_pretrained`. Raises LoadError
-    if there is no AutoencoderKL.
+    if there is no model.
     """
     fetch = _find_source(str(ref), revision)
     folders = [f"{subfolder}/"] if subfolder else ["vae/", ""]
@@ -51,14 +55,16 @@ def load_directory(
     name, path = match
     folder = name.removesuffix(CONFIG)
     fields = _read_fields(path)
+    config = _make_config(fields, path)
     names = _list_weights(variant, fields.get("_class_name") == FLAX_CLASS, from_pt)
-    return _make_config(fields, path), _read_weights(lambda file: fetch(folder + file), names, path.parent)
+    return config, _read_weights(lambda file: fetch(folder + file), names, path.parent)
 
 
-def load_file(ref: str | Path, config: "ConfigLike" = None) -> tuple[AutoencoderKLConfig, dict[str, Tensor]]:
+def load_file(ref: str | Path, config: "ConfigLike" = None) -> tuple[VaeConfig, dict[str, Tensor]]:
     """Return the configuration and the tensors of a single file (`vae.single_file`).
 
-    ref: a local path, or the URL of a file on the hub. Raises LoadError if there is no AutoencoderKL.
+    ref: a local path, or the URL of a file on the hub. config: default: if the file is one of a directory in diffusers'
+    format (a variant, for instance), the config.json beside it. Raises LoadError if there is no model.
     """
     location = hub.parse_url(str(ref))
     if location is None and "://" in str(ref):
@@ -70,6 +76,12 @@ def load_file(ref: str | Path, config: "ConfigLike" = None) -> tuple[Autoencoder
     if not is_single_file(path):
         suffixes = ", ".join(sorted(checkpoint.SUFFIXES))
         raise LoadError(f"{path} is not a checkpoint: the name of a checkpoint ends with {suffixes}")
+    if config is None and path.name.startswith(STEM):
+        folder = name.rpartition("/")[0]
+        beside = (
+            hub.fetch(repository, f"{folder}/{CONFIG}".lstrip("/"), revision) if repository else path.parent / CONFIG
+        )
+        config = read_config(beside) if beside and beside.is_file() else None
     return single_file.read(path, resolve_config(config), repository)
 
 
@@ -78,20 +90,20 @@ def is_single_file(ref: str | Path) -> bool:
     return Path(str(ref)).suffix in checkpoint.SUFFIXES
 
 
-ConfigLike = AutoencoderKLConfig | Mapping[str, Any] | str | Path | None
+ConfigLike = VaeConfig | Mapping[str, Any] | str | Path | None
 """A configuration, its fields, the name of a preset (`vae.presets`), or a directory or hub id with a config.json."""
 
 
-def resolve_config(config: ConfigLike) -> AutoencoderKLConfig | None:
+def resolve_config(config: ConfigLike) -> VaeConfig | None:
     """Return the configuration that `config` names, or None for None.
 
     Raises LoadError if a name is neither a preset nor a directory with a config.json, and ValueError for fields that
-    no AutoencoderKL can have.
+    no model can have.
     """
-    if config is None or isinstance(config, AutoencoderKLConfig):
+    if config is None or isinstance(config, VaeConfig):
         return config
     if isinstance(config, Mapping):
-        return AutoencoderKLConfig.from_dict(config)
+        return parse_config(config)
     if str(config) in PRESETS:
         return PRESETS[str(config)].config
     try:
@@ -135,8 +147,8 @@ def _fetch_first(fetch: Fetch, names: Iterable[str]) -> tuple[str, Path] | None:
     return None
 
 
-def read_config(path: Path) -> AutoencoderKLConfig:
-    """Return the configuration in a config.json. Raises LoadError if it is not that of an AutoencoderKL."""
+def read_config(path: Path) -> VaeConfig:
+    """Return the configuration in a config.json. Raises LoadError if it is not that of a model."""
     return _make_config(_read_fields(path), path)
 
 
@@ -150,10 +162,10 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _make_config(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
+def _make_config(fields: Mapping[str, Any], path: Path) -> VaeConfig:
     """Return the configuration with these fields. path: their source, for error messages."""
     try:
-        return AutoencoderKLConfig.from_dict(fields)
+        return parse_config(fields)
     except (ValueError, TypeError) as error:
         raise LoadError(f"{path}: {error}") from error
 
@@ -161,11 +173,11 @@ def _make_config(fields: Mapping[str, Any], path: Path) -> AutoencoderKLConfig:
 def _list_weights(variant: str, is_flax: bool, from_pt: bool) -> list[str]:
     """Return the names that a file of weights or an index may have, the preferred one first.
 
-    Without a variant, half precision is used only if there are no other weights. is_flax: prefer the file of Flax.
+    Without a variant, VARIANTS are used only if there are no other weights. is_flax: prefer the file of Flax.
     """
     names = []
-    for precision in [variant] if variant else ["", "fp16"]:
-        infix = f".{precision}" if precision else ""
+    for name in [variant] if variant else ["", *VARIANTS]:
+        infix = f".{name}" if name else ""
         for suffix in ("safetensors", "bin"):
             names += [f"{STEM}{infix}.{suffix}", f"{STEM}.{suffix}.index{infix}.json"]
     if variant or from_pt:
@@ -180,8 +192,9 @@ def _read_weights(fetch: Fetch, names: list[str], folder: Path) -> dict[str, Ten
     """
     match = _fetch_first(fetch, names)
     if match is None:
-        raise LoadError(f"there are no weights at {folder}: no {names[0]}")
+        raise LoadError(f"there are no weights at {folder}: no {names[0]}{_describe_others(folder)}")
     name, path = match
+    _warn_of_variant(name, names, folder)
     if name == flax_weights.FILE:
         return flax_weights.to_torch(flax_weights.read(path), path)
     weights: dict[str, Tensor] = {}
@@ -192,6 +205,20 @@ def _read_weights(fetch: Fetch, names: list[str], folder: Path) -> dict[str, Ten
         with checkpoint.open_checkpoint(part_path) as content:
             weights |= {key: content.get_tensor(key) for key in list(content.keys())}
     return rename_keys(weights)
+
+
+def _warn_of_variant(name: str, names: list[str], folder: Path) -> None:
+    """Warn (LoadWarning) if the file `name` is that of a variant, and the first of `names` is not."""
+    variant = next((variant for variant in VARIANTS if f".{variant}." in name), None)
+    if variant is not None and f".{variant}." not in names[0]:
+        text = f"there is no {names[0]} at {folder}; the weights are those of the variant {variant} ({name})"
+        warnings.warn(f"{text}. To use other ones, name their file", LoadWarning, stacklevel=2)
+
+
+def _describe_others(folder: Path) -> str:
+    """Return the files of weights in a folder as the end of a message, or an empty text if there are none."""
+    others = sorted(path.name for path in folder.glob(f"{STEM}*") if is_single_file(path))
+    return f" (there is {', '.join(others)}; to use one, name that file)" if others else ""
 
 
 def read_index(index: Path) -> list[str]:
@@ -215,7 +242,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             f"{len(extra)} are extra ({example})"
         )
     for name, tensor in expected.items():
-        if not weights[name].is_floating_point():
+        if tensor.is_floating_point() and not weights[name].is_floating_point():
             raise LoadError(f"the weights at {path} are not those of a model: {name} has integers")
         if weights[name].shape != tensor.shape:
             raise LoadError(
@@ -224,15 +251,14 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             )
 
 
-def save(
-    folder: Path, config: AutoencoderKLConfig, weights: Mapping[str, Tensor], class_name: str = TORCH_CLASS
-) -> None:
+def save(folder: Path, config: VaeConfig, weights: Mapping[str, Tensor], class_name: str = "") -> None:
     """Write config.json and one file of weights to `folder`, in the format that diffusers reads.
 
-    weights: a state dict. class_name: FLAX_CLASS writes a msgpack file instead of safetensors.
+    weights: a state dict. class_name: FLAX_CLASS writes a msgpack file instead of safetensors; default: the class of
+    the configuration in PyTorch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fields: dict[str, Any] = {"_class_name": class_name, **config.to_dict()}
+    fields: dict[str, Any] = {"_class_name": class_name or config.class_names()[0], **config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if class_name == FLAX_CLASS:
         flax_weights.write(folder / flax_weights.FILE, flax_weights.to_flax(weights))

@@ -1,4 +1,4 @@
-"""AutoencoderKL, the autoencoder of latent diffusion: read this first.
+"""AutoencoderKL, the autoencoder of latent diffusion: read this first. `vae.flux2` has the class of FLUX.2.
 
     pixels [B, 3, H, W] in [-1, 1]
       -> Encoder -> quant_conv -> moments [B, 2C, H/f, W/f] -> posterior -> latents [B, C, H/f, W/f]
@@ -14,7 +14,7 @@ The interface is that of diffusers' AutoencoderKL, with the same names and resul
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from vae import load
 from vae.attention import SDPA, Processor
 from vae.blocks import Attention, DownBlock, MidBlock, UpBlock, group_norm
-from vae.config import AutoencoderKLConfig
+from vae.config import AutoencoderKLConfig, VaeConfig
+from vae.errors import LoadError
 from vae.posterior import DiagonalGaussianDistribution
 from vae.tiling import Tiles, run_in_tiles
 
@@ -31,7 +32,7 @@ from vae.tiling import Tiles, run_in_tiles
 class Encoder(nn.Module):
     """The encoder: pixels [B, 3, H, W] in [-1, 1] -> moments before quant_conv [B, 2C, H/f, W/f]."""
 
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+    def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         channels, groups, act_fn = config.block_out_channels, config.norm_num_groups, config.act_fn
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -62,9 +63,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The decoder: latents after post_quant_conv [B, C, H/f, W/f] -> pixels [B, 3, H, W]."""
 
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+    def __init__(self, config: VaeConfig) -> None:
         super().__init__()
-        channels, groups, act_fn = config.block_out_channels[::-1], config.norm_num_groups, config.act_fn
+        channels, groups, act_fn = config.decoder_channels[::-1], config.norm_num_groups, config.act_fn
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups, act_fn, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
@@ -107,16 +108,15 @@ class DecoderOutput:
     commit_loss: Tensor | None = None
 
 
-class AutoencoderKL(nn.Module):
-    """The KL-regularized autoencoder, with random weights. Keyword arguments: the fields of `AutoencoderKLConfig`.
+class Autoencoder(nn.Module):
+    """All that the classes of models have in common. Keyword arguments: the fields of their configuration."""
 
-    Raises ValueError for values that no AutoencoderKL can have. Load trained weights with `from_pretrained` or
-    `from_single_file`.
-    """
+    config_class: ClassVar[type[VaeConfig]]
+    config: VaeConfig
 
     def __init__(self, **fields: Any) -> None:
         super().__init__()
-        self.config = AutoencoderKLConfig(**fields)
+        self.config = self.config_class(**fields)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         channels = self.config.latent_channels
@@ -305,12 +305,12 @@ class AutoencoderKL(nn.Module):
         return torch.cat([run(part) for part in torch.split(x, self.slice_size)])
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "AutoencoderKL":
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Return a model with random weights.
 
-        config: an AutoencoderKLConfig, or the content of a config.json. Raises ValueError if it is invalid.
+        config: a configuration, or the content of a config.json. Raises ValueError if it is invalid.
         """
-        return cls(**AutoencoderKLConfig.from_dict(config))
+        return cls(**cls.config_class.from_dict(config))
 
     @classmethod
     def from_pretrained(
@@ -320,24 +320,25 @@ class AutoencoderKL(nn.Module):
         torch_dtype: torch.dtype | None = None,
         variant: str = "",
         revision: str | None = None,
-    ) -> "AutoencoderKL":
+    ) -> Self:
         """Load a trained model for inference, in evaluation mode and without gradients.
 
         path: a directory in diffusers' format, a pipeline's directory with a `vae/` in such a format, a hub id
             (`owner/name`), or `demo` for the model that ships with this package.
         subfolder: the model's directory within `path`; default: `vae/` if it has a model, otherwise `path` itself.
         torch_dtype: dtype to convert the weights to; default: the dtype of the file.
-        variant: `fp16` selects the weights in half precision of a directory that has both.
+        variant: `fp16`, `bf16` or another name selects the weights of that variant; default: those without one, or if
+            there are none, those of the first of `vae.load.VARIANTS`, with a `vae.LoadWarning`.
         revision: branch, tag or commit of a hub id; default: the main branch.
 
-        Raises `vae.LoadError` if there is no AutoencoderKL.
+        Raises `vae.LoadError` if there is no model of this class.
         """
-        return cls._from_weights(*load.load_directory(path, subfolder, variant, revision), path, torch_dtype)
+        return cls.from_weights(*load.load_directory(path, subfolder, variant, revision), path, torch_dtype)
 
     @classmethod
     def from_single_file(
         cls, path: str | Path, config: load.ConfigLike = None, torch_dtype: torch.dtype | None = None
-    ) -> "AutoencoderKL":
+    ) -> Self:
         """Load a trained model for inference from a single file, which may be a full checkpoint around the VAE.
 
         path: a local `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file in the layout of latent-diffusion, FLUX or
@@ -348,19 +349,26 @@ class AutoencoderKL(nn.Module):
             named in a `vae.AssumedConfigWarning`.
         torch_dtype: dtype to convert the weights to; default: the dtype of the file.
 
-        Raises `vae.LoadError` if there is no AutoencoderKL.
+        Raises `vae.LoadError` if there is no model of this class.
         """
-        return cls._from_weights(*load.load_file(path, config), path, torch_dtype)
+        return cls.from_weights(*load.load_file(path, config), path, torch_dtype)
 
     @classmethod
-    def _from_weights(
+    def from_weights(
         cls,
-        config: AutoencoderKLConfig,
+        config: VaeConfig,
         weights: dict[str, Tensor],
         path: str | Path,
-        torch_dtype: torch.dtype | None,
-    ) -> "AutoencoderKL":
-        """Return a model with these weights for inference. path: their source, for error messages."""
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return a model with these weights for inference. path: their source, for error messages.
+
+        Raises `vae.LoadError` if the configuration is that of another class, or does not match the weights.
+        """
+        if not isinstance(config, cls.config_class):
+            raise LoadError(
+                f"{path} is of class {config.class_names()[0]}, not {cls.__name__}: load it with the class of that name"
+            )
         with torch.device("meta"):
             model = cls(**config)
         load.check_weights(weights, model.state_dict(), path)
@@ -370,3 +378,14 @@ class AutoencoderKL(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and one safetensors file to the directory `path`, in diffusers' format."""
         load.save(Path(path), self.config, self.state_dict())
+
+
+class AutoencoderKL(Autoencoder):
+    """The KL-regularized autoencoder, with random weights. Keyword arguments: the fields of `AutoencoderKLConfig`.
+
+    Raises ValueError for values that no AutoencoderKL can have. Load trained weights with `from_pretrained` or
+    `from_single_file`.
+    """
+
+    config_class = AutoencoderKLConfig
+    config: AutoencoderKLConfig

@@ -1,4 +1,4 @@
-"""Configurations of the public AutoencoderKLs by name, with the source of their numbers.
+"""Configurations of the public VAEs by name, with the source of their numbers.
 
 Single files need them, because a file of tensors has no scaling factor (`vae.single_file`). They are not used for a
 model's directory, which has its own config.json.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vae.config import AutoencoderKLConfig
+from vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Preset:
     marks: prefixes of tensor names outside the VAE that occur only in the family's full checkpoints.
     """
 
-    config: AutoencoderKLConfig
+    config: AutoencoderKLConfig | AutoencoderKLFlux2Config
     source: str
     repositories: Sequence[str] = ()
     marks: Sequence[str] = ()
@@ -90,6 +90,16 @@ PRESETS: dict[str, Preset] = {
         source="vae/config.json of FLUX.1-dev, -schnell and Z-Image; diffusers' conversion script of FLUX",
         repositories=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
         marks=("model.diffusion_model.double_blocks.", "double_blocks."),
+    ),
+    "flux2": Preset(  # the class's defaults
+        config=AutoencoderKLFlux2Config(),
+        source="vae/config.json of FLUX.2-dev and FLUX.2-klein; diffusers' conversion script of FLUX.2",
+        repositories=("black-forest-labs/FLUX.2-dev",),
+    ),
+    "flux2-small-decoder": Preset(
+        config=AutoencoderKLFlux2Config(decoder_block_out_channels=(96, 192, 384, 384)),
+        source="config.json of black-forest-labs/FLUX.2-small-decoder",
+        repositories=("black-forest-labs/FLUX.2-small-decoder",),
     ),
     "cogview3-plus": Preset(
         config=_make_sd3_config(scaling_factor=1.0, **_COGVIEW),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentmill.cache_info import Preprocessing
+from latentmill.scaling import Scaling
 from pipeline.cache.reader import Cache
 
 NAME = "README.md"
@@ -27,7 +28,7 @@ Made by latentmill {version}. Each row has the latent of one image, *raw*, as th
 | rows | {rows:,} in {parts:,} files; {rejected:,} rejected, {filtered:,} filtered, {enlarged:,} enlarged |
 | digest | `{digest}` |
 
-What a diffusion model sees is `(latent - shift) * scale`, with
+What a diffusion model sees is {rule}, with
 
     shift = {shift}
     scale = {scale}
@@ -40,13 +41,41 @@ What a diffusion model sees is `(latent - shift) * scale`, with
 def _describe_image_size(settings: Preprocessing) -> str:
     """Return the size and the crop of the images, in a few words."""
     cut = "cut from the middle" if settings.crop == "center" else "cut at a random place"
-    mirrored = ", half of them mirrored" if settings.flip == "random" else ""
-    buckets = settings.buckets
-    size = f"{settings.resolution} px"
+    mirrored = {
+        "none": "",
+        "random": ", half of them mirrored",
+        "both": "; `latent_flipped` is the latent of the image mirrored left to right",
+    }[settings.flip]
+    decoded = {
+        ", large JPEGs decoded at a reduced size": settings.jpeg_decode == "scaled",
+        ", EXIF orientation ignored": settings.exif == "ignore",
+        ", transparent pixels over black": settings.alpha == "black",
+        ", alpha dropped": settings.alpha == "drop",
+        ", color profiles converted to sRGB": settings.color == "srgb",
+        ", truncated files accepted": settings.allow_truncated,
+    }
+    notes = "".join(note for note, is_so in decoded.items() if is_so) + mirrored
+    if settings.transform == "none":
+        return f"prepared beforehand, neither resized nor cropped{notes}"
+    size, buckets = f"{settings.resolution} px", settings.buckets
     if buckets:
         size = f"one of {len(buckets)} buckets of about {size} squared"
-    scaled = ", large JPEGs decoded at a reduced size" if settings.jpeg_decode == "scaled" else ""
-    return f"resized to {size} ({settings.interpolation}), {cut}{mirrored}{scaled}"
+    elif settings.transform == "sd-scripts":
+        size = f"at most {size} squared, never enlarged,"
+    if settings.transform != "center-crop":
+        return f"resized to {size} by the recipe {settings.transform}, {cut}{notes}"
+    return f"resized to {size} ({settings.interpolation}), {cut}{notes}"
+
+
+def _describe_rule(scaling: Scaling) -> str:
+    """Return how model latents are made, in a few words."""
+    if scaling.patch == (1, 1):
+        return "`(latent - shift) * scale`"
+    height, width = scaling.patch
+    return (
+        f"`(pack(latent) - shift) * scale`. `pack` makes each patch of {height} x {width} positions one position,\n"
+        f"whose channels are in the order channel, row, column. Shift and scale are per packed channel"
+    )
 
 
 def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
@@ -70,6 +99,7 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         filtered=stats["filtered"],
         enlarged=stats["enlarged"],
         digest=stats["digest"],
+        rule=_describe_rule(cache.scaling),
         shift=shift,
         scale=scale,
     ).encode()

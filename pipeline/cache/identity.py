@@ -8,16 +8,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from latentmill.cache_info import FORMAT, NAME, CacheInfo, Identity, Preprocessing, parse_cache_json
+from latentmill.cache_info import (
+    FORMAT,
+    NAME,
+    CacheInfo,
+    Identity,
+    Preprocessing,
+    SourceRules,
+    VaeInfo,
+    parse_cache_json,
+)
 from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images import transform
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
-from vae import AutoencoderKLConfig
+from vae import AutoencoderKLConfig, VaeConfig, scaling
 
-__all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing"]
+__all__ = ["FORMAT", "NAME", "CacheInfo", "Identity", "Preprocessing", "SourceRules"]
 
 MAX_ROWS_PER_PART = 4096
 MAX_PART_BYTES = 256 << 20
@@ -25,15 +35,22 @@ MAX_PART_BYTES = 256 << 20
 # Fields of a model's configuration that do not change its raw latents.
 _NOT_RAW = frozenset(
     {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "sample_size", "force_upcast"}
-    | {"up_block_types", "out_channels", "use_post_quant_conv"}
+    | {"up_block_types", "out_channels", "use_post_quant_conv", "decoder_block_out_channels"}
+    | {"batch_norm_eps", "batch_norm_momentum", "patch_size"}
 )
 CONFIG_FIELDS = frozenset(AutoencoderKLConfig.__dataclass_fields__) - _NOT_RAW
+_SIZE_SETTINGS = ("multiple_of", "min_bucket_reso", "max_bucket_reso")
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def select_raw_fields(config: AutoencoderKLConfig) -> dict[str, Any]:
+def select_raw_fields(config: VaeConfig) -> dict[str, Any]:
     """Return the fields of a model's configuration that change raw latents."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_RAW}
+
+
+def has_constants_of_its_vae(vae: VaeInfo, config: VaeConfig) -> bool:
+    """Return whether the scaling constants in cache.json can be those of the VAE with this configuration."""
+    return scaling.fits(config, vae.constants)
 
 
 def describe_transform(settings: transform.Transform) -> Preprocessing:
@@ -43,11 +60,18 @@ def describe_transform(settings: transform.Transform) -> Preprocessing:
         buckets=settings.buckets or None,
         multiple_of=settings.multiple_of or None,
         min_size=settings.min_size,
-        interpolation=settings.interpolation,
+        interpolation=settings.interpolation if settings.recipe in transform.HAS_INTERPOLATION else None,
         jpeg_decode=settings.jpeg_decode,
         crop=settings.crop,
         flip=settings.flip,
-        version=transform.VERSION,
+        version=settings.version,
+        transform=settings.recipe,
+        min_bucket_reso=settings.min_bucket_reso or None,
+        max_bucket_reso=settings.max_bucket_reso or None,
+        no_upscale=settings.no_upscale,
+        max_aspect=settings.max_aspect or None,
+        min_std=settings.min_std,
+        **asdict(settings.decoding),
     )
 
 
@@ -59,11 +83,23 @@ def parse_transform(identity: Identity) -> transform.Transform:
         buckets=preprocessing.buckets or (),
         multiple_of=preprocessing.multiple_of or 0,
         min_size=preprocessing.min_size,
-        interpolation=preprocessing.interpolation,
+        interpolation=preprocessing.interpolation or "bicubic",
         jpeg_decode=preprocessing.jpeg_decode,
         crop=preprocessing.crop,
         flip=preprocessing.flip,
+        recipe=preprocessing.transform,
+        min_bucket_reso=preprocessing.min_bucket_reso or 0,
+        max_bucket_reso=preprocessing.max_bucket_reso or 0,
+        no_upscale=preprocessing.no_upscale,
+        max_aspect=preprocessing.max_aspect or 0.0,
         seed=identity.seed,
+        min_std=preprocessing.min_std,
+        decoding=DecodeSettings(
+            exif=preprocessing.exif,
+            alpha=preprocessing.alpha,
+            color=preprocessing.color,
+            allow_truncated=preprocessing.allow_truncated,
+        ),
     )
 
 
@@ -73,18 +109,21 @@ def parse_schema(info: CacheInfo) -> OutputSchema:
         container=info.identity.container,
         store=info.identity.store,
         columns=PassthroughColumns.from_info(info.columns),
+        has_truncated=info.identity.preprocessing.allow_truncated,
+        has_flipped=info.identity.preprocessing.flip == "both",
     )
 
 
-def choose_rows_per_part(config: AutoencoderKLConfig, resolution: int, dtype: str, store: str) -> int:
+def choose_rows_per_part(config: VaeConfig, resolution: int, dtype: str, store: str, flip: str = "none") -> int:
     """Return as many rows as fit 256 MiB, and at most 4,096."""
-    latent = (
+    latents = (
         (2 if store == "moments" else 1)
+        * (2 if flip == "both" else 1)
         * config.latent_channels
         * (resolution // config.downscale) ** 2
         * _VALUE_BYTES[dtype]
     )
-    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latent))
+    return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latents))
 
 
 def read_cache_json(cache: Folder) -> CacheInfo | None:
@@ -130,7 +169,9 @@ def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
     explained: set[str] = set()  # by another difference
     if "weights" in differing:
         explained |= {name for name in differing if name.startswith("config.")}
-    if {"size", "multiple_of"} & set(differing):
+    if "transform" in differing:
+        explained |= {"size", "interpolation", "crop", "jpeg_decode", "no_upscale", "version", *_SIZE_SETTINGS}
+    if {"size", *_SIZE_SETTINGS} & set(differing):
         explained.add("grid")
     differing = [name for name in differing if name not in explained]
     raise IdentityError(
@@ -142,25 +183,59 @@ def check_same_identity(url: str, existing: Identity, wanted: Identity) -> None:
 def describe_settings(identity: Identity) -> dict[str, str]:
     """Return the settings of an identity by name, each as the option that sets it if there is one.
 
-    Every field is described. Settings of buckets are left out if there are no buckets.
+    Every field is described.
     """
     settings, preprocessing = identity.to_dict(), identity.preprocessing
-    grid = ", ".join(f"{height}x{width}" for height, width in preprocessing.buckets or ())
-    buckets = {"multiple_of": f"--multiple-of {preprocessing.multiple_of}", "grid": f"the buckets {grid}"}
     names = sorted(CONFIG_FIELDS | settings["config"].keys())  # a cache of another version may lack some
     return {
         "weights": f"a VAE whose weights have the sha256 {identity.weights:.12}...",
         **{f"config.{name}": f"a VAE that has {name} {settings['config'].get(name)}" for name in names},
-        "size": f"--{'buckets' if grid else 'resolution'} {preprocessing.resolution}",
-        **(buckets if grid else {}),
-        **_format_options(asdict(preprocessing), ("min_size", "interpolation", "jpeg_decode", "crop", "flip")),
+        **_describe_sizes(preprocessing),
+        **_format_options(asdict(preprocessing), ("min_size", "jpeg_decode", "crop", "flip", "exif", "alpha", "color")),
+        "max_aspect": f"--max-aspect {preprocessing.max_aspect or 0:g}",
+        "allow_truncated": f"{'' if preprocessing.allow_truncated else 'no '}--allow-truncated",
+        "min_std": f"--min-std {preprocessing.min_std:g}",
         **_format_options(settings, ("store", "dtype", "precision", "rows_per_part", "seed")),
         "tile_above": f"--tile-above {identity.tile_above or 0}",
         "container": f"--format {identity.container}",
         "columns": "--columns all" if identity.columns is None else f"--columns '{','.join(identity.columns)}'",
         "image_column": f"--image-column {identity.image_column}" if identity.image_column else "no --image-column",
         "key_column": f"--key-column {identity.key_column}" if identity.key_column else "no --key-column",
+        **_describe_source_rules(identity.sources),
         "version": f"version {preprocessing.version} of the preprocessing",
+    }
+
+
+def _describe_source_rules(rules: SourceRules) -> dict[str, str]:
+    """Return the rules for sources by name, each as the option that sets it."""
+    globs = {"include": rules.include, "exclude": rules.exclude}
+    return {
+        "caption_extensions": f"--caption-extensions {','.join(rules.caption_extensions)}",
+        "text_encoding": f"--text-encoding {rules.text_encoding}",
+        **{name: " ".join(f"--{name} '{glob}'" for glob in given) or f"no --{name}" for name, given in globs.items()},
+        "classes": "no --label-from-folder" if rules.classes is None else "--label-from-folder",
+    }
+
+
+def _describe_sizes(preprocessing: Preprocessing) -> dict[str, str]:
+    """Return the settings of the recipe and its sizes, as the options that set them. What it lacks is left out."""
+    is_sd_scripts = preprocessing.transform == "sd-scripts"
+    has_grid = preprocessing.transform == "center-crop" and preprocessing.buckets
+    flags = {
+        "size": "--buckets" if has_grid else "--resolution",
+        "multiple_of": "--bucket-reso-steps" if is_sd_scripts else "--multiple-of",
+        "min_bucket_reso": "--min-bucket-reso",
+        "max_bucket_reso": "--max-bucket-reso",
+        "interpolation": "--interpolation",
+    }
+    values = asdict(preprocessing) | {"size": preprocessing.resolution}
+    no_upscale = "--bucket-no-upscale" if is_sd_scripts else "--no-upscale"
+    grid = ", ".join(f"{height}x{width}" for height, width in preprocessing.buckets or ())
+    return {
+        "transform": f"--transform {preprocessing.transform}",
+        **{name: f"{flag} {values[name]}" for name, flag in flags.items() if values[name] is not None},
+        **({"grid": f"the buckets {grid}"} if grid else {}),
+        "no_upscale": no_upscale if preprocessing.no_upscale else f"no {no_upscale}",
     }
 
 

@@ -37,8 +37,15 @@ from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
-from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
-from pipeline.sources.units import make_shard_units, make_units, select_inputs
+from pipeline.sources.sidecars import (
+    NO_METADATA,
+    MetadataIndex,
+    SidecarIndex,
+    collect_image_files,
+    match_sidecars,
+    pin_files,
+)
+from pipeline.sources.units import make_manifest_units, make_shard_units, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
 FOLDER = "_plan"
@@ -54,6 +61,7 @@ SCHEMA = pa.schema(
         ("etag", pa.string()),
         ("files", pa.string()),
         ("root", pa.string()),
+        ("metadata", pa.string()),
     ]
 )
 
@@ -121,6 +129,7 @@ def _parse_unit(row: Mapping[str, Any]) -> Unit:
         etag=row["etag"],
         files=row["files"] or "",
         root=row["root"],
+        metadata=row["metadata"] or "",
     )
 
 
@@ -149,6 +158,7 @@ def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
             "etag": unit.etag,
             "files": unit.files or None,
             "root": unit.root,
+            "metadata": unit.metadata or None,
         }
         for unit in units
     ]
@@ -164,15 +174,16 @@ def extend_plan(
     new_source: bool = False,
     same_source: bool = False,
     texts: Collection[str] = TEXT_EXTENSIONS,
+    metadata: MetadataIndex = NO_METADATA,
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
     sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
-    texts: the extensions of the text files beside an image that are passed through.
+    texts: the extensions of the text files beside an image that are passed through. metadata: the tables beside them.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
-    sidecars = match_sidecars(files, texts)
+    sidecars = replace(match_sidecars(files, texts), metadata=metadata)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
@@ -199,7 +210,7 @@ def compare_with_plan(
     same_source: bool,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
-    listed = {file.path: file for file in listed_files}
+    listed = {**sidecars.metadata.files, **{file.path: file for file in listed_files}}
     roots = {(source_name(file.path), file.root): None for file in listed_files}
     sources = sources or [Source(name, root, root, ()) for name, root in roots]
     before = list(planned)
@@ -217,6 +228,8 @@ def compare_with_plan(
         inputs = {identify_input(unit) for unit in replanned}
         pairs = zip((with_etags(unit, listed) for unit in planned), before, strict=True)
         replanned += [unit for unit, old in pairs if unit != old and identify_input(unit) not in inputs]
+    changed = {identify_input(unit) for unit in replanned}
+    replanned += [unit for unit in _move_image_roots(planned, listed) if unit.path not in changed]
     new, more = find_unplanned(listed_files, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
@@ -236,6 +249,14 @@ def compare_with_plan(
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
     added = make_units([file for file in inputs_to_add if file.path not in duplicates], sidecars)
     return replanned + added, planned, notes
+
+
+def _move_image_roots(planned: Sequence[Unit], listed: Mapping[str, ListedFile]) -> Iterator[Unit]:
+    """Yield the units of manifests whose images are in another folder now (`--image-root`), with this folder."""
+    for unit in planned:
+        manifest = listed[unit.path].manifest if unit.kind == "manifest" and unit.path in listed else None
+        if manifest and manifest.image_root and manifest.image_root != unit.files:
+            yield replace(unit, files=manifest.image_root)
 
 
 def replan_changed(
@@ -297,13 +318,16 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
 
     A folder unit keeps its images. Images that are missing now stay as they were planned.
     """
+    if unit.kind == "manifest":
+        return make_manifest_units(listed[unit.path])
     if unit.kind != "folder":
-        return make_shard_units(listed[unit.path], unit.kind)
+        return make_shard_units(listed[unit.path], unit.kind, sidecars.metadata)
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)
     ]
-    return [replace(unit, **pin_files(current))]
+    tables = sidecars.metadata.pin(path for path in unit.paths if path in listed)
+    return [replace(unit, metadata=tables, **pin_files(current))]
 
 
 def find_unplanned(

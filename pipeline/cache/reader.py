@@ -16,7 +16,8 @@ from pipeline.formats.schema import OutputSchema
 from pipeline.records import TEXT_EXTENSIONS
 from pipeline.storage.connection import make_absolute
 from pipeline.storage.folder import Folder
-from vae import AutoencoderKLConfig
+from vae import VaeConfig
+from vae.config import parse_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class Cache(reader.Cache):
         return folder, None if data is None else parse_cache_json(data, folder.url)
 
     @property
-    def config(self) -> AutoencoderKLConfig:
-        """The configuration of the VAE that made the latents. Raises ValueError for one that no AutoencoderKL has."""
-        return AutoencoderKLConfig.from_dict(self.info.vae.config)
+    def config(self) -> VaeConfig:
+        """The configuration of the VAE that made the latents. Raises ValueError for one that no model has."""
+        return parse_config(self.info.vae.config)
 
     @property
     def layout(self) -> OutputSchema:

@@ -11,7 +11,7 @@ import json
 import platform
 import uuid
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from latentmill import __version__
@@ -20,6 +20,7 @@ from pipeline.storage.folder import Folder
 
 FOLDER = "_runs"
 DEAD_AFTER = 120  # seconds without a heartbeat; a run writes one every 30 seconds
+PLUGINS = ("pi-heif", "pillow-heif", "pillow-jxl-plugin")  # of Pillow
 
 
 def utc_now() -> str:
@@ -28,7 +29,11 @@ def utc_now() -> str:
 
 
 def get_library_versions() -> dict[str, str]:
-    """Return the versions of the libraries on which a cache's bytes depend."""
+    """Return the versions of the libraries on which a cache's bytes depend. Plugins of Pillow may be missing."""
+    plugins: dict[str, str] = {}
+    for name in PLUGINS:
+        with contextlib.suppress(PackageNotFoundError):
+            plugins[name] = version(name)
     return {
         "latentmill": __version__,
         "python": platform.python_version(),
@@ -36,6 +41,7 @@ def get_library_versions() -> dict[str, str]:
         "pyarrow": version("pyarrow"),
         "pillow": version("pillow"),
         "simplejpeg": version("simplejpeg"),
+        **plugins,
     }
 
 

@@ -7,7 +7,8 @@ merging gives the same result to the last bit.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,16 +24,28 @@ def format_bucket(height: int, width: int) -> str:
 
 def tally_rows(rows: Sequence[Row], store: Store = "mode") -> dict[str, BucketTally]:
     """Return the statistics of a part's rows, by bucket. The rows of a bucket must be in their final order."""
-    tally_bucket = tally_moments if store == "moments" else tally_latents
-    buckets: dict[str, list[Tensor]] = {}
+    buckets: dict[str, list[Sequence[Tensor]]] = {}
     for row in rows:
-        buckets.setdefault(format_bucket(*row.image.bucket), []).append(row.latent)
-    return {name: tally_bucket(buckets[name]) for name in sorted(buckets)}
+        buckets.setdefault(format_bucket(*row.image.bucket), []).append(row.latents)
+    return tally_buckets(buckets, store)
+
+
+def tally_buckets(buckets: Mapping[str, Sequence[Sequence[Tensor]]], store: Store = "mode") -> dict[str, BucketTally]:
+    """Return the statistics of each bucket. buckets: the latents of each row, one or two, by the bucket's name.
+
+    Every latent counts, but a row is one sample.
+    """
+    tally_bucket = tally_moments if store == "moments" else tally_latents
+    return {
+        name: replace(tally_bucket([latent for row in buckets[name] for latent in row]), samples=len(buckets[name]))
+        for name in sorted(buckets)
+    }
 
 
 def count_texts(rows: Iterable[Row], names: Sequence[str]) -> Counter[str]:
-    """Return the number of rows that have each of these texts."""
-    return Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
+    """Return the number of rows that have each of these texts, also if it is 0."""
+    found = Counter(name for row in rows for name in names if row.image.columns.get(name) is not None)
+    return Counter({name: found[name] for name in names})
 
 
 def tally_latents(latents: Sequence[Tensor]) -> BucketTally:

@@ -14,7 +14,7 @@ import torch
 
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
 from pipeline.formats.part_record import PartRecord
-from pipeline.formats.schema import BASE_SCHEMA, OutputSchema
+from pipeline.formats.schema import OutputSchema
 from pipeline.records import Row
 from pipeline.values import size_in_bytes
 
@@ -22,12 +22,10 @@ SUFFIX = PARQUET_SUFFIX
 ROW_GROUP_BYTES = 32 << 20
 COMPRESSION = "zstd"
 
-_LATENT = "latent"  # latents do not compress, repeat or sort; everything else does
-
 
 def make_schema(layout: OutputSchema) -> pa.Schema:
     """Return the schema of every part of a cache."""
-    return pa.schema([*BASE_SCHEMA, *layout.columns.schema])
+    return pa.schema([*layout.base_schema, *layout.columns.schema])
 
 
 def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
@@ -38,17 +36,18 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
 def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
     """Return the content of a part's file. rows: at least one, sorted by bucket, then by position."""
     schema, sink = make_schema(layout), io.BytesIO()
-    others = [path for field in schema if field.name != _LATENT for path in _list_paths(field.name, field.type)]
+    latents = layout.latent_names  # they do not compress, repeat or sort; everything else does
+    others = [path for field in schema if field.name not in latents for path in _list_paths(field.name, field.type)]
     with pq.ParquetWriter(
         sink,
         schema,
-        compression=dict.fromkeys(others, COMPRESSION) | {_LATENT: "none"},
+        compression=dict.fromkeys(others, COMPRESSION) | dict.fromkeys(latents, "none"),
         use_dictionary=others,
         write_statistics=others,
         write_page_checksum=True,
     ) as writer:
         for group in _split_into_row_groups(rows):
-            writer.write_table(_make_table(group, record, schema), row_group_size=len(group))
+            writer.write_table(_make_table(group, record, layout), row_group_size=len(group))
         writer.add_key_value_metadata({PARQUET_RECORD.decode(): record.to_json().decode()})
     return sink.getvalue()
 
@@ -58,22 +57,23 @@ def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
     latents = columns = 0
     for row in rows:
         more = sum(map(size_in_bytes, row.image.columns.values()))
-        is_full = latents + row.latent.nbytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
+        is_full = latents + row.latent_bytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
         if group and (row.image.bucket != group[0].image.bucket or is_full):
             yield group
             group, latents, columns = [], 0, 0
         group.append(row)
-        latents, columns = latents + row.latent.nbytes, columns + more
+        latents, columns = latents + row.latent_bytes, columns + more
     yield group
 
 
-def _make_table(rows: Sequence[Row], record: PartRecord, schema: pa.Schema) -> pa.Table:
+def _make_table(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> pa.Table:
     """Return the rows of a row group as a table. They have one bucket, so their latents have one shape."""
+    schema = make_schema(layout)
     latent, images, geometries = rows[0].latent, [row.image for row in rows], [row.image.geometry for row in rows]
     columns: dict[str, Any] = {
         "key": [image.key for image in images],
         "shard": [record.source] * len(rows),
-        _LATENT: _make_binary_array([row.latent for row in rows]),
+        **{name: _make_binary_array([getattr(row, name) for row in rows]) for name in layout.latent_names},
         "shape": [list(latent.shape)] * len(rows),
         "dtype": [str(latent.dtype).removeprefix("torch.")] * len(rows),
     }

@@ -19,22 +19,27 @@ BASE_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("original_height", pa.int32()),
         ("original_width", pa.int32()),
+        ("resized_height", pa.int32()),
+        ("resized_width", pa.int32()),
         ("crop_top", pa.int32()),
         ("crop_left", pa.int32()),
         ("flipped", pa.bool_()),
     ]
 )
+LATENT_FLIPPED = pa.field("latent_flipped", pa.binary())
+TRUNCATED = pa.field("truncated", pa.bool_())
+RESERVED_NAMES = frozenset({*BASE_SCHEMA.names, LATENT_FLIPPED.name, TRUNCATED.name})
 _PREFIX = "source_"
 
 
 def to_cache_name(name: str) -> str:
-    """Return the name in the cache of a source's column. `source_` precedes names of BASE_SCHEMA, prefixed or not."""
-    return _PREFIX + name if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    """Return the name in the cache of a source's column. `source_` precedes names of our columns, prefixed or not."""
+    return _PREFIX + name if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def to_source_name(name: str) -> str:
     """Return the name in its source of a column of the cache."""
-    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in BASE_SCHEMA.names else name
+    return name.removeprefix(_PREFIX) if _strip_prefixes(name) in RESERVED_NAMES else name
 
 
 def _strip_prefixes(name: str) -> str:
@@ -82,8 +87,25 @@ TEXT_COLUMNS = PassthroughColumns(pa.schema([(name, pa.string()) for name in TEX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSchema:
-    """The layout of a cache's files, as the writers of parts need it."""
+    """The layout of a cache's files, as the writers of parts need it.
+
+    has_flipped: whether rows have LATENT_FLIPPED (`--flip both`). has_truncated: whether rows have TRUNCATED.
+    """
 
     container: Container = "parquet"
     store: Store = "mode"
     columns: PassthroughColumns = TEXT_COLUMNS
+    has_flipped: bool = False
+    has_truncated: bool = False
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """The columns of a row that hold latents."""
+        return ("latent", LATENT_FLIPPED.name) if self.has_flipped else ("latent",)
+
+    @property
+    def base_schema(self) -> pa.Schema:
+        """The columns of a row that are not copied from the sources."""
+        after_latent = BASE_SCHEMA.get_field_index("latent") + 1
+        schema = BASE_SCHEMA.insert(after_latent, LATENT_FLIPPED) if self.has_flipped else BASE_SCHEMA
+        return schema.append(TRUNCATED) if self.has_truncated else schema

@@ -1,7 +1,8 @@
 """Serialize rows as a WebDataset shard. The record is at its start, as the PAX global header `LATENTMILL.record`.
 
-A sample is `<key>.latent.npy` (or `<key>.moments.npy`), `<key>.latent.json` with its other columns, and the texts of
-the image. Equal rows and records give equal bytes, because members have no time and no owner.
+A sample is `<key>.latent.npy` (or `<key>.moments.npy`), with `--flip both` also `<key>.latent_flipped.npy`,
+`<key>.latent.json` with its other columns, and the texts of the image. Equal rows and records give equal bytes, because
+members have no time and no owner.
 """
 
 import io
@@ -24,11 +25,13 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     """Return the members of a sample as cache.json names them."""
     binary = layout.columns.binary
     texts = [{"name": name, "type": "bytes" if name in binary else "text"} for name in layout.columns.texts]
-    return [{"name": f"{_get_array_name(layout)}.npy", "type": "npy"}, {"name": "latent.json", "type": "json"}, *texts]
+    arrays = [{"name": name, "type": "npy"} for name in _get_array_names(layout)]
+    return [*arrays, {"name": "latent.json", "type": "json"}, *texts]
 
 
-def _get_array_name(layout: OutputSchema) -> str:
-    return "moments" if layout.store == "moments" else "latent"
+def _get_array_names(layout: OutputSchema) -> list[str]:
+    name = "moments" if layout.store == "moments" else "latent"
+    return [f"{name}.npy", f"{name}_flipped.npy"] if layout.has_flipped else [f"{name}.npy"]
 
 
 def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
@@ -48,20 +51,25 @@ def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema
 
 
 def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
-    image, latent = row.image, row.latent.contiguous().numpy()
-    array = io.BytesIO()
-    np.lib.format.write_array(array, latent, version=(1, 0), allow_pickle=False)
+    image, arrays = row.image, [latent.contiguous().numpy() for latent in row.latents]
     info = {
         "key": image.key,
         "shard": shard,
-        "shape": list(latent.shape),
-        "dtype": str(latent.dtype),
+        "shape": list(arrays[0].shape),
+        "dtype": str(arrays[0].dtype),
         **image.geometry,
     }
     texts = layout.columns.texts
     info |= {name: to_json_value(image.columns.get(name)) for name in layout.columns.schema.names if name not in texts}
-    yield f"{image.key}.{_get_array_name(layout)}.npy", array.getvalue()
+    for name, array in zip(_get_array_names(layout), arrays, strict=True):
+        yield f"{image.key}.{name}", _to_npy(array)
     yield image.key + SAMPLE_JSON, canonical_json(info)
     for name in texts:
         if (value := image.columns.get(name)) is not None:
             yield f"{image.key}.{name}", value if isinstance(value, bytes) else value.encode()
+
+
+def _to_npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+    return file.getvalue()

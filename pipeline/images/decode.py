@@ -1,12 +1,9 @@
 """Decode images to pixels, by one rule for every kind of image.
 
-    orientation   the EXIF orientation is applied; original sizes are measured after it
-    animation     the first frame
-    alpha         composited over white, also for palettes
-    16-bit gray   divided by 257, rounded; 16-bit RGB keeps its high byte, as Pillow reads it
-    CMYK          Pillow's conversion, without a color profile
-    profiles      embedded ICC profiles are ignored, as in training code
-    otherwise     RGB by Pillow's conversion (gray, palette, YCbCr, LAB, HSV)
+    orientation   the EXIF orientation is applied, or ignored; original sizes are measured after it
+    animation     the first frame or page
+    colors        see `color`
+    truncated     rejected, or accepted as by Pillow: missing pixels are gray in a JPEG, black in other formats
 
 The number of bytes and of pixels is checked before an image is decompressed.
 
@@ -18,32 +15,32 @@ Decoding an image file is part of the stage `open`. It is not the command `decod
 (`pipeline.preview`).
 """
 
+import contextlib
 import io
+import logging
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageFile, features
 
 from pipeline.errors import Rejected
+from pipeline.images.color import convert_to_rgb
+from pipeline.images.decode_settings import DEFAULT_DECODING, DecodeSettings
+from pipeline.images.formats import open_header
 from pipeline.limits import DEFAULT_LIMITS, Limits
 
-# Decodes an image file to RGB uint8 [H, W, 3], as `open_pixels` does: bytes, limits, reduction.
-OpenPixels = Callable[[bytes, Limits, int], np.ndarray]
+# Decodes an image file to RGB uint8 [H, W, 3], as `open_pixels` does: bytes, limits, reduction, settings.
+OpenPixels = Callable[[bytes, Limits, int, DecodeSettings], np.ndarray]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PNG_TEXT = 64 << 20  # bytes of a PNG's decompressed texts and color profile
-
-# Pillow's own limit warns once per process, and raises above a higher number than ours. So it is checked here instead.
-Image.MAX_IMAGE_PIXELS = None
-# By default Pillow accepts up to 1 MiB of a text or a profile, and reports images with more as broken.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT
-# Pillow's warnings, mostly about damaged metadata, name neither the image nor a remedy. They are ignored in the whole
-# process, because `warnings.catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# The warnings of Pillow and its plugins, mostly about damaged metadata, name neither the image nor a remedy. They are
+# ignored in the whole process, because `warnings.catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"(PIL|pi_heif|pillow_heif|pillow_jxl)\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 _HAS_TURBO = features.check_feature("libjpeg_turbo")  # another libjpeg has other pixels
 # Markers of JPEG (ITU-T T.81, table B.1): Huffman-coded frames of the DCT (baseline, extended, progressive), the
@@ -74,7 +71,34 @@ class JpegHeader:
     is_turned: bool
 
 
-def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1) -> np.ndarray:
+class _ThreadFlag(threading.local):
+    """A flag of Pillow that is set in one thread only. Pillow has one for the process, and tests only its truth."""
+
+    is_set = False
+
+    def __bool__(self) -> bool:
+        return self.is_set
+
+
+_accepts_truncated = _ThreadFlag()
+ImageFile.LOAD_TRUNCATED_IMAGES = _accepts_truncated  # type: ignore[assignment]
+
+
+class _Source(io.BytesIO):
+    """An image file that notices if it lacks its end: if a read returned less than a whole file would have."""
+
+    is_truncated = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if size is not None and size > 0:
+            self.is_truncated |= not data or len(data) < size < ImageFile.MAXBLOCK
+        return data
+
+
+def open_pixels(
+    data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1, settings: DecodeSettings = DEFAULT_DECODING
+) -> np.ndarray:
     """Decode an image to RGB uint8 [H, W, 3].
 
     reduction: with 2, 4 or 8, a JPEG that has a `read_jpeg_header` is decoded at 1/reduction of its height and width,
@@ -87,35 +111,50 @@ def open_pixels(data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1
     if len(data) > limits.image_bytes:
         raise Rejected("open", "too_many_bytes", len(data), limits.image_bytes)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise Rejected("open", "not_an_image") from None
-    except MemoryError:
-        raise
-    except Exception:  # Pillow's parsers raise exceptions of any type for damaged bytes
-        raise Rejected("open", "corrupt") from None
-    width, height = image.size
-    if width * height > limits.pixels or max(width, height) > limits.side:
-        raise Rejected("open", "too_many_pixels", width, height, limits.pixels, limits.side)
+        return _decode(io.BytesIO(data), limits, reduction, settings)
+    except Rejected as error:
+        if error.reason != "corrupt" or not settings.allow_truncated:
+            raise
+    source = _Source(data)
+    with _accept_truncated():
+        pixels = _decode(source, limits, reduction, settings)
+    if not source.is_truncated:  # it is damaged, but not truncated
+        raise Rejected("open", "corrupt")
+    return pixels
+
+
+@contextlib.contextmanager
+def _accept_truncated() -> Iterator[None]:
+    """Let Pillow decode truncated images, in this thread."""
+    _accepts_truncated.is_set = True
+    try:
+        yield
+    finally:
+        _accepts_truncated.is_set = False
+
+
+def _decode(source: io.BytesIO, limits: Limits, reduction: int, settings: DecodeSettings) -> np.ndarray:
+    data, image = source.getvalue(), open_header(source, limits)
     try:
         is_plain = _is_plain_jpeg(data, image)
-        pixels = _decompress_jpeg(data, image, reduction) if is_plain and _HAS_TURBO else None
+        is_fast = is_plain and _HAS_TURBO and not _has_profile(image, settings)
+        pixels = _decompress_jpeg(data, image, reduction) if is_fast else None
         if pixels is None:
             if is_plain and reduction > 1:
                 image.draft(None, (image.width // reduction, image.height // reduction))
             image.load()
-            return np.asarray(_convert_to_rgb(_rotate_upright(image)))
-        orientation = _read_orientation(image)
+            return np.asarray(_rotate_upright(convert_to_rgb(image, settings), _read_orientation(image, settings)))
+        orientation = _read_orientation(image, settings)
         if orientation not in _UPRIGHT:
             return pixels
-        return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+        return np.asarray(_rotate_upright(Image.fromarray(pixels), orientation))
     except (MemoryError, Rejected):
         raise
     except Exception:
         raise Rejected("open", "corrupt") from None
 
 
-def read_jpeg_header(data: bytes) -> JpegHeader | None:
+def read_jpeg_header(data: bytes, settings: DecodeSettings = DEFAULT_DECODING) -> JpegHeader | None:
     """Return the header of a JPEG. None for other formats, CMYK, and JPEGs with an unusual or damaged header."""
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -127,7 +166,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
         return None
     if not _is_plain_jpeg(data, image):
         return None
-    orientation = _read_orientation(image)
+    orientation = _read_orientation(image, settings)
     height, width = (image.width, image.height) if orientation in _TRANSPOSED else (image.height, image.width)
     return JpegHeader(height, width, is_turned=orientation in _UPRIGHT)
 
@@ -176,32 +215,26 @@ def _has_plain_header(data: bytes) -> bool:
     return False
 
 
-def _rotate_upright(image: Image.Image) -> Image.Image:
+def _has_profile(image: Image.Image, settings: DecodeSettings) -> bool:
+    """Return whether the colors of a JPEG may have to be converted."""
+    return settings.color == "srgb" and "icc_profile" in image.info
+
+
+def _rotate_upright(image: Image.Image, orientation: int | None) -> Image.Image:
     """Apply the EXIF orientation."""
-    orientation = _read_orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _read_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation. Damaged metadata is ignored, because the image itself may be intact."""
+def _read_orientation(image: Image.Image, settings: DecodeSettings) -> int | None:
+    """Return the EXIF orientation, if it counts.
+
+    Damaged metadata is ignored, because the image itself may be intact.
+    """
+    if settings.exif == "ignore" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return None  # JPEG XL has an orientation of its own, which its decoder applies; that of the EXIF is a copy
     try:
         return image.getexif().get(_ORIENTATION)
     except MemoryError:
         raise
     except Exception:
         return None
-
-
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB by the rules of this module."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise Rejected("open", "unsupported_mode")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

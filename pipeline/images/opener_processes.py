@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.images.fit import Fit
 from pipeline.images.prepare import OpenedImage, make_opener, open_in_sandbox
-from pipeline.images.transform import Fit, Transform
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.subprocess_server import limit_itself, make_environment
 
@@ -60,6 +61,7 @@ class _Opened:
     original_height: int
     original_width: int
     fit: Fit
+    truncated: bool | None
 
 
 _Answer = _Opened | Exception | None  # to a request; None: the image is filtered; an exception: the worker raises it
@@ -116,7 +118,8 @@ class _OpenerProcess:
         if answer is None:
             return None
         pixels = np.frombuffer(self.memory, np.uint8, int(np.prod(answer.shape))).reshape(answer.shape).copy()
-        return OpenedImage(torch.from_numpy(pixels), answer.original_height, answer.original_width, answer.fit)
+        size = answer.original_height, answer.original_width
+        return OpenedImage(torch.from_numpy(pixels), *size, answer.fit, answer.truncated)
 
     def _receive(self, seconds: float) -> Any:
         if not self.connection.poll(seconds):
@@ -137,7 +140,7 @@ class _Server:
     def __init__(self, transform: Transform, limits: Limits) -> None:
         self.settings = pickle.dumps((transform, limits)).hex()
         self.seconds = PATIENCE * limits.seconds
-        self.size = max(MEMORY_BYTES, 3 * max(height * width for height, width in transform.output_sizes))
+        self.size = max(MEMORY_BYTES, 3 * transform.max_pixels)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -236,4 +239,4 @@ def serve(connection: Connection, memory: mmap.mmap, transform: Transform, limit
 def _write_pixels(opened: OpenedImage, memory: mmap.mmap) -> _Opened:
     pixels = opened.pixels.numpy()
     np.frombuffer(memory, np.uint8, pixels.size).reshape(pixels.shape)[:] = pixels
-    return _Opened(pixels.shape, opened.original_height, opened.original_width, opened.fit)
+    return _Opened(pixels.shape, opened.original_height, opened.original_width, opened.fit, opened.truncated)

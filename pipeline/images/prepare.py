@@ -1,27 +1,33 @@
 """Open an image for the encoder: decode its bytes, and transform the pixels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
 from pipeline.errors import Rejected
 from pipeline.images import decode
+from pipeline.images.fit import Fit
+from pipeline.images.near_empty import is_near_empty
 from pipeline.images.sandbox import SandboxedDecoder
-from pipeline.images.transform import Fit, Transform
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_columns
 from pipeline.records import Filtered, PreparedImage, Reject, Sample, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An opened image: uint8 [H, W, 3], its original size, and how it was transformed."""
+    """An opened image: uint8 [H, W, 3], its original size, and how it was transformed.
+
+    truncated: see `PreparedImage`.
+    """
 
     pixels: Tensor
     original_height: int
     original_width: int
     fit: Fit
+    truncated: bool | None = None
 
 
 # Opens an image: its bytes, and the shard and the key that its random numbers follow from. None: it is filtered.
@@ -43,15 +49,24 @@ def open_image(
     key: str,
 ) -> OpenedImage | None:
     """Decode and transform an image. See `Opener`."""
-    jpeg = decode.read_jpeg_header(data) if transform.jpeg_decode == "scaled" else None
+    settings = transform.decoding
+    jpeg = decode.read_jpeg_header(data, settings) if transform.jpeg_decode == "scaled" else None
     reduction = transform.choose_reduction(jpeg.height, jpeg.width, jpeg.is_turned) if jpeg else 1
-    rgb = open_pixels(data, limits, reduction)
+    truncated = False if settings.allow_truncated else None
+    try:
+        rgb = open_pixels(data, limits, reduction, replace(settings, allow_truncated=False))
+    except Rejected as error:
+        if error.reason != "corrupt" or not settings.allow_truncated:
+            raise
+        rgb, truncated = open_pixels(data, limits, reduction, settings), True
     height, width = (jpeg.height, jpeg.width) if jpeg else rgb.shape[:2]
     fit = transform.fit(height, width, shard, key)
     if fit is None:
         return None
     pixels = transform.apply(rgb, fit, (height / reduction, width / reduction))
-    return OpenedImage(pixels, height, width, fit)
+    if transform.min_std and is_near_empty(pixels, transform.min_std):
+        return None
+    return OpenedImage(pixels, height, width, fit, truncated)
 
 
 def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage | None:
@@ -81,8 +96,11 @@ def prepare_sample(
         pixels=opened.pixels,
         original_height=opened.original_height,
         original_width=opened.original_width,
+        resized_height=opened.fit.height,
+        resized_width=opened.fit.width,
         crop_top=opened.fit.top,
         crop_left=opened.fit.left,
         enlarged=opened.fit.enlarged,
         flipped=opened.fit.flipped,
+        truncated=opened.truncated,
     )

@@ -139,8 +139,7 @@ class LocalAndRemoteOpeners:
 
 def count_block_images(transform: Transform) -> int:
     """Return the number of images that are sent at once."""
-    image_bytes = 3 * max(height * width for height, width in transform.output_sizes)
-    return max(1, min(MAX_BLOCK_IMAGES, MAX_BLOCK_BYTES // image_bytes))
+    return max(1, min(MAX_BLOCK_IMAGES, MAX_BLOCK_BYTES // (3 * transform.max_pixels)))
 
 
 def count_images_in_flight(openers: RemoteOpeners | None, transform: Transform) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.errors import Rejected
 from pipeline.images.decode import open_pixels
+from pipeline.images.decode_settings import DEFAULT_DECODING, DecodeSettings
 from pipeline.limits import Limits
 from pipeline.subprocess_server import Child, limit_itself, serve
 
@@ -27,14 +28,17 @@ class SandboxedDecoder(Child):
     def __enter__(self) -> "SandboxedDecoder":
         return self
 
-    def open_pixels(self, data: bytes, limits: Limits, reduction: int = 1) -> np.ndarray:
+    def open_pixels(
+        self, data: bytes, limits: Limits, reduction: int = 1, settings: DecodeSettings = DEFAULT_DECODING
+    ) -> np.ndarray:
         """Decode an image to RGB uint8 [H, W, 3]. Raises Rejected, with the reason `unsafe` if it ended the process."""
+        header = json.dumps({"reduction": reduction, "settings": asdict(settings)}).encode()
         try:
-            answer, content = self.ask(bytes([reduction]) + data, limits.seconds)
+            answer, content = self.ask(header + b"\n" + data, limits.seconds)
         except ChildProcessError:
             raise Rejected("open", "unsafe", limits.seconds, limits.memory) from None
         if "rejected" in answer:
-            raise Rejected(*answer["rejected"])
+            raise Rejected(*answer["rejected"], more=answer["more"])
         height, width = answer["shape"]
         return np.frombuffer(content, np.uint8).reshape(height, width, 3)
 
@@ -44,13 +48,15 @@ def main() -> None:
     limits = Limits(**json.loads(sys.argv[1]))
     limit_itself(limits.memory)
 
-    def answer(data: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(request: bytes) -> tuple[dict[str, Any], bytes]:
+        header, _, data = request.partition(b"\n")
+        asked = json.loads(header)
         try:
-            pixels = open_pixels(data[1:], limits, reduction=data[0])
+            pixels = open_pixels(data, limits, asked["reduction"], DecodeSettings(**asked["settings"]))
         except Rejected as error:
-            return {"rejected": [error.stage, error.reason, *error.numbers]}, b""
+            return {"rejected": [error.stage, error.reason, *error.numbers], "more": error.more}, b""
         except MemoryError:
-            return {"rejected": ["open", "unsafe", limits.seconds, limits.memory]}, b""
+            return {"rejected": ["open", "unsafe", limits.seconds, limits.memory], "more": ""}, b""
         return {"shape": pixels.shape[:2]}, pixels.tobytes()
 
     serve(answer, limits.seconds + 5)

@@ -1,119 +1,144 @@
-"""Resize and crop images to the size at which they are encoded.
+"""Transform images to the size at which they are encoded: resize, crop and mirror them, by one of several recipes.
 
-An image is resized so that it just covers its target: the square of `resolution`, or the bucket nearest to its shape.
-For a square, the shorter side becomes `resolution`, and the longer side `round(long * resolution / short)`. Then the
-target is cropped: at the center, `excess // 2` from the top and from the left, or at a uniformly random position.
-With `flip`, half of the images are mirrored.
-
-Resizing is always antialiased, and equals Pillow's filter of the same name within 1/255 per channel. Reductions to half
-or less, which cost most, run in torch, which is three to five times faster. All others run in Pillow, for two reasons.
-If noise images are reduced to more than half, torch's integer weights are off by 2 in one of ten. If an image is about
-twice as tall as wide, Pillow 13 resizes the columns first, and clamping between the passes then gives another image.
-
-Pillow resizes the rows first, then the columns. Between the two passes, what the crop does not need is left out. The
-pixels of the crop are exactly those of resizing the whole image.
-
-A line of pixels would become a very long image. If the resized image had more than MAX_RESIZED pixels, and more than
-MAX_TIMES as many as the crop, only the crop is computed. It may then differ by the effect of clamping between the
-passes.
+`pipeline.images.recipes` has the recipes of `--transform`. Each gives the size to which an image is resized, and the
+crop of it. Filters, random crops and flips are here, because they are the same for all. With `flip` "random", half of
+the images are mirrored after the crop. With "both", the encoder mirrors them.
 """
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from pipeline.images.buckets import Bucket, find_nearest
+from pipeline.images import resize
+from pipeline.images.buckets import Bucket, make_grid
+from pipeline.images.decode_settings import DecodeSettings
+from pipeline.images.fit import Fit
+from pipeline.images.recipes import aspect_ratio, center_crop, dhariwal, diffusers, prepared, sd_scripts
+from pipeline.images.resize import Extent
 from pipeline.images.seeds import derive_seed
-from pipeline.records import Crop, Flip, Interpolation, JpegDecode
+from pipeline.records import Crop, Flip, Interpolation, JpegDecode, Recipe
 
-# Part of a cache's identity. Increase it if the same settings give other pixels.
-VERSION = 1
-
-MAX_RESIZED = 1 << 25  # pixels; half a GB during the resize. At 1,024 px, an image 32 times as long as high.
-MAX_TIMES = 16
-MIN_REDUCED = 2
-MAX_TALL = 1.9  # height / width up to which Pillow resizes the rows first, as torch does
-
-_PILLOW = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS,
+_MODULES: Mapping[Recipe, ModuleType] = {
+    "center-crop": center_crop,
+    "center-crop-dhariwal": dhariwal,
+    "diffusers": diffusers,
+    "sd-scripts": sd_scripts,
+    **dict.fromkeys(("aspect-ratio-512", "aspect-ratio-1024", "aspect-ratio-2048"), aspect_ratio),
+    "none": prepared,
 }
-
-Extent = tuple[float, float]  # height and width
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """The transform of one image, in pixels.
-
-    The image is resized to height x width. Then out_height x out_width is cropped at (top, left), and mirrored left to
-    right if `flipped`. enlarged: whether resizing enlarges it.
-    """
-
-    height: int
-    width: int
-    top: int
-    left: int
-    out_height: int
-    out_width: int
-    enlarged: bool
-    flipped: bool = False
+HAS_INTERPOLATION = frozenset({"center-crop", "diffusers"})  # all others have fixed filters
+MIN_REDUCED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
     """The settings of the transform. Sizes are in pixels.
 
-    resolution: height and width of the output; with buckets, the side of a square of their area.
-    buckets: the possible output sizes, multiples of `multiple_of`; default: only the square of `resolution`.
-    min_size: images with a shorter side than this are filtered.
+    recipe: the rule (`--transform`).
+    resolution: height and width of the output; with buckets, the side of a square of their area; with `none`, of a
+    square of the largest area.
+    buckets: the possible sizes of the output, unless there is only one, or they depend on the images.
+    multiple_of: of the sides of the output; 0 for squares and tables.
+    min_bucket_reso, max_bucket_reso: the settings from which the buckets of sd-scripts were made.
+    no_upscale: images that would be enlarged keep their size, or are filtered.
+    min_size, max_aspect: images with a shorter side below min_size, or with a longer side of more than max_aspect times
+    the shorter one, are filtered; 0 filters none.
+    min_std: images whose transformed pixels have a lower standard deviation than this are filtered
+    (`near_empty.is_near_empty`), in gray levels; 0 filters none.
+    interpolation: of `center-crop` and `diffusers`; all others have fixed filters.
     jpeg_decode: "scaled" decodes JPEGs at the smallest size that is at least MIN_REDUCED times the resized image.
-    seed: of random crops and flips.
+    seed: of random crops and flips. decoding: how an image file becomes the pixels that are transformed.
     """
 
+    recipe: Recipe = "center-crop"
     resolution: int
     buckets: tuple[Bucket, ...] = ()
     multiple_of: int = 0
+    min_bucket_reso: int = 0
+    max_bucket_reso: int = 0
+    no_upscale: bool = False
     min_size: int = 0
+    max_aspect: float = 0.0
     interpolation: Interpolation = "bicubic"
     jpeg_decode: JpegDecode = "full"
     crop: Crop = "center"
     flip: Flip = "none"
     seed: int = 0
+    min_std: float = 0.0
+    decoding: DecodeSettings = DecodeSettings()
+
+    @property
+    def version(self) -> int:
+        """The version of the recipe. It increases if the same settings give other pixels."""
+        return int(_MODULES[self.recipe].VERSION)
 
     @property
     def output_sizes(self) -> tuple[Bucket, ...]:
-        """The possible sizes of the output, (height, width) each."""
+        """The possible sizes of the output, (height, width) each; typical ones if they cannot be listed."""
+        if self.multiple_of and not self.buckets:
+            return make_grid(self.resolution, self.multiple_of)
         return self.buckets or ((self.resolution, self.resolution),)
 
+    @property
+    def max_pixels(self) -> int:
+        """An upper bound of the pixels of an output."""
+        if self.recipe == "sd-scripts" and self.no_upscale:
+            return sd_scripts.bound_pixels(self.resolution, self.multiple_of)
+        return max(self.resolution**2, *(height * width for height, width in self.output_sizes))
+
     def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
-        """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers."""
+        """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers.
+
+        Raises Rejected if the recipe `none` does not permit this size.
+        """
         if min(height, width) < self.min_size:
             return None
-        out_height, out_width = find_nearest(self.output_sizes, height, width)
-        if out_height * width >= out_width * height:  # the height determines the scale
-            tall, wide = out_height, max(out_width, round(width * out_height / height))
-        else:
-            tall, wide = max(out_height, round(height * out_width / width)), out_width
-        excess = (tall - out_height) + (wide - out_width)  # one of them is 0
-        cut = excess // 2 if self.crop == "center" else int(self._draw("crop", shard, key) * (excess + 1))
-        return Fit(
-            height=tall,
-            width=wide,
-            top=cut if tall > out_height else 0,
-            left=cut if wide > out_width else 0,
-            out_height=out_height,
-            out_width=out_width,
-            enlarged=tall > height or wide > width,
-            flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5,
-        )
+        if self.max_aspect and max(height, width) > self.max_aspect * min(height, width):
+            return None
+        fit = self._fit_recipe(height, width)
+        if fit is not None and fit.enlarged and self.no_upscale:
+            fit = self._fit_small(height, width)
+        if fit is None:
+            return None
+        if self.crop == "random":
+            fit = self._move_crop(fit, shard, key)
+        return replace(fit, flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5)
+
+    def _fit_recipe(self, height: int, width: int) -> Fit | None:
+        match self.recipe:
+            case "center-crop":
+                return center_crop.fit(height, width, self.output_sizes)
+            case "center-crop-dhariwal":
+                return dhariwal.fit(height, width, self.resolution)
+            case "diffusers":
+                return diffusers.fit(height, width, self.resolution)
+            case "sd-scripts" if self.no_upscale:
+                return sd_scripts.fit_without_enlarging(height, width, self.resolution, self.multiple_of)
+            case "sd-scripts":
+                return sd_scripts.fit(height, width, self.buckets)
+            case "none":
+                return prepared.fit(height, width, self.resolution, self.multiple_of)
+            case _:
+                return aspect_ratio.fit(height, width, self.resolution)
+
+    def _fit_small(self, height: int, width: int) -> Fit | None:
+        """Return the transform of an image that the recipe would enlarge: with our buckets, it keeps its size."""
+        if self.recipe == "center-crop" and self.buckets:
+            return center_crop.fit_without_resizing(height, width, self.resolution, self.multiple_of)
+        return None
+
+    def _move_crop(self, fit: Fit, shard: str, key: str) -> Fit:
+        """Return the same transform with its crop at a uniformly random position."""
+        down, across = fit.height - fit.out_height, fit.width - fit.out_width
+        top = int(self._draw("crop", shard, key) * (down + 1))
+        left = int(self._draw("crop-left" if down else "crop", shard, key) * (across + 1))
+        return replace(fit, top=top, left=left)
 
     def choose_reduction(self, height: int, width: int, is_turned: bool) -> int:
         """Return the factor by which a JPEG of this size is reduced while it is decoded: 1, 2, 4 or 8.
@@ -139,86 +164,23 @@ class Transform:
     def apply(self, pixels: np.ndarray, fit: Fit, extent: Extent | None = None) -> Tensor:
         """Transform RGB uint8 [H, W, 3] to uint8 [out_height, out_width, 3].
 
-        extent: height and width of the image in these pixels; default: H and W. They are fractions if the image was
-        reduced, and its last row or column is a partial one.
+        extent: see `resize.resize_and_crop`.
         """
-        extent = extent or pixels.shape[:2]
-        if fit.height * fit.width > max(MAX_RESIZED, MAX_TIMES * fit.out_height * fit.out_width):
-            cut = resize_cut(pixels, fit, self.interpolation, extent)
-        elif extent == pixels.shape[:2] and _is_resized_in_passes(pixels, fit, self.interpolation):
-            cut = resize_in_passes(pixels, fit, self.interpolation)
-        else:
-            resized = resize(pixels, fit.height, fit.width, self.interpolation, extent)
-            cut = resized[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
+        cut = self._resize_and_crop(pixels, fit, extent)
         return (cut.flip(1) if fit.flipped else cut).contiguous()
 
-
-def resize(
-    pixels: np.ndarray, height: int, width: int, interpolation: Interpolation, extent: Extent | None = None
-) -> Tensor:
-    """Resize RGB uint8 [H, W, 3] to uint8 [height, width, 3], antialiased. extent: see `Transform.apply`."""
-    tall, wide = pixels.shape[:2]
-    rows, columns = extent or (tall, wide)
-    if (tall, wide) == (height, width):
-        return torch.from_numpy(pixels.copy())
-    if not _is_resized_by_torch((tall, wide), (height, width), interpolation):
-        image = Image.fromarray(pixels).resize((width, height), _PILLOW[interpolation], (0, 0, columns, rows))
-        return torch.from_numpy(np.asarray(image).copy())
-    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
-    if (rows, columns) == (tall, wide):
-        resized = F.interpolate(source, size=(height, width), mode=interpolation, antialias=True)
-    else:  # torch rounds the size down, so the scale is rounded up
-        scale = [math.nextafter(height / rows, math.inf), math.nextafter(width / columns, math.inf)]
-        resized = F.interpolate(source, scale_factor=scale, mode=interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0)
-
-
-def _is_resized_by_torch(source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation) -> bool:
-    """Return whether torch's result is within 1/255 of Pillow's. source, target: height and width in pixels."""
-    halves = 2 * target[0] <= source[0] and 2 * target[1] <= source[1]
-    return interpolation != "lanczos" and halves and source[0] <= MAX_TALL * source[1]
-
-
-def _is_resized_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> bool:
-    """Return whether `resize_in_passes` equals Pillow's resize, and has something to leave out."""
-    tall, wide = pixels.shape[:2]
-    target = (fit.height, fit.width)
-    is_cropped = target != (fit.out_height, fit.out_width)
-    by_pillow = (tall, wide) != target and not _is_resized_by_torch((tall, wide), target, interpolation)
-    return is_cropped and by_pillow and tall <= MAX_TALL * wide
-
-
-def resize_in_passes(pixels: np.ndarray, fit: Fit, interpolation: Interpolation) -> Tensor:
-    """Resize the rows, then the columns, without what the crop does not need. Return the crop, as `resize_cut` does.
-
-    Each pass has the scale and the positions of the whole image, so its weights are the same, to the bit. That is
-    impossible with Pillow's `box`, a float32.
-    """
-    tall, filter_ = pixels.shape[0], _PILLOW[interpolation]
-    needed, _, _ = _choose_window(fit.top, fit.out_height, fit.height, tall)
-    rows = Image.fromarray(pixels[needed]).resize((fit.width, needed.stop - needed.start), filter_)
-    rows = rows.crop((fit.left, -needed.start, fit.left + fit.out_width, tall - needed.start))
-    image = rows.resize((fit.out_width, fit.height), filter_)
-    return torch.from_numpy(np.array(image.crop((0, fit.top, fit.out_width, fit.top + fit.out_height))))
-
-
-def resize_cut(pixels: np.ndarray, fit: Fit, interpolation: Interpolation, extent: Extent | None = None) -> Tensor:
-    """Compute only the crop of the resized image, uint8 [out_height, out_width, 3]."""
-    tall, wide = extent or pixels.shape[:2]
-    rows, top, bottom = _choose_window(fit.top, fit.out_height, fit.height, tall)
-    columns, left, right = _choose_window(fit.left, fit.out_width, fit.width, wide)
-    image = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
-    size, box = (fit.out_width, fit.out_height), (left, top, right, bottom)
-    return torch.from_numpy(np.asarray(image.resize(size, _PILLOW[interpolation], box)).copy())
-
-
-def _choose_window(first: int, count: int, resized: int, side: float) -> tuple[slice, float, float]:
-    """Return the source pixels of one side that `count` resized pixels depend on, and the box inside them.
-
-    Pillow stores boxes in float32. In a whole image of 65,535 pixels the box would be off by several resized pixels.
-    """
-    step = side / resized
-    begin, end = first * step, min((first + count) * step, side)
-    margin = math.ceil(3 * max(step, 1)) + 1  # the radius of Lanczos is three pixels of the coarser image
-    low, high = max(0, math.floor(begin) - margin), min(math.ceil(side), math.ceil(end) + margin)
-    return slice(low, high), begin - low, end - low
+    def _resize_and_crop(self, pixels: np.ndarray, fit: Fit, extent: Extent | None) -> Tensor:
+        match self.recipe:
+            case "center-crop":
+                return resize.resize_and_crop(pixels, fit, self.interpolation, extent)
+            case "center-crop-dhariwal":
+                return dhariwal.resize_and_crop(pixels, fit)
+            case "diffusers":
+                return resize.resize_and_crop(pixels, fit, self.interpolation, is_exact=True)
+            case "sd-scripts":
+                return sd_scripts.resize_and_crop(pixels, fit)
+            case "none":
+                return torch.from_numpy(pixels.copy())
+            case _:
+                filter_ = aspect_ratio.choose_interpolation(self.resolution)
+                return resize.resize_and_crop(pixels, fit, filter_, is_exact=True)

@@ -100,14 +100,15 @@ def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], enco
         reason = image.reason if isinstance(image, Reject) else "filtered"
         yield Problem(file, f"{sample.key} is rejected now ({reason}), but has a row", LIMITS)
         return
-    latent = encoder.context.latent_encoder.encode([image])[0].latent
+    encoded = encoder.context.latent_encoder.encode([image])[0]
     different = [name for name, value in image.geometry.items() if row[name] != value]
-    if different or not isinstance(latent, Tensor):
+    if different or not isinstance(encoded.latent, Tensor):
         yield Problem(file, f"{sample.key} is encoded to another {', '.join(different) or 'latent'}", RUN)
         return
-    distance = _compute_distance(to_tensor(row), latent)
-    if distance > TOLERANCE:
-        yield Problem(file, f"{sample.key} is encoded to another latent: it differs by {distance:.0%}", RUN)
+    for name in encoder.context.spec.layout.latent_names:
+        distance = _compute_distance(to_tensor(row, name), getattr(encoded, name))
+        if distance > TOLERANCE:
+            yield Problem(file, f"{sample.key} is encoded to another {name}: it differs by {distance:.0%}", RUN)
 
 
 def _compute_distance(stored: Tensor, encoded: Tensor) -> float:

@@ -177,7 +177,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
     data = cache.folder.read(identity.NAME)
     if data != identity.encode_cache_json(with_checksum(info.to_dict())):
         yield Problem(identity.NAME, "it was changed after it was written: its sha256 does not match", RESTORE)
-    if info.vae.constants != {name: info.vae.config.get(name) for name in info.vae.constants}:
+    if not identity.has_constants_of_its_vae(info.vae, cache.config):
         yield Problem(identity.NAME, "the constants of the VAE differ from its configuration", RESTORE)
     if config != info.identity.config:
         yield Problem(identity.NAME, "the VAE's configuration differs from the identity", RESTORE)

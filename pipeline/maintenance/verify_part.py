@@ -3,13 +3,13 @@
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
@@ -115,23 +115,23 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
         if not schema.equals(parquet.make_schema(layout).remove_metadata()):
             findings.append("its columns differ from those of cache.json")
     rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts, binary=layout.columns.binary)
-    latents: dict[str, list[Any]] = {}
+    names = layout.latent_names
+    latents: dict[str, list[Sequence[Tensor]]] = {}
     keys = []
     for row in rows:
         keys.append(int.from_bytes(hashlib.blake2b(row["key"].encode(), digest_size=8).digest(), "little"))
-        latent = to_tensor(row)
-        latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(latent)
+        row_latents = [to_tensor(row, name) for name in names]
+        latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(row_latents)
         if row["shard"] != record.source:
             findings.append(f"the row {row['key']} is from {row['shard']}, but the part is from {record.source}")
-        if not bool(latent.isfinite().all()):
-            findings.append(f"the latent of {row['key']} is not finite")
+        for name, latent in zip(names, row_latents, strict=True):
+            if not bool(latent.isfinite().all()):
+                findings.append(f"the {name} of {row['key']} is not finite")
         if row["dtype"] != cache.info.identity.dtype:
             findings.append(f"the latent of {row['key']} has the dtype {row['dtype']}")
     if len(keys) != record.rows:
         findings.append(f"it has {len(keys)} rows, but its record counts {record.rows}")
-    compute = tally.tally_moments if layout.store == "moments" else tally.tally_latents
-    computed = {name: compute(latents[name]) for name in sorted(latents)}
-    if not findings and not _are_close(computed, record.tally):
+    if not findings and not _are_close(tally.tally_buckets(latents, layout.store), record.tally):
         findings.append("the statistics of its rows differ from its record")
     return findings[:3], np.array(keys, np.uint64)
 

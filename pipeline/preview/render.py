@@ -16,6 +16,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
+from latentmill.cache_info import SourceRules
 from latentmill.part_files import to_tensor
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import ComputeConfig, build_model
@@ -30,7 +31,7 @@ from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
-from vae import AutoencoderKL
+from vae import Autoencoder
 
 IMAGES_PER_SHEET = 12
 
@@ -87,6 +88,7 @@ class RenderSpec:
     compute: ComputeConfig
     with_source: bool
     superseded: Mapping[str, Mapping[int, str]]
+    source_rules: SourceRules = SourceRules()
 
     @property
     def tasks_per_worker(self) -> int:
@@ -116,7 +118,7 @@ class RenderWorker:
     images: images decoded so far. steps: images decoded and samples read so far, so that progress can be seen.
     """
 
-    def __init__(self, spec: RenderSpec, model: AutoencoderKL | JaxModel, stop: threading.Event) -> None:
+    def __init__(self, spec: RenderSpec, model: Autoencoder | JaxModel, stop: threading.Event) -> None:
         self.spec = spec
         self.model = model
         self.stop = stop

@@ -1,7 +1,7 @@
 """Turn the members of a tar or a zip into samples: an image, and the columns that other members of its key hold."""
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Container, Iterable, Iterator, Set
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +35,13 @@ def make_samples(
     folded: set[str] = set()  # the same by `fold_key`, if that changes them
     keys_without_image: set[str] = set()
     for key, group in _group_by_key(members, wanted):
-        images = [member for member in group if wanted.is_image(member)]
+        images = wanted.select_images(group)
         if not images and is_stray(group, wanted.texts):
             skipped[STRAY] += len(group)
             continue
         other, same = (keys_without_image, keys) if images else (keys, keys_without_image)
         skipped[APART] += key in other and key not in same
-        if images and (others := sum(map(looks_like_image, wanted.drop(group)))):
+        if images and (others := _count_other_images(group, images, wanted)):
             skipped[OTHER_IMAGES] += others
         for image in images or [NO_IMAGE]:
             try:
@@ -60,6 +60,12 @@ def make_samples(
             except Rejected as error:
                 yield Reject.from_error(position, printable_key(key, limits.key_bytes), error)
             position += 1
+
+
+def _count_other_images(group: Iterable[Member], images: Container[Member], wanted: Wanted) -> int:
+    """Return how many members of a key look like images, but are neither its image nor a column."""
+    others = (member for member in group if member not in images and member.extension not in wanted.texts)
+    return sum(map(looks_like_image, others))
 
 
 def _get_bytes(image: Member, limits: Limits) -> bytes:
@@ -81,8 +87,8 @@ def _explain_missing_image(key: str, keys: Set[str], folded: Set[str]) -> str:
 def _group_by_key(members: Iterator[Member], wanted: Wanted) -> Iterator[tuple[str, list[Member]]]:
     """Yield groups of adjacent members with one key.
 
-    Only the first image, and the first other member of each extension, keep their bytes. No other member is used, and
-    there may be any number of them.
+    Only the first image of each rank, and the first other member of each extension, keep their bytes. No other member
+    is used, and there may be any number of them.
     """
     group: list[Member] = []
     held: set[str] = set()
@@ -90,7 +96,7 @@ def _group_by_key(members: Iterator[Member], wanted: Wanted) -> Iterator[tuple[s
         if group and member.key != group[0].key:
             yield group[0].key, group
             group, held = [], set()
-        kind = "image" if wanted.is_image(member) else f".{member.extension}"
+        kind = f"image {wanted.get_rank(member)}" if wanted.is_image(member) else f".{member.extension}"
         group.append(replace(member, data=None) if kind in held else member)
         if not member.is_link:
             held.add(kind)
@@ -112,7 +118,7 @@ def _collect_columns(group: list[Member], wanted: Wanted, limits: Limits) -> dic
                 raise member.problem
             if member.data is None:
                 raise Rejected("read", "text_too_long", name, wanted.limit_bytes(member, limits))
-            value = member.data if name in wanted.binary else check_text(member.data, name, limits)
+            value = member.data if name in wanted.binary else check_text(member.data, name, limits, wanted.encoding)
             if value is not None:
                 columns[name] = value
     return columns

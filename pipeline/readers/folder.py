@@ -34,10 +34,12 @@ def read_folder_unit(
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
     may_differ: Container[int] = (),
+    encoding: str = "utf-8",
 ) -> Iterator[Sample | Reject]:
     """Yield the images of a folder's unit from its storage. They are read ahead by separate threads.
 
     may_differ: positions of images whose files may differ from the plan. All other files must be as planned.
+    encoding: of the texts.
     Raises SourceError if they are not.
     """
 
@@ -63,7 +65,7 @@ def read_folder_unit(
     )
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
-        yield from read_folder(images, read_content, check_missing, pool, texts, limits)
+        yield from read_folder(images, read_content, check_missing, pool, texts, limits, encoding)
     finally:
         pool.shutdown(cancel_futures=True)  # no request continues after its unit has ended
 
@@ -80,12 +82,13 @@ def read_folder(
     pool: Executor,
     texts: Sequence[str] = TEXT_EXTENSIONS,
     limits: Limits = DEFAULT_LIMITS,
+    encoding: str = "utf-8",
 ) -> Iterator[Sample | Reject]:
     """Yield the images in their order. `read` and `on_missing` are called in the threads of the pool.
 
     read: returns up to `limit` + 1 bytes of a file, or None if the file does not exist.
     on_missing: called for a missing file, before its image is rejected or is returned without that text.
-    texts: extensions of the files beside an image that are copied as columns.
+    texts: extensions of the files beside an image that are copied as columns. encoding: of these files.
     Rejects (stage "read"): `duplicate_key`, `no_image` (the file was deleted), `bad_key`, `bad_text`, `text_too_long`,
     and each Rejected that `read` or `on_missing` raises.
     """
@@ -94,7 +97,7 @@ def read_folder(
         data = read(text, limits.text_bytes)
         if data is None:
             on_missing(text)
-        return check_text(data, extension(text.path), limits)
+        return check_text(data, extension(text.path), limits, encoding)
 
     def read_sample(entry: tuple[int, str, ImageFiles | Rejected]) -> Sample | Reject:
         position, key, files = entry

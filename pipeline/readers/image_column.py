@@ -105,7 +105,8 @@ def _explain_unsupported_images(schema: pa.Schema) -> str:
 def _suggest_download(schema: pa.Schema) -> str:
     """Return a remedy for a file with URLs of images; "" if there are none."""
     names = [name for name in schema.names if name.lower() in ("url", "urls", "image_url", "img_url")]
-    return f"; first download the images that {names[0]} names, for example with img2dataset" if names else ""
+    remedy = "give the file itself as the source, or first download them, for example with img2dataset"
+    return f"; to read the images that {names[0]} names, {remedy}" if names else ""
 
 
 def check_key_column(schema: pa.Schema, key_column: str | None, images: str, url: str) -> None:

@@ -43,6 +43,14 @@ def unpack_files(unit: Unit) -> list[ImageFiles]:
         raise CacheError(f"the plan has no valid list of the files of the unit {unit.name}; {VERIFY_HINT}") from error
 
 
+def unpack_metadata(unit: Unit) -> tuple[PlannedFile, ...]:
+    """Return the tables of a unit's metadata as they were planned. Raises CacheError if the plan is corrupt."""
+    try:
+        return tuple(PlannedFile(*table) for table in json.loads(unit.metadata)) if unit.metadata else ()
+    except (ValueError, TypeError) as error:
+        raise CacheError(f"the plan has no valid list of the tables of the unit {unit.name}; {VERIFY_HINT}") from error
+
+
 def is_same_file(before: PlannedFile, now: PlannedFile | ListedFile, same_source: bool = False) -> bool:
     """Whether a file is unchanged, judged by its size and its ETag. An unknown ETag matches any other.
 

@@ -2,13 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pipeline.errors import Rejected
 from pipeline.limits import Limits
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, image_rank
 from pipeline.text import printable, to_valid_text
 
 _SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS's Archive Utility; Synology's thumbnails
@@ -25,10 +25,8 @@ _STRAY_EXTENSIONS = frozenset(
     {"md", "rst", "idx", "index", "tsv", "csv", "jsonl", "lst", "log", "md5", "sha1", "sha256", "sha512", "sfv"}
 )
 _SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__(/|$)")
-# extensions of images, also in formats that are not read, and of images whose format is not named
-_IMAGE_LIKE = IMAGE_EXTENSIONS | {
-    *("img", "image", "jpg_large", "jpe", "jfif", "tif", "tiff", "avif", "heic", "jxl", "jp2", "ppm", "pgm", "tga"),
-}
+# extensions of images, and of images whose format is not named
+_IMAGE_LIKE = IMAGE_EXTENSIONS | {"img", "image", "jpg_large"}
 _BINARY = frozenset({"npy", "npz", "pt", "pth", "safetensors", "bin"})  # further members that are not text
 _NAMED = 5  # extensions in a reject's detail
 _NAMED_LENGTH = 20  # characters of each extension
@@ -87,15 +85,27 @@ class Wanted:
 
     image: the extension of the image of a sample, whatever its format; None: all extensions of images.
     texts: the extensions of the members that become columns. binary: those of them that are copied as bytes.
+    encoding: of the others.
     """
 
     texts: tuple[str, ...] = TEXT_EXTENSIONS
     image: str | None = None
     binary: frozenset[str] = frozenset()
+    encoding: str = "utf-8"
 
     def is_image(self, member: Member) -> bool:
         """Whether a member is the image of its sample."""
         return member.is_image if self.image is None else member.extension == self.image.lower()
+
+    def get_rank(self, member: Member) -> int:
+        """Return the rank of an image among images of one key: of several formats, the lowest one is used."""
+        return image_rank(member.extension) if self.image is None else 0
+
+    def select_images(self, members: Iterable[Member]) -> list[Member]:
+        """Return the images of one key. Of several formats, those are left out that are harder to read."""
+        images = [member for member in members if self.is_image(member)]
+        best = min(map(self.get_rank, images), default=0)
+        return [image for image in images if self.get_rank(image) == best]
 
     def limit_bytes(self, member: Member, limits: Limits) -> int:
         """Return the size in bytes up to which the content of a member is kept."""
@@ -104,10 +114,6 @@ class Wanted:
         if self.is_image(member) or member.extension in self.binary:
             return limits.image_bytes
         return limits.text_bytes if member.extension in self.texts else 0
-
-    def drop(self, members: Iterable[Member]) -> Iterator[Member]:
-        """Yield the members that are neither the image nor a column."""
-        return (member for member in members if not self.is_image(member) and member.extension not in self.texts)
 
 
 DEFAULT_WANTED: Final = Wanted()

@@ -6,3 +6,4 @@ APART = "apart"  # images and texts of one key that are not adjacent in a tar
 OTHER_IMAGES = "other images"  # members: further images of a sample
 NO_IMAGES = "no_images"  # files without images
 NO_METADATA = "tars without metadata"
+NO_ROW = "samples without a row"

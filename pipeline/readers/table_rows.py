@@ -120,6 +120,12 @@ def _get_bytes(image: Any, limits: Limits) -> bytes:
     return bytes(image)
 
 
+def convert_rows(rows: pa.Table, wanted: pa.Schema, url: str) -> list[dict[str, Any]]:
+    """Return the wanted columns of each row, by name in the cache. A Rejected replaces text that is not UTF-8."""
+    values = convert_columns(rows, wanted, url)
+    return [{name: column[index] for name, column in values.items()} for index in range(len(rows))]
+
+
 def convert_columns(batch: Any, wanted: pa.Schema, url: str) -> dict[str, list[Any]]:
     """Return the wanted columns that a batch has, by their names in the cache, cast to the wanted types."""
     values: dict[str, list[Any]] = {}

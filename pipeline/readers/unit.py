@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Protocol
 
+from latentmill.cache_info import SourceRules
 from pipeline.errors import ShardError
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
@@ -13,8 +14,10 @@ from pipeline.readers.damage import (
     read_past_damage,
 )
 from pipeline.readers.folder import read_folder_unit
+from pipeline.readers.labels import Labels
+from pipeline.readers.manifest import read_manifest_unit
 from pipeline.readers.members import Wanted
-from pipeline.readers.metadata import merge_metadata, read_tar_metadata
+from pipeline.readers.metadata import MetadataReader, merge_metadata, read_tar_metadata
 from pipeline.readers.parquet import read_parquet
 from pipeline.readers.partitions import add_partitions
 from pipeline.readers.tar import read_tar
@@ -39,6 +42,8 @@ class ReadSpec(Protocol):
     @property
     def key_column(self) -> str | None: ...
     @property
+    def source_rules(self) -> SourceRules: ...
+    @property
     def limits(self) -> Limits: ...
     @property
     def superseded(self) -> Mapping[str, Mapping[int, str]]: ...
@@ -58,21 +63,29 @@ def read_samples(
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
-    options, columns = spec.source_options, spec.layout.columns
-    wanted = Wanted(columns.texts, spec.image_column, columns.binary)
+    options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
+    wanted = Wanted(columns.texts, spec.image_column, columns.binary, encoding)
+
+    def make_metadata_reader(is_pinned: bool = True) -> MetadataReader:
+        limits, image = spec.limits, spec.image_column
+        return MetadataReader(unit, options, columns.schema, limits, encoding, image, is_pinned, skipped)
+
     if unit.kind == "tar":
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, skipped)
+        more = make_metadata_reader()
+        counter = None if unit.metadata else skipped  # columns may come from other tables
+        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
         with reading.open_stream(unit.url, options, unit) as stream:
             samples = read_tar(stream, unit.url, wanted, spec.limits, skipped)
             for sample in read_past_damage(samples, stream, on_piece):
                 if isinstance(sample, Sample) and sample.key in metadata:
-                    yield merge_metadata(sample, metadata[sample.key])
+                    yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
                 else:
-                    yield sample
+                    yield more.add_columns(sample)
     elif unit.kind == "zip":
+        more = make_metadata_reader()
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
-            yield from read_past_damage(samples, stream, on_piece)
+            yield from map(more.add_columns, read_past_damage(samples, stream, on_piece))
     elif unit.kind == "parquet":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             file_range, image, key = unit.range or (0, 1), spec.image_column, spec.key_column
@@ -88,6 +101,11 @@ def read_samples(
             yield from add_partitions(read_past_damage(samples, stream, on_piece), unit.path, columns.schema)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        yield from read_folder_unit(unit, options, columns.texts, spec.limits, may_differ)
+        more, labels = make_metadata_reader(not may_differ), Labels(spec.source_rules.classes, columns.schema.names)
+        for sample in read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding):
+            yield labels.add_to(more.add_columns(sample), unit.paths[sample.position])
+    elif unit.kind == "manifest":
+        image, key = spec.image_column, spec.key_column
+        yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")

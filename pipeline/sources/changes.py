@@ -1,8 +1,9 @@
 """Find planned files that are missing or have changed."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from pipeline.readers.image_files import is_same_file, unpack_files
+from pipeline.readers.image_files import is_same_file, unpack_files, unpack_metadata
 from pipeline.records import ListedFile, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
@@ -33,6 +34,16 @@ def _find_changed_files(
         file = list_input_files(unit)[0]
         if file.path in listed and not is_same_file(file, listed[file.path], same_source):
             yield file.path
+    if inputs := [file.path for file in list_input_files(unit) if file.path in listed]:
+        yield from _find_changed_tables(unit, replace(unit, metadata=sidecars.metadata.pin(inputs)), same_source)
+
+
+def _find_changed_tables(before: Unit, now: Unit, same_source: bool) -> Iterator[str]:
+    """Yield the paths of metadata that were edited, added or removed."""
+    earlier, later = ({table.path: table for table in unpack_metadata(unit)} for unit in (before, now))
+    for path in sorted(earlier.keys() | later.keys()):
+        if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
+            yield path
 
 
 def find_missing(paths: Iterable[str], listed: Collection[str], sources: Sequence[Source]) -> list[str]:

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 import pyarrow as pa
 
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
-from pipeline.formats.schema import BASE_SCHEMA, PassthroughColumns
+from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import arrow, parquet
 from pipeline.readers.image_column import contains_bytes
@@ -22,6 +22,8 @@ from pipeline.sources.archives import FILES, check_archives, find_member_extensi
 from pipeline.storage import connection, reading
 
 MORE_FILES = 256
+IN_TARS = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache
+RESERVED = IN_TARS | RESERVED_NAMES  # names in the cache's own files
 
 
 def find_columns(
@@ -32,24 +34,28 @@ def find_columns(
     wanted: Sequence[str] | None,
     limits: Limits,
     key_column: str | None = None,
+    captions: Sequence[str] = TEXT_EXTENSIONS,
+    tables: Sequence[pa.Schema] = (),
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
-    files: as listed. units: made of these files. Raises SourceError if no source has a wanted column, if types are
-    incompatible, if Parquet files have no images, or if a Parquet file lacks `image_column` or `key_column`.
+    files: as listed. units: made of these files. captions: the texts that are copied by default.
+    tables: the columns of metadata.
+    Raises SourceError if no source has a wanted column, if types are incompatible, if Parquet files have no images, or
+    if a Parquet file lacks `image_column` or `key_column`.
     """
-    tables = {unit.url: unit.path for unit in units if unit.kind in ("parquet", "arrow")}
+    paths = {unit.url: unit.path for unit in units if unit.kind in ("parquet", "arrow")}
     tars = [unit.url for unit in units if unit.kind == "tar"]
     archives = list(dict.fromkeys(unit.url for unit in units if unit.kind in ("tar", "zip")))
     try:
         check_archives(archives, units, options, image_column, limits)
-        only_tables = len(tables) == len({unit.url for unit in units})
-        schema = _read_schema(tables, tars, options, image_column, key_column, limits, only_tables)
-        texts = _find_texts(files, archives, options, wanted, image_column, limits)
+        only_tables = len(paths) == len({unit.url for unit in units})
+        schema = _read_schema(paths, tars, options, image_column, key_column, limits, only_tables, tables)
+        texts = _find_texts(files, archives, options, wanted, image_column, limits, captions)
     except ShardError as error:
         raise SourceError(str(error)) from error
     if wanted is None:
-        texts = [name for name in texts if name in TEXT_EXTENSIONS]
+        texts = [name for name in texts if name in captions]
         chosen = [field.name for field in schema if not contains_bytes(field.type)]
         wanted = [*texts, *(name for name in chosen if name not in texts)]
     for name in wanted:
@@ -62,22 +68,23 @@ def find_columns(
             )
     types = {name: get_member_type(name) for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
-    members = [name for name in wanted if name in texts or (name in TEXT_EXTENSIONS and is_text(types[name]))]
+    members = [name for name in wanted if name in texts or (name in captions and is_text(types[name]))]
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
 
 def _read_schema(
-    tables: Mapping[str, str],
+    paths: Mapping[str, str],
     tars: list[str],
     options: Mapping[str, str],
     image_column: str | None,
     key_column: str | None,
     limits: Limits,
     only_tables: bool,
+    tables: Sequence[pa.Schema],
 ) -> pa.Schema:
-    """Return one schema of the columns of tables with images and of img2dataset's metadata beside tars.
+    """Return one schema of the columns of tables with images, of img2dataset's metadata beside tars, and of `tables`.
 
-    tables: the paths of Parquet and Arrow files by URL. only_tables: whether the sources have nothing else. A column
+    paths: of Parquet and Arrow files, by URL. only_tables: whether the sources have nothing else. A column
     that has no type in any inspected file, because it has only nulls, becomes text.
     """
 
@@ -85,7 +92,7 @@ def _read_schema(
         reader = parquet if get_shard_kind(url) == "parquet" else arrow
         with reading.open_stream(url, options) as stream:
             schema = reader.read_available_columns(stream, url, image_column, limits, key_column)
-        partitions = parse_partitions(tables[url])
+        partitions = parse_partitions(paths[url])
         return pa.schema([*schema, *((name, pa.string()) for name in partitions if name not in schema.names)])
 
     def read_metadata_columns(tar: str) -> pa.Schema | None:
@@ -96,8 +103,9 @@ def _read_schema(
             return parquet.read_available_metadata_columns(stream, url, limits)
 
     schemas = [
-        *_read_image_schemas(read_image_file_columns, sorted(tables), only_tables),
+        *_read_image_schemas(read_image_file_columns, sorted(paths), only_tables),
         *_read_undamaged(read_metadata_columns, pick_spread(tars)),
+        *tables,
     ]
     try:
         fields = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
@@ -163,20 +171,20 @@ def _find_texts(
     wanted: Sequence[str] | None,
     image: str | None,
     limits: Limits,
+    captions: Sequence[str],
 ) -> list[str]:
-    """Return the texts that archives and folders offer: captions and metadata always, others if one is found."""
+    """Return the texts that archives and folders offer: captions always, others if one is found."""
     found: set[str] = set()
-    if set(wanted or ()) - set(TEXT_EXTENSIONS):
+    if set(wanted or ()) - set(captions):
         found |= find_member_extensions(archives, options, limits)
     has_images = any(extension(file.path) in IMAGE_EXTENSIONS for file in files)
     if has_images:
         found |= {extension(file.path) for file in files if not get_shard_kind(file.path)}
     if archives or has_images:
-        found |= set(TEXT_EXTENSIONS)
-    reserved = {*BASE_SCHEMA.names, "latent.npy", "latent.json", "moments.npy"}  # names in the cache's own files
+        found |= set(captions)
     images = {image.lower()} if image and not has_images else IMAGE_EXTENSIONS
-    others = sorted(found - images - set(TEXT_EXTENSIONS) - reserved)
-    return [*(name for name in TEXT_EXTENSIONS if name in found), *others]
+    others = sorted(found - images - set(captions) - RESERVED)
+    return [*(name for name in captions if name in found), *others]
 
 
 def is_text(kind: object) -> bool:

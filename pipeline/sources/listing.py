@@ -15,9 +15,12 @@ from braceexpand import braceexpand
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
+from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import ListedFile, get_shard_kind, is_image
 from pipeline.sources import own_outputs
-from pipeline.sources.sidecars import find_nearby_texts, find_possible_texts
+from pipeline.sources.alternates import find_alternates
+from pipeline.sources.choosing import choose_files
+from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
 from pipeline.storage.etags import get_etag
@@ -57,17 +60,27 @@ class Source:
 class Listing:
     """The files of all sources, sorted by path.
 
-    notes: one line per kind of skipped file. unreadable: the folders without permission, whose files are not listed.
+    metadata: the tables beside the files, once `sources.metadata` has found them. notes: one line per kind of skipped
+    file. unreadable: the folders without permission, whose files are not listed.
     """
 
     files: list[ListedFile]
     sources: tuple[Source, ...]
+    metadata: MetadataIndex = NO_METADATA
     notes: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
 
-def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: str) -> Listing:
+def list_sources(
+    sources: Sequence[str],
+    options: Mapping[str, Any],
+    excluded: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Listing:
     """List the files that the sources name. Files below the URL `excluded` (the cache) are skipped.
+
+    include, exclude: globs that choose files (`sources.choosing`).
 
     A source is a file, a directory (all files below it that are not hidden), a glob or a brace range. Texts that share
     an image's name except for its extension are listed with the image. `NAME=SOURCE` names a source; default: the name
@@ -84,10 +97,14 @@ def list_sources(sources: Sequence[str], options: Mapping[str, Any], excluded: s
         source, files = _expand(argument, options, local, cache, skipped, listings)
         _check_name(source, named)
         named.append(source)
-        for file in files:
-            found.setdefault(file.path, file)
-    shards = [found[path] for path in sorted(found)]
-    return Listing(shards, tuple(named), skipped.describe(), sorted(skipped.unreadable))
+        chosen, left_out = choose_files(files, include, exclude, _may_be_input)
+        skipped.left_out |= left_out
+        for file in chosen:
+            if file.is_named or file.path not in found:
+                found[file.path] = file
+    skipped.alternates |= find_alternates(found)
+    shards = [found[path] for path in sorted(found.keys() - skipped.alternates)]
+    return Listing(shards, tuple(named), notes=skipped.describe(), unreadable=sorted(skipped.unreadable))
 
 
 @dataclass(slots=True)
@@ -95,15 +112,18 @@ class SkippedFiles:
     """Entries of the sources that are not inputs.
 
     others: special files, and links to folders that contain the source. unreadable: folders without permission.
-    system: files in folders of operating systems. links: links to files that are listed themselves. own_outputs: files
-    that latentmill wrote, by cache or previews.
+    system: files in folders of operating systems. left_out: files that globs leave out. links: links to files that are
+    listed themselves. own_outputs: files that latentmill wrote, by cache or previews. alternates: images of which
+    another format is used.
     """
 
     others: set[str] = field(default_factory=set)
     unreadable: set[str] = field(default_factory=set)
     system: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)
     own_outputs: dict[str, set[str]] = field(default_factory=dict)
+    alternates: set[str] = field(default_factory=set)
 
     def describe(self) -> list[str]:
         """Return one line per kind of skipped entry."""
@@ -113,11 +133,16 @@ class SkippedFiles:
             notes.append(f"skipped {kinds}: {abbreviate(self.others)}")
         if self.system:
             notes.append(f"skipped files of the operating system: {len(self.system):,} ({abbreviate(self.system)})")
+        if self.left_out:
+            notes.append(f"left out by --include or --exclude: {len(self.left_out):,} ({abbreviate(self.left_out)})")
         if self.links:
             notes.append(f"skipped links to files of the same source: {len(self.links):,} ({abbreviate(self.links)})")
         for owner, files in self.own_outputs.items():
             if files:
                 notes.append(f"skipped files of {printable(to_valid_text(owner))}: {len(files):,}")
+        if self.alternates:
+            named = f"{len(self.alternates):,} ({abbreviate(self.alternates)})"
+            notes.append(f"skipped images that exist in another format with the same name, which is used: {named}")
         return notes
 
 
@@ -202,11 +227,12 @@ def _expand(
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
             root, patterns = _find_fixed_directory(path), _expand_braces(path)
-        name = name or PurePosixPath(strip_commit(full_url(fs, root))).name
+        name = name or PurePosixPath(strip_commit(full_url(fs, root)).split("://")[-1]).name
         if not name:
             raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, Mapping[str, Any]] = {}
         named: dict[str, set[str]] = {}
+        named_files: set[str] = set()
         for pattern in patterns:
             matches = _find_matches(fs, pattern)
             if not matches:
@@ -220,6 +246,7 @@ def _expand(
                 problem = f"there are no files in {full_url(fs, pattern)}{closed}"
                 raise SourceError(f"there is no source at {source}: {problem}")
             files.update(below)
+            named_files.update(path for path in matches if path in below)
             if images := {path for path in matches if path in below and is_image(path)}:
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
@@ -238,11 +265,13 @@ def _expand(
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return expanded, list(_make_listed_files(fs, wanted, root, name))
+    return expanded, list(_make_listed_files(fs, wanted, root, name, named_files))
 
 
-def _make_listed_files(fs: Any, files: FoundFiles, root: str, name: str) -> Iterator[ListedFile]:
-    """Yield the files as `ListedFile`, sorted by path."""
+def _make_listed_files(
+    fs: Any, files: FoundFiles, root: str, name: str, named: Collection[str]
+) -> Iterator[ListedFile]:
+    """Yield the files as `ListedFile`, sorted by path. named: those that the source itself names."""
     for file in sorted(files):
         _check_utf8(file, root)
         yield ListedFile(
@@ -252,7 +281,13 @@ def _make_listed_files(fs: Any, files: FoundFiles, root: str, name: str) -> Iter
             bytes=int(files[file].get("size") or 0),
             etag=get_etag(files[file]),
             file_id=files[file].get("file", ""),
+            is_named=file in named,
         )
+
+
+def _may_be_input(file: ListedFile) -> bool:
+    """Whether a file is an image or a shard, by its extension."""
+    return bool(get_shard_kind(file.path)) or is_image(file.path)
 
 
 def _is_shown(below: str) -> bool:
@@ -342,7 +377,7 @@ def _find_sidecars(
     skipped: SkippedFiles,
     listings: FolderListings,
 ) -> FoundFiles:
-    """Return the texts of images that were named one by one, or by their extension, without the rest of their folder.
+    """Return the texts and metadata of images that were named one by one, or by their extension.
 
     place: that folder with a trailing `/`, or the pattern of all entries in it.
     listings: the folders that were listed before. A shell expands one pattern to many sources.
@@ -354,7 +389,11 @@ def _find_sidecars(
         listings[url] = found, find_possible_texts(found)
     entries, by_name = listings[url]
     is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
-    texts = {path: entries[path] for path in find_nearby_texts(by_name, images) if not is_directory(path)}
+    near = {
+        *find_nearby_texts(by_name, images),
+        *(path for path in entries if PurePosixPath(path).name in METADATA_NAMES),
+    }
+    texts = {path: entries[path] for path in sorted(near) if not is_directory(path)}
     return _find_files(fs, texts, root, excluded, skipped)
 
 

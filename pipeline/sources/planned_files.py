@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from pipeline.readers.image_files import ImageFiles, unpack_files
+from pipeline.readers.image_files import ImageFiles, unpack_files, unpack_metadata
 from pipeline.records import ListedFile, PlannedFile, Unit, path_below_root
-from pipeline.sources.sidecars import pin_files
+from pipeline.sources.sidecars import pack_metadata, pin_files
 
 
 def list_input_files(unit: Unit) -> list[PlannedFile]:
@@ -53,6 +53,8 @@ def without_etags(unit: Unit) -> Unit:
 
 def _map_files(unit: Unit, change: Callable[[PlannedFile], PlannedFile]) -> Unit:
     """Return the unit with changed files."""
+    if unit.metadata:
+        unit = replace(unit, metadata=pack_metadata(map(change, unpack_metadata(unit))))
     if unit.kind != "folder":
         return replace(unit, etag=change(list_input_files(unit)[0]).etag)
     files = [ImageFiles(change(planned.image), tuple(map(change, planned.texts))) for planned in unpack_files(unit)]

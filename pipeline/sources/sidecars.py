@@ -9,20 +9,50 @@ import hashlib
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.canonical_json import canonical_json
 from pipeline.readers.image_files import ImageFiles, get_folder, is_same_file
+from pipeline.readers.metadata import find_metadata
 from pipeline.records import ListedFile, PlannedFile, extension, get_shard_kind, is_image, stem
 
 
 @dataclass(frozen=True, slots=True)
+class MetadataIndex:
+    """The tables of metadata by path. for_images: those that name images. for_tars: those that have keys."""
+
+    for_images: Mapping[str, ListedFile] = field(default_factory=dict)
+    for_tars: Mapping[str, ListedFile] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, ListedFile]:
+        """All tables by path."""
+        return {**self.for_images, **self.for_tars}
+
+    def pin(self, inputs: Iterable[str]) -> str:
+        """Return the tables of these images, or of a tar, with their sizes and ETags; "" if there are none."""
+        files: dict[str, ListedFile] = {}
+        for path in inputs:
+            tables = self.for_images if is_image(path) else self.for_tars
+            if found := find_metadata(path, tables):
+                files[found] = tables[found]
+        return pack_metadata(files[path] for path in sorted(files))
+
+
+NO_METADATA = MetadataIndex()
+
+
+@dataclass(frozen=True, slots=True)
 class SidecarIndex:
-    """texts: by the path of an image, its texts, one per extension. unused: the paths of the other texts."""
+    """texts: by the path of an image, its texts, one per extension. unused: the paths of the other texts.
+
+    metadata: the tables with further columns of images and tars.
+    """
 
     texts: Mapping[str, Sequence[ListedFile]]
     unused: Sequence[str]
+    metadata: MetadataIndex = NO_METADATA
 
 
 def fold_name(path: str) -> str:
@@ -132,6 +162,12 @@ def pack_files(images: Iterable[ImageFiles]) -> str:
         names = [[text.path[len(get_folder(text.path)) :], text.bytes, text.etag] for text in files.texts]
         content.append([files.image.bytes, files.image.etag, names])
     return canonical_json(content).decode()
+
+
+def pack_metadata(tables: Iterable[ListedFile | PlannedFile]) -> str:
+    """Return the paths, sizes and ETags of tables as canonical JSON; "" if there are none."""
+    content = [[table.path, table.bytes, table.etag] for table in tables]
+    return canonical_json(content).decode() if content else ""
 
 
 def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:

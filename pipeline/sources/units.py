@@ -5,10 +5,11 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 from pipeline.canonical_json import canonical_json
+from pipeline.readers.manifest import ROWS_PER_UNIT
 from pipeline.records import (
     IMAGE_EXTENSIONS,
     SHARD_ENDINGS,
@@ -22,7 +23,14 @@ from pipeline.records import (
     source_name,
     stem,
 )
-from pipeline.sources.sidecars import SidecarIndex, collect_image_files, match_sidecars, pin_files
+from pipeline.sources.sidecars import (
+    NO_METADATA,
+    MetadataIndex,
+    SidecarIndex,
+    collect_image_files,
+    match_sidecars,
+    pin_files,
+)
 from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
@@ -38,19 +46,21 @@ def make_unit_name(name: str, identity: object) -> str:
 
 
 def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
-    """Return the units of these files: of each kind of shard, then of images, each in the order of the paths.
+    """Return the units of these files: of each kind of shard, of manifests, then of images, in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` or `is_result_cache` is not a unit either.
-    sidecars: the texts of images, if they are already known or include more than captions and metadata.
+    sidecars: the texts and metadata, if they are already known or include more than captions.
     """
-    texts = (sidecars or match_sidecars(files, TEXT_EXTENSIONS)).texts
+    sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
-    shards = [unit for kind in SHARD_KINDS for file in files for unit in make_shard_units(file, kind)]
+    tables = sidecars.metadata
+    shards = [unit for kind in SHARD_KINDS for file in files for unit in make_shard_units(file, kind, tables)]
+    manifests = [unit for file in files for unit in make_manifest_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
-    return shards + [make_folder_unit(group, texts) for group in groups]
+    return shards + manifests + [make_folder_unit(group, sidecars) for group in groups]
 
 
 def is_table_log(file: ListedFile) -> bool:
@@ -71,7 +81,7 @@ def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
         kind = get_shard_kind(file.path)
         if kind == "parquet":
             return get_shard_stem(file.path) not in tar_stems and not is_table_log(file)
-        return (bool(kind) and not is_result_cache(file)) or is_image(file.path)
+        return (bool(kind) and not is_result_cache(file)) or is_image(file.path) or file.manifest is not None
 
     return [file for file in files if is_input(file)]
 
@@ -82,8 +92,8 @@ def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_E
     texts: extensions of the files beside an image that are copied.
     """
     known = {*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS, *texts}
-    others = (file.path for file in files if not get_shard_kind(file.path) and extension(file.path) not in known)
-    return Counter(printable(extension(path)) for path in others)
+    others = (file.path for file in files if file.manifest is None and not get_shard_kind(file.path))
+    return Counter(printable(extension(path)) for path in others if extension(path) not in known)
 
 
 def derive_unit_name(unit: Unit) -> str:
@@ -93,12 +103,13 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_shard_units(file: ListedFile, kind: str) -> list[Unit]:
-    """Return the units of a file of this kind; none if it is of another kind.
+def make_shard_units(file: ListedFile, kind: str, metadata: MetadataIndex = NO_METADATA) -> list[Unit]:
+    """Return the units of a file of this kind; none if it is of another kind, or a manifest.
 
     A tar is one unit. Other files have one per range k of n. n follows from the file's size alone.
+    metadata: the tables with further columns of tars and zips.
     """
-    if get_shard_kind(file.path) != kind:
+    if get_shard_kind(file.path) != kind or file.manifest is not None:
         return []
     name = PurePosixPath(file.path).stem
     ranges: list[tuple[int, int] | None] = [None]
@@ -115,8 +126,30 @@ def make_shard_units(file: ListedFile, kind: str) -> list[Unit]:
             bytes=file.bytes,
             etag=file.etag,
             root=file.root,
+            metadata=metadata.pin([file.path]) if kind in ("tar", "zip") else "",
         )
         for file_range in ranges
+    ]
+
+
+def make_manifest_units(file: ListedFile) -> list[Unit]:
+    """Return one unit per range of rows of a manifest; none if the file is not a manifest."""
+    if file.manifest is None:
+        return []
+    count = max(1, math.ceil(file.manifest.rows / ROWS_PER_UNIT))
+    return [
+        Unit(
+            name=make_unit_name(PurePosixPath(file.path).stem, [file.path, [k, count]]),
+            kind="manifest",
+            url=file.url,
+            path=file.path,
+            range=(k, count),
+            bytes=file.bytes,
+            etag=file.etag,
+            files=file.manifest.image_root,
+            root=file.root,
+        )
+        for k in range(count)
     ]
 
 
@@ -133,8 +166,8 @@ def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
         yield group
 
 
-def make_folder_unit(images: list[ListedFile], texts: Mapping[str, Sequence[ListedFile]]) -> Unit:
-    """Return the unit of these images. texts: of each image that has any, by the image's path."""
+def make_folder_unit(images: list[ListedFile], sidecars: SidecarIndex) -> Unit:
+    """Return the unit of these images. sidecars: their texts and metadata."""
     root, paths = images[0].root, tuple(file.path for file in images)
     source = source_name(paths[0])
     return Unit(
@@ -144,5 +177,6 @@ def make_folder_unit(images: list[ListedFile], texts: Mapping[str, Sequence[List
         path=source,
         paths=paths,
         root=root,
-        **pin_files([collect_image_files(image, texts) for image in images]),
+        metadata=sidecars.metadata.pin(paths),
+        **pin_files([collect_image_files(image, sidecars.texts) for image in images]),
     )

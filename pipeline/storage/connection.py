@@ -117,5 +117,14 @@ def http_status(error: BaseException | None) -> int | None:
     while error is not None:
         if response := getattr(error, "response", None):
             return cast(int | None, response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        if isinstance(status := getattr(error, "status", None), int):  # of aiohttp
+            return status
         error = error.__cause__
     return None
+
+
+def find_first_cause(error: BaseException) -> BaseException:
+    """Return the error from which an error was raised in the first place."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

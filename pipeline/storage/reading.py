@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
-from pipeline.records import Unit
+from pipeline.records import PlannedFile, Unit
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent
 from pipeline.storage.etags import fetch_version, same_version
 
@@ -20,7 +20,7 @@ READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to
 
 @contextmanager
 def open_stream(
-    url: str, options: Mapping[str, Any], planned: Unit | None = None, seeking: bool = False
+    url: str, options: Mapping[str, Any], planned: Unit | PlannedFile | None = None, seeking: bool = False
 ) -> Iterator[BinaryIO]:
     """Open a file for reading: from start to end in blocks, or at any offset (`seeking`).
 

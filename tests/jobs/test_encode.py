@@ -311,7 +311,9 @@ class TestRefusals:
         (tmp_path / "other").mkdir()
         (tmp_path / "other/config.json").write_text('{"_class_name": "AutoencoderDC"}')
         result = latentmill("encode", photos, "--to", tmp_path / "c", "--vae", tmp_path / "other", "--workers", 0)
-        self.assert_refused(result, 2, "this is a configuration of class AutoencoderDC, not AutoencoderKL")
+        self.assert_refused(
+            result, 2, "this is a configuration of class AutoencoderDC; the classes of VAEs that can be loaded"
+        )
 
     def test_another_identity(self, encode: Command, photos: Path, tmp_path: Path) -> None:
         encode(photos, "--to", tmp_path / "c")

@@ -205,7 +205,7 @@ def write_parquet_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("metadata.parquet", {"file_name": ["0.jpg", "1.jpg"], "caption": ["zero", "one"]}),
+        ("captions.parquet", {"file_name": ["0.jpg", "1.jpg"], "caption": ["zero", "one"]}),
         ("00001.parquet", {"key": ["2", "3"], "url": ["http://host/2", "http://host/3"], "status": ["success"] * 2}),
         ("clip.parquet", {"clip": [[1.0], [2.0]]}),
     ],
@@ -259,7 +259,7 @@ def test_sources_without_images_are_refused(encode: Command, tmp_path: Path) -> 
         write_table(tmp_path / f"s/{number:02}.parquet", key=["x"], URL=["http://host/0.jpg"])
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, "has no column with the bytes of images: it has key, URL" in err) == (2, True), err
-    assert "first download the images that URL names" in err
+    assert "to read the images that URL names, give the file itself as the source" in err
     assert not (tmp_path / "c").exists()
 
 

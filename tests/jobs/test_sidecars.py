@@ -77,12 +77,34 @@ def test_images_without_a_text_are_counted_if_others_have_one(encode: Command, s
     (source / "a.txt").write_text("one")
     _, out, _ = encode(source, "--json")
     run = json.loads(out)["run"]
-    assert (run["counts"]["encoded"], run["texts"]) == (3, {"txt": 1})
+    assert (run["counts"]["encoded"], run["texts"]) == (3, {"txt": 1, "json": 0})
 
 
-def test_the_summary_omits_captions_if_no_image_has_one(encode: Command, source: Path) -> None:
+def test_the_summary_reports_that_no_image_has_a_caption(encode: Command, source: Path) -> None:
     _, out, _ = encode(source)
-    assert "\n  texts " not in out
+    assert "\n  texts      none of 3 images has a text (txt, json)\n" in out
+
+
+def test_captions_have_the_extensions_and_the_encoding_that_are_given(
+    encode: Command, source: Path, tmp_path: Path
+) -> None:
+    (source / "a.caption").write_bytes("caf\xe9".encode("cp1252"))
+    (source / "b.jpg.caption").write_bytes("PowerShell's \xe9".encode("utf-16"))
+    (source / "c.caption").write_bytes(b"\x81 is not in cp1252")
+    (source / "a.tags").write_text("\n red hair \n\nblue eyes\n")
+    (source / "b.tags").write_text("one, two\n")
+    (source / "a.txt").write_bytes(b"not a column: \xff")
+    options = ("--caption-extensions", ".caption,tags", "--max-reject-rate", 1)
+    code, out, err = encode(source, *options, "--text-encoding", "cp1252")
+    assert code == 0, err
+    assert read_column(tmp_path / "c", "caption") == {"a": "caf\xe9", "b": "PowerShell's \xe9"}
+    assert read_column(tmp_path / "c", "tags") == {"a": "red hair, blue eyes", "b": "one, two"}
+    assert "c in photos (bad_text)" in out
+    assert encode(source)[0] == 3, "options that are left out have the cache's values"
+    code, _, err = encode(source, *options, "--text-encoding", "latin-1")
+    assert (code, "--text-encoding cp1252, this command has --text-encoding iso8859-1" in err) == (2, True)
+    assert encode(source, "--text-encoding", "hex", "--to", tmp_path / "d")[0] == 2
+    assert encode(source, "--caption-extensions", "txt,jpg", "--to", tmp_path / "d")[0] == 2
 
 
 def test_samples_of_tars_without_a_text_are_counted(encode: Command, tmp_path: Path) -> None:

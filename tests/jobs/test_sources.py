@@ -240,10 +240,10 @@ def test_a_changed_shard_is_reported_and_not_encoded(encode: Command, tmp_path: 
 
 def test_files_of_other_kinds_are_named(encode: Command, tmp_path: Path) -> None:
     write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 1))
-    for name in ("1.gz", "a.tiff", "b.tiff", "0_stats.json"):
+    for name in ("1.gz", "a.npy", "b.npy", "0_stats.json"):
         (tmp_path / "s" / name).write_bytes(b"")
     _, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
-    assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .tiff" in err
+    assert "INFO passed over files that are neither shards nor images: 1 .gz, 2 .npy" in err
 
 
 def test_unusual_files_of_a_folder_are_skipped_or_rejected(
@@ -349,10 +349,10 @@ def test_columns_are_found_if_the_first_tar_is_damaged(latentmill: Command, micr
 
 
 def test_metadata_without_images_is_not_a_source(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"url": ["http://host/1"], "caption": ["one"]}), tmp_path / "meta.parquet")
+    pq.write_table(pa.table({"size": [1], "caption": ["one"]}), tmp_path / "meta.parquet")
     code, _, err = latentmill("encode", tmp_path / "meta.parquet", "--to", tmp_path / "c", "--vae", micro_vae)
     assert code == 2
-    assert "meta.parquet has no column with the bytes of images: it has url, caption" in err
+    assert "meta.parquet has no column with the bytes of images: it has size, caption" in err
 
 
 def test_webdataset_parts_hold_the_columns(encode: Command, latentmill: Command, tmp_path: Path) -> None:

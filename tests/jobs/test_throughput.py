@@ -21,7 +21,6 @@ from jobs.throughput import Throughput, WorkerTime
 from pipeline import flow
 from pipeline.encoder import LatentEncoder, LaunchedBatch
 from pipeline.images import decode
-from pipeline.limits import Limits
 from pipeline.maintenance.status import estimate_seconds_left, read_status
 from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage
@@ -164,9 +163,9 @@ def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 def slow_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     build = flow.EncodeSpec.build
 
-    def run_slowly(data: bytes, limits: Limits, reduction: int) -> np.ndarray:
+    def run_slowly(*arguments: Any) -> np.ndarray:
         time.sleep(0.1)
-        return decode.open_pixels(data, limits, reduction)
+        return decode.open_pixels(*arguments)
 
     def build_slow(*args: Any) -> flow.UnitWorker:
         encoder = build(*args)

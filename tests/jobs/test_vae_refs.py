@@ -104,7 +104,7 @@ def test_a_scaling_that_differs_from_the_caches_is_reported(
     (tmp_path / "config.json").write_text(json.dumps(other))
     code, _, err = encode(tmp_path)
     assert code == 0
-    assert "the cache has scaling_factor 0.18215, the VAE's configuration 0.5; the value of the cache is kept" in err
+    assert "the cache has scaling_factor 0.18215, the VAE 0.5; the value of the cache is kept" in err
     assert read_digest_and_scaling(tmp_path / "c")[1] == 0.18215
 
 

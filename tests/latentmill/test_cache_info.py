@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from latentmill import CacheError
-from latentmill.cache_info import parse_cache_json
+from latentmill.cache_info import SourceRules, parse_cache_json
 from latentmill.canonical_json import canonical_json
 from pipeline.cache import identity
 from pipeline.cache.identity import encode_cache_json
 from pipeline.canonical_json import with_checksum
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.transform import Transform
 from tests.cache_infos import IDENTITY, info_of
 
@@ -41,6 +42,7 @@ def encode_with_sha256(content: dict[str, Any]) -> bytes:
         {"preprocessing": identity.describe_transform(BUCKETS)},
         {"preprocessing": identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))},
         {"columns": ("txt", "caption"), "tile_above": 2048, "image_column": "image", "key_column": "id"},
+        {"sources": SourceRules(text_encoding="cp1252", exclude=("*.gif",), classes=("cat", "dog"))},
         {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
     ],
 )
@@ -63,6 +65,15 @@ def test_the_sha256_of_an_identity_is_stable() -> None:
     )
     assert canonical_json(IDENTITY.to_dict()) == text.encode()
     assert IDENTITY.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_identity_has_settings_of_decoding_only_if_they_are_no_defaults() -> None:
+    settings = DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True)
+    described = identity.describe_transform(Transform(resolution=64, decoding=settings))
+    content = dataclasses.replace(IDENTITY, preprocessing=described).to_dict()["preprocessing"]
+    plain = IDENTITY.to_dict()["preprocessing"]
+    assert content == plain | {"exif": "ignore", "alpha": "drop", "color": "srgb", "allow_truncated": True}
+    assert not plain.keys() & {"exif", "alpha", "color", "allow_truncated"}
 
 
 def test_the_identity_has_jpeg_decode_only_if_jpegs_are_decoded_at_a_reduced_size() -> None:

@@ -26,6 +26,8 @@ def make_image(shard: str, position: int, bucket: tuple[int, int] = SQUARE) -> P
         pixels=torch.empty(*bucket, 3, dtype=torch.uint8, device="meta"),
         original_height=8,
         original_width=8,
+        resized_height=8,
+        resized_width=8,
         crop_top=0,
         crop_left=0,
         enlarged=False,

@@ -71,7 +71,7 @@ print(torch._C._accelerator_getAllocatorSettings())
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "expandable_segments:True"),
+        slow_param({}, "expandable_segments:True"),
         slow_param({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
         slow_param({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:256"}, "max_split_size_mb:256"),
     ],

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import UsageError, VaeError
 from pipeline.jax_model import JaxModel
 from pipeline.records import EncodedImage
-from pipeline.weights import Vae
+from pipeline.weights import Vae, load_vae
 from tests.checked_images import make_image
-from vae import AutoencoderKL
+from tests.conftest import MICRO
+from vae import AutoencoderKL, AutoencoderKLFlux2
 from vae.posterior import DiagonalGaussianDistribution
 
 TORCH = ComputeConfig(device="cpu", precision="fp32", batch_size=2, threads=1)
@@ -53,12 +55,31 @@ def test_a_latent_does_not_depend_on_its_batch(vae: Vae) -> None:
     assert torch.equal(get_latents(encoder.encode(IMAGES[1::-1])).flip(0), both)
 
 
+def test_flipped_latents_are_those_of_mirrored_images(vae: Vae) -> None:
+    mirrored = [dataclasses.replace(image, pixels=image.pixels.flip(1)) for image in IMAGES]
+    expected = [get_latents(LatentEncoder(vae, JAX, "float32").encode(images)) for images in (IMAGES, mirrored)]
+    encoded = LatentEncoder(vae, JAX, "float32", has_flipped=True).encode(IMAGES)
+    flipped = torch.stack([image.latent_flipped for image in encoded if image.latent_flipped is not None])
+    assert (torch.equal(get_latents(encoded), expected[0]), torch.equal(flipped, expected[1])) == (True, True)
+
+
 def test_images_are_decoded_as_by_pytorch(vae: Vae, micro_vae: str) -> None:
     latents = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = AutoencoderKL.from_pretrained(micro_vae).eval().decode(latents).sample
     actual = JaxModel(vae, "cpu", "fp32", 1).decode(latents)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flux2_runs_unless_its_decoder_has_other_channels(tmp_path: Path) -> None:
+    model = AutoencoderKLFlux2(**MICRO)
+    model.save_pretrained(tmp_path)
+    flux2 = load_vae(str(tmp_path))
+    expected, actual = (get_latents(LatentEncoder(flux2, c, "float32").encode(IMAGES[:2])) for c in (TORCH, JAX))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    AutoencoderKLFlux2(**MICRO, decoder_block_out_channels=(4, 4, 4, 4)).save_pretrained(tmp_path)
+    with pytest.raises(VaeError, match=r"the decoder of .* has other channels than its encoder: use --backend torch"):
+        JaxModel(load_vae(str(tmp_path)), "cpu", "fp32", 1)
 
 
 def test_the_self_check_compares_with_pytorch(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from pipeline import flow
 from pipeline.flow import UnitWorker
 from pipeline.images import decode
-from pipeline.limits import Limits
 from pipeline.records import PreparedImage, Seconds
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
@@ -60,9 +59,9 @@ def test_two_units_on_one_model_count_its_time_once(worker: Callable[..., UnitWo
 def test_waiting_for_images_to_be_opened_is_a_separate_stage(
     worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_slowly(data: bytes, limits: Limits, reduction: int) -> np.ndarray:
+    def open_slowly(*arguments: Any) -> np.ndarray:
         time.sleep(SLOW)
-        return decode.open_pixels(data, limits, reduction)
+        return decode.open_pixels(*arguments)
 
     encoder = worker(tmp_path / "c", rows_per_part=100)
     encoder.context = encoder.context.with_decoder(open_slowly)

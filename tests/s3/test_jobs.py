@@ -72,7 +72,7 @@ def is_part(request: Request) -> bool:
     [
         pytest.param(lambda request: 500 if request.number == 0 else None, id="500", marks=pytest.mark.slow),
         pytest.param(lambda request: "reset" if is_part(request) else None, id="reset", marks=pytest.mark.slow),
-        pytest.param(lambda request: "lose" if is_part(request) else None, id="lost answers"),
+        pytest.param(lambda request: "lose" if is_part(request) else None, id="lost answers", marks=pytest.mark.slow),
     ],
 )
 def test_a_store_with_faults_changes_nothing(

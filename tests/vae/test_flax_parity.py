@@ -72,12 +72,13 @@ def encode_and_decode(model: FlaxAutoencoderKL, params: Any, x: Any, z: Any) -> 
     return posterior, model.apply(variables, z, method=model.decode, channels_last=True).sample
 
 
-@pytest.mark.parametrize("shape", ["sd", "flux", *map(slow_param, ("sdxl", "sd3", "cogview", "gelu", "odd"))])
+@pytest.mark.parametrize("shape", ["sd", *map(slow_param, ("flux", "sdxl", "sd3", "cogview", "gelu", "odd"))])
 def test_small_models_agree(shape: str) -> None:
     model, flax_model, params = make_pair(**SHAPES[shape])
     check_agreement(model, flax_model, params)
 
 
+@pytest.mark.slow
 def test_the_demo_model_agrees() -> None:
     check_agreement(AutoencoderKL.from_pretrained("demo"), *FlaxAutoencoderKL.from_pretrained("demo"))
 
@@ -108,6 +109,7 @@ def check_agreement(
     torch.testing.assert_close(torch.from_numpy(np.array(posterior.kl())), expected.kl(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_agree() -> None:
     """`grad` is the second of the page's promises. The loss has a random sample, so that it uses every parameter."""
     one_level = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
@@ -177,6 +179,7 @@ def test_group_norm_is_stable_if_the_mean_is_large() -> None:
     assert difference(nchw(result), exact) < 0.02
 
 
+@pytest.mark.slow
 def test_a_model_with_large_means_agrees() -> None:
     """The activations of every level are shifted by 30 before they are normalized."""
     model, flax_model, _ = make_pair(**TWO_LEVELS)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.checkpoints import ldm
 from tests.conftest import MICRO
-from vae import AutoencoderKL, LoadError, hub
+from vae import AutoencoderKL, LoadError, LoadWarning, hub
 from vae.load import STEM, WEIGHTS, weights_sha256
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -61,7 +61,8 @@ def test_half_precision_is_used_as_a_variant_or_if_there_is_no_other(
     assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float32
     assert AutoencoderKL.from_pretrained("owner/model", variant="fp16").dtype == torch.float16
     (snapshot / WEIGHTS).unlink()
-    assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float16, "the only weights"
+    with pytest.warns(LoadWarning, match=r"the weights are those of the variant fp16 \("):
+        assert AutoencoderKL.from_pretrained("owner/model").dtype == torch.float16, "the only weights"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MICRO
-from vae import AutoencoderKL, AutoencoderKLConfig, LoadError
-from vae.load import CONFIG, INDEX, WEIGHTS, weights_sha256
+from vae import AutoencoderKL, AutoencoderKLConfig, LoadError, LoadWarning
+from vae.load import CONFIG, INDEX, STEM, WEIGHTS, weights_sha256
 from vae.train import train
 
 
@@ -55,6 +55,62 @@ def test_weights_may_be_split_into_several_files(folder: Path) -> None:
     assert weights_sha256(AutoencoderKL.from_pretrained(folder).state_dict()) == before
 
 
+def move(folder: Path, name: str, scale: float = 1.0) -> None:
+    """Save the weights times `scale` under another name. The file WEIGHTS stays, unless the name is its own."""
+    save_file({key: tensor * scale for key, tensor in load_file(folder / WEIGHTS).items()}, folder / name)
+
+
+def first_weight(path: Path, **options: str) -> float:
+    return float(AutoencoderKL.from_pretrained(path, **options).encoder.conv_in.weight[0, 0, 0, 0])
+
+
+def test_weights_without_a_variant_are_preferred_then_the_most_exact_variant(folder: Path) -> None:
+    weight = first_weight(folder)
+    for scale, variant in enumerate(("ema", "bf16", "fp16", "int8"), start=2):
+        move(folder, f"{STEM}.{variant}.safetensors", scale)
+    assert first_weight(folder) == weight
+    (folder / WEIGHTS).unlink()
+    with pytest.warns(LoadWarning, match=rf"there is no {WEIGHTS} at .*; the weights are those of the variant fp16 \("):
+        assert first_weight(folder) == pytest.approx(4 * weight)
+    (folder / f"{STEM}.fp16.safetensors").unlink()
+    with pytest.warns(LoadWarning, match=r"the variant bf16 .*\. To use other ones, name their file"):
+        assert first_weight(folder) == pytest.approx(3 * weight)
+    assert first_weight(folder, variant="ema") == pytest.approx(2 * weight)
+    (folder / f"{STEM}.bf16.safetensors").unlink()
+    (folder / f"{STEM}.ema.safetensors").unlink()
+    message = f"no {WEIGHTS} (there is {STEM}.int8.safetensors; to use one, name that file)"
+    with pytest.raises(LoadError, match=re.escape(message)):
+        AutoencoderKL.from_pretrained(folder)
+    loaded = AutoencoderKL.from_single_file(folder / f"{STEM}.int8.safetensors")
+    assert float(loaded.encoder.conv_in.weight[0, 0, 0, 0]) == pytest.approx(5 * weight)
+    assert loaded.config.latent_channels == 4, "of the config.json beside it"
+
+
+def test_a_variant_may_be_split_into_several_files(folder: Path) -> None:
+    weight = first_weight(folder)
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    names = list(load_file(folder / "a.safetensors"))
+    (folder / f"{WEIGHTS}.index.bf16.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")})
+    )
+    with pytest.warns(LoadWarning, match="the variant bf16"):
+        assert first_weight(folder) == weight
+
+
+def test_keys_that_cannot_change_the_model_are_left_out_and_named(folder: Path) -> None:
+    expected = AutoencoderKL.from_pretrained(folder).config
+    edit(folder, _commit_hash="0a1b", _use_default_values=["act_fn"], _name_or_path="x")
+    assert AutoencoderKL.from_pretrained(folder).config == expected, "without a warning"
+    edit(folder, dtype="bfloat16", torch_dtype="bfloat16", decay=0.999)
+    with pytest.warns(
+        LoadWarning, match="configuration has decay, dtype, torch_dtype, which an AutoencoderKL does not"
+    ):
+        assert AutoencoderKL.from_pretrained(folder).config == expected
+    edit(folder, quantization_config={})
+    with pytest.raises(LoadError, match="has no parameter 'quantization_config'"):
+        AutoencoderKL.from_pretrained(folder)
+
+
 def test_the_hash_depends_on_values_not_on_dtype_or_memory_layout() -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
     same = {"b": torch.ones(2, dtype=torch.float16), "a": torch.arange(6).reshape(3, 2).t().float().t().reshape(2, 3)}
@@ -70,7 +126,10 @@ def test_weights_are_converted_to_the_requested_dtype(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "a configuration of class AutoencoderDC, not AutoencoderKL"),
+        (
+            {"_class_name": "AutoencoderDC"},
+            "a configuration of class AutoencoderDC; the classes of VAEs that can be loaded are AutoencoderKL and Auto",
+        ),
         ({"latent_chanels": 4}, "no parameter 'latent_chanels'; did you mean 'latent_channels'"),
         ({"down_block_types": ["Other"] * 4}, "no block of type Other"),
         ({"block_out_channels": [8, 8]}, "has 4 blocks, but block_out_channels has 2 levels"),

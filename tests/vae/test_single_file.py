@@ -13,10 +13,30 @@ from torch import Tensor
 
 from tests.checkpoints import AROUND, ldm
 from tests.conftest import MICRO
-from vae import AssumedConfigWarning, AutoencoderKL, AutoencoderKLConfig, LoadError, presets, single_file, unpickle
+from vae import (
+    AssumedConfigWarning,
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    LoadError,
+    LoadWarning,
+    presets,
+    single_file,
+    unpickle,
+)
+from vae.auto import class_of
 from vae.keys import rename_keys
 from vae.load import resolve_config, weights_sha256
 
+SHAPE_FIELDS = (  # the fields that the tensors' names and shapes determine
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+)
 SMALL = AutoencoderKLConfig(
     **{**MICRO, "block_out_channels": (8, 16, 32, 32), "norm_num_groups": 8, "layers_per_block": 2}
 )
@@ -81,15 +101,14 @@ def test_the_shapes_determine_the_architecture(name: str, tmp_path: Path) -> Non
     """For every preset, the fields inferred from its tensors are those of its configuration."""
     config = presets.PRESETS[name].config
     with torch.device("meta"):
-        weights = AutoencoderKL.from_config(config).state_dict()
+        weights = class_of(config)(**config).state_dict()
     fields = single_file.infer_fields(rename_keys(ldm(weights)), tmp_path)
-    assert fields == {field: config[field] for field in single_file.SHAPE_FIELDS}
+    names = {*SHAPE_FIELDS, *({"decoder_block_out_channels"} if name.startswith("flux2") else {})}
+    assert fields == {field: config[field] for field in names}
 
 
-def identify(fields: Mapping[str, Any], around: list[str], repository: str = "") -> AutoencoderKLConfig:
-    return single_file.identify_config(
-        {name: fields[name] for name in single_file.SHAPE_FIELDS}, around, repository, Path("x")
-    )
+def identify(fields: Mapping[str, Any], around: list[str], repository: str = "") -> Any:
+    return single_file.identify_config({name: fields[name] for name in SHAPE_FIELDS}, around, repository, Path("x"))
 
 
 @pytest.mark.parametrize("family", AROUND)
@@ -168,12 +187,18 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "list.ckpt": (lambda path: torch.save([make_tensor()], path), "it does not map names to tensors"),
     "numbers.pt": (lambda path: torch.save({"a": 1}, path), "it has no tensors"),
     "lora.safetensors": (lambda path: save_file({"lora_unet.a": make_tensor()}, path), "there is no AutoencoderKL in"),
-    "flux2.safetensors": (
+    "other.safetensors": (
         lambda path: save_file(
-            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor(), "bn.x": make_tensor()},
+            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor(), "x.y": make_tensor()},
             path,
         ),
-        "is not a checkpoint of an AutoencoderKL: it has the tensor bn.x",
+        "is not a checkpoint of an AutoencoderKL: it has the tensor x.y",
+    ),
+    "flat.safetensors": (
+        lambda path: save_file(
+            {"encoder.conv_in.weight": make_tensor(), "decoder.conv_in.weight": make_tensor()}, path
+        ),
+        "is not a checkpoint of an AutoencoderKL: a weight has no dimensions",
     ),
     "half.safetensors": (
         lambda path: save_file(
@@ -190,6 +215,30 @@ def test_a_file_that_is_not_a_vae_is_refused(name: str, tmp_path: Path) -> None:
     make(tmp_path / name)
     with pytest.raises(LoadError, match=message):
         AutoencoderKL.from_single_file(tmp_path / name)
+
+
+def test_a_file_with_two_vaes_says_which_one_is_used(model: AutoencoderKL, tmp_path: Path) -> None:
+    other = {f"vae.{name}": tensor * 2 for name, tensor in ldm(model.state_dict()).items()}
+    save_file({**ldm(model.state_dict(), "first_stage_model."), **other}, tmp_path / "full.safetensors")
+    used, unused = "first_stage_model.encoder.conv_in.weight", "vae.encoder.conv_in.weight"
+    with pytest.warns(LoadWarning, match=f"has 2 VAEs; the one with the tensor {used} is used, not {unused}"):
+        loaded = AutoencoderKL.from_single_file(tmp_path / "full.safetensors", config=SMALL)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
+
+
+def test_a_file_with_the_average_of_its_weights_says_which_ones_are_used(model: AutoencoderKL, tmp_path: Path) -> None:
+    """latent-diffusion writes the names of the average without dots, and a counter, which alone means nothing."""
+    counters = {"model_ema.decay": make_tensor(), "model_ema.num_updates": make_tensor()}
+    tensors = ldm(model.state_dict())
+    save_file({**tensors, **counters}, tmp_path / "pruned.safetensors")
+    AutoencoderKL.from_single_file(tmp_path / "pruned.safetensors", config=SMALL)
+    average = {f"model_ema.{name.replace('.', '')}": tensor * 2 for name, tensor in tensors.items()}
+    save_file({**tensors, **counters, **average}, tmp_path / "trained.safetensors")
+    with pytest.warns(
+        LoadWarning, match=r"twice, as trained and as their moving average .*; those as trained are used"
+    ):
+        loaded = AutoencoderKL.from_single_file(tmp_path / "trained.safetensors", config=SMALL)
+    assert weights_sha256(loaded.state_dict()) == weights_sha256(model.state_dict())
 
 
 def test_a_configuration_that_does_not_match_is_refused(model: AutoencoderKL, tmp_path: Path) -> None:

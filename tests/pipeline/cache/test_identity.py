@@ -8,9 +8,10 @@ import pytest
 
 from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
-from pipeline.cache.identity import Identity, encode_cache_json
+from pipeline.cache.identity import Identity, SourceRules, encode_cache_json
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
+from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.transform import Transform
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
@@ -31,10 +32,15 @@ DIFFERENCES: dict[str, tuple[Any, str, str]] = {
     "container": ("webdataset", "--format parquet", "--format webdataset"),
     "columns": (("txt", "json"), "--columns all", "--columns 'txt,json'"),
     "image_column": ("jpg", "no --image-column", "--image-column jpg"),
+    "sources": (SourceRules(exclude=("*_mask.png",)), "no --exclude", "--exclude '*_mask.png'"),
     "key_column": ("id", "no --key-column", "--key-column id"),
 }
 BUCKETS: dict[str, Any] = {"buckets": ((64, 64),), "multiple_of": 64}
 WIDE = ((128, 128), (64, 256))
+
+
+def decoded(**settings: Any) -> dict[str, Any]:
+    return {"decoding": DecodeSettings(**settings)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Identity)])
@@ -62,6 +68,12 @@ def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Pat
         ({}, {"jpeg_decode": "scaled"}, "--jpeg-decode full", "--jpeg-decode scaled"),
         ({"jpeg_decode": "scaled"}, {}, "--jpeg-decode scaled", "--jpeg-decode full"),
         ({}, {"flip": "random"}, "--flip none", "--flip random"),
+        ({}, {"flip": "both"}, "--flip none", "--flip both"),
+        ({}, {"min_std": 2.5}, "--min-std 0", "--min-std 2.5"),
+        ({}, decoded(exif="ignore"), "--exif apply", "--exif ignore"),
+        (decoded(alpha="drop"), decoded(alpha="black"), "--alpha drop", "--alpha black"),
+        ({}, decoded(color="srgb"), "--color keep", "--color srgb"),
+        (decoded(allow_truncated=True), {}, "--allow-truncated", "no --allow-truncated"),
     ],
 )
 def test_every_setting_of_the_preprocessing_is_named_if_it_differs(
@@ -108,21 +120,31 @@ def test_scaling_is_not_part_of_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "dtype", "store", "rows"),
+    ("resolution", "dtype", "store", "flip", "rows"),
     [
-        (256, "float16", "mode", 4096),
-        (2048, "float16", "mode", 512),
-        (2048, "bfloat16", "moments", 256),
-        (2048, "float32", "sample", 256),
+        (256, "float16", "mode", "none", 4096),
+        (2048, "float16", "mode", "random", 512),
+        (2048, "float16", "mode", "both", 256),
+        (2048, "bfloat16", "moments", "none", 256),
+        (2048, "bfloat16", "moments", "both", 128),
+        (2048, "float32", "sample", "none", 256),
     ],
 )
-def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, rows: int) -> None:
-    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store) == rows
+def test_a_part_has_up_to_4096_rows_and_256_mib(resolution: int, dtype: str, store: str, flip: str, rows: int) -> None:
+    assert identity.choose_rows_per_part(AutoencoderKLConfig(**MICRO), resolution, dtype, store, flip) == rows
 
 
 def test_the_transform_is_parsed_from_the_identity() -> None:
     transform = Transform(
-        resolution=96, min_size=5, interpolation="lanczos", jpeg_decode="scaled", crop="random", flip="random", seed=7
+        resolution=96,
+        min_size=5,
+        min_std=1.5,
+        interpolation="lanczos",
+        jpeg_decode="scaled",
+        crop="random",
+        flip="random",
+        seed=7,
+        decoding=DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True),
     )
     wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
     data = encode_cache_json(info_of(wanted).to_dict())

@@ -42,10 +42,10 @@ def test_other_files_are_skipped() -> None:
 
 def test_other_files_and_unused_texts_are_counted(tmp_path: Path) -> None:
     shards = [
-        shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.tiff", "e.TIFF", "f.JPG", "g.\x1b")
+        shard(f"data/{name}") for name in ("a.jpg", "a.txt", "b.TXT", "c.Json", "d.npy", "e.NPY", "f.JPG", "g.\x1b")
     ]
-    assert count_other_files(shards) == {"tiff": 2, "\\x1b": 1}
-    assert count_other_files(shards, ("tiff",)) == {"\\x1b": 1}
+    assert count_other_files(shards) == {"npy": 2, "\\x1b": 1}
+    assert count_other_files(shards, ("npy",)) == {"\\x1b": 1}
     _, (line,) = plan.extend_plan(Folder(str(tmp_path)), shards)
     assert line.startswith("texts that belong to no image")
     assert line.endswith(": 2 (data/b.TXT, data/c.Json)")

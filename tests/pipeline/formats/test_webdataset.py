@@ -36,6 +36,8 @@ def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels
         pixels=torch.zeros(64, 72, 3, dtype=torch.uint8),
         original_height=100,
         original_width=113,
+        resized_height=100,
+        resized_width=113,
         crop_top=0,
         crop_left=4,
         enlarged=False,
@@ -148,6 +150,31 @@ def test_the_record_is_read_and_a_file_without_one_is_an_error(file: Path) -> No
     for foreign in (b"", b"nothing", empty.getvalue(), data[512:]):
         with pytest.raises(CacheError, match=r"data/x\.tar is not a part"):
             read_record(foreign, "data/x.tar")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves the file open
+@pytest.mark.parametrize(("store", "name"), [("mode", "latent"), ("moments", "moments")])
+def test_flipped_latents_are_members_of_the_same_sample(tmp_path: Path, store: Any, name: str) -> None:
+    """The webdataset library, latentmill and a Parquet part give the same two latents per row."""
+    webdataset = pytest.importorskip("webdataset")
+    layout = OutputSchema(container="webdataset", store=store, has_flipped=True)
+    rows = [dataclasses.replace(row, latent_flipped=row.latent + 1) for row in ROWS]
+    (tmp_path / "part.tar").write_bytes(webdataset_format.serialize_part(rows, make_record(), layout))
+    samples = list(webdataset.WebDataset(str(tmp_path / "part.tar"), shardshuffle=False, empty_check=False).decode())
+    assert [sample["__key__"] for sample in samples] == [row.image.key for row in rows]
+    assert all(np.array_equal(sample[f"{name}.npy"] + 1, sample[f"{name}_flipped.npy"]) for sample in samples)
+    assert [member["name"] for member in webdataset_format.describe_schema(layout)[:2]] == [
+        f"{name}.npy",
+        f"{name}_flipped.npy",
+    ]
+    parquet = parquet_format.serialize_part(rows, make_record(), dataclasses.replace(layout, container="parquet"))
+    with (tmp_path / "part.tar").open("rb") as stream:
+        read = list(read_webdataset_rows(stream, texts=TEXT_EXTENSIONS))
+    assert read == list(read_parquet_rows(io.BytesIO(parquet)))
+    assert all(row["latent_flipped"] != row["latent"] for row in read)
+    columns = pq.read_metadata(io.BytesIO(parquet)).row_group(0)
+    flipped = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "latent_flipped")
+    assert (flipped.compression, flipped.has_dictionary_page) == ("UNCOMPRESSED", False)
 
 
 @pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])

@@ -15,9 +15,10 @@ import torch
 from pipeline.errors import Rejected
 from pipeline.images import opener_processes
 from pipeline.images.buckets import make_grid
+from pipeline.images.fit import Fit
 from pipeline.images.opener_processes import OpenerProcesses
 from pipeline.images.prepare import OpenedImage, make_opener
-from pipeline.images.transform import Fit, Transform
+from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from tests.conftest import encoded, smooth
 

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.images import transform as module
+from pipeline.images import resize as module
 from pipeline.images.buckets import make_grid
-from pipeline.images.transform import Transform, resize, resize_cut
+from pipeline.images.resize import resize, resize_cut
+from pipeline.images.transform import Transform
 from tests.conftest import smooth
 
 
@@ -241,5 +242,5 @@ def test_leaving_out_what_is_not_needed_changes_no_pixel(
         whole = np.asarray(Image.fromarray(pixels).resize((fit.width, fit.height), FILTERS[name]))
         expected = whole[fit.top : fit.top + fit.out_height, fit.left : fit.left + fit.out_width]
         assert np.array_equal(transform.apply(pixels, fit), expected), (size, fit)
-        in_passes += module._is_resized_in_passes(pixels, fit, name)  # type: ignore[arg-type]
+        in_passes += module._is_resized_in_passes(pixels, fit, name, False)  # type: ignore[arg-type]
     assert in_passes > 50

@@ -103,10 +103,17 @@ def test_samples_equal_those_of_webdataset(members: dict[str, bytes]) -> None:
 
 def test_files_of_a_sample_without_an_image_are_a_reject() -> None:
     """They are never skipped, however many there are: their image may have a format that is not supported."""
-    members = {"0.txt": b"", "1.json": b"", "2.tiff": b"", "3": b"", "4.cls": b"", "5.mp4": b"", "6.jfif": b""}
+    members = {"0.txt": b"", "1.json": b"", "2.ai": b"", "3": b"", "4.cls": b"", "5.mp4": b"", "6.dat": b""}
     items, skipped = read(members)
     assert [outcome(item)[1:] for item in items] == [(str(n), "no_image") for n in range(7)]
     assert not skipped[STRAY]
+
+
+def test_of_one_image_in_several_formats_the_one_that_is_read_without_a_plugin_is_used() -> None:
+    members = {"0.cr2": b"raw", "0.heic": b"heic", "0.jpg": b"jpg", "0.txt": b"t", "1.nef": b"raw", "1.heif": b"heif"}
+    items, _ = read({**members, "2.svg": b"svg", "3.avif": b"a", "3.png": b"p"})
+    outcomes = [("0", b"jpg"), ("1", b"heif"), ("2", b"svg"), ("3", b"a"), ("3", "duplicate_key")]
+    assert [outcome(item)[1:] for item in items] == outcomes
 
 
 def test_a_requested_extension_is_not_an_index() -> None:

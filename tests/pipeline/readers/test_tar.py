@@ -81,7 +81,7 @@ def test_a_caption_that_is_not_utf8_is_a_reject() -> None:
     assert (item.stage, item.reason, item.detail) == (
         "read",
         "bad_text",
-        "the column txt is not UTF-8 text, or occurs twice",
+        "the column txt is not text in its encoding (--text-encoding), or occurs twice",
     )
 
 

@@ -352,6 +352,16 @@ def test_a_folder_whose_images_are_named_individually_is_listed_once(
     assert len(listed_folders) == 1
 
 
+def test_of_one_image_in_several_formats_the_one_that_is_read_without_a_plugin_is_used(tmp_path: Path) -> None:
+    put(tmp_path / "s", "a.CR2", "a.jpg", "b.heic", "b.JPG", "c.nef", "c.heic", "d.psd", "d.svg", "e.jpg", "e.png")
+    put(tmp_path / "s", "x/a.cr2", "a.txt")
+    notes: list[str] = []
+    expected = ["a.jpg", "a.txt", "b.JPG", "c.heic", "d.psd", "d.svg", "e.jpg", "e.png", "x/a.cr2"]
+    assert list_paths(tmp_path / "s", notes=notes) == [f"s/{name}" for name in expected]
+    (note,) = notes
+    assert note.endswith("with the same name, which is used: 3 (s/a.CR2, s/b.heic, s/c.nef)")
+
+
 def test_thumbnails_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     put(tmp_path, "photos/0.png", "photos/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "photos/__MACOSX/0.png")
     listing = list_inputs(tmp_path / "photos")

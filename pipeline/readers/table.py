@@ -1,0 +1,312 @@
+"""Tables of metadata and of image paths: JSONL, CSV, TSV, JSON and Parquet files.
+
+A process keeps the tables that it has read, up to `Limits.table_bytes` in total. So a table is read once for all units,
+and its memory does not depend on the number of units.
+"""
+
+import csv
+import io
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from latentmill.stream import name_url_in_errors
+from pipeline.errors import DamagedError, ShardError
+from pipeline.formats.schema import to_cache_name
+from pipeline.limits import Limits
+from pipeline.readers.parquet import open_parquet
+from pipeline.records import PlannedFile, extension
+from pipeline.storage.connection import get_filesystem
+from pipeline.storage.etags import fetch_version, same_version
+from pipeline.storage.reading import open_stream
+from pipeline.text import BYTE_ORDER_MARKS, decode_text
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+TEXT_TABLES = frozenset({"jsonl", "json", *DELIMITERS})
+BLOCK_BYTES = 16 << 20  # the longest row of a text table
+BATCH_ROWS = 4096
+HEADER_CHARACTERS = 1 << 20  # among which the names of a CSV's columns are
+MAX_DEPTH = 100  # levels of lists and objects in JSON
+LABELS = "labels"  # the key of EDM2's dataset.json
+PATH_COLUMNS = ("file_name", "image_file_name", "image_path", "file_path", "filepath", "path", "filename")
+URL_COLUMNS = ("url", "image_url", "img_url", "urls")
+
+
+@dataclass(frozen=True, slots=True)
+class NameRule:
+    """How the rows of a table are named. text: equal for equal rules.
+
+    find_column: returns the column that names the rows; None if the table has none. convert: its values to names.
+    """
+
+    text: str
+    find_column: Callable[[pa.Schema], str | None]
+    convert: Callable[[pa.ChunkedArray], pa.ChunkedArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of a table, and the name of each row, by which it is found. A row without a name is never found.
+
+    column: the column that names the rows; "" if there is none. order: the numbers of the rows that have a name, sorted
+    by name and then by number.
+    """
+
+    rows: pa.Table
+    column: str
+    names: pa.Array
+    order: pa.Array
+
+    @classmethod
+    def make(cls, rows: pa.Table, rule: NameRule) -> "Table":
+        """Return the table with its rows sorted by name."""
+        column, chunks = rule.find_column(rows.schema), [pa.array([], pa.large_string())]
+        if column is not None:
+            texts = rows[column].cast(pa.large_string())
+            texts.validate(full=True)  # Arrow does not check whether texts are UTF-8
+            chunks += rule.convert(texts).chunks
+        names = pa.concat_arrays(chunks)
+        return cls(rows, column or "", names, pc.sort_indices(names)[: len(names) - names.null_count])
+
+    def find(self, name: str) -> int | None:
+        """Return the number of the first row with this name."""
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high) // 2
+            if self.names[self.order[middle].as_py()].as_py() < name:
+                low = middle + 1
+            else:
+                high = middle
+        if low == len(self.order):
+            return None
+        row: int = self.order[low].as_py()
+        return row if self.names[row].as_py() == name else None
+
+    def find_repeated_names(self) -> list[str]:
+        """Return the names that several rows have, sorted."""
+        ordered = self.names.take(self.order)
+        if len(ordered) < 2:
+            return []
+        repeated = ordered[1:].filter(pc.equal(ordered[1:], ordered[:-1]))
+        return sorted(set(repeated.to_pylist()))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of memory that the table takes."""
+        return int(self.rows.nbytes + self.names.nbytes + self.order.nbytes)
+
+
+_tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+_lock = threading.Lock()
+
+
+def load_table(
+    url: str,
+    options: Mapping[str, Any],
+    planned: PlannedFile | None,
+    rule: NameRule,
+    limits: Limits,
+    encoding: str = "utf-8",
+) -> Table:
+    """Return the table at a URL, from the memory of this process if it has been read before.
+
+    planned: raise ChangedError if the file differs. rule: gives each row its name. encoding: of CSV and TSV files.
+    Raises ShardError if the file cannot be read as a table, or has more than `table_bytes`.
+    """
+    with name_url_in_errors(url, "read"):
+        version = fetch_version(*get_filesystem(url, options))
+    key = (url, *version, rule.text, encoding)
+    with _lock:
+        is_planned = planned is None or same_version((planned.bytes, planned.etag), version)
+        if key not in _tables or not is_planned:
+            with open_stream(url, options, planned or PlannedFile(url, *version), seeking=True) as stream:
+                rows = read_rows(stream, url, limits, encoding)
+            with _name_format(url, extension(url)):
+                _tables[key] = Table.make(rows, rule)
+        _tables.move_to_end(key)
+        while len(_tables) > 1 and sum(table.nbytes for table in _tables.values()) > limits.table_bytes:
+            _tables.popitem(last=False)
+        return _tables[key]
+
+
+def read_rows(stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8") -> pa.Table:
+    """Return the rows of a table. The extension of the URL decides its format. Raises ShardError."""
+    kind = extension(url)
+    if kind == "parquet":
+        try:
+            return _read_parquet(stream, url, limits)
+        except DamagedError as error:
+            raise ShardError(f"{error}; repair or remove this file") from error
+    data = stream.read(limits.table_bytes + 1)
+    _check_size(len(data), url, limits)
+    with _name_format(url, kind):
+        if kind in DELIMITERS:
+            return _read_csv(decode_text(data, encoding), DELIMITERS[kind])
+        if data.startswith(BYTE_ORDER_MARKS):
+            data = decode_text(data).encode()  # otherwise JSON is UTF-8
+        return _read_jsonl(data) if kind == "jsonl" else _read_json(data.decode())
+
+
+@contextmanager
+def _name_format(url: str, kind: str) -> Iterator[None]:
+    """Turn the errors of a parser into a ShardError that names the URL."""
+    try:
+        yield
+    except (pa.ArrowException, csv.Error, ValueError, RecursionError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        hint = "; --text-encoding sets its encoding" if isinstance(error, UnicodeDecodeError) else ""
+        raise ShardError(f"{url} cannot be read as {kind.upper()}: {reason:.300}{hint}") from error
+
+
+def _check_size(size: int, url: str, limits: Limits) -> None:
+    if size > limits.table_bytes:
+        raise ShardError(
+            f"{url} is a table with more than {limits.table_bytes} bytes, which each worker keeps in memory; divide "
+            "it, or allow more with --input-limit table_bytes=N"
+        )
+
+
+def _read_parquet(stream: BinaryIO, url: str, limits: Limits) -> pa.Table:
+    """Return all rows of a Parquet file, with the values of dictionaries."""
+    with open_parquet(stream, url, limits) as file:
+        batches, size = [], 0
+        for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+            batches.append(batch)
+            size += batch.nbytes
+            _check_size(size, url, limits)
+        table = pa.Table.from_batches(batches, file.schema_arrow)
+    plain = [field.with_type(_get_value_type(field.type)) for field in table.schema]
+    return table.cast(pa.schema(plain))
+
+
+def _get_value_type(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _read_jsonl(data: bytes) -> pa.Table:
+    """Return one row per line. Python parses the lines, because Arrow crashes on deep nesting and changes times."""
+    tables: list[pa.Table] = []
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse_json(line.decode()))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"line {number} is not an object")
+        if len(rows) == BATCH_ROWS:
+            tables.append(_make_table(rows))
+            rows = []
+    tables.append(_make_table(rows))
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _parse_json(text: str) -> Any:
+    """Return a JSON value. Raises ValueError if it is nested too deeply for the libraries that process it later."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for bracket in re.sub(r"[^][{}]+", "", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+            depth += 1 if bracket in "[{" else -1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return json.loads(text)
+
+
+def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Return rows as a table. The first rows decide the order of the columns. Raises ValueError for mixed types."""
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise ValueError(f"the column {name} has values of different types: {error}") from error
+    return pa.table(columns)
+
+
+def _read_csv(text: str, delimiter: str) -> pa.Table:
+    """Return one row per record. The first record names the columns. Columns of numbers get their type."""
+    names = next(csv.reader(io.StringIO(text[:HEADER_CHARACTERS]), delimiter=delimiter), [])
+    if not names:
+        return pa.table({})
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have one name: {', '.join(names)}")
+    table = pa.csv.read_csv(
+        pa.BufferReader(text.encode()),
+        pa.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+    )
+    return pa.table({name: _convert_numbers(table[name]) for name in table.schema.names})
+
+
+def _convert_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of texts as int64 or float64 if all its values are such numbers. An empty value is null.
+
+    Whole numbers must be written as Arrow writes them: `007` stays a text.
+    """
+    is_given = pc.not_equal(texts, "")
+    given = pc.if_else(is_given, texts, pa.scalar(None, pa.string()))
+    if not pc.any(is_given).as_py():
+        return texts
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            numbers = given.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        if kind == pa.float64() or pc.all(pc.equal(numbers.cast(pa.string()), given)).as_py():
+            has_leading_zero = pc.match_substring_regex(given, r"^[+-]?0[0-9]")
+            return texts if pc.any(has_leading_zero).as_py() else numbers
+    return texts
+
+
+def _read_json(text: str) -> pa.Table:
+    """Return the rows of a JSON file: a list of objects, sd-scripts' object by path, or EDM2's `labels`."""
+    content = _parse_json(text)
+    if isinstance(content, dict) and isinstance(content.get(LABELS), list):
+        content = [{"file_name": path, "label": label} for path, label in content[LABELS]]
+    elif isinstance(content, dict):
+        content = [{"image_path": path, **values} for path, values in content.items() if isinstance(values, dict)]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise ValueError("it is neither a list of objects, nor an object of objects, nor has it `labels`")
+    return _make_table(content)
+
+
+def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str] = ()) -> str | None:
+    """Return the column with the paths of images: `wanted` if it exists, or the first with a known name.
+
+    others: further known names. A name that is the only one to end with `_file_name` is known, too.
+    """
+    texts = [str(field.name) for field in schema if _is_text(field.type)]
+    if wanted is not None and wanted in texts:
+        return wanted
+    folded: dict[str, str] = {name.lower(): name for name in reversed(texts)}
+    for name in (*PATH_COLUMNS, *others):
+        if name in folded:
+            return folded[name]
+    ends = [name for name in texts if name.endswith("_file_name")]
+    return ends[0] if len(ends) == 1 else None
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def select_columns(schema: pa.Schema, without: str = "") -> pa.Schema:
+    """Return the columns that can be copied, by their names in the cache. without: a column that is left out."""
+    return pa.schema([(to_cache_name(field.name), field.type) for field in schema if field.name != without])
+
+
+def normalize_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return relative paths with `/` between the steps, and without a leading `./`."""
+    return pc.replace_substring_regex(pc.replace_substring(paths, "\\", "/"), r"^(\./+)+", "")

@@ -1,0 +1,65 @@
+"""Find the manifests among the sources: tables of image paths or URLs that the user names as files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from pipeline.errors import ShardError, SourceError
+from pipeline.readers.image_column import contains_bytes
+from pipeline.readers.manifest import check_columns_exist, find_image_column, make_key_rule
+from pipeline.readers.table import TEXT_TABLES, select_columns
+from pipeline.records import ListedFile, Manifest, extension, is_image, stem
+from pipeline.sources.metadata import TableReader
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """The files, with the manifests marked, the columns that these offer, and lines about them."""
+
+    files: list[ListedFile]
+    schemas: list[pa.Schema]
+    notes: list[str]
+
+
+def find_manifests(
+    files: Sequence[ListedFile], reader: TableReader, key_column: str | None, image_root: str
+) -> Manifests:
+    """Mark the manifests among the files that the user named.
+
+    image_root: URL of the folder of their images; "": the manifest's own. Raises SourceError if a named table has no
+    paths of images and there are no other inputs.
+    """
+    found: dict[str, ListedFile] = {}
+    schemas: list[pa.Schema] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    images = {stem(file.path) for file in files if is_image(file.path)}
+    for file in files:
+        if not file.is_named or stem(file.path) in images or not _may_be_manifest(file, reader):
+            continue
+        rule = make_key_rule(reader.image_column, key_column, image_root or file.root)
+        try:
+            table = reader.load(file, rule)
+            column = check_columns_exist(table, file.url, reader.image_column, key_column)
+        except ShardError as error:
+            problems.append(str(error))
+            continue
+        found[file.path] = replace(file, manifest=Manifest(table.rows.num_rows, image_root))
+        schemas.append(select_columns(table.rows.schema))
+        notes.append(f"{file.path} lists {table.rows.num_rows:,} images, in the column {column}")
+    if problems and not found and all(file.is_named and extension(file.path) in TEXT_TABLES for file in files):
+        raise SourceError(problems[0])
+    return Manifests([found.get(file.path, file) for file in files], schemas, notes + problems)
+
+
+def _may_be_manifest(file: ListedFile, reader: TableReader) -> bool:
+    """Whether a named file is a table: of text, or a Parquet file with paths and without images."""
+    if extension(file.path) != "parquet":
+        return extension(file.path) in TEXT_TABLES
+    try:
+        schema = reader.read_schema(file)
+    except ShardError:  # its unit fails by name
+        return False
+    has_bytes = any(contains_bytes(field.type) for field in schema)
+    return not has_bytes and bool(find_image_column(schema, reader.image_column))
