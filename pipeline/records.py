@@ -38,49 +38,11 @@ _READ = (
     *("icb", "vda", "vst", "qoi", "dds", "pcx", "sgi", "rgb", "rgba", "bw"),
 )
 _BY_PLUGIN = ("heic", "heif", "hif", "jxl")
-_REJECTED = (
-    *("svg", "svgz", "eps", "wmf", "emf", "psd", "psb", "xcf", "kra", "exr", "hdr", "icns", "cur", "blp", "dcx"),
-    *(
-        "jxr",
-        "wdp",
-        "hdp",
-        "bpg",
-        "flif",
-        "jls",
-        "djvu",
-        "dcm",
-        "fits",
-        "fli",
-        "flc",
-        "msp",
-        "pcd",
-        "ras",
-        "xbm",
-        "xpm",
-    ),
+_REJECTED = (  # vectors and layers, other raster formats, raw files of cameras
+    *("svg", "svgz", "eps", "wmf", "emf", "psd", "psb", "xcf", "kra", "exr", "hdr", "icns", "cur", "blp", "dcx", "pxr"),
+    *("jxr", "wdp", "hdp", "bpg", "flif", "jls", "djvu", "dcm", "fits", "fli", "flc", "msp", "ras", "xbm", "xpm"),
     *("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr"),
-    *(
-        "xbm",
-        "xpm",
-        "im",
-        "palm",
-        "pxr",
-        "gbr",
-        "ftc",
-        "ftu",
-        "fit",
-        "iim",
-        "fff",
-        "erf",
-        "mrw",
-        "rwl",
-        "iiq",
-        "kdc",
-        "dcr",
-        "mos",
-        "mef",
-        "gpr",
-    ),
+    *("fff", "erf", "mrw", "rwl", "iiq", "kdc", "dcr", "mef", "gpr"),
 )
 IMAGE_EXTENSIONS = frozenset({*_READ, *_BY_PLUGIN, *_REJECTED})
 TEXT_EXTENSIONS = ("txt", "json")  # of the sidecar files whose exact text is copied to the cache
