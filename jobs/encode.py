@@ -39,7 +39,7 @@ from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
-from pipeline.sources.units import is_result_cache, is_table_log, make_units
+from pipeline.sources.units import make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
@@ -124,10 +124,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         cache_spec.check_input_options(options, units)
     if archives:
         log_note(archives)
-    if count := sum(map(is_table_log, shards)):
-        log_note(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    if count := sum(map(is_result_cache, shards)):
-        log_note(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
+    log_each(unit_files.describe_special_shards(shards), log_note)
     tables = [*metadata.schemas, *manifests.schemas, *describe_columns(classes)]
     wanted, captions = cache_spec.parse_columns(options), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):

@@ -16,7 +16,7 @@ class EncodeOptions(Common):
 
     source: tuple[str, ...] = option(
         REQUIRED,
-        "tar shards, Parquet files with images, folders of images, or manifests (JSONL, CSV or Parquet files that list "
+        "tars, zips, Parquet or Arrow files with images, folders, or manifests (JSONL, CSV or Parquet files that list "
         "images), as files, directories, globs or brace ranges; "
         "NAME=SOURCE sets the name of the source (default: the name of its directory)",
         "input",

@@ -34,6 +34,7 @@ from pipeline.sources.sidecars import (
 from pipeline.text import printable
 
 IMAGES_PER_UNIT = 256
+_NAMED = 4  # files in a note
 RANGE_BYTES = {"parquet": 128 << 20, "zip": 1 << 30}  # approximate size of a range of a file
 SHARD_KINDS = tuple(dict.fromkeys(SHARD_ENDINGS.values()))
 TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
@@ -71,6 +72,24 @@ def is_table_log(file: ListedFile) -> bool:
 def is_result_cache(file: ListedFile) -> bool:
     """Whether an Arrow file is one in which Hugging Face `datasets` keeps the result of a transform."""
     return get_shard_kind(file.path) == "arrow" and PurePosixPath(file.path).name.startswith("cache-")
+
+
+def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
+    """Return a line for each kind of shard that is passed over, and for shards that may be copies of one another."""
+    lines = []
+    if count := sum(map(is_table_log, files)):
+        lines.append(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
+    if count := sum(map(is_result_cache, files)):
+        lines.append(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
+    archives = [file.path for file in files if get_shard_kind(file.path) in ("tar", "zip")]
+    counts = Counter(map(get_shard_stem, archives))
+    if twins := [path for path in archives if counts[get_shard_stem(path)] > 1]:
+        names = ", ".join(map(printable, sorted(twins)[:_NAMED])) + (" ..." if len(twins) > _NAMED else "")
+        lines.append(
+            f"archives that differ only in their extension, and are all encoded: {len(twins)} ({names}); if one is a "
+            "compressed copy of the other, --exclude one of them"
+        )
+    return lines
 
 
 def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:

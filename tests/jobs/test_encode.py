@@ -300,7 +300,9 @@ class TestRefusals:
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts/a.txt").write_text("a")
         self.assert_refused(
-            encode(tmp_path / "texts", "--to", tmp_path / "c"), 2, "no tar shards, Parquet files or images in .*texts"
+            encode(tmp_path / "texts", "--to", tmp_path / "c"),
+            2,
+            "no tars, zips, Parquet or Arrow files, or images in .*texts",
         )
 
     def test_a_missing_vae(self, latentmill: Command, photos: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sources with unusual files: files that are neither shards nor images are skipped and reported once."""
 
 import bz2
+import gzip
 import json
 import os
 import zipfile
@@ -131,6 +132,25 @@ def test_compressed_archives_are_named(encode: Command, tmp_path: Path, name: st
     write_tar(tmp_path / "s/1.tar", img2dataset_members(0, 1))
     code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
     assert (code, f"INFO {message}" in err) == (0, True), err
+
+
+def test_a_compressed_copy_of_a_tar_is_noted(encode: Command, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 2))
+    (tmp_path / "s/0.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    code, out, err = encode(tmp_path / "s")
+    assert (code, "encoded 4 images" in out) == (0, True), err
+    assert "INFO archives that differ only in their extension, and are all encoded: 2 (s/0.tar, s/0.tar.gz); if" in err
+
+
+def test_metadata_beside_a_zip_is_joined_by_key(encode: Command, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    with zipfile.ZipFile(tmp_path / "s/0.zip", "w") as archive:
+        for name, image in zip("ab", make_images(0, 2), strict=True):
+            archive.writestr(f"{name}.jpg", image)
+    (tmp_path / "s/metadata.jsonl").write_text('{"key": "b", "score": 1.5}\n')
+    code, _, err = encode(tmp_path / "s", "--to", tmp_path / "c")
+    assert code == 0, err
+    assert read_column(tmp_path / "c", "score") == {"a": None, "b": 1.5}
 
 
 def test_a_zip_without_images_is_noted(encode: Command, tmp_path: Path) -> None:
