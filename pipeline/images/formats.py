@@ -117,7 +117,7 @@ def name_other_format(data: bytes) -> str:
         return ""
     if data.startswith((jxl.CODESTREAM, jxl.CONTAINER)):
         return "JPEG XL"
-    if data[4:8] == b"ftyp" and len(data) >= 16:
+    if data[4:8] == b"ftyp" and len(data) >= 12:
         return _name_iso_format(data)
     if _starts_as_markup(data) and b"<svg" in data[:4096] and not _is_html(data):
         return "SVG"

@@ -197,11 +197,12 @@ def no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("data", "name", "package"),
     [
         (HEIC, "HEIC", "pi-heif"),
+        (HEIC[:12], "HEIC", "pi-heif"),
         (HEIC.replace(b"ftypheic", b"ftypmif1"), "HEIC", "pi-heif"),
         (JXL, "JPEG XL", "pillow-jxl-plugin"),
         (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL", "pillow-jxl-plugin"),
     ],
-    ids=["HEIC", "HEIF", "JPEG XL", "JPEG XL in a container"],
+    ids=["HEIC", "the start of an HEIC", "HEIF", "JPEG XL", "JPEG XL in a container"],
 )
 def test_a_missing_plugin_is_named(data: bytes, name: str, package: str) -> None:
     reject = expect_reject(data)
