@@ -38,9 +38,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
 
-# The tests with a Ray mostly wait. They run one after the other in one process, beside the others (tests/conftest.py).
+# The tests that start a Ray mostly wait, and clusters share ports. So they run one after the other, beside all others.
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 600 -n 2 --dist loadgroup
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 > $(VENV)/slow.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -m 'slow and ray' --timeout 600; ray=$$?; \
+	wait $$others; others=$$?; cat $(VENV)/slow.log; exit $$((ray | others))
 
 test-lowest:
 	$(PYTHON) -m venv $(LOWEST)

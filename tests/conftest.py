@@ -39,13 +39,6 @@ MICRO = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process of `make test-slow` run all tests that start clusters, because these share ports."""
-    for item in items:
-        if item.get_closest_marker("slow") and item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 def slow_param(*values: object) -> ParameterSet:
     """Return the parameters of a case that only `make test-slow` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
