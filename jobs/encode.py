@@ -279,7 +279,7 @@ def choose_exit_code(failures: Sequence[Failure], written: Mapping[str, Any], ma
     if REST_OF_SHARD in written["rejected"]:
         return 3
     rejected = sum(written["rejected"].values())
-    samples = written["count"] + written["filtered"] + rejected
+    samples = written["count"] + sum(written["filtered"].values()) + rejected
     return 3 if samples and rejected / samples > max_reject_rate else 0
 
 

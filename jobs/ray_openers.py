@@ -55,10 +55,8 @@ class OpenerActor:
     def _open(self, data: bytes, shard: str, key: str) -> Any:
         try:
             opened = self.opener(data, shard, key)
-        except Exception as error:  # a Rejected, or an error that the worker raises
+        except Exception as error:  # a Rejected, a FilteredOut, or an error that the worker raises
             return error
-        if opened is None:
-            return None
         return opened.pixels.numpy(), opened.original_height, opened.original_width, opened.fit, opened.truncated
 
 
@@ -94,7 +92,7 @@ class RayOpener:
 
 def _make_result(answer: Any) -> Result:
     """Return the result of an image, with pixels of its own, so that Ray can free the block."""
-    if answer is None or isinstance(answer, Exception):
+    if isinstance(answer, Exception):
         return answer
     pixels, *facts = answer
     return OpenedImage(torch.from_numpy(pixels.copy()), *facts)

@@ -13,7 +13,7 @@ from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
-from pipeline.wording import count_noun
+from pipeline.wording import count_noun, format_counts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,9 +40,8 @@ def format_table(content: Mapping[str, Any], vae: VaeInfo, latents_per_row: int)
         lines += ["", *format_channels(content, vae), "", *format_constants(content["suggested"], vae)]
         lines += ["", "bucket       latents"]
         lines += [f"{name:<12} {latents_per_row * bucket['count']:,}" for name, bucket in content["buckets"].items()]
-    rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
-    lines += ["", f"rejected     {rejected}"]
-    lines += [f"filtered     {content['filtered']:,}", f"enlarged     {content['enlarged']:,}"]
+    lines += ["", f"rejected     {format_counts(content['rejected'])}"]
+    lines += [f"filtered     {format_counts(content['filtered'])}", f"enlarged     {content['enlarged']:,}"]
     lines += [f"digest       {content['digest']}"]
     return lines
 

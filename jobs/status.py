@@ -12,7 +12,7 @@ from jobs.parsing import parse
 from jobs.progress import format_duration
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
-from pipeline.wording import count_noun
+from pipeline.wording import count_noun, format_counts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,13 +31,12 @@ def main(argv: Sequence[str]) -> int:
 def format_status(content: Mapping[str, Any]) -> list[str]:
     """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
     units, share = content["units"], content["share"]
-    rejected = ", ".join(f"{count:,} {reason}" for reason, count in content["rejected"].items()) or "none"
     lines = [
         f"{content['cache']}: {content['state']}",
         f"  units      {units['done']:,} of {units['planned']:,} done, {share:.0%} of the bytes",
         f"  rows       {content['rows']:,}",
-        f"  rejected   {rejected}",
-        f"  filtered   {content['filtered']:,}",
+        f"  rejected   {format_counts(content['rejected'])}",
+        f"  filtered   {format_counts(content['filtered'])}",
     ]
     if content["parts_of_units_under_way"]:
         files = count_noun(content["parts_of_units_under_way"], "file")

@@ -17,7 +17,7 @@ from pipeline.errors import REST_OF_SHARD, LatentmillError
 from pipeline.records import Seconds, UnitReport
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
-from pipeline.wording import count_noun
+from pipeline.wording import count_noun, format_counts
 
 MAX_NAMES = 3  # of rejects in the summary
 
@@ -35,6 +35,7 @@ class RunTotals:
     seconds: Seconds = field(default_factory=Seconds)
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
     texts: Counter[str] = field(default_factory=Counter)
     precision_error: float = 0.0
     wall: float = 0.0
@@ -45,9 +46,10 @@ class RunTotals:
         """Add a unit that succeeded."""
         self.seconds = self.seconds + done.seconds
         self.rejects.update(done.rejects)
+        self.filtered.update(done.filtered)
         self.texts.update(done.texts)
         self.precision_error = max(self.precision_error, done.precision_error)
-        names = ("samples", "rows", "filtered", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
+        names = ("samples", "rows", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
         self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
 
     @property
@@ -123,6 +125,7 @@ def describe_totals(totals: RunTotals) -> dict[str, Any]:
     return {
         "counts": dict(totals.counts),
         "rejects": dict(totals.rejects),
+        "filtered": dict(totals.filtered),
         "texts": dict(totals.texts),
         "seconds": dataclasses.asdict(totals.seconds),
         "bottleneck": totals.bottleneck,
@@ -155,10 +158,9 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
         return
     lines = [describe_work(outcome)]
     lines.append(f"  cache      {cache.url}: {count_noun(written['count'], 'row')}")
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in written["rejected"].items())
-    lines.append(f"  rejected   {sum(written['rejected'].values()):,}" + (f": {reasons}" if reasons else ""))
-    lines += [f"             {line}" for line in name_rejects(cache)] if reasons else []
-    lines.append(f"  filtered   {written['filtered']:,}    enlarged {written['enlarged']:,}")
+    lines.append(f"  rejected   {format_counts(written['rejected'])}")
+    lines += [f"             {line}" for line in name_rejects(cache)] if written["rejected"] else []
+    lines += [f"  filtered   {format_counts(written['filtered'])}", f"  enlarged   {written['enlarged']:,}"]
     if totals.missing_texts:
         lines.append(f"  texts      {totals.missing_texts}")
     if counts["fp32_fallbacks"]:
@@ -212,7 +214,7 @@ def explain_rejects(written: Mapping[str, Any], max_reject_rate: float, cache: s
         rests = count_noun(damaged, "damaged shard")
         return f"the rest of {rests} is not encoded and cannot be counted: exit code 3. {advice}"
     rejected = sum(written["rejected"].values())
-    samples = written["count"] + written["filtered"] + rejected
+    samples = written["count"] + sum(written["filtered"].values()) + rejected
     return (
         f"{rejected:,} of {count_noun(samples, 'sample')} ({rejected / samples:.1%}) rejected, the limit is "
         f"{100 * max_reject_rate:.3g}% (--max-reject-rate): exit code 3; the other images are in the cache. {advice}"

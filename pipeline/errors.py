@@ -16,6 +16,7 @@ LatentmillError            one line for the user: the problem, its object, and a
 `-- JobError               the job ended with unfinished work; exit code 1
 Stopped                    a signal stopped the job; exit code 130 or 143
 Rejected                   one sample that cannot be encoded; becomes a row of _rejects/
+FilteredOut                one sample that a setting leaves out; it is counted
 """
 
 from functools import partial
@@ -30,6 +31,8 @@ __all__ = [
     "ChangedError",
     "DamagedError",
     "DamagedFileError",
+    "Filter",
+    "FilteredOut",
     "IdentityError",
     "JobError",
     "LatentmillError",
@@ -46,6 +49,7 @@ __all__ = [
 ]
 
 Stage = Literal["read", "open", "transform", "encode"]
+Filter = Literal["min_size", "max_aspect", "no_upscale", "min_std"]  # the option, without its dashes
 
 REST_OF_SHARD = "rest_of_shard"  # all samples after a damage, not one sample
 
@@ -131,6 +135,14 @@ class OtherUnitError(LatentmillError):
 
 class Stopped(BaseException):
     """A signal stopped the job between two steps. `except Exception` does not catch it, like KeyboardInterrupt."""
+
+
+class FilteredOut(Exception):
+    """One sample that a setting leaves out. filter: the setting."""
+
+    def __init__(self, name: Filter) -> None:
+        super().__init__(name)
+        self.filter: Filter = name
 
 
 class Rejected(Exception):

@@ -298,7 +298,7 @@ def make_report(unit: Unit, unit_parts: list[PartInfo], adopted: int, seconds: S
         unit=unit.name,
         samples=sum(record.samples for record in records),
         rows=sum(record.rows for record in records),
-        filtered=sum(record.filtered for record in records),
+        filtered=sum((Counter(record.filtered) for record in records), Counter()),
         enlarged=sum(record.enlarged for record in records),
         rejects=Counter(reject.reason for record in records for reject in record.rejects),
         parts=len(unit_parts),

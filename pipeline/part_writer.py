@@ -70,7 +70,7 @@ class PartBuffer:
 
     rows: list[Row] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    filtered: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
     fp32_fallbacks: int = 0
     digests: dict[int, bytes] = field(default_factory=dict)
     expected: int = 0
@@ -86,7 +86,7 @@ class PartBuffer:
             elif isinstance(item, Reject):
                 self.rejects.append(item)
             else:
-                self.filtered += 1
+                self.filtered[item.filter] += 1
 
     def add_encoded(self, image: PreparedImage, encoded: EncodedImage) -> None:
         """Add the model's result for an image."""
@@ -109,7 +109,7 @@ class PartBuffer:
     @property
     def samples(self) -> int:
         """The number of samples that have a result: encoded, rejected and filtered."""
-        return len(self.rows) + len(self.rejects) + self.filtered
+        return len(self.rows) + len(self.rejects) + self.filtered.total()
 
     @property
     def is_complete(self) -> bool:
@@ -283,7 +283,7 @@ def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: P
         first=number * spec.rows_per_part,
         samples=buffer.samples,
         rows=len(buffer.rows),
-        filtered=buffer.filtered,
+        filtered=dict(sorted(buffer.filtered.items())),
         enlarged=sum(row.image.enlarged for row in buffer.rows),
         inputs=input_hash.combine_digests(buffer.digests_in_order),
         rejects=tuple(buffer.rejects),

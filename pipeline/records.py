@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import Rejected
+from pipeline.errors import Filter, Rejected
 
 if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help` can save
     from torch import Tensor
@@ -179,9 +179,10 @@ FIRST_ATTEMPT = Attempt()
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A sample that the settings exclude (`--min-size`, `--max-aspect`, `--no-upscale`, `--min-std`)."""
+    """A sample that a setting leaves out. filter: the setting."""
 
     position: int
+    filter: Filter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +310,7 @@ class UnitReport:
     unit: str
     samples: int = 0
     rows: int = 0
-    filtered: int = 0
+    filtered: Mapping[str, int] = field(default_factory=dict)
     enlarged: int = 0
     rejects: Mapping[str, int] = field(default_factory=dict)
     parts: int = 0

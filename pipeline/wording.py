@@ -1,5 +1,7 @@
 """Numbers, nouns and options in messages."""
 
+from collections.abc import Mapping
+
 
 def count_noun(number: int, noun: str, plural: str = "") -> str:
     """Return a number and its noun: `1 image`, `1,024 images`. plural: default: the noun with an s."""
@@ -9,3 +11,9 @@ def count_noun(number: int, noun: str, plural: str = "") -> str:
 def to_flag(name: str) -> str:
     """Return the flag of an option: `--key-column` for `key_column`."""
     return f"--{name.replace('_', '-')}"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Return a total, and the count of each kind: `3: 2 corrupt, 1 not_an_image`."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return f"{sum(counts.values()):,}" + (f": {kinds}" if kinds else "")

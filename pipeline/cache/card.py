@@ -96,7 +96,7 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
         store=identity.store,
         images=_describe_image_size(identity.preprocessing),
         rejected=sum(stats["rejected"].values()),
-        filtered=stats["filtered"],
+        filtered=sum(stats["filtered"].values()),
         enlarged=stats["enlarged"],
         digest=stats["digest"],
         rule=_describe_rule(cache.scaling),

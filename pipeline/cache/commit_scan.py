@@ -22,7 +22,7 @@ CommitEntry = Mapping[str, Any]
 T = TypeVar("T")
 NOT_COUNTED: dict[str, Any] = {
     "rows": 0,
-    "filtered": 0,
+    "filtered": {},
     "enlarged": 0,
     "reject_counts": {},
     "rest_positions": (),

@@ -21,7 +21,7 @@ class PartSummary:
     unit: str
     source: str
     rows: int
-    filtered: int
+    filtered: Mapping[str, int]
     enlarged: int
     reject_counts: Mapping[str, int]
     rest_positions: Sequence[int]

@@ -34,7 +34,7 @@ class RunningStats:
     """
 
     rows: int = 0
-    filtered: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
     enlarged: int = 0
     reject_counts: Counter[str] = field(default_factory=Counter)
     buckets: dict[str, BucketTally] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class RunningStats:
     def count(self, part: PartSummary) -> None:
         """Add a part's counts."""
         self.rows += part.rows
-        self.filtered += part.filtered
+        self.filtered.update(part.filtered)
         self.enlarged += part.enlarged
         self.reject_counts.update(part.reject_counts)
         self.reject_counts.subtract(reason for _, reason in part.supersedes)
@@ -63,6 +63,7 @@ class RunningStats:
         """Return an independent copy. The tallies are shared, because they are never changed."""
         return replace(
             self,
+            filtered=Counter(self.filtered),
             reject_counts=Counter(self.reject_counts),
             buckets=dict(self.buckets),
             rests=set(self.rests),
@@ -86,7 +87,7 @@ def summarize(sums: RunningStats, hashes: Mapping[str, str]) -> dict[str, Any]:
         **(_describe_channels(total) if total else {}),
         "buckets": {name: {"count": tally.samples, **_describe_channels(tally)} for name, tally in buckets.items()},
         "rejected": sums.rejected,
-        "filtered": sums.filtered,
+        "filtered": dict(sorted(sums.filtered.items())),
         "enlarged": sums.enlarged,
         "suggested": _suggest_scaling(total) if total else None,
         "files": len(hashes),

@@ -57,7 +57,7 @@ class PartRecord:
     first: int
     samples: int
     rows: int
-    filtered: int
+    filtered: Mapping[str, int]
     enlarged: int
     inputs: str
     rejects: tuple[Reject, ...]

@@ -64,7 +64,7 @@ class _Opened:
     truncated: bool | None
 
 
-_Answer = _Opened | Exception | None  # to a request; None: the image is filtered; an exception: the worker raises it
+_Answer = _Opened | Exception  # to a request; the worker raises the exception
 
 
 class OpenerProcesses:
@@ -79,7 +79,7 @@ class OpenerProcesses:
         for _ in range(count):
             self._idle.put(self._server.start_opener())
 
-    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage | None:
+    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage:
         """Open an image. See `prepare.Opener`."""
         opener = self._idle.get()
         try:
@@ -107,7 +107,7 @@ class _OpenerProcess:
         self.connection, self.memory, self.seconds = connection, memory, seconds
         self.pid = 0  # known once it is ready
 
-    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage | None:
+    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage:
         """Open an image in the process. Raises OSError or EOFError if the process died or takes too long."""
         self.pid = self.pid or int(self._receive(START_SECONDS))
         self.memory[: len(data)] = data
@@ -115,8 +115,6 @@ class _OpenerProcess:
         answer: _Answer = self._receive(self.seconds)
         if isinstance(answer, Exception):
             raise answer
-        if answer is None:
-            return None
         pixels = np.frombuffer(self.memory, np.uint8, int(np.prod(answer.shape))).reshape(answer.shape).copy()
         size = answer.original_height, answer.original_width
         return OpenedImage(torch.from_numpy(pixels), *size, answer.fit, answer.truncated)
@@ -229,9 +227,8 @@ def serve(connection: Connection, memory: mmap.mmap, transform: Transform, limit
             request: _Request = connection.recv()
             answer: _Answer
             try:
-                opened = opener(memory[: request.length], request.shard, request.key)
-                answer = None if opened is None else _write_pixels(opened, memory)
-            except Exception as error:  # a Rejected, or an error that fails the unit
+                answer = _write_pixels(opener(memory[: request.length], request.shard, request.key), memory)
+            except Exception as error:  # a Rejected, a FilteredOut, or an error that fails the unit
                 answer = error
             connection.send(answer)
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from pipeline.errors import Rejected
+from pipeline.errors import FilteredOut, Rejected
 from pipeline.images import decode
 from pipeline.images.fit import Fit
 from pipeline.images.near_empty import is_near_empty
@@ -30,9 +30,9 @@ class OpenedImage:
     truncated: bool | None = None
 
 
-# Opens an image: its bytes, and the shard and the key that its random numbers follow from. None: it is filtered.
-# Raises Rejected.
-Opener = Callable[[bytes, str, str], OpenedImage | None]
+# Opens an image: its bytes, and the shard and the key that its random numbers follow from.
+# Raises Rejected and FilteredOut.
+Opener = Callable[[bytes, str, str], OpenedImage]
 
 
 def make_opener(transform: Transform, limits: Limits, open_pixels: decode.OpenPixels = decode.open_pixels) -> Opener:
@@ -47,7 +47,7 @@ def open_image(
     data: bytes,
     shard: str,
     key: str,
-) -> OpenedImage | None:
+) -> OpenedImage:
     """Decode and transform an image. See `Opener`."""
     settings = transform.decoding
     jpeg = decode.read_jpeg_header(data, settings) if transform.jpeg_decode == "scaled" else None
@@ -61,15 +61,13 @@ def open_image(
         rgb, truncated = open_pixels(data, limits, reduction, settings), True
     height, width = (jpeg.height, jpeg.width) if jpeg else rgb.shape[:2]
     fit = transform.fit(height, width, shard, key)
-    if fit is None:
-        return None
     pixels = transform.apply(rgb, fit, (height / reduction, width / reduction))
     if transform.min_std and is_near_empty(pixels, transform.min_std):
-        return None
+        raise FilteredOut("min_std")
     return OpenedImage(pixels, height, width, fit, truncated)
 
 
-def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage | None:
+def open_in_sandbox(transform: Transform, limits: Limits, data: bytes, shard: str, key: str) -> OpenedImage:
     """Open an image that may have ended another process. See `Opener`."""
     with SandboxedDecoder(limits) as decoder:
         return open_image(transform, limits, decoder.open_pixels, data, shard, key)
@@ -86,8 +84,8 @@ def prepare_sample(
         opened = opener(sample.image, unit.path, sample.key)
     except Rejected as error:
         return Reject.from_error(sample.position, sample.key, error)
-    if opened is None:
-        return Filtered(sample.position)
+    except FilteredOut as error:
+        return Filtered(sample.position, error.filter)
     return PreparedImage(
         shard=unit.path,
         position=sample.position,

@@ -23,7 +23,7 @@ MAX_BLOCK_BYTES = 16 << 20  # of pixels
 CALLS_PER_OPENER = 2  # so that one block is on its way while another is opened
 
 ImageFile = tuple[bytes, str, str]  # the arguments of an `Opener`
-Result = OpenedImage | Exception | None
+Result = OpenedImage | Exception
 
 
 class RemoteOpener(Protocol):
@@ -67,7 +67,7 @@ class LocalAndRemoteOpeners:
             for _ in range(CALLS_PER_OPENER):
                 threading.Thread(target=self._serve, args=[opener], name="remote open", daemon=True).start()
 
-    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage | None:
+    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage:
         """Open an image. See `prepare.Opener`."""
         if not self._local_places.acquire(blocking=False):
             if future := self._enqueue((data, shard, key)):

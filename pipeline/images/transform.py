@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import FilteredOut
 from pipeline.images import resize
 from pipeline.images.buckets import Bucket, make_grid
 from pipeline.images.decode_settings import DecodeSettings
@@ -92,20 +93,20 @@ class Transform:
             return sd_scripts.bound_pixels(self.resolution, self.multiple_of)
         return max(self.resolution**2, *(height * width for height, width in self.output_sizes))
 
-    def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
-        """Return the transform of an image of this size, or None if it is filtered. shard, key: for random numbers.
+    def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit:
+        """Return the transform of an image of this size. shard, key: for random numbers.
 
-        Raises Rejected if the recipe `none` does not permit this size.
+        Raises FilteredOut if a setting leaves the image out, and Rejected if `none` does not permit its size.
         """
         if min(height, width) < self.min_size:
-            return None
+            raise FilteredOut("min_size")
         if self.max_aspect and max(height, width) > self.max_aspect * min(height, width):
-            return None
+            raise FilteredOut("max_aspect")
         fit = self._fit_recipe(height, width)
         if fit is not None and fit.enlarged and self.no_upscale:
             fit = self._fit_small(height, width)
         if fit is None:
-            return None
+            raise FilteredOut("no_upscale")
         if self.crop == "random":
             fit = self._move_crop(fit, shard, key)
         return replace(fit, flipped=self.flip == "random" and self._draw("flip", shard, key) < 0.5)
@@ -146,8 +147,11 @@ class Transform:
         is_turned: whether the JPEG has an orientation. If so, only factors of both sides are chosen. Otherwise, the
         last row or column of the reduced image may be a partial one, and the orientation would make it the first.
         """
-        fit = self.fit(height, width)
-        if self.jpeg_decode == "full" or fit is None:
+        if self.jpeg_decode == "full":
+            return 1
+        try:
+            fit = self.fit(height, width)
+        except FilteredOut:  # only after it was decoded, because it may be rejected instead
             return 1
         for factor in (8, 4, 2):
             tall, wide = math.ceil(height / factor), math.ceil(width / factor)

@@ -97,8 +97,8 @@ def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], enco
     opener = encoder.context.stages.opener
     image = prepare_sample(unit, sample, encoder.context.spec.limits, opener)
     if not isinstance(image, PreparedImage):
-        reason = image.reason if isinstance(image, Reject) else "filtered"
-        yield Problem(file, f"{sample.key} is rejected now ({reason}), but has a row", LIMITS)
+        now = f"rejected now ({image.reason})" if isinstance(image, Reject) else f"filtered now ({image.filter})"
+        yield Problem(file, f"{sample.key} is {now}, but has a row", LIMITS)
         return
     encoded = encoder.context.latent_encoder.encode([image])[0]
     different = [name for name, value in image.geometry.items() if row[name] != value]

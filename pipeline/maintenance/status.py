@@ -31,7 +31,7 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     runs = [describe_run(run, now) for run in read_runs(cache).values()]
     alive = [run for run in runs if run["outcome"] == "running"]
     done_bytes = sum(units.get(unit, 0) for unit in finished)
-    samples = sums.rows + sums.filtered + sum(sums.rejected.values())
+    samples = sums.rows + sums.filtered.total() + sum(sums.rejected.values())
     size = done_bytes / samples if samples else estimate_bytes_per_image(planned)
     bytes_under_way = sum(run["images_under_way"] for run in alive) * size
     all_bytes = sum(units.values())
@@ -45,7 +45,7 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         "parts_of_units_under_way": len(set(parts.list_part_files(cache)) - committed_files),
         "rows": sums.rows,
         "rejected": sums.rejected,
-        "filtered": sums.filtered,
+        "filtered": dict(sorted(sums.filtered.items())),
         "images_per_second": rate,
         "seconds_left": estimate_seconds_left(alive),
         "runs": runs,

@@ -94,7 +94,7 @@ def find_contradictions(record: PartRecord, file: str, cache: Cache, units: Mapp
     elif (record.source, record.source_bytes, record.range) != (unit.path, unit.bytes, unit.range):
         yield "its record and the plan name different inputs"
     size = cache.info.identity.rows_per_part
-    accounted = record.rows + record.filtered + len(record.rejects)
+    accounted = record.rows + sum(record.filtered.values()) + len(record.rejects)
     if record.samples != accounted:
         yield f"it accounts for {accounted} of its {record.samples} samples"
     if record.round:

@@ -238,7 +238,7 @@ def test_small_images_are_filtered_and_enlarged_ones_counted(encode: Command, tm
         path.write_bytes(encoded(smooth(side, side, side), "PNG"))
     _, out, _ = encode(tmp_path / "p", "--to", tmp_path / "c", "--min-size", 30)
     assert [row["key"] for row in read_rows(tmp_path / "c")] == ["large", "small"]
-    assert "filtered   1    enlarged 1" in out
+    assert "filtered   1: 1 min_size\n  enlarged   1\n" in out
 
 
 def test_with_json_standard_output_is_only_json(encode: Command, photos: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_with_json_standard_output_is_only_json(encode: Command, photos: Path, t
     assert json.loads(out)["stats"] == {
         "count": 5,
         "rejected": {},
-        "filtered": 0,
+        "filtered": {},
         "enlarged": 0,
         "digest": read_digest(tmp_path / "c"),
     }

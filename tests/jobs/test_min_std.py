@@ -24,7 +24,7 @@ def test_near_empty_images_are_filtered_and_counted(latentmill: Command, micro_v
     _, out, _ = encode(*to_c, "--config", tmp_path / "job.yaml")
     cache = Cache.open(str(tmp_path / "c"))
     assert [row["key"] for row in cache.rows(*cache.files())] == ["a", "b"]
-    assert "filtered   1    enlarged 0" in out
+    assert "filtered   1: 1 min_std\n" in out
     code, out, _ = latentmill("verify", tmp_path / "c", "--recount")
     assert code == 0, out
     assert encode(*to_c)[0] == 0, "the cache's value is the default"

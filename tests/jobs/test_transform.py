@@ -150,9 +150,9 @@ def test_images_of_a_wrong_size_are_rejected_by_name(encode: Command, photos: Pa
 def test_long_and_small_images_are_filtered_and_counted(encode: Command, photos: Path, tmp_path: Path) -> None:
     code, out, _ = encode(photos, "--max-aspect", 2, "--no-upscale")
     assert code == 0
-    assert "filtered   5    enlarged 0" in out
+    assert "filtered   5: 1 max_aspect, 4 no_upscale" in out
     assert set(read_rows(tmp_path / "c")) == {"1", "2", "4"}
     code, out, _ = encode(photos)
-    assert (code, "filtered   5    enlarged 0" in out) == (0, True), "the settings are those of the cache"
+    assert (code, "filtered   5: 1 max_aspect, 4 no_upscale" in out) == (0, True), "the settings are those of the cache"
     code, _, err = encode(photos, "--transform", "diffusers")
     assert (code, "made with --transform center-crop, this command has --transform diffusers" in err) == (2, True)

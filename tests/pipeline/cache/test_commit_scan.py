@@ -43,7 +43,7 @@ def made_record(unit: str, part: int, last: bool, draw: random.Random, round: in
         first=0,
         samples=len(names),
         rows=len(names),
-        filtered=draw.randint(0, 2),
+        filtered=draw.choice([{}, {"min_size": 1}, {"max_aspect": 2, "min_size": 1}]),
         enlarged=draw.randint(0, 2),
         rejects=(),
         tally=tallies,

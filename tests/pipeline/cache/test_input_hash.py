@@ -79,7 +79,7 @@ def test_the_hash_follows_the_documentation(worker: MakeWorker, tmp_path: Path, 
 def test_filtered_samples_count_and_an_empty_part_has_inputs(worker: MakeWorker, tmp_path: Path) -> None:
     members = img2dataset_members(0, 3, height=64, width=64)
     encoder = worker(tmp_path / "c", transform=Transform(resolution=64, min_size=100))
-    assert encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members))).filtered == 3
+    assert encoder.run(unit_of(write_tar(tmp_path / "s/0.tar", members))).filtered == {"min_size": 3}
     encoder.run(unit_of(write_tar(tmp_path / "t/1.tar", {})))
     assert [record.inputs for record in records(tmp_path / "c")] == [combine(hash_tar(members, 0, 3)), combine([])]
 

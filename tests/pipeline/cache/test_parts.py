@@ -63,7 +63,7 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     monkeypatch.undo()
     repair_commits(cache)
     summaries = parts(cache)
-    assert sum(part.rows + part.filtered + sum(part.reject_counts.values()) for part in summaries) == 10
+    assert sum(part.rows + sum(part.filtered.values()) + sum(part.reject_counts.values()) for part in summaries) == 10
     (commit,) = commits(cache).values()
     counted = {part.file for part in summaries if part.rows or part.reject_counts}
     assert {entry["file"] for entry in commit["parts"]} == counted
@@ -111,7 +111,7 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
         "only the first part exists twice; the retry adopts the others"
     )
     assert stats.summarize_parts(summaries)["rejected"] == {"not_an_image": 1}
-    assert sum(part.rows + part.filtered for part in summaries if part.supersedes) == 9
+    assert sum(part.rows + sum(part.filtered.values()) for part in summaries if part.supersedes) == 9
     retried = [part.file for part in part_files.read_retry_parts(folder, IDENTITY)]
     contents = commits(tmp_path / "c")
     entries = [entry for name, content in contents.items() if is_retry_part(name) for entry in content["parts"]]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import FilteredOut
 from pipeline.images.near_empty import MAX_STD, is_near_empty
 from pipeline.images.prepare import make_opener
 from pipeline.images.transform import Transform
@@ -49,6 +50,7 @@ def test_the_crop_counts_and_not_the_rest_of_the_image() -> None:
     framed = np.full((64, 192, 3), 250, np.uint8)
     framed[:, :60] = framed[:, 132:] = 0
     opener = make_opener(Transform(resolution=64, min_std=2.0), Limits())
-    assert opener(encoded(framed, "PNG"), "s", "k") is None
-    assert opener(encoded(framed[:, :128], "PNG"), "s", "k") is not None
-    assert make_opener(Transform(resolution=64), Limits())(encoded(framed, "PNG"), "s", "k") is not None
+    with pytest.raises(FilteredOut, match="min_std"):
+        opener(encoded(framed, "PNG"), "s", "k")
+    opener(encoded(framed[:, :128], "PNG"), "s", "k")
+    make_opener(Transform(resolution=64), Limits())(encoded(framed, "PNG"), "s", "k")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline.errors import Rejected
+from pipeline.errors import FilteredOut, Rejected
 from pipeline.images import opener_processes
 from pipeline.images.buckets import make_grid
 from pipeline.images.fit import Fit
@@ -31,7 +31,7 @@ class FaultyTransform(Transform):
 
     worker: int = 0
 
-    def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit | None:
+    def fit(self, height: int, width: int, shard: str = "", key: str = "") -> Fit:
         if os.getpid() != self.worker:
             if key == "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -82,7 +82,8 @@ def test_images_are_opened_as_in_threads(openers: OpenerProcesses) -> None:
 
 
 def test_a_small_image_is_filtered(openers: OpenerProcesses) -> None:
-    assert openers.open_image(encoded(smooth(1, 19, 30)), "s", "key") is None
+    with pytest.raises(FilteredOut, match="min_size"):
+        openers.open_image(encoded(smooth(1, 19, 30)), "s", "key")
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(smooth(0))[:500]])

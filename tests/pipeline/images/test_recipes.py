@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipeline.errors import Rejected
+from pipeline.errors import FilteredOut, Rejected
 from pipeline.images.buckets import make_grid
 from pipeline.images.fit import Fit
 from pipeline.images.recipes import aspect_ratio, sd_scripts
@@ -117,7 +117,8 @@ def test_sd_scripts_without_enlarging(size: Size, bucket: Size, resized: Size, c
 def test_an_image_without_a_bucket_is_filtered_if_sd_scripts_does_not_enlarge() -> None:
     transform = Transform(recipe="sd-scripts", resolution=512, multiple_of=64, no_upscale=True)
     for height, width in ((63, 500), (500, 63), (1, 1), (20, 60_000), (60_000, 20), (1, 1_000_000)):
-        assert transform.fit(height, width) is None, (height, width)
+        with pytest.raises(FilteredOut, match="no_upscale"):
+            transform.fit(height, width)
 
 
 def test_the_buckets_of_sd_scripts() -> None:
@@ -180,8 +181,9 @@ def test_every_resized_image_covers_its_output() -> None:
     ]
     for transform in transforms:
         for height, width in np.exp(draw.uniform(np.log(9), np.log(5000), (800, 2))).astype(int).tolist():
-            found = transform.fit(height, width)
-            if found is None:
+            try:
+                found = transform.fit(height, width)
+            except FilteredOut:
                 assert transform.no_upscale
                 continue
             assert 0 <= found.top <= found.height - found.out_height, (transform, height, width)
@@ -211,18 +213,22 @@ def test_long_images_are_filtered_by_the_ratio_of_their_sides() -> None:
         transform = Transform(recipe=recipe, resolution=64, max_aspect=2.5)  # type: ignore[arg-type]
         assert transform.fit(100, 250) is not None
         assert transform.fit(250, 100) is not None
-        assert transform.fit(100, 251) is None
-        assert transform.fit(251, 100) is None
+        with pytest.raises(FilteredOut, match="max_aspect"):
+            transform.fit(100, 251)
+        with pytest.raises(FilteredOut, match="max_aspect"):
+            transform.fit(251, 100)
 
 
 def test_without_enlarging_small_images_are_filtered_from_squares_and_tables() -> None:
     for recipe in ("center-crop", "diffusers", "center-crop-dhariwal"):
         transform = Transform(recipe=recipe, resolution=64, no_upscale=True)  # type: ignore[arg-type]
-        assert transform.fit(63, 500) is None
+        with pytest.raises(FilteredOut, match="no_upscale"):
+            transform.fit(63, 500)
         assert transform.fit(64, 500) is not None
     small = dataclasses.replace(table(512), no_upscale=True)
     assert small.fit(480, 640) is not None  # 416 x 576
-    assert small.fit(400, 550) is None
+    with pytest.raises(FilteredOut, match="no_upscale"):
+        small.fit(400, 550)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +248,10 @@ def test_without_enlarging_small_images_keep_their_size_in_a_smaller_bucket(
 
 def test_without_enlarging_buckets_filter_images_that_cannot_keep_their_size() -> None:
     transform = Transform(resolution=512, buckets=make_grid(512, 64), multiple_of=64, no_upscale=True)
-    assert transform.fit(63, 400) is None
-    assert transform.fit(100, 60_000) is None, "its crop would be larger than a bucket"
+    with pytest.raises(FilteredOut, match="no_upscale"):
+        transform.fit(63, 400)
+    with pytest.raises(FilteredOut, match="no_upscale"):
+        transform.fit(100, 60_000)
     large = fit(transform, 1300, 800)
     assert (large.out_height, large.out_width) in transform.buckets
 

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import pytest
 import torch
 
-from pipeline.errors import Rejected
+from pipeline.errors import FilteredOut, Rejected
 from pipeline.images.prepare import OpenedImage, make_opener
 from pipeline.images.remote_openers import ImageFile, LocalAndRemoteOpeners, Result, count_block_images
 from pipeline.images.transform import Transform
@@ -43,7 +43,7 @@ def open_files(block: Sequence[ImageFile]) -> list[Result]:
     for file in block:
         try:
             results.append(open_here(*file))
-        except Rejected as error:
+        except (FilteredOut, Rejected) as error:
             results.append(error)
     return results
 
@@ -54,7 +54,7 @@ class BusyLocal:
     def __init__(self) -> None:
         self.go_on, self.opened = threading.Event(), list[str]()
 
-    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage | None:
+    def open_image(self, data: bytes, shard: str, key: str) -> OpenedImage:
         assert self.go_on.wait(30)
         self.opened.append(key)
         return open_here(data, shard, key)
@@ -100,16 +100,15 @@ def test_images_go_to_remote_openers_if_the_local_ones_are_busy(
             block, answer = remote.blocks.get(timeout=30)
             answer.set_result(open_files(block))
             opened += len(block)
-        good, small = (future.result(30) for future in rest[:2])
+        good = rest[0].result(30)
+        with pytest.raises(FilteredOut, match="min_size"):
+            rest[1].result(30)
         with pytest.raises(Rejected, match="not_an_image"):
             rest[2].result(30)
         local.go_on.set()
         assert first.result(30) is not None
     expected = open_here(GOOD, "s", "remote")
-    assert good is not None
-    assert expected is not None
     assert torch.equal(good.pixels, expected.pixels)
-    assert small is None
     assert local.opened == ["local"]
 
 

@@ -64,7 +64,13 @@ def test_a_sheet_has_a_cell_for_every_image() -> None:
 
 
 def test_datasets_can_read_the_card(tmp_path: Path) -> None:
-    stats = {"count": 1234, "rejected": {"corrupt": 2}, "filtered": 0, "enlarged": 5, "digest": "d" * 64}
+    stats = {
+        "count": 1234,
+        "rejected": {"corrupt": 2},
+        "filtered": {"min_size": 3, "min_std": 1},
+        "enlarged": 5,
+        "digest": "d" * 64,
+    }
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / f"data/{number}.parquet").touch()
@@ -74,7 +80,7 @@ def test_datasets_can_read_the_card(tmp_path: Path) -> None:
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
     assert "1,234 rows" not in card.split("---")[1]
     assert "# Latents of 1,234 images" in card
-    assert "2 rejected, 0 filtered, 5 enlarged" in card
+    assert "2 rejected, 4 filtered, 5 enlarged" in card
 
 
 def test_the_record_of_a_run_is_written_from_start_to_end(tmp_path: Path) -> None:
