@@ -42,6 +42,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 > $(VENV)/slow.log 2>&1 & others=$$!; \
+	trap "kill $$others 2> /dev/null" EXIT; \
 	$(BIN)/python -m pytest -m 'slow and ray' --timeout 600; ray=$$?; \
 	wait $$others; others=$$?; cat $(VENV)/slow.log; exit $$((ray | others))
 

@@ -10,9 +10,12 @@ from jobs.messages import configure_logging
 from jobs.options import StatusOptions
 from jobs.parsing import parse
 from jobs.progress import format_duration
+from pipeline.cache.identity import describe_settings
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
 from pipeline.wording import count_noun, format_counts
+
+SETTINGS = ("transform", "size", "exif", "alpha", "color", "flip", "store", "dtype")  # that are shown
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(StatusOptions, "status", argv)
     configure_logging(options.verbose)
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    content = read_status(cache.folder, datetime.datetime.now(datetime.UTC))
+    settings = describe_settings(cache.info.identity)
+    content = {
+        **read_status(cache.folder, datetime.datetime.now(datetime.UTC)),
+        "settings": {name: settings[name] for name in SETTINGS if name in settings},
+    }
     if options.json:
         print_json(content)
     else:
@@ -29,10 +36,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def format_status(content: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the report. content: the result of `pipeline.maintenance.status.read_status`."""
+    """Return the lines of the report. content: of `pipeline.maintenance.status.read_status`, and the `settings`."""
     units, share = content["units"], content["share"]
     lines = [
         f"{content['cache']}: {content['state']}",
+        f"  settings   {' '.join(content['settings'].values())}",
         f"  units      {units['done']:,} of {units['planned']:,} done, {share:.0%} of the bytes",
         f"  rows       {content['rows']:,}",
         f"  rejected   {format_counts(content['rejected'])}",

@@ -41,11 +41,13 @@ def rewrite_run(cache: Path, **facts: Any) -> None:
 
 def test_a_partial_run_leaves_the_cache_planned(cache: Path, latentmill: Command) -> None:
     code, out, _ = latentmill("status", cache)
+    settings = "--transform center-crop --resolution 64 --exif apply --alpha white --color keep --flip none"
+    assert f"  settings   {settings} --store mode --dtype float16\n" in out
     assert code == 0
     assert out.splitlines()[0] == f"{cache}: planned"
     assert "units      2 of 3 done, 6" in out
     assert "rows       10\n" in out
-    assert "rejected   2 not_an_image\n" in out
+    assert "rejected   2: 2 not_an_image\n" in out
     content = json.loads(latentmill("status", cache, "--json")[1])
     assert content["units"] == {"planned": 3, "done": 2}
     assert (content["images_per_second"], content["seconds_left"]) == (None, None)
@@ -100,7 +102,9 @@ def test_images_of_units_under_way_count(cache: Path) -> None:
         rewrite_run(cache, outcome="running", ended=None, alive=NOW.isoformat(), images=images)
         status = read_status(Folder(str(cache)), NOW)
         assert (status["state"], status["share"]) == ("running", pytest.approx(share, abs=0.02))
-        assert f"2 of 3 done, {status['share']:.0%} of the bytes" in "\n".join(format_status(status))
+        assert f"2 of 3 done, {status['share']:.0%} of the bytes" in "\n".join(
+            format_status({**status, "settings": {}})
+        )
 
 
 def test_the_first_unit_of_a_folder_counts_before_it_is_done(tmp_path: Path) -> None:
