@@ -22,7 +22,7 @@ from latentmill.typed_json import FieldError, parse_fields
 FORMAT = 1
 NAME = "cache.json"
 
-TransformName = Literal[
+Recipe = Literal[
     "center-crop",
     "center-crop-dhariwal",
     "diffusers",
@@ -61,7 +61,7 @@ class Preprocessing:
     crop: Literal["center", "random"]
     flip: Literal["none", "random", "both"]
     version: int
-    transform: TransformName = "center-crop"
+    transform: Recipe = "center-crop"
     jpeg_decode: Literal["full", "scaled"] = "full"
     min_bucket_reso: int | None = None
     max_bucket_reso: int | None = None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from latentmill import cache_info
 from pipeline.errors import Filter, Rejected
 
 if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help` can save
@@ -11,16 +12,7 @@ if TYPE_CHECKING:  # importing torch takes two seconds, which `latentmill --help
 
 JpegDecode = Literal["full", "scaled"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos"]
-Recipe = Literal[
-    "center-crop",
-    "center-crop-dhariwal",
-    "diffusers",
-    "sd-scripts",
-    "aspect-ratio-512",
-    "aspect-ratio-1024",
-    "aspect-ratio-2048",
-    "none",
-]  # of `--transform`, see `pipeline.images.recipes`
+Recipe = cache_info.Recipe  # of `--transform`, see `pipeline.images.recipes`
 Crop = Literal["center", "random"]
 Flip = Literal["none", "random", "both"]
 Exif = Literal["apply", "ignore"]

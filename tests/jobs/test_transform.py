@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from latentmill import Cache, time_ids
 from latentmill.part_files import to_tensor
 from tests.conftest import smooth
+from tests.trainers import crop_like_adm
 
 Command = Callable[..., tuple[int, str, str]]
 SIDE = 32
@@ -32,15 +34,6 @@ def photos(tmp_path: Path) -> Path:
     Image.fromarray(smooth(10, 60, 90)).save(folder / "turned.jpg", exif=exif)
     Image.fromarray(np.dstack([smooth(11, 90, 60), smooth(12, 90, 60)[..., :1]])).save(folder / "hidden.png")
     return folder
-
-
-def crop_like_adm(image: Image.Image) -> Image.Image:
-    while min(image.size) >= 2 * SIDE:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = SIDE / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
-    return image.crop((left, top, left + SIDE, top + SIDE))
 
 
 def find_buckets(side: int, shortest: int, longest: int, steps: int) -> list[tuple[int, int]]:
@@ -92,7 +85,7 @@ SD_SCRIPTS = ("--min-bucket-reso", 16, "--max-bucket-reso", 64, "--bucket-reso-s
 
 @pytest.mark.parametrize(
     ("recipe", "options", "prepare"),
-    [("center-crop-dhariwal", (), crop_like_adm), ("sd-scripts", SD_SCRIPTS, crop_like_sd_scripts)],
+    [("center-crop-dhariwal", (), partial(crop_like_adm, side=SIDE)), ("sd-scripts", SD_SCRIPTS, crop_like_sd_scripts)],
 )
 def test_the_latents_are_those_of_images_that_were_prepared_beforehand(
     latentmill: Command,

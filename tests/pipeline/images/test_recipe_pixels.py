@@ -1,6 +1,7 @@
 """The pixels of each recipe: those of its own steps with Pillow, bit for bit."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,19 +12,11 @@ from pipeline.images.area import shrink_and_crop
 from pipeline.images.fit import Fit
 from pipeline.images.recipes import aspect_ratio, sd_scripts
 from pipeline.images.transform import Transform
+from tests.trainers import crop_like_adm
 
 Prepare = Callable[[Image.Image], Image.Image]
 SIDE = 32
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
-
-
-def crop_like_adm(image: Image.Image) -> Image.Image:
-    while min(image.size) >= 2 * SIDE:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = SIDE / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
-    return image.crop((left, top, left + SIDE, top + SIDE))
 
 
 def crop_like_torchvision(image: Image.Image, filter_: Image.Resampling) -> Image.Image:
@@ -50,7 +43,9 @@ def check(transform: Transform, prepare: Prepare, images: list[np.ndarray]) -> N
 
 
 def test_center_crop_dhariwal_is_what_adm_computes() -> None:
-    check(Transform(recipe="center-crop-dhariwal", resolution=SIDE), crop_like_adm, draw_images(150))
+    check(
+        Transform(recipe="center-crop-dhariwal", resolution=SIDE), partial(crop_like_adm, side=SIDE), draw_images(150)
+    )
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -109,7 +104,9 @@ def test_a_flip_after_the_crop_mirrors_the_crop_also_with_an_odd_margin() -> Non
     cut = transform.apply(pixels, plain)
     assert torch.equal(transform.apply(pixels, mirrored), cut.flip(1))
     assert np.array_equal(cut, pixels[:, 1 : SIDE + 1])
-    assert np.array_equal(crop_like_adm(Image.fromarray(pixels[:, ::-1].copy())), pixels[:, ::-1][:, 1 : SIDE + 1])
+    assert np.array_equal(
+        crop_like_adm(Image.fromarray(pixels[:, ::-1].copy()), SIDE), pixels[:, ::-1][:, 1 : SIDE + 1]
+    )
     assert not np.array_equal(cut.flip(1), pixels[:, ::-1][:, 1 : SIDE + 1])
 
 
