@@ -61,7 +61,7 @@ REASONS: dict[str, str] = {
     "no_key": "the key column has no value in this row",
     "not_found": "there is no file at the path or URL of the image, or its server refuses it",
     "outside_root": "the path of the image is outside the folder of the images (--image-root), or its URL is of a kind "
-    "that is not read",
+    "that is not read, or has a password",
     "image_not_embedded": "the sample has a path or a link instead of an image's bytes, or a link instead of a text",
     "unsupported_member": "the image, or a text beside it, is encrypted in its archive, or not compressed by deflate",
     "corrupt_member": "the image, or a text beside it, does not have the size and the checksum that its archive states",

@@ -6,6 +6,8 @@ import re
 # characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # the surrogates in which Python keeps bytes that are not UTF-8
+_USER = re.compile(r"(?<=://)[^\s/?#'\"@]*@")  # of a URL
+_QUERY = re.compile(r"(://[^\s?#'\"]*)[?#][^\s'\")]*")
 _SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may contain
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -42,3 +44,8 @@ def printable(text: str) -> str:
 def printable_key(key: str, key_bytes: int) -> str:
     """Return a key for a reject: its first `key_bytes`, with escapes for control characters and bytes not in UTF-8."""
     return printable(key[:key_bytes])[:key_bytes]
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text in which URLs have no user and no query, because these may be passwords or signatures."""
+    return _QUERY.sub(r"\1?...", _USER.sub("", text))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.folder import has_password
 from pipeline.errors import Rejected, ShardError, StorageError
 from pipeline.limits import Limits, check_key
 from pipeline.prefetch import map_in_order
@@ -20,7 +21,7 @@ from pipeline.readers.table_rows import convert_rows
 from pipeline.records import PlannedFile, Reject, Sample, Unit, stem
 from pipeline.storage.connection import find_first_cause, http_status
 from pipeline.storage.reading import check_has_files, read_file, read_file_if_exists
-from pipeline.text import printable_key
+from pipeline.text import hide_credentials, printable_key
 
 ROWS_PER_UNIT = 256
 HTTP = frozenset({"http", "https"})
@@ -121,14 +122,14 @@ def check_columns_exist(table: Table, url: str, image_column: str | None, key_co
 def resolve_path(path: str | None, root: str) -> str:
     """Return a row's path relative to the root, or its URL.
 
-    Raises Rejected for a path that is outside the root, and for a URL that is not of a remote store.
+    Raises Rejected for a path that is outside the root, and for a URL that is not of a remote store, or has a password.
     """
     if not path:
         raise Rejected("read", "no_image")
     path = path.removeprefix("file://")
     scheme, separator, _ = path.partition("://")
     if separator:
-        if scheme.lower() not in SCHEMES or "\0" in path:
+        if scheme.lower() not in SCHEMES or "\0" in path or has_password(path):
             raise Rejected("read", "outside_root")
         return path
     below = posixpath.normpath(path.replace("\\", "/"))
@@ -143,20 +144,40 @@ def resolve_path(path: str | None, root: str) -> str:
 
 
 def _read_image(location: str, root: str, options: Mapping[str, Any], limits: Limits) -> bytes:
-    """Return the bytes of an image. location: of `resolve_path`. Raises Rejected if there is no such image."""
-    scheme, is_url, _ = location.partition("://")
-    if is_url and scheme.lower() in HTTP:
-        is_same_store = root.partition("://")[0] in HTTP  # the options of another store may be its credentials
-        return _read_http(location, options if is_same_store else {}, limits)
-    data = read_file_if_exists(location if is_url else f"{root.rstrip('/')}/{location}", options, limits.image_bytes)
-    if data is None:
-        if not is_url:
+    """Return the bytes of an image. location: of `resolve_path`.
+
+    Raises Rejected if there is no such image. No error contains the credentials of a URL.
+    """
+    if "://" not in location:
+        data = read_file_if_exists(f"{root.rstrip('/')}/{location}", options, limits.image_bytes)
+        if data is None:
             check_has_files(root, options)
+            raise Rejected("read", "not_found")
+        return data
+    try:
+        data = _read_url(location, root, options, limits)
+    except StorageError as error:
+        raise StorageError(hide_credentials(str(error)), may_pass=error.may_pass) from error
+    if data is None:
         raise Rejected("read", "not_found")
     return data
 
 
-def _read_http(url: str, options: Mapping[str, Any], limits: Limits) -> bytes:
+def _read_url(url: str, root: str, options: Mapping[str, Any], limits: Limits) -> bytes | None:
+    """Return the bytes of an image at a URL, or None if there is none."""
+    if _get_server(url)[0] not in HTTP:
+        return read_file_if_exists(url, options, limits.image_bytes)
+    is_same_server = _get_server(url) == _get_server(root)  # for others, the options may be credentials of a stranger
+    return _read_http(url, options if is_same_server else {}, limits)
+
+
+def _get_server(url: str) -> tuple[str, str]:
+    """Return the scheme and the host of a URL, with its port."""
+    scheme, _, rest = url.lower().partition("://")
+    return scheme, rest.partition("/")[0]
+
+
+def _read_http(url: str, options: Mapping[str, Any], limits: Limits) -> bytes | None:
     """Return the bytes of an image on a web server. Raises StorageError if the server does not answer.
 
     fsspec raises FileNotFoundError for any error. Only its first cause shows what happened.
@@ -166,6 +187,6 @@ def _read_http(url: str, options: Mapping[str, Any], limits: Limits) -> bytes:
     except StorageError as error:
         cause = find_first_cause(error)
         if http_status(error) in REFUSED or isinstance(cause, FileNotFoundError):
-            raise Rejected("read", "not_found") from error
+            return None
         reason = str(cause) or type(cause).__name__
         raise StorageError(f"cannot read {url}: {reason:.200}", may_pass=True) from error

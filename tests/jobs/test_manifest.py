@@ -130,6 +130,7 @@ def write_table(path: Path, text: str) -> Path:
         ("file:///etc/passwd", "/data", "outside_root"),
         ("memory://a.jpg", "/data", "outside_root"),
         ("ssh://host/a.jpg", "/data", "outside_root"),
+        ("https://user:password@host/a.jpg", "/data", "outside_root"),
         ("a\0.jpg", "/data", "outside_root"),
         ("", "/data", "no_image"),
         (None, "/data", "no_image"),
@@ -202,6 +203,23 @@ def test_a_server_that_does_not_answer_fails_the_unit(tmp_path: Path, server: st
     with pytest.raises(StorageError, match=r"cannot read http://127\.0\.0\.1:") as caught:
         read_units(tmp_path / "list.jsonl")
     assert caught.value.may_pass
+
+
+@pytest.mark.parametrize("path", ["/broken/a.jpg", "//broken/a%20b.jpg"])
+def test_errors_do_not_show_the_credentials_of_urls(tmp_path: Path, server: str, path: str) -> None:
+    url = f"{server}{path}?X-Amz-Signature=SECRET%2F1".replace("://", "://SECRET@")
+    write_jsonl(tmp_path / "list.jsonl", {"url": url})
+    with pytest.raises(StorageError, match=r"cannot read http://127\.0\.0\.1:.*/broken/a") as caught:
+        read_units(tmp_path / "list.jsonl")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_options_are_not_sent_to_another_server(tmp_path: Path, server: str) -> None:
+    """They may be a token for the server of the manifest."""
+    write_jsonl(tmp_path / "list.jsonl", {"url": f"{server}/a%20b.jpg"})
+    (unit,) = make_manifest_units(tmp_path / "list.jsonl", image_root="http://localhost:9")
+    (item,) = read_manifest_unit(unit, {"not an option": 1}, COLUMNS, None, None, Limits())
+    assert isinstance(item, Sample)
 
 
 def test_another_image_root_is_planned(encode: Command, tmp_path: Path) -> None:
