@@ -73,7 +73,7 @@ def test_edited_metadata_are_reported_and_found_by_verify(encode: Command, laten
     assert (code, "its images or their columns differ from those in data/" in out) == (1, True)
 
 
-def test_metadata_of_tars_are_joined_by_key(encode: Command, tmp_path: Path) -> None:
+def test_metadata_of_tars_are_joined_by_key(encode: Command, latentmill: Command, tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"tars/{number}.tar", img2dataset_members(2 * number, 2))
     keys = [f"{number:09d}" for number in range(3)]
@@ -85,6 +85,14 @@ def test_metadata_of_tars_are_joined_by_key(encode: Command, tmp_path: Path) -> 
         "000000003": (None,),
     }
     assert "samples of tars without a row in their metadata, whose columns are null: 1\n" in err
+    os.utime(tmp_path / "tars/metadata.parquet", (0, 0))  # as of a copy on another disk
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+    pq.write_table(pa.table({"key": keys, "label": [7, 8, 5]}), tmp_path / "tars/metadata.parquet")
+    code, out, _ = latentmill("verify", tmp_path / "c", "--recount")
+    assert (code, "its images or their columns differ from those in data/" in out) == (1, True)
+    pq.write_table(pa.table({"key": [*keys, keys[0]], "label": [7, 8, 9, 1]}), tmp_path / "tars/metadata.parquet")
+    code, _, err = encode(tmp_path / "tars", "--to", tmp_path / "d")
+    assert (code, "several rows of one sample: 000000000; keep one of them" in err) == (2, True), err
 
 
 def test_the_files_that_img2dataset_writes(encode: Command, tmp_path: Path) -> None:
