@@ -143,3 +143,14 @@ def test_globs_choose_files_and_are_kept_by_the_cache(encode: Command, tmp_path:
     code, _, err = encode(photos, "--exclude", "*_mask.*")
     assert (code, "--exclude '*_mask.*' --exclude 'rejected/'" in err) == (2, True)
     assert encode(photos, "--exclude", "/", "--to", tmp_path / "d")[0] == 2
+
+
+def test_options_without_effect_are_refused(encode: Command, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", "a.jpg")
+    assert "--image-column is for" in encode(photos, "--image-column", "where")[2]
+    write_jsonl(photos / "metadata.jsonl", {"where": "a.jpg", "caption": "A"})
+    assert "--key-column is for" in encode(photos, "--key-column", "caption")[2]
+    assert "--image-root is for" in encode(photos, "--image-root", photos)[2]
+    assert encode(photos, "--image-column", "where")[0] == 0
+    assert read_columns(tmp_path / "c", "caption") == {"a": ("A",)}
+    assert encode(photos, "--image-root", photos)[0] == 2
