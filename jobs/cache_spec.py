@@ -2,7 +2,7 @@
 
 import codecs
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from typing import Any, Literal
 
 from jobs.encode_options import ALL, EncodeOptions
@@ -17,7 +17,7 @@ from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.near_empty import MAX_STD
-from pipeline.records import IMAGE_EXTENSIONS, Form, Unit
+from pipeline.records import IMAGE_EXTENSIONS, Form
 from pipeline.sources.columns import RESERVED
 from pipeline.storage.folder import Folder
 from pipeline.tuning import Candidates
@@ -93,15 +93,23 @@ def check_options(options: EncodeOptions, given: set[str], vae: Vae) -> None:
         raise UsageError(f"--max-aspect is the longer side divided by the shorter one: {text}")
 
 
-def check_input_options(options: EncodeOptions, units: Sequence[Unit]) -> None:
-    """Raise UsageError for an option that has no effect on these kinds of inputs."""
-    kinds = {unit.kind for unit in units}
+def check_input_options(options: EncodeOptions, kinds: Set[str], has_metadata: bool, is_new: bool) -> None:
+    """Raise UsageError for an option that has no effect on these inputs.
+
+    kinds: of their units. has_metadata: whether there is metadata of images. is_new: whether the cache is new. If not,
+    options that are part of its identity are not checked.
+    """
+    if options.image_root and "manifest" not in kinds:
+        raise UsageError("--image-root is for manifests, and the sources have none; leave it out")
+    if not is_new:
+        return
     tables = kinds & {"parquet", "arrow", "manifest"}
-    has_metadata = any(unit.metadata for unit in units)
     if options.image_column and not (tables or has_metadata or kinds & {"tar", "zip"}):
-        raise UsageError("--image-column is for tars, zips, Parquet and Arrow files, and there are none; leave it out")
-    if options.key_column and not (tables or has_metadata):
-        raise UsageError("--key-column is for Parquet and Arrow files, and the sources have none; leave it out")
+        text = "is for tars, zips, Parquet and Arrow files, manifests and metadata, and there are none; leave it out"
+        raise UsageError(f"--image-column {text}")
+    if options.key_column and not tables:
+        text = "is for Parquet files, Arrow files and manifests, and the sources have none; leave it out"
+        raise UsageError(f"--key-column {text}")
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:

@@ -120,8 +120,8 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
     if not units:
         problem = f"there are no tars, zips, Parquet or Arrow files, or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
-    if recorded is None:  # an option of an existing cache is part of its identity
-        cache_spec.check_input_options(options, units)
+    kinds, has_metadata = {unit.kind for unit in units}, bool(metadata.index.for_images)
+    cache_spec.check_input_options(options, kinds, has_metadata, is_new=recorded is None)
     if archives:
         log_note(archives)
     log_each(unit_files.describe_special_shards(shards), log_note)

@@ -61,17 +61,15 @@ def read_samples(
     skipped: receives the number of inputs that are not part of a sample, by kind.
     on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
+    If it is given, or a retry has any, tables of metadata may differ, too.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
     wanted = Wanted(columns.texts, spec.image_column, columns.binary, encoding)
 
-    def make_metadata_reader(is_pinned: bool = True) -> MetadataReader:
-        limits, image = spec.limits, spec.image_column
-        return MetadataReader(unit, options, columns.schema, limits, encoding, image, is_pinned, skipped)
-
+    is_pinned = may_differ is None and unit.name not in spec.superseded
+    more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
-        more = make_metadata_reader()
         counter = None if unit.metadata else skipped  # columns may come from other tables
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
         with reading.open_stream(unit.url, options, unit) as stream:
@@ -82,7 +80,6 @@ def read_samples(
                 else:
                     yield more.add_columns(sample)
     elif unit.kind == "zip":
-        more = make_metadata_reader()
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
             yield from map(more.add_columns, read_past_damage(samples, stream, on_piece))
@@ -101,7 +98,7 @@ def read_samples(
             yield from add_partitions(read_past_damage(samples, stream, on_piece), unit.path, columns.schema)
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
-        more, labels = make_metadata_reader(not may_differ), Labels(spec.source_rules.classes, columns.schema.names)
+        labels = Labels(spec.source_rules.classes, columns.schema.names)
         for sample in read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding):
             yield labels.add_to(more.add_columns(sample), unit.paths[sample.position])
     elif unit.kind == "manifest":

@@ -1,15 +1,17 @@
 """Find the manifests among the sources: tables of image paths or URLs that the user names as files."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from pipeline.errors import ShardError, SourceError
+from pipeline.errors import Rejected, ShardError, SourceError
 from pipeline.readers.image_column import contains_bytes
-from pipeline.readers.manifest import check_columns_exist, find_image_column, make_key_rule
+from pipeline.readers.manifest import check_columns_exist, find_image_column, make_key_rule, resolve_path
 from pipeline.readers.table import TEXT_TABLES, select_columns
 from pipeline.records import ListedFile, Manifest, extension, is_image, stem
+from pipeline.sources.listing import abbreviate
 from pipeline.sources.metadata import TableReader
 
 
@@ -28,23 +30,30 @@ def find_manifests(
     """Mark the manifests among the files that the user named.
 
     image_root: URL of the folder of their images; "": the manifest's own. Raises SourceError if a named table has no
-    paths of images and there are no other inputs.
+    paths of images and there are no other inputs, and if its images are listed themselves.
     """
     found: dict[str, ListedFile] = {}
     schemas: list[pa.Schema] = []
     notes: list[str] = []
     problems: list[str] = []
     images = {stem(file.path) for file in files if is_image(file.path)}
+    urls = {file.url for file in files if is_image(file.path)}
     for file in files:
         if not file.is_named or stem(file.path) in images or not _may_be_manifest(file, reader):
             continue
-        rule = make_key_rule(reader.image_column, key_column, image_root or file.root)
+        root = image_root or file.root
+        rule = make_key_rule(reader.image_column, key_column, root)
         try:
             table = reader.load(file, rule)
             column = check_columns_exist(table, file.url, reader.image_column, key_column)
         except ShardError as error:
             problems.append(str(error))
             continue
+        if urls and (twice := _find_listed(table.rows[column], root, urls)):
+            raise SourceError(
+                f"images of {file.path} are in the sources themselves, and would be encoded twice: {len(twice):,} "
+                f"({abbreviate(twice)}); leave out the manifest, or the images"
+            )
         found[file.path] = replace(file, manifest=Manifest(table.rows.num_rows, image_root))
         schemas.append(select_columns(table.rows.schema))
         notes.append(f"{file.path} lists {table.rows.num_rows:,} images, in the column {column}")
@@ -63,3 +72,14 @@ def _may_be_manifest(file: ListedFile, reader: TableReader) -> bool:
         return False
     has_bytes = any(contains_bytes(field.type) for field in schema)
     return not has_bytes and bool(find_image_column(schema, reader.image_column))
+
+
+def _find_listed(paths: pa.ChunkedArray, root: str, urls: Container[str]) -> list[str]:
+    """Return the rows whose image has one of the URLs. paths: of the rows, as for `resolve_path`."""
+    found = []
+    for path in paths.to_pylist():
+        with contextlib.suppress(Rejected):
+            location = resolve_path(path, root)
+            if (location if "://" in location else f"{root.rstrip('/')}/{location}") in urls:
+                found.append(location)
+    return found

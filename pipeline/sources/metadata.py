@@ -109,7 +109,7 @@ class Comparison:
 def find_tables(files: Sequence[ListedFile], reader: TableReader) -> Metadata:
     """Separate the tables of metadata from the other files, and compare their rows with the images.
 
-    Raises SourceError if a folder has two tables, if one cannot be read, or if two of its rows are of one image.
+    Raises SourceError if a folder has two tables, if one cannot be read, or if two of its rows are of one sample.
     """
     images = [file.path for file in files if is_image(file.path)]
     tars = [file.path for file in files if get_shard_kind(file.path) in ("tar", "zip")]
@@ -132,6 +132,7 @@ def find_tables(files: Sequence[ListedFile], reader: TableReader) -> Metadata:
                 schemas.append(select_columns(table.rows.schema, table.column))
                 comparison.add(path, table, below)
             if len(below) < len(inputs) and (table := reader.load(file, KEY_RULE)).column:
+                _check_keys(path, table)
                 for_tars[path] = file
                 schemas.append(select_columns(table.rows.schema))
             if path not in for_images and path not in for_tars:
@@ -154,6 +155,15 @@ def _find_candidates(files: Sequence[ListedFile], images: Sequence[str], tars: S
         is_beside = extension(file.path) == "parquet" and f"{stem(file.path)}/" in folders
         if (is_named or is_beside) and stem(file.path) not in stems:
             yield file
+
+
+def _check_keys(path: str, table: Table) -> None:
+    """Raise SourceError if a table of tars has a key twice, because it is unknown which row is the sample's."""
+    if repeated := table.find_repeated_names():
+        raise SourceError(
+            f"{path} has several rows of one sample: {abbreviate(repeated)}; keep one of them, or put a table with the "
+            "keys of its tars into the folder of each tar"
+        )
 
 
 def _check_single(tables: Iterable[str]) -> None:

@@ -245,3 +245,11 @@ def test_a_listed_file_is_named_if_the_user_names_it(tmp_path: Path) -> None:
     listing = list_sources([f"{folder}/*"], {}, "nowhere")
     found = find_manifests(listing.files, TableReader({}, Limits(), "utf-8", None), None, "/images")
     assert [f.path for f in found.files if f.manifest == Manifest(1, "/images")] == ["set/list.jsonl"]
+
+
+def test_images_of_a_manifest_are_not_listed_themselves(encode: Command, tmp_path: Path) -> None:
+    """A shell expands `set/*` to the manifest and the folder of its images."""
+    folder = write_images(tmp_path / "set", "images/a.jpg", "images/b.jpg")
+    write_jsonl(folder / "list.jsonl", {"file_name": "images/a.jpg"}, {"file_name": "gone.jpg"}, {"file_name": None})
+    code, _, err = encode(folder / "list.jsonl", "--image-root", folder, folder / "images")
+    assert (code, "would be encoded twice: 1 (images/a.jpg); leave out the manifest" in err) == (2, True), err

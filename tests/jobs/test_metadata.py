@@ -73,7 +73,7 @@ def test_edited_metadata_are_reported_and_found_by_verify(encode: Command, laten
     assert (code, "its images or their columns differ from those in data/" in out) == (1, True)
 
 
-def test_metadata_of_tars_are_joined_by_key(encode: Command, tmp_path: Path) -> None:
+def test_metadata_of_tars_are_joined_by_key(encode: Command, latentmill: Command, tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"tars/{number}.tar", img2dataset_members(2 * number, 2))
     keys = [f"{number:09d}" for number in range(3)]
@@ -85,6 +85,14 @@ def test_metadata_of_tars_are_joined_by_key(encode: Command, tmp_path: Path) -> 
         "000000003": (None,),
     }
     assert "samples of tars without a row in their metadata, whose columns are null: 1\n" in err
+    os.utime(tmp_path / "tars/metadata.parquet", (0, 0))  # as of a copy on another disk
+    assert latentmill("verify", tmp_path / "c", "--recount")[0] == 0
+    pq.write_table(pa.table({"key": keys, "label": [7, 8, 5]}), tmp_path / "tars/metadata.parquet")
+    code, out, _ = latentmill("verify", tmp_path / "c", "--recount")
+    assert (code, "its images or their columns differ from those in data/" in out) == (1, True)
+    pq.write_table(pa.table({"key": [*keys, keys[0]], "label": [7, 8, 9, 1]}), tmp_path / "tars/metadata.parquet")
+    code, _, err = encode(tmp_path / "tars", "--to", tmp_path / "d")
+    assert (code, "several rows of one sample: 000000000; keep one of them" in err) == (2, True), err
 
 
 def test_the_files_that_img2dataset_writes(encode: Command, tmp_path: Path) -> None:
@@ -103,6 +111,8 @@ def test_the_files_that_img2dataset_writes(encode: Command, tmp_path: Path) -> N
         ({"metadata.csv": "file_name,n\na.jpg,1\na.jpg,2\n"}, "several rows of one image: a.jpg; keep one of them"),
         ({"metadata.csv": "file_name\n", "metadata.jsonl": "{}\n"}, "are both metadata of one folder"),
         ({"metadata.jsonl": "nonsense\n"}, "metadata.jsonl cannot be read as JSONL"),
+        ({"metadata.jsonl": '{"file_name": "a.jpg", "more": [{}]}\n'}, "the column more has objects without fields only"),
+        ({"dataset.json": '{"labels": [1]}'}, "its `labels` are not pairs of a path and a label"),
     ],
 )
 def test_ambiguous_metadata_are_refused(encode: Command, tmp_path: Path, files: dict[str, str], problem: str) -> None:
@@ -135,3 +145,14 @@ def test_globs_choose_files_and_are_kept_by_the_cache(encode: Command, tmp_path:
     code, _, err = encode(photos, "--exclude", "*_mask.*")
     assert (code, "--exclude '*_mask.*' --exclude 'rejected/'" in err) == (2, True)
     assert encode(photos, "--exclude", "/", "--to", tmp_path / "d")[0] == 2
+
+
+def test_options_without_effect_are_refused(encode: Command, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", "a.jpg")
+    assert "--image-column is for" in encode(photos, "--image-column", "where")[2]
+    write_jsonl(photos / "metadata.jsonl", {"where": "a.jpg", "caption": "A"})
+    assert "--key-column is for" in encode(photos, "--key-column", "caption")[2]
+    assert "--image-root is for" in encode(photos, "--image-root", photos)[2]
+    assert encode(photos, "--image-column", "where")[0] == 0
+    assert read_columns(tmp_path / "c", "caption") == {"a": ("A",)}
+    assert encode(photos, "--image-root", photos)[0] == 2
