@@ -200,3 +200,9 @@ def test_no_file_has_the_name_of_a_standard_module() -> None:
 def test_every_module_has_a_docstring() -> None:
     for module, path in MODULES.items():
         assert ast.get_docstring(tree(path)), module
+
+
+def test_the_wheel_has_every_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent.relative_to(ROOT) for path in FILES}
+    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(folder.parts) for folder in folders}
