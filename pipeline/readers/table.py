@@ -274,6 +274,8 @@ def _read_json(text: str) -> pa.Table:
     """Return the rows of a JSON file: a list of objects, sd-scripts' object by path, or EDM2's `labels`."""
     content = _parse_json(text)
     if isinstance(content, dict) and isinstance(content.get(LABELS), list):
+        if not all(isinstance(entry, list) and len(entry) == 2 for entry in content[LABELS]):
+            raise ValueError("its `labels` are not pairs of a path and a label")
         content = [{"file_name": path, "label": label} for path, label in content[LABELS]]
     elif isinstance(content, dict):
         content = [{"image_path": path, **values} for path, values in content.items() if isinstance(values, dict)]

@@ -68,6 +68,8 @@ def find_columns(
             )
     types = {name: get_member_type(name) for name in texts} | {field.name: field.type for field in schema}
     _check_texts(types, texts, wanted)
+    if empty := [name for name in wanted if _has_empty_struct(types[name])]:
+        raise SourceError(f"the column {empty[0]} has objects without fields only; leave it out with --columns")
     members = [name for name in wanted if name in texts or (name in captions and is_text(types[name]))]
     return PassthroughColumns(pa.schema([(name, types[name]) for name in wanted]), tuple(members))
 
@@ -190,6 +192,12 @@ def _find_texts(
 def is_text(kind: object) -> bool:
     """Whether an Arrow type is text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    """Whether a type is or contains a struct without fields, which a Parquet file cannot have."""
+    fields = [kind.field(index).type for index in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not fields) or any(map(_has_empty_struct, fields))
 
 
 def _check_texts(types: Mapping[str, object], texts: Sequence[str], wanted: Sequence[str]) -> None:

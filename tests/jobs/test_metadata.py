@@ -111,6 +111,8 @@ def test_the_files_that_img2dataset_writes(encode: Command, tmp_path: Path) -> N
         ({"metadata.csv": "file_name,n\na.jpg,1\na.jpg,2\n"}, "several rows of one image: a.jpg; keep one of them"),
         ({"metadata.csv": "file_name\n", "metadata.jsonl": "{}\n"}, "are both metadata of one folder"),
         ({"metadata.jsonl": "nonsense\n"}, "metadata.jsonl cannot be read as JSONL"),
+        ({"metadata.jsonl": '{"file_name": "a.jpg", "more": [{}]}\n'}, "more has objects without fields only"),
+        ({"dataset.json": '{"labels": [1]}'}, "its `labels` are not pairs of a path and a label"),
     ],
 )
 def test_ambiguous_metadata_are_refused(encode: Command, tmp_path: Path, files: dict[str, str], problem: str) -> None:
