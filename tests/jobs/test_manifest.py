@@ -228,6 +228,9 @@ def test_another_image_root_is_planned(encode: Command, tmp_path: Path) -> None:
     write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg", "caption": "A"})
     code, _, err = encode(folder / "list.jsonl", "--image-root", tmp_path / "not mounted", "--stall-timeout", 1)
     assert (code, "is missing or empty" in err) == (1, True)
+    write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg", "caption": "edited"})
+    code, _, err = encode(folder / "list.jsonl", "--stall-timeout", 1)
+    assert (code, "not mounted is missing or empty" in err) == (1, True), "the folder of the plan is kept"
     code, out, err = encode(folder / "list.jsonl", "--image-root", images)
     assert (code, "encoded 1 image" in out) == (0, True), err
     code, _, err = encode(folder / "list.jsonl", "--image-root", "https://user:password@host", "--to", tmp_path / "d")
