@@ -316,10 +316,11 @@ def find_retried(
 def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex) -> list[Unit]:
     """Return the units of a unit's input as it is now.
 
-    A folder unit keeps its images. Images that are missing now stay as they were planned.
+    A folder unit keeps its images. Images that are missing now stay as they were planned. A manifest keeps the folder
+    of its images unless another one is given.
     """
     if unit.kind == "manifest":
-        return make_manifest_units(listed[unit.path])
+        return [replace(new, files=new.files or unit.files) for new in make_manifest_units(listed[unit.path])]
     if unit.kind != "folder":
         return make_shard_units(listed[unit.path], unit.kind, sidecars.metadata)
     current = [

@@ -28,11 +28,7 @@ def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     `::` is part of a name. It does not chain filesystems as in fsspec.
     Raises UsageError if the URL contains a password, StorageError if the library refuses the URL or its options.
     """
-    if has_password(url):
-        raise UsageError(
-            "a URL must not contain a password, because URLs are written to the cache; "
-            "use --storage-option KEY=env:NAME instead"
-        )
+    _check_password(url)
     if "://" not in url:
         local = LocalFileSystem()
         return local, cast(str, local._strip_protocol(url))
@@ -48,8 +44,21 @@ def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}{hint}") from error
 
 
+def _check_password(url: str) -> None:
+    """Raise UsageError if a URL contains a password."""
+    if has_password(url):
+        raise UsageError(
+            "a URL must not contain a password, because URLs are written to the cache; "
+            "use --storage-option KEY=env:NAME instead"
+        )
+
+
 def make_absolute(url: str) -> str:
-    """Return a URL unchanged, and a local path as an absolute one: workers have another working directory."""
+    """Return a URL unchanged, and a local path as an absolute one: workers have another working directory.
+
+    Raises UsageError if the URL contains a password.
+    """
+    _check_password(url)
     if "://" in url and not url.startswith("file://"):
         return url
     return os.path.abspath(get_filesystem(url, {})[1])

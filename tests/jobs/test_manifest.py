@@ -228,8 +228,13 @@ def test_another_image_root_is_planned(encode: Command, tmp_path: Path) -> None:
     write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg", "caption": "A"})
     code, _, err = encode(folder / "list.jsonl", "--image-root", tmp_path / "not mounted", "--stall-timeout", 1)
     assert (code, "is missing or empty" in err) == (1, True)
+    write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg", "caption": "edited"})
+    code, _, err = encode(folder / "list.jsonl", "--stall-timeout", 1)
+    assert (code, "not mounted is missing or empty" in err) == (1, True), "the folder of the plan is kept"
     code, out, err = encode(folder / "list.jsonl", "--image-root", images)
     assert (code, "encoded 1 image" in out) == (0, True), err
+    code, _, err = encode(folder / "list.jsonl", "--image-root", "https://user:password@host", "--to", tmp_path / "d")
+    assert (code, "must not contain a password" in err, (tmp_path / "d").exists()) == (2, True, False)
 
 
 def test_a_listed_file_is_named_if_the_user_names_it(tmp_path: Path) -> None:
