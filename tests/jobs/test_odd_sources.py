@@ -301,7 +301,10 @@ def test_a_key_column_that_does_not_exist_is_refused_before_any_write(encode: Co
 
 @pytest.mark.parametrize(
     ("option", "kinds"),
-    [("--key-column", "Parquet and Arrow files"), ("--image-column", "tars, zips, Parquet and Arrow files")],
+    [
+        ("--key-column", "Parquet files, Arrow files and manifests"),
+        ("--image-column", "tars, zips, Parquet and Arrow files"),
+    ],
 )
 def test_options_of_other_kinds_of_files_are_refused_for_a_folder(
     encode: Command, photos: Path, tmp_path: Path, option: str, kinds: str
