@@ -26,6 +26,11 @@ from pipeline.text import hide_credentials, printable_key
 ROWS_PER_UNIT = 256
 HTTP = frozenset({"http", "https"})
 SCHEMES = HTTP | {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf"}  # that rows may name
+# Content that its server compresses would be decompressed in memory at once, whatever its size.
+HTTP_OPTIONS: Mapping[str, Any] = {
+    "headers": {"Accept-Encoding": "identity"},
+    "client_kwargs": {"auto_decompress": False},
+}
 REFUSED = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451})  # HTTP: the same answer for every try
 
 
@@ -168,7 +173,7 @@ def _read_url(url: str, root: str, options: Mapping[str, Any], limits: Limits) -
     if _get_server(url)[0] not in HTTP:
         return read_file_if_exists(url, options, limits.image_bytes)
     is_same_server = _get_server(url) == _get_server(root)  # for others, the options may be credentials of a stranger
-    return _read_http(url, options if is_same_server else {}, limits)
+    return _read_http(url, {**HTTP_OPTIONS, **(options if is_same_server else {})}, limits)
 
 
 def _get_server(url: str) -> tuple[str, str]:
