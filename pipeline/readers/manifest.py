@@ -31,7 +31,8 @@ HTTP_OPTIONS: Mapping[str, Any] = {
     "headers": {"Accept-Encoding": "identity"},
     "client_kwargs": {"auto_decompress": False},
 }
-REFUSED = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451})  # HTTP: the same answer for every try
+# HTTP: the same answer for every try; 0 stands for too many redirects
+REFUSED = frozenset({0, 400, 401, 402, 403, 404, 405, 406, 410, 414, 451})
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None) -> str | None:
@@ -132,11 +133,15 @@ def resolve_path(path: str | None, root: str) -> str:
     if not path:
         raise Rejected("read", "no_image")
     path = path.removeprefix("file://")
-    scheme, separator, _ = path.partition("://")
+    scheme, separator, rest = path.partition("://")
     if separator:
-        if scheme.lower() not in SCHEMES or "\0" in path or has_password(path):
+        scheme = scheme.lower()
+        if scheme not in SCHEMES or "\0" in path or has_password(path):
             raise Rejected("read", "outside_root")
-        return path
+        host, _, name = rest.partition("/")
+        if not host or (not name and scheme not in HTTP):
+            raise Rejected("read", "not_found")
+        return f"{scheme}://{rest}"
     below = posixpath.normpath(path.replace("\\", "/"))
     if below.startswith("/"):
         folder = posixpath.normpath(root) + "/"
@@ -162,6 +167,8 @@ def _read_image(location: str, root: str, options: Mapping[str, Any], limits: Li
     try:
         data = _read_url(location, root, options, limits)
     except StorageError as error:
+        if _get_server(location)[0] in (*HTTP, "hf") and isinstance(find_first_cause(error), ValueError):
+            raise Rejected("read", "not_found") from error  # the URL is not valid
         raise StorageError(hide_credentials(str(error)), may_pass=error.may_pass) from error
     if data is None:
         raise Rejected("read", "not_found")

@@ -126,6 +126,7 @@ def write_table(path: Path, text: str) -> Path:
         ("/data/a.jpg", "/data/", "a.jpg"),
         ("file:///data/a.jpg", "/data", "a.jpg"),
         ("s3://bucket/a.jpg", "/data", "s3://bucket/a.jpg"),
+        ("HTTPS://Host/A.jpg", "/data", "https://Host/A.jpg"),
         ("../a.jpg", "/data", "outside_root"),
         ("a/../../b.jpg", "/data", "outside_root"),
         ("/data2/a.jpg", "/data", "outside_root"),
@@ -133,6 +134,8 @@ def write_table(path: Path, text: str) -> Path:
         ("file:///etc/passwd", "/data", "outside_root"),
         ("memory://a.jpg", "/data", "outside_root"),
         ("ssh://host/a.jpg", "/data", "outside_root"),
+        ("https:///a.jpg", "/data", "not_found"),
+        ("s3://bucket", "/data", "not_found"),
         ("https://user:password@host/a.jpg", "/data", "outside_root"),
         ("a\0.jpg", "/data", "outside_root"),
         ("", "/data", "no_image"),
@@ -169,13 +172,17 @@ def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 def server(tmp_path: Path) -> Iterator[str]:
     """Yield the URL of a web server that has one image. Paths below `/broken` have the status 503.
 
-    `/slow` has LARGE in pieces, without its size. `/compressed` has COMPRESSED.
+    `/loop` leads to itself. `/slow` has LARGE in pieces, without its size. `/compressed` has COMPRESSED.
     """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path.startswith("/broken"):
                 self.send_error(503)
+            elif self.path == "/loop":
+                self.send_response(302)
+                self.send_header("Location", "/loop")
+                self.end_headers()
             elif self.path == "/slow":
                 self.send_response(200)
                 self.end_headers()
@@ -218,6 +225,12 @@ def test_images_are_read_from_urls(tmp_path: Path, server: str) -> None:
     first = next(read_manifest_unit(unit, with_secret, COLUMNS, None, None, Limits()))
     assert isinstance(first, Sample)
     assert first.image == (tmp_path / "web/a b.jpg").read_bytes()
+
+
+def test_urls_that_are_not_valid_are_rejected(tmp_path: Path, server: str) -> None:
+    urls = ["http://[bad/a.jpg", "http://host:99999/a.jpg", "http://.../a.jpg", "hf://datasets/a", f"{server}/loop"]
+    write_jsonl(tmp_path / "list.jsonl", *({"url": url} for url in urls))
+    assert [reason for _, reason in read_units(tmp_path / "list.jsonl")] == ["not_found"] * len(urls)
 
 
 def test_images_of_unknown_size_are_read_to_their_end(tmp_path: Path, server: str) -> None:
