@@ -76,12 +76,10 @@ class Stream:
 
     def _read(self, size: int) -> bytes:
         if self._size is None:
-            return cast(bytes, self._file.read(size))
+            return self._read_up_to(size)
         remaining = max(0, self._size - self._offset)
         wanted = remaining if size < 0 else min(size, remaining)
-        data = cast(bytes, self._file.read(wanted))
-        while len(data) < wanted and (more := self._file.read(wanted - len(data))):
-            data += more
+        data = self._read_up_to(wanted)
         self._offset += len(data)
         if len(data) < wanted:
             self._check()
@@ -90,6 +88,17 @@ class Stream:
                 may_pass=True,
             )
         return data
+
+    def _read_up_to(self, size: int) -> bytes:
+        """Read `size` bytes, or all up to the end. A single read of a file on a web server may return fewer."""
+        data = cast(bytes, self._file.read(size))
+        if size < 0 or len(data) >= size:
+            return data
+        pieces, missing = [data], size - len(data)
+        while missing > 0 and (more := self._file.read(missing)):
+            pieces.append(more)
+            missing -= len(more)
+        return b"".join(pieces)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Seek as in a file. Offsets from the end are relative to the size that the file should have."""

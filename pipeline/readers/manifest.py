@@ -26,7 +26,13 @@ from pipeline.text import hide_credentials, printable_key
 ROWS_PER_UNIT = 256
 HTTP = frozenset({"http", "https"})
 SCHEMES = HTTP | {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf"}  # that rows may name
-REFUSED = frozenset({400, 401, 402, 403, 404, 405, 406, 410, 414, 451})  # HTTP: the same answer for every try
+# Content that its server compresses would be decompressed in memory at once, whatever its size.
+HTTP_OPTIONS: Mapping[str, Any] = {
+    "headers": {"Accept-Encoding": "identity"},
+    "client_kwargs": {"auto_decompress": False},
+}
+# HTTP: the same answer for every try; 0 stands for too many redirects
+REFUSED = frozenset({0, 400, 401, 402, 403, 404, 405, 406, 410, 414, 451})
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None) -> str | None:
@@ -127,11 +133,15 @@ def resolve_path(path: str | None, root: str) -> str:
     if not path:
         raise Rejected("read", "no_image")
     path = path.removeprefix("file://")
-    scheme, separator, _ = path.partition("://")
+    scheme, separator, rest = path.partition("://")
     if separator:
-        if scheme.lower() not in SCHEMES or "\0" in path or has_password(path):
+        scheme = scheme.lower()
+        if scheme not in SCHEMES or "\0" in path or has_password(path):
             raise Rejected("read", "outside_root")
-        return path
+        host, _, name = rest.partition("/")
+        if not host or (not name and scheme not in HTTP):
+            raise Rejected("read", "not_found")
+        return f"{scheme}://{rest}"
     below = posixpath.normpath(path.replace("\\", "/"))
     if below.startswith("/"):
         folder = posixpath.normpath(root) + "/"
@@ -157,6 +167,8 @@ def _read_image(location: str, root: str, options: Mapping[str, Any], limits: Li
     try:
         data = _read_url(location, root, options, limits)
     except StorageError as error:
+        if _get_server(location)[0] in (*HTTP, "hf") and isinstance(find_first_cause(error), ValueError):
+            raise Rejected("read", "not_found") from error  # the URL is not valid
         raise StorageError(hide_credentials(str(error)), may_pass=error.may_pass) from error
     if data is None:
         raise Rejected("read", "not_found")
@@ -168,7 +180,7 @@ def _read_url(url: str, root: str, options: Mapping[str, Any], limits: Limits) -
     if _get_server(url)[0] not in HTTP:
         return read_file_if_exists(url, options, limits.image_bytes)
     is_same_server = _get_server(url) == _get_server(root)  # for others, the options may be credentials of a stranger
-    return _read_http(url, options if is_same_server else {}, limits)
+    return _read_http(url, {**HTTP_OPTIONS, **(options if is_same_server else {})}, limits)
 
 
 def _get_server(url: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Manifests as sources: tables with the path or the URL of one image per row."""
 
 import functools
+import gzip
 import http.server
 import json
 import os
@@ -25,6 +26,8 @@ from tests.conftest import encoded, smooth
 from tests.jobs.test_metadata import read_columns, write_images, write_jsonl
 
 Command = Callable[..., tuple[int, str, str]]
+LARGE = bytes(range(256)) * (8 << 10)
+COMPRESSED = gzip.compress(bytes(1 << 20))
 COLUMNS = pa.schema([("caption", pa.string())])
 
 
@@ -123,6 +126,7 @@ def write_table(path: Path, text: str) -> Path:
         ("/data/a.jpg", "/data/", "a.jpg"),
         ("file:///data/a.jpg", "/data", "a.jpg"),
         ("s3://bucket/a.jpg", "/data", "s3://bucket/a.jpg"),
+        ("HTTPS://Host/A.jpg", "/data", "https://Host/A.jpg"),
         ("../a.jpg", "/data", "outside_root"),
         ("a/../../b.jpg", "/data", "outside_root"),
         ("/data2/a.jpg", "/data", "outside_root"),
@@ -130,6 +134,8 @@ def write_table(path: Path, text: str) -> Path:
         ("file:///etc/passwd", "/data", "outside_root"),
         ("memory://a.jpg", "/data", "outside_root"),
         ("ssh://host/a.jpg", "/data", "outside_root"),
+        ("https:///a.jpg", "/data", "not_found"),
+        ("s3://bucket", "/data", "not_found"),
         ("https://user:password@host/a.jpg", "/data", "outside_root"),
         ("a\0.jpg", "/data", "outside_root"),
         ("", "/data", "no_image"),
@@ -164,14 +170,38 @@ def test_texts_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """Yield the URL of a web server that has one image. Paths below `/broken` have the status 503."""
+    """Yield the URL of a web server that has one image. Paths below `/broken` have the status 503.
+
+    `/loop` leads to itself. `/slow` has LARGE in pieces, without its size. `/compressed` has COMPRESSED.
+    """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(503) if self.path.startswith("/broken") else super().do_GET()
+            if self.path.startswith("/broken"):
+                self.send_error(503)
+            elif self.path == "/loop":
+                self.send_response(302)
+                self.send_header("Location", "/loop")
+                self.end_headers()
+            elif self.path == "/slow":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(LARGE)
+            elif self.path == "/compressed":
+                self.send_response(200)
+                self.send_header("Content-Encoding", "gzip")
+                self.send_header("Content-Length", str(len(COMPRESSED)))
+                self.end_headers()
+                self.wfile.write(COMPRESSED)
+            else:
+                super().do_GET()
 
         def do_HEAD(self) -> None:
-            self.send_error(503) if self.path.startswith("/broken") else super().do_HEAD()
+            if self.path in ("/slow", "/compressed"):
+                self.send_response(200)
+                self.end_headers()
+            else:
+                self.send_error(503) if self.path.startswith("/broken") else super().do_HEAD()
 
         def log_message(self, *args: object) -> None:
             pass
@@ -195,6 +225,23 @@ def test_images_are_read_from_urls(tmp_path: Path, server: str) -> None:
     first = next(read_manifest_unit(unit, with_secret, COLUMNS, None, None, Limits()))
     assert isinstance(first, Sample)
     assert first.image == (tmp_path / "web/a b.jpg").read_bytes()
+
+
+def test_urls_that_are_not_valid_are_rejected(tmp_path: Path, server: str) -> None:
+    urls = ["http://[bad/a.jpg", "http://host:99999/a.jpg", "http://.../a.jpg", "hf://datasets/a", f"{server}/loop"]
+    write_jsonl(tmp_path / "list.jsonl", *({"url": url} for url in urls))
+    assert [reason for _, reason in read_units(tmp_path / "list.jsonl")] == ["not_found"] * len(urls)
+
+
+def test_images_of_unknown_size_are_read_to_their_end(tmp_path: Path, server: str) -> None:
+    """What a server compresses is not decompressed, because it may be a bomb."""
+    write_jsonl(tmp_path / "list.jsonl", {"url": f"{server}/slow"}, {"url": f"{server}/compressed"})
+    (unit,) = make_manifest_units(tmp_path / "list.jsonl")
+    items = list(read_manifest_unit(unit, {}, COLUMNS, None, None, Limits()))
+    assert [isinstance(item, Sample) and item.image for item in items] == [LARGE, COMPRESSED]
+    (item, _) = read_manifest_unit(unit, {}, COLUMNS, None, None, Limits(image_bytes=1_000_000))
+    assert isinstance(item, Sample)
+    assert item.image == LARGE[:1_000_001]
 
 
 @pytest.mark.parametrize("url", ["{server}/broken/a.jpg", "http://127.0.0.1:9/a.jpg"])
