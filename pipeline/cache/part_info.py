@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import REST_OF_SHARD
-from pipeline.formats.part_record import BucketTally, PartRecord
+from pipeline.formats.part_record import BucketTally, PartRecord, check_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class PartSummary:
     @classmethod
     def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
         """Parse a part's entry in `_commits`. Raises KeyError, TypeError or AttributeError if it is not one."""
+        check_counts(entry["filtered"])
         names = ("file", "sha256", "unit", "source", "rows", "filtered", "enlarged")
         return cls(
             **{name: entry[name] for name in names},

@@ -116,8 +116,15 @@ class PartRecord:
     def from_json(cls, text: bytes) -> "PartRecord":
         """Parse a record. Raises ValueError, KeyError or TypeError if the text is not a record."""
         fields = json.loads(text)
+        check_counts(fields["filtered"])
         fields["range"] = tuple(fields["range"]) if fields["range"] else None
         fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
         fields["tally"] = {bucket: BucketTally(**tally) for bucket, tally in fields["tally"].items()}
         fields["supersedes"] = tuple((position, reason) for position, reason in fields.get("supersedes", ()))
         return cls(**fields)
+
+
+def check_counts(counts: object) -> None:
+    """Raise TypeError unless these are counts by name, of 1 or more, such as the `filtered` of a record."""
+    if not isinstance(counts, Mapping) or not all(type(count) is int and count > 0 for count in counts.values()):
+        raise TypeError(f"counts by name are expected, not {counts!r:.200}")

@@ -4,6 +4,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,14 @@ def test_parts_that_another_job_adds_are_counted_by_reading_few_files_again(
     monkeypatch.setattr(parts_module, "get_expected_stem", lambda record: f"_empty/{record.stem}")
     assert written == stats.StatsWriter(folder, IDENTITY).write()
     assert {name: written[name] for name in ("count", "mean", "std", "files")} == compute_at_once(cache)
+
+
+@pytest.mark.parametrize("filtered", [0, 3, None, ["min_size"], {"min_size": "3"}, {"min_size": 0}, {"min_size": True}])
+def test_a_part_whose_filtered_samples_are_not_counts_by_setting_is_refused(tmp_path: Path, filtered: Any) -> None:
+    folder = Folder(str(tmp_path))
+    record = replace(made_record("u", 0, True, random.Random(0)), filtered=filtered)
+    (part,) = put(tmp_path, [record])
+    with pytest.raises(CacheError, match=r"_commits/u\.json is corrupt: it does not describe its parts"):
+        list(commit_scan.read_committed_summaries(folder, ["u"]))
+    with pytest.raises(CacheError, match="cannot be read as the record of a part"):
+        inspect_part(folder, part.file, IDENTITY)
