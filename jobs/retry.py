@@ -30,7 +30,7 @@ from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection
 from pipeline.weights import Vae
-from pipeline.wording import count_noun
+from pipeline.wording import count_noun, format_counts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,15 +70,15 @@ def print_summary(
 ) -> None:
     """Print the summary: the samples that were retried, and the content of the cache."""
     if options.json:
-        content = {name: written[name] for name in ("rejected", "digest")}
+        content = {name: written[name] for name in ("rejected", "filtered", "digest")}
         print_json({"cache": options.cache, "rows": counts["rows"], **content})
         return
-    rejected = ", ".join(f"{count:,} {reason}" for reason, count in written["rejected"].items()) or "none"
     retried = Counter(reason == REST_OF_SHARD for task in tasks for _, reason in task.rejected - task.superseded)
     damaged = f", and the rest of {count_noun(retried[True], 'damaged shard')}" if retried[True] else ""
     print(f"retried {count_noun(retried[False], 'rejected sample')}{damaged}")
     print(f"  rows       {counts['rows']:,} more, {written['count']:,} in all")
-    print(f"  rejected   {rejected}")
+    print(f"  rejected   {format_counts(written['rejected'])}")
+    print(f"  filtered   {format_counts(written['filtered'])}")
     print(f"  digest     {written['digest']}", flush=True)
 
 

@@ -78,6 +78,20 @@ def test_samples_that_now_succeed_become_a_part_and_others_stay_rejected(latentm
     assert read_stats(cache)["digest"] == digest, "a retry that gains nothing writes nothing"
 
 
+def test_the_summary_names_the_setting_that_leaves_a_repaired_image_out(
+    latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> None:
+    members = img2dataset_members(0, 3) | {"000000001.jpg": b"no image"}
+    write_tar(tmp_path / "s/0.tar", members)
+    argv = ["--vae", micro_vae, "--resolution", 64, "--min-size", 40, "--workers", 0]
+    assert latentmill("encode", tmp_path / "s", "--to", tmp_path / "c", *argv)[0] == 3
+    write_tar(tmp_path / "s/0.tar", members | img2dataset_members(1, 1, height=20, width=20))
+    code, out, err = latentmill("retry", tmp_path / "c", "--workers", 0, "--same-source")
+    assert code == 0, err
+    assert "rows       0 more, 2 in all\n  rejected   0\n  filtered   1: 1 min_size\n" in out
+    assert latentmill("verify", tmp_path / "c")[0] == 0
+
+
 def test_the_rows_equal_those_of_a_run_without_rejects(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:
