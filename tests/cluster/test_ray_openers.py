@@ -14,7 +14,7 @@ import ray
 import torch
 
 from jobs.ray_openers import RayOpener, RayOpeners
-from pipeline.errors import Rejected
+from pipeline.errors import FilteredOut, Rejected
 from pipeline.images.prepare import OpenedImage, make_opener
 from pipeline.images.transform import Transform
 from pipeline.limits import DEFAULT_LIMITS
@@ -59,7 +59,8 @@ def test_a_block_is_opened_as_in_a_thread(opener: RayOpener) -> None:
         assert expected is not None
         assert torch.equal(actual.pixels, expected.pixels)
         assert actual.fit == expected.fit
-    assert small is None
+    assert isinstance(small, FilteredOut)
+    assert small.filter == "min_size"
     assert isinstance(broken, Rejected)
     assert (broken.reason, broken.detail) == ("not_an_image", "the bytes are not a supported image format")
 
