@@ -33,9 +33,12 @@ from pipeline.sources.sidecars import (
 )
 from pipeline.text import printable
 
+UNIT_BYTES = 1 << 30  # of images: about as many as a usual tar has
+# Each image of a folder is a request of its own, so larger units would hardly save any, and small folders would occupy
+# fewer workers.
 IMAGES_PER_UNIT = 256
 _NAMED = 4  # files in a note
-RANGE_BYTES = {"parquet": 128 << 20, "zip": 1 << 30}  # approximate size of a range of a file
+RANGE_BYTES = {"parquet": 128 << 20, "zip": UNIT_BYTES}  # approximate size of a range of a file
 SHARD_KINDS = tuple(dict.fromkeys(SHARD_ENDINGS.values()))
 TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
 
@@ -173,14 +176,20 @@ def make_manifest_units(file: ListedFile) -> list[Unit]:
 
 
 def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
-    """Yield groups of up to 256 images, in order. Images that differ only in their extension stay together."""
+    """Yield groups of up to 256 images and 1 GiB, in order. Images that differ only in their extension stay together.
+
+    An image of more bytes is a group of its own.
+    """
     group: list[ListedFile] = []
+    size = 0
     for _, twins in itertools.groupby(images, key=lambda file: stem(file.path)):
         same = list(twins)
-        if group and len(group) + len(same) > IMAGES_PER_UNIT:
+        more = sum(file.bytes for file in same)
+        if group and (len(group) + len(same) > IMAGES_PER_UNIT or size + more > UNIT_BYTES):
             yield group
-            group = []
+            group, size = [], 0
         group += same
+        size += more
     if group:
         yield group
 
