@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jobs import cache_spec
@@ -35,6 +36,7 @@ from pipeline.records import Unit, UnitReport
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.labels import describe_columns, find_classes
+from pipeline.sources.large_tars import divide_large_tars
 from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
@@ -153,8 +155,10 @@ def run_encode(
     with recorder.recording():
         recorder.begin(single_writer)
         texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
+        limits = parse_limits(options.input_limit)
+        divide = partial(divide_large_tars, options=parse_source_options(options), limits=limits)
         units, noticed = plan.extend_plan(
-            cache, listing.files, listing.sources, is_new, is_same, texts, metadata=listing.metadata
+            cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
         )
         planned, units = len(units), units[: options.max_shards or None]
         finished = commits.list_finished_units(cache)

@@ -33,6 +33,7 @@ from pipeline.records import (
 )
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
+from pipeline.sources.large_tars import Divide, leave_whole
 from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
 from pipeline.sources.relocation import relocate_units
@@ -175,19 +176,21 @@ def extend_plan(
     same_source: bool = False,
     texts: Collection[str] = TEXT_EXTENSIONS,
     metadata: MetadataIndex = NO_METADATA,
+    divide: Divide = leave_whole,
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
     sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through. metadata: the tables beside them.
+    divide: returns the boundaries of tars that are to be planned.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
     sidecars = replace(match_sidecars(files, texts), metadata=metadata)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
-        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source)
+        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source, divide)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: it has no tars, zips, Parquet or Arrow files, or images")
@@ -208,6 +211,7 @@ def compare_with_plan(
     sources: Sequence[Source],
     new_source: bool,
     same_source: bool,
+    divide: Divide,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
     listed = {**sidecars.metadata.files, **{file.path: file for file in listed_files}}
@@ -216,7 +220,7 @@ def compare_with_plan(
     before = list(planned)
     planned, notes = relocate_units(planned, listed, sources, same_source)
     files = {file.path: file for unit in planned for file in list_input_files(unit)}
-    replanned, more = replan_changed(cache, planned, listed, sidecars, same_source)
+    replanned, more = replan_changed(cache, planned, listed, sidecars, same_source, divide)
     notes += more
     if sidecars.unused:
         unused = "texts that belong to no image or to several images, or that another text replaces"
@@ -247,7 +251,8 @@ def compare_with_plan(
     if duplicates:
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
-    added = make_units([file for file in inputs_to_add if file.path not in duplicates], sidecars)
+    inputs_to_add = [file for file in inputs_to_add if file.path not in duplicates]
+    added = make_units(inputs_to_add, sidecars, divide(inputs_to_add))
     return replanned + added, planned, notes
 
 
@@ -260,7 +265,12 @@ def _move_image_roots(planned: Sequence[Unit], listed: Mapping[str, ListedFile])
 
 
 def replan_changed(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
+    cache: Folder,
+    planned: Sequence[Unit],
+    listed: Mapping[str, ListedFile],
+    sidecars: SidecarIndex,
+    same_source: bool,
+    divide: Divide,
 ) -> tuple[list[Unit], list[str]]:
     """Return new units for changed inputs without encoded samples, and notes about all changed inputs.
 
@@ -288,7 +298,7 @@ def replan_changed(
         for state, paths in paths_by_state.items()
         if paths
     ]
-    return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars)], notes
+    return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars, divide)], notes
 
 
 def find_retried(
@@ -313,7 +323,7 @@ def find_retried(
     return retried
 
 
-def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex) -> list[Unit]:
+def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex, divide: Divide) -> list[Unit]:
     """Return the units of a unit's input as it is now.
 
     A folder unit keeps its images. Images that are missing now stay as they were planned. A manifest keeps the folder
@@ -322,7 +332,8 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
     if unit.kind == "manifest":
         return [replace(new, files=new.files or unit.files) for new in make_manifest_units(listed[unit.path])]
     if unit.kind != "folder":
-        return make_shard_units(listed[unit.path], unit.kind, sidecars.metadata)
+        file = listed[unit.path]
+        return make_shard_units(file, unit.kind, sidecars.metadata, divide([file]).get(file.path, ()))
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)

@@ -70,8 +70,8 @@ def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[st
         for record in records:
             rounds[record.part] = max(record.round, rounds.get(record.part, 0))
         if rejected - superseded:
-            # the size of a Parquet file decides which rows its ranges have
-            any_size = unit.range in (None, (0, 1)) or unit.path not in started
+            # the size of a Parquet file decides which rows its ranges have; the plan has the ranges of a tar
+            any_size = unit.range in (None, (0, 1)) or unit.kind == "tar" or unit.path not in started
             rests = [
                 replace(record, tally={})
                 for record in records

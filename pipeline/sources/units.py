@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 from pipeline.canonical_json import canonical_json
 from pipeline.readers.manifest import ROWS_PER_UNIT
+from pipeline.readers.tar_boundaries import pack_ranges
 from pipeline.records import (
     IMAGE_EXTENSIONS,
     SHARD_ENDINGS,
@@ -23,6 +25,7 @@ from pipeline.records import (
     source_name,
     stem,
 )
+from pipeline.sources.large_tars import Boundaries
 from pipeline.sources.sidecars import (
     NO_METADATA,
     MetadataIndex,
@@ -49,17 +52,25 @@ def make_unit_name(name: str, identity: object) -> str:
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
+def make_units(
+    files: Sequence[ListedFile], sidecars: SidecarIndex | None = None, boundaries: Boundaries = MappingProxyType({})
+) -> list[Unit]:
     """Return the units of these files: of each kind of shard, of manifests, then of images, in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` or `is_result_cache` is not a unit either.
-    sidecars: the texts and metadata, if they are already known or include more than captions.
+    sidecars: the texts and metadata, if they are already known or include more than captions. boundaries: of the tars
+    that are divided (`sources.large_tars`).
     """
     sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
     tables = sidecars.metadata
-    shards = [unit for kind in SHARD_KINDS for file in files for unit in make_shard_units(file, kind, tables)]
+    shards = [
+        unit
+        for kind in SHARD_KINDS
+        for file in files
+        for unit in make_shard_units(file, kind, tables, boundaries.get(file.path, ()))
+    ]
     manifests = [unit for file in files for unit in make_manifest_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
@@ -125,19 +136,23 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_shard_units(file: ListedFile, kind: str, metadata: MetadataIndex = NO_METADATA) -> list[Unit]:
+def make_shard_units(
+    file: ListedFile, kind: str, metadata: MetadataIndex = NO_METADATA, boundaries: Sequence[int] = ()
+) -> list[Unit]:
     """Return the units of a file of this kind; none if it is of another kind, or a manifest.
 
-    A tar is one unit. Other files have one per range k of n. n follows from the file's size alone.
+    A tar is one unit, or one per range of its bytes if it has boundaries. Zips and Parquet files have one unit per
+    range k of n. n follows from the file's size alone.
     metadata: the tables with further columns of tars and zips.
     """
     if get_shard_kind(file.path) != kind or file.manifest is not None:
         return []
     name = PurePosixPath(file.path).stem
-    ranges: list[tuple[int, int] | None] = [None]
+    byte_ranges = pack_ranges(boundaries)
     if kind in RANGE_BYTES:
-        count = max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
-        ranges = [(k, count) for k in range(count)]
+        byte_ranges = [""] * max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
+    is_divided = bool(boundaries) or kind in RANGE_BYTES
+    ranges = [(k, len(byte_ranges)) if is_divided else None for k in range(len(byte_ranges))]
     return [
         Unit(
             name=make_unit_name(name, [file.path, list(file_range) if file_range else None]),
@@ -147,10 +162,11 @@ def make_shard_units(file: ListedFile, kind: str, metadata: MetadataIndex = NO_M
             range=file_range,
             bytes=file.bytes,
             etag=file.etag,
+            files=byte_range,
             root=file.root,
             metadata=metadata.pin([file.path]) if kind in ("tar", "zip") else "",
         )
-        for file_range in ranges
+        for file_range, byte_range in zip(ranges, byte_ranges, strict=True)
     ]
 
 

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import PlannedFile, Unit
-from pipeline.storage.connection import full_url, get_filesystem, is_local, parent
+from pipeline.storage.connection import full_url, get_filesystem, get_protocols, is_local, parent
 from pipeline.storage.etags import fetch_version, same_version
 
 READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to end
@@ -77,6 +77,25 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
             raise SourceError(f"{url} has changed since it was planned (then {size} bytes)")
         stream.seek(0)
         return stream.read(limit + 1)
+
+
+def read_range(url: str, options: Mapping[str, Any], start: int, stop: int) -> bytes:
+    """Read the bytes from `start` to `stop` of a file: on a store, by one request.
+
+    Raises StorageError if fewer bytes arrive.
+    """
+    with name_url_in_errors(url, "read"):
+        fs, path = get_filesystem(url, options)
+        if "http" in get_protocols(fs):  # `cat_file` reads the whole file if the server has no ranges
+            with fs.open(path, "rb", cache_type="none") as file:
+                file.seek(start)
+                data = cast(bytes, file.read(stop - start))
+        else:
+            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+    if len(data) != stop - start:
+        text = f"cannot read {url}: only {len(data)} of the {stop - start} bytes from byte {start} on were delivered"
+        raise StorageError(text, may_pass=True)
+    return data
 
 
 def read_file_if_exists(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
