@@ -92,16 +92,16 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a tar or Arrow file, a range of another file, or up to 256 images of a folder.
+    """The work of one task: a tar or Arrow file, a range of a large tar or another file, or images of a folder.
 
     name: unique, safe in a file name, and independent of the input's location.
     kind: tar, zip, parquet, arrow, folder or manifest.
-    range: (k, n) for range k of n of a zip, a Parquet file or a manifest. bytes: of the whole input.
+    range: (k, n) for range k of n of a large tar, a zip, a Parquet file or a manifest. bytes: of the whole input.
     root: URL of the source's root.
     For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
     texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders, tars and zips, `metadata`
     has the paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL
-    of the folder of its images; "" for its own folder.
+    of the folder of its images; "" for its own folder. For a range of a tar, `files` has its bytes.
     """
 
     name: str
