@@ -120,6 +120,8 @@ class CacheScan:
 
         A commit whose rows name a file that is not listed, or a twin, is left: its parts have changed since.
         """
+        if not len(self.commits):
+            return
         commits = list(self._index_logs("commit", self.commits))
         files = list(self._index_logs("file", self.files))
         twins = pc.index_in(pa.array(sorted(self.twins), pa.string()), value_set=self.files).to_numpy()
