@@ -61,7 +61,9 @@ class CacheFolder:
                 return
             for page in list_pages(filesystem, path):
                 for entry in page:
-                    yield entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "file"
+                    name = entry["name"].rstrip("/")
+                    if name != path.rstrip("/"):  # some stores list the folder itself
+                        yield name.rpartition("/")[2], entry["type"] == "file"
 
     def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""

@@ -9,26 +9,31 @@ PAGE = 1000  # entries, as in one answer of S3
 Entry = Mapping[str, Any]  # as fsspec describes it: at least its `name` (the whole path) and its `type`
 
 
-def list_pages(filesystem: Any, path: str, recursive: bool = False) -> Iterator[list[Entry]]:
+def has_pages(filesystem: Any) -> bool:
+    """Whether `list_pages` yields several pages: of s3fs, whose public methods keep a dict of 1 kB for each object."""
+    return hasattr(filesystem, "_iterdir")
+
+
+def list_pages(filesystem: Any, path: str, recursive: bool = False, prefix: str = "") -> Iterator[list[Entry]]:
     """Yield the entries of a folder on a store of fsspec, in no particular order, page by page if its library can.
 
-    recursive: list the files at any depth instead. The folder itself, which some stores list, is left out. A folder
-    that does not exist has no entries. Raises what the library raises.
+    recursive: list the files at any depth instead. prefix: the store may leave out names that do not start with it.
+    Empty objects that stand for folders, as some tools create, are left out. A folder that does not exist has no
+    entries. Raises what the library raises.
     """
     try:
-        for page in _request_pages(filesystem, path, recursive):
-            yield [entry for entry in page if entry["name"].rstrip("/") != path.rstrip("/")]
+        for page in _request_pages(filesystem, path, recursive, prefix):
+            yield [entry for entry in page if entry["type"] != "file" or not entry["name"].endswith("/")]
     except FileNotFoundError:
         return
 
 
-def _request_pages(filesystem: Any, path: str, recursive: bool) -> Iterator[list[Entry]]:
-    if not hasattr(filesystem, "_iterdir") or not path.strip("/"):
+def _request_pages(filesystem: Any, path: str, recursive: bool, prefix: str) -> Iterator[list[Entry]]:
+    if not has_pages(filesystem) or not path.strip("/"):
         yield _list_at_once(filesystem, path, recursive)
         return
-    # s3fs: its public methods keep a dict of 1 kB for each object until the last page
-    bucket, key, _ = filesystem.split_path(path)
-    prefix = f"{key.strip('/')}/" if key.strip("/") else ""
+    bucket, key, _ = filesystem.split_path(path.rstrip("/"))
+    prefix = f"{key}/{prefix}" if key else prefix
     entries = filesystem._iterdir(bucket, delimiter="" if recursive else "/", prefix=prefix)
     is_first = True
     while True:
