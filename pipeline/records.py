@@ -1,7 +1,7 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentmill import cache_info
@@ -292,35 +292,6 @@ class Seconds:
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return self.plus(**asdict(other))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitReport:
-    """The report of a finished unit to the driver. It has counts, never pixels.
-
-    adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
-    half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
-    damage: the error of a damaged shard whose rest was rejected; otherwise empty.
-    precision_error: the relative error that the worker's self-check found, 0 if it computes in float32 on a CPU.
-    skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
-    """
-
-    unit: str
-    samples: int = 0
-    rows: int = 0
-    filtered: Mapping[str, int] = field(default_factory=dict)
-    enlarged: int = 0
-    rejects: Mapping[str, int] = field(default_factory=dict)
-    parts: int = 0
-    adopted: int = 0
-    encoded: int = 0
-    fp32_fallbacks: int = 0
-    texts: Mapping[str, int] = field(default_factory=dict)
-    bytes: int = 0
-    damage: str = ""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    precision_error: float = 0.0
-    seconds: Seconds = field(default_factory=Seconds)
 
 
 def source_name(path: str) -> str:
