@@ -93,6 +93,9 @@ class Disk:
     def read_if_exists(self, name: str) -> bytes | None:
         return self.store.get(name)
 
+    def iterate_names(self, below: str) -> Iterator[str]:
+        return iter(self.list_files(below))
+
     def read(self, name: str) -> bytes:
         return self.store[name]
 
