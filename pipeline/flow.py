@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from latentmill.cache_info import SourceRules
 from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
-from pipeline.cache.part_info import PartInfo
+from pipeline.cache.part_info import PartInfo, UnitReport
 from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
@@ -33,7 +33,7 @@ from pipeline.part_writer import Stages, UnitWriter
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, cut_at_retried_rest, reject_missing_rest
 from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit, UnitReport
+from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit
 from pipeline.storage import reading
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
@@ -305,4 +305,5 @@ def make_report(unit: Unit, unit_parts: list[PartInfo], adopted: int, seconds: S
         adopted=adopted,
         bytes=sum(part.bytes for part in unit_parts),
         seconds=seconds,
+        summaries=[part.summary for part in unit_parts],
     )

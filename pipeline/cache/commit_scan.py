@@ -1,39 +1,38 @@
-"""One scan of a cache: each part file, in the order of the names, together with the entry of its commit.
+"""One scan of a cache: what the commit log, the commits and the part files say about every part, each read once.
 
-Each commit is read once, and few are held at a time. A commit that does not name the parts that exist can be repaired
-during the scan.
+    commits listed --> log: which rows count --> files listed --> tables: log, then commits, then part files
+
+A scan takes about a hundred bytes per part, because names are held in numpy arrays, and all else is read in pieces.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pipeline.cache import parts as part_files
-from pipeline.cache.commits import COMMITS, list_commits, read_commits, repair_commit, write_commit
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cache import commit_log
+from pipeline.cache.commits import COMMITS, read_commits, repair_commit, write_commit
+from pipeline.cache.name_array import CHUNK, find_names, iterate_names, sort_names, split
 from pipeline.cache.part_info import PartSummary
-from pipeline.cache.parts import DATA, find_empty_duplicates, inspect_part, is_retry_part, strip_extension
+from pipeline.cache.part_table import check_lengths, make_table, parse_parts
+from pipeline.cache.parts import DATA, EMPTY, PART_FORMATS, inspect_part, parse_commit_name, strip_extension
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
-from pipeline.records import Container
+from pipeline.records import Container, Unit
 from pipeline.storage.folder import Folder
 
-CommitEntry = Mapping[str, Any]
-T = TypeVar("T")
-NOT_COUNTED: dict[str, Any] = {
-    "rows": 0,
-    "filtered": {},
-    "enlarged": 0,
-    "reject_counts": {},
-    "rest_positions": (),
-    "supersedes": (),
-    "tally": {},
-}
+PARTS_PER_TABLE = 1024  # of those that are not in the log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """How commits are repaired. rehash: files may have been overwritten, so each one is read and hashed."""
+    """How commits are repaired, and added to the log.
+
+    rehash: files may have been overwritten, so each one is read and hashed, and the log is not used.
+    """
 
     identity_sha256: str
     container: Container
@@ -41,78 +40,159 @@ class Repair:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheListing:
-    """The names of a cache's commits and part files.
+class PartTable:
+    """Some parts of a cache.
+
+    rows: one per part, with the schema of `pipeline.cache.part_table`. files: int64 [n], the index of each part's file
+    in the listing.
+    """
+
+    rows: pa.Table
+    files: np.ndarray
+
+
+class CacheScan:
+    """The names of a cache's commits and part files, and the parts that they describe.
 
     The commits are listed before the files. So every file that a listed commit names is in `files`, unless it is lost.
+
+    commits: the names of the commits, sorted. files: the names of the part files, sorted, `_empty/` before `data/`.
+    twins: the files in `_empty/` that do not count, because the same part is in `data/`, with rows.
     """
 
-    commits: frozenset[str]
-    files: tuple[str, ...]
+    def __init__(self, cache: Folder, repair: Repair | None = None) -> None:
+        self.cache, self.repair = cache, repair
+        self.commits = list_commit_names(cache)
+        self._logs = [] if repair is not None and repair.rehash else commit_log.list_log_files(cache)
+        self._log_commits = self._index_logs("commit", self.commits)
+        self.files = list_files(cache)
+        self.twins = find_twins(self.files)
 
-    @classmethod
-    def read(cls, cache: Folder) -> "CacheListing":
-        """Return the listing of a cache."""
-        commits = frozenset(list_commits(cache))
-        return cls(commits, tuple(part_files.list_part_files(cache)))
+    def _index_logs(self, column: str, names: np.ndarray) -> list[np.ndarray]:
+        """Return, per file of the log, the index in `names` of each row's value of a column; -1 if it is not there."""
+        columns = (commit_log.read_log_file(self.cache, name, [column])[column] for name in self._logs)
+        return [find_names(names, pc.fill_null(each, "").to_pylist()).astype(np.int32) for each in columns]
 
+    def read_tables(self, identity_sha256: str | None = None) -> Iterator[PartTable]:
+        """Yield the parts, each once, in no order.
 
-def strip_folder(file: str) -> str:
-    """Return a file's name without its folder. Parts are ordered by it."""
-    return file.rpartition("/")[2]
+        identity_sha256: of the cache, to read also the parts that no commit names, from their files; None: without.
+        Raises CacheError if a file that a commit names does not exist.
+        """
+        if self.repair is not None:
+            self._repair_twins()
+        is_seen = np.zeros(len(self.files), bool)
+        is_left = np.ones(len(self.commits), bool)
+        for table in self._read_log(is_left):
+            is_seen[table.files] = True
+            yield table
+        for table in self._read_commits(self.commits[is_left]):
+            is_seen[table.files] = True
+            yield table
+        if identity_sha256 is not None:
+            yield from self._read_uncommitted(np.flatnonzero(~is_seen), identity_sha256)
 
+    def _repair_twins(self) -> None:
+        """Rewrite the commits that name twins. The log may have their rows from a worker that saw the other part."""
+        indexes = find_names(self.commits, sorted({parse_commit_name(file) for file in self.twins}))
+        for name, content in read_commits(self.cache, iterate_names(self.commits[indexes[indexes >= 0]])):
+            self._parse_commit(name, content)
 
-def parse_commit_name(file: str) -> str:
-    """Return the name of the commit to which a part's file belongs."""
-    stem = strip_folder(strip_extension(file))
-    return stem if is_retry_part(stem) else stem.rpartition("-")[0]
+    def _read_log(self, is_left: np.ndarray) -> Iterator[PartTable]:
+        """Yield the rows of the log that count, and clear their commits in `is_left`.
 
+        A commit whose rows name a file that is not listed, or a twin, is left: its parts have changed since.
+        """
+        if not len(self.commits):
+            return
+        latest = np.full(len(self.commits), -1, np.int32)
+        for number, commit in enumerate(self._log_commits):
+            latest[commit[commit >= 0]] = number
+        files = self._index_logs("file", self.files)
+        twins = find_names(self.files, sorted(self.twins))
+        is_valid = latest >= 0
+        currents = []
+        for number, (commit, file) in enumerate(zip(self._log_commits, files, strict=True)):
+            is_current = (commit >= 0) & (latest[commit] == number)
+            currents.append(is_current)
+            is_valid[commit[is_current & ((file < 0) | np.isin(file, twins))]] = False
+        is_left[is_valid] = False
+        for name, commit, file, is_current in zip(self._logs, self._log_commits, files, currents, strict=True):
+            counts = is_current & is_valid[commit]
+            if counts.any():
+                rows = commit_log.read_log_file(self.cache, name)
+                yield PartTable(rows if counts.all() else rows.filter(pa.array(counts)), file[counts])
 
-def pair_with_commits(
-    cache: Folder,
-    listing: CacheListing,
-    parse_entry: Callable[[str, CommitEntry], T],
-    repair: Repair | None = None,
-    after: str = "",
-) -> Iterator[tuple[str, T | None]]:
-    """Yield the files in the order of their names, each with its parsed commit entry; None if no commit names it.
+    def _read_commits(self, names: np.ndarray) -> Iterator[PartTable]:
+        """Read these commits, and repair and log them if the scan does so. Yield their parts."""
+        commits = read_commits(self.cache, iterate_names(names))
+        for contents in split(commits, PARTS_PER_TABLE):
+            parts = [(name, part) for name, content in contents for part in self._parse_commit(name, content)]
+            rows = make_table(parts)
+            indexes = find_names(self.files, [part.file for _, part in parts])
+            is_listed = indexes >= 0
+            check_files_exist(self.cache, [parts[index][1].file for index in np.flatnonzero(~is_listed)])
+            if self.repair is not None and not self.repair.rehash:
+                commit_log.append_table(self.cache, rows)
+            yield PartTable(rows.filter(pa.array(is_listed)), indexes[is_listed])
 
-    Each commit is read once, shortly before its first file, and held until its last file.
-    parse_entry: called with the commit's name and a part's entry; its result is yielded.
-    repair: rewrite commits that do not name the parts that exist; default: leave them alone.
-    after: skip the files whose names are not greater than this one, and the commits that have only such files.
-    Raises CacheError if a file that a commit names does not exist.
-    """
-    data_stems = {strip_extension(file) for file in listing.files if file.startswith(f"{DATA}/")}
-    listed = set(listing.files)
-    files = sorted((file for file in listing.files if strip_folder(file) > after), key=strip_folder)
-    files_left = Counter(name for name in map(parse_commit_name, files) if name in listing.commits)
-    without_files = listing.commits - set(map(parse_commit_name, listing.files))
-    commits = read_commits(cache, [*files_left, *sorted(without_files)])
+    def _read_uncommitted(self, indexes: Iterable[int], identity_sha256: str) -> Iterator[PartTable]:
+        """Read these parts from their own files. Write the commit of a retry part, if the scan repairs commits."""
+        for some in split(indexes, PARTS_PER_TABLE):
+            parts = [("", self._inspect(file, identity_sha256)) for file in iterate_names(self.files[some])]
+            yield PartTable(make_table(parts), np.array(some))
 
-    def parse_commit(name: str, content: dict[str, Any]) -> dict[str, T]:
-        if repair is not None:
+    def _inspect(self, file: str, identity_sha256: str) -> PartSummary:
+        part = inspect_part(self.cache, file, identity_sha256)
+        if part is None:
+            raise CacheError(f"{self.cache.url_of(file)} was listed, and was removed since; try again")
+        if self.repair is not None and part.record.round and file not in self.twins:
+            write_commit(self.cache, [part])  # the retry ended before it did
+        return part.summary
+
+    def _parse_commit(self, name: str, content: dict[str, Any]) -> list[PartSummary]:
+        """Return the parts in a commit, after it was repaired. Raises CacheError if it does not describe its parts."""
+        if self.repair is not None:
+            repair = self.repair
             content = repair_commit(
-                cache, name, content, data_stems, repair.identity_sha256, repair.container, repair.rehash
+                self.cache, name, content, self.twins, repair.identity_sha256, repair.container, repair.rehash
             )
-        entries = {entry["file"]: parse_entry(name, entry) for entry in content["parts"]}
-        check_files_exist(cache, entries.keys() - listed)
-        return entries
+        try:
+            parts = [PartSummary.from_commit(entry) for entry in content["parts"]]
+            for part in parts:
+                check_lengths([*part.tally.values()])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            file = self.cache.url_of(f"{COMMITS}/{name}.json")
+            raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
+        return parts
 
-    held: dict[str, dict[str, T]] = {}
-    for file in files:
-        name = parse_commit_name(file)
-        if name not in files_left:
-            yield file, None
-            continue
-        if name not in held:
-            held[name] = parse_commit(*next(commits))
-        yield file, held[name].get(file)
-        files_left[name] -= 1
-        if not files_left[name]:
-            del held[name]
-    for name, content in commits:
-        parse_commit(name, content)
+
+def list_commit_names(cache: Folder) -> np.ndarray:
+    """Return the names of all commits, as a sorted array: finished units, and parts that `retry` wrote."""
+    names = (strip_extension(name) for name in cache.iterate_names(COMMITS) if name.endswith(".json"))
+    return sort_names(names)
+
+
+def list_files(cache: Folder) -> np.ndarray:
+    """Return the part files as a sorted array: `_empty/` before `data/`, each sorted by name."""
+    return sort_names(f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.iterate_names(folder))
+
+
+def find_twins(files: np.ndarray) -> frozenset[str]:
+    """Return the files in `_empty/` whose part is also in `data/`, with rows. files: all part files, sorted."""
+    empties = list(iterate_names(files[: np.searchsorted(files, f"{DATA}/".encode())]))
+    stems = [strip_extension(file).removeprefix(f"{EMPTY}/") for file in empties]
+    twins = set[str]()
+    for part_format in PART_FORMATS.values():
+        indexes = find_names(files, [f"{DATA}/{stem}{part_format.SUFFIX}" for stem in stems])
+        twins.update(empties[number] for number in np.flatnonzero(indexes >= 0))
+    return frozenset(twins)
+
+
+def drop_twins(rows: pa.Table, twins: Iterable[str]) -> pa.Table:
+    """Return the rows whose file is not a twin."""
+    names = pa.array(twins, pa.string())
+    return rows.filter(pc.invert(pc.is_in(rows["file"], value_set=names))) if len(names) else rows
 
 
 def check_files_exist(cache: Folder, files: Collection[str]) -> None:
@@ -122,54 +202,39 @@ def check_files_exist(cache: Folder, files: Collection[str]) -> None:
             raise CacheError(f"{cache.url_of(file)} was committed, but is missing: the cache is damaged; {VERIFY_HINT}")
 
 
-def read_summaries(
-    cache: Folder,
-    identity_sha256: str,
-    listing: CacheListing | None = None,
-    repair: Repair | None = None,
-    after: str = "",
-) -> Iterator[PartSummary]:
-    """Yield a summary of each part of a cache, in the order of the file names (`pair_with_commits`).
+def read_summaries(cache: Folder, identity_sha256: str, repair: Repair | None = None) -> Iterator[PartSummary]:
+    """Yield a summary of each part of a cache, in no order.
 
-    A summary is read from the commit of its part, or from the part's file if no commit names it. A part without rows
-    counts nothing if the same part exists with rows.
-    Raises CacheError if a file that a commit names does not exist.
+    It is read from the commit of the part, or from the part's file if no commit names it. A part without rows is left
+    out if the same part exists with rows. Raises CacheError if a file that a commit names does not exist.
     """
-    listing = listing or CacheListing.read(cache)
-    duplicates = find_empty_duplicates(listing.files)
-
-    def parse_entry(name: str, entry: CommitEntry) -> PartSummary:
-        return _parse_summary(cache, name, entry)
-
-    for file, committed in pair_with_commits(cache, listing, parse_entry, repair, after):
-        is_to_commit = repair is not None and file not in duplicates
-        part = committed or _read_uncommitted(cache, file, identity_sha256, is_to_commit)
-        yield replace(part, **NOT_COUNTED) if file in duplicates else part
+    scan = CacheScan(cache, repair)
+    for table in scan.read_tables(identity_sha256):
+        for _, part in parse_parts(table.rows):
+            if part.file not in scan.twins:
+                yield part
 
 
-def read_committed_summaries(cache: Folder, names: Iterable[str]) -> Iterator[PartSummary]:
-    """Yield a summary of each part of these commits, from the commits alone."""
-    for name, content in read_commits(cache, names):
-        for entry in content["parts"]:
-            yield _parse_summary(cache, name, entry)
+def select_unfinished(cache: Folder, units: Sequence[Unit]) -> list[Unit]:
+    """Return the units that are not done."""
+    finished = list_commit_names(cache)
+    return [
+        unit
+        for some in split(units, CHUNK)
+        for unit, index in zip(some, find_names(finished, [unit.name for unit in some]), strict=True)
+        if index < 0
+    ]
 
 
-def _parse_summary(cache: Folder, name: str, entry: CommitEntry) -> PartSummary:
-    try:
-        return PartSummary.from_commit(entry)
-    except (KeyError, TypeError, AttributeError) as error:
-        file = cache.url_of(f"{COMMITS}/{name}.json")
-        raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
+def remove_lost_commits(cache: Folder) -> None:
+    """Write into the log that the rows of commits that do not exist any more do not count.
 
-
-def _read_uncommitted(cache: Folder, file: str, identity_sha256: str, is_to_commit: bool) -> PartSummary:
-    """Read a part from its own file.
-
-    is_to_commit: write the commit of a retry part, because the retry ended before it did.
+    Otherwise they would count again if their units are encoded again, until the new commits are added to the log.
     """
-    part = inspect_part(cache, file, identity_sha256)
-    if part is None:
-        raise CacheError(f"{cache.url_of(file)} was listed, and was removed since; try again")
-    if is_to_commit and part.record.round:
-        write_commit(cache, [part])
-    return part.summary
+    logs = [commit_log.read_log_file(cache, name, ["commit", "file"]) for name in commit_log.list_log_files(cache)]
+    if logs:
+        rows, listed = pa.concat_tables(logs), list_commit_names(cache)
+        lost = rows.filter(pa.array(find_names(listed, rows["commit"].to_pylist()) < 0))
+        # the last row of a commit counts
+        has_parts = dict(zip(lost["commit"].to_pylist(), lost["file"].is_valid().to_pylist(), strict=True))
+        commit_log.remove_commits(cache, sorted(name for name, counts in has_parts.items() if counts))

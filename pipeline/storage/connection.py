@@ -6,12 +6,14 @@ then fails the unit.
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import glob_translate
 
 from latentmill.folder import has_password, open_filesystem
 from latentmill.stream import first_line, name_url_in_errors
@@ -95,6 +97,11 @@ def to_listed_url(url: str) -> str:
         return path
     protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
     return f"{protocol}://{path}"
+
+
+def compile_glob(pattern: str) -> re.Pattern[str]:
+    """Return the expression that matches the paths which a glob names, as fsspec reads it."""
+    return re.compile(glob_translate(pattern))
 
 
 def parent(path: str) -> str:

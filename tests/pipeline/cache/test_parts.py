@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cache import commit_scan, stats
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
-from pipeline.cache import stats
 from pipeline.cache.commit_scan import Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
 from pipeline.cache.part_info import PartSummary
@@ -65,7 +65,7 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     summaries = parts(cache)
     assert sum(part.rows + sum(part.filtered.values()) + sum(part.reject_counts.values()) for part in summaries) == 10
     (commit,) = commits(cache).values()
-    counted = {part.file for part in summaries if part.rows or part.reject_counts}
+    counted = {part.file for part in summaries}
     assert {entry["file"] for entry in commit["parts"]} == counted
     rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
     assert rejects.count("\n") == sum(sum(part.reject_counts.values()) for part in summaries)
@@ -165,12 +165,12 @@ def test_commits_are_read_before_the_listing(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unit that another job finishes during the scan counts, and is not reported as damage."""
-    encoder, list_files = worker(tmp_path / "c"), part_files.list_part_files
+    encoder, list_files = worker(tmp_path / "c"), commit_scan.list_files
 
-    def finish_and_list(cache: Folder) -> list[str]:
+    def finish_and_list(cache: Folder) -> Any:
         monkeypatch.undo()
         encoder.run(unit)
         return list_files(cache)
 
-    monkeypatch.setattr(parts_module, "list_part_files", finish_and_list)
+    monkeypatch.setattr(commit_scan, "list_files", finish_and_list)
     assert sum(part.rows for part in parts(tmp_path / "c")) == 9
