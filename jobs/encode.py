@@ -36,12 +36,12 @@ from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
-from pipeline.records import Unit
+from pipeline.records import ListedFile, Unit
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.labels import describe_columns, find_classes
-from pipeline.sources.large_tars import divide_large_tars
-from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.large_tars import Boundaries, divide_large_tars
+from pipeline.sources.listing import Listing, abbreviate, list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
@@ -159,8 +159,7 @@ def run_encode(
     with recorder.recording():
         recorder.begin(single_writer)
         texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
-        limits = parse_limits(options.input_limit)
-        divide = partial(divide_large_tars, options=parse_source_options(options), limits=limits)
+        divide = partial(divide_tars, options)
         units, noticed = plan.extend_plan(
             cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
         )
@@ -277,6 +276,14 @@ def write_log(log: LogWriter, is_last: bool = False) -> None:
     error = log.write() if is_last or log.is_due else None
     if error is not None:
         log_info(f"{error}; the run goes on, and adds these units to the commit log at its end")
+
+
+def divide_tars(options: EncodeOptions, files: Sequence[ListedFile]) -> Boundaries:
+    """Return the boundaries of the large tars among the files that are to be planned."""
+    boundaries = divide_large_tars(files, parse_source_options(options), parse_limits(options.input_limit))
+    if boundaries:
+        log_info(f"large tars, which are read in ranges: {len(boundaries):,} ({abbreviate(boundaries)})")
+    return boundaries
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

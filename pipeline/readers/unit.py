@@ -75,7 +75,8 @@ def read_samples(
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
         start, stop = unpack_range(unit)
         with reading.open_stream(unit.url, options, unit) as stream:
-            stream.seek(start)
+            if start:  # the stream of a web server without ranges cannot seek
+                stream.seek(start)
             samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
             for sample in read_past_damage(samples, stream, on_piece, stop):
                 if isinstance(sample, Sample) and sample.key in metadata:

@@ -82,20 +82,26 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
 def read_range(url: str, options: Mapping[str, Any], start: int, stop: int) -> bytes:
     """Read the bytes from `start` to `stop` of a file: on a store, by one request.
 
-    Raises StorageError if fewer bytes arrive.
+    Raises StorageError if fewer bytes arrive, or if a web server delivers only whole files.
     """
     with name_url_in_errors(url, "read"):
         fs, path = get_filesystem(url, options)
-        if "http" in get_protocols(fs):  # `cat_file` reads the whole file if the server has no ranges
-            with fs.open(path, "rb", cache_type="none") as file:
-                file.seek(start)
-                data = cast(bytes, file.read(stop - start))
-        else:
-            data = cast(bytes, fs.cat_file(path, start=start, end=stop))
+        is_web = "http" in get_protocols(fs)  # `cat_file` would read the whole file if the server has no ranges
+        data = _seek_and_read(fs, path, url, start, stop) if is_web else fs.cat_file(path, start=start, end=stop)
     if len(data) != stop - start:
         text = f"cannot read {url}: only {len(data)} of the {stop - start} bytes from byte {start} on were delivered"
         raise StorageError(text, may_pass=True)
-    return data
+    return cast(bytes, data)
+
+
+def _seek_and_read(fs: Any, path: str, url: str, start: int, stop: int) -> bytes:
+    """Read a part of a file on a web server. Raises StorageError if the server delivers only whole files."""
+    try:
+        with fs.open(path, "rb", cache_type="none") as file:
+            file.seek(start)
+            return cast(bytes, file.read(stop - start))
+    except ValueError as error:
+        raise StorageError(f"cannot read {url}: its server does not deliver parts of files") from error
 
 
 def read_file_if_exists(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:
