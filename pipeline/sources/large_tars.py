@@ -14,7 +14,7 @@ from pipeline.storage import reading
 LARGE_TAR_BYTES = 4 << 30  # usual shards are smaller: no request is made for them
 RANGE_BYTES = 1 << 30  # of a large tar: about as many as a usual shard has
 TARS = 8  # that are divided at a time
-REQUESTS = 32  # at a time, because stores are slow to answer
+REQUESTS = 16  # at a time, because stores are slow to answer; each may return 16 MiB
 
 Boundaries = Mapping[str, Sequence[int]]  # by the path of a tar: the bytes at which its ranges begin, without 0
 Divide = Callable[[Sequence[ListedFile]], Boundaries]

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import CacheError, DamagedError, ShardError
 from pipeline.limits import Limits
-from pipeline.readers import blocks, tar_boundaries
+from pipeline.readers import blocks, damage, tar_boundaries
 from pipeline.readers.tar import read_tar
 from pipeline.readers.tar_boundaries import Found, TarHeaders, choose_boundaries, pack_ranges, unpack_range
 from pipeline.records import Reject, Sample, Unit
@@ -224,8 +224,8 @@ def test_appended_tars_are_divided() -> None:
 
 def test_after_a_damage_other_ranges_are_found() -> None:
     data = bytearray(tar({f"{n:02}.jpg": b"i" * 700 for n in range(100)}))
-    damage = 512 * 3 * 40
-    data[damage : damage + 512] = b"x" * 512
+    damaged_at = 512 * 3 * 40
+    data[damaged_at : damaged_at + 512] = b"x" * 512
     boundaries = divide(bytes(data), 10)
     assert 7 <= len(boundaries) <= 9
     items: list[Sample | Reject] = []
@@ -235,7 +235,7 @@ def test_after_a_damage_other_ranges_are_found() -> None:
         try:
             items.extend(read_tar(stream, "s.tar", byte_range=(start or 0, stop)))
         except DamagedError as error:
-            assert error.at == damage
+            assert error.at == damaged_at
     assert 80 < len(items) < 100, "only one range has a damage"
 
 
@@ -266,3 +266,15 @@ def test_ranges_are_packed_in_units() -> None:
     for corrupt in ("x", "[1]", "{}", '["a",1]', "1"):
         with pytest.raises(CacheError, match="no valid range of bytes of the unit u"):
             unpack_range(replace(unit, files=corrupt))
+
+
+def test_after_a_damage_the_rest_of_the_range_is_read_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(damage, "PIECE", 512)
+    data = bytearray(tar({f"{n:02}.jpg": b"i" * 700 for n in range(100)}))
+    data[512 * 3 * 10 : 512 * 3 * 11] = b"x" * 512 * 3
+    stop = 512 * 3 * 50
+    stream, pieces = io.BytesIO(data), list[int]()
+    samples = read_tar(stream, "s.tar", byte_range=(0, stop))
+    with pytest.raises(DamagedError, match="the header at byte 15360 is not a tar header"):
+        list(damage.read_past_damage(samples, stream, lambda: pieces.append(stream.tell()), stop))
+    assert pieces == list(range(512 * 3 * 10 + 512, stop + 512, 512))
