@@ -26,9 +26,10 @@ from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
 from pipeline.cache import commits, identity, plan
 from pipeline.cache.identity import CacheInfo, SourceRules
-from pipeline.cache.parts import read_superseded
+from pipeline.cache.parts import group_by_unit, list_part_files, read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
+from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
 from pipeline.records import Unit, UnitReport
@@ -214,11 +215,8 @@ def encode_pending(
     limits, openers = options.input_limit, resources.count_openers(options.open_workers)
     source_options = parse_source_options(options)
     spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, source_options, candidates)
-    spec = dataclasses.replace(
-        spec,
-        remote_openers=resources.plan_remote_openers(options.remote_openers),
-        superseded=read_superseded(cache, info.identity_sha256, {unit.name for unit in pending}),
-    )
+    spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
+    spec = add_existing_parts(spec, pending)
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
     sizes = {unit.name: unit.input_bytes for unit in pending}
     meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
@@ -252,6 +250,13 @@ def encode_pending(
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if candidates else (), log_info)
+
+
+def add_existing_parts(spec: EncodeSpec, pending: Sequence[Unit]) -> EncodeSpec:
+    """Return the specification with what exists of the pending units. The files of the cache are listed once."""
+    names, files = {unit.name for unit in pending}, list_part_files(spec.cache)
+    superseded = read_superseded(spec.cache, spec.identity_sha256, names, files)
+    return dataclasses.replace(spec, superseded=superseded, standing=group_by_unit(files, names))
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

@@ -21,11 +21,12 @@ from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.identity import NAME
-from pipeline.cache.part_info import PartInfo, PartSummary
-from pipeline.cache.parts import inspect_part
+from pipeline.cache.part_info import PartSummary
+from pipeline.cache.parts import read_part_record
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
+from pipeline.formats.part_record import PartRecord
 from pipeline.maintenance import retry
 from pipeline.records import UnitReport
 from pipeline.storage import connection
@@ -46,7 +47,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     parts = list(read_summaries(cache.folder, cache.info.identity_sha256))
     planned = read_units(options, cache, options.same_source).values()
-    tasks = retry.make_tasks(planned, find_parts_with_rejects(cache, parts), find_started_inputs(parts))
+    tasks = retry.make_tasks(planned, read_records_with_rejects(cache, parts), find_started_inputs(parts))
     vae = load_matching_vae(options.vae, cache)
     single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
@@ -82,12 +83,11 @@ def print_summary(
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def find_parts_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartInfo]:
-    """Return the parts of a cache that have rejects, or supersede some."""
-    identity_sha256 = cache.info.identity_sha256
+def read_records_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartRecord]:
+    """Return the records of the parts that have rejects, or supersede some."""
     wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
-    inspected = (inspect_part(cache.folder, file, identity_sha256) for file in wanted)
-    return [part for part in inspected if part is not None]
+    records = (read_part_record(cache.folder, file, cache.info.identity_sha256) for file in wanted)
+    return [record for record in records if record is not None]
 
 
 def find_started_inputs(parts: Sequence[PartSummary]) -> set[str]:

@@ -14,9 +14,10 @@ from pipeline.cache import stats
 from pipeline.cache.commit_scan import Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
 from pipeline.cache.part_info import PartSummary
-from pipeline.cache.parts import _create, find_empty_duplicates, find_part, inspect_part, is_retry_part
+from pipeline.cache.parts import _create, find_empty_duplicates, find_part, is_retry_part
 from pipeline.errors import CacheError
 from pipeline.flow import UnitWorker
+from pipeline.formats import parquet
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
@@ -72,6 +73,33 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     assert stats.summarize_parts(summaries) == stats.summarize_parts(parts(cache))
 
 
+def test_statistics_of_a_part_without_rows_are_replaced_once_it_exists_with_rows(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer without rows commits, and its statistics are written. Then a slower writer with rows ends."""
+    folder, repair = Folder(str(tmp_path / "c")), Repair(identity_sha256=IDENTITY, container="parquet")
+    writer, written = stats.StatsWriter(folder, IDENTITY, repair), list[dict[str, Any]]()
+    serialize = parquet.serialize_part
+
+    def finish_the_other_first(*arguments: Any) -> bytes:
+        monkeypatch.undo()
+        worker(tmp_path / "c", limits=STRICT).run(unit)
+        written.append(writer.write())
+        return serialize(*arguments)
+
+    monkeypatch.setattr(parquet, "serialize_part", finish_the_other_first)
+    slow = worker(tmp_path / "c")
+    slow.run(unit)
+    assert (written[0]["count"], sum(written[0]["rejected"].values())) == (0, 10)
+    for again in (writer, stats.StatsWriter(folder, IDENTITY, repair)):
+        content = again.write()
+        assert content["count"] + sum(content["rejected"].values()) == 10
+        assert content == stats.summarize_parts(parts(tmp_path / "c"))
+    (commit,) = commits(tmp_path / "c").values()
+    counted = set(part_files.list_part_files(folder)) - find_empty_duplicates(part_files.list_part_files(folder))
+    assert {entry["file"] for entry in commit["parts"]} == counted
+
+
 def test_a_writer_that_commits_too_late_does_not_change_the_rejects(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
@@ -90,8 +118,8 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
 ) -> None:
     worker(tmp_path / "c", limits=STRICT).run(unit)
     folder = Folder(str(tmp_path / "c"))
-    inspected = [inspect_part(folder, file, IDENTITY) for file in part_files.list_part_files(folder)]
-    (task,) = retry.make_tasks([unit], [part for part in inspected if part])
+    records = part_files.read_counted_records(folder, part_files.list_part_files(folder), IDENTITY)
+    (task,) = retry.make_tasks([unit], records)
     all_too_small = Transform(resolution=64, min_size=1000)
     without_rows, with_rows = (
         retry.RetryWorker(worker(tmp_path / "c", **options)) for options in ({"transform": all_too_small}, {})
@@ -112,7 +140,9 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
     )
     assert stats.summarize_parts(summaries)["rejected"] == {"not_an_image": 1}
     assert sum(part.rows + sum(part.filtered.values()) for part in summaries if part.supersedes) == 9
-    retried = [part.file for part in part_files.read_retry_parts(folder, IDENTITY)]
+    files = part_files.list_part_files(folder)
+    duplicates = find_empty_duplicates(files)
+    retried = sorted(file for file in files if is_retry_part(file.rpartition(".")[0]) and file not in duplicates)
     contents = commits(tmp_path / "c")
     entries = [entry for name, content in contents.items() if is_retry_part(name) for entry in content["parts"]]
     assert sorted(entry["file"] for entry in entries) == retried
