@@ -22,7 +22,8 @@ from latentmill.folder import CacheFolder, single_request_option
 from latentmill.stream import Stream, name_url_in_errors
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory
+from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory, is_s3
+from pipeline.storage.reading import read_slice
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -83,8 +84,8 @@ class Folder(CacheFolder):
         fs, path = self._locate(name)
         with name_url_in_errors(self.url_of(name), "read"):
             try:
-                if "s3" in get_protocols(fs):
-                    return _read_slice_of_object(fs, path, start, end)
+                if is_s3(fs):
+                    return read_slice(fs, path, start, end)
                 with fs.open(path, "rb") as file:
                     first, last, _ = slice(start, end).indices(file.size)
                     stream = Stream(file, self.url_of(name), file.size)
@@ -99,7 +100,7 @@ class Folder(CacheFolder):
         On S3, this is one request for up to 1,000 names. On other storage, the whole sub-folder is listed.
         """
         fs, path = self._locate(below)
-        if "s3" not in get_protocols(fs):
+        if not is_s3(fs):
             return [name for name in self.list_files(below) if name.startswith(prefix)]
         with name_url_in_errors(self.url_of(f"{below}/{prefix}"), "list"):
             found = [str(file)[len(path) + 1 :] for file in fs.find(path, prefix=prefix)]
@@ -159,16 +160,6 @@ def _read_whole(fs: Any, path: str, url: str) -> bytes:
         return Stream(file, url, file.size).read()
 
 
-def _read_slice_of_object(fs: Any, path: str, start: int, end: int | None) -> bytes:
-    """Read a slice of an object on S3. A slice of nothing is refused with status 416."""
-    try:
-        return cast(bytes, fs.cat_file(path, start=start, end=end))
-    except OSError as error:
-        if http_status(error) == 416:
-            return b""
-        raise
-
-
 def _create_object(fs: Any, path: str, data: bytes) -> bool:
     """Send the whole body in one conditional request. Return False if the name is taken.
 
@@ -192,6 +183,6 @@ def _create_object(fs: Any, path: str, data: bytes) -> bool:
 
 def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
     """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
-    if "s3" not in get_protocols(fs):
+    if not is_s3(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}

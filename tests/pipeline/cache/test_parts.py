@@ -14,14 +14,22 @@ from pipeline.cache import stats
 from pipeline.cache.commit_scan import Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
 from pipeline.cache.part_info import PartSummary
-from pipeline.cache.parts import _create, find_empty_duplicates, find_part, is_retry_part
+from pipeline.cache.parts import (
+    _create,
+    find_empty_duplicates,
+    find_part,
+    inspect_part,
+    is_retry_part,
+    read_part_record,
+)
 from pipeline.errors import CacheError
 from pipeline.flow import UnitWorker
 from pipeline.formats import parquet
+from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
-from pipeline.records import Unit
+from pipeline.records import Container, Unit
 from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
@@ -158,6 +166,66 @@ def test_a_copy_of_another_part_is_refused(worker: Callable[..., UnitWorker], un
     ):
         encoder.run(other)
     assert list_finished_units(Folder(str(tmp_path / "c"))) == {unit.name}
+
+
+@pytest.mark.parametrize("record_bytes", [512, 1500, 25_000])
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_record_is_read_without_the_rows(
+    worker: Callable[..., UnitWorker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: Container,
+    record_bytes: int,
+) -> None:
+    monkeypatch.setattr(parts_module, "RECORD_BYTES", record_bytes)
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 60, height=64, width=64)))
+    worker(tmp_path / "c", layout=OutputSchema(container=container), rows_per_part=60).run(unit)
+    (file,) = part_files.list_part_files(Folder(str(tmp_path / "c")))
+    part = inspect_part(Folder(str(tmp_path / "c")), file, IDENTITY)
+    read_slice, sizes = Folder.read_slice, list[int]()
+
+    def count_bytes(self: Folder, name: str, start: int, end: int | None = None) -> bytes | None:
+        data = read_slice(self, name, start, end)
+        sizes.append(len(data or b""))
+        return data
+
+    monkeypatch.setattr(Folder, "read_slice", count_bytes)
+    record = read_part_record(Folder(str(tmp_path / "c")), file, IDENTITY)
+    assert part is not None
+    assert record == part.record
+    assert len(sizes) == (1 if record_bytes == 25_000 else 2)
+    assert sum(sizes) < part.bytes
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000_000])
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_part_is_hashed_in_blocks(
+    worker: Callable[..., UnitWorker],
+    unit: Unit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: Container,
+    size: int,
+) -> None:
+    """A block of one byte divides every size, so there is no short block at the end."""
+    monkeypatch.setattr(parts_module, "HASHED_AT_ONCE", size)
+    worker(tmp_path / "c", layout=OutputSchema(container=container)).run(unit)
+    folder = Folder(str(tmp_path / "c"))
+    for entry in commits(tmp_path / "c")[unit.name]["parts"]:
+        part = inspect_part(folder, entry["file"], IDENTITY)
+        assert part is not None
+        assert (part.sha256, part.bytes) == (entry["sha256"], entry["bytes"])
+        assert part.to_commit_entry() == {**entry, "range": None}
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+@pytest.mark.parametrize("damage", [b"", b"x", b"PAR1", bytes(2000), b"\xff" * 70_000, b"\xff" * 70_000 + b"PAR1"])
+def test_a_file_without_a_record_is_an_error_with_its_name(tmp_path: Path, container: Container, damage: bytes) -> None:
+    folder, name = Folder(str(tmp_path)), f"data/u-00000{parts_module.PART_FORMATS[container].SUFFIX}"
+    folder.replace(name, damage)
+    for read in (inspect_part, read_part_record):
+        with pytest.raises(CacheError, match=rf"{name} is not a part of a latentmill cache: it has no readable record"):
+            read(folder, name, IDENTITY)
 
 
 def test_a_file_that_a_late_writer_overwrote_is_committed_again(
