@@ -130,7 +130,7 @@ def find_record(
 ) -> PartRecord | None:
     """Return the record of the part of this number, or None if it does not exist yet (`find_part`).
 
-    Only the end of the file that holds the record is read.
+    Of its file, only the record is read (`read_part_record`).
     """
     names = list_part_names(unit, number, container, round)
     records = (read_part_record(cache, name, identity_sha256) for name in names)

@@ -10,6 +10,7 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
+import os
 import threading
 import time
 import uuid
@@ -97,14 +98,16 @@ class Folder(CacheFolder):
     def list_files_of(self, below: str, prefix: str) -> list[str]:
         """Return the sorted names of the files directly in the sub-folder `below` that begin with a prefix.
 
-        On S3, this is one request for up to 1,000 names. On other storage, the whole sub-folder is listed.
+        On object stores, this is one request for up to 1,000 names. On other storage, the whole sub-folder is listed.
         """
         fs, path = self._locate(below)
-        if not is_s3(fs):
-            return [name for name in self.list_files(below) if name.startswith(prefix)]
-        with name_url_in_errors(self.url_of(f"{below}/{prefix}"), "list"):
-            found = [str(file)[len(path) + 1 :] for file in fs.find(path, prefix=prefix)]
-        return sorted(name for name in found if "/" not in name)
+        with name_url_in_errors(self.url_of(f"{below}/{prefix}"), "list"), contextlib.suppress(FileNotFoundError):
+            if is_local(fs):
+                return sorted(name for name in os.listdir(path) if name.startswith(prefix))
+            if get_protocols(fs) & CONDITIONAL:
+                found = [str(file)[len(path) + 1 :] for file in fs.find(path, prefix=prefix)]
+                return sorted(name for name in found if "/" not in name)
+        return [name for name in self.list_files(below) if name.startswith(prefix)]
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
