@@ -43,6 +43,7 @@ class TaskState:
     device_errors: int = 0
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
     failed_at: float = 0.0
     paused_until: float = 0.0
 
@@ -184,7 +185,9 @@ class Scheduler:
         worker.tasks.add(task.name)
         worker.is_exclusive = state.isolated
         self.assigned[task.name] = state
-        return Assignment(task, Attempt(isolated=state.isolated, damaged_at=state.damaged_at), name)
+        attempt = Attempt(isolated=state.isolated, damaged_at=state.damaged_at, is_retry=state.is_retry)
+        state.is_retry = True
+        return Assignment(task, attempt, name)
 
     def record_success(self, done: TaskResult) -> None:
         """Record a task that succeeded."""

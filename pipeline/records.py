@@ -166,10 +166,12 @@ class Attempt:
     isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
     damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
     byte, the damage is accepted as the file's own.
+    is_retry: an earlier attempt of this run may have published parts.
     """
 
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
 
 
 FIRST_ATTEMPT = Attempt()

@@ -75,6 +75,7 @@ class Simulation:
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
         assert worker in self.workers
+        assert attempt.is_retry == (task.name in self.workers_tried)
         assert sum(assigned == worker for _, _, assigned, _ in self.running) < self.tasks_per_worker
         failure = self.behaviour(worker, task, attempt, self.now)
         self.running.append((self.now + (failure.after if failure else TASK_SECONDS), task, worker, attempt))
