@@ -87,9 +87,22 @@ def test_proven_workers_are_found_without_the_others() -> None:
     assert pool.find_free(limit=2, now=0.0, proven_only=True) == "b"
     assert pool.has_others(["a"], proven_only=True) and not pool.has_others(["b"], proven_only=True)
     assert pool.has_others(["b"])
+    pool.note_error("a", "u", "bad")
+    assert pool.find_free(limit=2, now=9.0, excluded=["b"], proven_only=True) is None
+    assert pool.find_free(limit=2, now=9.0, excluded=["b"]) == "a"
     pool.drop("b")
     pool.set_ready(("a",))
     assert not pool.has_others([], proven_only=True)
+    assert not pool.proven
+
+
+def test_a_dropped_worker_is_new_if_it_is_still_ready() -> None:
+    pool = make_pool("a", "b")
+    pool.note_device_error("a", "illegal access")
+    assert pool.find_free(limit=2, now=0.0, excluded=["b"]) is None
+    pool.drop("a")
+    pool.set_ready(pool.ready)
+    assert pool.find_free(limit=2, now=0.0, excluded=["b"]) == "a"
 
 
 @pytest.mark.parametrize("workers", [10, 1000])
