@@ -1,7 +1,7 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentmill import cache_info
@@ -293,7 +293,7 @@ class Seconds:
         return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return self.plus(**asdict(other))
+        return Seconds(*(getattr(self, stage) + getattr(other, stage) for stage in Seconds.__slots__))
 
 
 def source_name(path: str) -> str:
