@@ -39,9 +39,10 @@ def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str
     """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
     files = []
     for part in read_summaries(cache.folder, cache.info.identity_sha256):
-        if part.unit not in units:
+        unit = parts.parse_unit_name(part.file)
+        if unit not in units:
             url = cache.folder.url_of(part.file)
             raise CacheError(f"{url} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
-            files.append((part.file, part.rows, units[part.unit]))
-    return files
+            files.append((part.file, part.rows, units[unit]))
+    return sorted(files, key=lambda file: file[0])

@@ -24,15 +24,18 @@ from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
 from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
-from pipeline.cache import commits, identity, plan
+from pipeline.cache import identity, plan
+from pipeline.cache.commit_log import LogWriter
+from pipeline.cache.commit_scan import iterate_strings, list_files, remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
-from pipeline.cache.parts import group_by_unit, list_part_files, read_superseded
+from pipeline.cache.part_info import UnitReport
+from pipeline.cache.parts import group_by_unit, read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
-from pipeline.records import Unit, UnitReport
+from pipeline.records import Unit
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.labels import describe_columns, find_classes
@@ -158,8 +161,9 @@ def run_encode(
             cache, listing.files, listing.sources, is_new, is_same, texts, metadata=listing.metadata
         )
         planned, units = len(units), units[: options.max_shards or None]
-        finished = commits.list_finished_units(cache)
-        pending = [unit for unit in units if unit.name not in finished]
+        pending = select_unfinished(cache, units)
+        if pending and not single_writer:
+            remove_lost_commits(cache)
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
@@ -175,7 +179,7 @@ def run_encode(
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
         recorder.note_failures(failures)
         if not failures:
-            check_commits(cache, units)
+            check_commits(cache, pending)
         written = finalize_cache(cache, info, single_writer)
         code = 1 if listing.unreadable else choose_exit_code(failures, written, options.max_reject_rate)
         if code == 3:
@@ -205,27 +209,18 @@ def encode_pending(
     totals: RunTotals,
 ) -> Sequence[Failure]:
     """Run the pending units on the workers. Returns the units that failed for good."""
-    precision = info.identity.precision
-    size, form = cache_spec.inherit_compute(
-        info.compute, resources.backend, resources.device, options.batch_size, options.encoder_form
-    )
-    compute, candidates = resources.compute(precision, size, form), resources.candidates(size, form)
-    cache_spec.note_differences(info.compute, compute, candidates)
-    cache_spec.note_versions(cache, recorder.run.name)
-    limits, openers = options.input_limit, resources.count_openers(options.open_workers)
-    source_options = parse_source_options(options)
-    spec = make_encode_spec(cache, info, compute, limits, openers, recorder.run.name, source_options, candidates)
-    spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
-    spec = add_existing_parts(spec, pending)
+    spec = describe_workers(options, cache, info, pending, resources, recorder.run.name)
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
     sizes = {unit.name: unit.input_bytes for unit in pending}
     meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()
     skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}
+    log = LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
+        log.add(done.summaries)
         skipped.add(done, paths[done.unit])
         log_unit(done)
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
@@ -235,6 +230,7 @@ def encode_pending(
         worker_time.note(len(executor.workers))
         totals.worker_seconds = worker_time.seconds
         recorder.update(**{**describe_totals(totals), **meter.facts})
+        write_log(log)
 
     def probe(unit: Unit) -> None:
         connection.check_reachable(cache.url_of(identity.NAME), cache.options)
@@ -247,16 +243,41 @@ def encode_pending(
             return result.failures
         finally:
             totals.wall = time.perf_counter() - started
+            write_log(log, is_last=True)
             for line in skipped.describe():
                 log_note(line)
-            log_each(tuning.describe_choices(cache) if candidates else (), log_info)
+            log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
+
+
+def describe_workers(
+    options: EncodeOptions, cache: Folder, info: CacheInfo, pending: Sequence[Unit], resources: ResourcePlan, run: str
+) -> EncodeSpec:
+    """Return the specification of the workers that encode these units. run: the name of the run."""
+    size, form = cache_spec.inherit_compute(
+        info.compute, resources.backend, resources.device, options.batch_size, options.encoder_form
+    )
+    compute, candidates = resources.compute(info.identity.precision, size, form), resources.candidates(size, form)
+    cache_spec.note_differences(info.compute, compute, candidates)
+    cache_spec.note_versions(cache, run)
+    limits, openers = options.input_limit, resources.count_openers(options.open_workers)
+    source_options = parse_source_options(options)
+    spec = make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates)
+    spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
+    return add_existing_parts(spec, pending)
+
+
+def write_log(log: LogWriter, is_last: bool = False) -> None:
+    """Write the finished units into the commit log if that is due. An error is only shown: a scan adds them later."""
+    error = log.write() if is_last or log.is_due else None
+    if error is not None:
+        log_info(f"{error}; the run goes on, and adds these units to the commit log at its end")
 
 
 def add_existing_parts(spec: EncodeSpec, pending: Sequence[Unit]) -> EncodeSpec:
     """Return the specification with what exists of the pending units. The files of the cache are listed once."""
-    names, files = {unit.name for unit in pending}, list_part_files(spec.cache)
-    superseded = read_superseded(spec.cache, spec.identity_sha256, names, files)
-    return dataclasses.replace(spec, superseded=superseded, standing=group_by_unit(files, names))
+    names, files = {unit.name for unit in pending}, list_files(spec.cache)
+    superseded = read_superseded(spec.cache, spec.identity_sha256, names, iterate_strings(files))
+    return dataclasses.replace(spec, superseded=superseded, standing=group_by_unit(iterate_strings(files), names))
 
 
 def describe_unreadable(listing: Listing) -> list[str]:
@@ -268,9 +289,8 @@ def describe_unreadable(listing: Listing) -> list[str]:
 
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
-    """Raise JobError if a completed unit is not in the cache, because the workers see another storage."""
-    missing = {unit.name for unit in units} - commits.list_finished_units(cache)
-    if missing:
+    """Raise JobError if a unit that this run completed is not in the cache: the workers see another storage."""
+    if missing := select_unfinished(cache, units) if units else ():
         raise JobError(
             f"{count_noun(len(missing), 'unit')} reported done, but missing from {cache.url}: the workers do not share "
             "this filesystem; use a shared disk or an object store"

@@ -2,29 +2,33 @@
 
 from typing import Any
 
-from pipeline.cache import card, parts, stats
-from pipeline.cache.commit_scan import Repair
+from pipeline.cache import card
+from pipeline.cache.commit_scan import CacheScan, Repair, list_files
 from pipeline.cache.identity import CacheInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import get_library_versions
+from pipeline.cache.stats import compute_stats, write_stats
 from pipeline.storage.folder import Folder
 
 MAX_ROUNDS = 3  # then it does not matter: a second job that still writes parts writes the statistics after this one
 
 
 def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[str, Any]:
-    """Write stats.json and the card from all parts of the cache, and repair `_commits`. Returns the statistics.
+    """Write stats.json and the card from all parts of the cache, and repair `_commits` and `_log`.
+
+    Returns the statistics.
 
     info: the cache.json.
     single_writer: the store does not support concurrent writers, so a writer may have overwritten another one's part.
     """
     identity_sha256 = info.identity_sha256
     repair = Repair(identity_sha256=identity_sha256, container=info.identity.container, rehash=single_writer)
-    writer = stats.StatsWriter(cache, identity_sha256, repair)
     for _ in range(MAX_ROUNDS):
-        written = writer.write()
+        scan = CacheScan(cache, repair)
+        written = compute_stats(scan, identity_sha256)
+        write_stats(cache, written)
         cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))
         # otherwise a second job wrote parts at the same time, and perhaps its statistics before these
-        if tuple(parts.list_part_files(cache)) == writer.files:
+        if list_files(cache).equals(scan.files):
             break
     return written

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jobs.messages import PROGRESS, log_debug, log_warning
 from jobs.throughput import Throughput
-from pipeline.records import UnitReport
+from pipeline.cache.part_info import UnitReport
 from pipeline.wording import count_noun
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -19,16 +19,15 @@ from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
-from pipeline.cache.commit_scan import read_summaries
+from pipeline.cache.commit_scan import read_summaries, remove_lost_commits
 from pipeline.cache.identity import NAME
-from pipeline.cache.part_info import PartSummary
+from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import read_part_record
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
 from pipeline.formats.part_record import PartRecord
 from pipeline.maintenance import retry
-from pipeline.records import UnitReport
 from pipeline.storage import connection
 from pipeline.weights import Vae
 from pipeline.wording import count_noun, format_counts
@@ -45,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    parts = list(read_summaries(cache.folder, cache.info.identity_sha256))
+    started, wanted = find_started_inputs(cache)
     planned = read_units(options, cache, options.same_source).values()
-    tasks = retry.make_tasks(planned, read_records_with_rejects(cache, parts), find_started_inputs(parts))
+    tasks = retry.make_tasks(planned, read_records(cache, wanted), started)
     vae = load_matching_vae(options.vae, cache)
     single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
@@ -55,6 +54,8 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     recorder = RunRecorder(run, signals, collect_secrets(cache.folder.options, parse_source_options(options)))
     with recorder.recording():
         recorder.begin(single_writer)
+        if tasks and not single_writer:
+            remove_lost_commits(cache.folder)
         recorder.update(units=len(tasks))
         result = run_retry(options, cache, vae, tasks, recorder, counts)  # the executor is closed when it returns
         recorder.update(counts=dict(counts), images_per_second=0.0, seconds_left=None)
@@ -83,17 +84,24 @@ def print_summary(
     print(f"  digest     {written['digest']}", flush=True)
 
 
-def read_records_with_rejects(cache: Cache, parts: Sequence[PartSummary]) -> list[PartRecord]:
-    """Return the records of the parts that have rejects, or supersede some."""
-    wanted = [part.file for part in parts if part.reject_counts or part.supersedes]
-    records = (read_part_record(cache.folder, file, cache.info.identity_sha256) for file in wanted)
+def find_started_inputs(cache: Cache) -> tuple[set[str], list[str]]:
+    """Return the paths of the inputs from which the encode command read anything before a damage.
+
+    Also returns the files of the parts that have rejects, or supersede some.
+    """
+    started, wanted = set[str](), list[str]()
+    for part in read_summaries(cache.folder, cache.info.identity_sha256):
+        if part.reject_counts or part.supersedes:
+            wanted.append(part.file)
+        if not part.supersedes and (part.rows or part.filtered or part.reject_counts.keys() - {REST_OF_SHARD}):
+            started.add(part.source)
+    return started, sorted(wanted)
+
+
+def read_records(cache: Cache, files: Sequence[str]) -> list[PartRecord]:
+    """Read the records of the parts with these file names, as far as they exist."""
+    records = (read_part_record(cache.folder, file, cache.info.identity_sha256) for file in files)
     return [record for record in records if record is not None]
-
-
-def find_started_inputs(parts: Sequence[PartSummary]) -> set[str]:
-    """Return the paths of the inputs from which the encode command read anything before a damage."""
-    first = (part for part in parts if not part.supersedes)
-    return {part.source for part in first if part.rows or part.filtered or part.reject_counts.keys() - {REST_OF_SHARD}}
 
 
 def run_retry(

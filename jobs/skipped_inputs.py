@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from pipeline.cache.part_info import UnitReport
 from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, NO_ROW, OTHER_IMAGES, STRAY
-from pipeline.records import UnitReport
 from pipeline.text import printable
 
 MAX_NAMES = 3  # of files in a message

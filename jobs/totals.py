@@ -13,8 +13,9 @@ from jobs.entry import print_json
 from jobs.messages import log_error, log_warning
 from jobs.scheduler import Failure
 from pipeline.cache import commits, stats
+from pipeline.cache.part_info import UnitReport
 from pipeline.errors import REST_OF_SHARD, LatentmillError
-from pipeline.records import Seconds, UnitReport
+from pipeline.records import Seconds
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
 from pipeline.wording import count_noun, format_counts

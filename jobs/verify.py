@@ -26,6 +26,7 @@ from pipeline.flow import EncodeSpec
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
+from pipeline.maintenance.verify_log import rebuild_log
 from pipeline.maintenance.verify_part import Problem
 from pipeline.wording import count_noun
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     with meter.shown():
         findings = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
     rebuilt: list[str] = []
-    if options.rebuild and findings.rebuildable:
+    if options.rebuild and (findings.rebuildable or findings.is_log_wrong):
+        if findings.is_log_wrong:
+            rebuild_log(cache.folder)
         rebuilt = verify.rebuild_records(cache, findings)
         with suppress(CacheError):  # the second check reports the remaining problems
             finalize_cache(cache.folder, cache.info, single_writer=False)

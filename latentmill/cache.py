@@ -131,7 +131,7 @@ def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
             f"the cache {folder.url} has {len(files)} files, but its {STATS} counts {stats.get('files')}: a job is "
             f"running, or was interrupted; run the same encode command to finish it"
         )
-    if verify and (actual := cache_digest(hash_files(folder, files))) != recorded:
+    if verify and (actual := cache_digest(sorted(hash_files(folder, files).items()))) != recorded:
         raise IdentityError(
             f"the files of the cache {folder.url} have the digest {actual}, but its {STATS} has {recorded}: they were "
             f"changed; {VERIFY_HINT}"

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from latentmill.errors import CacheError
@@ -29,9 +30,13 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def cache_digest(hashes: Mapping[str, str]) -> str:
-    """Return the sha256 of the output of `LC_ALL=C sha256sum _empty/* data/*` in the cache. hashes: sha256 by file."""
-    lines = hashlib.sha256()
-    for file in sorted(hashes):
-        lines.update(f"{hashes[file]}  {file}\n".encode())
-    return lines.hexdigest()
+def cache_digest(hashes: Iterable[tuple[str, str]]) -> str:
+    """Return the sha256 of the output of `LC_ALL=C sha256sum _empty/* data/*` in a cache.
+
+    hashes: each file with its sha256 in hex, sorted by file.
+    """
+    digest = hashlib.sha256()
+    lines = (f"{sha256}  {file}\n" for file, sha256 in hashes)
+    while some := "".join(islice(lines, 1024)):
+        digest.update(some.encode())
+    return digest.hexdigest()

@@ -4,14 +4,15 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import UsageError
+from latentmill.pages import list_pages
 from latentmill.stream import Stream, name_url_in_errors, open_while
 
 
@@ -44,26 +45,26 @@ class CacheFolder:
     def list_entries(self, below: str) -> tuple[list[str], list[str]]:
         """Return two sorted lists: the names of `list_files`, and all others (folders, hidden files, broken links)."""
         files, others = list[str](), list[str]()
-        for name, is_file in sorted(self._list_all(below)):
+        for name, is_file in self._iterate_entries(below):
             (files if is_file and not name.startswith(".") else others).append(name)
-        return files, others
+        return sorted(files), sorted(others)
 
-    def _list_all(self, below: str) -> list[tuple[str, bool]]:
-        """Return each name in a sub-folder, and whether it is a file."""
+    def iterate_names(self, below: str = "") -> Iterator[str]:
+        """Yield the names of `list_files` in no particular order, page by page. There may be millions."""
+        return (name for name, is_file in self._iterate_entries(below) if is_file and not name.startswith("."))
+
+    def _iterate_entries(self, below: str) -> Iterator[tuple[str, bool]]:
+        """Yield each name in a sub-folder, and whether it is a file."""
         with name_url_in_errors(self.url_of(below), "list"):
             filesystem, path = self._locate(below)
-            try:
-                entries = filesystem.ls(path, detail=True, refresh=True)
-            except FileNotFoundError:
-                return []
-        return [
-            (
-                PurePosixPath(e["name"]).name,
-                e["type"] == "file" or bool(e.get("islink") and filesystem.isfile(e["name"])),
-            )
-            for e in entries
-            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object for the folder itself
-        ]
+            if isinstance(filesystem, LocalFileSystem):
+                yield from _scan(path)
+                return
+            for page in list_pages(filesystem, path):
+                for entry in page:
+                    name = entry["name"].rstrip("/")
+                    if name != path.rstrip("/"):  # some stores list the folder itself
+                        yield name.rpartition("/")[2], entry["type"] == "file"
 
     def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
@@ -86,6 +87,13 @@ class CacheFolder:
             file = filesystem.open(path, "rb", cache_type="none")
         with open_while(Stream(file, self.url_of(name), getattr(file, "size", None)), file) as stream:
             yield stream
+
+
+def _scan(path: str) -> Iterator[tuple[str, bool]]:
+    """Yield each name in a local directory, and whether it is a file or a link to one. No such directory: nothing."""
+    with suppress(FileNotFoundError), os.scandir(path) as entries:
+        for entry in entries:
+            yield entry.name, os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:

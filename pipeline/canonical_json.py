@@ -7,7 +7,9 @@ from typing import Any
 
 from latentmill.canonical_json import VERIFY_HINT, canonical_json, parse_json_object
 
-__all__ = ["VERIFY_HINT", "canonical_json", "indented_json", "parse_json_object", "with_checksum"]
+REBUILD_HINT = "run latentmill verify --rebuild, which writes it again"
+
+__all__ = ["REBUILD_HINT", "VERIFY_HINT", "canonical_json", "indented_json", "parse_json_object", "with_checksum"]
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from latentmill.cache_info import SourceRules
 from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
+from pipeline.cache.part_info import PartSummary, UnitReport
 from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
@@ -33,7 +34,7 @@ from pipeline.part_writer import Stages, UnitWriter
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, cut_at_retried_rest, reject_missing_rest
 from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit, UnitReport
+from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit
 from pipeline.storage import reading
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
@@ -327,4 +328,5 @@ def make_report(unit: Unit, entries: Sequence[Mapping[str, Any]], adopted: int, 
         adopted=adopted,
         bytes=sum(entry["bytes"] for entry in entries),
         seconds=seconds,
+        summaries=[PartSummary.from_commit(entry) for entry in entries],
     )

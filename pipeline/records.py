@@ -1,7 +1,7 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentmill import cache_info
@@ -47,6 +47,7 @@ SHARD_ENDINGS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_SECOND_ENDINGS = frozenset(end[end.rfind(".") :] for end in SHARD_ENDINGS if end.count(".") > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,14 @@ class Manifest:
 class ListedFile:
     """An input file as it was listed.
 
-    url: its location, without credentials. root: URL of the source's last directory without a wildcard.
+    root: URL of the source's last directory without a wildcard, without credentials. There may be millions of files, so
+    all files of a source share this text.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
     etag: the version of its content (`etags.get_etag`); empty if it is unknown.
     file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     is_named: whether a source names the file itself, not only its folder. manifest: if the file is one.
     """
 
-    url: str
     root: str
     path: str
     bytes: int
@@ -76,6 +77,11 @@ class ListedFile:
     file_id: str = ""
     is_named: bool = False
     manifest: Manifest | None = None
+
+    @property
+    def url(self) -> str:
+        """The file's location."""
+        return join_url(self.root, path_below_root(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,35 +296,6 @@ class Seconds:
         return self.plus(**asdict(other))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitReport:
-    """The report of a finished unit to the driver. It has counts, never pixels.
-
-    adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
-    half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
-    damage: the error of a damaged shard whose rest was rejected; otherwise empty.
-    precision_error: the relative error that the worker's self-check found, 0 if it computes in float32 on a CPU.
-    skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
-    """
-
-    unit: str
-    samples: int = 0
-    rows: int = 0
-    filtered: Mapping[str, int] = field(default_factory=dict)
-    enlarged: int = 0
-    rejects: Mapping[str, int] = field(default_factory=dict)
-    parts: int = 0
-    adopted: int = 0
-    encoded: int = 0
-    fp32_fallbacks: int = 0
-    texts: Mapping[str, int] = field(default_factory=dict)
-    bytes: int = 0
-    damage: str = ""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    precision_error: float = 0.0
-    seconds: Seconds = field(default_factory=Seconds)
-
-
 def source_name(path: str) -> str:
     """Return the name of a file's source: the first step of its path."""
     return path.split("/", 1)[0]
@@ -329,6 +306,11 @@ def path_below_root(path: str) -> str:
     return path.split("/", 1)[1]
 
 
+def join_url(root: str, below: str) -> str:
+    """Return the URL of a path below a root. The root of `memory://` itself ends with slashes that belong to it."""
+    return f"{root if root.endswith('://') else root.rstrip('/')}/{below}"
+
+
 def stem(path: str) -> str:
     """Return a path without its extension."""
     dot = path.rfind(".")
@@ -337,18 +319,28 @@ def stem(path: str) -> str:
 
 def extension(path: str) -> str:
     """Return the extension of a path in lower case, without its dot."""
-    return path[len(stem(path)) + 1 :].lower()
+    dot = path.rfind(".")
+    return path[dot + 1 :].lower() if path.rfind("/") + 1 < dot else ""
 
 
 def get_shard_kind(path: str) -> str:
     """Return the kind of unit that a file is read as, by the end of its name; "" for other files and images."""
-    return next((kind for end, kind in SHARD_ENDINGS.items() if path.lower().endswith(end)), "")
+    return SHARD_ENDINGS.get(_get_shard_ending(path), "")
 
 
 def get_shard_stem(path: str) -> str:
     """Return the path of a shard without the end that names its kind: `a/00000` for `a/00000.tar.gz`."""
-    end = max((end for end in SHARD_ENDINGS if path.lower().endswith(end)), key=len, default="")
-    return path[: len(path) - len(end)]
+    end = _get_shard_ending(path)
+    return path[: len(path) - len(end)] if end in SHARD_ENDINGS else path
+
+
+def _get_shard_ending(path: str) -> str:
+    """Return the end of a path from its last dot on, in lower case, or from the dot before if that names a kind."""
+    last = path.rfind(".")
+    end = path[last:].lower()
+    if end in _SECOND_ENDINGS and (longer := path[path.rfind(".", 0, last) :].lower()) in SHARD_ENDINGS:
+        return longer
+    return end
 
 
 def is_image(path: str) -> bool:

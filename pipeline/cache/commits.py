@@ -18,7 +18,6 @@ from pipeline.cache.parts import (
     list_part_files,
     parse_unit_name,
     strip_extension,
-    to_data_stem,
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
@@ -85,7 +84,7 @@ def repair_commit(
     cache: Folder,
     name: str,
     content: dict[str, Any],
-    data_stems: Set[str],
+    twins: Set[str],
     identity_sha256: str,
     container: Container,
     rehash: bool,
@@ -93,7 +92,7 @@ def repair_commit(
     """Rewrite a commit that does not name the parts that exist. Returns its content, unchanged or new.
 
     A commit is rewritten if it names a part without rows, and the same part was then published with rows.
-    data_stems: the existing files in `data/`, without their extensions.
+    twins: the files in `_empty/` that also exist in `data/`, with rows.
     rehash: read each file, and rewrite the commit also if a file has another sha256. This is for stores on which a late
     writer can overwrite a file.
     """
@@ -101,7 +100,7 @@ def repair_commit(
     parts = [inspect_part(cache, file, identity_sha256) for file in files] if rehash else []
     pairs = zip(parts, content["parts"], strict=False)
     has_changed = any(part is not None and part.sha256 != entry["sha256"] for part, entry in pairs)
-    if not has_changed and not any(to_data_stem(file) in data_stems for file in files):
+    if not has_changed and not any(file in twins for file in files):
         return content
     facts = {key: content[key] for key in _NO_FACTS if key in content}
     return rewrite_commit(cache, inspect_committed(cache, name, identity_sha256, container), facts)

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import REST_OF_SHARD
 from pipeline.formats.part_record import BucketTally, PartRecord, check_counts
+from pipeline.records import Seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,6 @@ class PartSummary:
 
     file: str
     sha256: str
-    unit: str
     source: str
     rows: int
     filtered: Mapping[str, int]
@@ -32,7 +32,7 @@ class PartSummary:
     def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
         """Parse a part's entry in `_commits`. Raises KeyError, TypeError or AttributeError if it is not one."""
         check_counts(entry["filtered"])
-        names = ("file", "sha256", "unit", "source", "rows", "filtered", "enlarged")
+        names = ("file", "sha256", "source", "rows", "filtered", "enlarged")
         return cls(
             **{name: entry[name] for name in names},
             reject_counts=entry["rejects"],
@@ -58,7 +58,6 @@ class PartInfo:
         return PartSummary(
             file=self.file,
             sha256=self.sha256,
-            unit=record.unit,
             source=record.source,
             rows=record.rows,
             filtered=record.filtered,
@@ -74,6 +73,37 @@ class PartInfo:
         fields = self.record.to_dict()
         fields["rejects"], fields["rests"] = self.record.reject_counts, self.record.rest_positions
         return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitReport:
+    """The report of a finished unit to the driver. It has counts, never pixels.
+
+    adopted: parts that existed already. encoded: rows of the other parts. fp32_fallbacks: images that overflowed in
+    half precision and were encoded again in float32. texts: by text column, how many encoded rows have a text.
+    damage: the error of a damaged shard whose rest was rejected; otherwise empty.
+    precision_error: the relative error that the worker's self-check found, 0 if it computes in float32 on a CPU.
+    skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
+    summaries: the unit's parts, for the commit log.
+    """
+
+    unit: str
+    samples: int = 0
+    rows: int = 0
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    enlarged: int = 0
+    rejects: Mapping[str, int] = field(default_factory=dict)
+    parts: int = 0
+    adopted: int = 0
+    encoded: int = 0
+    fp32_fallbacks: int = 0
+    texts: Mapping[str, int] = field(default_factory=dict)
+    bytes: int = 0
+    damage: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    precision_error: float = 0.0
+    seconds: Seconds = field(default_factory=Seconds)
+    summaries: Sequence[PartSummary] = ()
 
 
 def find_unread_rests(records: Iterable[PartRecord]) -> dict[str, set[int]]:

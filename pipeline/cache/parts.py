@@ -261,6 +261,12 @@ def parse_unit_name(file: str) -> str:
     return _RETRY_STEM.sub("", stem) if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
+def parse_commit_name(file: str) -> str:
+    """Return the name of the commit to which a part's file belongs: its unit, or the stem of a retry part."""
+    stem = strip_extension(file).rpartition("/")[2]
+    return stem if is_retry_part(stem) else stem.rpartition("-")[0]
+
+
 def read_superseded(
     cache: Folder, identity_sha256: str, units: Set[str], files: Iterable[str] | None = None
 ) -> dict[str, dict[int, str]]:

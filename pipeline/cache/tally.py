@@ -1,11 +1,8 @@
-"""Exact running statistics of latents: every value counts once, in float64, whatever the order of the work.
+"""The statistics of a part's latents, from the values as they are stored, in float64.
 
-A tally is computed from the values as they are stored. Two tallies are merged by the pairwise update of Chan, Golub and
-LeVeque (1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"). A fixed order of
-merging gives the same result to the last bit.
+`pipeline.cache.tally_sums` adds up the statistics of many parts.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -74,48 +71,3 @@ def tally_moments(moments: Sequence[Tensor]) -> BucketTally:
         for channel in range(len(tally.mean))
     ]
     return tally
-
-
-def merge(tallies: Iterable[BucketTally]) -> BucketTally | None:
-    """Return the statistics of all tallies together, merged from left to right. Returns None if there are none."""
-    total: BucketTally | None = None
-    for tally in tallies:
-        total = tally if total is None else merge_two(total, tally)
-    return total
-
-
-def merge_two(a: BucketTally, b: BucketTally) -> BucketTally:
-    """Return the statistics of both tallies together. Neither tally is changed."""
-    values = a.values + b.values
-    share = b.values / values
-    deltas = [right - left for left, right in zip(a.mean, b.mean, strict=True)]
-    return BucketTally(
-        samples=a.samples + b.samples,
-        values=values,
-        mean=[left + delta * share for left, delta in zip(a.mean, deltas, strict=True)],
-        m2=[x + y + delta * delta * a.values * share for x, y, delta in zip(a.m2, b.m2, deltas, strict=True)],
-        min=[min(x, y) for x, y in zip(a.min, b.min, strict=True)],
-        max=[max(x, y) for x, y in zip(a.max, b.max, strict=True)],
-        variance=_merge_means(a.variance, b.variance, share),
-    )
-
-
-def _merge_means(a: list[float] | None, b: list[float] | None, share: float) -> list[float] | None:
-    """Return the means of both together. share: the fraction of the values that belongs to b."""
-    if a is None or b is None:
-        return None
-    return [left + (right - left) * share for left, right in zip(a, b, strict=True)]
-
-
-def compute_std(tally: BucketTally) -> list[float]:
-    """Return the population standard deviation per channel. For moments, it is that of latents sampled from them."""
-    within = tally.variance or [0.0] * len(tally.m2)
-    return [math.sqrt(m2 / tally.values + variance) for m2, variance in zip(tally.m2, within, strict=True)]
-
-
-def pool_channels(tally: BucketTally) -> tuple[float, float]:
-    """Return the mean and standard deviation over all channels, which have equally many values."""
-    mean = math.fsum(tally.mean) / len(tally.mean)
-    between = math.fsum((m - mean) ** 2 for m in tally.mean) * tally.values
-    within = math.fsum(tally.variance or ()) * tally.values
-    return mean, math.sqrt((math.fsum(tally.m2) + between + within) / (tally.values * len(tally.mean)))

@@ -5,18 +5,20 @@ Equal rows and records give equal bytes, because compression, row groups and sta
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Row
 from pipeline.values import size_in_bytes
+
+if TYPE_CHECKING:  # a cache can be inspected without torch
+    from torch import Tensor
 
 SUFFIX = PARQUET_SUFFIX
 ROW_GROUP_BYTES = 32 << 20
@@ -95,8 +97,10 @@ def _list_paths(name: str, kind: pa.DataType) -> list[str]:
     return [name]
 
 
-def _make_binary_array(latents: Sequence[torch.Tensor]) -> pa.Array:
+def _make_binary_array(latents: "Sequence[Tensor]") -> pa.Array:
     """Return latents of one shape as binary values in C order. One copy of all is much faster than `bytes` for each."""
+    import torch
+
     data = torch.stack(list(latents)).reshape(-1).view(torch.uint8).numpy()
     offsets = np.arange(0, data.nbytes + 1, latents[0].nbytes, dtype=np.int32)
     return pa.Array.from_buffers(pa.binary(), len(latents), [None, pa.py_buffer(offsets), pa.py_buffer(data)])

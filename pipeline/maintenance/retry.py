@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
-from pipeline.cache.part_info import PartInfo
+from pipeline.cache.part_info import PartInfo, UnitReport
 from pipeline.cache.parts import find_record, publish_part
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
 from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext, instrument, make_report
@@ -23,7 +23,7 @@ from pipeline.part_writer import PartBuffer, fill_part, make_record
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
 from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit, UnitReport
+from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit
 from pipeline.storage import reading
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae

@@ -4,9 +4,9 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.cache import parts, plan, stats
-from pipeline.cache.commit_scan import read_committed_summaries
-from pipeline.cache.commits import list_commits
+from pipeline.cache import parts, plan
+from pipeline.cache.commit_scan import CacheScan, drop_twins, iterate_strings
+from pipeline.cache.part_counts import PartCounts
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
 from pipeline.sources.planned_files import estimate_bytes_per_image
 from pipeline.storage.folder import Folder
@@ -22,16 +22,16 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     """
     planned = plan.read_plan(cache)
     units = {unit.name: unit.input_bytes for unit in planned}
-    commits = list_commits(cache)
-    finished = {name for name in commits if not parts.is_retry_part(name)}
-    sums, committed_files = stats.RunningStats(), set[str]()
-    for part in read_committed_summaries(cache, sorted(commits)):
-        sums.count(part)
-        committed_files.add(part.file)
+    scan, counts = CacheScan(cache), PartCounts()
+    finished = {name for name in iterate_strings(scan.commits) if not parts.is_retry_part(name)}
+    files_left = len(scan.files)
+    for table in scan.read_tables():
+        counts.add(drop_twins(table.rows, scan.twins))
+        files_left -= len(table.files)
     runs = [describe_run(run, now) for run in read_runs(cache).values()]
     alive = [run for run in runs if run["outcome"] == "running"]
     done_bytes = sum(units.get(unit, 0) for unit in finished)
-    samples = sums.rows + sums.filtered.total() + sum(sums.rejected.values())
+    samples = counts.rows + counts.filtered.total() + sum(counts.rejected.values())
     size = done_bytes / samples if samples else estimate_bytes_per_image(planned)
     bytes_under_way = sum(run["images_under_way"] for run in alive) * size
     all_bytes = sum(units.values())
@@ -42,10 +42,10 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
         "units": {"planned": len(units), "done": len(finished)},
         "bytes": {"planned": all_bytes, "done": done_bytes},
         "share": min((done_bytes + bytes_under_way) / all_bytes, 1.0) if all_bytes else 0.0,
-        "parts_of_units_under_way": len(set(parts.list_part_files(cache)) - committed_files),
-        "rows": sums.rows,
-        "rejected": sums.rejected,
-        "filtered": dict(sorted(sums.filtered.items())),
+        "parts_of_units_under_way": files_left,
+        "rows": counts.rows,
+        "rejected": counts.rejected,
+        "filtered": dict(sorted(counts.filtered.items())),
         "images_per_second": rate,
         "seconds_left": estimate_seconds_left(alive),
         "runs": runs,

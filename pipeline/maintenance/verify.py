@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import card as card_module
-from pipeline.cache import commits, identity, plan, runs, stats
+from pipeline.cache import commit_log, commits, identity, plan, runs, stats
 from pipeline.cache.card import NAME
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
@@ -30,8 +30,9 @@ from pipeline.cache.parts import (
     to_data_stem,
 )
 from pipeline.cache.reader import Cache
-from pipeline.canonical_json import canonical_json, with_checksum
+from pipeline.canonical_json import REBUILD_HINT, canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
+from pipeline.maintenance.verify_log import check_log
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
 from pipeline.prefetch import map_in_order
 from pipeline.records import Unit
@@ -40,7 +41,7 @@ from pipeline.storage.folder import Folder
 
 PART_THREADS = 4  # threads that check parts: each one holds a whole file in memory
 SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to answer
-REBUILD = "run latentmill verify --rebuild, which writes it again"
+REBUILD = REBUILD_HINT
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
 REWRITE = "run the encode command again, which writes it again"
 AWAY = "move it away"
@@ -51,6 +52,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     EMPTY: (".json",),
     commits.COMMITS: (".json",),
     commits.REJECTS: (".jsonl",),
+    commit_log.FOLDER: (".parquet",),
     plan.FOLDER: (".parquet",),
     runs.FOLDER: (".json", ".log"),
 }
@@ -62,12 +64,14 @@ class Findings:
 
     units: the planned units, by name. parts: the parts with a readable record, sound or not.
     rebuildable: the commits that can be rewritten, by name, because their parts are sound.
+    is_log_wrong: the commit log differs from the parts.
     """
 
     problems: list[Problem] = field(default_factory=list)
     units: dict[str, Unit] = field(default_factory=dict)
     parts: list[PartInfo] = field(default_factory=list)
     rebuildable: list[str] = field(default_factory=list)
+    is_log_wrong: bool = False
 
     def group_by_unit(self) -> dict[str, list[PartInfo]]:
         """Return the parts of each unit in the order of their numbers, including retry parts."""
@@ -125,6 +129,9 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     findings.problems += check_names(findings.units, committed, rejected)
     check_units(read(findings.units), findings, sound)
     findings.problems += check_retries(read, committed, rejected, findings, sound)
+    log_problems = list(check_log(cache.folder, findings.parts, committed))
+    findings.is_log_wrong = bool(log_problems)
+    findings.problems += log_problems
     if not any(problem.do != REBUILD for problem in findings.problems):  # otherwise the statistics must differ
         findings.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, findings.parts))
     findings.problems += check_runs(cache.folder)
@@ -368,7 +375,7 @@ def _compare_with_parts(
     twins = {name for name in committed if to_data_stem(name) in stems}
     if twins:
         message = "it names parts without rows that also exist in data/, with rows"
-        yield Problem(file, message, "run the encode command again, which repairs it")
+        yield Problem(file, message, REBUILD)
     for missing in sorted(committed.keys() - existing.keys() - twins):
         message = "it was committed, but is missing or is not a part of this cache"
         yield Problem(missing, message, f"move it, if it exists, and {file} away, and run {command}")

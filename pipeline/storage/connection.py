@@ -7,6 +7,7 @@ then fails the unit.
 import contextlib
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import glob_translate
 
 from latentmill.folder import has_password, open_filesystem
 from latentmill.stream import first_line, name_url_in_errors
@@ -110,6 +112,11 @@ def to_listed_url(url: str) -> str:
         return path
     protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
     return f"{protocol}://{path}"
+
+
+def compile_glob(pattern: str) -> re.Pattern[str]:
+    """Return the expression that matches the paths which a glob names, as fsspec reads it."""
+    return re.compile(glob_translate(pattern))
 
 
 def parent(path: str) -> str:

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import commits as commit_files
+from pipeline.cache.commit_log import encode_log
 from pipeline.cache.part_info import PartInfo
+from pipeline.cache.part_table import SCHEMA
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.maintenance import verify
@@ -244,7 +246,7 @@ def test_every_damage_is_found_and_its_file_named(latentmill: Command, cache: Pa
 
 
 def test_unexpected_files_are_named_once_and_never_stop_a_command(latentmill: Command, cache: Path) -> None:
-    folders = ("_commits", "_empty", "_plan", "_rejects", "_runs", "data")
+    folders = ("_commits", "_empty", "_log", "_plan", "_rejects", "_runs", "data")
     for folder in folders:
         (cache / folder / "notes.txt").write_text("hello")
         (cache / folder / ".hidden").write_text("hello")
@@ -354,11 +356,63 @@ def test_following_the_advice_repairs_a_part_that_exists_twice(
     assert [problem["file"].split("/")[0] for problem in problems] == ["_empty", "_commits", "_rejects"]
     assert [problem["do"] for problem in problems[:2]] == [
         "move it away, and run the encode command again",
-        "run the encode command again, which repairs it",
+        "run latentmill verify --rebuild, which writes it again",
     ]
     next((cache / "_empty").iterdir()).unlink()
     assert latentmill(*argv)[0] == 0
     assert latentmill("verify", cache, "--rebuild")[0] == 0
+
+
+def edit_log(cache: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the first row with latents in the first log file."""
+    path = min((cache / "_log").iterdir())
+    rows = pq.read_table(path).to_pylist()
+    change(next(row for row in rows if row["mean"]))
+    path.write_bytes(encode_log(pa.Table.from_pylist(rows, schema=SCHEMA)))
+
+
+LOG_DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "another number of rows": lambda c: edit_log(c, lambda row: row.update(rows=row["rows"] + 1)),
+    "another sha256": lambda c: edit_log(c, lambda row: row.update(sha256=bytes(32))),
+    "another mean": lambda c: edit_log(c, lambda row: row["mean"].__setitem__(0, 0.5)),
+    "a part of a commit only": lambda c: drop_log_row(c),
+    "no Parquet file": lambda c: min((c / "_log").iterdir()).write_bytes(b"PAR1"),
+    "a truncated file": lambda c: truncate(min((c / "_log").iterdir())),
+}
+
+
+def drop_log_row(cache: Path) -> None:
+    path = min((cache / "_log").iterdir())
+    rows = pq.read_table(path).to_pylist()
+    names = [row["commit"] for row in rows]
+    rows.remove(next(row for row in rows if names.count(row["commit"]) > 1))
+    path.write_bytes(encode_log(pa.Table.from_pylist(rows, schema=SCHEMA)))
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGES)
+def test_a_commit_log_that_differs_from_the_parts_is_found_and_rebuilt(
+    latentmill: Command, cache: Path, damage: str
+) -> None:
+    before = (cache / "stats.json").read_bytes()
+    LOG_DAMAGES[damage](cache)
+    code, out, _ = latentmill("verify", cache)
+    assert code == 1
+    assert out.startswith("_log/00000.parquet: "), out
+    assert "\n  run latentmill verify --rebuild, which writes it again\n" in out
+    code, out, _ = latentmill("verify", cache, "--rebuild")
+    assert code == 0, out
+    assert (cache / "stats.json").read_bytes() == before
+    assert latentmill("verify", cache)[0] == 0
+    assert "3 of 3 done" in latentmill("status", cache)[1]
+
+
+def test_commands_name_a_damaged_commit_log(latentmill: Command, cache: Path) -> None:
+    flip_byte(min((cache / "_log").iterdir()), 100)
+    for verb in (["status", cache], ["retry", cache, "--workers", 0]):
+        code, _, err = latentmill(*verb)
+        assert code == 1
+        assert f"{cache}/_log/00000.parquet cannot be read as a commit log" in err
+        assert "verify --rebuild" in err
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 from s3fs import S3File
 
+from latentmill import pages
 from pipeline.errors import SourceError, StorageError
 from pipeline.records import Unit
 from pipeline.storage import connection, reading
@@ -44,6 +46,20 @@ def test_writes_are_visible_at_once(bucket: str) -> None:
     assert not folder.is_empty()
     folder.replace("data/a", b"2")
     assert dict(folder.read_each("data", ["a"])) == {"a": b"2"}
+
+
+def test_names_arrive_page_by_page(bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PAGE", 2)
+    folder = Folder(f"{bucket}/cache")
+    for name in ("data/b", "data/c", "data/a", "data/.hidden", "data/below/c"):
+        folder.replace(name, b"1")
+    fsspec.filesystem("s3").touch(f"{bucket}/cache/data/", create_parents=False)  # a marker, as consoles create
+    assert sorted(folder.iterate_names("data")) == ["a", "b", "c"] == folder.list_files("data")
+    assert folder.list_entries("data")[1] == [".hidden", "below"]
+    proxy.seen.clear()
+    first = next(iter(folder.iterate_names("data")))
+    assert (first, len(proxy.seen)) in [(name, 1) for name in "abc"]
+    assert list(Folder("s3://there-is-no-such-bucket").iterate_names("data")) == []
 
 
 def test_conditional_creation_is_detected_by_a_trial(bucket: str) -> None:

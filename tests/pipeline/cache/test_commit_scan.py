@@ -1,7 +1,6 @@
-"""One scan reads each commit once, in the order of the file names, and gives the statistics of all parts at once."""
+"""One scan reads each commit once, from the log or from its own file, and gives the statistics of all parts."""
 
 import random
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,12 +15,12 @@ from latentmill.cache import hash_files
 from pipeline.cache import commit_scan, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
-from pipeline.cache.commit_scan import CacheListing
+from pipeline.cache.commit_scan import CacheScan, Repair
 from pipeline.cache.part_info import PartInfo
-from pipeline.cache.parts import inspect_part
+from pipeline.cache.parts import inspect_part, is_retry_part
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import CacheError
-from pipeline.formats.part_record import BucketTally, PartRecord
+from pipeline.formats.part_record import PartRecord
 from pipeline.storage.folder import Folder
 
 IDENTITY = "identity"
@@ -91,23 +90,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compute_at_once(cache: Path) -> dict[str, Any]:
-    """Compute the statistics in another way: collect all parts in a list, then merge them bucket by bucket."""
-    folder = Folder(str(cache))
-    parts = [part.summary for part in inspect_all(folder)]
-    parts.sort(key=lambda part: part.file.rpartition("/")[2])
-    buckets: dict[str, list[BucketTally]] = {}
-    for part in parts:
-        for name, bucket_tally in part.tally.items():
-            buckets.setdefault(name, []).append(bucket_tally)
-    merged = {name: tally.merge(buckets[name]) for name in sorted(buckets)}
-    total = tally.merge(bucket_tally for bucket_tally in merged.values() if bucket_tally)
-    assert total
-    return {
-        "count": sum(part.rows for part in parts),
-        "mean": total.mean,
-        "std": tally.compute_std(total),
-        "files": len(parts),
-    }
+    """Compute the statistics in another way: from the records in all files, in one table."""
+    return stats.summarize_parts(part.summary for part in inspect_all(Folder(str(cache))))
 
 
 def inspect_all(folder: Folder) -> Iterator[PartInfo]:
@@ -117,37 +101,75 @@ def inspect_all(folder: Folder) -> Iterator[PartInfo]:
         yield part
 
 
+def compute(cache: Path, repair: bool = False) -> dict[str, Any]:
+    """Compute the statistics by a scan. repair: as a driver does at its end, which adds commits to the log."""
+    driver = Repair(identity_sha256=IDENTITY, container="parquet")
+    return stats.compute_stats(CacheScan(Folder(str(cache)), driver if repair else None), IDENTITY)
+
+
 def test_statistics_equal_those_of_all_parts_at_once_to_the_last_bit(cache: Path) -> None:
-    written = stats.StatsWriter(Folder(str(cache)), IDENTITY).write()
-    assert {name: written[name] for name in ("count", "mean", "std", "files")} == compute_at_once(cache)
+    expected = compute_at_once(cache)
+    assert compute(cache) == expected
+    assert not (cache / "_log").exists(), "only a driver writes the log"
+    assert compute(cache, repair=True) == expected
+    assert compute(cache) == expected
 
 
-class ParsedEntry:
-    """The result of parsing a commit entry. A weak set counts how many exist."""
-
-
-def test_each_commit_is_read_once_and_few_are_held(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count how often each file is read."""
     reads: Counter[str] = Counter()
-    read, held, max_held = Folder.read, weakref.WeakSet[ParsedEntry](), 0
+    read = Folder.read
 
     def count_read(self: Folder, name: str) -> bytes:
         reads[name] += 1
         return read(self, name)
 
-    def parse_entry(name: str, entry: Any) -> ParsedEntry:
-        parsed = ParsedEntry()
-        held.add(parsed)
-        return parsed
-
     monkeypatch.setattr(Folder, "read", count_read)
-    folder = Folder(str(cache))
-    listing, files = CacheListing.read(folder), list[str]()
-    for file, _ in commit_scan.pair_with_commits(folder, listing, parse_entry):
-        files.append(file)
-        max_held = max(max_held, len(held))
-    assert max_held < 20 < len(listing.files) / 2
-    assert [commit_scan.strip_folder(file) for file in files] == sorted(map(commit_scan.strip_folder, listing.files))
-    assert reads == {f"_commits/{name}.json": 1 for name in listing.commits}
+    return reads
+
+
+def test_each_commit_is_read_once_and_then_from_the_log(cache: Path, reads: Counter[str]) -> None:
+    compute(cache, repair=True)
+    names = commit_scan.list_commit_names(Folder(str(cache))).to_pylist()
+    assert reads == {f"_commits/{name}.json": 1 for name in names}
+    reads.clear()
+    compute(cache, repair=True)
+    assert reads.keys() == {"_log/00000.parquet"}
+    draw = random.Random(4)
+    put(cache, [made_record("new-0123456789abcdef", part, part == 1, draw) for part in range(2)])
+    expected = compute_at_once(cache)
+    reads.clear()
+    assert compute(cache, repair=True) == expected
+    assert {name for name in reads if name.startswith("_commits/")} == {"_commits/new-0123456789abcdef.json"}
+    assert sorted(path.name for path in (cache / "_log").iterdir()) == ["00000.parquet", "00001.parquet"]
+
+
+def test_a_scan_holds_few_commits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_scan, "PARTS_PER_TABLE", 5)
+    scan = CacheScan(Folder(str(cache)))
+    lengths = [len(table.rows) for table in scan.read_tables(IDENTITY)]
+    assert max(lengths) <= 15 < sum(lengths) == len(scan.files), "five commits have at most 15 parts"
+
+
+def test_the_last_rows_of_a_commit_count(cache: Path) -> None:
+    """Two drivers can add the same commit, and a unit whose files were moved away can be encoded again."""
+    compute(cache, repair=True)
+    draw = random.Random(5)
+    unit = min(path.stem for path in cache.glob("_commits/b-*.json") if not is_retry_part(path.stem))
+    for path in [*cache.glob(f"_empty/{unit}-00*"), *cache.glob(f"_commits/{unit}*")]:
+        path.unlink()
+    expected = compute_at_once(cache)
+    assert compute(cache) == expected, "rows of a commit that does not exist do not count"
+    commit_scan.remove_lost_commits(Folder(str(cache)))
+    files = len([*cache.glob("_log/*")])
+    commit_scan.remove_lost_commits(Folder(str(cache)))
+    assert len([*cache.glob("_log/*")]) == files, "the removal is written once"
+    put(cache, [made_record(unit, 0, True, draw)])
+    expected = compute_at_once(cache)
+    assert compute(cache) == expected
+    assert compute(cache, repair=True) == expected
+    assert compute(cache) == expected
 
 
 def test_a_commit_whose_files_are_all_missing_is_damage(cache: Path) -> None:
@@ -155,35 +177,7 @@ def test_a_commit_whose_files_are_all_missing_is_damage(cache: Path) -> None:
     (missing,) = put(cache, [made_record("z-0123456789abcdef", 0, True, draw)])
     (cache / missing.file).unlink()
     with pytest.raises(CacheError, match=f"{missing.file} was committed, but is missing"):
-        stats.StatsWriter(Folder(str(cache)), IDENTITY).write()
-
-
-@pytest.mark.parametrize("stem", ["0", "a-8", "a-b-8", "zz"])
-def test_parts_that_another_job_adds_are_counted_by_reading_few_files_again(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, stem: str
-) -> None:
-    folder = Folder(str(cache))
-    writer = stats.StatsWriter(folder, IDENTITY)
-    writer.write()
-    draw = random.Random(3)
-    put(cache, [made_record(f"{stem}-0123456789abcdef", part, part == 1, draw) for part in range(2)])
-    reads: list[str] = []
-    read = Folder.read
-
-    def count_read(self: Folder, name: str) -> bytes:
-        reads.append(name)
-        return read(self, name)
-
-    monkeypatch.setattr(Folder, "read", count_read)
-    written = writer.write()
-    assert f"_commits/{stem}-0123456789abcdef.json" in reads
-    assert len(reads) == len(set(reads))
-    following = [name for name in map(commit_scan.strip_folder, part_files.list_part_files(folder)) if name >= stem]
-    assert len(reads) <= len(following) + 4, "files before the new ones are not read again"
-    monkeypatch.undo()
-    monkeypatch.setattr(parts_module, "get_expected_stem", lambda record: f"_empty/{record.stem}")
-    assert written == stats.StatsWriter(folder, IDENTITY).write()
-    assert {name: written[name] for name in ("count", "mean", "std", "files")} == compute_at_once(cache)
+        compute(cache)
 
 
 @pytest.mark.parametrize("filtered", [0, 3, None, ["min_size"], {"min_size": "3"}, {"min_size": 0}, {"min_size": True}])
@@ -192,6 +186,6 @@ def test_a_part_whose_filtered_samples_are_not_counts_by_setting_is_refused(tmp_
     record = replace(made_record("u", 0, True, random.Random(0)), filtered=filtered)
     (part,) = put(tmp_path, [record])
     with pytest.raises(CacheError, match=r"_commits/u\.json is corrupt: it does not describe its parts"):
-        list(commit_scan.read_committed_summaries(folder, ["u"]))
+        list(commit_scan.read_summaries(folder, IDENTITY))
     with pytest.raises(CacheError, match="cannot be read as the record of a part"):
         inspect_part(folder, part.file, IDENTITY)

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cache import commit_scan, stats
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
-from pipeline.cache import stats
-from pipeline.cache.commit_scan import Repair, read_summaries
+from pipeline.cache.commit_scan import CacheScan, Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.parts import (
@@ -74,7 +74,7 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     summaries = parts(cache)
     assert sum(part.rows + sum(part.filtered.values()) + sum(part.reject_counts.values()) for part in summaries) == 10
     (commit,) = commits(cache).values()
-    counted = {part.file for part in summaries if part.rows or part.reject_counts}
+    counted = {part.file for part in summaries}
     assert {entry["file"] for entry in commit["parts"]} == counted
     rejects = "".join(path.read_text() for path in cache.glob("_rejects/*"))
     assert rejects.count("\n") == sum(sum(part.reject_counts.values()) for part in summaries)
@@ -86,23 +86,26 @@ def test_statistics_of_a_part_without_rows_are_replaced_once_it_exists_with_rows
 ) -> None:
     """A writer without rows commits, and its statistics are written. Then a slower writer with rows ends."""
     folder, repair = Folder(str(tmp_path / "c")), Repair(identity_sha256=IDENTITY, container="parquet")
-    writer, written = stats.StatsWriter(folder, IDENTITY, repair), list[dict[str, Any]]()
-    serialize = parquet.serialize_part
+    serialize, written = parquet.serialize_part, list[dict[str, Any]]()
+
+    def compute_stats() -> dict[str, Any]:
+        return stats.compute_stats(CacheScan(folder, repair), IDENTITY)
 
     def finish_the_other_first(*arguments: Any) -> bytes:
         monkeypatch.undo()
         worker(tmp_path / "c", limits=STRICT).run(unit)
-        written.append(writer.write())
+        written.append(compute_stats())
         return serialize(*arguments)
 
     monkeypatch.setattr(parquet, "serialize_part", finish_the_other_first)
     slow = worker(tmp_path / "c")
     slow.run(unit)
     assert (written[0]["count"], sum(written[0]["rejected"].values())) == (0, 10)
-    for again in (writer, stats.StatsWriter(folder, IDENTITY, repair)):
-        content = again.write()
+    for _ in range(2):  # the second time from the commit log
+        content = compute_stats()
         assert content["count"] + sum(content["rejected"].values()) == 10
-        assert content == stats.summarize_parts(parts(tmp_path / "c"))
+        counted_once = stats.summarize_parts(parts(tmp_path / "c"))
+        assert content | {"files": 3, "digest": counted_once["digest"]} == counted_once
     (commit,) = commits(tmp_path / "c").values()
     counted = set(part_files.list_part_files(folder)) - find_empty_duplicates(part_files.list_part_files(folder))
     assert {entry["file"] for entry in commit["parts"]} == counted
@@ -263,12 +266,12 @@ def test_commits_are_read_before_the_listing(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unit that another job finishes during the scan counts, and is not reported as damage."""
-    encoder, list_files = worker(tmp_path / "c"), part_files.list_part_files
+    encoder, list_files = worker(tmp_path / "c"), commit_scan.list_files
 
-    def finish_and_list(cache: Folder) -> list[str]:
+    def finish_and_list(cache: Folder) -> Any:
         monkeypatch.undo()
         encoder.run(unit)
         return list_files(cache)
 
-    monkeypatch.setattr(parts_module, "list_part_files", finish_and_list)
+    monkeypatch.setattr(commit_scan, "list_files", finish_and_list)
     assert sum(part.rows for part in parts(tmp_path / "c")) == 9

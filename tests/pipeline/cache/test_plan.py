@@ -12,7 +12,7 @@ from tests.listed_files import list_source_files
 
 
 def shard(path: str, root: str = "/disk/data", size: int = 1) -> ListedFile:
-    return ListedFile(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
+    return ListedFile(root=root, path=path, bytes=size, etag="")
 
 
 def test_the_name_of_a_tar_unit_does_not_depend_on_its_location() -> None:

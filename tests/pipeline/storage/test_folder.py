@@ -38,6 +38,18 @@ def test_missing_files_and_folders(root: str) -> None:
     assert read_file_if_exists(f"{root}/none/x", {}, 10) is None
 
 
+def test_names_are_iterated_without_hidden_files_folders_and_broken_links(root: str) -> None:
+    folder = Folder(root)
+    for name in ("data/b", "data/a", "data/.hidden", "data/below/c"):
+        folder.replace(name, b"1")
+    if not root.startswith("memory"):
+        for name, target in (("link", "a"), ("broken", "none"), ("loop", "loop"), ("folder", "below")):
+            Path(root, "data", name).symlink_to(target)
+    links = [] if root.startswith("memory") else ["link"]
+    assert sorted(folder.iterate_names("data")) == ["a", "b", *links] == folder.list_files("data")
+    assert list(folder.iterate_names("none")) == []
+
+
 @pytest.mark.parametrize("write", [Folder.create, Folder.replace], ids=["create", "replace"])
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, write: Callable[..., object]) -> None:
     (tmp_path / "file").write_text("")
