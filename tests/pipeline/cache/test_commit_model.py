@@ -108,6 +108,9 @@ class Disk:
     def read_slice(self, name: str, start: int, end: int | None = None) -> bytes | None:
         return self.store.get(name)
 
+    def iterate_names(self, below: str) -> Iterator[str]:
+        return iter(self.list_files(below))
+
     def read(self, name: str) -> bytes:
         return self.store[name]
 
