@@ -30,8 +30,9 @@ from jobs.ray_node import WorkerLocation
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
 from jobs.totals import RunTotals, describe_totals
+from pipeline.cache.part_info import UnitReport
 from pipeline.errors import Stopped
-from pipeline.records import Attempt, Seconds, UnitReport
+from pipeline.records import Attempt, Seconds
 
 MOST_MICROSECONDS, MOST_SHARE = 50.0, 0.1
 TASK_SECONDS, STALL_TIMEOUT = 30.0, 600.0

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from jobs import cache_spec
@@ -29,7 +30,7 @@ from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
 from pipeline.cache.part_info import UnitReport
-from pipeline.cache.parts import group_by_unit, list_files_of_units, read_superseded
+from pipeline.cache.parts import find_unit_files, read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.flow import EncodeSpec
@@ -275,10 +276,10 @@ def write_log(log: LogWriter, is_last: bool = False) -> None:
 
 def add_existing_parts(spec: EncodeSpec, pending: Sequence[Unit]) -> EncodeSpec:
     """Return the specification with what exists of the pending units. The files of the cache are listed once."""
-    names = {unit.name for unit in pending}
-    files = list_files_of_units(spec.cache, names)
-    superseded = read_superseded(spec.cache, spec.identity_sha256, names, files)
-    return dataclasses.replace(spec, superseded=superseded, standing=group_by_unit(files, names))
+    standing = find_unit_files(spec.cache, {unit.name for unit in pending})
+    files = chain.from_iterable(standing.values())
+    superseded = read_superseded(spec.cache, spec.identity_sha256, standing.keys(), files)
+    return dataclasses.replace(spec, superseded=superseded, standing=standing)
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

@@ -237,19 +237,21 @@ def list_unit_files(cache: Folder, unit: str) -> list[str]:
     return [file for file in files if parse_unit_name(file) == unit]
 
 
-def list_files_of_units(cache: Folder, units: Set[str]) -> list[str]:
-    """Return the part files of these units. The other names, of which there may be millions, are not kept."""
-    files = (f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.iterate_names(folder))
-    return sorted(file for file in files if parse_unit_name(file) in units)
+def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]:
+    """Return the part files of these units, including retry parts. A unit without files is left out.
 
-
-def group_by_unit(files: Iterable[str], units: Set[str]) -> dict[str, frozenset[str]]:
-    """Return the files of these units. A unit without files is left out."""
-    groups: dict[str, list[str]] = {}
-    for file in files:
+    The files of the whole cache are listed, but only those of these units are held.
+    """
+    found: dict[str, list[str]] = {}
+    for file in _iterate_files(cache):
         if (unit := parse_unit_name(file)) in units:
-            groups.setdefault(unit, []).append(file)
-    return {unit: frozenset(names) for unit, names in groups.items()}
+            found.setdefault(unit, []).append(file)
+    return {unit: frozenset(files) for unit, files in found.items()}
+
+
+def _iterate_files(cache: Folder) -> Iterator[str]:
+    """Yield the files of all parts, in no particular order."""
+    return (f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.iterate_names(below))
 
 
 def read_counted_records(cache: Folder, files: Iterable[str], identity_sha256: str) -> Iterator[PartRecord]:
@@ -278,11 +280,11 @@ def read_superseded(
 ) -> dict[str, dict[int, str]]:
     """Return the rejects of these units that retry parts supersede: unit -> position -> reason.
 
-    files: the part files of the cache; None: they are listed.
+    files: the part files of the units, and perhaps others; None: all files of the cache are listed.
     """
     superseded: dict[str, dict[int, str]] = {}
-    listed = (list_part_files(cache) if files is None else files) if units else ()
-    retried = [file for file in listed if is_retry_part(strip_extension(file)) and parse_unit_name(file) in units]
+    listed = (_iterate_files(cache) if files is None else files) if units else ()
+    retried = sorted(file for file in listed if is_retry_part(strip_extension(file)) and parse_unit_name(file) in units)
     for record in read_counted_records(cache, retried, identity_sha256):
         reasons = superseded.setdefault(record.unit, {})
         for position, reason in record.supersedes:

@@ -10,7 +10,6 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
-import os
 import threading
 import time
 import uuid
@@ -102,12 +101,10 @@ class Folder(CacheFolder):
         """
         fs, path = self._locate(below)
         with name_url_in_errors(self.url_of(f"{below}/{prefix}"), "list"), contextlib.suppress(FileNotFoundError):
-            if is_local(fs):
-                return sorted(name for name in os.listdir(path) if name.startswith(prefix))
             if get_protocols(fs) & CONDITIONAL:
                 found = [str(file)[len(path) + 1 :] for file in fs.find(path, prefix=prefix)]
                 return sorted(name for name in found if "/" not in name)
-        return [name for name in self.list_files(below) if name.startswith(prefix)]
+        return sorted(name for name in self.iterate_names(below) if name.startswith(prefix))
 
     def create(self, name: str, data: bytes) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""

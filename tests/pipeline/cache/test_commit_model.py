@@ -105,14 +105,14 @@ class Disk:
     def read_if_exists(self, name: str) -> bytes | None:
         return self.store.get(name)
 
+    def read_slice(self, name: str, start: int, end: int | None = None) -> bytes | None:
+        return self.store.get(name)
+
     def iterate_names(self, below: str) -> Iterator[str]:
         return iter(self.list_files(below))
 
     def read(self, name: str) -> bytes:
         return self.store[name]
-
-    def read_slice(self, name: str, start: int, end: int | None = None) -> bytes | None:
-        return self.store.get(name)
 
     def read_each(self, below: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         return ((name, self.store[f"{below}/{name}"]) for name in names)
