@@ -175,8 +175,8 @@ def run_step(name: str, count: int, folder: Path) -> None:
         assert len(list_sources((str(folder / "tiny"),), {}, cache.url).files) == len(os.listdir(folder / "tiny"))
         return
     if name == "sizes":
-        names, sizes = plan.read_unit_sizes(cache)
-        assert len(names) == len(sizes) == count
+        sizes = plan.read_unit_sizes(cache)
+        assert len(sizes.names) == len(sizes.bytes) == count
         return
     version = ("version=2",) if name == "changed" else ()
     options = EncodeOptions(source=(url,), to=cache.url, vae="demo", storage_option=version)

@@ -34,7 +34,7 @@ from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Unit
 
-UNIT = Unit(name="u-0123456789abcdef", kind="tar", url="/s/u.tar", path="s/u.tar", bytes=3)
+UNIT = Unit(name="u-0123456789abcdef", kind="tar", path="s/u.tar", bytes=3)
 PARTS = 2
 COMMIT = f"_commits/{UNIT.name}.json"
 LOST = "lost"  # the answer never arrives: the writer gets an error
