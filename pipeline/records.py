@@ -338,7 +338,10 @@ def extension(path: str) -> str:
 
 def get_shard_kind(path: str) -> str:
     """Return the kind of unit that a file is read as, by the end of its name; "" for other files and images."""
-    return SHARD_ENDINGS.get(_get_shard_ending(path), "")
+    end = path[path.rfind(".") :].lower()
+    if end in _SECOND_ENDINGS:
+        end = _get_shard_ending(path)
+    return SHARD_ENDINGS.get(end, "")
 
 
 def get_shard_stem(path: str) -> str:

@@ -37,6 +37,7 @@ from pipeline.records import (
 )
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
+from pipeline.sources.garbage import without_garbage_search
 from pipeline.sources.listing import Source, abbreviate
 from pipeline.sources.planned_files import find_source_roots, list_input_files, with_etags
 from pipeline.sources.relocation import relocate_units
@@ -78,6 +79,7 @@ CHANGE_NOTES = {
 }
 
 
+@without_garbage_search()
 def extend_plan(
     cache: Folder,
     files: Sequence[ListedFile],

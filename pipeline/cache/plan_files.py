@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Unit
+from pipeline.sources.garbage import without_garbage_search
 from pipeline.sources.planned_files import find_source_roots, move_to_root
 from pipeline.storage.folder import Folder
 
@@ -70,6 +71,7 @@ def read_plan(cache: Folder) -> list[Unit]:
     return read_plan_files(cache, list_plan_files(cache))
 
 
+@without_garbage_search()
 def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
     files = [_read_units(cache, name) for name in names]
@@ -84,24 +86,29 @@ def select_latest_units(files: Sequence[Sequence[Unit]]) -> Iterator[Unit]:
 
     They stand where the input was first planned.
     """
-    first: dict[str, int] = {}
-    later: dict[str, int] = {}  # of inputs that were planned again
-    for number, units in enumerate(files if len(files) > 1 else ()):
-        for unit in units:
-            if first.setdefault(identify_input(unit), number) != number:
-                later[identify_input(unit)] = number
-    planned_again: dict[str, list[Unit]] = {planned_input: [] for planned_input in later}
+    later = _find_replanned(files) if len(files) > 1 else {}
+    replanned: dict[str, list[Unit]] = {}
     for number, units in enumerate(files if later else ()):
         for unit in units:
             if later.get(identify_input(unit)) == number:
-                planned_again[identify_input(unit)].append(unit)
+                replanned.setdefault(identify_input(unit), []).append(unit)
     for units in files:
         for unit in units:
             if not later or identify_input(unit) not in later:
                 yield unit
-            else:
-                yield from planned_again[identify_input(unit)]
-                planned_again[identify_input(unit)] = []
+            else:  # at the first place of its input, all of its units; none at the other places
+                yield from replanned.pop(identify_input(unit), ())
+
+
+def _find_replanned(files: Sequence[Sequence[Unit]]) -> dict[str, int]:
+    """Return the inputs that are in several files, each with the number of the last one."""
+    first: dict[str, int] = {}
+    later: dict[str, int] = {}
+    for number, units in enumerate(files):
+        for unit in units:
+            if first.setdefault(identify_input(unit), number) != number:
+                later[identify_input(unit)] = number
+    return later
 
 
 def identify_input(unit: Unit) -> str:

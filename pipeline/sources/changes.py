@@ -12,14 +12,14 @@ from pipeline.sources.sidecars import NO_METADATA, SidecarIndex, collect_image_f
 
 def find_changed(
     planned: Iterable[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
-) -> dict[str, list[str]]:
+) -> dict[str, tuple[str, ...]]:
     """Return the paths of changed files by unit: inputs and the texts beside images. Missing inputs do not count.
 
     listed: the listed files, by path. same_source: as for `is_same_file`.
     """
-    changed: dict[str, list[str]] = {}
+    changed: dict[str, tuple[str, ...]] = {}
     for unit in planned:
-        if paths := list(_find_changed_files(unit, listed, sidecars, same_source)):
+        if paths := tuple(_find_changed_files(unit, listed, sidecars, same_source)):
             changed[unit.name] = paths
     return changed
 

@@ -77,11 +77,12 @@ def is_result_cache(file: ListedFile) -> bool:
 def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
     """Return a line for each kind of shard that is passed over, and for shards that may be copies of one another."""
     lines = []
-    if count := sum(map(is_table_log, files)):
+    kinds = [get_shard_kind(file.path) for file in files]
+    if "parquet" in kinds and (count := sum(map(is_table_log, files))):
         lines.append(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    if count := sum(map(is_result_cache, files)):
+    if "arrow" in kinds and (count := sum(map(is_result_cache, files))):
         lines.append(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
-    archives = [file.path for file in files if get_shard_kind(file.path) in ("tar", "zip")]
+    archives = [file.path for file, kind in zip(files, kinds, strict=True) if kind in ("tar", "zip")]
     extensions = {path[len(get_shard_stem(path)) :] for path in archives}
     counts = Counter(map(get_shard_stem, archives if len(extensions) > 1 else ()))
     if twins := [path for path in archives if counts[get_shard_stem(path)] > 1]:
