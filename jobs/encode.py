@@ -44,7 +44,6 @@ from pipeline.sources.listing import Listing, list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
-from pipeline.sources.units import make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
@@ -120,13 +119,13 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         classes, notes = find_classes(listing.files, recorded.classes if recorded else None, metadata)
     log_each([*listing.notes, *metadata.notes, *manifests.notes, *notes], log_note)
     shards = listing.files
-    units = make_units(shards)
+    inputs = unit_files.group_inputs(shards)
     archives = compression.find_archives(shards)
-    if not units:
+    if not inputs:
         problem = f"there are no tars, zips, Parquet or Arrow files, or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
-    kinds, has_metadata = {unit.kind for unit in units}, bool(metadata.index.for_images)
-    cache_spec.check_input_options(options, kinds, has_metadata, is_new=recorded is None)
+    has_metadata = bool(metadata.index.for_images)
+    cache_spec.check_input_options(options, inputs.keys(), has_metadata, is_new=recorded is None)
     if archives:
         log_note(archives)
     log_each(unit_files.describe_special_shards(shards), log_note)
@@ -136,7 +135,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
-    columns = find_columns(shards, units, source_options, images, wanted, limits, keys, captions, tables)
+    columns = find_columns(shards, inputs, source_options, images, wanted, limits, keys, captions, tables)
     return Inputs(listing, columns, classes)
 
 

@@ -121,7 +121,7 @@ def test_a_missing_folder_is_distinguished_from_missing_images(bucket: str) -> N
 def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -> None:
     Folder(bucket).replace("0.tar", b"old")
     (shard,) = list_source_files((bucket,), {}, "nowhere")
-    unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
+    unit = Unit(name="u", kind="tar", path=shard.path, bytes=shard.bytes, etag=shard.etag)
     Folder(bucket).replace("0.tar", b"new")
     changed = pytest.raises(SourceError, match="has changed since it was planned")
     with changed, reading.open_stream(shard.url, {}, unit) as stream:
@@ -169,7 +169,7 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     content = bytes(range(256)) * 100
     Folder(bucket).replace("0.tar", content)
     (shard,) = list_source_files((bucket,), {}, "nowhere")
-    unit = Unit(name="u", kind="tar", url=shard.url, path=shard.path, bytes=shard.bytes, etag=shard.etag)
+    unit = Unit(name="u", kind="tar", path=shard.path, bytes=shard.bytes, etag=shard.etag)
     fetch = S3File._fetch_range
     monkeypatch.setattr(
         S3File, "_fetch_range", lambda self, start, end: fetch(self, start, end)[: max(0, 9000 - start)]

@@ -37,7 +37,7 @@ from pipeline.formats.schema import OutputSchema
 from pipeline.records import Unit
 from tests.conftest import slow_param
 
-UNIT = Unit(name="u-0123456789abcdef", kind="tar", url="/s/u.tar", path="s/u.tar", bytes=3)
+UNIT = Unit(name="u-0123456789abcdef", kind="tar", path="s/u.tar", bytes=3)
 PARTS = 2
 COMMIT = f"_commits/{UNIT.name}.json"
 LOST = "lost"  # the answer never arrives: the writer gets an error
