@@ -5,11 +5,12 @@
 The source is a simulated object store with that number of tars in 64 folders. It answers pages of 1,000 objects with
 ETags, as S3 does, but without a network and without parsing its XML. Each step runs in a process of its own:
 
+- store: the simulated store alone, which the next four steps contain: its pages, without their content.
 - list: list the source.
 - plan: list and inspect the source, and write the first plan.
 - again: the same with that plan, so nothing is new; and list the names of as many files in data/ and in _commits/.
-- changed: the same, but the ETag of every object has changed. No unit has been encoded.
 - sizes: read the names and sizes of the planned units, as `latentmill status` does.
+- changed: the same, but the ETag of every object has changed. No unit has been encoded.
 - folder: list a local directory of as many empty files, at most 100,000.
 
 The output is a line per step: CPU seconds (user and system), seconds, and the peak of the resident memory in MB. The
@@ -53,11 +54,12 @@ class Step:
 
 
 STEPS = (
+    Step("store", 0, 0),
     Step("list", 10, 900),
     Step("plan", 40, 1500),
     Step("again", 20, 1500),
-    Step("changed", 40, 1500),
     Step("sizes", 5, 700),
+    Step("changed", 40, 1500),
     Step("folder", 0, 0),
 )
 
@@ -163,11 +165,16 @@ def run_step(name: str, count: int, folder: Path) -> None:
     """Run a step in this process. folder: an empty folder for all steps, with the cache in it."""
     from jobs import encode
     from jobs.encode_options import EncodeOptions
+    from latentmill.pages import list_pages
     from pipeline.cache import plan
     from pipeline.sources.listing import list_sources
     from pipeline.storage.folder import Folder
 
     cache, url = Folder(str(folder / "cache")), f"{PROTOCOL}://{count}/shards"
+    if name == "store":
+        fs = fsspec.filesystem(PROTOCOL)
+        assert sum(map(len, list_pages(fs, f"{count}/shards", recursive=True))) == count
+        return
     if name == "list":
         assert len(list_sources((url,), {}, cache.url).files) == count
         return
@@ -175,8 +182,8 @@ def run_step(name: str, count: int, folder: Path) -> None:
         assert len(list_sources((str(folder / "tiny"),), {}, cache.url).files) == len(os.listdir(folder / "tiny"))
         return
     if name == "sizes":
-        names, sizes = plan.read_unit_sizes(cache)
-        assert len(names) == len(sizes) == count
+        sizes = plan.read_unit_sizes(cache)
+        assert len(sizes.names) == len(sizes.bytes) == count
         return
     version = ("version=2",) if name == "changed" else ()
     options = EncodeOptions(source=(url,), to=cache.url, vae="demo", storage_option=version)

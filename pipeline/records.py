@@ -1,8 +1,8 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentmill import cache_info
 from pipeline.errors import Filter, Rejected
@@ -84,6 +84,17 @@ class ListedFile:
         return join_url(self.root, path_below_root(self.path))
 
 
+class PinnedFile(Protocol):
+    """An input file and the version of its content: a `ListedFile`, a `PlannedFile`, or the `Unit` of a single file."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def etag(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
     """An input file as it was planned: a tar, a Parquet file, an image, or a text beside it.
@@ -103,8 +114,8 @@ class Unit:
     name: unique, safe in a file name, and independent of the input's location.
     kind: tar, zip, parquet, arrow, folder or manifest.
     range: (k, n) for range k of n of a large tar, a zip, a Parquet file or a manifest. bytes: of the whole input.
-    root: URL of the source's root.
-    For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
+    root: URL of the source's root, without credentials. path: as of `ListedFile`; for a folder, the name of its source.
+    For a folder, `paths` lists the images. `files` holds the sizes and ETags of its images and
     texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders, tars and zips, `metadata`
     has the paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL
     of the folder of its images; "" for its own folder. For a range of a tar, `files` has its bytes.
@@ -112,7 +123,6 @@ class Unit:
 
     name: str
     kind: str
-    url: str
     path: str
     range: tuple[int, int] | None = None
     paths: tuple[str, ...] = ()
@@ -121,6 +131,11 @@ class Unit:
     files: str = ""
     root: str = ""
     metadata: str = ""
+
+    @property
+    def url(self) -> str:
+        """The location of the input; for a folder, of the root."""
+        return self.root if self.kind == "folder" else join_url(self.root, path_below_root(self.path))
 
     @property
     def source_name(self) -> str:
@@ -166,10 +181,12 @@ class Attempt:
     isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
     damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
     byte, the damage is accepted as the file's own.
+    is_retry: an earlier attempt of this run may have published parts.
     """
 
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
 
 
 FIRST_ATTEMPT = Attempt()
@@ -291,7 +308,7 @@ class Seconds:
         return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return self.plus(**asdict(other))
+        return Seconds(*(getattr(self, stage) + getattr(other, stage) for stage in Seconds.__slots__))
 
 
 def source_name(path: str) -> str:
@@ -323,7 +340,10 @@ def extension(path: str) -> str:
 
 def get_shard_kind(path: str) -> str:
     """Return the kind of unit that a file is read as, by the end of its name; "" for other files and images."""
-    return SHARD_ENDINGS.get(_get_shard_ending(path), "")
+    end = path[path.rfind(".") :].lower()
+    if end in _SECOND_ENDINGS:
+        end = _get_shard_ending(path)
+    return SHARD_ENDINGS.get(end, "")
 
 
 def get_shard_stem(path: str) -> str:

@@ -18,6 +18,7 @@ from pipeline.sources import own_outputs
 from pipeline.sources.alternates import find_alternates
 from pipeline.sources.choosing import choose_files
 from pipeline.sources.found import FoundFile, FoundFiles, find_files_below
+from pipeline.sources.garbage import without_garbage_search
 from pipeline.sources.patterns import (
     WILDCARDS,
     Matches,
@@ -76,6 +77,7 @@ class Listing:
     unreadable: list[str] = field(default_factory=list)
 
 
+@without_garbage_search()
 def list_sources(
     sources: Sequence[str],
     options: Mapping[str, Any],
@@ -408,5 +410,7 @@ def _find_sidecars(
 
 def _check_utf8(file: str, root: str) -> None:
     """Raise SourceError if the name of a shard is not UTF-8. Such a name of an image is the reject `bad_key`."""
+    if file.isascii():  # so is the root, which it begins with
+        return
     if to_valid_text(root) != root or (get_shard_kind(file) and to_valid_text(file) != file):
         raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")

@@ -91,12 +91,14 @@ def is_result_cache(file: ListedFile) -> bool:
 def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
     """Return a line for each kind of shard that is passed over, and for shards that may be copies of one another."""
     lines = []
-    if count := sum(map(is_table_log, files)):
+    kinds = [get_shard_kind(file.path) for file in files]
+    if "parquet" in kinds and (count := sum(map(is_table_log, files))):
         lines.append(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    if count := sum(map(is_result_cache, files)):
+    if "arrow" in kinds and (count := sum(map(is_result_cache, files))):
         lines.append(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
-    archives = [file.path for file in files if get_shard_kind(file.path) in ("tar", "zip")]
-    counts = Counter(map(get_shard_stem, archives))
+    archives = [file.path for file, kind in zip(files, kinds, strict=True) if kind in ("tar", "zip")]
+    extensions = {path[len(get_shard_stem(path)) :] for path in archives}
+    counts = Counter(map(get_shard_stem, archives if len(extensions) > 1 else ()))
     if twins := [path for path in archives if counts[get_shard_stem(path)] > 1]:
         names = ", ".join(map(printable, sorted(twins)[:_NAMED])) + (" ..." if len(twins) > _NAMED else "")
         lines.append(
@@ -108,7 +110,9 @@ def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
 
 def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
     """Return the files that units are made of."""
-    tar_stems = {get_shard_stem(file.path) for file in files if get_shard_kind(file.path) == "tar"}
+    kinds = {get_shard_kind(file.path) for file in files}
+    tars = files if "parquet" in kinds else ()  # a set of a million names takes 150 MB
+    tar_stems = {get_shard_stem(file.path) for file in tars if get_shard_kind(file.path) == "tar"}
 
     def is_input(file: ListedFile) -> bool:
         kind = get_shard_kind(file.path)
@@ -117,6 +121,15 @@ def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
         return (bool(kind) and not is_result_cache(file)) or is_image(file.path) or file.manifest is not None
 
     return [file for file in files if is_input(file)]
+
+
+def group_inputs(files: Sequence[ListedFile]) -> dict[str, list[ListedFile]]:
+    """Return the files that units are made of, by the kind of their units. Kinds without files are left out."""
+    groups: dict[str, list[ListedFile]] = {}
+    for file in select_inputs(files):
+        kind = get_shard_kind(file.path) if file.manifest is None else "manifest"
+        groups.setdefault(kind or "folder", []).append(file)
+    return groups
 
 
 def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
@@ -147,7 +160,7 @@ def make_shard_units(
     """
     if get_shard_kind(file.path) != kind or file.manifest is not None:
         return []
-    name = PurePosixPath(file.path).stem
+    name = stem(file.path).rpartition("/")[2]
     byte_ranges = pack_ranges(boundaries)
     if kind in RANGE_BYTES:
         byte_ranges = [""] * max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
@@ -157,7 +170,6 @@ def make_shard_units(
         Unit(
             name=make_unit_name(name, [file.path, list(file_range) if file_range else None]),
             kind=kind,
-            url=file.url,
             path=file.path,
             range=file_range,
             bytes=file.bytes,
@@ -179,7 +191,6 @@ def make_manifest_units(file: ListedFile) -> list[Unit]:
         Unit(
             name=make_unit_name(PurePosixPath(file.path).stem, [file.path, [k, count]]),
             kind="manifest",
-            url=file.url,
             path=file.path,
             range=(k, count),
             bytes=file.bytes,
@@ -217,7 +228,6 @@ def make_folder_unit(images: list[ListedFile], sidecars: SidecarIndex) -> Unit:
     return Unit(
         name=make_unit_name(source, list(paths)),
         kind="folder",
-        url=root,
         path=source,
         paths=paths,
         root=root,

@@ -47,6 +47,13 @@ def test_help_needs_no_torch(verb: str) -> None:
     assert f"usage: latentmill {verb}" in run_without_torch(*filter(None, [verb]), "--help")
 
 
+def test_a_cache_is_shown_without_torch(latentmill: Command, shards: Path, micro_vae: Path, tmp_path: Path) -> None:
+    job = ("encode", shards, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    assert latentmill(*job)[0] == 0
+    assert "units" in run_without_torch("status", tmp_path / "c")
+    assert "latents" in run_without_torch("stats", tmp_path / "c")
+
+
 def test_a_missing_verb_is_wrong_usage(latentmill: Command) -> None:
     assert latentmill()[0] == 2
 

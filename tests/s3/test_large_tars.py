@@ -2,17 +2,18 @@
 
 import io
 import tarfile
-from collections.abc import Callable
 
 import fsspec
 import pytest
 
+from pipeline.readers.tar import read_tar
+from pipeline.readers.tar_boundaries import unpack_range
 from pipeline.sources import large_tars
 from pipeline.sources.large_tars import divide_large_tars
+from pipeline.sources.units import make_units
+from pipeline.storage.reading import open_stream
 from tests.listed_files import list_source_files
 from tests.proxy import Proxy
-
-Command = Callable[..., tuple[int, str, str]]
 
 SAMPLE_BYTES = 100_000
 MB = 1 << 20
@@ -35,6 +36,13 @@ def test_a_boundary_costs_one_request(bucket: str, proxy: Proxy, monkeypatch: py
     (boundaries,) = divide_large_tars(files, {}).values()
     assert len(boundaries) == 5
     assert [request.method for request in proxy.seen] == ["GET"] * 7
+    keys = []
+    for unit in make_units(files, boundaries={"s/0.tar": boundaries}):
+        start, stop = unpack_range(unit)
+        with open_stream(unit.url, {}, unit) as stream:
+            stream.seek(start)
+            keys += [item.key for item in read_tar(stream, unit.url, byte_range=(start, stop))]
+    assert keys == [f"{number:05d}" for number in range(420)]
     proxy.seen.clear()
     monkeypatch.setattr(large_tars, "LARGE_TAR_BYTES", 64 * MB)
     assert divide_large_tars(files, {}) == {}

@@ -260,7 +260,7 @@ def test_ranges_are_packed_in_units() -> None:
     assert pack_ranges([]) == [""]
     packed = pack_ranges([512, 2048])
     assert packed == ["[0,512]", "[512,2048]", "[2048,null]"]
-    unit = Unit(name="u", kind="tar", url="s.tar", path="s/s.tar")
+    unit = Unit(name="u", kind="tar", path="s/s.tar")
     assert unpack_range(unit) == (0, None)
     assert [unpack_range(replace(unit, files=files)) for files in packed] == [(0, 512), (512, 2048), (2048, None)]
     for corrupt in ("x", "[1]", "{}", '["a",1]', "1"):
