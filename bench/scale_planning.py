@@ -164,8 +164,8 @@ fsspec.register_implementation(PROTOCOL, SimulatedStore, clobber=True)
 def run_step(name: str, count: int, folder: Path) -> None:
     """Run a step in this process. folder: an empty folder for all steps, with the cache in it."""
     from jobs import encode
-    from latentmill.pages import list_pages
     from jobs.encode_options import EncodeOptions
+    from latentmill.pages import list_pages
     from pipeline.cache import plan
     from pipeline.sources.listing import list_sources
     from pipeline.storage.folder import Folder
