@@ -163,6 +163,7 @@ def run_encode(
         units, noticed = plan.extend_plan(
             cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
         )
+        listing.files.clear()  # there may be millions, and the units have what is needed of them
         planned, units = len(units), units[: options.max_shards or None]
         pending = select_unfinished(cache, units)
         if pending and not single_writer:
