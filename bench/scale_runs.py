@@ -25,7 +25,7 @@ from bench.scale_filesystem import Requests, install, uninstall
 from bench.scale_store import CACHES, ObjectStore, Template
 from bench.scale_workers import ROOT, WorkerProcess
 
-SETTLED = 3.0  # seconds from the first task of paced workers to the start of the measurement
+SETTLED = 3.0  # seconds from the first task that ends to the window of a run with paced workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,6 @@ class SimulatedExecutor:
         self._first = 0.0
 
     def submit(self, task: Any, attempt: Any, worker: str) -> None:
-        self._first = self._first or time.monotonic()
         self._running[task.name] = task
         self._new.append((task.name, task.path, worker))
 
@@ -105,11 +104,12 @@ class SimulatedExecutor:
         if self._new:
             self.process.send(self._new)
             self._new = []
-        if self.window:
+        if self.window and self._first:
             self._measure()
         results = []
         for name, worker, data in self.process.receive(min(seconds, 0.5) if self.window else seconds):
             report = pickle.loads(data)
+            self._first = self._first or time.monotonic()
             self.images += report.encoded
             self.tasks += 1
             results.append(self._make_result(task=self._running.pop(name), worker=worker, report=report))
@@ -213,6 +213,7 @@ def run(plan: RunPlan) -> Measured:
             result.worker_cpu = executor.process.close()
         else:
             save_template(plan, requests.store, executor.results[0])
+    requests.store.close()
     return result
 
 

@@ -92,6 +92,10 @@ class ObjectStore:
             "CREATE TABLE IF NOT EXISTS objects (key TEXT PRIMARY KEY, size INTEGER, body BLOB) WITHOUT ROWID"
         )
 
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
     def put(self, key: str, body: bytes, is_new: bool = False) -> bool:
         """Write an object. is_new: only if there is none with this key. Returns whether it was written."""
         verb = "IGNORE" if is_new else "REPLACE"
