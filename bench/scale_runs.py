@@ -162,7 +162,7 @@ def replaced_executor(plan: RunPlan, executors: list[Any]) -> Iterator[None]:
             executors.append(SimulatedExecutor(process, plan.workers, spec.tasks_per_worker, plan.window))
         return executors[-1]
 
-    ResourcePlan.start_executor = start_simulated  # type: ignore[method-assign]
+    ResourcePlan.start_executor = start_simulated  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -178,11 +178,11 @@ def small_log_files(scale: int) -> Iterator[None]:
         yield
         return
     most = commit_log.MAX_PARTS
-    commit_log.MAX_PARTS = max(1, most // scale)  # type: ignore[misc]
+    commit_log.MAX_PARTS = max(1, most // scale)
     try:
         yield
     finally:
-        commit_log.MAX_PARTS = most  # type: ignore[misc]
+        commit_log.MAX_PARTS = most
 
 
 def get_cache_key(plan: RunPlan) -> str:

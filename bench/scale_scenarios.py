@@ -33,8 +33,8 @@ class Scenarios:
         options = ("--vae", "demo", "--workers", "0", "--max-reject-rate", "1", *OPTIONS[kind], *trial)
         encode = ("encode", f"s3://{kind}-{units}/shards", *options, "--to", cache)
         argv = ("status", cache) if scenario == "status" else encode
-        files = {"store": f"{self.folder}/{store}.sqlite", "template": f"{self.folder}/{kind}.template"}
-        return RunPlan(argv=argv, **files, **more)
+        template = f"{self.folder}/{kind}.template"
+        return RunPlan(argv=argv, store=f"{self.folder}/{store}.sqlite", template=template, **more)
 
     def run_real_worker(self, kind: str, units: int) -> Measured:
         """Encode units by a real worker, and write the template."""
