@@ -24,6 +24,7 @@ The exit code is 1 if a target is missed.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +80,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All that was measured. real: by a real worker, the runs of REAL. small: by latency, the runs with latency."""
+    """All that was measured.
+
+    real: by a real worker, the runs of REAL. small: by latency, the runs with latency. commit_bytes: of a commit of
+    `buckets`. list_answer: CPU seconds of `measure_list_answer`. load: average of the machine at the start.
+    """
 
     rows: Sequence[Row]
     paced: Mapping[int, Measured]
@@ -87,6 +92,7 @@ class Figures:
     small: Mapping[float, Mapping[str, Measured]]
     commit_bytes: int
     list_answer: float
+    load: float
 
     @property
     def targets(self) -> list[Target]:
@@ -106,7 +112,7 @@ class Figures:
 
 def measure_all(options: argparse.Namespace, folder: Path) -> Figures:
     """Run all commands."""
-    scenarios = Scenarios(folder)
+    scenarios, load = Scenarios(folder), os.getloadavg()[0]
     real = [scenarios.run_real_worker("shards", units) for units in REAL]
     scenarios.run_real_worker("buckets", 1)
     objects = dict(Template.load(folder / "buckets.template").objects)
@@ -119,7 +125,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> Figures:
             rows.append(Row(kind, name, units, run, walls))
     paced = scenarios.run_paced(options.workers, options.task_seconds, options.window)
     commit = next(len(data) for key, data in objects.items() if key.startswith("_commits/"))
-    return Figures(rows, paced, real, small, commit, measure_list_answer())
+    return Figures(rows, paced, real, small, commit, measure_list_answer(), load)
 
 
 def format_rows(rows: Sequence[Row]) -> Iterator[str]:
@@ -141,12 +147,15 @@ def format_rows(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def format_real(runs: Sequence[Measured]) -> Iterator[str]:
-    """Yield the lines about the requests of a real worker: the difference of the two runs, a unit."""
+    """Yield the lines about the requests of a real worker: the difference of the two runs, a unit.
+
+    The driver reads some rejects in advance, and not always as many, so the difference is rounded.
+    """
     units = REAL[1] - REAL[0]
-    extra = {name: (count - runs[0].requests.get(name, 0)) / units for name, count in runs[1].requests.items()}
-    listed = ", ".join(f"{count:g} {name}" for name, count in sorted(extra.items()) if count)
-    yield f"a unit of one part costs a real worker {sum(extra.values()):g} requests ({listed}),"
-    yield f"~${1e6 * sum(price({name: 1}) * count for name, count in extra.items()):.2f} for a million such units"
+    extra = {name: round((count - runs[0].requests.get(name, 0)) / units) for name, count in runs[1].requests.items()}
+    listed = ", ".join(f"{count} {name}" for name, count in sorted(extra.items()) if count)
+    yield f"a unit of one part costs a real worker {sum(extra.values())} requests: {listed};"
+    yield f"~${1e6 * price(extra):.2f} for a million such units, whose tars are read by one GET of up to 8 MiB"
 
 
 def format_rules(small: Mapping[float, Mapping[str, Measured]]) -> Iterator[str]:
@@ -160,7 +169,10 @@ def format_rules(small: Mapping[float, Mapping[str, Measured]]) -> Iterator[str]
 def format_figures(figures: Figures, task_seconds: float) -> Iterator[str]:
     """Yield all lines of the output."""
     yield from format_rows(figures.rows)
-    yield f"before: {BEFORE_COMMIT}. A commit of `buckets` has {figures.commit_bytes / 1000:.1f} kB.\n"
+    yield f"before: {BEFORE_COMMIT}"
+    imports = sum(row.run.start_cpu for row in figures.rows) / len(figures.rows)
+    yield f"imports: {imports:.1f} of the CPU s of each command; load average at the start: {figures.load:.1f}"
+    yield f"a commit of `buckets` has {figures.commit_bytes / 1000:.1f} kB\n"
     for workers, run in figures.paced.items():
         before = f", before {BEFORE_SHARES[workers]:.1%}" if workers in BEFORE_SHARES else ""
         yield f"{workers:>6,} workers, tasks of {task_seconds:g} s: {run.share:.1%} of a core{before}"

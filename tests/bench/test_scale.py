@@ -148,5 +148,5 @@ def test_a_paced_run_is_measured_and_stopped(scenarios: Scenarios, monkeypatch: 
 
 def test_a_missed_target_is_shown() -> None:
     row = Row("shards", "again", 1_000_000, Measured(cpu=61.0, peak=1499.0, requests={"LIST data": 1000}), {})
-    figures = Figures([row], {}, (), {}, 0, 0.0)
+    figures = Figures([row], {}, (), {}, 0, 0.0, 0.0)
     assert [target.value < target.limit for target in figures.targets] == [False, True, True]
