@@ -48,18 +48,22 @@ from vae.fast import disable_malloc_trim
 
 TARGET = 1.5
 DOWNSCALE, CHANNELS = 8, 8  # of moments
-BATCH, OPENERS = 8, 2
-WARM_UP = 64  # images
+BATCH = 8
+WARM_UP = 256  # images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """The work of a worker: `units` at once, each of `parts` parts of `rows` images with sides of `side` pixels."""
+    """The work of a worker: `units` at once, each of `parts` parts of `rows` images with sides of `side` pixels.
+
+    openers: threads that open images.
+    """
 
     rows: int = 4096
     units: int = 2
     parts: int = 1
     side: int = 512
+    openers: int = 2
     container: Container = "parquet"
 
     @property
@@ -144,7 +148,7 @@ def make_worker(cache: Path, case: Case) -> UnitWorker:
     compute = ComputeConfig(device="cpu", precision="fp32", batch_size=BATCH, threads=1)
     transform = Transform(resolution=case.side)
     layout = OutputSchema(container=case.container, store="moments")
-    spec = replace(make_spec(cache, transform, compute, OPENERS), layout=layout, rows_per_part=case.rows)
+    spec = replace(make_spec(cache, transform, compute, case.openers), layout=layout, rows_per_part=case.rows)
     encoder: Any = InstantEncoder(compute)
     stages = Stages(
         pool=ThreadPoolExecutor(spec.openers, thread_name_prefix="open"),
@@ -187,6 +191,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4096, help="images per part (default: 4096)")
     parser.add_argument("--units", type=int, default=2, help="units at once (default: 2)")
     parser.add_argument("--parts", type=int, default=1, help="parts per unit (default: 1)")
+    parser.add_argument("--openers", type=int, default=2, help="threads that open images (default: 2)")
     parser.add_argument("--format", choices=["parquet", "webdataset"], default="parquet")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of `measure`
     options = parser.parse_args()
@@ -194,7 +199,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="latentmill-memory-") as folder:
             print(json.dumps(asdict(run(Case(**json.loads(options.case)), Path(folder)))))
         return 0
-    case = Case(rows=options.rows, units=options.units, parts=options.parts, container=options.format)
+    case = Case(
+        rows=options.rows, units=options.units, parts=options.parts, openers=options.openers, container=options.format
+    )
     use = measure(case)
     print("| rows | units | parts | format | base | parts | peak | ratio | end | seconds |")
     print("|---|---|---|---|---|---|---|---|---|---|")
