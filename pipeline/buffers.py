@@ -5,13 +5,19 @@ is still used. So the parts of a worker are kept in mappings of their own.
 """
 
 import contextlib
+import ctypes
+import io
 import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 CHUNK_BYTES = 4 << 20  # a chunk is freed once none of its latents is used
 FILE_BYTES = 64 << 20  # address space of an empty file; pages are memory once they are written
@@ -57,17 +63,25 @@ class LatentBuffer:
         self._chunks.clear()
 
 
-class FileBuffer:
-    """A file in memory, to be written from its start to its end. On Linux, its content is not copied as it grows."""
+def return_freed_memory() -> None:
+    """Return to the operating system what the C library keeps of freed memory. Only glibc can do that."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
-    closed = False
+
+class FileBuffer(io.RawIOBase):
+    """A file in memory, to be written from its start to its end. On Linux, its content is not copied as it grows."""
 
     def __init__(self) -> None:
         self._memory = allocate(FILE_BYTES)
         self._size = 0
 
-    def write(self, data: bytes) -> int:
-        """Append bytes, or any object with the interface of a buffer. Returns their number."""
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Append bytes. Returns their number."""
         view = memoryview(data).cast("B")
         end = self._size + len(view)
         if end > len(self._memory):
@@ -79,12 +93,6 @@ class FileBuffer:
     def tell(self) -> int:
         """Return the number of bytes that were written."""
         return self._size
-
-    def flush(self) -> None:
-        """Do nothing, because there is nothing behind the memory."""
-
-    def close(self) -> None:
-        """Do nothing: the content is still to be read."""
 
     def view(self) -> memoryview:
         """Return the content without a copy. Nothing may be written after that."""

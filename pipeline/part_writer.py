@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from pipeline.buffers import LatentBuffer
+from pipeline.buffers import LatentBuffer, return_freed_memory
 from pipeline.cache import input_hash, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
@@ -215,6 +215,7 @@ class UnitWriter:
         self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
         record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
+            return_freed_memory()  # a part takes most memory now
             part = self.publish(record, buffer.take_rows())
         self._buffers.remove(buffer)
         return part

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.formats.part_record import BucketTally
 from pipeline.records import Row, Store
 
-BLOCK = 1 << 18  # values that are in memory in float64
+BLOCK = 1 << 17  # values that are in memory in float64
 _UNDIVIDED = 128  # values that numpy adds without dividing them
 
 
@@ -102,7 +102,8 @@ def _add_pairwise(add: Callable[[int, int], np.ndarray], start: int, stop: int, 
     if count <= max(_UNDIVIDED, BLOCK // channels):
         return add(start, stop)
     middle = start + count // 2 // 8 * 8
-    return _add_pairwise(add, start, middle, channels) + _add_pairwise(add, middle, stop, channels)
+    sums: np.ndarray = _add_pairwise(add, start, middle, channels) + _add_pairwise(add, middle, stop, channels)
+    return sums
 
 
 def _add(values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline import buffers
+from pipeline.cache import tally
 from pipeline.cache.parts import PART_FORMATS
 from pipeline.canonical_json import canonical_json
 from pipeline.formats import parquet
@@ -179,13 +181,16 @@ def test_a_part_has_the_bytes_of_a_plain_writer(
     container: Container, store: Store, dtype: str, has_flipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(tally, "BLOCK", 2_000)
+    monkeypatch.setattr(buffers, "CHUNK_BYTES", 6_000)
+    monkeypatch.setattr(buffers, "FILE_BYTES", 30_000)
     layout = OutputSchema(container=container, store=store, has_flipped=has_flipped)
     encoded = [(image, encode(image, layout, getattr(torch, dtype))) for image in map(make_image, range(ROWS))]
     expected_tally = tally_plainly(encoded, store)
     spec: Any = SimpleNamespace(identity_sha256="i", rows_per_part=ROWS, layout=layout)
     buffer = fill_buffer(encoded)
     record = make_record(UNIT, 0, buffer, True, spec)
-    assert {bucket: tally.to_dict() for bucket, tally in record.tally.items()} == expected_tally
+    assert {name: bucket.to_dict() for name, bucket in record.tally.items()} == expected_tally
     write = write_parquet_plainly if container == "parquet" else write_tar_plainly
     expected = write(encoded, record, layout)
     data = PART_FORMATS[container].serialize_part(buffer.rows, record, layout)
