@@ -1,7 +1,7 @@
 """Memory for the latents of a part and for its file. The operating system gets it back once it is not used any more.
 
-The C library keeps what is freed (`vae.fast.disable_malloc_trim`), and cannot return a block beside a smaller one that
-is still used. So the parts of a worker are kept in mappings of their own.
+The C library keeps what is freed (`vae.fast.disable_malloc_trim`), and uses a large block for small ones that may live
+long. So the parts of a worker are kept in mappings of their own.
 """
 
 import contextlib
@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a cache can be inspected without torch
+    import torch
     from _typeshed import ReadableBuffer
+    from torch import Tensor
 
 CHUNK_BYTES = 4 << 20  # a chunk is freed once none of its latents is used
 FILE_BYTES = 64 << 20  # address space of an empty file; pages are memory once they are written
@@ -28,14 +27,16 @@ def allocate(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def allocate_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def allocate_tensor(shape: Sequence[int], dtype: "torch.dtype") -> "Tensor":
     """Return a tensor in memory of its own, which is freed with the tensor and all its views. No size may be 0."""
+    import torch
+
     return torch.frombuffer(allocate(math.prod(shape) * dtype.itemsize), dtype=dtype).reshape(tuple(shape))
 
 
 @dataclass(slots=True)
 class _Chunk:
-    latents: Tensor  # [rows, latents of a row, C, h, w]
+    latents: "Tensor"  # [rows, latents of a row, C, h, w]
     used: int = 0
 
 
@@ -45,7 +46,7 @@ class LatentBuffer:
     def __init__(self) -> None:
         self._chunks: dict[tuple[torch.Size, torch.dtype], _Chunk] = {}
 
-    def add(self, latents: Sequence[Tensor]) -> tuple[Tensor, int]:
+    def add(self, latents: "Sequence[Tensor]") -> "tuple[Tensor, int]":
         """Copy the latents of a row, one or two of [C, h, w]. Returns the chunk, and the row's index in it."""
         shape, dtype = latents[0].shape, latents[0].dtype
         chunk = self._chunks.get((shape, dtype))
