@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentmill import cache_info
@@ -239,7 +240,15 @@ class PreparedImage:
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""
-        return replace(self, pixels=self.pixels.to("meta"))
+        return replace(self, pixels=_make_meta_pixels(*self.bucket))
+
+
+@cache
+def _make_meta_pixels(height: int, width: int) -> "Tensor":
+    """Return the one tensor of this shape that all images without pixels share."""
+    import torch
+
+    return torch.empty(height, width, 3, dtype=torch.uint8, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +264,12 @@ class EncodedImage:
     is_fallback: bool = False
     latent_flipped: "Tensor | None" = None
 
+    @property
+    def latents(self) -> "tuple[Tensor, ...]":
+        """The latent of the image, followed by that of the flipped image if there is one. Empty for a Rejected."""
+        found = (self.latent, self.latent_flipped)
+        return tuple(latent for latent in found if not isinstance(latent, Rejected | None))
+
     def with_flipped(self, flipped: "EncodedImage") -> "EncodedImage":
         """Return the result for the image and the flipped image. The image is rejected if either latent is."""
         if isinstance(flipped.latent, Rejected):
@@ -267,22 +282,24 @@ class Row:
     """An image and its raw latent as it is stored: [C, H/f, W/f] in the cache's dtype, on the CPU (moments: [2C, ...]).
 
     image: without its pixels, because thousands of rows stay in memory until their part is written.
-    latent_flipped: with `--flip both`, that of the flipped image.
+    chunk, index: the latents of several rows, [rows, 1 or 2, C, H/f, W/f], and the place of this row's in it. The
+    second one of a row is that of the flipped image, with `--flip both`. Tensors are made when they are needed: as
+    small and long-lived blocks, they would keep the C library from using the memory of freed images beside them.
     """
 
     image: PreparedImage
-    latent: "Tensor"
-    latent_flipped: "Tensor | None" = None
+    chunk: "Tensor"
+    index: int
 
     @property
     def latents(self) -> "tuple[Tensor, ...]":
         """The latent of the image, followed by that of the flipped image if there is one."""
-        return (self.latent,) if self.latent_flipped is None else (self.latent, self.latent_flipped)
+        return self.chunk[self.index].unbind()
 
     @property
     def latent_bytes(self) -> int:
         """The size of the latents in bytes."""
-        return sum(latent.nbytes for latent in self.latents)
+        return self.chunk.nbytes // len(self.chunk)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ counts. Nothing in this module removes or overwrites a part.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Protocol
 
 from latentmill.cache import DATA as DATA
@@ -34,7 +34,7 @@ class PartFormat(Protocol):
     def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
-    def serialize_part(self, rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
+    def serialize_part(self, rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
         """Return the content of a part's file. rows: at least one."""
 
 
@@ -46,9 +46,10 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return PART_FORMATS[layout.container].describe_schema(layout)
 
 
-def publish_part(cache: Folder, record: PartRecord, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
+def publish_part(cache: Folder, record: PartRecord, rows: Iterable[Row], layout: OutputSchema) -> PartInfo:
     """Create a part's file, and return the part that exists: another writer's, if its file was first.
 
+    rows: as many as the record counts. They are read once, and each is dropped once it is in the file.
     The record of the result is `record` itself if this call created the file.
     A part with rows and a part without rows have different names. Two writers can disagree about the rows, for example
     because of their limits. Then the part with rows counts, because it is the one that readers see. So it is created in
@@ -56,8 +57,9 @@ def publish_part(cache: Folder, record: PartRecord, rows: Sequence[Row], layout:
     """
     part_format = PART_FORMATS[layout.container]
     data_file = f"{DATA}/{record.stem}{part_format.SUFFIX}"
-    if rows:
-        return _create(cache, data_file, part_format.serialize_part(rows, record, layout), record)
+    if record.rows:
+        with part_format.serialize_part(rows, record, layout) as data:
+            return _create(cache, data_file, data, record)
     existing = inspect_part(cache, data_file, record.identity)
     return existing or _create(cache, f"{EMPTY}/{record.stem}.json", record.to_json(), record)
 
@@ -82,7 +84,7 @@ class UnitParts:
             self.cache, self.unit, number, self.identity_sha256, self.layout.container, among=self.standing
         )
 
-    def publish(self, record: PartRecord, rows: Sequence[Row]) -> PartInfo:
+    def publish(self, record: PartRecord, rows: Iterable[Row]) -> PartInfo:
         """Publish a part as `publish_part` does."""
         part = publish_part(self.cache, record, rows, self.layout)
         if part.record is not record:
@@ -90,7 +92,7 @@ class UnitParts:
         return part
 
 
-def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartInfo:
+def _create(cache: Folder, name: str, data: bytes | memoryview, record: PartRecord) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())

@@ -303,7 +303,7 @@ def publish_retry_part(
     record: PartRecord, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec
 ) -> PartInfo:
     """Write a retry part and its commit. Raises StorageError if another retry wrote the part with other samples."""
-    part = publish_part(spec.cache, record, buffer.rows, spec.layout)
+    part = publish_part(spec.cache, record, buffer.take_rows(), spec.layout)
     commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
         raise StorageError(f"another retry wrote {spec.cache.url_of(part.file)} with other samples; run retry again")

@@ -10,6 +10,7 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
+import io
 import threading
 import time
 import uuid
@@ -106,7 +107,7 @@ class Folder(CacheFolder):
                 return sorted(name for name in found if "/" not in name)
         return sorted(name for name in self.iterate_names(below) if name.startswith(prefix))
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes | memoryview) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
         fs, path = self._locate(name)
         with name_url_in_errors(self.url_of(name), "write"):
@@ -114,7 +115,7 @@ class Folder(CacheFolder):
                 return local_disk.create(path, data, self._locate("_tmp")[1], self.exclusive)
             if is_memory(fs):
                 with _memory_lock, contextlib.suppress(FileExistsError):
-                    fs.pipe_file(path, data, mode="create")
+                    fs.pipe_file(path, bytes(data), mode="create")
                     return True
                 return False
             return _create_object(fs, path, data)
@@ -160,14 +161,15 @@ def _read_whole(fs: Any, path: str, url: str) -> bytes:
         return Stream(file, url, file.size).read()
 
 
-def _create_object(fs: Any, path: str, data: bytes) -> bool:
+def _create_object(fs: Any, path: str, data: bytes | memoryview) -> bool:
     """Send the whole body in one conditional request. Return False if the name is taken.
 
     Stores refuse a taken name in different ways: FileExistsError, or status 412.
     """
     for attempt in range(6):
         try:
-            fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
+            body = _to_body(fs, data)
+            fs.pipe_file(path, body, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
             return True
         except FileExistsError:
             return False
@@ -181,7 +183,43 @@ def _create_object(fs: Any, path: str, data: bytes) -> bool:
     return False
 
 
-def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
+class _Body(io.RawIOBase):
+    """Bytes as a file with a length, as S3's library takes and reads it: a piece at a time, and again for a retry."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, len(self._data))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _to_body(fs: Any, data: bytes | memoryview) -> Any:
+    """Return data as a store's library takes it. Only S3's needs no copy of a memoryview."""
+    if isinstance(data, bytes):
+        return data
+    return _Body(data) if is_s3(fs) else bytes(data)
+
+
+def _checksum_option(fs: Any, data: bytes | memoryview) -> dict[str, str]:
     """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
     if not is_s3(fs):
         return {}

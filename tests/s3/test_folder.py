@@ -31,8 +31,11 @@ def test_only_one_of_sixteen_writers_succeeds(bucket: str) -> None:
     assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % results.index(True)
 
 
-def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy) -> None:
-    assert Folder(bucket).create("part", bytes(110 << 20))
+@pytest.mark.parametrize("form", [bytes, memoryview])
+def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy, form: type) -> None:
+    data = b"0123456789" * (11 << 20)
+    assert Folder(bucket).create("part", form(data))
+    assert Folder(bucket).read("part") == data
     assert [(request.method, request.bytes) for request in proxy.seen if request.bytes] == [("PUT", 110 << 20)]
 
 

@@ -82,8 +82,8 @@ class Replay:
     def list_files_of(self, below: str, prefix: str) -> list[str]:
         return list(self._next(Request("list", f"{below}/{prefix}"))) if self.twins or below == EMPTY else []
 
-    def create(self, name: str, data: bytes) -> bool:
-        return bool(self._next(Request("create", name, data)))
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        return bool(self._next(Request("create", name, bytes(data))))
 
 
 @dataclass
@@ -117,8 +117,9 @@ class Disk:
     def read_each(self, below: str, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         return ((name, self.store[f"{below}/{name}"]) for name in names)
 
-    def create(self, name: str, data: bytes) -> bool:
-        return self.store.setdefault(name, data) is data
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        content = bytes(data)
+        return self.store.setdefault(name, content) is content
 
     def replace(self, name: str, data: bytes) -> None:
         self.store[name] = data
@@ -130,8 +131,8 @@ class JsonFormat:
     SUFFIX = ".parquet"
 
     @staticmethod
-    def serialize_part(rows: object, record: PartRecord, layout: OutputSchema) -> bytes:
-        return record.to_json()
+    def serialize_part(rows: object, record: PartRecord, layout: OutputSchema) -> memoryview:
+        return memoryview(record.to_json())
 
 
 @pytest.fixture(autouse=True)
