@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from jobs import cache_spec
@@ -29,7 +30,7 @@ from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
 from pipeline.cache.part_info import UnitReport
-from pipeline.cache.parts import read_superseded
+from pipeline.cache.parts import find_unit_files, read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.flow import EncodeSpec
@@ -261,11 +262,9 @@ def describe_workers(
     cache_spec.note_versions(cache, run)
     limits, openers = options.input_limit, resources.count_openers(options.open_workers)
     source_options = parse_source_options(options)
-    return dataclasses.replace(
-        make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates),
-        remote_openers=resources.plan_remote_openers(options.remote_openers),
-        superseded=read_superseded(cache, info.identity_sha256, {unit.name for unit in pending}),
-    )
+    spec = make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates)
+    spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
+    return add_existing_parts(spec, pending)
 
 
 def write_log(log: LogWriter, is_last: bool = False) -> None:
@@ -273,6 +272,14 @@ def write_log(log: LogWriter, is_last: bool = False) -> None:
     error = log.write() if is_last or log.is_due else None
     if error is not None:
         log_info(f"{error}; the run goes on, and adds these units to the commit log at its end")
+
+
+def add_existing_parts(spec: EncodeSpec, pending: Sequence[Unit]) -> EncodeSpec:
+    """Return the specification with what exists of the pending units. The files of the cache are listed once."""
+    standing = find_unit_files(spec.cache, {unit.name for unit in pending})
+    files = chain.from_iterable(standing.values())
+    superseded = read_superseded(spec.cache, spec.identity_sha256, standing.keys(), files)
+    return dataclasses.replace(spec, superseded=superseded, standing=standing)
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

@@ -1,5 +1,6 @@
 """The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -70,7 +71,7 @@ class CacheFolder:
         with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             try:
-                return cast(bytes, filesystem.cat_file(path))
+                return cast(bytes, filesystem.cat_file(path, **single_request_option(filesystem)))
             except FileNotFoundError:
                 return None
 
@@ -100,6 +101,16 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     kind = fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
     filesystem = kind(**{**kind._get_kwargs_from_urls(url), "use_listings_cache": False, **options})
     return filesystem, cast(str, kind._strip_protocol(url))
+
+
+def single_request_option(filesystem: Any) -> dict[str, int]:
+    """Return the option of `cat_file` that keeps s3fs from requesting a file's size before the file.
+
+    Versions before 2026.3 have no such option, and always read a file by one request.
+    """
+    if "s3" not in filesystem.protocol or "max_concurrency" not in inspect.signature(filesystem._cat_file).parameters:
+        return {}
+    return {"max_concurrency": 1}
 
 
 def has_password(url: str) -> bool:

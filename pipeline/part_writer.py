@@ -7,14 +7,14 @@ Nothing here waits for a single image. A part is published as soon as all its sa
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from pipeline.cache import input_hash, parts, tally
+from pipeline.cache import input_hash, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop, UnitQueue
@@ -120,12 +120,20 @@ class PartBuffer:
 class UnitWriter:
     """The parts of a unit, in their order. New parts are published by a thread, one after the other.
 
+    publish: creates the file of a part with this record and these rows (`UnitParts.publish`).
     The unit takes a place among those that are read when its first missing part is read.
     """
 
     def __init__(
-        self, unit: Unit, spec: PartSpec, stages: Stages, timer: StageTimer, superseded: Mapping[int, str]
+        self,
+        unit: Unit,
+        spec: PartSpec,
+        stages: Stages,
+        timer: StageTimer,
+        superseded: Mapping[int, str],
+        publish: Callable[[PartRecord, Sequence[Row]], PartInfo],
     ) -> None:
+        self.publish = publish
         self.unit, self.spec, self.stages, self.timer, self.superseded = unit, spec, stages, timer, superseded
         self.parts: list[PartInfo] = []
         self.adopted = self.encoded = self.fp32_fallbacks = 0
@@ -188,7 +196,7 @@ class UnitWriter:
         self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
         record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
-            return parts.publish_part(self.spec.cache, record, buffer.rows, self.spec.layout)
+            return self.publish(record, buffer.rows)
 
 
 def fill_part(

@@ -1,7 +1,7 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentmill import cache_info
@@ -181,10 +181,12 @@ class Attempt:
     isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
     damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
     byte, the damage is accepted as the file's own.
+    is_retry: an earlier attempt of this run may have published parts.
     """
 
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
 
 
 FIRST_ATTEMPT = Attempt()
@@ -306,7 +308,7 @@ class Seconds:
         return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return self.plus(**asdict(other))
+        return Seconds(*(getattr(self, stage) + getattr(other, stage) for stage in Seconds.__slots__))
 
 
 def source_name(path: str) -> str:

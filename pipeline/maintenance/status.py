@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.cache import parts, plan
-from pipeline.cache.commit_scan import CacheScan, drop_twins, iterate_strings
+from pipeline.cache.commit_scan import CacheScan, drop_twins
+from pipeline.cache.name_array import iterate_names
 from pipeline.cache.part_counts import PartCounts
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
 from pipeline.sources.planned_files import estimate_bytes_per_image
@@ -23,7 +24,7 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     planned = plan.read_plan(cache)
     units = {unit.name: unit.input_bytes for unit in planned}
     scan, counts = CacheScan(cache), PartCounts()
-    finished = {name for name in iterate_strings(scan.commits) if not parts.is_retry_part(name)}
+    finished = {name for name in iterate_names(scan.commits) if not parts.is_retry_part(name)}
     files_left = len(scan.files)
     for table in scan.read_tables():
         counts.add(drop_twins(table.rows, scan.twins))

@@ -79,6 +79,30 @@ def test_shards_have_the_same_paths_as_on_disk(bucket: str, tmp_path: Path) -> N
         assert all(shard.etag and shard.url.startswith("s3://") for shard in remote)
 
 
+def test_a_slice_is_one_request(bucket: str, proxy: Proxy) -> None:
+    folder, content = Folder(bucket), bytes(range(256))
+    folder.replace("x", content)
+    folder.replace("empty", b"")
+    proxy.seen.clear()
+    slices = [(0, None), (0, 10), (250, 300), (-10, None), (-300, None)]
+    assert [folder.read_slice("x", start, end) for start, end in slices] == [content[slice(*each)] for each in slices]
+    assert (folder.read_slice("x", 256, 300), folder.read_slice("empty", -9), folder.read_slice("no", 0)) == (
+        *(b"", b""),
+        None,
+    )
+    assert [request.method for request in proxy.seen] == ["GET"] * 8
+
+
+def test_the_files_of_a_prefix_are_one_request(bucket: str, proxy: Proxy) -> None:
+    folder = Folder(bucket)
+    for name in ("a-1.x", "a-2.x", "a-2/deeper", "ab-1.x", "b-1.x"):
+        folder.replace(f"data/{name}", b"")
+    proxy.seen.clear()
+    assert folder.list_files_of("data", "a-") == ["a-1.x", "a-2.x"]
+    assert folder.list_files_of("none", "a-") == []
+    assert len(proxy.seen) == 2
+
+
 def test_a_name_may_contain_two_colons(bucket: str) -> None:
     for name in ("a.jpg", "a.jpg::x.jpg", "s3::b.jpg"):
         Folder(f"{bucket}/data").replace(name, name.encode())
@@ -100,8 +124,8 @@ def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -
     unit = Unit(name="u", kind="tar", path=shard.path, bytes=shard.bytes, etag=shard.etag)
     Folder(bucket).replace("0.tar", b"new")
     changed = pytest.raises(SourceError, match="has changed since it was planned")
-    with changed, reading.open_stream(shard.url, {}, unit):
-        pass
+    with changed, reading.open_stream(shard.url, {}, unit) as stream:
+        stream.read(1)
 
 
 @pytest.mark.slow
@@ -157,5 +181,3 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match=message), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         stream.seek(20_000)
         stream.read(10)
-    with pytest.raises(StorageError, match=message):
-        reading.read_file(shard.url, {}, 1 << 20)

@@ -55,3 +55,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, write: Callabl
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot write .*/file/c/x: not a directory"):
         write(Folder(str(tmp_path / "file/c")), "x", b"")
+
+
+def test_slices_and_prefixes_of_a_folder(root: str) -> None:
+    folder, content = Folder(root), bytes(range(256))
+    folder.replace("data/a-1", content)
+    folder.replace("data/ab-1", b"")
+    slices = [(0, None), (0, 10), (250, 300), (-10, None), (-300, None), (256, 300)]
+    read = [folder.read_slice("data/a-1", start, end) for start, end in slices]
+    assert read == [content[slice(*each)] for each in slices]
+    assert (folder.read_slice("data/ab-1", -9), folder.read_slice("data/none", 0, 9)) == (b"", None)
+    assert folder.list_files_of("data", "a-") == ["a-1"]
+    assert folder.list_files_of("none", "a-") == []
