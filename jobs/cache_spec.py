@@ -12,6 +12,7 @@ from jobs.transform_options import check_sizes, inherit_recipe, make_transform
 from latentmill.cache_info import ColumnInfo, ComputeInfo, SourceRules, VaeInfo
 from pipeline.cache import identity, parts, runs
 from pipeline.cache.identity import CacheInfo, Identity
+from pipeline.cache.preprocessing import describe_transform
 from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
@@ -166,7 +167,7 @@ def describe_cache(
     wanted = Identity(
         weights=vae.sha256,
         config=identity.select_raw_fields(vae.config),
-        preprocessing=identity.describe_transform(transform),
+        preprocessing=describe_transform(transform),
         store=options.store,
         dtype=options.dtype,
         precision=precision,

@@ -19,6 +19,7 @@ from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from pipeline.cache import identity, parts
+from pipeline.cache.preprocessing import parse_transform
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.errors import CacheError, UsageError
@@ -76,7 +77,7 @@ def run_render(options: DecodeOptions, cache: Cache, vae: Vae, tasks: list[Rende
             cache=cache.folder,
             out=out,
             source_options=parse_source_options(options),
-            transform=identity.parse_transform(cache.info.identity),
+            transform=parse_transform(cache.info.identity),
             layout=dataclasses.replace(cache.layout, columns=NO_COLUMNS),
             image_column=cache.info.identity.image_column,
             key_column=cache.info.identity.key_column,

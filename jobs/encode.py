@@ -3,6 +3,8 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from jobs import cache_spec
@@ -29,21 +31,21 @@ from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
 from pipeline.cache.part_info import UnitReport
-from pipeline.cache.parts import read_superseded
+from pipeline.cache.parts import find_unit_files, read_superseded
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD, JobError, SourceError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.readers import compression
-from pipeline.records import Unit
+from pipeline.records import ListedFile, Unit
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
 from pipeline.sources.labels import describe_columns, find_classes
-from pipeline.sources.listing import Listing, list_sources
+from pipeline.sources.large_tars import Boundaries, divide_large_tars
+from pipeline.sources.listing import Listing, abbreviate, list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader, find_tables
 from pipeline.sources.planned_files import estimate_bytes_per_image, without_etags
-from pipeline.sources.units import make_units
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
@@ -119,13 +121,13 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         classes, notes = find_classes(listing.files, recorded.classes if recorded else None, metadata)
     log_each([*listing.notes, *metadata.notes, *manifests.notes, *notes], log_note)
     shards = listing.files
-    units = make_units(shards)
+    inputs = unit_files.group_inputs(shards)
     archives = compression.find_archives(shards)
-    if not units:
+    if not inputs:
         problem = f"there are no tars, zips, Parquet or Arrow files, or images in {' '.join(options.source)}"
         raise SourceError(f"{problem}: {archives}" if archives else problem)
-    kinds, has_metadata = {unit.kind for unit in units}, bool(metadata.index.for_images)
-    cache_spec.check_input_options(options, kinds, has_metadata, is_new=recorded is None)
+    has_metadata = bool(metadata.index.for_images)
+    cache_spec.check_input_options(options, inputs.keys(), has_metadata, is_new=recorded is None)
     if archives:
         log_note(archives)
     log_each(unit_files.describe_special_shards(shards), log_note)
@@ -135,7 +137,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
-    columns = find_columns(shards, units, source_options, images, wanted, limits, keys, captions, tables)
+    columns = find_columns(shards, inputs, source_options, images, wanted, limits, keys, captions, tables)
     return Inputs(listing, columns, classes)
 
 
@@ -157,9 +159,11 @@ def run_encode(
     with recorder.recording():
         recorder.begin(single_writer)
         texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
+        divide = partial(divide_tars, options)
         units, noticed = plan.extend_plan(
-            cache, listing.files, listing.sources, is_new, is_same, texts, metadata=listing.metadata
+            cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
         )
+        listing.files.clear()  # there may be millions, and the units have what is needed of them
         planned, units = len(units), units[: options.max_shards or None]
         pending = select_unfinished(cache, units)
         if pending and not single_writer:
@@ -261,11 +265,9 @@ def describe_workers(
     cache_spec.note_versions(cache, run)
     limits, openers = options.input_limit, resources.count_openers(options.open_workers)
     source_options = parse_source_options(options)
-    return dataclasses.replace(
-        make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates),
-        remote_openers=resources.plan_remote_openers(options.remote_openers),
-        superseded=read_superseded(cache, info.identity_sha256, {unit.name for unit in pending}),
-    )
+    spec = make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates)
+    spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
+    return add_existing_parts(spec, pending)
 
 
 def write_log(log: LogWriter, is_last: bool = False) -> None:
@@ -273,6 +275,22 @@ def write_log(log: LogWriter, is_last: bool = False) -> None:
     error = log.write() if is_last or log.is_due else None
     if error is not None:
         log_info(f"{error}; the run goes on, and adds these units to the commit log at its end")
+
+
+def divide_tars(options: EncodeOptions, files: Sequence[ListedFile]) -> Boundaries:
+    """Return the boundaries of the large tars among the files that are to be planned."""
+    boundaries = divide_large_tars(files, parse_source_options(options), parse_limits(options.input_limit))
+    if boundaries:
+        log_info(f"large tars, which are read in ranges: {len(boundaries):,} ({abbreviate(boundaries)})")
+    return boundaries
+
+
+def add_existing_parts(spec: EncodeSpec, pending: Sequence[Unit]) -> EncodeSpec:
+    """Return the specification with what exists of the pending units. The files of the cache are listed once."""
+    standing = find_unit_files(spec.cache, {unit.name for unit in pending})
+    files = chain.from_iterable(standing.values())
+    superseded = read_superseded(spec.cache, spec.identity_sha256, standing.keys(), files)
+    return dataclasses.replace(spec, superseded=superseded, standing=standing)
 
 
 def describe_unreadable(listing: Listing) -> list[str]:

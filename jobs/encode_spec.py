@@ -6,6 +6,7 @@ from typing import Any
 from jobs.common_options import parse_limits
 from pipeline.cache import identity
 from pipeline.cache.identity import CacheInfo
+from pipeline.cache.preprocessing import parse_transform
 from pipeline.cache.runs import get_library_versions
 from pipeline.encoder import ComputeConfig
 from pipeline.flow import EncodeSpec
@@ -32,7 +33,7 @@ def make_encode_spec(
         cache=cache,
         source_options=source_options,
         identity_sha256=info.identity_sha256,
-        transform=identity.parse_transform(described),
+        transform=parse_transform(described),
         dtype=described.dtype,
         layout=identity.parse_schema(info),
         image_column=described.image_column,

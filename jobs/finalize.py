@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from pipeline.cache import card
 from pipeline.cache.commit_scan import CacheScan, Repair, list_files
 from pipeline.cache.identity import CacheInfo
@@ -29,6 +31,6 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
         write_stats(cache, written)
         cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))
         # otherwise a second job wrote parts at the same time, and perhaps its statistics before these
-        if list_files(cache).equals(scan.files):
+        if np.array_equal(list_files(cache), scan.files):
             break
     return written

@@ -28,7 +28,7 @@ class Outage:
         self, probe: Callable[[Task], None], stall_timeout: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.probe, self.stall_timeout, self.clock = probe, stall_timeout, clock
-        self.failures: list[tuple[float, str]] = []  # time and worker, since the last success of that worker
+        self.failures: dict[str, list[float]] = {}  # the last two times by worker, since its last success; latest last
         self.began_at = 0.0  # time of the first failure of this outage since the last success on any worker
         self.error = ""
         self.is_on = False
@@ -42,7 +42,7 @@ class Outage:
 
     def record_success(self, worker: str) -> None:
         """Record a task that succeeded."""
-        self.failures = [(at, failed) for at, failed in self.failures if failed != worker]
+        self.failures.pop(worker, None)
         self.began_at, self._probes = (self.clock() if self.is_on else 0.0), 0
 
     def record_failure(self, done: TaskResult, workers: int) -> None:
@@ -52,10 +52,12 @@ class Outage:
             self.began_at = now  # an earlier failure than the window belongs to no outage
         self._failed_at = now
         self.error, self._task = str(done.error), done.task
-        self.failures = [(at, worker) for at, worker in self.failures if now - at <= WINDOW] + [(now, done.worker)]
-        failing = {worker for _, worker in self.failures}
-        has_several = len(failing) > 1 or (workers <= 1 and len(self.failures) > 1)
-        if not self.is_on and has_several and len(failing) >= FAILING_SHARE * workers:
+        earlier = self.failures.pop(done.worker, [])
+        self.failures[done.worker] = [*(at for at in earlier[-1:] if now - at <= WINDOW), now]
+        while now - self.failures[oldest := next(iter(self.failures))][-1] > WINDOW:
+            del self.failures[oldest]
+        has_several = len(self.failures) > 1 or (workers <= 1 and len(self.failures[done.worker]) > 1)
+        if not self.is_on and has_several and len(self.failures) >= FAILING_SHARE * workers:
             self.is_on = True
             self._schedule_probe()
 
@@ -71,7 +73,7 @@ class Outage:
         if has_answered:
             if self.is_certain:
                 log_info(f"the storage responds again after {format_duration(seconds)}")
-            self.is_on, self.is_certain, self.failures = False, False, []
+            self.is_on, self.is_certain, self.failures = False, False, {}
         elif seconds > self.stall_timeout + (PROBE_TIMEOUT if has_answered is None else 0.0):
             raise JobError(
                 f"the storage has failed for {format_duration(seconds)} (--stall-timeout): {self.error}; "

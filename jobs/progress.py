@@ -1,5 +1,6 @@
 """The progress of a job on standard error: a bar at a terminal, otherwise a plain line every five seconds."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.messages import PROGRESS, log_debug, log_warning
+from jobs.messages import PROGRESS, get_shown_level, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.cache.part_info import UnitReport
 from pipeline.wording import count_noun
@@ -75,12 +76,11 @@ class ProgressMeter:
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput
             self.throughput.note(self.images)
-        text = waiting_for or self.line
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.share, text=text)
+            self._bar.update(self._bar.task_ids[0], completed=self.share, text=waiting_for or self.line)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            PROGRESS.info("%3.0f%%  %s", 100 * self.share, text)
+            PROGRESS.info("%3.0f%%  %s", 100 * self.share, waiting_for or self.line)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -100,6 +100,8 @@ def log_unit(done: UnitReport) -> None:
     """Log the result of a unit: damage as a warning, and the rest for debugging."""
     if done.damage:
         log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
+    if get_shown_level() > logging.DEBUG:
+        return
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
     counts = {"row": done.rows, "reject": sum(done.rejects.values()), "part": done.parts}
     work = ", ".join(count_noun(number, noun) for noun, number in counts.items())

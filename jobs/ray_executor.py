@@ -6,14 +6,17 @@ calls, because only the driver has the list of open tasks. A part that a lost ac
 """
 
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, field
 from itertools import count
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -33,10 +36,19 @@ from jobs.ray_node import WorkerLocation, count_cores_of_this_worker, locate_thi
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots, describe_start
+from jobs.worker_handle import WorkerHandle
 from jobs.worker_packages import make_runtime_env, package_directory, working_in
 from pipeline.errors import JobError, UsageError
 from pipeline.records import Attempt
 from pipeline.weights import Vae
+
+CHECK_SECONDS = 1.0  # between two checks of workers
+PROGRESS_CALLS = 50  # workers that are asked for their progress in a check: each costs the driver 0.3 ms
+GATHER_SECONDS, LONGEST_GATHER = 1e-4, 0.25  # per worker: answers and tasks are cheaper for the driver in batches
+IDLE_SECONDS = 60.0  # between two calls to a worker without tasks, which only show that it is not lost
+
+Progress = tuple[int, int]  # `Worker.images` and `Worker.steps`
+Collect = Callable[[WorkerHandle, Any], None]  # takes the result of a call of a worker
 
 
 @contextmanager
@@ -142,56 +154,29 @@ class RayWorker:
         """Load the model, and return when it is loaded."""
         self.worker = spec.for_node(count_cores_of_this_worker()).build(vae, threading.Event())
 
-    def progress(self) -> tuple[int, int]:
+    def progress(self) -> Progress:
         """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""
         return (self.worker.images, self.worker.steps) if self.worker else (0, 0)
 
-    def run(self, task: Any, attempt: Attempt, name: str) -> TaskResult:
+    def run(self, task: Any, attempt: Attempt, name: str) -> tuple[TaskResult, Progress]:
+        """Run a task. The progress saves the driver a call of `progress`."""
         assert self.worker is not None  # the driver submits no task before `load` has returned
         try:
-            return TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
+            done = TaskResult(task=task, worker=name, report=self.worker.run(task, attempt))
         except Exception as error:  # the driver decides about the task, for any error
-            return make_failed_result(task, name, error)
-
-
-@dataclass(slots=True, eq=False)
-class WorkerHandle:
-    """The driver's state of an actor: its running calls and its progress.
-
-    load_ref: the call that loads the model; None once the model is loaded.
-    locate_ref: the call that returns the actor's location.
-    excluded_nodes: the nodes that it must not run on.
-    tasks: by the reference of the call.
-    progress_ref: the running call of `progress`, if there is one.
-    progressed_at: monotonic seconds of the last progress that was seen; 0 while the actor waits for resources.
-    """
-
-    name: str
-    actor: Any
-    load_ref: Any
-    locate_ref: Any
-    excluded_nodes: frozenset[str]
-    location: WorkerLocation | None = None
-    tasks: dict[Any, Any] = field(default_factory=dict)
-    progress_ref: Any = None
-    images: int = 0
-    steps: int = 0
-    progressed_at: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """The worker and its host, for messages."""
-        return f"{self.name} on {self.location.host}" if self.location else self.name
+            done = make_failed_result(task, name, error)
+        return done, self.progress()
 
 
 class RayExecutor:
     """`workers` actors, each with several tasks under way.
 
     resources: what each actor reserves, by Ray's names: CPU, GPU, TPU.
-    grows: request one more actor than there are while tasks wait. Then an autoscaler adds nodes, and nodes that join
-    are used.
+    grows: request more actors while tasks wait. Then an autoscaler adds nodes, and nodes that join are used.
     stall_timeout: seconds without progress (`Worker.steps`) after which an actor that loads or has tasks is restarted.
     is_local: the Ray is this job's own, so nothing else uses its resources.
+
+    Ray puts the result of each call into `_answers`, so the cost of a task does not depend on the number of workers.
     """
 
     can_replace = True
@@ -213,43 +198,58 @@ class RayExecutor:
         self.resources = resources
         self.ended: list[TaskResult] = []
         self.lost_images = 0
+        self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
+        self._first_workers = workers
+        self._answers: SimpleQueue[tuple[WorkerHandle, Callable[[WorkerHandle, Any], None], Future[Any]]] = (
+            SimpleQueue()
+        )
+        self._ready: dict[str, WorkerHandle] = {}
+        self._starting: dict[str, WorkerHandle] = {}
+        self._turns: deque[WorkerHandle] = deque()  # in which their progress is checked; actors that run
+        self._next_check = 0.0
         self.slots = Slots(workers, stall_timeout)
+        self._vacant: dict[Slot, None] = dict.fromkeys(self.slots)
         self._start_missing()
 
     @property
     def handles(self) -> list[WorkerHandle]:
         """All actors, including those that are starting."""
-        return [slot.worker for slot in self.slots if slot.worker is not None]
+        return [*self._ready.values(), *self._starting.values()]
 
-    def _start(self, excluded_nodes: Set[str]) -> WorkerHandle:
+    def _start(self, slot: Slot, excluded_nodes: Set[str]) -> None:
         labels = {"ray.io/node-id": f"!in({','.join(sorted(excluded_nodes))})"}
         placement = {"label_selector": labels} if excluded_nodes else {}
         others = {name: count for name, count in self.resources.items() if name not in ("CPU", "GPU") and count}
         reserved = {"num_cpus": self.resources["CPU"], "num_gpus": self.resources.get("GPU", 0), "resources": others}
         options = {"max_concurrency": self.tasks_per_worker + 2, **reserved, **placement}
         actor = RayWorker.options(**options).remote()  # type: ignore[attr-defined]
-        load_ref, locate_ref = actor.load.remote(self.spec, self.vae), actor.locate.remote()
-        return WorkerHandle(f"worker-{next(self._numbers)}", actor, load_ref, locate_ref, frozenset(excluded_nodes))
+        handle = WorkerHandle(f"worker-{next(self._numbers)}", actor, slot, frozenset(excluded_nodes))
+        slot.worker, slot.may_move = handle, False
+        self._starting[handle.name] = handle
+        self._await(handle, actor.load.remote(self.spec, self.vae), self._collect_load)
+        handle.locating = self._await(handle, actor.locate.remote(), self._collect_location)
+
+    def _await(self, handle: WorkerHandle, ref: Any, collect: Collect) -> Future[Any]:
+        """Let `collect` be called with the result of a call once it has one. Ray calls the callback in its thread."""
+        future: Future[Any] = ref.future()
+        future.add_done_callback(lambda done: self._answers.put((handle, collect, done)))
+        return future
 
     def _start_missing(self) -> None:
         """Start workers in free slots.
 
         A worker that still waits for resources is started again if a node that it must not run on may be used now.
         """
+        if not self._vacant and not self._starting:
+            return
         avoided = self.slots.find_avoided_nodes(_list_nodes)
-        for slot in self.slots:
-            handle = slot.worker
-            is_pending = handle is not None and handle.load_ref is not None and not handle.progressed_at
-            if is_pending and handle.excluded_nodes - avoided:
-                ray.kill(handle.actor)
-                slot.worker = None
-            if self.slots.may_start(slot, avoided):
-                slot.worker, slot.may_move = self._start(avoided), False
-
-    @property
-    def workers(self) -> Sequence[str]:
-        return [handle.name for handle in self.handles if handle.load_ref is None]
+        for handle in list(self._starting.values()):
+            if handle.excluded_nodes - avoided and not handle.progressed_at:
+                self._end(handle)
+        for slot in [slot for slot in self._vacant if self.slots.may_start(slot, avoided)]:
+            del self._vacant[slot]
+            self._start(slot, avoided)
 
     @property
     def images(self) -> int:
@@ -257,7 +257,7 @@ class RayExecutor:
 
     @property
     def starting(self) -> int:
-        return sum(handle.load_ref is not None for handle in self.handles)
+        return len(self._starting)
 
     @property
     def waiting_for(self) -> str:
@@ -269,86 +269,116 @@ class RayExecutor:
         return describe_start(self.starting, wanted, _get_available(), _get_resources(), self.is_local)
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
-        handle = next(handle for handle in self.handles if handle.name == worker)
-        handle.tasks[handle.actor.run.remote(task, attempt, worker)] = task
+        handle = self._ready[worker]
+        handle.tasks[task.name] = task
         handle.progressed_at = time.monotonic()
+        self._await(handle, handle.actor.run.remote(task, attempt, worker), self._collect_task)
 
     def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
-        """Return the tasks that ended, after at most `seconds`. Also replaces lost actors."""
+        """Return the tasks that ended, after at most `seconds`, or once a worker is ready. Replaces lost actors."""
+        end = time.monotonic() + (0 if self.ended else seconds)
         if self.grows:
             self._follow_demand(waiting)
-        self._start_missing()
-        refs = [ref for handle in self.handles for ref in (*handle.tasks, handle.load_ref) if ref is not None]
-        if not refs:
-            time.sleep(0 if self.ended else seconds)
-            return self._take_ended()
-        ready, _ = ray.wait(refs, num_returns=1, timeout=0 if self.ended else seconds)
-        if ready:  # collect all other calls that are ready
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for slot in self.slots:
-            if slot.worker is not None:
-                self._collect(slot, slot.worker, ready)
-        return self._take_ended()
-
-    def _take_ended(self) -> list[TaskResult]:
-        done, self.ended = self.ended, []
-        return done
+        workers = self.workers
+        while True:
+            if time.monotonic() >= self._next_check:
+                self._check_workers()
+            self._collect_answers(max(0.0, min(end, self._next_check) - time.monotonic()))
+            if self.ended or self.workers is not workers or time.monotonic() >= end:
+                done, self.ended = self.ended, []
+                return done
 
     def _follow_demand(self, waiting: int) -> None:
-        """Keep one worker starting while tasks wait, and none otherwise."""
-        idle = [slot for slot in self.slots if slot.worker is None or slot.worker.load_ref is not None]
-        if waiting and not idle:
-            self.slots.append(Slot())
-        elif not waiting and len(idle) < len(self.slots):
-            for slot in idle:
-                if slot.worker is not None:
-                    ray.kill(slot.worker.actor)
-                self.slots.remove(slot)
+        """Start 1 worker, then 2, then 4, as they get ready, but no more than tasks wait. If none waits, end them."""
+        unready = len(self._vacant) + len(self._starting)
+        joined = max(0, len(self._ready) - self._first_workers)
+        if missing := max(0, min(waiting, 1 + joined) - unready):
+            added = [Slot() for _ in range(missing)]
+            self.slots += added
+            self._vacant.update(dict.fromkeys(added))
+            self._next_check = 0.0
+        elif not waiting and self._ready and unready:
+            for handle in list(self._starting.values()):
+                self._end(handle)
+            self._vacant.clear()
+            self.slots[:] = [handle.slot for handle in self._ready.values()]
 
-    def _collect(self, slot: Slot, handle: WorkerHandle, ready: list[Any]) -> None:
-        """Collect the finished calls of a worker. Replaces the worker if it is lost or hangs."""
+    def _check_workers(self) -> None:
+        """Start missing workers, and check the progress of those whose turn it is: each several times in a timeout."""
+        self._next_check = time.monotonic() + CHECK_SECONDS
+        self._start_missing()
+        workers = len(self._turns)
+        number = min(workers, max(PROGRESS_CALLS, math.ceil(4 * CHECK_SECONDS * workers / self.stall_timeout)))
+        for _ in range(number):
+            handle = self._turns.popleft()
+            if not handle.is_over:
+                self._turns.append(handle)
+                self._check_progress(handle, seconds=CHECK_SECONDS * workers / number)
+
+    def _check_progress(self, handle: WorkerHandle, seconds: float) -> None:
+        """Replace a worker that hangs. Otherwise ask for its progress, which fails if the worker is lost.
+
+        seconds: between two checks of the worker. If it has completed a task since the last one, it is not asked.
+        """
+        now = time.monotonic()
+        if handle.is_busy and now - handle.progressed_at > self.stall_timeout:
+            self._lose(handle, f"no progress for {self.stall_timeout:g} s")
+        elif not handle.is_asked and now - handle.reported_at >= (seconds if handle.is_busy else IDLE_SECONDS):
+            handle.is_asked, handle.reported_at = True, now
+            self._await(handle, handle.actor.progress.remote(), self._collect_progress)
+
+    def _collect_answers(self, seconds: float) -> None:
+        """Wait at most `seconds` for an answer, and collect all that have come."""
+        with suppress(Empty):
+            answer = self._answers.get(timeout=seconds)
+            time.sleep(min(GATHER_SECONDS * len(self._ready), LONGEST_GATHER))
+            while True:
+                self._collect(*answer)
+                answer = self._answers.get_nowait()
+
+    def _collect(self, handle: WorkerHandle, collect: Collect, future: Future[Any]) -> None:
+        """Collect a finished call of a worker. Replaces the worker if it is lost."""
+        if handle.is_over:
+            return
         try:
-            if handle.load_ref in ready:
-                ray.get(handle.load_ref)
-                handle.load_ref = None
-            for ref in [ref for ref in handle.tasks if ref in ready]:
-                done = ray.get(ref)
-                del handle.tasks[ref]
-                handle.progressed_at = time.monotonic()
-                self.ended.append(done)
-                if done.error is None:
-                    self.slots.note_success(slot, handle.location.node if handle.location else "")
-            self._update_progress(handle)
-            is_busy = handle.progressed_at and (handle.tasks or handle.load_ref is not None)
-            if is_busy and time.monotonic() - handle.progressed_at > self.stall_timeout:
-                self._lose(slot, handle, f"no progress for {self.stall_timeout:g} s")
+            collect(handle, future.result())
         except RayTaskError as error:  # the call failed, and the actor still runs
-            if handle.load_ref is None:  # a bug in this program, which a retry would hit again
+            if handle.is_loaded:  # a bug in this program, which a retry would hit again
                 raise JobError(f"a worker failed: {_describe_error(error)}") from error
-            self._lose(slot, handle, _describe_error(error))
+            self._lose(handle, _describe_error(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
                 self.spec = self.spec.with_smaller_batches()  # for all workers that start from now on
-            self._lose(slot, handle, _describe_error(error), with_node=_died_with_its_node(error))
+            self._lose(handle, _describe_error(error), with_node=_died_with_its_node(error))
 
-    def _update_progress(self, handle: WorkerHandle) -> None:
-        """Read the answer to the last call of `progress`, and make the next call. Asks for the location as well."""
-        if handle.location is None:
-            self._update_location(handle, 0)
-        if handle.progress_ref is not None:
-            answered, _ = ray.wait([handle.progress_ref], timeout=0)
-            if not answered:
-                return
-            handle.images, steps = ray.get(handle.progress_ref)
-            if steps != handle.steps or not handle.progressed_at:
-                handle.steps, handle.progressed_at = steps, time.monotonic()
-        handle.progress_ref = handle.actor.progress.remote()
+    def _collect_location(self, handle: WorkerHandle, location: WorkerLocation) -> None:
+        handle.location, handle.progressed_at = location, time.monotonic()
+        self._turns.append(handle)
 
-    def _update_location(self, handle: WorkerHandle, seconds: float) -> None:
-        if ray.wait([handle.locate_ref], timeout=seconds)[0]:
-            handle.location = ray.get(handle.locate_ref)
+    def _collect_load(self, handle: WorkerHandle, _: None) -> None:
+        handle.is_loaded = True
+        self._ready[handle.name] = self._starting.pop(handle.name)
+        self.workers = tuple(self._ready)
 
-    def _lose(self, slot: Slot, handle: WorkerHandle, reason: str, with_node: bool = False) -> None:
+    def _collect_progress(self, handle: WorkerHandle, progress: Progress) -> None:
+        handle.is_asked = False
+        self._note_progress(handle, progress)
+
+    def _note_progress(self, handle: WorkerHandle, progress: Progress) -> None:
+        handle.images, steps = progress
+        if steps != handle.steps:
+            handle.steps, handle.progressed_at = steps, time.monotonic()
+
+    def _collect_task(self, handle: WorkerHandle, result: tuple[TaskResult, Progress]) -> None:
+        done, progress = result
+        del handle.tasks[done.task.name]
+        self._note_progress(handle, progress)
+        handle.progressed_at = handle.reported_at = time.monotonic()
+        self.ended.append(done)
+        if done.error is None:
+            self.slots.note_success(handle.slot, handle.node)
+
+    def _lose(self, handle: WorkerHandle, reason: str, with_node: bool = False) -> None:
         """Return the tasks of a lost worker, and free its slot. A failed start counts as a failure of the slot.
 
         with_node: the worker was lost because its node was, which is no failure of the slot.
@@ -358,36 +388,41 @@ class RayExecutor:
             for task in handle.tasks.values()
         ]
         if not with_node:
-            if handle.location is None:  # the worker may have ended before the first check of its progress
-                with suppress(RayError):
-                    self._update_location(handle, 1.0)
+            if handle.location is None:  # the worker may have ended right after its start
+                with suppress(RayError, TimeoutError):
+                    handle.location = handle.locating.result(timeout=1.0)
             for line in read_last_lines(handle.location):
                 log_info(f"  {handle.name}: {line}")
-        if handle.load_ref is not None:
+        if not handle.is_loaded:
             if not with_node:
-                self._note_failure(slot, handle, reason)
+                self._note_failure(handle, reason)
             log_info(f"restarting {handle.label}: {reason}")
-        self._end(slot, handle)
+        self._end(handle)
 
     def replace(self, worker: str, reason: str) -> None:
-        slot, handle = next((s, s.worker) for s in self.slots if s.worker is not None and s.worker.name == worker)
+        handle = self._ready[worker]
         log_info(f"restarting {handle.label}: {reason}")
         self.ended += [
             TaskResult(task=task, worker=worker, error=f"its worker was replaced ({reason})", cause="returned")
             for task in handle.tasks.values()
         ]
-        self._note_failure(slot, handle, reason)
-        self._end(slot, handle)
+        self._note_failure(handle, reason)
+        self._end(handle)
 
-    def _end(self, slot: Slot, handle: WorkerHandle) -> None:
+    def _end(self, handle: WorkerHandle) -> None:
         """End a worker. The next one in its slot starts as soon as the slot allows it."""
         self.lost_images += handle.images
         ray.kill(handle.actor)
-        slot.worker = None
+        handle.slot.worker = None
+        self._vacant[handle.slot] = None
+        self._starting.pop(handle.name, None)
+        if self._ready.pop(handle.name, None):
+            self.workers = tuple(self._ready)
+        self._next_check = 0.0
 
-    def _note_failure(self, slot: Slot, handle: WorkerHandle, reason: str) -> None:
+    def _note_failure(self, handle: WorkerHandle, reason: str) -> None:
         location = handle.location or WorkerLocation("", "", "")
-        self.slots.note_failure(slot, location.node, location.host, reason)
+        self.slots.note_failure(handle.slot, location.node, location.host, reason)
 
     def close(self) -> None:
         """End all actors at once. Parts that they have not published do not exist; published parts are complete."""

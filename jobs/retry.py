@@ -21,11 +21,12 @@ from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
 from pipeline.cache.commit_scan import read_summaries, remove_lost_commits
 from pipeline.cache.identity import NAME
-from pipeline.cache.part_info import PartInfo, UnitReport
-from pipeline.cache.parts import inspect_part
+from pipeline.cache.part_info import UnitReport
+from pipeline.cache.parts import read_part_record
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
+from pipeline.formats.part_record import PartRecord
 from pipeline.maintenance import retry
 from pipeline.storage import connection
 from pipeline.weights import Vae
@@ -45,7 +46,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
     started, wanted = find_started_inputs(cache)
     planned = read_units(options, cache, options.same_source).values()
-    tasks = retry.make_tasks(planned, inspect_parts(cache, wanted), started)
+    tasks = retry.make_tasks(planned, read_records(cache, wanted), started)
     vae = load_matching_vae(options.vae, cache)
     single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
@@ -97,10 +98,10 @@ def find_started_inputs(cache: Cache) -> tuple[set[str], list[str]]:
     return started, sorted(wanted)
 
 
-def inspect_parts(cache: Cache, files: Sequence[str]) -> list[PartInfo]:
-    """Read the parts with these file names, as far as they exist."""
-    inspected = (inspect_part(cache.folder, file, cache.info.identity_sha256) for file in files)
-    return [part for part in inspected if part is not None]
+def read_records(cache: Cache, files: Sequence[str]) -> list[PartRecord]:
+    """Read the records of the parts with these file names, as far as they exist."""
+    records = (read_part_record(cache.folder, file, cache.info.identity_sha256) for file in files)
+    return [record for record in records if record is not None]
 
 
 def run_retry(

@@ -11,6 +11,8 @@ from jobs.outage import Outage
 from jobs.scheduler import Failure, Scheduler
 from jobs.signals import Signals
 
+TICK_SECONDS = 1.0  # between two calls of `on_tick`, for many tasks may end in a second
+
 
 @dataclass(slots=True)
 class RunResult:
@@ -43,7 +45,7 @@ def run_tasks(
     """
     scheduler = Scheduler(tasks, executor.can_replace, clock, executor.tasks_per_worker)
     outage = Outage(probe, stall_timeout, clock)
-    result, ready = RunResult(scheduler.failures), 0.0
+    result, ready, next_tick = RunResult(scheduler.failures), 0.0, clock()
     with signals.polled():
         while scheduler.waiting or scheduler.under_way:
             signals.check()
@@ -63,8 +65,11 @@ def run_tasks(
                     on_done(done.report)
                 else:
                     handle_failure(done, scheduler, outage, len(workers), signals)
-            on_tick()
             result.seconds = time.perf_counter() - ready if ready else 0.0
+            is_last = signals.stop.is_set() or not (scheduler.waiting or scheduler.under_way)
+            if is_last or clock() >= next_tick:
+                next_tick = clock() + TICK_SECONDS
+                on_tick()
     signals.check()
     return result
 

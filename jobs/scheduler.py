@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jobs.executor import Task, TaskResult
+from jobs.worker_pool import WorkerPool, WorkerState
 from pipeline.records import Attempt
 
 MIN_TASKS = 2  # per worker: while one is encoded, the other is read or written
 MAX_FAILURES = 3  # of a task
 MAX_EXCUSED = 10  # excused failures of a task; limited, because the task itself may kill its workers
 FAULTY_AFTER = 2  # consecutive failures of a worker
-SUSPECT_UP_TO = 5  # failed tasks up to which a worker is throttled; with more, the tasks are likelier at fault
 FIRST_PAUSE = 2.0  # seconds before a task or a worker is retried after a failure; doubled with each further failure
 LONGEST_PAUSE = 60.0
 WAIT_FOR_WORKER = 120.0  # seconds for which a failed task waits for a starting worker on which it has not failed
@@ -43,34 +43,9 @@ class TaskState:
     device_errors: int = 0
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
     failed_at: float = 0.0
     paused_until: float = 0.0
-
-
-@dataclass(slots=True)
-class WorkerState:
-    """The scheduler's state of a worker.
-
-    is_exclusive: it runs an isolated task, and takes no second one.
-    errors: the tasks that failed on it since its last success, with their errors.
-    failures: consecutive failures; one task can account for several.
-    is_at_fault: another worker completed one of the tasks in `errors`.
-    is_proven: it has completed a task.
-    device_error: the error that its accelerator reported; empty if there is none.
-    """
-
-    tasks: set[str] = field(default_factory=set)
-    is_exclusive: bool = False
-    errors: dict[str, str] = field(default_factory=dict)
-    failures: int = 0
-    is_at_fault: bool = False
-    is_proven: bool = False
-    device_error: str = ""
-    paused_until: float = 0.0
-
-    def clear(self) -> None:
-        """Forget its failures."""
-        self.errors, self.failures, self.is_at_fault, self.paused_until = {}, 0, False, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +85,9 @@ class Scheduler:
         self.tasks_per_worker = tasks_per_worker
         self.can_replace = can_replace
         self.untried = deque(random.sample(list(tasks), len(tasks)))
-        self.retries: list[TaskState] = []
-        self.assigned: dict[str, TaskState] = {}
-        self.workers: dict[str, WorkerState] = {}
+        self.retries: dict[str, TaskState] = {}  # by task
+        self.assigned: dict[str, TaskState] = {}  # by task
+        self.workers = WorkerPool()
         self.failures: list[Failure] = []
 
     @property
@@ -130,79 +105,60 @@ class Scheduler:
 
         starting: the number of further workers that are starting.
         """
+        self.workers.set_ready(workers)
         now = self.clock()
         share = math.ceil((self.waiting + self.under_way) / max(1, len(workers) + starting))
         limit = min(self.tasks_per_worker, max(MIN_TASKS, share))  # near its end, the job keeps all workers busy
-        free = [worker for worker in workers if self._has_capacity(worker, len(workers), limit, now)]
-        if not free:
+        free = self.workers.find_free(limit, now)
+        if free is None:
             return None
-        for state in self.retries:
-            if state.paused_until <= now and (worker := self._choose_worker(state, free, workers, starting)):
-                self.retries.remove(state)
+        for name, state in self.retries.items():
+            if state.paused_until <= now and (worker := self._choose_worker(state, free, limit, starting)):
+                del self.retries[name]
                 return self._assign(state, worker)
-        if self.untried and (worker := self._choose_worker(TaskState(self.untried[0]), free, workers, starting)):
-            return self._assign(TaskState(self.untried.popleft()), worker)
-        return None
+        return self._assign(TaskState(self.untried.popleft()), free) if self.untried else None
 
-    def _has_capacity(self, name: str, workers: int, limit: int, now: float) -> bool:
-        worker = self.workers.setdefault(name, WorkerState())
-        if worker.is_exclusive or worker.device_error:
-            return False
-        if 0 < len(worker.errors) <= SUSPECT_UP_TO and workers > 1:  # perhaps faulty: one task at a time, after a pause
-            return not worker.tasks and worker.paused_until <= now
-        return len(worker.tasks) < limit
+    def _choose_worker(self, state: TaskState, free: str, limit: int, starting: int) -> str | None:
+        """Return a free worker for a task that is retried; None if there is none, or if it is better to wait.
 
-    def _choose_worker(
-        self, state: TaskState, free: Sequence[str], workers: Sequence[str], starting: int
-    ) -> str | None:
-        """Return a free worker for a task; None if there is none, or if it is better to wait.
-
+        free: the free worker with the fewest tasks.
         A worker on which the task has not failed comes first, even if the task must wait for it. Otherwise it is any
         worker but the one on which the task failed last.
         A failed task does not run on an unproven worker while a proven one is left for it, or while untried tasks can
         prove the worker: on a faulty node, every new worker fails.
         """
-        candidates: Sequence[str] = free
-        if state.avoided:
-            may_wait = bool(starting) and self.clock() - state.failed_at < WAIT_FOR_WORKER
-            may_wait |= bool(self.untried and set(workers) - set(state.avoided))  # untried tasks prove the others
-            proven = [worker for worker in workers if self.workers[worker].is_proven]
-            if self.untried or set(proven) - set(state.avoided):
-                workers, free = proven, [worker for worker in free if self.workers[worker].is_proven]
-            candidates = [worker for worker in free if worker not in state.avoided]
-            if not candidates and (may_wait or set(workers) - set(state.avoided)):
-                return None
-            if not candidates:
-                candidates = [worker for worker in free if worker != state.avoided[-1] or len(workers) == 1]
-        if state.isolated:
-            candidates = [worker for worker in candidates if not self.workers[worker].tasks]
-        states = self.workers
-        return min(candidates, key=lambda name: (len(states[name].tasks), len(states[name].errors)), default=None)
+        pool, avoided, now = self.workers, state.avoided, self.clock()
+        own_limit = 1 if state.isolated else limit
+        if not avoided:
+            return pool.find_free(own_limit, now) if state.isolated else free
+        proven_only = bool(self.untried) or pool.has_others(avoided, proven_only=True)
+        if pool.find_free(limit, now, avoided, proven_only):
+            return pool.find_free(own_limit, now, avoided, proven_only)
+        may_wait = bool(starting) and now - state.failed_at < WAIT_FOR_WORKER
+        may_wait |= bool(self.untried) and pool.has_others(avoided)  # untried tasks prove the others
+        if may_wait or pool.has_others(avoided, proven_only):
+            return None
+        is_only_one = not pool.has_others(avoided[-1:], proven_only)
+        return pool.find_free(own_limit, now, () if is_only_one else avoided[-1:], proven_only)
 
     def _assign(self, state: TaskState, name: str) -> Assignment:
-        worker, task = self.workers[name], state.task
-        worker.tasks.add(task.name)
-        worker.is_exclusive = state.isolated
+        task = state.task
+        self.workers.add_task(name, task.name, state.isolated)
         self.assigned[task.name] = state
-        return Assignment(task, Attempt(isolated=state.isolated, damaged_at=state.damaged_at), name)
+        attempt = Attempt(isolated=state.isolated, damaged_at=state.damaged_at, is_retry=state.is_retry)
+        state.is_retry = True
+        return Assignment(task, attempt, name)
 
     def record_success(self, done: TaskResult) -> None:
         """Record a task that succeeded."""
         self._unassign(done)
-        worker = self.workers.setdefault(done.worker, WorkerState())
-        worker.clear()
-        worker.is_proven = True
-        is_damaged = bool(getattr(done.report, "damage", None))  # the shard was at fault, not the workers it failed on
-        for other in self.workers.values():
-            if is_damaged:
-                other.errors.pop(done.task.name, None)
-            other.is_at_fault |= done.task.name in other.errors
+        self.workers.note_success(done.worker, done.task.name, bool(getattr(done.report, "damage", None)))
 
     def record_failure(self, done: TaskResult) -> bool:
         """Record a task that failed. Returns whether it will be retried."""
         state = self._unassign(done)
         if done.cause == "returned":
-            self.retries.append(state)
+            self.retries[done.task.name] = state
             return True
         if done.cause == "final":
             self.failures.append(Failure(done.task.name, str(done.error)))
@@ -218,67 +174,61 @@ class Scheduler:
             state.excused += 1
         if done.cause == "lost":
             state.isolated = True
-            self.workers.pop(done.worker, None)
+            self.workers.drop(done.worker)
         elif done.cause == "device":
             state.isolated = True  # the task itself may make the device fail, and must not harm others
             state.device_errors += is_counted
-            self.workers.setdefault(done.worker, WorkerState()).device_error = str(done.error)
+            self.workers.note_device_error(done.worker, str(done.error))
         else:
-            self._record_worker_failure(done)
+            worker = self.workers.note_error(done.worker, done.task.name, str(done.error))
+            worker.paused_until = self.clock() + compute_backoff(len(worker.errors))
         if max(len(state.failed_on), state.device_errors) >= MAX_FAILURES or state.excused >= MAX_EXCUSED:
             self.failures.append(Failure(done.task.name, str(done.error)))
             return False
         failures = len(state.failed_on) + (state.excused if done.cause == "storage" else 0)
         state.paused_until = self.clock() + compute_backoff(failures) if failures else 0.0
-        self.retries.append(state)
+        self.retries[done.task.name] = state
         return True
 
     def _is_counted(self, name: str) -> bool:
         """Return whether a failure on this worker counts against its task: not if only other workers are proven."""
-        proven = {each for each, worker in self.workers.items() if worker.is_proven}
-        return not proven or name in proven
+        return not self.workers.proven or name in self.workers.proven
 
     def _unassign(self, done: TaskResult) -> TaskState:
-        if worker := self.workers.get(done.worker):
-            worker.tasks.discard(done.task.name)
-            worker.is_exclusive = False
+        self.workers.remove_task(done.worker, done.task.name)
         return self.assigned.pop(done.task.name)
-
-    def _record_worker_failure(self, done: TaskResult) -> None:
-        worker = self.workers.setdefault(done.worker, WorkerState())
-        worker.errors[done.task.name] = str(done.error)
-        worker.failures += 1
-        worker.paused_until = self.clock() + compute_backoff(len(worker.errors))
 
     def find_faulty(self, workers: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield each of these ready workers that must be replaced, with the reason. Forgets it on the way."""
-        for name in workers:
-            worker = self.workers.get(name)
-            if worker is None:
+        self.workers.set_ready(workers)
+        for name in list(self.workers.suspects):
+            worker = self.workers.states[name]
+            if not self.workers.is_ready(name):
                 continue
             if worker.device_error:
-                del self.workers[name]
+                self.workers.drop(name)
                 yield name, worker.device_error
                 continue
             fails_alone = len(workers) == 1 and self.can_replace and worker.failures >= FAULTY_AFTER
             if fails_alone or (worker.is_at_fault and len(worker.errors) >= FAULTY_AFTER):
-                del self.workers[name]
+                self.workers.drop(name)
                 if worker.is_at_fault:
                     self._excuse_failures(name, worker)
                 yield name, list(worker.errors.values())[-1]
 
     def _excuse_failures(self, name: str, worker: WorkerState) -> None:
         """Excuse the failures of the tasks that failed on a faulty worker."""
-        for state in [*self.retries, *self.assigned.values()]:
-            if state.task.name in worker.errors and name in state.failed_on:
+        for task in worker.errors:
+            state = self.retries.get(task) or self.assigned.get(task)
+            if state is not None and name in state.failed_on:
                 state.failed_on.remove(name)
                 state.excused += 1
                 state.paused_until = 0.0
 
     def forget_failures(self) -> None:
         """Forget the failures of all workers: the storage was at fault."""
-        for worker in self.workers.values():
-            worker.clear()
+        for name in list(self.workers.suspects):
+            self.workers.clear(name)
 
 
 def compute_backoff(failures: int) -> float:

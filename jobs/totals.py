@@ -21,6 +21,7 @@ from pipeline.text import printable, to_valid_text
 from pipeline.wording import count_noun, format_counts
 
 MAX_NAMES = 3  # of rejects in the summary
+COUNTS = ("samples", "rows", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")  # of a unit
 
 
 @dataclass(kw_only=True)
@@ -50,8 +51,9 @@ class RunTotals:
         self.filtered.update(done.filtered)
         self.texts.update(done.texts)
         self.precision_error = max(self.precision_error, done.precision_error)
-        names = ("samples", "rows", "enlarged", "parts", "adopted", "encoded", "fp32_fallbacks", "bytes")
-        self.counts.update({"units": 1, **{name: getattr(done, name) for name in names}})
+        self.counts["units"] += 1
+        for name in COUNTS:
+            self.counts[name] += getattr(done, name)
 
     @property
     def rate(self) -> float:

@@ -1,16 +1,18 @@
 """The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import UsageError
+from latentmill.pages import list_pages
 from latentmill.stream import Stream, name_url_in_errors, open_while
 
 
@@ -43,33 +45,33 @@ class CacheFolder:
     def list_entries(self, below: str) -> tuple[list[str], list[str]]:
         """Return two sorted lists: the names of `list_files`, and all others (folders, hidden files, broken links)."""
         files, others = list[str](), list[str]()
-        for name, is_file in sorted(self._list_all(below)):
+        for name, is_file in self._iterate_entries(below):
             (files if is_file and not name.startswith(".") else others).append(name)
-        return files, others
+        return sorted(files), sorted(others)
 
-    def _list_all(self, below: str) -> list[tuple[str, bool]]:
-        """Return each name in a sub-folder, and whether it is a file."""
+    def iterate_names(self, below: str = "") -> Iterator[str]:
+        """Yield the names of `list_files` in no particular order, page by page. There may be millions."""
+        return (name for name, is_file in self._iterate_entries(below) if is_file and not name.startswith("."))
+
+    def _iterate_entries(self, below: str) -> Iterator[tuple[str, bool]]:
+        """Yield each name in a sub-folder, and whether it is a file."""
         with name_url_in_errors(self.url_of(below), "list"):
             filesystem, path = self._locate(below)
-            try:
-                entries = filesystem.ls(path, detail=True, refresh=True)
-            except FileNotFoundError:
-                return []
-        return [
-            (
-                PurePosixPath(e["name"]).name,
-                e["type"] == "file" or bool(e.get("islink") and filesystem.isfile(e["name"])),
-            )
-            for e in entries
-            if e["name"].rstrip("/") != path.rstrip("/")  # stores list an empty object for the folder itself
-        ]
+            if isinstance(filesystem, LocalFileSystem):
+                yield from _scan(path)
+                return
+            for page in list_pages(filesystem, path):
+                for entry in page:
+                    name = entry["name"].rstrip("/")
+                    if name != path.rstrip("/"):  # some stores list the folder itself
+                        yield name.rpartition("/")[2], entry["type"] == "file"
 
     def read_if_exists(self, name: str) -> bytes | None:
         """Read a whole file. Return None if it does not exist."""
         with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             try:
-                return cast(bytes, filesystem.cat_file(path))
+                return cast(bytes, filesystem.cat_file(path, **single_request_option(filesystem)))
             except FileNotFoundError:
                 return None
 
@@ -87,11 +89,28 @@ class CacheFolder:
             yield stream
 
 
+def _scan(path: str) -> Iterator[tuple[str, bool]]:
+    """Yield each name in a local directory, and whether it is a file or a link to one. No such directory: nothing."""
+    with suppress(FileNotFoundError), os.scandir(path) as entries:
+        for entry in entries:
+            yield entry.name, os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the fsspec filesystem of a URL or a local path, and the path on it. Raises what the library raises."""
     kind = fsspec.get_filesystem_class(url.partition("://")[0] if "://" in url else "file")
     filesystem = kind(**{**kind._get_kwargs_from_urls(url), "use_listings_cache": False, **options})
     return filesystem, cast(str, kind._strip_protocol(url))
+
+
+def single_request_option(filesystem: Any) -> dict[str, int]:
+    """Return the option of `cat_file` that keeps s3fs from requesting a file's size before the file.
+
+    Versions before 2026.3 have no such option, and always read a file by one request.
+    """
+    if "s3" not in filesystem.protocol or "max_concurrency" not in inspect.signature(filesystem._cat_file).parameters:
+        return {}
+    return {"max_concurrency": 1}
 
 
 def has_password(url: str) -> bool:

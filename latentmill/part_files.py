@@ -6,6 +6,7 @@ A row is a dict with the same fields in both containers: `key`, `shard`, `latent
 
 import io
 import json
+import re
 import tarfile
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ WEBDATASET_SUFFIX = ".tar"
 PARQUET_RECORD = b"latentmill"  # the key of the file metadata
 WEBDATASET_RECORD = "LATENTMILL.record"  # the key of the PAX global header
 SAMPLE_JSON = ".latent.json"
+FIRST_HEADERS = 16 << 10  # bytes after the record of a tar that hold the headers of its first member, and more
 
 # numpy parses headers by `ast`, which Python 3.11 cannot always do in two threads at once (SystemError, gh-106905)
 _npy_lock = threading.Lock()
@@ -120,9 +122,22 @@ def _read_npy(data: bytes) -> bytes:
         return bytes(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).tobytes())
 
 
+def count_record_bytes(data: bytes, name: str) -> int:
+    """Return how many bytes `read_record_json` needs: from the end of a Parquet file, or from the start of a tar.
+
+    data: the last bytes of the Parquet file, or the first ones of the tar, at least 512. Returns 0 if the file has no
+    record. name: the file's, whose suffix names the container.
+    """
+    if name.endswith(PARQUET_SUFFIX):
+        return int.from_bytes(data[-8:-4], "little") + 8 if data[-4:] == b"PAR1" else 0
+    size = re.fullmatch(rb"[0-7]+", data[124:135]) if data[156:157] == tarfile.XGLTYPE else None
+    return 512 + int(size[0], 8) + FIRST_HEADERS if size else 0
+
+
 def read_record_json(data: bytes, name: str) -> bytes:
     """Return the record inside a part's bytes, as JSON. name: the file's, whose suffix names the container.
 
+    data: the whole file, or the bytes of it that `count_record_bytes` names.
     Raises CacheError, which names the file, if the file has no record or another suffix.
     """
     if not name.endswith((PARQUET_SUFFIX, WEBDATASET_SUFFIX)):

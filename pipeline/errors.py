@@ -3,7 +3,7 @@
 LatentmillError            one line for the user: the problem, its object, and a remedy
 |-- UsageError             the command cannot work with its arguments; exit code 2
 |   |-- SourceError        a source that is missing, empty, ambiguous or changed
-|   |   `-- ChangedError   an input that differs from the plan; nothing of it was read
+|   |   `-- ChangedError   an input that differs from the plan; no other version of it was read
 |   |-- VaeError           the VAE is not an AutoencoderKL
 |   `-- IdentityError      the cache was made with other settings
 |-- CacheError             a cache that is inconsistent or damaged; exit code 1
@@ -93,7 +93,7 @@ class SourceError(UsageError):
 
 
 class ChangedError(SourceError):
-    """An input differs from the plan. This was detected before anything of it was read."""
+    """An input differs from the plan. Nothing of another version of it was read."""
 
 
 class DamagedFileError(CacheError):

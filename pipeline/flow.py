@@ -10,14 +10,15 @@ written again.
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from latentmill.cache_info import SourceRules
 from pipeline import tuning
 from pipeline.cache import commits, input_hash, parts
-from pipeline.cache.part_info import PartInfo, UnitReport
+from pipeline.cache.part_info import PartSummary, UnitReport
 from pipeline.device_loop import DeviceLoop
 from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import ChangedError, Stopped
@@ -57,6 +58,8 @@ class EncodeSpec:
     candidates: what a worker may choose for its GPU (`pipeline.tuning`); None: `compute` has all settings.
     superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
     parts were lost (`parts.superseded`).
+    standing: by unit, the part files that existed when the driver listed the cache; None: the driver did not list it,
+    and workers list the files of each unit.
     """
 
     cache: Folder
@@ -78,6 +81,7 @@ class EncodeSpec:
     versions: Mapping[str, str]
     candidates: tuning.Candidates | None = None
     superseded: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    standing: Mapping[str, Set[str]] | None = None
     source_rules: SourceRules = SourceRules()
 
     def build(self, vae: Vae, stop: threading.Event) -> "UnitWorker":
@@ -150,7 +154,7 @@ class WorkerContext:
     """The objects that a unit needs. The units in flight share them.
 
     progress: how many `samples` were read so far, in all units, and how many `pieces` were skipped after a damage.
-    damaged_at: the known damage of the unit that is processed, see `Attempt`.
+    damaged_at, is_retry: of the unit that is processed, see `Attempt`.
     precision_error: of the worker's self-check, see `LatentEncoder.check_precision`.
     """
 
@@ -159,6 +163,7 @@ class WorkerContext:
     stages: Stages
     progress: Counter[str] = field(default_factory=Counter)
     damaged_at: int | None = None
+    is_retry: bool = False
     precision_error: float | None = None
 
     def with_decoder(self, open_pixels: OpenPixels) -> "WorkerContext":
@@ -185,7 +190,7 @@ class UnitWorker:
         An isolated attempt decodes the images in a separate process, because one of them may have ended a worker.
         An attempt with a known damage that finds the same damage encodes the shard up to it, and rejects the rest.
         """
-        context = replace(self.context, damaged_at=attempt.damaged_at)
+        context = replace(self.context, damaged_at=attempt.damaged_at, is_retry=attempt.is_retry)
         if not attempt.isolated:
             return process_unit(unit, context)
         with SandboxedDecoder(context.spec.limits) as decoder:
@@ -205,36 +210,52 @@ class UnitWorker:
 def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     """Encode the missing parts of a unit, and record the unit as done. Raises any error that fails the whole unit.
 
+    A unit that another job has finished is not read.
     If the input has another time or ETag than was planned, its current version is used, provided that it has the
     samples from which the existing parts were made. The whole input is read to check that before anything is written.
     """
     spec, timer = context.spec, StageTimer()
+    committed = commits.read_commit_if_exists(spec.cache, unit.name)
+    if committed is not None:
+        return make_report(unit, committed["parts"], len(committed["parts"]), timer.seconds)
     try:
-        return encode_missing_parts(unit, context, timer)
+        return encode_missing_parts(unit, context, timer, find_standing_parts(unit, context))
     except ChangedError:
         current = reading.fetch_current_version(unit, spec.source_options)
-        records = [part.record for part in parts.read_unit_parts(spec.cache, unit.name, spec.identity_sha256)]
+        standing = parts.list_unit_files(spec.cache, unit.name)
+        records = list(parts.read_counted_records(spec.cache, standing, spec.identity_sha256))
         if current.bytes != unit.bytes or not records:
             raise
         samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
         exhaust(input_hash.check_inputs(instrument(samples, context, timer), records, unit.url))
-    return encode_missing_parts(current, context, timer)
+    return encode_missing_parts(current, context, timer, standing)
 
 
-def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) -> UnitReport:
+def find_standing_parts(unit: Unit, context: WorkerContext) -> Collection[str]:
+    """Return the files of the unit's parts that exist. The driver knows those that existed before this run."""
+    if context.spec.standing is None or context.is_retry:
+        return parts.list_unit_files(context.spec.cache, unit.name)
+    return context.spec.standing.get(unit.name, ())
+
+
+def encode_missing_parts(
+    unit: Unit, context: WorkerContext, timer: StageTimer, standing: Collection[str]
+) -> UnitReport:
     """Encode a unit whose input is as it was planned. Raises ChangedError if it is not.
 
     While a part is encoded and published, the samples of the next one are read.
+    standing: the files of its parts that exist.
     """
     spec = context.spec
     skipped = Counter[str]()
     superseded = spec.superseded.get(unit.name, {})
     readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
     samples = Peekable(instrument(cut_at_retried_rest(readable, superseded), context, timer))
+    unit_parts = parts.UnitParts(spec.cache, unit.name, spec.identity_sha256, spec.layout, standing)
     parts_to_skip = 0
-    with UnitWriter(unit, spec, context.stages, timer, superseded) as writer:
+    with UnitWriter(unit, spec, context.stages, timer, superseded, unit_parts.publish) as writer:
         for number in itertools.count():
-            part = parts.find_part(spec.cache, unit.name, number, spec.identity_sha256, spec.layout.container)
+            part = unit_parts.find(number)
             if part is not None:
                 writer.adopt(part)
                 parts_to_skip += 1
@@ -247,9 +268,9 @@ def encode_missing_parts(unit: Unit, context: WorkerContext, timer: StageTimer) 
                 writer.read_part(number, part_samples, lambda: samples.is_done)
             if writer.has_last_part():
                 break
-    commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
+    entries = commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
     return replace(
-        make_report(unit, writer.parts, writer.adopted, timer.seconds),
+        make_report(unit, entries, writer.adopted, timer.seconds),
         encoded=writer.encoded,
         fp32_fallbacks=writer.fp32_fallbacks,
         texts=writer.texts,
@@ -291,19 +312,21 @@ def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
     }
 
 
-def make_report(unit: Unit, unit_parts: list[PartInfo], adopted: int, seconds: Seconds) -> UnitReport:
-    """Return the report of a finished unit for the driver. adopted: how many of its parts existed before."""
-    records = [part.record for part in unit_parts]
+def make_report(unit: Unit, entries: Sequence[Mapping[str, Any]], adopted: int, seconds: Seconds) -> UnitReport:
+    """Return the report of a finished unit for the driver.
+
+    entries: of its parts in the commit. adopted: how many of its parts existed before.
+    """
     return UnitReport(
         unit=unit.name,
-        samples=sum(record.samples for record in records),
-        rows=sum(record.rows for record in records),
-        filtered=sum((Counter(record.filtered) for record in records), Counter()),
-        enlarged=sum(record.enlarged for record in records),
-        rejects=Counter(reject.reason for record in records for reject in record.rejects),
-        parts=len(unit_parts),
+        samples=sum(entry["samples"] for entry in entries),
+        rows=sum(entry["rows"] for entry in entries),
+        filtered=sum((Counter(entry["filtered"]) for entry in entries), Counter()),
+        enlarged=sum(entry["enlarged"] for entry in entries),
+        rejects=sum((Counter(entry["rejects"]) for entry in entries), Counter()),
+        parts=len(entries),
         adopted=adopted,
-        bytes=sum(part.bytes for part in unit_parts),
+        bytes=sum(entry["bytes"] for entry in entries),
         seconds=seconds,
-        summaries=[part.summary for part in unit_parts],
+        summaries=[PartSummary.from_commit(entry) for entry in entries],
     )

@@ -7,14 +7,15 @@ Nothing here waits for a single image. A part is published as soon as all its sa
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
 
-from pipeline.cache import input_hash, parts, tally
+from pipeline.buffers import LatentBuffer, return_freed_memory
+from pipeline.cache import input_hash, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop, UnitQueue
@@ -60,10 +61,11 @@ class Stages:
     opener: Opener
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PartBuffer:
     """The results of the samples of one part, in the order in which they arrive from several threads.
 
+    rows: with their latents in memory of the buffer's own, so that those of a whole batch can be freed.
     digests: the digest of each sample as it was read, by position.
     expected: the number of samples that were read so far. is_read: whether these are all.
     """
@@ -75,15 +77,13 @@ class PartBuffer:
     digests: dict[int, bytes] = field(default_factory=dict)
     expected: int = 0
     is_read: bool = False
+    _latents: LatentBuffer = field(default_factory=LatentBuffer)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, item: Row | Reject | Filtered, is_fallback: bool = False) -> None:
-        """Add the result of a sample. is_fallback: see `EncodedImage`."""
+    def add(self, item: Reject | Filtered) -> None:
+        """Add the result of a sample without a latent."""
         with self._lock:
-            if isinstance(item, Row):
-                self.rows.append(item)
-                self.fp32_fallbacks += is_fallback
-            elif isinstance(item, Reject):
+            if isinstance(item, Reject):
                 self.rejects.append(item)
             else:
                 self.filtered[item.filter] += 1
@@ -92,13 +92,27 @@ class PartBuffer:
         """Add the model's result for an image."""
         if isinstance(encoded.latent, Rejected):
             self.add(Reject.from_error(image.position, image.key, encoded.latent))
-        else:
-            self.add(Row(image.drop_pixels(), encoded.latent, encoded.latent_flipped), encoded.is_fallback)
+            return
+        with self._lock:
+            self.rows.append(Row(image.drop_pixels(), *self._latents.add(encoded.latents)))
+            self.fp32_fallbacks += encoded.is_fallback
 
     def sort(self) -> None:
-        """Sort the rows by bucket, then by position, and the rejects by position."""
+        """Sort the rows by bucket, then by position, and the rejects by position. No results are added after that."""
+        self._latents.close()
         self.rows.sort(key=lambda row: (row.image.bucket, row.image.position))
         self.rejects.sort(key=lambda reject: reject.position)
+
+    def take_rows(self) -> Iterator[Row]:
+        """Yield the rows, and remove each, so that its memory is freed once the caller drops it."""
+        self.rows.reverse()
+        while self.rows:
+            yield self.rows.pop()
+
+    def clear(self) -> None:
+        """Free the rows' memory. The traceback of an error can refer to the buffer for long."""
+        self._latents.close()
+        self.rows.clear()
 
     @property
     def digests_in_order(self) -> list[bytes]:
@@ -120,16 +134,25 @@ class PartBuffer:
 class UnitWriter:
     """The parts of a unit, in their order. New parts are published by a thread, one after the other.
 
+    publish: creates the file of a part with this record and these rows (`UnitParts.publish`).
     The unit takes a place among those that are read when its first missing part is read.
     """
 
     def __init__(
-        self, unit: Unit, spec: PartSpec, stages: Stages, timer: StageTimer, superseded: Mapping[int, str]
+        self,
+        unit: Unit,
+        spec: PartSpec,
+        stages: Stages,
+        timer: StageTimer,
+        superseded: Mapping[int, str],
+        publish: Callable[[PartRecord, Iterable[Row]], PartInfo],
     ) -> None:
+        self.publish = publish
         self.unit, self.spec, self.stages, self.timer, self.superseded = unit, spec, stages, timer, superseded
         self.parts: list[PartInfo] = []
         self.adopted = self.encoded = self.fp32_fallbacks = 0
         self.texts: Counter[str] = Counter()
+        self._buffers: list[PartBuffer] = []  # of the parts that are read or published
         self._publishing: deque[Future[PartInfo]] = deque()
         self._is_read = False
         self._queue: UnitQueue | None = None
@@ -144,6 +167,8 @@ class UnitWriter:
             with self._pause():  # parts whose samples were read need not be encoded again
                 wait(self._publishing)
         self._stack.close()
+        for buffer in self._buffers:
+            buffer.clear()
         if self._queue is not None:
             self.timer.add(**asdict(self._queue.seconds))
 
@@ -159,7 +184,9 @@ class UnitWriter:
         """Read the samples of a part. It is encoded and published meanwhile. is_done: whether no samples follow."""
         if self._queue is None:
             self._queue = self._stack.enter_context(self.stages.loop.unit(self.unit.name, self.stages.stop))
-        buffer = read_part(self.unit, samples, self.spec, self.stages, self._queue, self.timer, self.superseded)
+        buffer = PartBuffer()
+        self._buffers.append(buffer)
+        read_part(buffer, self.unit, samples, self.spec, self.stages, self._queue, self.timer, self.superseded)
         self._is_read = is_done()
         self._publishing.append(self._publisher.submit(self._publish, number, buffer, self._queue, self._is_read))
 
@@ -188,7 +215,10 @@ class UnitWriter:
         self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
         record = make_record(self.unit, number, buffer, is_last, self.spec)
         with self.timer.stage("write"):
-            return parts.publish_part(self.spec.cache, record, buffer.rows, self.spec.layout)
+            return_freed_memory()  # a part takes most memory now
+            part = self.publish(record, buffer.take_rows())
+        self._buffers.remove(buffer)
+        return part
 
 
 def fill_part(
@@ -200,16 +230,22 @@ def fill_part(
     superseded: Mapping[int, str],
 ) -> PartBuffer:
     """Read the samples of one part, and wait for their results. The rows are sorted by bucket, then by position."""
-    with stages.loop.unit(unit.name, stages.stop) as queue:
-        buffer = read_part(unit, samples, spec, stages, queue, timer, superseded)
-        queue.end_reading()
-        queue.wait(lambda: buffer.is_complete)
+    buffer = PartBuffer()
+    try:
+        with stages.loop.unit(unit.name, stages.stop) as queue:
+            read_part(buffer, unit, samples, spec, stages, queue, timer, superseded)
+            queue.end_reading()
+            queue.wait(lambda: buffer.is_complete)
+    except BaseException:
+        buffer.clear()
+        raise
     timer.add(**asdict(queue.seconds))
     buffer.sort()
     return buffer
 
 
 def read_part(
+    buffer: PartBuffer,
     unit: Unit,
     samples: Iterable[Sample | Reject],
     spec: PartSpec,
@@ -217,19 +253,17 @@ def read_part(
     queue: UnitQueue,
     timer: StageTimer,
     superseded: Mapping[int, str],
-) -> PartBuffer:
+) -> None:
     """Read the samples of one part. Their results arrive in the buffer later.
 
     superseded: by position, the reject reasons of samples that are in a part of `retry`.
     """
-    buffer = PartBuffer()
     for sample in samples:
         queue.admit()
         buffer.expected += 1
         reason = superseded.get(sample.position)
         stages.pool.submit(open_sample, unit, sample, spec, stages, queue, buffer, timer, reason)
     buffer.is_read = True
-    return buffer
 
 
 def open_sample(

@@ -1,8 +1,9 @@
 """The plain data that flows through the pipeline. The terms are defined in docs/cache-format.md."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentmill import cache_info
 from pipeline.errors import Filter, Rejected
@@ -47,6 +48,7 @@ SHARD_ENDINGS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_SECOND_ENDINGS = frozenset(end[end.rfind(".") :] for end in SHARD_ENDINGS if end.count(".") > 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,14 @@ class Manifest:
 class ListedFile:
     """An input file as it was listed.
 
-    url: its location, without credentials. root: URL of the source's last directory without a wildcard.
+    root: URL of the source's last directory without a wildcard, without credentials. There may be millions of files, so
+    all files of a source share this text.
     path: the name of the source and the file's path below the root. It is the same on every disk, mount and bucket.
     etag: the version of its content (`etags.get_etag`); empty if it is unknown.
     file_id: equal for two paths to the same file of a local disk (`walk.file_id`); empty on other storage.
     is_named: whether a source names the file itself, not only its folder. manifest: if the file is one.
     """
 
-    url: str
     root: str
     path: str
     bytes: int
@@ -76,6 +78,22 @@ class ListedFile:
     file_id: str = ""
     is_named: bool = False
     manifest: Manifest | None = None
+
+    @property
+    def url(self) -> str:
+        """The file's location."""
+        return join_url(self.root, path_below_root(self.path))
+
+
+class PinnedFile(Protocol):
+    """An input file and the version of its content: a `ListedFile`, a `PlannedFile`, or the `Unit` of a single file."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def etag(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +110,20 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a tar or Arrow file, a range of another file, or up to 256 images of a folder.
+    """The work of one task: a tar or Arrow file, a range of a large tar or another file, or images of a folder.
 
     name: unique, safe in a file name, and independent of the input's location.
     kind: tar, zip, parquet, arrow, folder or manifest.
-    range: (k, n) for range k of n of a zip, a Parquet file or a manifest. bytes: of the whole input.
-    root: URL of the source's root.
-    For a folder, `paths` lists the images, and `url` is the root. `files` holds the sizes and ETags of its images and
+    range: (k, n) for range k of n of a large tar, a zip, a Parquet file or a manifest. bytes: of the whole input.
+    root: URL of the source's root, without credentials. path: as of `ListedFile`; for a folder, the name of its source.
+    For a folder, `paths` lists the images. `files` holds the sizes and ETags of its images and
     texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders, tars and zips, `metadata`
     has the paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL
-    of the folder of its images; "" for its own folder.
+    of the folder of its images; "" for its own folder. For a range of a tar, `files` has its bytes.
     """
 
     name: str
     kind: str
-    url: str
     path: str
     range: tuple[int, int] | None = None
     paths: tuple[str, ...] = ()
@@ -115,6 +132,11 @@ class Unit:
     files: str = ""
     root: str = ""
     metadata: str = ""
+
+    @property
+    def url(self) -> str:
+        """The location of the input; for a folder, of the root."""
+        return self.root if self.kind == "folder" else join_url(self.root, path_below_root(self.path))
 
     @property
     def source_name(self) -> str:
@@ -160,10 +182,12 @@ class Attempt:
     isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
     damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
     byte, the damage is accepted as the file's own.
+    is_retry: an earlier attempt of this run may have published parts.
     """
 
     isolated: bool = False
     damaged_at: int | None = None
+    is_retry: bool = False
 
 
 FIRST_ATTEMPT = Attempt()
@@ -216,7 +240,15 @@ class PreparedImage:
 
     def drop_pixels(self) -> "PreparedImage":
         """Return the same image without its pixels. Only their shape remains, as a `meta` tensor of torch."""
-        return replace(self, pixels=self.pixels.to("meta"))
+        return replace(self, pixels=_make_meta_pixels(*self.bucket))
+
+
+@cache
+def _make_meta_pixels(height: int, width: int) -> "Tensor":
+    """Return the one tensor of this shape that all images without pixels share."""
+    import torch
+
+    return torch.empty(height, width, 3, dtype=torch.uint8, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +264,12 @@ class EncodedImage:
     is_fallback: bool = False
     latent_flipped: "Tensor | None" = None
 
+    @property
+    def latents(self) -> "tuple[Tensor, ...]":
+        """The latent of the image, followed by that of the flipped image if there is one. Empty for a Rejected."""
+        found = (self.latent, self.latent_flipped)
+        return tuple(latent for latent in found if not isinstance(latent, Rejected | None))
+
     def with_flipped(self, flipped: "EncodedImage") -> "EncodedImage":
         """Return the result for the image and the flipped image. The image is rejected if either latent is."""
         if isinstance(flipped.latent, Rejected):
@@ -244,22 +282,24 @@ class Row:
     """An image and its raw latent as it is stored: [C, H/f, W/f] in the cache's dtype, on the CPU (moments: [2C, ...]).
 
     image: without its pixels, because thousands of rows stay in memory until their part is written.
-    latent_flipped: with `--flip both`, that of the flipped image.
+    chunk, index: the latents of several rows, [rows, 1 or 2, C, H/f, W/f], and the place of this row's in it. The
+    second one of a row is that of the flipped image, with `--flip both`. Tensors are made when they are needed: as
+    small and long-lived blocks, they would keep the C library from using the memory of freed images beside them.
     """
 
     image: PreparedImage
-    latent: "Tensor"
-    latent_flipped: "Tensor | None" = None
+    chunk: "Tensor"
+    index: int
 
     @property
     def latents(self) -> "tuple[Tensor, ...]":
         """The latent of the image, followed by that of the flipped image if there is one."""
-        return (self.latent,) if self.latent_flipped is None else (self.latent, self.latent_flipped)
+        return self.chunk[self.index].unbind()
 
     @property
     def latent_bytes(self) -> int:
         """The size of the latents in bytes."""
-        return sum(latent.nbytes for latent in self.latents)
+        return self.chunk.nbytes // len(self.chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +325,7 @@ class Seconds:
         return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
 
     def __add__(self, other: "Seconds") -> "Seconds":
-        return self.plus(**asdict(other))
+        return Seconds(*(getattr(self, stage) + getattr(other, stage) for stage in Seconds.__slots__))
 
 
 def source_name(path: str) -> str:
@@ -298,6 +338,11 @@ def path_below_root(path: str) -> str:
     return path.split("/", 1)[1]
 
 
+def join_url(root: str, below: str) -> str:
+    """Return the URL of a path below a root. The root of `memory://` itself ends with slashes that belong to it."""
+    return f"{root if root.endswith('://') else root.rstrip('/')}/{below}"
+
+
 def stem(path: str) -> str:
     """Return a path without its extension."""
     dot = path.rfind(".")
@@ -306,18 +351,31 @@ def stem(path: str) -> str:
 
 def extension(path: str) -> str:
     """Return the extension of a path in lower case, without its dot."""
-    return path[len(stem(path)) + 1 :].lower()
+    dot = path.rfind(".")
+    return path[dot + 1 :].lower() if path.rfind("/") + 1 < dot else ""
 
 
 def get_shard_kind(path: str) -> str:
     """Return the kind of unit that a file is read as, by the end of its name; "" for other files and images."""
-    return next((kind for end, kind in SHARD_ENDINGS.items() if path.lower().endswith(end)), "")
+    end = path[path.rfind(".") :].lower()
+    if end in _SECOND_ENDINGS:
+        end = _get_shard_ending(path)
+    return SHARD_ENDINGS.get(end, "")
 
 
 def get_shard_stem(path: str) -> str:
     """Return the path of a shard without the end that names its kind: `a/00000` for `a/00000.tar.gz`."""
-    end = max((end for end in SHARD_ENDINGS if path.lower().endswith(end)), key=len, default="")
-    return path[: len(path) - len(end)]
+    end = _get_shard_ending(path)
+    return path[: len(path) - len(end)] if end in SHARD_ENDINGS else path
+
+
+def _get_shard_ending(path: str) -> str:
+    """Return the end of a path from its last dot on, in lower case, or from the dot before if that names a kind."""
+    last = path.rfind(".")
+    end = path[last:].lower()
+    if end in _SECOND_ENDINGS and (longer := path[path.rfind(".", 0, last) :].lower()) in SHARD_ENDINGS:
+        return longer
+    return end
 
 
 def is_image(path: str) -> bool:

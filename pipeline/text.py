@@ -16,6 +16,8 @@ BYTE_ORDER_MARKS = (codecs.BOM_UTF8, *_UTF16_MARKS)
 
 def to_valid_text(name: str) -> str:
     """Return a name as valid text. Bytes that are not UTF-8 (surrogates) become escapes that no key may contain."""
+    if name.isascii():
+        return name
     return _NOT_UTF8.sub(lambda byte: f"{_SUBSTITUTE}x{ord(byte[0]) - 0xDC00:02x}", name)
 
 

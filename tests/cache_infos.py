@@ -1,14 +1,14 @@
 """A small cache.json for tests, as a typed object."""
 
 from latentmill.cache_info import CacheInfo, ColumnInfo, ComputeInfo, Identity, VaeInfo
-from pipeline.cache import identity
+from pipeline.cache.preprocessing import describe_transform
 from pipeline.formats.schema import TEXT_COLUMNS
 from pipeline.images.transform import Transform
 
 IDENTITY = Identity(
     weights="w" * 64,
     config={"latent_channels": 4},
-    preprocessing=identity.describe_transform(Transform(resolution=64)),
+    preprocessing=describe_transform(Transform(resolution=64)),
     store="mode",
     dtype="float16",
     precision="fp32",

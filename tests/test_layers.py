@@ -16,7 +16,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 # From the lowest: a component (a file or a folder of pipeline/) imports those of its own layer and of lower ones.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "text", "values", "wording"},
+    {"errors", "text", "values", "wording", "buffers"},
     {"canonical_json", "records", "limits", "prefetch", "timing", "subprocess_server", "batching"},
     {"device_loop", "staging"},
     {"storage"},

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vae.blocks import ACTIVATIONS
 from vae.errors import LoadWarning
 
 # diffusers writes these keys to config.json for its own use. They are not parameters of the model.
@@ -22,6 +21,8 @@ NOTED_KEYS = frozenset(
 
 # The first two have the same configuration. Their weights differ in layout (`vae.flax_weights`).
 TORCH_CLASS, FLAX_CLASS, FLUX2_CLASS = "AutoencoderKL", "FlaxAutoencoderKL", "AutoencoderKLFlux2"
+
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 _POSITIVE_INTEGERS = ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
 _FOUR_DOWN, _FOUR_UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -37,7 +38,7 @@ class VaeConfig(Mapping[str, Any]):
     down_block_types, up_block_types: `DownEncoderBlock2D` and `UpDecoderBlock2D`, once per level; no others exist.
     block_out_channels: channels per level, finest level first. Every level but the last halves height and width.
     layers_per_block: residual blocks per level of the encoder; the decoder has one more per level.
-    act_fn: the activation in residual blocks, a key of `vae.blocks.ACTIVATIONS`.
+    act_fn: the activation in residual blocks, one of `ACTIVATIONS`.
     latent_channels: channels of a latent. The encoder's output has twice as many: mean and log-variance.
     norm_num_groups: groups of every group normalization; each level's channels are a multiple of it.
     sample_size: side in pixels of the training images, or a pair of sides. It sets the default size of tiles.

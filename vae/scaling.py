@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentmill.scaling import Scaling
 from vae.config import AutoencoderKLConfig, AutoencoderKLFlux2Config, VaeConfig
 from vae.errors import LoadError
 
+if TYPE_CHECKING:  # the constants of a cache can be checked without torch
+    from torch import Tensor
 
-def constants_of(config: VaeConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+
+def constants_of(config: VaeConfig, weights: "Mapping[str, Tensor]") -> dict[str, Any]:
     """Return the arguments of `Scaling.from_constants`: the rule between a model's raw latents and model latents.
 
     An AutoencoderKL has them in its configuration, an AutoencoderKLFlux2 in its weights (a state dict).
@@ -20,7 +20,7 @@ def constants_of(config: VaeConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     """
     if isinstance(config, AutoencoderKLFlux2Config):
         mean, variance = (weights[f"bn.running_{name}"].float() for name in ("mean", "var"))
-        std = torch.sqrt(variance + config.batch_norm_eps)
+        std = (variance + config.batch_norm_eps).sqrt()
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             raise LoadError("the statistics of the latents (bn) are not finite, or a variance is not positive")
         return {
@@ -35,7 +35,7 @@ def constants_of(config: VaeConfig, weights: Mapping[str, Tensor]) -> dict[str, 
     return {**{name: config[name] for name in names}, "patch_size": None}
 
 
-def scaling_of(config: VaeConfig, weights: Mapping[str, Tensor] | None = None) -> Scaling:
+def scaling_of(config: VaeConfig, weights: "Mapping[str, Tensor] | None" = None) -> Scaling:
     """Return the rule between the raw latents of a VAE and model latents. weights: only FLUX.2's are needed."""
     return Scaling.from_constants(**constants_of(config, weights or {}))
 
@@ -48,6 +48,8 @@ def fits(config: VaeConfig, constants: Mapping[str, Any]) -> bool:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
     if not isinstance(config, AutoencoderKLFlux2Config):
         return values == constants_of(config, {})
+    import torch
+
     statistics = torch.ones(math.prod(config.patch_size) * config.latent_channels)
     expected = constants_of(config, {"bn.running_mean": statistics, "bn.running_var": statistics})
     return all(

@@ -28,20 +28,25 @@ COMMITS, REJECTS = "_commits", "_rejects"
 _NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None}
 
 
-def write_commit(cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS) -> None:
-    """Create the rejects of these parts, then their commit.
+def write_commit(
+    cache: Folder, parts: Sequence[PartInfo], facts: Mapping[str, object] = _NO_FACTS
+) -> list[Mapping[str, Any]]:
+    """Create the rejects of these parts, then their commit. Returns the entries of the parts in it.
 
+    Each of the two files is one request. If another writer's commit exists, it is left as it is.
     parts: all parts of a unit, or one retry part. facts: facts that the parts do not record
     (seconds, compute, versions, run).
     """
+    content = make_commit(parts, facts)
     name = get_commit_name(parts)
     rejects_file = f"{REJECTS}/{name}.jsonl"
     lines = encode_rejects(parts)
     is_refused = bool(lines) and not cache.create(rejects_file, lines)
-    is_committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(make_commit(parts, facts)))
+    is_committed = cache.create(f"{COMMITS}/{name}.json", canonical_json(content))
     if is_committed and is_refused and cache.read_if_exists(rejects_file) != lines:
         # the existing lines are of parts that were lost, or of a writer that saw other parts
         cache.replace(rejects_file, lines)
+    return list(content["parts"])
 
 
 def get_commit_name(parts: Sequence[PartInfo]) -> str:
@@ -126,13 +131,23 @@ def list_commits(cache: Folder) -> set[str]:
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read these commits in this order: name and content. Raises CacheError if a commit names no parts."""
     for name, data in cache.read_each(COMMITS, (f"{name}.json" for name in names)):
-        content = parse_json_object(data, cache.url_of(f"{COMMITS}/{name}"))
-        entries = content.get("parts")
-        if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
-        ):
-            raise CacheError(f"{cache.url_of(COMMITS)}/{name} names no parts: it is damaged; {VERIFY_HINT}")
-        yield strip_extension(name), content
+        yield strip_extension(name), _parse_commit(cache, name, data)
+
+
+def read_commit_if_exists(cache: Folder, name: str) -> dict[str, Any] | None:
+    """Read the commit with this name. Returns None if there is none. Raises CacheError if it names no parts."""
+    data = cache.read_if_exists(f"{COMMITS}/{name}.json")
+    return None if data is None else _parse_commit(cache, f"{name}.json", data)
+
+
+def _parse_commit(cache: Folder, file: str, data: bytes) -> dict[str, Any]:
+    content = parse_json_object(data, cache.url_of(f"{COMMITS}/{file}"))
+    entries = content.get("parts")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and {"file", "sha256"} <= entry.keys() for entry in entries
+    ):
+        raise CacheError(f"{cache.url_of(COMMITS)}/{file} names no parts: it is damaged; {VERIFY_HINT}")
+    return content
 
 
 def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The identity of a cache: everything that decides its bytes, written once to cache.json and never changed.
 
 A job whose identity differs from the cache's is refused with the options named. `latentmill.cache_info` has the fields;
-here they are made from a job's settings, written, and compared.
+here they are written and compared. `preprocessing` makes them from a job's settings.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,6 @@ from latentmill.cache_info import (
 from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
-from pipeline.images import transform
-from pipeline.images.decode_settings import DecodeSettings
 from pipeline.storage.folder import Folder
 from pipeline.wording import to_flag
 from vae import AutoencoderKLConfig, VaeConfig, scaling
@@ -51,56 +49,6 @@ def select_raw_fields(config: VaeConfig) -> dict[str, Any]:
 def has_constants_of_its_vae(vae: VaeInfo, config: VaeConfig) -> bool:
     """Return whether the scaling constants in cache.json can be those of the VAE with this configuration."""
     return scaling.fits(config, vae.constants)
-
-
-def describe_transform(settings: transform.Transform) -> Preprocessing:
-    """Return a transform as the identity names it."""
-    return Preprocessing(
-        resolution=settings.resolution,
-        buckets=settings.buckets or None,
-        multiple_of=settings.multiple_of or None,
-        min_size=settings.min_size,
-        interpolation=settings.interpolation if settings.recipe in transform.HAS_INTERPOLATION else None,
-        jpeg_decode=settings.jpeg_decode,
-        crop=settings.crop,
-        flip=settings.flip,
-        version=settings.version,
-        transform=settings.recipe,
-        min_bucket_reso=settings.min_bucket_reso or None,
-        max_bucket_reso=settings.max_bucket_reso or None,
-        no_upscale=settings.no_upscale,
-        max_aspect=settings.max_aspect or None,
-        min_std=settings.min_std,
-        **asdict(settings.decoding),
-    )
-
-
-def parse_transform(identity: Identity) -> transform.Transform:
-    """Return the transform that a cache's identity describes."""
-    preprocessing = identity.preprocessing
-    return transform.Transform(
-        resolution=preprocessing.resolution,
-        buckets=preprocessing.buckets or (),
-        multiple_of=preprocessing.multiple_of or 0,
-        min_size=preprocessing.min_size,
-        interpolation=preprocessing.interpolation or "bicubic",
-        jpeg_decode=preprocessing.jpeg_decode,
-        crop=preprocessing.crop,
-        flip=preprocessing.flip,
-        recipe=preprocessing.transform,
-        min_bucket_reso=preprocessing.min_bucket_reso or 0,
-        max_bucket_reso=preprocessing.max_bucket_reso or 0,
-        no_upscale=preprocessing.no_upscale,
-        max_aspect=preprocessing.max_aspect or 0.0,
-        seed=identity.seed,
-        min_std=preprocessing.min_std,
-        decoding=DecodeSettings(
-            exif=preprocessing.exif,
-            alpha=preprocessing.alpha,
-            color=preprocessing.color,
-            allow_truncated=preprocessing.allow_truncated,
-        ),
-    )
 
 
 def parse_schema(info: CacheInfo) -> OutputSchema:

@@ -6,13 +6,13 @@ counts. Nothing in this module removes or overwrites a part.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Protocol
 
 from latentmill.cache import DATA as DATA
 from latentmill.cache import EMPTY as EMPTY
 from latentmill.cache import list_part_files as list_part_files
-from latentmill.part_files import read_record_json
+from latentmill.part_files import PARQUET_SUFFIX, WEBDATASET_SUFFIX, count_record_bytes, read_record_json
 from pipeline.cache.part_info import PartInfo
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
@@ -21,6 +21,8 @@ from pipeline.formats.schema import OutputSchema
 from pipeline.records import Container, Row
 from pipeline.storage.folder import Folder
 
+HASHED_AT_ONCE = 32 << 20  # bytes of a part that are in memory while it is hashed
+RECORD_BYTES = 64 << 10  # bytes at the edge of a file in which most records are found
 _RETRY_STEM = re.compile(r"-\d{5}r\d+$")
 
 
@@ -32,7 +34,7 @@ class PartFormat(Protocol):
     def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
-    def serialize_part(self, rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
+    def serialize_part(self, rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
         """Return the content of a part's file. rows: at least one."""
 
 
@@ -44,24 +46,53 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return PART_FORMATS[layout.container].describe_schema(layout)
 
 
-def publish_part(cache: Folder, record: PartRecord, rows: Sequence[Row], layout: OutputSchema) -> PartInfo:
+def publish_part(cache: Folder, record: PartRecord, rows: Iterable[Row], layout: OutputSchema) -> PartInfo:
     """Create a part's file, and return the part that exists: another writer's, if its file was first.
 
+    rows: as many as the record counts. They are read once, and each is dropped once it is in the file.
+    The record of the result is `record` itself if this call created the file.
     A part with rows and a part without rows have different names. Two writers can disagree about the rows, for example
-    because of their limits. Then the part with rows counts, because it is the one that readers see.
+    because of their limits. Then the part with rows counts, because it is the one that readers see. So it is created in
+    any case. If a commit names the part without rows, `commit_scan` repairs that commit at the end of a run.
     """
     part_format = PART_FORMATS[layout.container]
-    data_file, empty_file = f"{DATA}/{record.stem}{part_format.SUFFIX}", f"{EMPTY}/{record.stem}.json"
-    if not rows:
-        if existing := inspect_part(cache, data_file, record.identity):
-            return existing
-        created = _create(cache, empty_file, record.to_json(), record)
-        return inspect_part(cache, data_file, record.identity) or created
-    existing = inspect_part(cache, empty_file, record.identity)
-    return existing or _create(cache, data_file, part_format.serialize_part(rows, record, layout), record)
+    data_file = f"{DATA}/{record.stem}{part_format.SUFFIX}"
+    if record.rows:
+        with part_format.serialize_part(rows, record, layout) as data:
+            return _create(cache, data_file, data, record)
+    existing = inspect_part(cache, data_file, record.identity)
+    return existing or _create(cache, f"{EMPTY}/{record.stem}.json", record.to_json(), record)
 
 
-def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartInfo:
+class UnitParts:
+    """The parts of a unit: which ones exist, as far as a worker knows, and those that it publishes.
+
+    unit: the unit's name. standing: the files of the unit that existed when they were listed. Only these are looked
+    for, until a file exists that was not among them. Then another writer works on the unit, and each further part is
+    looked for. A writer that is not noticed does no harm, because a file is only created if it does not exist.
+    """
+
+    def __init__(
+        self, cache: Folder, unit: str, identity_sha256: str, layout: OutputSchema, standing: Collection[str]
+    ) -> None:
+        self.cache, self.unit, self.identity_sha256, self.layout = cache, unit, identity_sha256, layout
+        self.standing: Collection[str] | None = standing
+
+    def find(self, number: int) -> PartInfo | None:
+        """Return the part of this number, or None if it does not exist as far as is known."""
+        return find_part(
+            self.cache, self.unit, number, self.identity_sha256, self.layout.container, among=self.standing
+        )
+
+    def publish(self, record: PartRecord, rows: Iterable[Row]) -> PartInfo:
+        """Publish a part as `publish_part` does."""
+        part = publish_part(self.cache, record, rows, self.layout)
+        if part.record is not record:
+            self.standing = None
+        return part
+
+
+def _create(cache: Folder, name: str, data: bytes | memoryview, record: PartRecord) -> PartInfo:
     try:
         if cache.create(name, data):
             return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
@@ -75,28 +106,85 @@ def _create(cache: Folder, name: str, data: bytes, record: PartRecord) -> PartIn
 
 
 def find_part(
-    cache: Folder, unit: str, number: int, identity_sha256: str, container: Container = "parquet", round: int = 0
+    cache: Folder,
+    unit: str,
+    number: int,
+    identity_sha256: str,
+    container: Container = "parquet",
+    round: int = 0,
+    among: Collection[str] | None = None,
 ) -> PartInfo | None:
-    """Return the part of this number, or None if it does not exist yet.
+    """Return the part of this number, or None if it does not exist yet. Its whole file is read (`inspect_part`).
 
     unit: the unit's name. round: the number of the retry that wrote the part, 0 for a part of the encode command.
+    among: the files that may exist; None: any.
     """
-    stem = format_part_stem(unit, number, round)
-    for name in (f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"):
-        part = inspect_part(cache, name, identity_sha256)
-        if part is not None:
-            return part
+    for name in list_part_names(unit, number, container, round):
+        if among is None or name in among:
+            part = inspect_part(cache, name, identity_sha256)
+            if part is not None:
+                return part
     return None
 
 
-def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | None:
-    """Read the part with this file name. Returns None if the file does not exist.
+def find_record(
+    cache: Folder, unit: str, number: int, identity_sha256: str, container: Container = "parquet", round: int = 0
+) -> PartRecord | None:
+    """Return the record of the part of this number, or None if it does not exist yet (`find_part`).
 
+    Of its file, only the record is read (`read_part_record`).
+    """
+    names = list_part_names(unit, number, container, round)
+    records = (read_part_record(cache, name, identity_sha256) for name in names)
+    return next((record for record in records if record is not None), None)
+
+
+def list_part_names(unit: str, number: int, container: Container, round: int = 0) -> tuple[str, str]:
+    """Return the two names that a part can have: with rows, and without rows."""
+    stem = format_part_stem(unit, number, round)
+    return f"{DATA}/{stem}{PART_FORMATS[container].SUFFIX}", f"{EMPTY}/{stem}.json"
+
+
+def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | None:
+    """Read the part with this file name: its record, size and sha256. Returns None if the file does not exist.
+
+    The whole file is read for its sha256, block by block. Where the record is enough, use `read_part_record`.
     Raises CacheError if the file belongs to another cache or another name.
     """
-    data = cache.read_if_exists(name)
+    data = cache.read_slice(name, 0, HASHED_AT_ONCE)
     if data is None:
         return None
+    sha256, size = hashlib.sha256(data), len(data)
+    if size < HASHED_AT_ONCE:  # this is the whole file
+        return PartInfo(_parse_record(cache, name, data, identity_sha256), name, size, sha256.hexdigest())
+    record = read_part_record(cache, name, identity_sha256)
+    while size % HASHED_AT_ONCE == 0 and (block := cache.read_slice(name, size, size + HASHED_AT_ONCE)):
+        sha256.update(block)
+        size += len(block)
+    return None if record is None else PartInfo(record, name, size, sha256.hexdigest())
+
+
+def read_part_record(cache: Folder, name: str, identity_sha256: str) -> PartRecord | None:
+    """Read the record of the part with this file name. Returns None if the file does not exist.
+
+    Only the record is read: the end of a Parquet file, the start of a tar, the whole of a bare record.
+    Raises CacheError if the file belongs to another cache or another name.
+    """
+    data = _read_edge(cache, name, RECORD_BYTES)
+    if data is not None and len(data) == RECORD_BYTES < (needed := count_record_bytes(data, name)):
+        data = _read_edge(cache, name, needed)
+    return None if data is None else _parse_record(cache, name, data, identity_sha256)
+
+
+def _read_edge(cache: Folder, name: str, count: int) -> bytes | None:
+    """Read the edge of a part's file at which its record is, up to `count` bytes, or a whole bare record."""
+    if name.endswith(PARQUET_SUFFIX):
+        return cache.read_slice(name, -count)
+    return cache.read_slice(name, 0, count if name.endswith(WEBDATASET_SUFFIX) else None)
+
+
+def _parse_record(cache: Folder, name: str, data: bytes, identity_sha256: str) -> PartRecord:
+    """Return the record in a part's bytes. Raises CacheError if the file belongs to another cache or another name."""
     record = read_record(data, cache.url_of(name))
     if record.identity != identity_sha256:
         raise CacheError(f"{cache.url_of(name)} belongs to a cache with another identity; move it away")
@@ -104,7 +192,7 @@ def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | N
         raise CacheError(
             f"{cache.url_of(name)} holds the part {get_expected_stem(record)}: it was copied or renamed; move it away"
         )
-    return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
+    return record
 
 
 def get_expected_stem(record: PartRecord) -> str:
@@ -145,26 +233,36 @@ def is_retry_part(stem: str) -> bool:
     return _RETRY_STEM.search(stem) is not None
 
 
-def read_retry_parts(cache: Folder, identity_sha256: str, units: Set[str] | None = None) -> list[PartInfo]:
-    """Read the parts that `retry` wrote, in the order of their names. units: the units' names; default: all units."""
-
-    def is_wanted(name: str) -> bool:
-        return is_retry_part(strip_extension(name)) and (units is None or parse_unit_name(name) in units)
-
-    return _read_parts(cache, identity_sha256, is_wanted)
+def list_unit_files(cache: Folder, unit: str) -> list[str]:
+    """Return the files of a unit's parts, including retry parts. unit: the unit's name."""
+    files = [f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.list_files_of(below, f"{unit}-")]
+    return [file for file in files if parse_unit_name(file) == unit]
 
 
-def read_unit_parts(cache: Folder, unit: str, identity_sha256: str) -> list[PartInfo]:
-    """Read all existing parts of a unit, including retry parts. unit: the unit's name."""
-    return _read_parts(cache, identity_sha256, lambda name: parse_unit_name(name) == unit)
+def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]:
+    """Return the part files of these units, including retry parts. A unit without files is left out.
+
+    The files of the whole cache are listed, but only those of these units are held.
+    """
+    found: dict[str, list[str]] = {}
+    for file in _iterate_files(cache):
+        if (unit := parse_unit_name(file)) in units:
+            found.setdefault(unit, []).append(file)
+    return {unit: frozenset(files) for unit, files in found.items()}
 
 
-def _read_parts(cache: Folder, identity_sha256: str, is_wanted: Callable[[str], bool]) -> list[PartInfo]:
-    """Read the parts with wanted file names, without the files in `_empty/` that do not count."""
-    names = list_part_files(cache)
-    duplicates = find_empty_duplicates(names)
-    parts = (inspect_part(cache, name, identity_sha256) for name in names if is_wanted(name) and name not in duplicates)
-    return [part for part in parts if part is not None]
+def _iterate_files(cache: Folder) -> Iterator[str]:
+    """Yield the files of all parts, in no particular order."""
+    return (f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.iterate_names(below))
+
+
+def read_counted_records(cache: Folder, files: Iterable[str], identity_sha256: str) -> Iterator[PartRecord]:
+    """Read the records of these parts, without the files in `_empty/` that do not count."""
+    files = list(files)
+    duplicates = find_empty_duplicates(files)
+    for file in files:
+        if file not in duplicates and (record := read_part_record(cache, file, identity_sha256)) is not None:
+            yield record
 
 
 def parse_unit_name(file: str) -> str:
@@ -179,12 +277,19 @@ def parse_commit_name(file: str) -> str:
     return stem if is_retry_part(stem) else stem.rpartition("-")[0]
 
 
-def read_superseded(cache: Folder, identity_sha256: str, units: Set[str]) -> dict[str, dict[int, str]]:
-    """Return the rejects of these units that retry parts supersede: unit -> position -> reason."""
+def read_superseded(
+    cache: Folder, identity_sha256: str, units: Set[str], files: Iterable[str] | None = None
+) -> dict[str, dict[int, str]]:
+    """Return the rejects of these units that retry parts supersede: unit -> position -> reason.
+
+    files: the part files of the units, and perhaps others; None: all files of the cache are listed.
+    """
     superseded: dict[str, dict[int, str]] = {}
-    for part in read_retry_parts(cache, identity_sha256, units) if units else []:
-        reasons = superseded.setdefault(part.record.unit, {})
-        for position, reason in part.record.supersedes:
+    listed = (_iterate_files(cache) if files is None else files) if units else ()
+    retried = sorted(file for file in listed if is_retry_part(strip_extension(file)) and parse_unit_name(file) in units)
+    for record in read_counted_records(cache, retried, identity_sha256):
+        reasons = superseded.setdefault(record.unit, {})
+        for position, reason in record.supersedes:
             # The retry that reads a rest can reject its first sample, and a later retry can supersede that reject. The
             # unit's own part rejected the position as `rest_of_shard`, so that reason stays.
             if reasons.get(position) != REST_OF_SHARD:

@@ -5,25 +5,29 @@ time, one of them creates the file, and the other reads the plan again. The rows
 earlier files for the same input.
 """
 
-import hashlib
-import io
-import itertools
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cache import commits
-from pipeline.canonical_json import VERIFY_HINT
+from pipeline.cache.plan_files import (
+    FOLDER,
+    SCHEMA,
+    PlannedSizes,
+    hash_plan_files,
+    identify_input,
+    list_plan_files,
+    read_plan,
+    read_plan_files,
+    read_unit_sizes,
+    select_latest_units,
+    write_plan_file,
+)
 from pipeline.errors import CacheError, SourceError
 from pipeline.readers.image_files import unpack_files
 from pipeline.records import (
     TEXT_EXTENSIONS,
     ListedFile,
-    PlannedFile,
+    PinnedFile,
     Unit,
     get_shard_kind,
     get_shard_stem,
@@ -33,8 +37,10 @@ from pipeline.records import (
 )
 from pipeline.sources.changes import find_changed, find_missing
 from pipeline.sources.duplicates import find_duplicates
+from pipeline.sources.garbage import without_garbage_search
+from pipeline.sources.large_tars import Divide, leave_whole
 from pipeline.sources.listing import Source, abbreviate
-from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, with_etags
+from pipeline.sources.planned_files import find_source_roots, list_input_files, with_etags
 from pipeline.sources.relocation import relocate_units
 from pipeline.sources.renames import check_renamed
 from pipeline.sources.sidecars import (
@@ -48,23 +54,19 @@ from pipeline.sources.sidecars import (
 from pipeline.sources.units import make_manifest_units, make_shard_units, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
-FOLDER = "_plan"
-SCHEMA = pa.schema(
-    [
-        ("unit", pa.string()),
-        ("kind", pa.string()),
-        ("url", pa.string()),
-        ("path", pa.string()),
-        ("range", pa.list_(pa.int32())),
-        ("paths", pa.list_(pa.string())),
-        ("bytes", pa.int64()),
-        ("etag", pa.string()),
-        ("files", pa.string()),
-        ("root", pa.string()),
-        ("metadata", pa.string()),
-    ]
-)
-
+__all__ = [
+    "FOLDER",
+    "SCHEMA",
+    "PlannedSizes",
+    "extend_plan",
+    "hash_plan_files",
+    "list_plan_files",
+    "read_plan",
+    "read_plan_files",
+    "read_unit_sizes",
+    "select_latest_units",
+    "write_plan_file",
+]
 
 # Notes about changed inputs, by the state of their units.
 CHANGE_NOTES = {
@@ -78,95 +80,7 @@ CHANGE_NOTES = {
 }
 
 
-def hash_plan_files(cache: Folder) -> dict[str, str]:
-    """Return the sha256 of each file of the plan. Every run records them, so that `verify` can find a changed file."""
-    return {name: hashlib.sha256(cache.read(f"{FOLDER}/{name}")).hexdigest() for name in list_plan_files(cache)}
-
-
-def list_plan_files(cache: Folder) -> list[str]:
-    """Return the names of the plan's files, in order."""
-    return [name for name in cache.list_files(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
-
-
-def read_plan(cache: Folder) -> list[Unit]:
-    """Return all planned units, in the order in which they were first planned."""
-    return read_plan_files(cache, list_plan_files(cache))
-
-
-def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
-    """Return the units in these files of the plan, as they were last planned, at the last location of their source."""
-    files = [[_parse_unit(row) for row in _read_rows(cache, f"{FOLDER}/{name}")] for name in names]
-    roots = find_source_roots(itertools.chain.from_iterable(files))
-    return [move_to_root(unit, roots[unit.source_name]) for unit in select_latest_units(files)]
-
-
-def select_latest_units(files: Iterable[Iterable[Unit]]) -> Iterator[Unit]:
-    """Return the units of the plan's files. For each input, the units of the last file that has the input count."""
-    latest: dict[str, list[Unit]] = {}
-    for units in files:
-        units_by_input: dict[str, list[Unit]] = {}
-        for unit in units:
-            units_by_input.setdefault(identify_input(unit), []).append(unit)
-        latest.update(units_by_input)
-    return (unit for units in latest.values() for unit in units)
-
-
-def identify_input(unit: Unit) -> str:
-    """Return the identity of a unit's input in the plan: the path of a file, or the name of a folder unit."""
-    return unit.name if unit.kind == "folder" else unit.path
-
-
-def _parse_unit(row: Mapping[str, Any]) -> Unit:
-    """Return the unit in a row of the plan."""
-    return Unit(
-        name=row["unit"],
-        kind=row["kind"],
-        url=row["url"],
-        path=row["path"],
-        range=tuple(row["range"]) if row["range"] else None,
-        paths=tuple(row["paths"] or ()),
-        bytes=row["bytes"],
-        etag=row["etag"],
-        files=row["files"] or "",
-        root=row["root"],
-        metadata=row["metadata"] or "",
-    )
-
-
-def _read_rows(cache: Folder, name: str) -> list[dict[str, Any]]:
-    data = cache.read(name)
-    try:
-        # Without threads: if a process ends right after pyarrow 26 starts its pool, it is aborted (2 of 25 with torch).
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        return cast(list[dict[str, Any]], table.cast(SCHEMA).to_pylist())
-    except Exception as error:  # damaged bytes can make Arrow raise anything
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CacheError(f"{cache.url_of(name)} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
-
-
-def write_plan_file(cache: Folder, number: int, units: Iterable[Unit]) -> bool:
-    """Create the plan's file with this number. Returns False if another run was first."""
-    rows = [
-        {
-            "unit": unit.name,
-            "kind": unit.kind,
-            "url": unit.url,
-            "path": unit.path,
-            "range": unit.range,
-            "paths": list(unit.paths),
-            "bytes": unit.bytes,
-            "etag": unit.etag,
-            "files": unit.files or None,
-            "root": unit.root,
-            "metadata": unit.metadata or None,
-        }
-        for unit in units
-    ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-    return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
-
-
+@without_garbage_search()
 def extend_plan(
     cache: Folder,
     files: Sequence[ListedFile],
@@ -175,26 +89,28 @@ def extend_plan(
     same_source: bool = False,
     texts: Collection[str] = TEXT_EXTENSIONS,
     metadata: MetadataIndex = NO_METADATA,
+    divide: Divide = leave_whole,
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
     sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through. metadata: the tables beside them.
+    divide: returns the boundaries of tars that are to be planned.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
     sidecars = replace(match_sidecars(files, texts), metadata=metadata)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
-        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source)
+        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source, divide)
         if not new:
             if not planned:
                 raise SourceError("the source is empty: it has no tars, zips, Parquet or Arrow files, or images")
             return units, notes
         number = int(names[-1][:5]) + 1 if names else 0
         if write_plan_file(cache, number, new):
-            return list(select_latest_units([units, new])), notes
+            return list(select_latest_units([units, new] if units else [new])), notes
         if list_plan_files(cache) == names:
             path = f"{cache.url_of(FOLDER)}/{number:05d}.parquet"
             raise CacheError(f"{path} exists but is not a regular file; move it away")
@@ -208,15 +124,18 @@ def compare_with_plan(
     sources: Sequence[Source],
     new_source: bool,
     same_source: bool,
+    divide: Divide,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
-    listed = {**sidecars.metadata.files, **{file.path: file for file in listed_files}}
-    roots = {(source_name(file.path), file.root): None for file in listed_files}
-    sources = sources or [Source(name, root, root, ()) for name, root in roots]
-    before = list(planned)
+    listed = sidecars.metadata.files
+    listed.update((file.path, file) for file in listed_files)
+    if not sources:
+        roots = {(source_name(file.path), file.root): None for file in listed_files}
+        sources = [Source(name, root, root, ()) for name, root in roots]
+    before = planned
     planned, notes = relocate_units(planned, listed, sources, same_source)
     files = {file.path: file for unit in planned for file in list_input_files(unit)}
-    replanned, more = replan_changed(cache, planned, listed, sidecars, same_source)
+    replanned, more = replan_changed(cache, planned, listed, sidecars, same_source, divide)
     notes += more
     if sidecars.unused:
         unused = "texts that belong to no image or to several images, or that another text replaces"
@@ -233,9 +152,10 @@ def compare_with_plan(
     new, more = find_unplanned(listed_files, planned, files)
     notes += more
     inputs_to_add = select_inputs(new)
-    roots_planned = find_source_roots(planned)
-    duplicates = find_duplicates(inputs_to_add, listed, files, roots_planned) if inputs_to_add else {}
-    if not new_source:
+    duplicates: dict[str, str] = {}
+    if inputs_to_add:
+        duplicates = find_duplicates(inputs_to_add, listed, files, find_source_roots(planned))
+    if inputs_to_add and not new_source:
         names, missing_paths = {source.name for source in sources}, set(missing)
         not_listed = {
             path: file
@@ -247,7 +167,8 @@ def compare_with_plan(
     if duplicates:
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
-    added = make_units([file for file in inputs_to_add if file.path not in duplicates], sidecars)
+    inputs_to_add = [file for file in inputs_to_add if file.path not in duplicates]
+    added = make_units(inputs_to_add, sidecars, divide(inputs_to_add))
     return replanned + added, planned, notes
 
 
@@ -260,7 +181,12 @@ def _move_image_roots(planned: Sequence[Unit], listed: Mapping[str, ListedFile])
 
 
 def replan_changed(
-    cache: Folder, planned: Sequence[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
+    cache: Folder,
+    planned: Sequence[Unit],
+    listed: Mapping[str, ListedFile],
+    sidecars: SidecarIndex,
+    same_source: bool,
+    divide: Divide,
 ) -> tuple[list[Unit], list[str]]:
     """Return new units for changed inputs without encoded samples, and notes about all changed inputs.
 
@@ -288,7 +214,7 @@ def replan_changed(
         for state, paths in paths_by_state.items()
         if paths
     ]
-    return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars)], notes
+    return [new for unit in replanned.values() for new in replan_unit(unit, listed, sidecars, divide)], notes
 
 
 def find_retried(
@@ -313,7 +239,7 @@ def find_retried(
     return retried
 
 
-def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex) -> list[Unit]:
+def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex, divide: Divide) -> list[Unit]:
     """Return the units of a unit's input as it is now.
 
     A folder unit keeps its images. Images that are missing now stay as they were planned. A manifest keeps the folder
@@ -322,7 +248,8 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
     if unit.kind == "manifest":
         return [replace(new, files=new.files or unit.files) for new in make_manifest_units(listed[unit.path])]
     if unit.kind != "folder":
-        return make_shard_units(listed[unit.path], unit.kind, sidecars.metadata)
+        file = listed[unit.path]
+        return make_shard_units(file, unit.kind, sidecars.metadata, divide([file]).get(file.path, ()))
     current = [
         collect_image_files(listed[planned.image.path], sidecars.texts) if planned.image.path in listed else planned
         for planned in unpack_files(unit)
@@ -332,22 +259,26 @@ def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarI
 
 
 def find_unplanned(
-    listed_files: Sequence[ListedFile], planned: Sequence[Unit], files: Mapping[str, PlannedFile]
+    listed_files: Sequence[ListedFile], planned: Sequence[Unit], files: Mapping[str, PinnedFile]
 ) -> tuple[list[ListedFile], list[str]]:
     """Return the files that are not planned yet, and a note about images that cannot be added.
 
     files: all planned files, by path.
     """
-    tars = {get_shard_stem(unit.path) for unit in planned if unit.kind == "tar"}
-    stems = {stem(path) for unit in planned for path in unit.paths}
+    unplanned = [file for file in listed_files if file.path not in files]
+    stems: set[str] = set()
+    tars: set[str] = set()
+    if any(is_image(file.path) for file in unplanned):
+        stems = {stem(path) for unit in planned for path in unit.paths}
+    if any(get_shard_kind(file.path) == "parquet" for file in unplanned):
+        tars = {get_shard_stem(unit.path) for unit in planned if unit.kind == "tar"}
     new: list[ListedFile] = []
     namesakes: list[str] = []
-    for file in listed_files:
-        if file.path not in files:
-            if is_image(file.path) and stem(file.path) in stems:
-                namesakes.append(file.path)
-            elif get_shard_kind(file.path) != "parquet" or get_shard_stem(file.path) not in tars:
-                new.append(file)
+    for file in unplanned:
+        if is_image(file.path) and stem(file.path) in stems:
+            namesakes.append(file.path)
+        elif get_shard_kind(file.path) != "parquet" or get_shard_stem(file.path) not in tars:
+            new.append(file)
     if not namesakes:
         return new, []
     skipped = f"images that are skipped: {len(namesakes):,} ({abbreviate(namesakes)})"

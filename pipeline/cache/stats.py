@@ -14,7 +14,8 @@ import pyarrow as pa
 from latentmill.cache import STATS
 from latentmill.cache import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
-from pipeline.cache.commit_scan import CacheScan, PartTable, drop_twins, iterate_strings
+from pipeline.cache.commit_scan import CacheScan, PartTable, drop_twins
+from pipeline.cache.name_array import iterate_names
 from pipeline.cache.part_counts import PartCounts
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import make_table
@@ -70,7 +71,7 @@ def compute_stats(scan: CacheScan, identity_sha256: str) -> dict[str, Any]:
     for table in scan.read_tables(identity_sha256):
         sums.add(drop_twins(table.rows, scan.twins))
         hashes[table.files] = _get_hashes(table)
-    pairs = zip(iterate_strings(scan.files), (row.tobytes().hex() for row in hashes), strict=True)
+    pairs = zip(iterate_names(scan.files), (row.tobytes().hex() for row in hashes), strict=True)
     return summarize(sums, len(scan.files), cache_digest(pairs))
 
 

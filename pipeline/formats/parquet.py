@@ -3,24 +3,28 @@
 Equal rows and records give equal bytes, because compression, row groups and statistics are fixed here.
 """
 
-import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
+from pipeline.buffers import FileBuffer, allocate_tensor
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.records import Row
 from pipeline.values import size_in_bytes
 
+if TYPE_CHECKING:  # a cache can be inspected without torch
+    from torch import Tensor
+
 SUFFIX = PARQUET_SUFFIX
 ROW_GROUP_BYTES = 32 << 20
 COMPRESSION = "zstd"
+_one_row_group = threading.Lock()  # that is written: Arrow has up to three copies of it
 
 
 def make_schema(layout: OutputSchema) -> pa.Schema:
@@ -33,9 +37,12 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return [{"name": field.name, "type": str(field.type)} for field in make_schema(layout)]
 
 
-def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
-    """Return the content of a part's file. rows: at least one, sorted by bucket, then by position."""
-    schema, sink = make_schema(layout), io.BytesIO()
+def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
+    """Return the content of a part's file. rows: at least one, sorted by bucket, then by position.
+
+    A row is dropped once its row group is written.
+    """
+    schema, sink = make_schema(layout), FileBuffer()
     latents = layout.latent_names  # they do not compress, repeat or sort; everything else does
     others = [path for field in schema if field.name not in latents for path in _list_paths(field.name, field.type)]
     with pq.ParquetWriter(
@@ -47,12 +54,20 @@ def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema
         write_page_checksum=True,
     ) as writer:
         for group in _split_into_row_groups(rows):
-            writer.write_table(_make_table(group, record, layout), row_group_size=len(group))
+            with _one_row_group:
+                _write_row_group(writer, group, record, layout)
         writer.add_key_value_metadata({PARQUET_RECORD.decode(): record.to_json().decode()})
-    return sink.getvalue()
+    return sink.view()
 
 
-def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+def _write_row_group(writer: pq.ParquetWriter, rows: list[Row], record: PartRecord, layout: OutputSchema) -> None:
+    """Write a row group. The list is emptied before that, because the table has copies of the latents."""
+    table = _make_table(rows, record, layout)
+    rows.clear()
+    writer.write_table(table, row_group_size=table.num_rows)
+
+
+def _split_into_row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     latents = columns = 0
     for row in rows:
@@ -69,13 +84,16 @@ def _split_into_row_groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
 def _make_table(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> pa.Table:
     """Return the rows of a row group as a table. They have one bucket, so their latents have one shape."""
     schema = make_schema(layout)
-    latent, images, geometries = rows[0].latent, [row.image for row in rows], [row.image.geometry for row in rows]
+    images, geometries, latents = [row.image for row in rows], [row.image.geometry for row in rows], rows[0].latents
     columns: dict[str, Any] = {
         "key": [image.key for image in images],
         "shard": [record.source] * len(rows),
-        **{name: _make_binary_array([getattr(row, name) for row in rows]) for name in layout.latent_names},
-        "shape": [list(latent.shape)] * len(rows),
-        "dtype": [str(latent.dtype).removeprefix("torch.")] * len(rows),
+        **{
+            name: _make_binary_array([row.latents[number] for row in rows])
+            for number, name in enumerate(layout.latent_names)
+        },
+        "shape": [list(latents[0].shape)] * len(rows),
+        "dtype": [str(latents[0].dtype).removeprefix("torch.")] * len(rows),
     }
     for name in geometries[0]:
         columns[name] = [geometry[name] for geometry in geometries]
@@ -95,8 +113,11 @@ def _list_paths(name: str, kind: pa.DataType) -> list[str]:
     return [name]
 
 
-def _make_binary_array(latents: Sequence[torch.Tensor]) -> pa.Array:
+def _make_binary_array(latents: "Sequence[Tensor]") -> pa.Array:
     """Return latents of one shape as binary values in C order. One copy of all is much faster than `bytes` for each."""
-    data = torch.stack(list(latents)).reshape(-1).view(torch.uint8).numpy()
+    import torch
+
+    stacked = allocate_tensor((len(latents), *latents[0].shape), latents[0].dtype)
+    data = torch.stack(list(latents), out=stacked).reshape(-1).view(torch.uint8).numpy()
     offsets = np.arange(0, data.nbytes + 1, latents[0].nbytes, dtype=np.int32)
     return pa.Array.from_buffers(pa.binary(), len(latents), [None, pa.py_buffer(offsets), pa.py_buffer(data)])

@@ -7,11 +7,12 @@ members have no time and no owner.
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from latentmill.part_files import SAMPLE_JSON, WEBDATASET_RECORD, WEBDATASET_SUFFIX
+from pipeline.buffers import FileBuffer
 from pipeline.canonical_json import canonical_json
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
@@ -34,12 +35,12 @@ def _get_array_names(layout: OutputSchema) -> list[str]:
     return [f"{name}.npy", f"{name}_flipped.npy"] if layout.has_flipped else [f"{name}.npy"]
 
 
-def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
-    """Return the content of a part's file.
+def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
+    """Return the content of a part's file. A row is dropped once it is written.
 
     rows: at least one, sorted by bucket, then by position. bfloat16 is not possible, because numpy does not support it.
     """
-    sink = io.BytesIO()
+    sink = FileBuffer()
     headers = {WEBDATASET_RECORD: record.to_json().decode()}
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
@@ -47,7 +48,7 @@ def serialize_part(rows: Sequence[Row], record: PartRecord, layout: OutputSchema
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    return sink.getvalue()
+    return sink.view()
 
 
 def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.cache import commits, input_hash
 from pipeline.cache.part_info import PartInfo, UnitReport
-from pipeline.cache.parts import find_part, publish_part
+from pipeline.cache.parts import find_record, publish_part
 from pipeline.errors import REST_OF_SHARD, ShardError, SourceError, StorageError
 from pipeline.flow import EncodeSpec, UnitWorker, WorkerContext, instrument, make_report
 from pipeline.formats.part_record import PartRecord
@@ -52,15 +52,17 @@ class RetryTask:
         return self.unit.name
 
 
-def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[str] = frozenset()) -> list[RetryTask]:
+def make_tasks(
+    units: Iterable[Unit], records: Iterable[PartRecord], started: Set[str] = frozenset()
+) -> list[RetryTask]:
     """Return a task for each unit that has rejects to retry.
 
-    parts: all parts that have rejects or that a retry wrote.
+    records: of all parts that have rejects or that a retry wrote.
     started: the paths of the inputs from which the encode command read at least one sample.
     """
     records_by_unit: dict[str, list[PartRecord]] = {}
-    for part in parts:
-        records_by_unit.setdefault(part.record.unit, []).append(part.record)
+    for record in records:
+        records_by_unit.setdefault(record.unit, []).append(record)
     tasks = []
     for unit in units:
         records = records_by_unit.get(unit.name, [])
@@ -70,8 +72,8 @@ def make_tasks(units: Iterable[Unit], parts: Iterable[PartInfo], started: Set[st
         for record in records:
             rounds[record.part] = max(record.round, rounds.get(record.part, 0))
         if rejected - superseded:
-            # the size of a Parquet file decides which rows its ranges have
-            any_size = unit.range in (None, (0, 1)) or unit.path not in started
+            # the size of a Parquet file decides which rows its ranges have; the plan has the ranges of a tar
+            any_size = unit.range in (None, (0, 1)) or unit.kind == "tar" or unit.path not in started
             rests = [
                 replace(record, tally={})
                 for record in records
@@ -227,7 +229,7 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         add_existing_parts(task.unit, remaining.rest // spec.rows_per_part, remaining, spec)
         if remaining.rest is not None:  # no sample follows the damage
             write(remaining.rest // spec.rows_per_part, PartBuffer(), [])
-    return make_report(task.unit, parts, 0, timer.seconds)
+    return make_report(task.unit, [part.to_commit_entry() for part in parts], 0, timer.seconds)
 
 
 def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSamples, Iterable[Sample | Reject]]:
@@ -255,10 +257,10 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
 def add_existing_parts(unit: Unit, number: int, remaining: RemainingRejects, spec: EncodeSpec) -> None:
     """Add retry parts of this number that were written since the task was made, by another worker or attempt."""
     container = spec.layout.container
-    while part := find_part(
+    while record := find_record(
         spec.cache, unit.name, number, spec.identity_sha256, container, remaining.next_round(number)
     ):
-        remaining.add(part.record)
+        remaining.add(record)
 
 
 def make_retry_record(
@@ -301,7 +303,7 @@ def publish_retry_part(
     record: PartRecord, buffer: PartBuffer, remaining: RemainingRejects, spec: EncodeSpec
 ) -> PartInfo:
     """Write a retry part and its commit. Raises StorageError if another retry wrote the part with other samples."""
-    part = publish_part(spec.cache, record, buffer.rows, spec.layout)
+    part = publish_part(spec.cache, record, buffer.take_rows(), spec.layout)
     commits.write_commit(spec.cache, [part])
     if (part.record.positions, part.record.supersedes) != (record.positions, record.supersedes):
         raise StorageError(f"another retry wrote {spec.cache.url_of(part.file)} with other samples; run retry again")

@@ -4,11 +4,13 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.cache import parts, plan
-from pipeline.cache.commit_scan import CacheScan, drop_twins, iterate_strings
+import numpy as np
+
+from pipeline.cache.commit_scan import CacheScan, drop_twins
+from pipeline.cache.name_array import CHUNK, find_names
 from pipeline.cache.part_counts import PartCounts
+from pipeline.cache.plan_files import read_unit_sizes
 from pipeline.cache.runs import is_alive, read_runs, seconds_since_heartbeat
-from pipeline.sources.planned_files import estimate_bytes_per_image
 from pipeline.storage.folder import Folder
 
 
@@ -20,26 +22,28 @@ def read_status(cache: Folder, now: datetime.datetime) -> dict[str, Any]:
     estimated. images_per_second (over the last minute) and seconds_left come from the runs
     that are alive, and are None if there is none.
     """
-    planned = plan.read_plan(cache)
-    units = {unit.name: unit.input_bytes for unit in planned}
+    planned = read_unit_sizes(cache)
     scan, counts = CacheScan(cache), PartCounts()
-    finished = {name for name in iterate_strings(scan.commits) if not parts.is_retry_part(name)}
+    is_done = np.zeros(len(planned.names), bool)
+    for start in range(0, len(is_done), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        is_done[chunk] = find_names(scan.commits, planned.names[chunk].to_pylist()) >= 0
+    done, sizes = int(is_done.sum()), planned.bytes.to_numpy()
     files_left = len(scan.files)
     for table in scan.read_tables():
         counts.add(drop_twins(table.rows, scan.twins))
         files_left -= len(table.files)
     runs = [describe_run(run, now) for run in read_runs(cache).values()]
     alive = [run for run in runs if run["outcome"] == "running"]
-    done_bytes = sum(units.get(unit, 0) for unit in finished)
+    done_bytes, all_bytes = int(sizes[is_done].sum()), int(sizes.sum())
     samples = counts.rows + counts.filtered.total() + sum(counts.rejected.values())
-    size = done_bytes / samples if samples else estimate_bytes_per_image(planned)
+    size = done_bytes / samples if samples else planned.image_bytes / max(planned.images, 1)
     bytes_under_way = sum(run["images_under_way"] for run in alive) * size
-    all_bytes = sum(units.values())
     rate = sum(run["images_per_second"] for run in alive) or None
     return {
         "cache": cache.url,
-        "state": _determine_state(runs, undone=len(units.keys() - finished)),
-        "units": {"planned": len(units), "done": len(finished)},
+        "state": _determine_state(runs, undone=len(is_done) - done),
+        "units": {"planned": len(is_done), "done": done},
         "bytes": {"planned": all_bytes, "done": done_bytes},
         "share": min((done_bytes + bytes_under_way) / all_bytes, 1.0) if all_bytes else 0.0,
         "parts_of_units_under_way": files_left,

@@ -33,7 +33,7 @@ from pipeline.cache.reader import Cache
 from pipeline.canonical_json import REBUILD_HINT, canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.maintenance.verify_log import check_log
-from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo
+from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo, describe_redo_of_repeated
 from pipeline.prefetch import map_in_order
 from pipeline.records import Unit
 from pipeline.sources.units import derive_unit_name
@@ -244,7 +244,7 @@ def check_keys(checks: Iterable[PartCheck]) -> Iterator[Problem]:
             earlier_keys = np.zeros(0, np.uint64)
             for check in checks_of_source:
                 if len(np.unique(check.keys)) < len(check.keys) or np.isin(check.keys, earlier_keys).any():
-                    yield Problem(check.file, f"it repeats rows of {source}", describe_redo(check.file))
+                    yield Problem(check.file, f"it repeats rows of {source}", describe_redo_of_repeated(check))
                 earlier_keys = np.concatenate([earlier_keys, check.keys])
 
 

@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.errors import LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
-from pipeline.records import Unit
+from pipeline.records import Unit, get_shard_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,14 @@ def describe_redo(file: str) -> str:
         return f"move it away with _commits/{stem}.json, if that exists, and run latentmill retry"
     unit = stem.rpartition("-")[0] or stem
     return f"move it away with _commits/{unit}.json, if that exists, and run the encode command again"
+
+
+def describe_redo_of_repeated(check: PartCheck) -> str:
+    """Return the remedy for a part that repeats rows. A range of a large tar does not know the keys of the others."""
+    redo = describe_redo(check.file)
+    if check.part is None or check.part.record.range is None or get_shard_kind(check.part.record.source) != "tar":
+        return redo
+    return f"{redo}; if the tar has a key twice, rename one of its samples, and encode the tar into another cache"
 
 
 def find_contradictions(record: PartRecord, file: str, cache: Cache, units: Mapping[str, Unit]) -> Iterator[str]:

@@ -15,17 +15,18 @@ RETRIED = "the sample was rejected at first; it is now in a part that latentmill
 
 
 def read_past_damage(
-    samples: Iterator[Sample | Reject], stream: BinaryIO, on_piece: Callable[[], None]
+    samples: Iterator[Sample | Reject], stream: BinaryIO, on_piece: Callable[[], None], stop: int | None = None
 ) -> Iterator[Sample | Reject]:
     """Yield the same samples. After a DamagedError, read the file from the damage to its end, then raise the error.
 
     The stream raises StorageError if that rest is not delivered in full. on_piece: called after each piece.
+    stop: the byte at which the unit's range of the file ends; None for the end of the file.
     """
     try:
         yield from samples
     except DamagedError as error:
         stream.seek(min(error.at or 0, stream.tell()))  # of a compressed file, the damage is at a byte of its content
-        while stream.read(PIECE):
+        while (stop is None or stream.tell() < stop) and stream.read(PIECE):
             on_piece()
         raise
 

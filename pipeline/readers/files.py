@@ -7,8 +7,8 @@ from latentmill.stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile
-from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local
-from pipeline.storage.etags import fetch_version
+from pipeline.storage.connection import get_filesystem, is_local
+from pipeline.storage.etags import can_open_version, fetch_version, is_other_version, open_version
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: PlannedFile) -> bytes:
@@ -26,7 +26,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
                 return data
         elif not planned.bytes:
             data = b""  # stores refuse a range of nothing
-        elif planned.etag and "s3" in get_protocols(fs) and not getattr(fs, "local_expiry_check", False):
+        elif can_open_version(fs, (planned.bytes, planned.etag)):
             data = _read_version(fs, path, url, planned, expected)
         else:
             data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
@@ -40,18 +40,14 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
 
 
 def _read_version(fs: Any, path: str, url: str, planned: PlannedFile, count: int) -> bytes:
-    """Read the first bytes of an object on S3 by one GET, on the condition that its ETag is the planned one."""
-    with fs.open(path, "rb", size=count, cache_type="none") as file:
-        # the details are known from the listing; otherwise s3fs would request them by a HEAD
-        file.details = {"name": path, "type": "file", "size": count, "ETag": f'"{planned.etag}"'}
-        name = "read_kw" if hasattr(file, "read_kw") else "req_kw"  # the latter before s3fs 2026.9
-        setattr(file, name, {**getattr(file, name), "IfMatch": f'"{planned.etag}"'})
-        try:
+    """Read the first bytes of an object on S3 by one GET, provided that its ETag is the planned one."""
+    try:
+        with open_version(fs, path, (planned.bytes, planned.etag), count, cache_type="none") as file:
             return cast(bytes, file.read())
-        except OSError as error:
-            if http_status(error) == 412:
-                raise _make_changed_error(url, planned) from error
-            raise
+    except OSError as error:
+        if is_other_version(error):
+            raise _make_changed_error(url, planned) from error
+        raise
 
 
 def _make_changed_error(url: str, planned: PlannedFile) -> SourceError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
-from pipeline.records import ListedFile, PlannedFile, Unit
+from pipeline.records import PinnedFile, PlannedFile, Unit
 from pipeline.storage.etags import same_etag
 
 UNKNOWN = -1  # size of a file that may differ from the plan
@@ -51,7 +51,7 @@ def unpack_metadata(unit: Unit) -> tuple[PlannedFile, ...]:
         raise CacheError(f"the plan has no valid list of the tables of the unit {unit.name}; {VERIFY_HINT}") from error
 
 
-def is_same_file(before: PlannedFile, now: PlannedFile | ListedFile, same_source: bool = False) -> bool:
+def is_same_file(before: PinnedFile, now: PinnedFile, same_source: bool = False) -> bool:
     """Whether a file is unchanged, judged by its size and its ETag. An unknown ETag matches any other.
 
     same_source: the user states that a file with this path and size is the one that was planned.

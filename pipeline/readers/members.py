@@ -37,7 +37,7 @@ class Member:
     """A member of a tar or a zip.
 
     size: in bytes. data: its content; None if it is not needed, is above its limit, or cannot be read (`problem`).
-    is_link: whether it is a link or a device, which has no content.
+    is_link: whether it is a link or a device, which has no content. start: of a tar, its first byte.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Member:
     data: bytes | None
     is_link: bool = False
     problem: Rejected | None = None
+    start: int = 0
 
     @property
     def base(self) -> str:

@@ -10,19 +10,22 @@ interchange format), and continues after it.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 from pipeline.errors import DamagedError, ShardError
 from pipeline.limits import DEFAULT_LIMITS, Limits
 from pipeline.readers import compression
 from pipeline.readers.archive_samples import make_samples
+from pipeline.readers.blocks import BlockReader
 from pipeline.readers.gzip_stream import open_gzip
 from pipeline.readers.members import DEFAULT_WANTED, Member, Wanted, clean_name
 from pipeline.readers.skipped import HIDDEN
 from pipeline.records import Reject, Sample
 
 BLOCK = 512
+WHOLE: tuple[int, int | None] = (0, None)  # the range of bytes of a tar that is not divided
 SKIP_SIZE = 1 << 20  # bytes per read of a skipped member
 FILES = b"0\x007"
 FOLDER = b"5"
@@ -38,16 +41,19 @@ def read_tar(
     wanted: Wanted = DEFAULT_WANTED,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
+    byte_range: tuple[int, int | None] = WHOLE,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a tar, in their order.
 
     skipped: see `make_samples`, which also lists the rejects.
+    byte_range: the bytes (start, stop) of the tar that are read; stop: None for its end. Each must be the first byte of
+    a member. The stream must be at `start`.
     Raises DamagedError, which names the URL and the byte (of a gzip file, the byte of its decompressed content), if the
-    tar is damaged or truncated. Raises ShardError if it has more members than the limit, or if it is another kind of
-    archive.
+    tar is damaged or truncated. Raises ShardError if it has more members than the limit, if it is another kind of
+    archive, or if no member begins at `stop`.
     """
     skipped = Counter() if skipped is None else skipped
-    yield from make_samples(read_members(stream, url, wanted, limits, skipped), wanted, limits, skipped)
+    yield from make_samples(read_members(stream, url, wanted, limits, skipped, byte_range), wanted, limits, skipped)
 
 
 def read_members(
@@ -56,44 +62,70 @@ def read_members(
     wanted: Wanted = DEFAULT_WANTED,
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
+    byte_range: tuple[int, int | None] = WHOLE,
 ) -> Iterator[Member]:
     """Yield the files, links and devices of a tar (ustar, GNU and pax long names), and of tars appended to it.
 
     Only the bytes of wanted members within their limits are kept. Hidden files are skipped, and counted in `skipped`.
     """
-    for member in _read_all_members(stream, url, wanted, limits):
+    for count, member in enumerate(read_all_members(stream, url, wanted, limits, byte_range), 1):
+        if count > limits.members:
+            raise ShardError(f"{url} has more than {limits.members} members; --input-limit members=N accepts more")
         if not member.is_hidden:
             yield member
         elif skipped is not None:
             skipped[HIDDEN] += 1
 
 
-def _read_all_members(stream: BinaryIO, url: str, wanted: Wanted, limits: Limits) -> Iterator[Member]:
-    """Yield the members of `read_members`, including hidden ones."""
-    stream, url, first = _open_tar(stream, url, limits)
-    offset = count = 0
+def read_all_members(
+    stream: BinaryIO, url: str, wanted: Wanted, limits: Limits, byte_range: tuple[int, int | None] = WHOLE
+) -> Iterator[Member]:
+    """Yield the members of `read_members`, including hidden ones, and any number of them."""
+    offset, stop = byte_range
+    first = b""
+    if not offset:
+        stream, url, first = _open_tar(stream, url, limits)
+    while True:
+        offset = yield from read_archive(stream, url, wanted, limits, (offset, stop), first)
+        if offset == stop:
+            return
+        if stop is None or offset < stop:
+            offset, first = _find_next_archive(stream, url, offset)
+        if not first or (stop is not None and offset >= stop):
+            break
+    if stop is not None and offset != stop:
+        raise ShardError(
+            f"{url} was divided at byte {stop}, but no member begins there: it may contain another tar. Compress it "
+            "with gzip, because compressed tars are not divided, and encode it into another cache"
+        )
+
+
+def read_archive(
+    stream: BinaryIO, url: str, wanted: Wanted, limits: Limits, byte_range: tuple[int, int | None], first: bytes = b""
+) -> Generator[Member, None, int]:
+    """Yield the members up to `stop` or the next end mark. Returns the offset at which the next header may follow.
+
+    first: the first header, if it has been read.
+    """
+    offset, stop = byte_range
+    begin: int | None = None  # of the extended headers that precede a header
     long_name: str | None = None
     long_size: int | None = None
-    while True:
-        header = _read_exactly(stream, BLOCK, url, offset) if offset else first
+    while stop is None or begin is not None or offset < stop:
+        header = first or _read_exactly(stream, BLOCK, url, offset)
+        first = b""
         if not any(header):
             if any(_read_exactly(stream, BLOCK, url, offset + BLOCK)):
                 raise DamagedError(
                     f"{url} is damaged: there is one block of zeros after byte {offset}, not two", at=offset
                 )
-            offset, header = _find_next_archive(stream, url, offset + 2 * BLOCK)
-            if not header:
-                return
+            return offset + 2 * BLOCK
         size = _parse_number(header[124:136], url, offset)
         _check_header_sum(header, url, offset)
         kind, start = header[156:157], offset + BLOCK
+        begin = offset if begin is None else begin
         if kind in b"LxgK":
-            if size > limits.header_bytes:
-                raise DamagedError(
-                    f"{url} has a header of {size} bytes at byte {offset}; --input-limit header_bytes=N accepts it",
-                    at=offset,
-                )
-            data = _read_exactly(stream, size, url, start)
+            data = _read_extended_header(stream, size, url, offset, limits)
             if kind == b"L":
                 long_name = clean_name(data.rstrip(b"\0"))
             elif kind == b"x":
@@ -101,25 +133,44 @@ def _read_all_members(stream: BinaryIO, url: str, wanted: Wanted, limits: Limits
                 long_name = clean_name(records[b"path"]) if b"path" in records else None
                 long_size = int(records[b"size"]) if b"size" in records else None
         else:
-            count += 1
-            if count > limits.members:
-                raise ShardError(f"{url} has more than {limits.members} members; --input-limit members=N accepts more")
             name = long_name or _parse_name(header)
             is_folder = kind == FOLDER or (kind == OLD_FILE and name.endswith("/"))
             size = long_size if long_size is not None else size
             if is_folder or kind in WITHOUT_DATA:
                 size = 0
-            member = Member(name, size, None, is_link=kind not in FILES)
+            member = Member(name, size, None, is_link=kind not in FILES, start=begin)
             if not member.is_link and size <= wanted.limit_bytes(member, limits):
-                member = Member(member.name, size, _read_exactly(stream, size, url, start))
+                member = replace(member, data=_read_exactly(stream, size, url, start))
             else:
                 _skip(stream, size, url, start)
             if not is_folder:
                 yield member
-            long_name = long_size = None
+            begin = long_name = long_size = None
         padding = -size % BLOCK
         _read_exactly(stream, padding, url, start + size)
         offset = start + size + padding
+    return offset
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a block is a valid header of a member, in a format since POSIX (`ustar`)."""
+    if block[257:262] != b"ustar":
+        return False
+    try:
+        _parse_number(block[124:136], "", 0)
+        _check_header_sum(block, "", 0)
+    except DamagedError:
+        return False
+    return True
+
+
+def _read_extended_header(stream: BinaryIO, size: int, url: str, offset: int, limits: Limits) -> bytes:
+    """Return the content of an extended header. Raises DamagedError if it has more bytes than the limit."""
+    if size > limits.header_bytes:
+        raise DamagedError(
+            f"{url} has a header of {size} bytes at byte {offset}; --input-limit header_bytes=N accepts it", at=offset
+        )
+    return _read_exactly(stream, size, url, offset + BLOCK)
 
 
 def _open_tar(stream: BinaryIO, url: str, limits: Limits) -> tuple[BinaryIO, str, bytes]:
@@ -128,17 +179,17 @@ def _open_tar(stream: BinaryIO, url: str, limits: Limits) -> tuple[BinaryIO, str
     Raises ShardError if the file is another kind of archive.
     """
     start = _read_up_to(stream, BLOCK)
-    kind = _detect_archive(start)
+    kind = detect_other_archive(start)
     if kind == "gzip":
         stream, url = open_gzip(stream, url, limits, start), f"{url} (decompressed)"
         start = _read_up_to(stream, BLOCK)
-        kind = _detect_archive(start)
+        kind = detect_other_archive(start)
     if kind:
         raise ShardError(f"{url} is not a tar, but a {kind} file; {compression.ADVICE}")
     return stream, url, start + _read_exactly(stream, BLOCK - len(start), url, len(start))
 
 
-def _detect_archive(start: bytes) -> str | None:
+def detect_other_archive(start: bytes) -> str | None:
     """Return the kind of archive that begins with these bytes; None for a tar, whose first name may be any bytes."""
     return None if start[257:262] == b"ustar" else compression.detect_archive(start)
 
@@ -171,6 +222,9 @@ def _parse_pax(data: bytes, url: str, offset: int) -> dict[bytes, bytes]:
 
 def _skip(stream: BinaryIO, count: int, url: str, offset: int) -> None:
     """Read and discard `count` bytes."""
+    if isinstance(stream, BlockReader):
+        stream.skip(count)
+        return
     while count > 0:
         size = min(count, SKIP_SIZE)
         _read_exactly(stream, size, url, offset)

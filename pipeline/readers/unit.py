@@ -1,4 +1,4 @@
-"""Read the samples of one unit, whatever its kind: a tar, a range of a file, or images of a folder."""
+"""Read the samples of one unit, whatever its kind: a file, a range of a file, or images of a folder."""
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -21,6 +21,7 @@ from pipeline.readers.metadata import MetadataReader, merge_metadata, read_tar_m
 from pipeline.readers.parquet import read_parquet
 from pipeline.readers.partitions import add_partitions
 from pipeline.readers.tar import read_tar
+from pipeline.readers.tar_boundaries import unpack_range
 from pipeline.readers.zip import read_zip
 from pipeline.records import (
     Reject,
@@ -72,9 +73,12 @@ def read_samples(
     if unit.kind == "tar":
         counter = None if unit.metadata else skipped  # columns may come from other tables
         metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
+        start, stop = unpack_range(unit)
         with reading.open_stream(unit.url, options, unit) as stream:
-            samples = read_tar(stream, unit.url, wanted, spec.limits, skipped)
-            for sample in read_past_damage(samples, stream, on_piece):
+            if start:  # the stream of a web server without ranges cannot seek
+                stream.seek(start)
+            samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
+            for sample in read_past_damage(samples, stream, on_piece, stop):
                 if isinstance(sample, Sample) and sample.key in metadata:
                     yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
                 else:

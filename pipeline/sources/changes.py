@@ -7,18 +7,21 @@ from pipeline.readers.image_files import is_same_file, unpack_files, unpack_meta
 from pipeline.records import ListedFile, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
-from pipeline.sources.sidecars import SidecarIndex, collect_image_files, find_differences
+from pipeline.sources.sidecars import NO_METADATA, SidecarIndex, collect_image_files, find_differences
 
 
 def find_changed(
     planned: Iterable[Unit], listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
-) -> dict[str, list[str]]:
+) -> dict[str, tuple[str, ...]]:
     """Return the paths of changed files by unit: inputs and the texts beside images. Missing inputs do not count.
 
     listed: the listed files, by path. same_source: as for `is_same_file`.
     """
-    changed = {unit.name: list(_find_changed_files(unit, listed, sidecars, same_source)) for unit in planned}
-    return {name: paths for name, paths in changed.items() if paths}
+    changed: dict[str, tuple[str, ...]] = {}
+    for unit in planned:
+        if paths := tuple(_find_changed_files(unit, listed, sidecars, same_source)):
+            changed[unit.name] = paths
+    return changed
 
 
 def _find_changed_files(
@@ -30,10 +33,10 @@ def _find_changed_files(
             if files.image.path in listed:
                 current = collect_image_files(listed[files.image.path], sidecars.texts)
                 yield from find_differences(files, current, same_source)
-    else:
-        file = list_input_files(unit)[0]
-        if file.path in listed and not is_same_file(file, listed[file.path], same_source):
-            yield file.path
+    elif unit.path in listed and not is_same_file(unit, listed[unit.path], same_source):
+        yield unit.path
+    if not unit.metadata and sidecars.metadata == NO_METADATA:
+        return
     if inputs := [file.path for file in list_input_files(unit) if file.path in listed]:
         yield from _find_changed_tables(unit, replace(unit, metadata=sidecars.metadata.pin(inputs)), same_source)
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -17,10 +18,11 @@ from pipeline.limits import Limits
 from pipeline.readers import arrow, parquet
 from pipeline.readers.image_column import contains_bytes
 from pipeline.readers.partitions import parse_partitions
-from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, Unit, extension, get_shard_kind
+from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, extension, get_shard_kind
 from pipeline.sources.archives import FILES, check_archives, find_member_extensions, get_member_type, pick_spread
 from pipeline.storage import connection, reading
 
+T = TypeVar("T")
 MORE_FILES = 256
 IN_TARS = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache
 RESERVED = IN_TARS | RESERVED_NAMES  # names in the cache's own files
@@ -28,7 +30,7 @@ RESERVED = IN_TARS | RESERVED_NAMES  # names in the cache's own files
 
 def find_columns(
     files: Sequence[ListedFile],
-    units: Sequence[Unit],
+    inputs: Mapping[str, Sequence[ListedFile]],
     options: Mapping[str, str],
     image_column: str | None,
     wanted: Sequence[str] | None,
@@ -39,17 +41,17 @@ def find_columns(
 ) -> PassthroughColumns:
     """Return the columns to copy. wanted: their names; default: all except binary ones.
 
-    files: as listed. units: made of these files. captions: the texts that are copied by default.
-    tables: the columns of metadata.
+    files: as listed. inputs: those that units are made of, by kind (`units.group_inputs`). captions: the texts that are
+    copied by default. tables: the columns of metadata.
     Raises SourceError if no source has a wanted column, if types are incompatible, if Parquet files have no images, or
     if a Parquet file lacks `image_column` or `key_column`.
     """
-    paths = {unit.url: unit.path for unit in units if unit.kind in ("parquet", "arrow")}
-    tars = [unit.url for unit in units if unit.kind == "tar"]
-    archives = list(dict.fromkeys(unit.url for unit in units if unit.kind in ("tar", "zip")))
+    paths = {file.url: file.path for kind in ("parquet", "arrow") for file in inputs.get(kind, ())}
+    tars = inputs.get("tar", ())
+    archives = [*tars, *inputs.get("zip", ())]
     try:
-        check_archives(archives, units, options, image_column, limits)
-        only_tables = len(paths) == len({unit.url for unit in units})
+        check_archives(archives, options, image_column, limits, only_zips=inputs.keys() == {"zip"})
+        only_tables = inputs.keys() <= {"parquet", "arrow"}
         schema = _read_schema(paths, tars, options, image_column, key_column, limits, only_tables, tables)
         texts = _find_texts(files, archives, options, wanted, image_column, limits, captions)
     except ShardError as error:
@@ -76,7 +78,7 @@ def find_columns(
 
 def _read_schema(
     paths: Mapping[str, str],
-    tars: list[str],
+    tars: Sequence[ListedFile],
     options: Mapping[str, str],
     image_column: str | None,
     key_column: str | None,
@@ -97,8 +99,8 @@ def _read_schema(
         partitions = parse_partitions(paths[url])
         return pa.schema([*schema, *((name, pa.string()) for name in partitions if name not in schema.names)])
 
-    def read_metadata_columns(tar: str) -> pa.Schema | None:
-        url = connection.sibling_url(tar)
+    def read_metadata_columns(tar: ListedFile) -> pa.Schema | None:
+        url = connection.sibling_url(tar.url)
         if not connection.exists(url, options):
             return None
         with reading.open_stream(url, options) as stream:
@@ -145,20 +147,20 @@ def _read_image_schemas(inspect: Callable[[str], pa.Schema], urls: list[str], on
     return schemas
 
 
-def _read_undamaged(inspect: Callable[[str], pa.Schema | None], urls: list[str]) -> list[pa.Schema]:
+def _read_undamaged(inspect: Callable[[T], pa.Schema | None], files: Sequence[T]) -> list[pa.Schema]:
     """Return the schemas of the files that exist and are not damaged. Units of damaged files fail later, by name.
 
     Raises DamagedError if all existing files are damaged, because the columns are then unknown.
     """
 
-    def inspect_or_return_error(url: str) -> pa.Schema | DamagedError | None:
+    def inspect_or_return_error(file: T) -> pa.Schema | DamagedError | None:
         try:
-            return inspect(url)
+            return inspect(file)
         except DamagedError as error:
             return error
 
     with ThreadPoolExecutor(FILES) as pool:
-        results = [result for result in pool.map(inspect_or_return_error, urls) if result is not None]
+        results = [result for result in pool.map(inspect_or_return_error, files) if result is not None]
     schemas = [result for result in results if not isinstance(result, DamagedError)]
     for error in results:
         if isinstance(error, DamagedError) and not schemas:
@@ -168,7 +170,7 @@ def _read_undamaged(inspect: Callable[[str], pa.Schema | None], urls: list[str])
 
 def _find_texts(
     files: Sequence[ListedFile],
-    archives: list[str],
+    archives: Sequence[ListedFile],
     options: Mapping[str, str],
     wanted: Sequence[str] | None,
     image: str | None,

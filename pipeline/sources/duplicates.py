@@ -4,14 +4,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.records import ListedFile, PlannedFile, path_below_root, source_name
+from pipeline.records import ListedFile, PinnedFile, path_below_root, source_name
 from pipeline.sources.walk import file_id_at
 
 
 def find_duplicates(
     new: Sequence[ListedFile],
     listed: Mapping[str, ListedFile],
-    planned: Mapping[str, PlannedFile],
+    planned: Mapping[str, PinnedFile],
     roots: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the new files that are also in another source: for the path of each, the path under which it is read.
@@ -19,6 +19,9 @@ def find_duplicates(
     A planned path takes precedence, then a path that is not a link, then the path whose source has the shortest root.
     listed, planned: the files by path. roots: the planned roots by name of the source.
     """
+    if not (alike := _find_overlapping_sources({**roots, **{source_name(file.path): file.root for file in new}})):
+        return {}
+    new = [file for file in new if source_name(file.path) in alike]
     planned_paths = _identify_planned_files(new, listed, planned, roots)
     counts = Counter(map(_identify_file, new))
     groups: dict[str, list[ListedFile]] = {}
@@ -33,10 +36,23 @@ def find_duplicates(
     return duplicates
 
 
+def _find_overlapping_sources(roots: Mapping[str, str]) -> set[str]:
+    """Return the sources that may share files with another one: on a local disk all, as there are links.
+
+    On a store, the root of one is the other's, or is above it. roots: by name of the source.
+    """
+    local = {name for name, root in roots.items() if "://" not in root}
+    alike = local if len(local) > 1 else set()
+    for name, root in roots.items():
+        if below := {other for other in roots if other != name and f"{roots[other]}/".startswith(f"{root}/")}:
+            alike |= {name, *below}
+    return alike
+
+
 def _identify_planned_files(
     new: Sequence[ListedFile],
     listed: Mapping[str, ListedFile],
-    planned: Mapping[str, PlannedFile],
+    planned: Mapping[str, PinnedFile],
     roots: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the paths of the planned files by identity. Files that are not listed and match no new size are left out.

@@ -1,7 +1,6 @@
 """List the files of the sources: files, directories, globs and brace ranges, on any storage."""
 
 import contextlib
-import fnmatch
 import glob
 import os
 import re
@@ -9,9 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, cast
-
-from braceexpand import braceexpand
+from typing import Any
 
 from latentmill.stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
@@ -20,21 +17,30 @@ from pipeline.records import ListedFile, get_shard_kind, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.alternates import find_alternates
 from pipeline.sources.choosing import choose_files
+from pipeline.sources.found import FoundFile, FoundFiles, find_files_below
+from pipeline.sources.garbage import without_garbage_search
+from pipeline.sources.patterns import (
+    WILDCARDS,
+    Matches,
+    expand_braces,
+    find_each,
+    find_entries,
+    find_fixed_directory,
+    find_matches,
+    matches_pattern,
+)
 from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
 from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
-from pipeline.storage.etags import get_etag
 from pipeline.storage.hub import pin_revision, strip_commit
 from pipeline.storage.reading import read_file_if_exists
 from pipeline.text import printable, to_valid_text
 
-WILDCARDS = frozenset("*?[{")
 NAMED = 5  # files that a note names
 SYSTEM_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})  # of thumbnails and deleted files
 CLOSED_SYSTEM_FOLDERS = SYSTEM_FOLDERS | {"lost+found"}  # without images, if they are not readable
 
-FoundFiles = Mapping[str, Mapping[str, Any]]
-FolderListings = dict[str, tuple[FoundFiles, Mapping[str, list[str]]]]  # files of folders, and which may be texts
+FolderListings = dict[str, tuple[Matches, Mapping[str, list[str]]]]  # files of folders, and which may be texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Source:
     def covers(self, path: str) -> bool:
         """Whether the source would list a file with this path, if the file existed."""
         name, _, below = path.partition("/")
-        return name == self.name and any(_matches_pattern(below, pattern) for pattern in self.patterns)
+        return name == self.name and any(matches_pattern(below, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class Listing:
     unreadable: list[str] = field(default_factory=list)
 
 
+@without_garbage_search()
 def list_sources(
     sources: Sequence[str],
     options: Mapping[str, Any],
@@ -103,7 +110,7 @@ def list_sources(
             if file.is_named or file.path not in found:
                 found[file.path] = file
     skipped.alternates |= find_alternates(found)
-    shards = [found[path] for path in sorted(found.keys() - skipped.alternates)]
+    shards = [found[path] for path in sorted(found) if path not in skipped.alternates]
     return Listing(shards, tuple(named), notes=skipped.describe(), unreadable=sorted(skipped.unreadable))
 
 
@@ -207,7 +214,7 @@ def split_argument(argument: str) -> tuple[str, str]:
 def _matches_any(path: str) -> bool:
     """Whether a local path, or one of its brace alternatives, exists."""
     local = get_filesystem(path, {})[1]
-    return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in _expand_braces(local))
+    return any(os.path.lexists(pattern) or glob.glob(pattern) for pattern in expand_braces(local))
 
 
 def _expand(
@@ -226,15 +233,14 @@ def _expand(
         if fs.exists(path):
             root, patterns = (path if fs.isdir(path) else parent(path)), [path]
         else:
-            root, patterns = _find_fixed_directory(path), _expand_braces(path)
+            root, patterns = find_fixed_directory(path), expand_braces(path)
         name = name or PurePosixPath(strip_commit(full_url(fs, root)).split("://")[-1]).name
         if not name:
             raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
-        files: dict[str, Mapping[str, Any]] = {}
+        files: dict[str, FoundFile] = {}
         named: dict[str, set[str]] = {}
         named_files: set[str] = set()
-        for pattern in patterns:
-            matches = _find_matches(fs, pattern)
+        for pattern, matches in find_each(fs, patterns):
             if not matches:
                 place = full_url(fs, pattern)
                 is_glob = bool(WILDCARDS & set(pattern))
@@ -245,42 +251,41 @@ def _expand(
                 closed = f"; folders not readable: {abbreviate(skipped.unreadable)}" if skipped.unreadable else ""
                 problem = f"there are no files in {full_url(fs, pattern)}{closed}"
                 raise SourceError(f"there is no source at {source}: {problem}")
-            files.update(below)
+            files |= below
             named_files.update(path for path in matches if path in below)
             if images := {path for path in matches if path in below and is_image(path)}:
                 place = f"{parent(pattern)}/" if pattern in matches else f"{parent(pattern)}/*"
                 named.setdefault(place, set()).update(images)
         for place, images in named.items():
-            files.update(_find_sidecars(fs, place, images, root, excluded, skipped, listings))
+            files |= _find_sidecars(fs, place, images, root, excluded, skipped, listings)
         root = root.rstrip("/")
-        files = {file: info for file, info in files.items() if _is_shown(file[len(root) + 1 :])}
-        system = {file for file in files if not SYSTEM_FOLDERS.isdisjoint(file[len(root) + 1 :].split("/"))}
-        skipped.system |= system
-        for file in system:
-            del files[file]
-        wanted = _without_own_outputs(fs, files, source, options, cache, skipped)
+        _drop_hidden_and_system_files(files, root, skipped)
+        _drop_own_outputs(fs, files, root, source, options, cache, skipped)
     expanded = Source(
         name=name,
         argument=source,
         root=full_url(fs, root),
         patterns=tuple(to_valid_text(pattern[len(root) + 1 :]) for pattern in patterns),
     )
-    return expanded, list(_make_listed_files(fs, wanted, root, name, named_files))
+    return expanded, list(_make_listed_files(files, root, expanded, named_files))
 
 
 def _make_listed_files(
-    fs: Any, files: FoundFiles, root: str, name: str, named: Collection[str]
+    files: dict[str, FoundFile], root: str, source: Source, named: Collection[str]
 ) -> Iterator[ListedFile]:
-    """Yield the files as `ListedFile`, sorted by path. named: those that the source itself names."""
+    """Yield the files as `ListedFile`, sorted by path. named: those that the source itself names.
+
+    Each file is taken from `files`, so that a million of them are not held twice.
+    """
     for file in sorted(files):
         _check_utf8(file, root)
+        size, etag, file_id = files.pop(file)
         yield ListedFile(
-            url=to_valid_text(full_url(fs, file)),
-            root=full_url(fs, root),
-            path=to_valid_text(f"{name}/{file[len(root) + 1 :]}"),
-            bytes=int(files[file].get("size") or 0),
-            etag=get_etag(files[file]),
-            file_id=files[file].get("file", ""),
+            root=source.root,
+            path=to_valid_text(f"{source.name}/{file[len(root) + 1 :]}"),
+            bytes=size,
+            etag=etag,
+            file_id=file_id,
             is_named=file in named,
         )
 
@@ -290,19 +295,45 @@ def _may_be_input(file: ListedFile) -> bool:
     return bool(get_shard_kind(file.path)) or is_image(file.path)
 
 
-def _is_shown(below: str) -> bool:
-    """Whether no step of a path is hidden."""
-    return not (below.startswith(".") or "/." in below)
+def _drop_hidden_and_system_files(files: dict[str, FoundFile], root: str, skipped: SkippedFiles) -> None:
+    """Remove the files with a hidden step, and those of operating systems, which are added to `skipped`."""
+    folders: dict[str, tuple[bool, bool]] = {}
+    hidden, system = [], []
+    for file in files:
+        folder, _, name = file[len(root) + 1 :].rpartition("/")
+        if folder not in folders:
+            steps = folder.split("/")
+            folders[folder] = any(step.startswith(".") for step in steps), not SYSTEM_FOLDERS.isdisjoint(steps)
+        is_hidden, is_system = folders[folder]
+        if is_hidden or name.startswith("."):
+            hidden.append(file)
+        elif is_system or name in SYSTEM_FOLDERS:
+            system.append(file)
+    skipped.system.update(system)
+    for file in (*hidden, *system):
+        del files[file]
 
 
-def _without_own_outputs(
-    fs: Any, files: FoundFiles, source: str, options: Mapping[str, Any], cache: str, skipped: SkippedFiles
-) -> FoundFiles:
-    """Return the files without the cache's, without others that latentmill wrote, and without second paths to a file.
+def _drop_own_outputs(
+    fs: Any,
+    files: dict[str, FoundFile],
+    root: str,
+    source: str,
+    options: Mapping[str, Any],
+    cache: str,
+    skipped: SkippedFiles,
+) -> None:
+    """Remove the cache's files, others that latentmill wrote, and second paths to a file.
 
     Raises SourceError if latentmill wrote all files.
     """
-    files = {file: info for file, info in files.items() if not full_url(fs, file).startswith(cache)}
+    url = f"{full_url(fs, root).rstrip('/')}/"
+    if url.startswith(cache):
+        files.clear()
+    elif cache.startswith(url):
+        inside = f"{root}/{cache[len(url) :]}"
+        for file in [file for file in files if file.startswith(inside)]:
+            del files[file]
 
     def read(path: str) -> bytes | None:
         with contextlib.suppress(
@@ -317,10 +348,11 @@ def _without_own_outputs(
         raise SourceError(f"there is no source at {source}: latentmill wrote all files there, {', '.join(outputs)}")
     for owner, owner_files in outputs.items():
         skipped.own_outputs.setdefault(owner, set()).update(owner_files)
-    inputs = [file for file in files if (get_shard_kind(file) or is_image(file)) and file not in written]
+    inputs = (file for file in files if (get_shard_kind(file) or is_image(file)) and file not in written)
     links = find_second_paths(files, inputs)
     skipped.links |= links
-    return {file: info for file, info in files.items() if file not in written and file not in links}
+    for file in written | links:
+        del files[file]
 
 
 def _normalize_path(path: str) -> str:
@@ -332,27 +364,7 @@ def _normalize_path(path: str) -> str:
     return re.sub(r"/(\.?/)+", "/", path).removesuffix("/.").rstrip("/") or "/"
 
 
-def _matches_pattern(below: str, pattern: str) -> bool:
-    """Whether a pattern lists a path: the path, or a directory above it, matches."""
-    if not pattern or below == pattern or below.startswith(f"{pattern}/"):
-        return True
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(below, pattern)
-    steps, wanted = below.split("/"), pattern.split("/")
-    pairs = zip(steps, wanted, strict=False)
-    return len(steps) >= len(wanted) and all(fnmatch.fnmatchcase(step, want) for step, want in pairs)
-
-
-def _find_matches(fs: Any, pattern: str) -> FoundFiles:
-    """Return the files and directories that a pattern names."""
-    if fs.exists(pattern):
-        return {pattern: fs.info(pattern)}
-    if is_local(fs) and "**" not in pattern:  # fsspec's own glob does not follow links to directories
-        return {path: {} for path in glob.glob(pattern)}
-    return cast(FoundFiles, fs.glob(pattern, detail=True))
-
-
-def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, skipped: SkippedFiles) -> FoundFiles:
+def _find_files(fs: Any, paths: Matches, root: str, excluded: str | None, skipped: SkippedFiles) -> FoundFiles:
     """Return the files among these paths and below the directories among them. skipped: receives all other entries."""
     if is_local(fs):
         walk = Walk(root or "/", excluded)
@@ -362,9 +374,9 @@ def _find_files(fs: Any, paths: FoundFiles, root: str, excluded: str | None, ski
             is_system = not CLOSED_SYSTEM_FOLDERS.isdisjoint(folder[len(root) :].split("/"))
             (skipped.system if is_system else skipped.unreadable).add(folder)
         return walk.found
-    found: dict[str, Mapping[str, Any]] = {}
-    for path, info in paths.items():
-        found.update(fs.find(path, detail=True) if info["type"] == "directory" else {path: info})
+    found: dict[str, FoundFile] = {}
+    for path, file in paths.items():
+        found |= find_files_below(fs, path) if file is None else {path: file}
     return found
 
 
@@ -384,11 +396,10 @@ def _find_sidecars(
     """
     url = full_url(fs, place)
     if url not in listings:
-        is_folder = place.endswith("/")
-        found: FoundFiles = {e["name"]: e for e in fs.ls(place, detail=True)} if is_folder else _find_matches(fs, place)
+        found = find_entries(fs, place) if place.endswith("/") else find_matches(fs, place)
         listings[url] = found, find_possible_texts(found)
     entries, by_name = listings[url]
-    is_directory = fs.isdir if is_local(fs) else lambda path: entries[path]["type"] == "directory"
+    is_directory = fs.isdir if is_local(fs) else lambda path: entries[path] is None
     near = {
         *find_nearby_texts(by_name, images),
         *(path for path in entries if PurePosixPath(path).name in METADATA_NAMES),
@@ -399,20 +410,7 @@ def _find_sidecars(
 
 def _check_utf8(file: str, root: str) -> None:
     """Raise SourceError if the name of a shard is not UTF-8. Such a name of an image is the reject `bad_key`."""
+    if file.isascii():  # so is the root, which it begins with
+        return
     if to_valid_text(root) != root or (get_shard_kind(file) and to_valid_text(file) != file):
         raise SourceError(f"the name of {printable(to_valid_text(file))} is not UTF-8; rename the file or its folder")
-
-
-def _expand_braces(path: str) -> list[str]:
-    """Expand the brace ranges of a path."""
-    try:
-        return list(braceexpand(path))
-    except ValueError:  # unbalanced braces: the name contains a brace
-        return [path]
-
-
-def _find_fixed_directory(path: str) -> str:
-    """Return the last directory of a pattern before its first wildcard."""
-    steps = path.split("/")
-    first = next((i for i, step in enumerate(steps) if WILDCARDS & set(step)), len(steps) - 1)
-    return "/".join(steps[:first])

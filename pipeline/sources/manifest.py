@@ -36,10 +36,11 @@ def find_manifests(
     schemas: list[pa.Schema] = []
     notes: list[str] = []
     problems: list[str] = []
-    images = {stem(file.path) for file in files if is_image(file.path)}
-    urls = {file.url for file in files if is_image(file.path)}
-    for file in files:
-        if not file.is_named or stem(file.path) in images or not _may_be_manifest(file, reader):
+    named = [file for file in files if file.is_named]
+    images = {stem(file.path) for file in files if is_image(file.path)} if named else set[str]()
+    urls = {file.url for file in files if is_image(file.path)} if named else set[str]()
+    for file in named:
+        if stem(file.path) in images or not _may_be_manifest(file, reader):
             continue
         root = image_root or file.root
         rule = make_key_rule(reader.image_column, key_column, root)
@@ -59,7 +60,8 @@ def find_manifests(
         notes.append(f"{file.path} lists {table.rows.num_rows:,} images, in the column {column}")
     if problems and not found and all(file.is_named and extension(file.path) in TEXT_TABLES for file in files):
         raise SourceError(problems[0])
-    return Manifests([found.get(file.path, file) for file in files], schemas, notes + problems)
+    marked = [found.get(file.path, file) for file in files] if found else list(files)
+    return Manifests(marked, schemas, notes + problems)
 
 
 def _may_be_manifest(file: ListedFile, reader: TableReader) -> bool:

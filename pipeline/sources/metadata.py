@@ -143,18 +143,22 @@ def find_tables(files: Sequence[ListedFile], reader: TableReader) -> Metadata:
     if unusable:
         notes.append(f"metadata without a column that names images (file_name; for tars: key): {abbreviate(unusable)}")
     index = MetadataIndex(for_images, for_tars)
-    return Metadata(index, [file for file in files if file.path not in index.files], schemas, notes)
+    tables = index.files
+    others = [file for file in files if file.path not in tables] if tables else list(files)
+    return Metadata(index, others, schemas, notes)
 
 
 def _find_candidates(files: Sequence[ListedFile], images: Sequence[str], tars: Sequence[str]) -> Iterator[ListedFile]:
     """Yield the files that may be metadata, by their names. They may also be Parquet files with images."""
     folders = {get_folder(image) for image in images}
-    stems = {stem(path) for path in images} | {get_shard_stem(path) for path in tars}
+    candidates = []
     for file in files:
         is_named = file.path.rpartition("/")[2] in METADATA_NAMES
-        is_beside = extension(file.path) == "parquet" and f"{stem(file.path)}/" in folders
-        if (is_named or is_beside) and stem(file.path) not in stems:
-            yield file
+        if is_named or (extension(file.path) == "parquet" and f"{stem(file.path)}/" in folders):
+            candidates.append(file)
+    if candidates:
+        stems = {stem(path) for path in images} | {get_shard_stem(path) for path in tars}
+        yield from (file for file in candidates if stem(file.path) not in stems)
 
 
 def _check_keys(path: str, table: Table) -> None:

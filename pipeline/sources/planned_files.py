@@ -1,17 +1,17 @@
 """The files and sources of planned units."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.readers.image_files import ImageFiles, unpack_files, unpack_metadata
-from pipeline.records import ListedFile, PlannedFile, Unit, path_below_root
+from pipeline.records import ListedFile, PinnedFile, PlannedFile, Unit
 from pipeline.sources.sidecars import pack_metadata, pin_files
 
 
-def list_input_files(unit: Unit) -> list[PlannedFile]:
+def list_input_files(unit: Unit) -> Sequence[PinnedFile]:
     """Return the planned files of a unit, without the texts beside images."""
     if unit.kind != "folder":
-        return [PlannedFile(unit.path, unit.bytes, unit.etag)]
+        return (unit,)
     return [files.image for files in unpack_files(unit)]
 
 
@@ -32,8 +32,7 @@ def find_source_roots(units: Iterable[Unit]) -> dict[str, str]:
 
 def move_to_root(unit: Unit, root: str) -> Unit:
     """Return the unit with another root of its source."""
-    url = root if unit.kind == "folder" else f"{root.rstrip('/')}/{path_below_root(unit.path)}"
-    return unit if (unit.root, unit.url) == (root, url) else replace(unit, root=root, url=url)
+    return unit if unit.root == root else replace(unit, root=root)
 
 
 def with_etags(unit: Unit, listed: Mapping[str, ListedFile]) -> Unit:
@@ -56,6 +55,6 @@ def _map_files(unit: Unit, change: Callable[[PlannedFile], PlannedFile]) -> Unit
     if unit.metadata:
         unit = replace(unit, metadata=pack_metadata(map(change, unpack_metadata(unit))))
     if unit.kind != "folder":
-        return replace(unit, etag=change(list_input_files(unit)[0]).etag)
+        return replace(unit, etag=change(PlannedFile(unit.path, unit.bytes, unit.etag)).etag)
     files = [ImageFiles(change(planned.image), tuple(map(change, planned.texts))) for planned in unpack_files(unit)]
     return replace(unit, **pin_files(files))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.errors import SourceError
 from pipeline.readers.image_files import is_same_file
-from pipeline.records import ListedFile, PlannedFile, Unit, source_name
+from pipeline.records import ListedFile, PinnedFile, Unit, source_name
 from pipeline.sources.listing import Listing, Source, abbreviate, find_free_name, format_argument, is_covered, same_root
 from pipeline.sources.planned_files import find_source_roots, list_input_files, move_to_root, without_etags
 from pipeline.sources.renames import check_renamed
@@ -36,7 +36,7 @@ def relocate_units(
             notes.append(f"the source {source.name} has moved from {roots[source.name]} to {source.root}")
     if not moved:
         return list(planned), []
-    files: dict[str, list[PlannedFile]] = defaultdict(list)
+    files: dict[str, list[PinnedFile]] = defaultdict(list)
     for unit in planned:
         if unit.source_name in moved:
             files[unit.source_name] += list_input_files(unit)
@@ -77,7 +77,7 @@ def _has_listed_file(unit: Unit, listed: Mapping[str, ListedFile]) -> bool:
 
 
 def _is_planned_source(
-    files: Sequence[PlannedFile], listed: Mapping[str, ListedFile], sources: Sequence[Source], same_source: bool
+    files: Sequence[PinnedFile], listed: Mapping[str, ListedFile], sources: Sequence[Source], same_source: bool
 ) -> bool:
     """Whether a moved source holds the planned files.
 
@@ -95,7 +95,7 @@ def _is_planned_source(
 
 
 def _refuse_source(
-    files: Sequence[PlannedFile],
+    files: Sequence[PinnedFile],
     listed: Mapping[str, ListedFile],
     source: Source,
     roots: Mapping[str, str],

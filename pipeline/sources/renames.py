@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.errors import SourceError
-from pipeline.records import ListedFile, PlannedFile, path_below_root, source_name
+from pipeline.records import ListedFile, PinnedFile, path_below_root, source_name
 from pipeline.sources.listing import abbreviate, format_argument
 
 PathPair = tuple[str, str]  # paths of a new and of a planned file
@@ -31,7 +31,7 @@ class RootPair(NamedTuple):
 
 def check_renamed(
     new: Sequence[ListedFile],
-    missing: Mapping[str, PlannedFile],
+    missing: Mapping[str, PinnedFile],
     duplicates: Collection[str] = (),
     listed_sources: Collection[str] = (),
     offer_new_source: bool = True,
@@ -71,9 +71,9 @@ def check_renamed(
     return notes
 
 
-def _match_files(new: Sequence[ListedFile], missing: Mapping[str, PlannedFile]) -> Iterator[tuple[RootPair, PathPair]]:
+def _match_files(new: Sequence[ListedFile], missing: Mapping[str, PinnedFile]) -> Iterator[tuple[RootPair, PathPair]]:
     """Yield the pairs of a new and a planned file with the same size, if one relative path ends with the other."""
-    planned_files: dict[PathAndSize, list[PlannedFile]] = defaultdict(list)
+    planned_files: dict[PathAndSize, list[PinnedFile]] = defaultdict(list)
     for file in missing.values():
         planned_files[path_below_root(file.path), file.bytes].append(file)
     new_files: dict[PathAndSize, list[ListedFile]] = defaultdict(list)

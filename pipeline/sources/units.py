@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 from pipeline.canonical_json import canonical_json
 from pipeline.readers.manifest import ROWS_PER_UNIT
+from pipeline.readers.tar_boundaries import pack_ranges
 from pipeline.records import (
     IMAGE_EXTENSIONS,
     SHARD_ENDINGS,
@@ -23,6 +25,7 @@ from pipeline.records import (
     source_name,
     stem,
 )
+from pipeline.sources.large_tars import Boundaries
 from pipeline.sources.sidecars import (
     NO_METADATA,
     MetadataIndex,
@@ -33,9 +36,12 @@ from pipeline.sources.sidecars import (
 )
 from pipeline.text import printable
 
+UNIT_BYTES = 1 << 30  # of images: about as many as a usual tar has
+# Each image of a folder is a request of its own, so larger units would hardly save any, and small folders would occupy
+# fewer workers.
 IMAGES_PER_UNIT = 256
 _NAMED = 4  # files in a note
-RANGE_BYTES = {"parquet": 128 << 20, "zip": 1 << 30}  # approximate size of a range of a file
+RANGE_BYTES = {"parquet": 128 << 20, "zip": UNIT_BYTES}  # approximate size of a range of a file
 SHARD_KINDS = tuple(dict.fromkeys(SHARD_ENDINGS.values()))
 TABLE_LOG_FOLDERS = frozenset({"_delta_log", "_change_data", "_temporary"})
 
@@ -46,17 +52,25 @@ def make_unit_name(name: str, identity: object) -> str:
     return f"{safe}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}"
 
 
-def make_units(files: Sequence[ListedFile], sidecars: SidecarIndex | None = None) -> list[Unit]:
+def make_units(
+    files: Sequence[ListedFile], sidecars: SidecarIndex | None = None, boundaries: Boundaries = MappingProxyType({})
+) -> list[Unit]:
     """Return the units of these files: of each kind of shard, of manifests, then of images, in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` or `is_result_cache` is not a unit either.
-    sidecars: the texts and metadata, if they are already known or include more than captions.
+    sidecars: the texts and metadata, if they are already known or include more than captions. boundaries: of the tars
+    that are divided (`sources.large_tars`).
     """
     sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
     tables = sidecars.metadata
-    shards = [unit for kind in SHARD_KINDS for file in files for unit in make_shard_units(file, kind, tables)]
+    shards = [
+        unit
+        for kind in SHARD_KINDS
+        for file in files
+        for unit in make_shard_units(file, kind, tables, boundaries.get(file.path, ()))
+    ]
     manifests = [unit for file in files for unit in make_manifest_units(file)]
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
@@ -77,12 +91,14 @@ def is_result_cache(file: ListedFile) -> bool:
 def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
     """Return a line for each kind of shard that is passed over, and for shards that may be copies of one another."""
     lines = []
-    if count := sum(map(is_table_log, files)):
+    kinds = [get_shard_kind(file.path) for file in files]
+    if "parquet" in kinds and (count := sum(map(is_table_log, files))):
         lines.append(f"passed over {count} Parquet files of Delta Lake's and Spark's own, in _delta_log and the like")
-    if count := sum(map(is_result_cache, files)):
+    if "arrow" in kinds and (count := sum(map(is_result_cache, files))):
         lines.append(f"passed over {count} Arrow files with results of transforms of datasets (cache-*.arrow)")
-    archives = [file.path for file in files if get_shard_kind(file.path) in ("tar", "zip")]
-    counts = Counter(map(get_shard_stem, archives))
+    archives = [file.path for file, kind in zip(files, kinds, strict=True) if kind in ("tar", "zip")]
+    extensions = {path[len(get_shard_stem(path)) :] for path in archives}
+    counts = Counter(map(get_shard_stem, archives if len(extensions) > 1 else ()))
     if twins := [path for path in archives if counts[get_shard_stem(path)] > 1]:
         names = ", ".join(map(printable, sorted(twins)[:_NAMED])) + (" ..." if len(twins) > _NAMED else "")
         lines.append(
@@ -94,7 +110,9 @@ def describe_special_shards(files: Sequence[ListedFile]) -> list[str]:
 
 def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
     """Return the files that units are made of."""
-    tar_stems = {get_shard_stem(file.path) for file in files if get_shard_kind(file.path) == "tar"}
+    kinds = {get_shard_kind(file.path) for file in files}
+    tars = files if "parquet" in kinds else ()  # a set of a million names takes 150 MB
+    tar_stems = {get_shard_stem(file.path) for file in tars if get_shard_kind(file.path) == "tar"}
 
     def is_input(file: ListedFile) -> bool:
         kind = get_shard_kind(file.path)
@@ -103,6 +121,15 @@ def select_inputs(files: Sequence[ListedFile]) -> list[ListedFile]:
         return (bool(kind) and not is_result_cache(file)) or is_image(file.path) or file.manifest is not None
 
     return [file for file in files if is_input(file)]
+
+
+def group_inputs(files: Sequence[ListedFile]) -> dict[str, list[ListedFile]]:
+    """Return the files that units are made of, by the kind of their units. Kinds without files are left out."""
+    groups: dict[str, list[ListedFile]] = {}
+    for file in select_inputs(files):
+        kind = get_shard_kind(file.path) if file.manifest is None else "manifest"
+        groups.setdefault(kind or "folder", []).append(file)
+    return groups
 
 
 def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_EXTENSIONS) -> Counter[str]:
@@ -122,32 +149,36 @@ def derive_unit_name(unit: Unit) -> str:
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
 
-def make_shard_units(file: ListedFile, kind: str, metadata: MetadataIndex = NO_METADATA) -> list[Unit]:
+def make_shard_units(
+    file: ListedFile, kind: str, metadata: MetadataIndex = NO_METADATA, boundaries: Sequence[int] = ()
+) -> list[Unit]:
     """Return the units of a file of this kind; none if it is of another kind, or a manifest.
 
-    A tar is one unit. Other files have one per range k of n. n follows from the file's size alone.
+    A tar is one unit, or one per range of its bytes if it has boundaries. Zips and Parquet files have one unit per
+    range k of n. n follows from the file's size alone.
     metadata: the tables with further columns of tars and zips.
     """
     if get_shard_kind(file.path) != kind or file.manifest is not None:
         return []
-    name = PurePosixPath(file.path).stem
-    ranges: list[tuple[int, int] | None] = [None]
+    name = stem(file.path).rpartition("/")[2]
+    byte_ranges = pack_ranges(boundaries)
     if kind in RANGE_BYTES:
-        count = max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
-        ranges = [(k, count) for k in range(count)]
+        byte_ranges = [""] * max(1, math.ceil(file.bytes / RANGE_BYTES[kind]))
+    is_divided = bool(boundaries) or kind in RANGE_BYTES
+    ranges = [(k, len(byte_ranges)) if is_divided else None for k in range(len(byte_ranges))]
     return [
         Unit(
             name=make_unit_name(name, [file.path, list(file_range) if file_range else None]),
             kind=kind,
-            url=file.url,
             path=file.path,
             range=file_range,
             bytes=file.bytes,
             etag=file.etag,
+            files=byte_range,
             root=file.root,
             metadata=metadata.pin([file.path]) if kind in ("tar", "zip") else "",
         )
-        for file_range in ranges
+        for file_range, byte_range in zip(ranges, byte_ranges, strict=True)
     ]
 
 
@@ -160,7 +191,6 @@ def make_manifest_units(file: ListedFile) -> list[Unit]:
         Unit(
             name=make_unit_name(PurePosixPath(file.path).stem, [file.path, [k, count]]),
             kind="manifest",
-            url=file.url,
             path=file.path,
             range=(k, count),
             bytes=file.bytes,
@@ -173,14 +203,20 @@ def make_manifest_units(file: ListedFile) -> list[Unit]:
 
 
 def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
-    """Yield groups of up to 256 images, in order. Images that differ only in their extension stay together."""
+    """Yield groups of up to 256 images and 1 GiB, in order. Images that differ only in their extension stay together.
+
+    An image of more bytes is a group of its own.
+    """
     group: list[ListedFile] = []
+    size = 0
     for _, twins in itertools.groupby(images, key=lambda file: stem(file.path)):
         same = list(twins)
-        if group and len(group) + len(same) > IMAGES_PER_UNIT:
+        more = sum(file.bytes for file in same)
+        if group and (len(group) + len(same) > IMAGES_PER_UNIT or size + more > UNIT_BYTES):
             yield group
-            group = []
+            group, size = [], 0
         group += same
+        size += more
     if group:
         yield group
 
@@ -192,7 +228,6 @@ def make_folder_unit(images: list[ListedFile], sidecars: SidecarIndex) -> Unit:
     return Unit(
         name=make_unit_name(source, list(paths)),
         kind="folder",
-        url=root,
         path=source,
         paths=paths,
         root=root,

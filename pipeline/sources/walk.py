@@ -3,16 +3,18 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+
+from pipeline.sources.found import FoundFile, FoundFiles
+from pipeline.storage.etags import get_etag
 
 
 @dataclass(slots=True)
 class Walk:
     """A walk from paths that are in the directory `top`, or are `top`. Hidden entries and `excluded` are skipped.
 
-    found: the files by path, with their `size`, `mtime_ns` and `file` (see `file_id`). others: entries that are neither
+    found: the files by path. others: entries that are neither
     files nor directories, and links to directories above `top`. unreadable: directories without permission. Links to
     directories are followed, but no directory is entered twice. A directory that is below `top` and also behind a link
     is entered below `top`.
@@ -20,7 +22,7 @@ class Walk:
 
     top: str
     excluded: str | None
-    found: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    found: dict[str, FoundFile] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     _folders: list[str] = field(default_factory=list)
@@ -60,14 +62,12 @@ class Walk:
                 if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EACCES):
                     raise
                 # for example a broken link; reading it raises an error that names it
-                self.found[path] = {"size": 0}
+                self.found[path] = FoundFile(0, "")
                 continue
             if stat.S_ISREG(info.st_mode):
-                self.found[path] = {
-                    "size": info.st_size,
-                    "mtime_ns": info.st_mtime_ns,
-                    "file": file_id(path, info),
-                }
+                self.found[path] = FoundFile(
+                    info.st_size, get_etag({"mtime_ns": info.st_mtime_ns}), file_id(path, info)
+                )
             elif not stat.S_ISDIR(info.st_mode):
                 self.others.append(path)
             elif os.path.islink(path):
@@ -96,20 +96,21 @@ def file_id_at(path: str) -> str:
         return ""
 
 
-def find_second_paths(files: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> set[str]:
+def find_second_paths(files: FoundFiles, paths: Iterable[str]) -> set[str]:
     """Return the paths to files that another of the paths names without a link.
 
     If all paths to a file are links, they count as separate files: content-addressed stores (git-annex, the hub's
     cache) link equal files to one.
     """
-    by_file: dict[str, list[str]] = {}
+    first: dict[str, str] = {}
+    twins: dict[str, list[str]] = {}
     for path in paths:
-        if file := files[path].get("file"):
-            by_file.setdefault(file, []).append(path)
+        if (file := files[path].file_id) and (other := first.setdefault(file, path)) is not path:
+            twins.setdefault(file, [other]).append(path)
     second: set[str] = set()
-    for twins in by_file.values():
-        if len(twins) > 1 and (own := [path for path in twins if not os.path.islink(path)]):
-            second.update(path for path in twins if path != min(own))
+    for paths_to_file in twins.values():
+        if own := [path for path in paths_to_file if not os.path.islink(path)]:
+            second.update(path for path in paths_to_file if path != min(own))
     return second
 
 

@@ -5,13 +5,17 @@ then fails the unit.
 """
 
 import contextlib
+import inspect
 import os
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.utils import glob_translate
 
 from latentmill.folder import has_password, open_filesystem
 from latentmill.stream import first_line, name_url_in_errors
@@ -37,11 +41,19 @@ def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     if protocol in ("s3", "s3a"):
         retries = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"retries": RETRIES}
         extra["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **retries}
+        if _can_compare_etags():  # of each answer, because some servers ignore or refuse the header If-Match
+            extra["local_expiry_check"] = True
     try:
         return open_filesystem(url, {**extra, **options})
     except Exception as error:  # libraries check their options here, each with its own exceptions
         hint = "; the extra hub has it" if protocol == "hf" and isinstance(error, ImportError) else ""
         raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}{hint}") from error
+
+
+@cache
+def _can_compare_etags() -> bool:
+    """Whether s3fs can compare the ETag of each answer with an expected one: from version 2026.3 on."""
+    return "local_expiry_check" in inspect.signature(fsspec.get_filesystem_class("s3").__init__).parameters
 
 
 def _check_password(url: str) -> None:
@@ -79,6 +91,11 @@ def get_protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
+def is_s3(fs: Any) -> bool:
+    """Whether a filesystem is that of s3fs."""
+    return "s3" in get_protocols(fs)
+
+
 def full_url(fs: Any, path: str) -> str:
     """Return the URL of a path, valid on any machine. A local path is returned unchanged."""
     return path if is_local(fs) else cast(str, fs.unstrip_protocol(path))
@@ -95,6 +112,11 @@ def to_listed_url(url: str) -> str:
         return path
     protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
     return f"{protocol}://{path}"
+
+
+def compile_glob(pattern: str) -> re.Pattern[str]:
+    """Return the expression that matches the paths which a glob names, as fsspec reads it."""
+    return re.compile(glob_translate(pattern))
 
 
 def parent(path: str) -> str:

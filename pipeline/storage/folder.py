@@ -10,7 +10,7 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
-import inspect
+import io
 import threading
 import time
 import uuid
@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from latentmill.folder import CacheFolder
+from latentmill.folder import CacheFolder, single_request_option
 from latentmill.stream import Stream, name_url_in_errors
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
-from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory
+from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory, is_s3
+from pipeline.storage.reading import read_slice
 
 ONE_REQUEST = 5 << 30  # bytes up to which a body is sent as one request: not every store has atomic multipart uploads
 PROBES = 3
@@ -76,7 +77,37 @@ class Folder(CacheFolder):
             except FileNotFoundError:
                 return None
 
-    def create(self, name: str, data: bytes) -> bool:
+    def read_slice(self, name: str, start: int, end: int | None = None) -> bytes | None:
+        """Read the bytes `[start:end]` of a file, as of a Python sequence. Return None if the file does not exist.
+
+        On S3, this is one request.
+        """
+        fs, path = self._locate(name)
+        with name_url_in_errors(self.url_of(name), "read"):
+            try:
+                if is_s3(fs):
+                    return read_slice(fs, path, start, end)
+                with fs.open(path, "rb") as file:
+                    first, last, _ = slice(start, end).indices(file.size)
+                    stream = Stream(file, self.url_of(name), file.size)
+                    stream.seek(first)
+                    return stream.read(max(0, last - first))
+            except FileNotFoundError:
+                return None
+
+    def list_files_of(self, below: str, prefix: str) -> list[str]:
+        """Return the sorted names of the files directly in the sub-folder `below` that begin with a prefix.
+
+        On object stores, this is one request for up to 1,000 names. On other storage, the whole sub-folder is listed.
+        """
+        fs, path = self._locate(below)
+        with name_url_in_errors(self.url_of(f"{below}/{prefix}"), "list"), contextlib.suppress(FileNotFoundError):
+            if get_protocols(fs) & CONDITIONAL:
+                found = [str(file)[len(path) + 1 :] for file in fs.find(path, prefix=prefix)]
+                return sorted(name for name in found if "/" not in name)
+        return sorted(name for name in self.iterate_names(below) if name.startswith(prefix))
+
+    def create(self, name: str, data: bytes | memoryview) -> bool:
         """Publish a whole file if the name is free. Otherwise return False and leave the existing file untouched."""
         fs, path = self._locate(name)
         with name_url_in_errors(self.url_of(name), "write"):
@@ -84,7 +115,7 @@ class Folder(CacheFolder):
                 return local_disk.create(path, data, self._locate("_tmp")[1], self.exclusive)
             if is_memory(fs):
                 with _memory_lock, contextlib.suppress(FileExistsError):
-                    fs.pipe_file(path, data, mode="create")
+                    fs.pipe_file(path, bytes(data), mode="create")
                     return True
                 return False
             return _create_object(fs, path, data)
@@ -125,19 +156,20 @@ class Folder(CacheFolder):
 def _read_whole(fs: Any, path: str, url: str) -> bytes:
     """Read a whole file. The stores' libraries check its length against the answer's header; on disks `Stream` does."""
     if not is_local(fs):
-        return cast(bytes, fs.cat_file(path, **_single_request_option(fs)))
+        return cast(bytes, fs.cat_file(path, **single_request_option(fs)))
     with fs.open(path, "rb") as file:
         return Stream(file, url, file.size).read()
 
 
-def _create_object(fs: Any, path: str, data: bytes) -> bool:
+def _create_object(fs: Any, path: str, data: bytes | memoryview) -> bool:
     """Send the whole body in one conditional request. Return False if the name is taken.
 
     Stores refuse a taken name in different ways: FileExistsError, or status 412.
     """
     for attempt in range(6):
         try:
-            fs.pipe_file(path, data, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
+            body = _to_body(fs, data)
+            fs.pipe_file(path, body, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
             return True
         except FileExistsError:
             return False
@@ -151,18 +183,44 @@ def _create_object(fs: Any, path: str, data: bytes) -> bool:
     return False
 
 
-def _checksum_option(fs: Any, data: bytes) -> dict[str, str]:
+class _Body(io.RawIOBase):
+    """Bytes as a file with a length, as S3's library takes and reads it: a piece at a time, and again for a retry."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, len(self._data))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        piece = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _to_body(fs: Any, data: bytes | memoryview) -> Any:
+    """Return data as a store's library takes it. Only S3's needs no copy of a memoryview."""
+    if isinstance(data, bytes):
+        return data
+    return _Body(data) if is_s3(fs) else bytes(data)
+
+
+def _checksum_option(fs: Any, data: bytes | memoryview) -> dict[str, str]:
     """Return the option that lets S3 refuse a body that was corrupted in transfer. GCS's library checks by itself."""
-    if "s3" not in get_protocols(fs):
+    if not is_s3(fs):
         return {}
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
-
-
-def _single_request_option(fs: Any) -> dict[str, int]:
-    """Return the option that keeps s3fs from requesting a file's size before the file.
-
-    Versions before 2026.3 have no such option, and always read a file by one request.
-    """
-    if "s3" not in get_protocols(fs) or "max_concurrency" not in inspect.signature(fs._cat_file).parameters:
-        return {}
-    return {"max_concurrency": 1}

@@ -29,7 +29,7 @@ class NotExclusive(StorageError):
     """The disk cannot make sure that one of several concurrent writers wins."""
 
 
-def create(path: str, data: bytes, spool: str, exclusive: bool) -> bool:
+def create(path: str, data: bytes | memoryview, spool: str, exclusive: bool) -> bool:
     """Publish a file if the name is free. Otherwise return False and leave the existing file untouched.
 
     spool: a directory on the same disk, for the temporary file.
@@ -102,7 +102,7 @@ def _renameat2() -> Any:
     return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
-def _write_hidden(directory: str, data: bytes) -> str:
+def _write_hidden(directory: str, data: bytes | memoryview) -> str:
     """Write a hidden file under a unique name, and return its path once the content is safe on the disk."""
     path = f"{directory}/.{uuid.uuid4().hex}"
     try:

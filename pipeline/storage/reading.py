@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import PlannedFile, Unit
-from pipeline.storage.connection import full_url, get_filesystem, is_local, parent
-from pipeline.storage.etags import fetch_version, same_version
+from pipeline.storage.connection import full_url, get_filesystem, get_protocols, http_status, is_local, is_s3, parent
+from pipeline.storage.etags import can_open_version, fetch_version, is_other_version, open_version, same_version
 
 READ_AHEAD = 8 << 20  # bytes per request, for files that are read from start to end
 
@@ -24,37 +24,65 @@ def open_stream(
 ) -> Iterator[BinaryIO]:
     """Open a file for reading: from start to end in blocks, or at any offset (`seeking`).
 
+    On S3, each read compares the ETag (`open_version`), so the only requests are those that read. On other storage, the
+    size and the ETag are fetched before the first read and after the last one.
     Raises ChangedError if the size or the ETag differs from the plan, and SourceError if the file changes meanwhile.
     Raises StorageError if fewer bytes arrive than the file has, even if the caller turned that error into another.
     """
+    # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
+    mode: dict[str, Any] = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
     with name_url_in_errors(url, "read"):
         fs, path = get_filesystem(url, options)
-        before = fetch_version(fs, path) if planned is not None else (0, "")
-        if planned and not same_version((planned.bytes, planned.etag), before):
-            same_size = before[0] == planned.bytes
-            difference = "its time or ETag" if same_size else f"{planned.bytes} bytes then, {before[0]} now"
-            raise ChangedError(
-                f"{url} has changed since it was planned ({difference}); run latentmill encode, which says what to do"
-            )
-        # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
-        mode = {"cache_type": "none"} if seeking else {"block_size": READ_AHEAD}
-        file = fs.open(path, "rb", **mode)
+        version = (0, "") if planned is None else (planned.bytes, planned.etag)
+        if planned is not None and not can_open_version(fs, version):
+            version = fetch_version(fs, path)
+            _check_version(url, planned, version)
+        is_compared = can_open_version(fs, version)
+        file = open_version(fs, path, version, **mode) if is_compared else fs.open(path, "rb", **mode)
 
     def check() -> None:
-        if planned is not None:
-            with name_url_in_errors(url, "read"):
-                after = fetch_version(fs, path)
-            if after != before:
-                raise SourceError(f"{url} changed while it was being read")
+        if planned is None:
+            return
+        with name_url_in_errors(url, "read"):
+            after = fetch_version(fs, path)
+        if is_compared:
+            _check_version(url, planned, after)
+        if after != version:
+            raise SourceError(f"{url} changed while it was being read")
 
-    stream = Stream(file, url, planned.bytes if planned else getattr(file, "size", None), check)
+    size = planned.bytes if planned else getattr(file, "size", None)
+    stream = (_VersionStream if is_compared else Stream)(file, url, size, check)
     try:
         with open_while(stream, file) as opened:
             yield opened
     except DamagedError:
-        check()
+        if not is_compared:
+            check()
         raise
-    check()
+    if not is_compared:
+        check()
+
+
+class _VersionStream(Stream):
+    """A stream of one version of a file (`open_version`)."""
+
+    def _read_up_to(self, size: int) -> bytes:
+        try:
+            return super()._read_up_to(size)
+        except OSError as error:
+            if is_other_version(error):
+                self._check()
+            raise
+
+
+def _check_version(url: str, planned: Unit | PlannedFile, version: tuple[int, str]) -> None:
+    """Raise ChangedError if a file has another size or ETag than was planned."""
+    if not same_version((planned.bytes, planned.etag), version):
+        difference = f"{planned.bytes} bytes then, {version[0]} now"
+        difference = "its time or ETag" if version[0] == planned.bytes else difference
+        raise ChangedError(
+            f"{url} has changed since it was planned ({difference}); run latentmill encode, which says what to do"
+        )
 
 
 def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
@@ -72,11 +100,57 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
 
     size: bytes that the file had when it was planned. Raises SourceError if its size differs.
     """
+    with name_url_in_errors(url, "read"):
+        fs, path = get_filesystem(url, options)
+        data = read_slice(fs, path, 0, limit + 1) if is_s3(fs) else None
+    if data is not None:
+        if size is not None and len(data) != min(size, limit + 1):
+            raise _make_size_error(url, size)
+        return data
     with open_stream(url, options) as stream:
         if size is not None and stream.seek(0, 2) != size:
-            raise SourceError(f"{url} has changed since it was planned (then {size} bytes)")
+            raise _make_size_error(url, size)
         stream.seek(0)
         return stream.read(limit + 1)
+
+
+def _make_size_error(url: str, size: int) -> SourceError:
+    return SourceError(f"{url} has changed since it was planned (then {size} bytes)")
+
+
+def read_slice(fs: Any, path: str, start: int, end: int | None = None) -> bytes:
+    """Read the bytes `[start:end]` of an object on S3 by one request, as of a Python sequence."""
+    try:
+        return cast(bytes, fs.cat_file(path, start=start, end=end))
+    except OSError as error:
+        if http_status(error) == 416:  # the slice is empty
+            return b""
+        raise
+
+
+def read_range(url: str, options: Mapping[str, Any], start: int, stop: int) -> bytes:
+    """Read the bytes from `start` to `stop` of a file: on a store, by one request.
+
+    Raises StorageError if fewer bytes arrive, or if a web server delivers only whole files.
+    """
+    with name_url_in_errors(url, "read"):
+        fs, path = get_filesystem(url, options)
+        is_web = "http" in get_protocols(fs)  # `cat_file` would read the whole file if the server has no ranges
+        data = _seek_and_read(fs, path, url, start, stop) if is_web else fs.cat_file(path, start=start, end=stop)
+    if len(data) != stop - start:
+        text = f"cannot read {url}: only {len(data)} of the {stop - start} bytes from byte {start} on were delivered"
+        raise StorageError(text, may_pass=True)
+    return cast(bytes, data)
+
+
+def _seek_and_read(fs: Any, path: str, url: str, start: int, stop: int) -> bytes:
+    """Read a part of a file on a web server. Raises StorageError if the server delivers only whole files."""
+    try:
+        with fs.open(path, "rb", cache_type="none") as file:
+            file.seek(start)
+            return cast(bytes, file.read(stop - start))
+    except ValueError as error:
+        raise StorageError(f"cannot read {url}: its server does not deliver parts of files") from error
 
 
 def read_file_if_exists(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes | None:

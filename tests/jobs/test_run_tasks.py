@@ -97,7 +97,8 @@ def test_a_task_may_lose_at_most_ten_workers() -> None:
 def test_a_task_that_lost_its_worker_is_retried_in_isolation() -> None:
     executor = ScriptedExecutor({"0": 2}, lost=True)
     run(executor, 1)
-    assert [attempt for _, attempt in executor.attempts] == [Attempt(), Attempt(isolated=True), Attempt(isolated=True)]
+    first, *others = [attempt for _, attempt in executor.attempts]
+    assert (first, others) == (Attempt(), 2 * [Attempt(isolated=True, is_retry=True)])
 
 
 def test_the_result_of_a_damaged_task_has_the_position() -> None:
@@ -120,3 +121,32 @@ def test_an_error_is_one_line() -> None:
     except ValueError as error:
         assert format_error(error).startswith("ValueError: two (")
         assert "test_run_tasks.py" in format_error(error)
+
+
+@pytest.mark.parametrize(("seconds_per_task", "least", "most"), [(0.0, 2, 2), (0.01, 6, 8), (3.0, 500, 501)])
+def test_ticks_come_once_per_second_however_many_tasks_end(seconds_per_task: float, least: int, most: int) -> None:
+    now, ticks, done = [100.0], list[int](), list[str]()
+
+    class Timed(ScriptedExecutor):
+        def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
+            now[0] += seconds_per_task
+            return super().wait(seconds, waiting)
+
+    tasks = [Task(str(n)) for n in range(500)]
+    run_tasks(tasks, Timed({}), Signals(), done.append, lambda: ticks.append(len(done)), clock=lambda: now[0])
+    assert least <= len(ticks) <= most
+    assert ticks[-1] == 500, "the last tick has the final counts"
+
+
+def test_the_last_tick_before_a_stop_has_the_counts_until_then() -> None:
+    signals, ticks, done = Signals(), list[int](), list[str]()
+
+    def on_done(task: str) -> None:
+        done.append(task)
+        if len(done) == 7:
+            signals.stop.set()
+
+    tasks = [Task(str(n)) for n in range(20)]
+    with pytest.raises(Stopped):
+        run_tasks(tasks, ScriptedExecutor({}), signals, on_done, lambda: ticks.append(len(done)), clock=lambda: 0.0)
+    assert ticks[-1] == len(done) == 7

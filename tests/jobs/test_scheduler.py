@@ -75,6 +75,7 @@ class Simulation:
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
         assert worker in self.workers
+        assert attempt.is_retry == (task.name in self.workers_tried)
         assert sum(assigned == worker for _, _, assigned, _ in self.running) < self.tasks_per_worker
         failure = self.behaviour(worker, task, attempt, self.now)
         self.running.append((self.now + (failure.after if failure else TASK_SECONDS), task, worker, attempt))
@@ -204,8 +205,8 @@ def test_a_task_does_not_run_again_on_the_only_proven_worker() -> None:
     mine = [assignment for assignment in first if assignment is not None and assignment.worker == "a"]
     scheduling.record_success(TaskResult(task=mine[0].task, worker="a", report=Report(mine[0].task.name)))
     scheduling.record_failure(TaskResult(task=mine[1].task, worker="a", error="cut off", cause="damage", damaged_at=7))
-    scheduling.retries[0].paused_until = 0.0
-    scheduling.workers["a"].paused_until = 0.0
+    scheduling.retries[mine[1].task.name].paused_until = 0.0
+    scheduling.workers.get("a").paused_until = 0.0
     following = scheduling.assign_next(["a", "b"])
     assert following is not None
     assert following.task != mine[1].task

@@ -108,10 +108,7 @@ def test_images_of_units_under_way_count(cache: Path) -> None:
 
 
 def test_the_first_unit_of_a_folder_counts_before_it_is_done(tmp_path: Path) -> None:
-    images = [
-        ListedFile(url=f"/p/{n}.jpg", root="/p", path=f"p/{n}.jpg", bytes=size, etag="")
-        for n, size in enumerate((50, 150))
-    ]
+    images = [ListedFile(root="/p", path=f"p/{n}.jpg", bytes=size, etag="") for n, size in enumerate((50, 150))]
     cache = Folder(str(tmp_path))
     plan.extend_plan(cache, images)
     run = Run(cache, "encode", {})

@@ -10,6 +10,7 @@ from jobs.transform_options import check_sizes, inherit_recipe, make_transform, 
 from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
 from pipeline.cache.identity import encode_cache_json
+from pipeline.cache.preprocessing import describe_transform, parse_transform
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import IdentityError, UsageError
 from pipeline.images.transform import Transform
@@ -117,21 +118,21 @@ RECIPES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("given", RECIPES)
 def test_the_identity_has_every_setting_of_a_recipe(given: dict[str, Any]) -> None:
     transform = make(**given)
-    wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform))
+    wanted = dataclasses.replace(IDENTITY, preprocessing=describe_transform(transform))
     parsed = parse_cache_json(encode_cache_json(with_checksum(info_of(wanted).to_dict())), "/c").identity
     assert parsed == wanted
-    assert identity.parse_transform(parsed) == transform
+    assert parse_transform(parsed) == transform
 
 
 @pytest.mark.parametrize("given", RECIPES)
 def test_a_run_without_options_has_the_recipe_of_the_cache(given: dict[str, Any]) -> None:
-    existing = identity.describe_transform(make(**given))
+    existing = describe_transform(make(**given))
     inherited = inherit_recipe(make_options(), set(), existing)
     again = make_transform(resolve_recipe(make_options(**{**given, **inherited})), 8)
-    assert identity.describe_transform(again) == existing
+    assert describe_transform(again) == existing
     with_none_given = {**inherited, "max_aspect": given.get("max_aspect", 0.0)}
     options = resolve_recipe(make_options(**with_none_given))
-    assert identity.describe_transform(make_transform(options, 8)) == existing
+    assert describe_transform(make_transform(options, 8)) == existing
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_settings_that_differ_are_named_as_their_options(
 ) -> None:
     same = {"exif": "apply", "alpha": "white"}
     first, second = (
-        dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(make(**settings, **same)))
+        dataclasses.replace(IDENTITY, preprocessing=describe_transform(make(**settings, **same)))
         for settings in (cached, wanted)
     )
     with pytest.raises(IdentityError) as raised:
@@ -170,8 +171,8 @@ def test_settings_that_differ_are_named_as_their_options(
 
 
 def test_the_version_of_another_recipe_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {recipe: identity.describe_transform(make(transform=recipe)) for recipe in ("diffusers", "none")}
+    before = {recipe: describe_transform(make(transform=recipe)) for recipe in ("diffusers", "none")}
     monkeypatch.setattr("pipeline.images.recipes.diffusers.VERSION", 2)
-    after = {recipe: identity.describe_transform(make(transform=recipe)) for recipe in ("diffusers", "none")}
+    after = {recipe: describe_transform(make(transform=recipe)) for recipe in ("diffusers", "none")}
     assert before["none"] == after["none"]
     assert (before["diffusers"].version, after["diffusers"].version) == (1, 2)

@@ -11,8 +11,8 @@ import pytest
 from latentmill import CacheError
 from latentmill.cache_info import SourceRules, parse_cache_json
 from latentmill.canonical_json import canonical_json
-from pipeline.cache import identity
 from pipeline.cache.identity import encode_cache_json
+from pipeline.cache.preprocessing import describe_transform
 from pipeline.canonical_json import with_checksum
 from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.transform import Transform
@@ -39,8 +39,8 @@ def encode_with_sha256(content: dict[str, Any]) -> bytes:
     "fields",
     [
         {},
-        {"preprocessing": identity.describe_transform(BUCKETS)},
-        {"preprocessing": identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))},
+        {"preprocessing": describe_transform(BUCKETS)},
+        {"preprocessing": describe_transform(Transform(resolution=64, jpeg_decode="scaled"))},
         {"columns": ("txt", "caption"), "tile_above": 2048, "image_column": "image", "key_column": "id"},
         {"sources": SourceRules(text_encoding="cp1252", exclude=("*.gif",), classes=("cat", "dog"))},
         {"store": "moments", "dtype": "bfloat16", "config": {"block_out_channels": [8, 8], "mid": {"a": None}}},
@@ -69,7 +69,7 @@ def test_the_sha256_of_an_identity_is_stable() -> None:
 
 def test_the_identity_has_settings_of_decoding_only_if_they_are_no_defaults() -> None:
     settings = DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True)
-    described = identity.describe_transform(Transform(resolution=64, decoding=settings))
+    described = describe_transform(Transform(resolution=64, decoding=settings))
     content = dataclasses.replace(IDENTITY, preprocessing=described).to_dict()["preprocessing"]
     plain = IDENTITY.to_dict()["preprocessing"]
     assert content == plain | {"exif": "ignore", "alpha": "drop", "color": "srgb", "allow_truncated": True}
@@ -77,7 +77,7 @@ def test_the_identity_has_settings_of_decoding_only_if_they_are_no_defaults() ->
 
 
 def test_the_identity_has_jpeg_decode_only_if_jpegs_are_decoded_at_a_reduced_size() -> None:
-    scaled = identity.describe_transform(Transform(resolution=64, jpeg_decode="scaled"))
+    scaled = describe_transform(Transform(resolution=64, jpeg_decode="scaled"))
     content = make_content(preprocessing=scaled)["identity"]["preprocessing"]
     assert content.pop("jpeg_decode") == "scaled"
     assert content == make_content()["identity"]["preprocessing"]

@@ -3,6 +3,7 @@
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +31,33 @@ def vae(micro_vae: Path) -> Vae:
     return load_vae(str(micro_vae))
 
 
+def make_worker(vae: Vae, cache: Path | str, **settings: Any) -> UnitWorker:
+    """Return a worker for a cache. settings: those of the job that differ from these."""
+    job = {
+        "cache": Folder(str(cache)),
+        "source_options": {},
+        "identity_sha256": "the identity",
+        "transform": Transform(resolution=64),
+        "dtype": "float16",
+        "seed": 0,
+        "layout": OutputSchema(),
+        "image_column": None,
+        "key_column": None,
+        "rows_per_part": 4,
+        "tile_above": None,
+        "limits": Limits(),
+        "compute": CPU,
+        "open_workers": 1,
+        "run": "a run",
+        "versions": {},
+    }
+    return EncodeSpec(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def worker(vae: Vae) -> Callable[..., UnitWorker]:
     """Return a function that makes a worker for a cache. Its keyword arguments change the settings of the job."""
-
-    def make(cache: Path | str, **settings: Any) -> UnitWorker:
-        job = {
-            "cache": Folder(str(cache)),
-            "source_options": {},
-            "identity_sha256": "the identity",
-            "transform": Transform(resolution=64),
-            "dtype": "float16",
-            "seed": 0,
-            "layout": OutputSchema(),
-            "image_column": None,
-            "key_column": None,
-            "rows_per_part": 4,
-            "tile_above": None,
-            "limits": Limits(),
-            "compute": CPU,
-            "open_workers": 1,
-            "run": "a run",
-            "versions": {},
-        }
-        return EncodeSpec(**{**job, **settings}).build(vae, threading.Event())  # type: ignore[arg-type]
-
-    return make
+    return partial(make_worker, vae)
 
 
 def unit_of(source: Path) -> Unit:

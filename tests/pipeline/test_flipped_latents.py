@@ -115,7 +115,8 @@ def test_an_image_of_which_either_latent_is_not_finite_is_rejected(vae: Vae, num
 def test_the_statistics_cover_both_latents_but_count_a_row_once(store: Store) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, 4, 3, 5, generator=generator) for _ in range(6)]
-    tally = tally_rows([Row(image, *pair) for image, pair in zip(IMAGES * 2, pairs, strict=True)], store)["64x80"]
+    rows = [Row(image, pair[None], 0) for image, pair in zip(IMAGES * 2, pairs, strict=True)]
+    tally = tally_rows(rows, store)["64x80"]
     values = np.stack([pair.numpy().astype(np.float64) for pair in pairs]).reshape(12, 4, 15)
     means = values[:, :2] if store == "moments" else values
     assert (tally.samples, tally.values) == (6, 12 * 15)

@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from latentmill.part_files import to_tensor
-from pipeline.cache import commits, stats
+from pipeline.cache import commits
+from pipeline.cache.commit_scan import CacheScan
 from pipeline.cache.parts import read_record
 from pipeline.cache.reader import read_rows
+from pipeline.cache.stats import compute_stats
 from pipeline.encoder import ComputeConfig, LatentEncoder, LaunchedBatch, is_out_of_memory
 from pipeline.errors import CacheError, Rejected, ShardError, SourceError, Stopped, VaeError
 from pipeline.flow import UnitWorker
@@ -699,7 +701,7 @@ def test_statistics_equal_numpys_and_the_digest_equals_sha256sums(
     encoder, cache = worker(tmp_path / "c"), tmp_path / "c"
     encoder.run(unit)
     encoder.run(empty)
-    written = stats.StatsWriter(Folder(str(cache)), "the identity").write()
+    written = compute_stats(CacheScan(Folder(str(cache))), "the identity")
     latents = [
         to_tensor(row).double() for path in sorted(cache.glob("data/*")) for row in pq.read_table(path).to_pylist()
     ]
@@ -713,10 +715,10 @@ def test_statistics_equal_numpys_and_the_digest_equals_sha256sums(
     assert written["digest"] == printed.split()[0]
 
     (cache / f"_commits/{unit.name}.json").unlink()
-    assert stats.StatsWriter(Folder(str(cache)), "the identity").write() == written
+    assert compute_stats(CacheScan(Folder(str(cache))), "the identity") == written
     next(cache.glob("_empty/*")).unlink()
     with pytest.raises(CacheError, match="was committed, but is missing"):
-        stats.StatsWriter(Folder(str(cache)), "the identity").write()
+        compute_stats(CacheScan(Folder(str(cache))), "the identity")
 
 
 def test_the_first_of_two_commits_is_kept(worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path) -> None:

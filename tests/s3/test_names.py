@@ -53,3 +53,16 @@ def test_listing_a_source_does_not_cost_a_request_per_file(bucket: str, proxy: P
     with pytest.raises(SourceError, match="--new-source"):
         plan.extend_plan(cache, renamed.files, renamed.sources)
     assert len(proxy.seen) - before < 20, Counter(request.method for request in proxy.seen[before:])
+
+
+def test_many_named_files_are_found_by_listing_their_folder(bucket: str, proxy: Proxy) -> None:
+    for number in range(40):
+        Folder(bucket).replace(f"s/{number:02d}.tar", b"%d" % number)
+    Folder(bucket).replace("s/40.zip", b"40")
+    for source in ("{00..39}.tar", "*.tar", "[0-3]?.tar"):
+        before = len(proxy.seen)
+        files = list_all(f"{bucket}/s/{source}").files
+        assert [file.path for file in files] == [f"s/{number:02d}.tar" for number in range(40)]
+        assert len(proxy.seen) - before < 10, Counter(request.method for request in proxy.seen[before:])
+    with pytest.raises(SourceError, match=r"/s/40\.tar does not exist"):
+        list_all(f"{bucket}/s/{{00..41}}.tar")

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from vae import AutoencoderKLConfig
+from vae import AutoencoderKLConfig, blocks
+from vae.config import ACTIVATIONS
 
 FOUR_LEVELS = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -18,6 +19,10 @@ def test_a_config_is_a_mapping() -> None:
     assert {**config}["latent_channels"] == config.get("latent_channels") == 16
     assert config.get("nothing") is None
     assert "nothing" not in config
+
+
+def test_every_activation_that_a_config_may_name_exists() -> None:
+    assert tuple(blocks.ACTIVATIONS) == ACTIVATIONS
 
 
 def test_a_config_is_immutable() -> None:

@@ -16,6 +16,7 @@ from pipeline.cache import commit_scan, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
 from pipeline.cache.commit_scan import CacheScan, Repair
+from pipeline.cache.name_array import find_names, iterate_names, sort_names
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import inspect_part, is_retry_part
 from pipeline.canonical_json import canonical_json
@@ -131,7 +132,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_each_commit_is_read_once_and_then_from_the_log(cache: Path, reads: Counter[str]) -> None:
     compute(cache, repair=True)
-    names = commit_scan.list_commit_names(Folder(str(cache))).to_pylist()
+    names = list(iterate_names(commit_scan.list_commit_names(Folder(str(cache)))))
     assert reads == {f"_commits/{name}.json": 1 for name in names}
     reads.clear()
     compute(cache, repair=True)
@@ -189,3 +190,16 @@ def test_a_part_whose_filtered_samples_are_not_counts_by_setting_is_refused(tmp_
         list(commit_scan.read_summaries(folder, IDENTITY))
     with pytest.raises(CacheError, match="cannot be read as the record of a part"):
         inspect_part(folder, part.file, IDENTITY)
+
+
+def test_names_are_found_in_an_array() -> None:
+    draw = random.Random(6)
+    names = ["".join(draw.choices("ab-é1", k=draw.randint(1, 9))) for _ in range(500)]
+    array = sort_names(names)
+    assert list(iterate_names(array)) == sorted(names, key=str.encode)
+    wanted = [*draw.sample(names, 50), "", "zz", names[0] + "long enough not to fit", "a" * 8]
+    for name, index in zip(wanted, find_names(array, wanted).tolist(), strict=True):
+        assert (index >= 0) == (name in names)
+        assert index < 0 or array[index].decode() == name
+    assert find_names(sort_names([]), ["a"]).tolist() == [-1]
+    assert find_names(array, []).tolist() == []

@@ -9,6 +9,7 @@ import pytest
 from latentmill.cache_info import parse_cache_json
 from pipeline.cache import identity
 from pipeline.cache.identity import Identity, SourceRules, encode_cache_json
+from pipeline.cache.preprocessing import describe_transform, parse_transform
 from pipeline.canonical_json import with_checksum
 from pipeline.errors import CacheError, IdentityError
 from pipeline.images.decode_settings import DecodeSettings
@@ -47,7 +48,7 @@ def decoded(**settings: Any) -> dict[str, Any]:
 def test_every_field_counts_and_is_named_if_it_differs(field: str, tmp_path: Path) -> None:
     cache = Folder(str(tmp_path))
     value, before, after = DIFFERENCES[field]
-    value = identity.describe_transform(value) if field == "preprocessing" else value
+    value = describe_transform(value) if field == "preprocessing" else value
     other = dataclasses.replace(IDENTITY, **{field: value})
     assert other.sha256 != IDENTITY.sha256
     assert identity.create_or_load(cache, info_of(IDENTITY)) == info_of(IDENTITY)
@@ -81,7 +82,7 @@ def test_every_setting_of_the_preprocessing_is_named_if_it_differs(
 ) -> None:
     """The numbers of the buckets are named only if no option explains them."""
     first, second = (
-        dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(Transform(resolution=64, **settings)))
+        dataclasses.replace(IDENTITY, preprocessing=describe_transform(Transform(resolution=64, **settings)))
         for settings in (cached, wanted)
     )
     with pytest.raises(IdentityError) as raised:
@@ -146,9 +147,9 @@ def test_the_transform_is_parsed_from_the_identity() -> None:
         seed=7,
         decoding=DecodeSettings(exif="ignore", alpha="drop", color="srgb", allow_truncated=True),
     )
-    wanted = dataclasses.replace(IDENTITY, preprocessing=identity.describe_transform(transform), seed=7)
+    wanted = dataclasses.replace(IDENTITY, preprocessing=describe_transform(transform), seed=7)
     data = encode_cache_json(info_of(wanted).to_dict())
-    assert identity.parse_transform(parse_cache_json(data, "c").identity) == transform
+    assert parse_transform(parse_cache_json(data, "c").identity) == transform
 
 
 def test_a_cache_that_another_job_creates_meanwhile_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,25 @@ import pytest
 from pipeline.cache import commit_scan, stats
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module
-from pipeline.cache.commit_scan import Repair, read_summaries
+from pipeline.cache.commit_scan import CacheScan, Repair, read_summaries
 from pipeline.cache.commits import inspect_committed, list_commits, list_finished_units, read_commits, write_commit
 from pipeline.cache.part_info import PartSummary
-from pipeline.cache.parts import _create, find_empty_duplicates, find_part, inspect_part, is_retry_part
+from pipeline.cache.parts import (
+    _create,
+    find_empty_duplicates,
+    find_part,
+    inspect_part,
+    is_retry_part,
+    read_part_record,
+)
 from pipeline.errors import CacheError
 from pipeline.flow import UnitWorker
+from pipeline.formats import parquet
+from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
 from pipeline.maintenance import retry
-from pipeline.records import Unit
+from pipeline.records import Container, Unit
 from pipeline.storage.folder import Folder
 from tests.conftest import img2dataset_members, write_tar
 from tests.pipeline.conftest import unit_of
@@ -72,6 +81,36 @@ def test_a_part_counts_once_if_two_writers_disagree_on_its_rows(
     assert stats.summarize_parts(summaries) == stats.summarize_parts(parts(cache))
 
 
+def test_statistics_of_a_part_without_rows_are_replaced_once_it_exists_with_rows(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer without rows commits, and its statistics are written. Then a slower writer with rows ends."""
+    folder, repair = Folder(str(tmp_path / "c")), Repair(identity_sha256=IDENTITY, container="parquet")
+    serialize, written = parquet.serialize_part, list[dict[str, Any]]()
+
+    def compute_stats() -> dict[str, Any]:
+        return stats.compute_stats(CacheScan(folder, repair), IDENTITY)
+
+    def finish_the_other_first(*arguments: Any) -> bytes:
+        monkeypatch.undo()
+        worker(tmp_path / "c", limits=STRICT).run(unit)
+        written.append(compute_stats())
+        return serialize(*arguments)
+
+    monkeypatch.setattr(parquet, "serialize_part", finish_the_other_first)
+    slow = worker(tmp_path / "c")
+    slow.run(unit)
+    assert (written[0]["count"], sum(written[0]["rejected"].values())) == (0, 10)
+    for _ in range(2):  # the second time from the commit log
+        content = compute_stats()
+        assert content["count"] + sum(content["rejected"].values()) == 10
+        counted_once = stats.summarize_parts(parts(tmp_path / "c"))
+        assert content | {"files": 3, "digest": counted_once["digest"]} == counted_once
+    (commit,) = commits(tmp_path / "c").values()
+    files = set(part_files.list_part_files(folder)) - find_empty_duplicates(part_files.list_part_files(folder))
+    assert {entry["file"] for entry in commit["parts"]} == files
+
+
 def test_a_writer_that_commits_too_late_does_not_change_the_rejects(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path
 ) -> None:
@@ -90,8 +129,8 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
 ) -> None:
     worker(tmp_path / "c", limits=STRICT).run(unit)
     folder = Folder(str(tmp_path / "c"))
-    inspected = [inspect_part(folder, file, IDENTITY) for file in part_files.list_part_files(folder)]
-    (task,) = retry.make_tasks([unit], [part for part in inspected if part])
+    records = part_files.read_counted_records(folder, part_files.list_part_files(folder), IDENTITY)
+    (task,) = retry.make_tasks([unit], records)
     all_too_small = Transform(resolution=64, min_size=1000)
     without_rows, with_rows = (
         retry.RetryWorker(worker(tmp_path / "c", **options)) for options in ({"transform": all_too_small}, {})
@@ -112,7 +151,9 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
     )
     assert stats.summarize_parts(summaries)["rejected"] == {"not_an_image": 1}
     assert sum(part.rows + sum(part.filtered.values()) for part in summaries if part.supersedes) == 9
-    retried = [part.file for part in part_files.read_retry_parts(folder, IDENTITY)]
+    files = part_files.list_part_files(folder)
+    duplicates = find_empty_duplicates(files)
+    retried = sorted(file for file in files if is_retry_part(file.rpartition(".")[0]) and file not in duplicates)
     contents = commits(tmp_path / "c")
     entries = [entry for name, content in contents.items() if is_retry_part(name) for entry in content["parts"]]
     assert sorted(entry["file"] for entry in entries) == retried
@@ -128,6 +169,66 @@ def test_a_copy_of_another_part_is_refused(worker: Callable[..., UnitWorker], un
     ):
         encoder.run(other)
     assert list_finished_units(Folder(str(tmp_path / "c"))) == {unit.name}
+
+
+@pytest.mark.parametrize("record_bytes", [512, 1500, 25_000])
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_record_is_read_without_the_rows(
+    worker: Callable[..., UnitWorker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: Container,
+    record_bytes: int,
+) -> None:
+    monkeypatch.setattr(parts_module, "RECORD_BYTES", record_bytes)
+    unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 60, height=64, width=64)))
+    worker(tmp_path / "c", layout=OutputSchema(container=container), rows_per_part=60).run(unit)
+    (file,) = part_files.list_part_files(Folder(str(tmp_path / "c")))
+    part = inspect_part(Folder(str(tmp_path / "c")), file, IDENTITY)
+    read_slice, sizes = Folder.read_slice, list[int]()
+
+    def count_bytes(self: Folder, name: str, start: int, end: int | None = None) -> bytes | None:
+        data = read_slice(self, name, start, end)
+        sizes.append(len(data or b""))
+        return data
+
+    monkeypatch.setattr(Folder, "read_slice", count_bytes)
+    record = read_part_record(Folder(str(tmp_path / "c")), file, IDENTITY)
+    assert part is not None
+    assert record == part.record
+    assert len(sizes) == (1 if record_bytes == 25_000 else 2)
+    assert sum(sizes) < part.bytes
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000_000])
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_part_is_hashed_in_blocks(
+    worker: Callable[..., UnitWorker],
+    unit: Unit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: Container,
+    size: int,
+) -> None:
+    """A block of one byte divides every size, so there is no short block at the end."""
+    monkeypatch.setattr(parts_module, "HASHED_AT_ONCE", size)
+    worker(tmp_path / "c", layout=OutputSchema(container=container)).run(unit)
+    folder = Folder(str(tmp_path / "c"))
+    for entry in commits(tmp_path / "c")[unit.name]["parts"]:
+        part = inspect_part(folder, entry["file"], IDENTITY)
+        assert part is not None
+        assert (part.sha256, part.bytes) == (entry["sha256"], entry["bytes"])
+        assert part.to_commit_entry() == {**entry, "range": None}
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+@pytest.mark.parametrize("damage", [b"", b"x", b"PAR1", bytes(2000), b"\xff" * 70_000, b"\xff" * 70_000 + b"PAR1"])
+def test_a_file_without_a_record_is_an_error_with_its_name(tmp_path: Path, container: Container, damage: bytes) -> None:
+    folder, name = Folder(str(tmp_path)), f"data/u-00000{parts_module.PART_FORMATS[container].SUFFIX}"
+    folder.replace(name, damage)
+    for read in (inspect_part, read_part_record):
+        with pytest.raises(CacheError, match=rf"{name} is not a part of a latentmill cache: it has no readable record"):
+            read(folder, name, IDENTITY)
 
 
 def test_a_file_that_a_late_writer_overwrote_is_committed_again(

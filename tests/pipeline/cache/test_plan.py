@@ -6,13 +6,13 @@ import pytest
 from pipeline.cache import plan
 from pipeline.errors import CacheError, SourceError
 from pipeline.records import ListedFile, Unit
-from pipeline.sources.units import RANGE_BYTES, count_other_files, make_units
+from pipeline.sources.units import RANGE_BYTES, UNIT_BYTES, count_other_files, make_units
 from pipeline.storage.folder import Folder
 from tests.listed_files import list_source_files
 
 
 def shard(path: str, root: str = "/disk/data", size: int = 1) -> ListedFile:
-    return ListedFile(url=f"{root}/{path.split('/', 1)[1]}", root=root, path=path, bytes=size, etag="")
+    return ListedFile(root=root, path=path, bytes=size, etag="")
 
 
 def test_the_name_of_a_tar_unit_does_not_depend_on_its_location() -> None:
@@ -30,10 +30,19 @@ def test_folder_units_have_up_to_256_images() -> None:
     assert len({unit.name for unit in units}) == 3
 
 
+def test_folder_units_have_up_to_1_gib() -> None:
+    sizes = [UNIT_BYTES // 2, UNIT_BYTES // 2, 1, 2 * UNIT_BYTES, 1, UNIT_BYTES - 1]
+    units = make_units([shard(f"data/{n}.jpg", size=size) for n, size in enumerate(sizes)])
+    assert [len(unit.paths) for unit in units] == [2, 1, 1, 2]
+    assert [unit.bytes for unit in units] == [UNIT_BYTES, 1, 2 * UNIT_BYTES, UNIT_BYTES]
+
+
 def test_images_with_the_same_stem_stay_in_one_unit() -> None:
     names = [f"data/{n:04}.jpg" for n in range(255)] + ["data/0255.jpg", "data/0255.png"]
     units = make_units([shard(name) for name in names])
     assert [len(unit.paths) for unit in units] == [255, 2]
+    large = make_units([shard(f"data/{name}", size=UNIT_BYTES // 2) for name in ("a.jpg", "b.jpg", "b.png")])
+    assert [len(unit.paths) for unit in large] == [1, 2]
 
 
 def test_other_files_are_skipped() -> None:

@@ -43,7 +43,7 @@ def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels
         enlarged=False,
         flipped=number == 1,
     )
-    return Row(image, torch.randn(channels, 8, 9, generator=generator).to(dtype))
+    return Row(image, torch.randn(1, 1, channels, 8, 9, generator=generator).to(dtype), 0)
 
 
 ROWS = [
@@ -89,7 +89,7 @@ def test_webdataset_reads_every_sample(file: Path) -> None:
     assert [sample["__key__"] for sample in samples] == [row.image.key for row in ROWS]
     for sample, expected in zip(samples, ROWS, strict=True):
         assert sample["latent.npy"].dtype == np.float16
-        assert np.array_equal(sample["latent.npy"], expected.latent.numpy())
+        assert np.array_equal(sample["latent.npy"], expected.latents[0].numpy())
         assert sample["latent.json"]["shard"] == "shards/\u00fc.tar"
     assert (samples[0]["txt"], samples[0]["json"]) == ("a cat\n", {"b": "\u00e9"})
     assert [sample.get("txt") for sample in samples[1:]] == [None, ""]
@@ -158,7 +158,7 @@ def test_flipped_latents_are_members_of_the_same_sample(tmp_path: Path, store: A
     """The webdataset library, latentmill and a Parquet part give the same two latents per row."""
     webdataset = pytest.importorskip("webdataset")
     layout = OutputSchema(container="webdataset", store=store, has_flipped=True)
-    rows = [dataclasses.replace(row, latent_flipped=row.latent + 1) for row in ROWS]
+    rows = [dataclasses.replace(row, chunk=torch.cat([row.chunk, row.chunk + 1], dim=1)) for row in ROWS]
     (tmp_path / "part.tar").write_bytes(webdataset_format.serialize_part(rows, make_record(), layout))
     samples = list(webdataset.WebDataset(str(tmp_path / "part.tar"), shardshuffle=False, empty_check=False).decode())
     assert [sample["__key__"] for sample in samples] == [row.image.key for row in rows]

@@ -17,7 +17,7 @@ from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import smooth
 
-UNIT = Unit(name="u", kind="tar", url="u.tar", path="s/u.tar")
+UNIT = Unit(name="u", kind="tar", path="s/u.tar")
 
 
 def choose(limit: int, *rows: int) -> list[tuple[str, int]]:

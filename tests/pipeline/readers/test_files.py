@@ -73,16 +73,16 @@ def test_a_deleted_text_fails_its_unit(root: str) -> None:
     (shorter,) = units.make_units(
         [s for s in list_source_files((f"{root}/data",), {}, "nowhere") if s.path != "data/a.txt"]
     )
-    whole = replace(unit, url=f"{root}/other")
+    whole = replace(unit, root=f"{root}/other")
     for name, data in (("a.jpg", b"1"), ("b.jpg", b"2")):
         copy(root, name, data)
     with pytest.raises(SourceError, match=r"other/a\.txt was deleted since it was planned, but its image was not"):
         read(whole)
-    assert len(read(replace(shorter, url=f"{root}/other"))) == 2
+    assert len(read(replace(shorter, root=f"{root}/other"))) == 2
 
 
 def test_an_image_deleted_with_its_text_is_one_reject(root: str) -> None:
-    unit = replace(plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2"), url=f"{root}/other")
+    unit = replace(plan_files(root, a_jpg=b"1", a_txt=b"one", b_jpg=b"2"), root=f"{root}/other")
     copy(root, "b.jpg", b"2")
     missing, present = read(unit)
     assert isinstance(missing, Reject)

@@ -119,7 +119,7 @@ def test_files_of_equal_sizes_with_other_times_are_another_source(extend: Extend
 
 def test_a_moved_source_is_not_identified_by_sizes_alone(extend: Extend, cache: Folder) -> None:
     def tar(root: str) -> ListedFile:
-        return ListedFile(url=f"{root}/0.tar", root=root, path="shards/0.tar", bytes=10240, etag="")
+        return ListedFile(root=root, path="shards/0.tar", bytes=10240, etag="")
 
     plan.extend_plan(cache, [tar("x://cats/shards")])
     with pytest.raises(SourceError, match="no ETag or time proves that they are the planned ones"):
@@ -250,9 +250,7 @@ def test_a_renamed_source_is_recognized_whatever_its_etags(cache: Folder, etag: 
     """A copy has another ETag on Azure and Google, and on S3 with customer-provided keys."""
 
     def tar(name: str, etag: str) -> ListedFile:
-        return ListedFile(
-            url=f"s3://b/{name}/0.tar", root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag
-        )
+        return ListedFile(root=f"s3://b/{name}", path=f"{name}/0.tar", bytes=10240, etag=etag)
 
     plan.extend_plan(cache, [tar("cats", "aa")])
     with pytest.raises(SourceError, match="as files of the source cats"):
@@ -396,7 +394,7 @@ def test_a_parquet_file_that_grew_is_planned_with_more_ranges(
 
 def test_an_unknown_time_is_not_a_change(cache: Folder) -> None:
     def tar(etag: str) -> ListedFile:
-        return ListedFile(url="/s/0.tar", root="/s", path="s/0.tar", bytes=1, etag=etag)
+        return ListedFile(root="/s", path="s/0.tar", bytes=1, etag=etag)
 
     for planned, listed in (("", "m5"), ("m5", "")):
         folder = Folder(f"{cache.url}{planned}")
@@ -406,7 +404,7 @@ def test_an_unknown_time_is_not_a_change(cache: Folder) -> None:
 
 def test_the_last_plan_file_sets_the_place_of_a_source(cache: Folder) -> None:
     def tar(root: str, number: int) -> ListedFile:
-        return ListedFile(url=f"{root}/{number}.tar", root=root, path=f"s/{number}.tar", bytes=1, etag="")
+        return ListedFile(root=root, path=f"s/{number}.tar", bytes=1, etag="")
 
     plan.write_plan_file(cache, 0, make_units([tar("/a/s", 0), tar("/a/s", 1)]))
     plan.write_plan_file(cache, 1, make_units([tar("/b/s", 0)]))

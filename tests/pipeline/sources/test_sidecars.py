@@ -21,7 +21,6 @@ def make_shards(*names: str, root: str = "/disk/p", **sizes: int) -> list[Listed
     """Return the files of a folder `p`. sizes: in bytes, by the stem of a name (default: 1)."""
     return [
         ListedFile(
-            url=f"{root}/{name}",
             root=root,
             path=f"p/{name}",
             bytes=sizes.get(name.partition(".")[0], 1),
@@ -140,12 +139,12 @@ def test_edited_texts_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
 
 
 def edit(shard: ListedFile) -> ListedFile:
-    return ListedFile(url=shard.url, root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
+    return ListedFile(root=shard.root, path=shard.path, bytes=shard.bytes, etag="another")
 
 
 def test_an_unknown_etag_is_not_a_change(tmp_path: Path) -> None:
     cache, shards = Folder(str(tmp_path)), make_shards("a.jpg", "a.txt")
-    unknown = [ListedFile(url=s.url, root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
+    unknown = [ListedFile(root=s.root, path=s.path, bytes=s.bytes, etag="") for s in shards]
     plan.extend_plan(cache, shards)
     assert plan.extend_plan(cache, unknown)[1] == []
     plan.extend_plan(Folder(str(tmp_path / "other")), unknown)

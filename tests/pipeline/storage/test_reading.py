@@ -55,7 +55,7 @@ def test_a_directory_without_files_is_missing(root: str) -> None:
 
 
 def make_unit(size: int) -> Unit:
-    return Unit(name="u", kind="tar", url="", path="", bytes=size)
+    return Unit(name="u", kind="tar", path="", bytes=size)
 
 
 def test_a_stream_with_another_size_is_an_error(root: str) -> None:
@@ -73,7 +73,7 @@ def test_a_stream_with_another_size_is_an_error(root: str) -> None:
 def test_a_file_that_is_rewritten_while_it_is_read_is_reported(tmp_path: Path, seeking: bool) -> None:
     path = tmp_path / "s.tar"
     path.write_bytes(b"before")
-    unit = Unit(name="u", kind="tar", url=str(path), path="s.tar", bytes=6)
+    unit = Unit(name="u", kind="tar", path="s.tar", bytes=6)
     with open_stream(str(path), {}, unit, seeking) as stream:
         assert stream.read(6) == b"before"
     with (

@@ -31,7 +31,7 @@ def url(root: str) -> str:
 
 
 def make_unit(url: str) -> Unit:
-    return Unit(name="u", kind="tar", url=url, path="x.tar", bytes=len(CONTENT))
+    return Unit(name="u", kind="tar", path="x.tar", bytes=len(CONTENT))
 
 
 ENDED_EARLY = re.escape(f"x.tar ended at byte 9000, but has {len(CONTENT)} bytes: the transfer was cut short")
@@ -91,7 +91,7 @@ def test_a_short_read_is_reported_whatever_error_the_reader_raises(
 def test_a_file_that_becomes_shorter_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(bytes(20 << 20))
-    unit = Unit(name="u", kind="tar", url=str(path), path="x.tar", bytes=20 << 20)
+    unit = Unit(name="u", kind="tar", path="x.tar", bytes=20 << 20)
     with (
         pytest.raises(SourceError, match=r"x\.tar changed while it was being read"),
         open_stream(str(path), {}, unit) as stream,
