@@ -60,8 +60,8 @@ class Row:
 
     @property
     def unit_ms(self) -> float:
-        """CPU milliseconds per encoded unit, without imports; 0 if none was encoded."""
-        return 1000 * (self.run.cpu - self.run.start_cpu) / self.run.tasks if self.run.tasks else 0.0
+        """CPU milliseconds per encoded unit, without imports; 0 for other commands than `fresh`."""
+        return 1000 * (self.run.cpu - self.run.start_cpu) / self.run.tasks if self.scenario == "fresh" else 0.0
 
     @property
     def costs(self) -> tuple[float, float, int]:
@@ -141,7 +141,7 @@ def format_rows(rows: Sequence[Row]) -> Iterator[str]:
             line += f"{value:>{width},.{digits}f}"
             line += f"{'' if earlier is None else f'{earlier:,.{digits}f}':>{max(8, width + 1)}}"
             if digits:
-                line += f"{f'{row.unit_ms:.3f}' if row.run.tasks else '':>9}"
+                line += f"{f'{row.unit_ms:.3f}' if row.unit_ms else '':>9}"
         line += f"{price(row.run.requests):>8.3f}{row.run.wall:>8,.1f}"
         yield line + "".join(f"{seconds:>9,.0f}" for seconds in row.walls.values())
 

@@ -98,7 +98,9 @@ class Requests:
 
     def _put_object(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert request["Bucket"] == CACHES, f"{request['Bucket']} is read-only"
-        if not self.store.put(request["Key"], bytes(request["Body"]), is_new="IfNoneMatch" in request):
+        body = request["Body"]  # bytes or a file, as botocore takes it
+        data = body.read() if hasattr(body, "read") else bytes(body)
+        if not self.store.put(request["Key"], data, is_new="IfNoneMatch" in request):
             raise FileExistsError(f"{request['Bucket']}/{request['Key']}")
         return {}
 

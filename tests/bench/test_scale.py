@@ -38,8 +38,9 @@ def take_counts(requests: Requests) -> dict[str, int]:
 def test_a_refused_create_is_a_request_and_changes_nothing(requests: Requests) -> None:
     folder = Folder(f"s3://{CACHES}/cache")
     assert (folder.create("data/a", b"1"), folder.create("data/a", b"22"), folder.read("data/a")) == (True, False, b"1")
+    assert folder.create("data/c", memoryview(b"333")) and folder.read("data/c") == b"333"
     assert folder.read_if_exists("data/b") is None
-    assert take_counts(requests) == {"PUT data": 2, "GET data": 2}
+    assert take_counts(requests) == {"PUT data": 3, "GET data": 3}
     folder.replace("stats.json", b"{}")
     assert folder.read("stats.json") == b"{}"
     assert folder.supports_conditional_create()
