@@ -3,6 +3,7 @@
 LATENTMILL_TEST_S3=ceph starts a Ceph gateway (tests/ceph.py). LATENTMILL_TEST_S3=http://... uses a running server.
 """
 
+import gc
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +84,10 @@ def end_sessions() -> None:
         if fs._s3 is not None:
             filesystem_class.close_session(fs.loop, fs._s3)
     filesystem_class.clear_instance_cache()
+    # s3fs leaves the connection open on which it receives another ETag, until its memory is collected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def make_limits_table() -> str:
         "text_bytes": "bytes of a caption, or of any other text of an image, also inside a list",
         "columns_bytes": "bytes that the columns of a part's rows occupy in memory; each row may use an equal share",
         "key_bytes": "bytes of a key",
-        "members": "members of a tar or a zip",
+        "members": "members of a tar, of a range of a large tar, or of a zip",
         "table_bytes": "bytes of a table of metadata or paths; also of memory for all tables that a process keeps",
         "header_bytes": "bytes of one extended header of a tar",
         "footer_bytes": "bytes of a Parquet file's footer, or of a zip's directory",
