@@ -217,6 +217,7 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     spec, timer = context.spec, StageTimer()
     committed = commits.read_commit_if_exists(spec.cache, unit.name)
     if committed is not None:
+        commits.parse_summaries(spec.cache, unit.name, committed)  # raises an error with its name if it is damaged
         return make_report(unit, committed["parts"], len(committed["parts"]), timer.seconds)
     try:
         return encode_missing_parts(unit, context, timer, find_standing_parts(unit, context))

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache import commit_log
-from pipeline.cache.commits import COMMITS, read_commits, repair_commit, write_commit
+from pipeline.cache.commits import COMMITS, parse_summaries, read_commits, repair_commit, write_commit
 from pipeline.cache.name_array import CHUNK, find_names, iterate_names, sort_names, split
 from pipeline.cache.part_info import PartSummary
-from pipeline.cache.part_table import check_lengths, make_table, parse_parts
+from pipeline.cache.part_table import make_table, parse_parts
 from pipeline.cache.parts import DATA, EMPTY, PART_FORMATS, inspect_part, parse_commit_name, strip_extension
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
@@ -157,14 +157,7 @@ class CacheScan:
             content = repair_commit(
                 self.cache, name, content, self.twins, repair.identity_sha256, repair.container, repair.rehash
             )
-        try:
-            parts = [PartSummary.from_commit(entry) for entry in content["parts"]]
-            for part in parts:
-                check_lengths([*part.tally.values()])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            file = self.cache.url_of(f"{COMMITS}/{name}.json")
-            raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
-        return parts
+        return parse_summaries(self.cache, name, content)
 
 
 def list_commit_names(cache: Folder) -> np.ndarray:
@@ -231,10 +224,11 @@ def remove_lost_commits(cache: Folder) -> None:
 
     Otherwise they would count again if their units are encoded again, until the new commits are added to the log.
     """
-    logs = [commit_log.read_log_file(cache, name, ["commit", "file"]) for name in commit_log.list_log_files(cache)]
-    if logs:
-        rows, listed = pa.concat_tables(logs), list_commit_names(cache)
-        lost = rows.filter(pa.array(find_names(listed, rows["commit"].to_pylist()) < 0))
-        # the last row of a commit counts
-        has_parts = dict(zip(lost["commit"].to_pylist(), lost["file"].is_valid().to_pylist(), strict=True))
-        commit_log.remove_commits(cache, sorted(name for name, counts in has_parts.items() if counts))
+    listed, has_parts = list_commit_names(cache), dict[str, bool]()
+    for name in commit_log.list_log_files(cache):
+        rows = commit_log.read_log_file(cache, name, ["commit", "file"])
+        is_lost = find_names(listed, rows["commit"].to_pylist()) < 0
+        lost = rows.filter(pa.array(is_lost))
+        # the last row of a commit counts; one that another job has added meanwhile is only read again
+        has_parts.update(zip(lost["commit"].to_pylist(), lost["file"].is_valid().to_pylist(), strict=True))
+    commit_log.remove_commits(cache, sorted(name for name, counts in has_parts.items() if counts))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.cache.part_info import PartInfo
+from pipeline.cache.part_info import PartInfo, PartSummary
+from pipeline.cache.part_table import check_lengths
 from pipeline.cache.parts import (
     DATA,
     EMPTY,
@@ -21,6 +22,7 @@ from pipeline.cache.parts import (
 )
 from pipeline.canonical_json import VERIFY_HINT, canonical_json, parse_json_object, with_checksum
 from pipeline.errors import CacheError
+from pipeline.formats.part_record import BucketTally
 from pipeline.records import Container
 from pipeline.storage.folder import Folder
 
@@ -148,6 +150,22 @@ def _parse_commit(cache: Folder, file: str, data: bytes) -> dict[str, Any]:
     ):
         raise CacheError(f"{cache.url_of(COMMITS)}/{file} names no parts: it is damaged; {VERIFY_HINT}")
     return content
+
+
+def parse_summaries(cache: Folder, name: str, content: Mapping[str, Any]) -> list[PartSummary]:
+    """Return summaries of the parts in a commit. name: of the commit, for the error.
+
+    Raises CacheError if the commit does not describe its parts.
+    """
+    try:
+        for entry in content["parts"]:
+            check_lengths([BucketTally(**tally) for tally in entry["tally"].values()])
+            if not all(type(entry[count]) is int for count in ("samples", "rows", "enlarged", "bytes")):
+                raise TypeError("counts are expected")
+        return [PartSummary.from_commit(entry) for entry in content["parts"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        file = cache.url_of(f"{COMMITS}/{name}.json")
+        raise CacheError(f"{file} is corrupt: it does not describe its parts; {VERIFY_HINT}") from error
 
 
 def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:

@@ -181,6 +181,36 @@ def test_a_unit_is_resumed_without_writing_its_parts_again(
     assert not [r for r in proxy.seen[count:] if is_put(r, f"data/{stem}*")], "its parts exist already"
 
 
+@pytest.mark.fault(32, "a driver dies before, or after, it writes the commit log")
+@pytest.mark.parametrize("forwarded", [False, True], ids=["before", "after"])
+def test_the_commit_log_of_a_killed_driver_is_completed(
+    start_job: Callable[..., subprocess.Popen[str]],
+    proxy: Proxy,
+    bucket: str,
+    reference_digest: str,
+    forwarded: bool,
+) -> None:
+    moment, jobs = Moment("_log/*"), [start_job()]
+
+    def kill_before(request: Request) -> str | None:
+        if not forwarded and moment.is_now(request):
+            kill(jobs[0])
+            return "reset"
+        return None
+
+    proxy.rule = kill_before
+    proxy.after = lambda request: kill(jobs[0]) if forwarded and moment.is_now(request) else None
+    assert finish_job(jobs[0])[0] == -signal.SIGKILL
+    assert "stats.json" not in names(f"{bucket}/c")
+    count = len(proxy.seen)
+    code, out = finish_job(start_job())
+    assert code == 0, out
+    assert_complete(bucket, reference_digest)
+    assert not [request for request in proxy.seen[count:] if is_put(request, "data/*")], "all units were done"
+    logs = [name for name in names(f"{bucket}/c") if name.startswith("_log/")]
+    assert len(logs) == 1, "the log has each commit once"
+
+
 @pytest.mark.fault(9, "a worker freezes in a request, is replaced, and comes back")
 def test_a_frozen_job_adopts_the_parts_of_its_replacement(
     start_job: Callable[..., subprocess.Popen[str]], proxy: Proxy, bucket: str, reference_digest: str

@@ -260,6 +260,8 @@ def test_a_damaged_commit_is_an_error_with_its_name(
     path.write_text(content)
     with pytest.raises(CacheError, match=f"{path.name}.*; run latentmill verify, which says what to do"):
         parts(tmp_path / "c")
+    with pytest.raises(CacheError, match=path.name):  # a worker finds the commit of another job
+        worker(tmp_path / "c").run(unit)
 
 
 def test_commits_are_read_before_the_listing(

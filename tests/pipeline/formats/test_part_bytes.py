@@ -29,7 +29,7 @@ from pipeline.records import Container, EncodedImage, PreparedImage, Store, Unit
 Encoded = Sequence[tuple[PreparedImage, EncodedImage]]
 BUCKETS = [(64, 72), (128, 32), (64, 64)]
 ROWS = 120
-UNIT = Unit(name="unit", kind="tar", url="s/0.tar", path="s/\u00fc.tar", bytes=5)
+UNIT = Unit(name="unit", kind="tar", path="s/\u00fc.tar", bytes=5)
 
 
 def make_image(position: int) -> PreparedImage:
