@@ -149,10 +149,11 @@ def format_rows(rows: Sequence[Row]) -> Iterator[str]:
 def format_real(runs: Sequence[Measured]) -> Iterator[str]:
     """Yield the lines about the requests of a real worker: the difference of the two runs, a unit.
 
-    The driver reads some rejects in advance, and not always as many, so the difference is rounded.
+    The rejects that the driver reads for its summary, in advance and not always as many, are left out.
     """
     units = REAL[1] - REAL[0]
     extra = {name: round((count - runs[0].requests.get(name, 0)) / units) for name, count in runs[1].requests.items()}
+    extra.pop("GET _rejects", None)
     listed = ", ".join(f"{count} {name}" for name, count in sorted(extra.items()) if count)
     yield f"a unit of one part costs a real worker {sum(extra.values())} requests: {listed};"
     yield f"~${1e6 * price(extra):.2f} for a million such units, whose tars are read by one GET of up to 8 MiB"

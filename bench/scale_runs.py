@@ -150,6 +150,9 @@ class RealExecutor:
 @contextlib.contextmanager
 def replaced_executor(plan: RunPlan, executors: list[Any]) -> Iterator[None]:
     """Let the jobs of this process run on the workers of the plan. The executors that they start are added."""
+    if plan.argv[0] == "status":  # it imports no torch, which jobs.resources does
+        yield
+        return
     from jobs.resources import ResourcePlan
 
     start = ResourcePlan.start_executor
