@@ -28,7 +28,7 @@ from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
 from pipeline.cache import identity, plan
 from pipeline.cache.commit_log import LogWriter
-from pipeline.cache.commit_scan import remove_lost_commits, select_unfinished
+from pipeline.cache.commit_scan import list_commit_names, remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
 from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import find_unit_files, read_superseded
@@ -165,9 +165,10 @@ def run_encode(
         )
         listing.files.clear()  # there may be millions, and the units have what is needed of them
         planned, units = len(units), units[: options.max_shards or None]
-        pending = select_unfinished(cache, units)
+        committed = list_commit_names(cache)
+        pending = select_unfinished(committed, units)
         if pending and not single_writer:
-            remove_lost_commits(cache)
+            remove_lost_commits(cache, committed)
         if options.same_source:  # ETags and times are ignored on the workers' disks as well
             pending = [without_etags(unit) for unit in pending]
         log_each(noticed, log_note)
@@ -303,7 +304,7 @@ def describe_unreadable(listing: Listing) -> list[str]:
 
 def check_commits(cache: Folder, units: Sequence[Unit]) -> None:
     """Raise JobError if a unit that this run completed is not in the cache: the workers see another storage."""
-    if missing := select_unfinished(cache, units) if units else ():
+    if missing := select_unfinished(list_commit_names(cache), units) if units else ():
         raise JobError(
             f"{count_noun(len(missing), 'unit')} reported done, but missing from {cache.url}: the workers do not share "
             "this filesystem; use a shared disk or an object store"

@@ -29,7 +29,8 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
         scan = CacheScan(cache, repair)
         written = compute_stats(scan, identity_sha256)
         write_stats(cache, written)
-        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, get_library_versions()["latentmill"]))
+        version = get_library_versions()["latentmill"]
+        cache.replace(card.NAME, card.render_card(Cache(cache, info), written, version, scan.parts_with_rows))
         # otherwise a second job wrote parts at the same time, and perhaps its statistics before these
         if np.array_equal(list_files(cache), scan.files):
             break

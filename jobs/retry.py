@@ -19,7 +19,7 @@ from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
-from pipeline.cache.commit_scan import read_summaries, remove_lost_commits
+from pipeline.cache.commit_scan import list_commit_names, read_summaries, remove_lost_commits
 from pipeline.cache.identity import NAME
 from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import read_part_record
@@ -55,7 +55,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     with recorder.recording():
         recorder.begin(single_writer)
         if tasks and not single_writer:
-            remove_lost_commits(cache.folder)
+            remove_lost_commits(cache.folder, list_commit_names(cache.folder))
         recorder.update(units=len(tasks))
         result = run_retry(options, cache, vae, tasks, recorder, counts)  # the executor is closed when it returns
         recorder.update(counts=dict(counts), images_per_second=0.0, seconds_left=None)

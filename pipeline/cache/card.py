@@ -78,15 +78,18 @@ def _describe_rule(scaling: Scaling) -> str:
     )
 
 
-def render_card(cache: Cache, stats: Mapping[str, Any], version: str) -> bytes:
-    """Return the card of a cache. stats: its stats.json. version: of the latentmill that writes it."""
+def render_card(cache: Cache, stats: Mapping[str, Any], version: str, parts: int) -> bytes:
+    """Return the card of a cache.
+
+    stats: its stats.json. version: of the latentmill that writes it. parts: the number of files in `data/`.
+    """
     identity = cache.info.identity
     shift, scale = (
         ", ".join(f"{value:g}" for value in values) for values in (cache.scaling.shift, cache.scaling.scale)
     )
     return _CARD.format(
         rows=stats["count"],
-        parts=len(cache.files()),
+        parts=parts,
         version=version,
         vae=cache.info.vae.reference,
         weights=identity.weights,

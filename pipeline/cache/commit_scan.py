@@ -24,6 +24,7 @@ from pipeline.errors import CacheError
 from pipeline.records import Container, Unit
 from pipeline.storage.folder import Folder
 
+DATA_PREFIX = f"{DATA}/".encode()
 PARTS_PER_TABLE = 1024  # of those that are not in the log
 
 
@@ -67,6 +68,11 @@ class CacheScan:
         self._log_commits = self._index_logs("commit", self.commits)
         self.files = list_files(cache)
         self.twins = find_twins(self.files)
+
+    @property
+    def parts_with_rows(self) -> int:
+        """The number of files in `data/`."""
+        return len(self.files) - int(np.searchsorted(self.files, DATA_PREFIX))
 
     def _index_logs(self, column: str, names: np.ndarray) -> list[np.ndarray]:
         """Return, per file of the log, the index in `names` of each row's value of a column; -1 if it is not there."""
@@ -173,7 +179,7 @@ def list_files(cache: Folder) -> np.ndarray:
 
 def find_twins(files: np.ndarray) -> frozenset[str]:
     """Return the files in `_empty/` whose part is also in `data/`, with rows. files: all part files, sorted."""
-    empties = list(iterate_names(files[: np.searchsorted(files, f"{DATA}/".encode())]))
+    empties = list(iterate_names(files[: np.searchsorted(files, DATA_PREFIX)]))
     stems = [strip_extension(file).removeprefix(f"{EMPTY}/") for file in empties]
     twins = set[str]()
     for part_format in PART_FORMATS.values():
@@ -208,26 +214,27 @@ def read_summaries(cache: Folder, identity_sha256: str, repair: Repair | None = 
                 yield part
 
 
-def select_unfinished(cache: Folder, units: Sequence[Unit]) -> list[Unit]:
-    """Return the units that are not done."""
-    finished = list_commit_names(cache)
+def select_unfinished(commits: np.ndarray, units: Sequence[Unit]) -> list[Unit]:
+    """Return the units that are not done. commits: of `list_commit_names`."""
     return [
         unit
         for some in split(units, CHUNK)
-        for unit, index in zip(some, find_names(finished, [unit.name for unit in some]), strict=True)
+        for unit, index in zip(some, find_names(commits, [unit.name for unit in some]), strict=True)
         if index < 0
     ]
 
 
-def remove_lost_commits(cache: Folder) -> None:
+def remove_lost_commits(cache: Folder, commits: np.ndarray) -> None:
     """Write into the log that the rows of commits that do not exist any more do not count.
+
+    commits: of `list_commit_names`.
 
     Otherwise they would count again if their units are encoded again, until the new commits are added to the log.
     """
-    listed, has_parts = list_commit_names(cache), dict[str, bool]()
+    has_parts: dict[str, bool] = {}
     for name in commit_log.list_log_files(cache):
         rows = commit_log.read_log_file(cache, name, ["commit", "file"])
-        is_lost = find_names(listed, rows["commit"].to_pylist()) < 0
+        is_lost = find_names(commits, rows["commit"].to_pylist()) < 0
         lost = rows.filter(pa.array(is_lost))
         # the last row of a commit counts; one that another job has added meanwhile is only read again
         has_parts.update(zip(lost["commit"].to_pylist(), lost["file"].is_valid().to_pylist(), strict=True))

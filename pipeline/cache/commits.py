@@ -174,10 +174,11 @@ def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:
     Raises CacheError if a file cannot be parsed.
     """
     names = [name for name in cache.list_files(REJECTS) if name.endswith(".jsonl")]
-    retries = list_retries(cache) if names else {}
     for name, data in cache.read_each(REJECTS, names):
-        unit = parse_unit_of_commit(strip_extension(name))
-        superseded = read_superseded_rejects(cache, retries.get(unit, ()))
+        # few units are read: a request for each costs less than a listing of all commits
+        listed = cache.list_files_of(COMMITS, f"{parse_unit_of_commit(strip_extension(name))}-")
+        retries = [stem for stem in map(strip_extension, listed) if is_retry_part(stem)]
+        superseded = read_superseded_rejects(cache, retries)
         for line in data.splitlines():
             reject = parse_json_object(line, cache.url_of(f"{REJECTS}/{name}"))
             if not {"shard", "key", "position", "reason"} <= reject.keys():
@@ -189,7 +190,8 @@ def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:
 def list_retries(cache: Folder) -> dict[str, list[str]]:
     """Return the names of the commits of retry parts, by unit."""
     retries: dict[str, list[str]] = {}
-    for name in sorted(filter(is_retry_part, list_commits(cache))):
+    names = (strip_extension(name) for name in cache.iterate_names(COMMITS) if name.endswith(".json"))
+    for name in sorted(filter(is_retry_part, names)):
         retries.setdefault(parse_unit_of_commit(name), []).append(name)
     return retries
 

@@ -5,6 +5,7 @@ then fails the unit.
 """
 
 import contextlib
+import datetime
 import inspect
 import os
 import re
@@ -44,10 +45,34 @@ def get_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         if _can_compare_etags():  # of each answer, because some servers ignore or refuse the header If-Match
             extra["local_expiry_check"] = True
     try:
-        return open_filesystem(url, {**extra, **options})
+        fs, path = open_filesystem(url, {**extra, **options})
+        if protocol in ("s3", "s3a"):
+            _parse_times_fast(fs)
+        return fs, path
     except Exception as error:  # libraries check their options here, each with its own exceptions
         hint = "; the extra hub has it" if protocol == "hf" and isinstance(error, ImportError) else ""
         raise StorageError(f"cannot reach {url}: {first_line(error) or type(error).__name__}{hint}") from error
+
+
+def _parse_times_fast(fs: Any) -> None:
+    """Let a filesystem on S3 parse the times in answers by Python's own parser.
+
+    A listing has a time for each name. botocore's parser takes 60 of the 80 ms of CPU of a page of 1,000 names.
+    """
+    if fs.session is not None:
+        return
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+    from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
+
+    def parse_time(value: Any) -> datetime.datetime:
+        try:
+            return datetime.datetime.fromisoformat(value)
+        except (TypeError, ValueError):  # a number, or the form of a header
+            return cast(datetime.datetime, parse_timestamp(value))
+
+    session = AioSession(**fs.kwargs)  # as s3fs makes it when it connects
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_time)
+    fs.session = session
 
 
 @cache

@@ -1,5 +1,6 @@
 """A folder on S3: atomic creation, listings, retries and errors, over HTTP."""
 
+import datetime
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,3 +185,13 @@ def test_a_short_read_is_a_storage_error(bucket: str, monkeypatch: pytest.Monkey
     with pytest.raises(StorageError, match=message), reading.open_stream(shard.url, {}, unit, seeking) as stream:
         stream.seek(20_000)
         stream.read(10)
+
+
+def test_the_times_of_a_listing_are_parsed_by_python(bucket: str) -> None:
+    """botocore's own parser takes most of the time of a listing of a million names."""
+    Folder(f"{bucket}/t").replace("a.json", b"1")
+    fs, path = connection.get_filesystem(f"{bucket}/t/a.json", {})
+    (entry,) = fs.ls(path, detail=True, refresh=True)
+    time = entry["LastModified"]
+    assert type(time.tzinfo) is datetime.timezone, "botocore's has dateutil's"
+    assert abs(datetime.datetime.now(datetime.UTC) - time) < datetime.timedelta(hours=1)

@@ -156,15 +156,15 @@ def test_a_scan_holds_few_commits(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_last_rows_of_a_commit_count(cache: Path) -> None:
     """Two drivers can add the same commit, and a unit whose files were moved away can be encoded again."""
     compute(cache, repair=True)
-    draw = random.Random(5)
+    draw, folder = random.Random(5), Folder(str(cache))
     unit = min(path.stem for path in cache.glob("_commits/b-*.json") if not is_retry_part(path.stem))
     for path in [*cache.glob(f"_empty/{unit}-00*"), *cache.glob(f"_commits/{unit}*")]:
         path.unlink()
     expected = compute_at_once(cache)
     assert compute(cache) == expected, "rows of a commit that does not exist do not count"
-    commit_scan.remove_lost_commits(Folder(str(cache)))
+    commit_scan.remove_lost_commits(folder, commit_scan.list_commit_names(folder))
     files = len([*cache.glob("_log/*")])
-    commit_scan.remove_lost_commits(Folder(str(cache)))
+    commit_scan.remove_lost_commits(folder, commit_scan.list_commit_names(folder))
     assert len([*cache.glob("_log/*")]) == files, "the removal is written once"
     put(cache, [made_record(unit, 0, True, draw)])
     expected = compute_at_once(cache)

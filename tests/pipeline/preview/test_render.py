@@ -74,7 +74,7 @@ def test_datasets_can_read_the_card(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / f"data/{number}.parquet").touch()
-    card = card_module.render_card(Cache(Folder(str(tmp_path)), info_of(IDENTITY)), stats, "0.1.0").decode()
+    card = card_module.render_card(Cache(Folder(str(tmp_path)), info_of(IDENTITY)), stats, "0.1.0", 3).decode()
     assert "scale = 0.5" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
