@@ -1,4 +1,4 @@
-"""The figures of `bench.scale` from before issue 21, measured by it on one machine with two shared cores.
+"""The figures of `bench.scale` from before the commit log, measured by it on one machine with two shared cores.
 
 Imports took 2.0 of the CPU seconds of each command, and 1.7 of those of `status`. `resume` and `status` of `buckets`
 ran beside other programs.
