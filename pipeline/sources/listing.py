@@ -31,7 +31,7 @@ from pipeline.sources.patterns import (
 )
 from pipeline.sources.sidecars import NO_METADATA, MetadataIndex, find_nearby_texts, find_possible_texts
 from pipeline.sources.walk import Walk, find_second_paths
-from pipeline.storage.connection import full_url, get_filesystem, is_local, parent, to_listed_url
+from pipeline.storage.connection import full_url, get_filesystem, is_directory, is_local, parent, to_listed_url
 from pipeline.storage.hub import pin_revision, strip_commit
 from pipeline.storage.reading import read_file_if_exists
 from pipeline.text import printable, to_valid_text
@@ -231,7 +231,7 @@ def _expand(
     path = _normalize_path(path) if is_local(fs) else path.rstrip("/")
     with name_url_in_errors(source, "list"):
         if fs.exists(path):
-            root, patterns = (path if fs.isdir(path) else parent(path)), [path]
+            root, patterns = (path if is_directory(fs, path) else parent(path)), [path]
         else:
             root, patterns = find_fixed_directory(path), expand_braces(path)
         name = name or PurePosixPath(strip_commit(full_url(fs, root)).split("://")[-1]).name

@@ -106,6 +106,11 @@ def is_local(fs: Any) -> bool:
     return isinstance(fs, LocalFileSystem)
 
 
+def is_directory(fs: Any, path: str) -> bool:
+    """Whether an existing path is a directory. s3fs's `isdir` would list the whole directory."""
+    return bool(fs.info(path)["type"] == "directory" if is_s3(fs) else fs.isdir(path))
+
+
 def is_memory(fs: Any) -> bool:
     """Whether a filesystem is in this process's memory (`memory://`)."""
     return isinstance(fs, MemoryFileSystem)
