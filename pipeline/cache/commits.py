@@ -174,8 +174,9 @@ def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:
     Raises CacheError if a file cannot be parsed.
     """
     names = [name for name in cache.list_files(REJECTS) if name.endswith(".jsonl")]
-    for name, data in cache.read_each(REJECTS, names):
-        # few units are read: a request for each costs less than a listing of all commits
+    for name in names:
+        # few files are read: none ahead, and a request for each costs less than a listing of all commits
+        data = cache.read(f"{REJECTS}/{name}")
         listed = cache.list_files_of(COMMITS, f"{parse_unit_of_commit(strip_extension(name))}-")
         retries = [stem for stem in map(strip_extension, listed) if is_retry_part(stem)]
         superseded = read_superseded_rejects(cache, retries)
