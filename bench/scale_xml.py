@@ -2,8 +2,10 @@
 
 import time
 
-from botocore.parsers import create_parser
+from botocore.parsers import ResponseParserFactory
 from botocore.session import get_session
+
+from pipeline.storage.connection import parse_time
 
 ENTRY = (
     "<Contents><Key>cache/_commits/{0:08d}-0123456789abcdef.json</Key><LastModified>2026-01-01T00:00:00.000Z"
@@ -17,7 +19,9 @@ def measure_list_answer() -> float:
     entries = "".join(ENTRY.format(number) for number in range(1000))
     body = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{entries}</ListBucketResult>'.encode()
     shape = get_session().get_service_model("s3").operation_model("ListObjectsV2").output_shape
-    parser = create_parser("rest-xml")
+    factory = ResponseParserFactory()
+    factory.set_parser_defaults(timestamp_parser=parse_time)
+    parser = factory.create_parser("rest-xml")
     started = time.process_time()
     for _ in range(ROUNDS):
         answer = parser.parse({"body": body, "headers": {}, "status_code": 200}, shape)
