@@ -10,7 +10,6 @@ file. On object stores `create` is one conditional request. `supports_conditiona
 import base64
 import contextlib
 import hashlib
-import io
 import threading
 import time
 import uuid
@@ -168,8 +167,8 @@ def _create_object(fs: Any, path: str, data: bytes | memoryview) -> bool:
     """
     for attempt in range(6):
         try:
-            body = _to_body(fs, data)
-            fs.pipe_file(path, body, mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
+            # a copy: a body that is read piece by piece was sent empty by a retry of s3fs after a 503
+            fs.pipe_file(path, bytes(data), mode="create", chunksize=ONE_REQUEST, **_checksum_option(fs, data))
             return True
         except FileExistsError:
             return False
@@ -181,42 +180,6 @@ def _create_object(fs: Any, path: str, data: bytes | memoryview) -> bool:
                 raise
             time.sleep(0.1 * 2**attempt)
     return False
-
-
-class _Body(io.RawIOBase):
-    """Bytes as a file with a length, as S3's library takes and reads it: a piece at a time, and again for a retry."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data, self._at = data, 0
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + (0, self._at, len(self._data))[whence]
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        piece = self._data[self._at : self._at + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-
-def _to_body(fs: Any, data: bytes | memoryview) -> Any:
-    """Return data as a store's library takes it. Only S3's needs no copy of a memoryview."""
-    if isinstance(data, bytes):
-        return data
-    return _Body(data) if is_s3(fs) else bytes(data)
 
 
 def _checksum_option(fs: Any, data: bytes | memoryview) -> dict[str, str]:
