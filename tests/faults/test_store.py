@@ -127,6 +127,20 @@ class Moment:
         return not self.remaining
 
 
+def kill_at(moment: Moment, job: subprocess.Popen[str], proxy: Proxy, forwarded: bool) -> None:
+    """Kill a job when a PUT arrives: before it reaches the store, or, if it is forwarded, right after it."""
+
+    def kill_before(request: Request) -> str | None:
+        if not forwarded and moment.is_now(request):
+            kill(job)
+            return "reset"
+        return None
+
+    proxy.rule = kill_before
+    proxy.after = lambda request: kill(job) if forwarded and moment.is_now(request) else None
+    assert finish_job(job)[0] == -signal.SIGKILL
+
+
 @pytest.mark.fault(2, "a worker dies after a part")
 def test_an_existing_part_is_not_written_again(
     start_job: Callable[..., subprocess.Popen[str]], proxy: Proxy, bucket: str, reference_digest: str
@@ -161,17 +175,7 @@ def test_a_unit_is_resumed_without_writing_its_parts_again(
     pattern: str,
     forwarded: bool,
 ) -> None:
-    moment, jobs = Moment(pattern), [start_job()]
-
-    def kill_before(request: Request) -> str | None:
-        if not forwarded and moment.is_now(request):
-            kill(jobs[0])
-            return "reset"
-        return None
-
-    proxy.rule = kill_before
-    proxy.after = lambda request: kill(jobs[0]) if forwarded and moment.is_now(request) else None
-    assert finish_job(jobs[0])[0] == -signal.SIGKILL
+    kill_at(Moment(pattern), start_job(), proxy, forwarded)
     unit = next(request.path for request in reversed(proxy.seen) if is_put(request, pattern)).rsplit("/", 1)[1]
     count = len(proxy.seen)
     code, out = finish_job(start_job())
@@ -190,17 +194,7 @@ def test_the_commit_log_of_a_killed_driver_is_completed(
     reference_digest: str,
     forwarded: bool,
 ) -> None:
-    moment, jobs = Moment("_log/*"), [start_job()]
-
-    def kill_before(request: Request) -> str | None:
-        if not forwarded and moment.is_now(request):
-            kill(jobs[0])
-            return "reset"
-        return None
-
-    proxy.rule = kill_before
-    proxy.after = lambda request: kill(jobs[0]) if forwarded and moment.is_now(request) else None
-    assert finish_job(jobs[0])[0] == -signal.SIGKILL
+    kill_at(Moment("_log/*"), start_job(), proxy, forwarded)
     assert "stats.json" not in names(f"{bucket}/c")
     count = len(proxy.seen)
     code, out = finish_job(start_job())
