@@ -10,7 +10,7 @@ has rows for it. `pipeline.cache.commit_scan` decides whether they agree with th
 import io
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,12 +88,6 @@ def remove_commits(cache: Folder, commits: Sequence[str]) -> None:
     """Write that the rows of these commits no longer count. Their commits are then read until they are added again."""
     if commits:
         append_table(cache, make_removals(commits))
-
-
-def read_commit_names(cache: Folder) -> Iterator[pa.ChunkedArray]:
-    """Yield the commits of each file of the log."""
-    for name in list_log_files(cache):
-        yield read_log_file(cache, name, ["commit"])["commit"]
 
 
 class LogWriter:

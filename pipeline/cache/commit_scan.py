@@ -14,11 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cache import commit_log
-from pipeline.cache.commits import COMMITS, parse_summaries, read_commits, repair_commit, write_commit
+from pipeline.cache.commits import iterate_commits, parse_summaries, read_commits, repair_commit, write_commit
 from pipeline.cache.name_array import CHUNK, find_names, iterate_names, sort_names, split
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import make_table, parse_parts
-from pipeline.cache.parts import DATA, EMPTY, PART_FORMATS, inspect_part, parse_commit_name, strip_extension
+from pipeline.cache.parts import (
+    DATA,
+    EMPTY,
+    PART_FORMATS,
+    inspect_part,
+    iterate_files,
+    parse_commit_name,
+    strip_extension,
+)
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Container, Unit
@@ -168,13 +176,12 @@ class CacheScan:
 
 def list_commit_names(cache: Folder) -> np.ndarray:
     """Return the names of all commits, as a sorted array: finished units, and parts that `retry` wrote."""
-    names = (strip_extension(name) for name in cache.iterate_names(COMMITS) if name.endswith(".json"))
-    return sort_names(names)
+    return sort_names(iterate_commits(cache))
 
 
 def list_files(cache: Folder) -> np.ndarray:
     """Return the part files as a sorted array: `_empty/` before `data/`, each sorted by name."""
-    return sort_names(f"{folder}/{name}" for folder in (EMPTY, DATA) for name in cache.iterate_names(folder))
+    return sort_names(iterate_files(cache))
 
 
 def find_twins(files: np.ndarray) -> frozenset[str]:

@@ -125,9 +125,14 @@ def inspect_committed(cache: Folder, name: str, identity_sha256: str, container:
     return parts
 
 
+def iterate_commits(cache: Folder) -> Iterator[str]:
+    """Yield the names of all commits, in no particular order: finished units, and parts that `retry` wrote."""
+    return (strip_extension(name) for name in cache.iterate_names(COMMITS) if name.endswith(".json"))
+
+
 def list_commits(cache: Folder) -> set[str]:
-    """Return the names of all commits: finished units, and parts that `retry` wrote."""
-    return {strip_extension(name) for name in cache.list_files(COMMITS) if name.endswith(".json")}
+    """Return the names of `iterate_commits`."""
+    return set(iterate_commits(cache))
 
 
 def read_commits(cache: Folder, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,8 +196,7 @@ def read_rejects(cache: Folder) -> Iterator[dict[str, Any]]:
 def list_retries(cache: Folder) -> dict[str, list[str]]:
     """Return the names of the commits of retry parts, by unit."""
     retries: dict[str, list[str]] = {}
-    names = (strip_extension(name) for name in cache.iterate_names(COMMITS) if name.endswith(".json"))
-    for name in sorted(filter(is_retry_part, names)):
+    for name in sorted(filter(is_retry_part, iterate_commits(cache))):
         retries.setdefault(parse_unit_of_commit(name), []).append(name)
     return retries
 

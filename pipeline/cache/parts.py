@@ -245,13 +245,13 @@ def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]
     The files of the whole cache are listed, but only those of these units are held.
     """
     found: dict[str, list[str]] = {}
-    for file in _iterate_files(cache):
+    for file in iterate_files(cache):
         if (unit := parse_unit_name(file)) in units:
             found.setdefault(unit, []).append(file)
     return {unit: frozenset(files) for unit, files in found.items()}
 
 
-def _iterate_files(cache: Folder) -> Iterator[str]:
+def iterate_files(cache: Folder) -> Iterator[str]:
     """Yield the files of all parts, in no particular order."""
     return (f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.iterate_names(below))
 
@@ -285,7 +285,7 @@ def read_superseded(
     files: the part files of the units, and perhaps others; None: all files of the cache are listed.
     """
     superseded: dict[str, dict[int, str]] = {}
-    listed = (_iterate_files(cache) if files is None else files) if units else ()
+    listed = (iterate_files(cache) if files is None else files) if units else ()
     retried = sorted(file for file in listed if is_retry_part(strip_extension(file)) and parse_unit_name(file) in units)
     for record in read_counted_records(cache, retried, identity_sha256):
         reasons = superseded.setdefault(record.unit, {})

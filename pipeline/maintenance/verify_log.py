@@ -6,14 +6,12 @@ import pyarrow as pa
 
 from pipeline.cache import commit_log
 from pipeline.cache.part_info import PartInfo
-from pipeline.cache.part_table import make_removals, make_table
+from pipeline.cache.part_table import SCHEMA, make_table
 from pipeline.cache.parts import parse_commit_name
 from pipeline.canonical_json import REBUILD_HINT
 from pipeline.errors import CacheError
 from pipeline.maintenance.verify_part import Problem
 from pipeline.storage.folder import Folder
-
-REBUILD = REBUILD_HINT
 
 
 def check_log(folder: Folder, parts: Sequence[PartInfo], committed: Collection[str]) -> Iterator[Problem]:
@@ -28,10 +26,10 @@ def check_log(folder: Folder, parts: Sequence[PartInfo], committed: Collection[s
         try:
             tables[file] = commit_log.parse_log(data, file)
         except CacheError:
-            yield Problem(file, "it cannot be read as a commit log", REBUILD)
+            yield Problem(file, "it cannot be read as a commit log", REBUILD_HINT)
             continue
         if not commit_log.is_as_written(data, tables[file]):
-            yield Problem(file, "it was changed after it was written", REBUILD)
+            yield Problem(file, "it was changed after it was written", REBUILD_HINT)
     latest = {commit: file for file, table in tables.items() for commit in table["commit"].unique().to_pylist()}
     parts_of_commits: dict[str, list[PartInfo]] = {}
     for part in parts:
@@ -51,7 +49,7 @@ def check_log(folder: Folder, parts: Sequence[PartInfo], committed: Collection[s
 def _compare(file: str, commit: str, actual: list[dict[str, object]], parts: Sequence[PartInfo]) -> Iterator[Problem]:
     expected = make_table([(commit, part.summary) for part in parts]).to_pylist()
     if sorted(actual, key=lambda row: str(row["file"])) != sorted(expected, key=lambda row: str(row["file"])):
-        yield Problem(file, f"its rows for {commit} differ from the records of its parts", REBUILD)
+        yield Problem(file, f"its rows for {commit} differ from the records of its parts", REBUILD_HINT)
 
 
 def rebuild_log(folder: Folder) -> None:
@@ -60,4 +58,4 @@ def rebuild_log(folder: Folder) -> None:
     The oldest file is emptied first, because rows of an older file must never count again.
     """
     for name in commit_log.list_log_files(folder):
-        folder.replace(f"{commit_log.FOLDER}/{name}", commit_log.encode_log(make_removals([])))
+        folder.replace(f"{commit_log.FOLDER}/{name}", commit_log.encode_log(SCHEMA.empty_table()))
