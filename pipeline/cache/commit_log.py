@@ -8,13 +8,13 @@ has rows for it. `pipeline.cache.commit_scan` decides whether they agree with th
 """
 
 import io
-import re
 import time
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import SCHEMA, make_removals, make_table
 from pipeline.cache.parts import parse_commit_name
@@ -31,7 +31,7 @@ BYTES_PER_CHANNEL = 40  # of a tally
 
 def list_log_files(cache: Folder) -> list[str]:
     """Return the names of the log's files, in order."""
-    return [name for name in cache.list_files(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
+    return list_numbered_files(cache, FOLDER)
 
 
 def encode_log(table: pa.Table) -> bytes:
@@ -77,9 +77,8 @@ def append_table(cache: Folder, table: pa.Table, number: int | None = None) -> i
     data = encode_log(table)
     while True:
         if number is None:
-            names = list_log_files(cache)
-            number = int(names[-1].partition(".")[0]) + 1 if names else 0
-        if cache.create(f"{FOLDER}/{number:05d}.parquet", data):
+            number = get_next_number(list_log_files(cache))
+        if cache.create(f"{FOLDER}/{name_numbered_file(number)}", data):
             return number + 1
         number = None
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cache import commits
+from pipeline.cache.numbered_files import get_next_number, name_numbered_file
 from pipeline.cache.plan_files import (
     FOLDER,
     SCHEMA,
@@ -108,11 +109,11 @@ def extend_plan(
             if not planned:
                 raise SourceError("the source is empty: it has no tars, zips, Parquet or Arrow files, or images")
             return units, notes
-        number = int(names[-1][:5]) + 1 if names else 0
+        number = get_next_number(names)
         if write_plan_file(cache, number, new):
             return list(select_latest_units([units, new] if units else [new])), notes
         if list_plan_files(cache) == names:
-            path = f"{cache.url_of(FOLDER)}/{number:05d}.parquet"
+            path = f"{cache.url_of(FOLDER)}/{name_numbered_file(number)}"
             raise CacheError(f"{path} exists but is not a regular file; move it away")
 
 

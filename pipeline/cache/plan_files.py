@@ -5,7 +5,6 @@ The rows of a later file supersede those of earlier files for the same input, an
 
 import hashlib
 import io
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.cache.numbered_files import list_numbered_files, name_numbered_file
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Unit
@@ -63,7 +63,7 @@ def hash_plan_files(cache: Folder) -> dict[str, str]:
 
 def list_plan_files(cache: Folder) -> list[str]:
     """Return the names of the plan's files, in order."""
-    return [name for name in cache.list_files(FOLDER) if re.fullmatch(r"\d{5}\.parquet", name)]
+    return list_numbered_files(cache, FOLDER)
 
 
 def read_plan(cache: Folder) -> list[Unit]:
@@ -217,4 +217,4 @@ def write_plan_file(cache: Folder, number: int, units: Sequence[Unit]) -> bool:
     table = pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    return cache.create(f"{FOLDER}/{number:05d}.parquet", sink.getvalue())
+    return cache.create(f"{FOLDER}/{name_numbered_file(number)}", sink.getvalue())
