@@ -37,7 +37,8 @@ def run_tasks(
 ) -> RunResult:
     """Run all tasks. The scheduler assigns tasks to workers, and classifies failures.
 
-    on_done is called with the report of each task that succeeded, on_tick about once per second.
+    on_done is called with the report of each task that succeeded, on_tick about once per second,
+    at the end, and when a worker becomes ready or is lost, so that the workers' time is counted from then on.
     probe: accesses the storage that a task needs, and raises LatentmillError if the storage does not answer. No task
     is started during an outage, which may last at most `stall_timeout` seconds.
     Returns the tasks that failed for good, and the time.
@@ -67,7 +68,7 @@ def run_tasks(
                     handle_failure(done, scheduler, outage, len(workers), signals)
             result.seconds = time.perf_counter() - ready if ready else 0.0
             is_last = signals.stop.is_set() or not (scheduler.waiting or scheduler.under_way)
-            if is_last or clock() >= next_tick:
+            if is_last or executor.workers != workers or clock() >= next_tick:
                 next_tick = clock() + TICK_SECONDS
                 on_tick()
     signals.check()

@@ -150,3 +150,28 @@ def test_the_last_tick_before_a_stop_has_the_counts_until_then() -> None:
     with pytest.raises(Stopped):
         run_tasks(tasks, ScriptedExecutor({}), signals, on_done, lambda: ticks.append(len(done)), clock=lambda: 0.0)
     assert ticks[-1] == len(done) == 7
+
+
+class LateExecutor(ScriptedExecutor):
+    """An executor whose worker becomes ready while the loop waits for the second time."""
+
+    waits = 0
+
+    @property
+    def workers(self) -> list[str]:
+        return ["0"] if self.waits > 1 else []
+
+    def wait(self, seconds: float, waiting: int) -> list[TaskResult]:
+        self.waits += 1
+        return super().wait(seconds, waiting)
+
+
+def test_a_worker_is_noted_when_it_becomes_ready() -> None:
+    """A short job would otherwise end before it is noted, and the summary would not say how busy the device was."""
+    executor, seen = LateExecutor({}), list[int]()
+
+    def on_tick() -> None:
+        seen.append(len(executor.workers))
+
+    run_tasks([Task("0")], executor, Signals(), lambda report: None, on_tick, clock=lambda: 0.0)
+    assert seen == [0, 1, 1], "at the start, when the worker is ready, and at the end"
