@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.errors import UsageError
 from latentmill.pages import list_pages
-from latentmill.stream import Stream, name_url_in_errors, open_while
+from latentmill.byte_stream import ByteStream, name_url_in_errors, open_while
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class CacheFolder:
             filesystem, path = self._locate(name)
             # with a block cache, two columns of a Parquet file that are read in turn would fetch each byte many times
             file = filesystem.open(path, "rb", cache_type="none")
-        with open_while(Stream(file, self.url_of(name), getattr(file, "size", None)), file) as stream:
+        with open_while(ByteStream(file, self.url_of(name), getattr(file, "size", None)), file) as stream:
             yield stream
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from latentmill.stream import name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
 from pipeline.errors import SourceError, StorageError
 from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from latentmill.stream import name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
 from pipeline.errors import DamagedError, ShardError
 from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from latentmill.stream import name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
 from pipeline.errors import Rejected, SourceError, StorageError
 from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import ListedFile, get_shard_kind, is_image

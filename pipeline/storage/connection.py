@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.utils import glob_translate
 
 from latentmill.folder import has_password, open_filesystem
-from latentmill.stream import first_line, name_url_in_errors
+from latentmill.byte_stream import first_line, name_url_in_errors
 from pipeline.errors import StorageError, UsageError
 from pipeline.records import get_shard_stem
 

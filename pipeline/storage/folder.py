@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from latentmill.folder import CacheFolder, single_request_option
-from latentmill.stream import Stream, name_url_in_errors
+from latentmill.byte_stream import ByteStream, name_url_in_errors
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
 from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory, is_s3
@@ -88,7 +88,7 @@ class Folder(CacheFolder):
                     return read_slice(fs, path, start, end)
                 with fs.open(path, "rb") as file:
                     first, last, _ = slice(start, end).indices(file.size)
-                    stream = Stream(file, self.url_of(name), file.size)
+                    stream = ByteStream(file, self.url_of(name), file.size)
                     stream.seek(first)
                     return stream.read(max(0, last - first))
             except FileNotFoundError:
@@ -153,11 +153,11 @@ class Folder(CacheFolder):
 
 
 def _read_whole(fs: Any, path: str, url: str) -> bytes:
-    """Read a whole file. The stores' libraries check its length against the answer's header; on disks `Stream` does."""
+    """Read a whole file. The stores' libraries check its length against the answer's header; on disks `ByteStream` does."""
     if not is_local(fs):
         return cast(bytes, fs.cat_file(path, **single_request_option(fs)))
     with fs.open(path, "rb") as file:
-        return Stream(file, url, file.size).read()
+        return ByteStream(file, url, file.size).read()
 
 
 def _create_object(fs: Any, path: str, data: bytes | memoryview) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from latentmill.stream import name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
 from pipeline.storage.connection import get_filesystem
 
 PROTOCOL = "hf://"

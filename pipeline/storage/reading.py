@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
-from latentmill.stream import NO_SUCH_FILE, Stream, name_url_in_errors, open_while
+from latentmill.byte_stream import NO_SUCH_FILE, ByteStream, name_url_in_errors, open_while
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import PlannedFile, Unit
 from pipeline.storage.connection import full_url, get_filesystem, get_protocols, http_status, is_local, is_s3, parent
@@ -51,7 +51,7 @@ def open_stream(
             raise SourceError(f"{url} changed while it was being read")
 
     size = planned.bytes if planned else getattr(file, "size", None)
-    stream = (_VersionStream if is_compared else Stream)(file, url, size, check)
+    stream = (_VersionStream if is_compared else ByteStream)(file, url, size, check)
     try:
         with open_while(stream, file) as opened:
             yield opened
@@ -63,7 +63,7 @@ def open_stream(
         check()
 
 
-class _VersionStream(Stream):
+class _VersionStream(ByteStream):
     """A stream of one version of a file (`open_version`)."""
 
     def _read_up_to(self, size: int) -> bytes:

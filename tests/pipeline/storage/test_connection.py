@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import NoCredentialsError
 
-from latentmill.stream import name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
 from pipeline.errors import StorageError
 from pipeline.storage.connection import get_filesystem, make_absolute
 

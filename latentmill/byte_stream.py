@@ -49,7 +49,7 @@ def name_url_in_errors(url: str, verb: str) -> Iterator[None]:
         raise StorageError(message, may_pass=number not in PERMANENT) from error
 
 
-class Stream:
+class ByteStream:
     """A file that is open for reading. Attributes that are not defined here are the file's own.
 
     size: bytes of the whole file; None if it is unknown. check: raises SourceError if the file has changed.
@@ -112,7 +112,7 @@ class Stream:
 
 
 @contextmanager
-def open_while(stream: Stream, file: Any) -> Iterator[BinaryIO]:
+def open_while(stream: ByteStream, file: Any) -> Iterator[BinaryIO]:
     """Yield a stream, and close its file at the end. The error of a failed read is always raised.
 
     Otherwise a reader may mistake the end of the received bytes for the end of the file, or raise another error.
