@@ -11,9 +11,9 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from latentmill.byte_stream import ByteStream, name_url_in_errors, open_while
 from latentmill.errors import UsageError
 from latentmill.pages import list_pages
-from latentmill.byte_stream import ByteStream, name_url_in_errors, open_while
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from latentmill.folder import CacheFolder, single_request_option
 from latentmill.byte_stream import ByteStream, name_url_in_errors
+from latentmill.folder import CacheFolder, single_request_option
 from pipeline.prefetch import map_in_order
 from pipeline.storage import local_disk
 from pipeline.storage.connection import get_filesystem, get_protocols, http_status, is_local, is_memory, is_s3
@@ -153,7 +153,7 @@ class Folder(CacheFolder):
 
 
 def _read_whole(fs: Any, path: str, url: str) -> bytes:
-    """Read a whole file. The stores' libraries check its length against the answer's header; on disks `ByteStream` does."""
+    """Read a whole file. A store's library checks its length against the header of the answer, and on disks `ByteStream`."""
     if not is_local(fs):
         return cast(bytes, fs.cat_file(path, **single_request_option(fs)))
     with fs.open(path, "rb") as file:
