@@ -153,7 +153,7 @@ class Folder(CacheFolder):
 
 
 def _read_whole(fs: Any, path: str, url: str) -> bytes:
-    """Read a whole file. A store's library checks its length against the header of the answer, and on disks `ByteStream`."""
+    """Read a whole file. A store's library checks its length by the header of the answer, `ByteStream` on disks."""
     if not is_local(fs):
         return cast(bytes, fs.cat_file(path, **single_request_option(fs)))
     with fs.open(path, "rb") as file:
