@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from latentmill.loading.index import Index
 from latentmill.loading.row_groups import RowGroup
 from latentmill.micro_conditioning import Convention
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from latentmill.cache import Cache
 
 
@@ -25,8 +24,8 @@ class BatchSettings:
     columns: further columns. caption_column: the one that is `captions`; None: `txt` if the cache has it, otherwise
     captions are None. sample: of a cache of moments, "mode" (the mean; the default), "posterior" (a draw for each
     epoch) or "moments" (the raw moments). scale: True: model latents by the constants in cache.json. "dataset":
-    (z - mean) / std by stats.json, per raw channel. False: raw latents. dtype: a torch dtype, by default float32;
-    "stored": as stored, which needs scale=False. flip: "random" takes each epoch for each row `latent` or
+    (z - mean) / std by stats.json, per raw channel. False: raw latents. dtype: None: as stored, which needs
+    scale=False. flip: "random" takes each epoch for each row `latent` or
     `latent_flipped`, of a cache with `--flip both`. conditioning: the meaning of the sizes (`latentmill.time_ids`).
     """
 
@@ -34,7 +33,7 @@ class BatchSettings:
     caption_column: str | None = None
     sample: Literal["mode", "posterior", "moments"] | None = None
     scale: bool | Literal["dataset"] = True
-    dtype: "torch.dtype | None | Literal['float32']" = "float32"
+    dtype: torch.dtype | None = torch.float32
     flip: Literal["none", "random"] = "none"
     conditioning: Convention = "diffusers"
 
@@ -71,7 +70,7 @@ def make_batch(
     raise NotImplementedError
 
 
-def draw(moments: "Tensor", generator: "torch.Generator | None" = None) -> "Tensor":
+def draw(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return a random latent [..., C, h, w] of moments [..., 2C, h, w]: mean + std * noise, of their dtype and device.
 
     The log-variance is clamped to [-30, 20] as in `vae.posterior`. generator: of the noise, on any device.
