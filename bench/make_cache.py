@@ -1,6 +1,6 @@
 """Write a cache of random latents with the product's writers: for benchmarks and tests of reading, without a model.
 
-    python -m bench.make_cache FOLDER --channels 16 --side 512 --rows 10000
+python -m bench.make_cache FOLDER --channels 16 --side 512 --rows 10000
 """
 
 import argparse
@@ -166,7 +166,7 @@ def _make_image(spec: CacheSpec, number: int, source: str, height: int, width: i
         shard=source,
         position=number,
         key=f"{number:09d}",
-        columns={name: None for name in spec.schema.names} | spec.columns(number),
+        columns=dict.fromkeys(spec.schema.names) | spec.columns(number),
         pixels=Tensor.expand(torch.zeros(1, 1, 3, dtype=torch.uint8), height, width, 3),
         original_height=2 * resized_height + 1,
         original_width=2 * resized_width + number % 2,

@@ -6,9 +6,8 @@ A row group is what is read by one request: consecutive rows of one bucket in on
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from latentmill.cache_files import DATA, OpenCache
 from latentmill.canonical_json import parse_json_object
 from latentmill.errors import CacheError
 from latentmill.folder import CacheFolder
 from latentmill.loading.footers import read_file_groups
 from latentmill.loading.layout import LatentLayout
 
-if TYPE_CHECKING:
-    from latentmill.cache import Cache
-
-DATA, INDEX = "data", "index.parquet"
+INDEX = "index.parquet"
 INDEX_FORMAT = 1
 _LISTS = ("height", "width", "rows", "start", "stop")  # the columns of index.parquet with one value per group
 _READERS = 16  # threads that read the ends of files
@@ -43,7 +40,7 @@ class Index:
     bytes and the rows of their groups; readers with equal ones plan the same epochs.
 
     Of each group, in the order of the rows: file, bucket: their indexes. rows: their number. start, stop: the first
-    byte in the file, and the byte after the last.
+    byte in the file, and the byte after the last. starts: the number of the first row.
     """
 
     files: tuple[str, ...]
@@ -56,11 +53,10 @@ class Index:
     start: Int64s
     stop: Int64s
     fingerprint: str
+    starts: Int64s = field(init=False)
 
-    @property
-    def starts(self) -> Int64s:
-        """The number of the first row of each group."""
-        return np.cumsum(self.rows) - self.rows
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", np.cumsum(self.rows) - self.rows)
 
     @property
     def row_count(self) -> int:
@@ -68,7 +64,7 @@ class Index:
         return int(self.rows.sum())
 
 
-def read_index(cache: "Cache", files: Sequence[str] | None = None) -> Index:
+def read_index(cache: OpenCache, files: Sequence[str] | None = None) -> Index:
     """Return the row groups of a cache.
 
     files: those to read; None: all that the cache has now. What index.parquet has of them is taken from there, if the

@@ -1,9 +1,13 @@
 """The form of the latents of a row: how many there are, their shape and their bytes."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from latentmill.cache_info import CacheInfo
 from latentmill.errors import CacheError
+
+if TYPE_CHECKING:
+    import torch
 
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -47,3 +51,11 @@ class LatentLayout:
     def row_bytes(self, bucket: tuple[int, int]) -> int:
         """Return the bytes of all latents of a row."""
         return len(self.names) * self.array_bytes(bucket)
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """The dtype of the stored values."""
+        import torch
+
+        dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+        return dtypes[self.dtype]

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from latentmill.arrow_values import to_python
+from latentmill.cache_files import OpenCache
 from latentmill.errors import CacheError
 from latentmill.loading.footers import find_start, read_footer
 from latentmill.loading.index import Index
@@ -18,9 +19,6 @@ from latentmill.loading.layout import LatentLayout
 from latentmill.loading.parquet_pages import PageError, find_values
 from latentmill.loading.tar_members import Sample, TarError, iterate_samples, make_npy_finder
 from latentmill.part_files import WEBDATASET_SUFFIX
-
-if TYPE_CHECKING:
-    from latentmill.cache import Cache
 
 GEOMETRY = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "flipped")
 IDENTITY = ("key", "shard")
@@ -49,7 +47,7 @@ class GroupReader:
     columns: the names of further columns to read (`BatchRules.columns`). checksums: verify the CRC of Parquet pages.
     """
 
-    def __init__(self, cache: "Cache", index: Index, columns: Collection[str] = (), checksums: bool = True) -> None:
+    def __init__(self, cache: OpenCache, index: Index, columns: Collection[str] = (), checksums: bool = True) -> None:
         self._folder, self._index, self._checksums = cache.folder, index, checksums
         self._layout = LatentLayout.from_info(cache.info)
         self._columns = (*IDENTITY, *(name for name in columns if name not in IDENTITY))
