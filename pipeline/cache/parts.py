@@ -167,7 +167,7 @@ def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | N
     block = cache.read_slice(name, 0, HASHED_AT_ONCE)
     if block is None:
         return None
-    edge = block if len(block) < HASHED_AT_ONCE else _read_record_bytes(cache, name)  # a short block is the whole file
+    edge = block if len(block) < HASHED_AT_ONCE else read_record_bytes(cache, name)  # a short block is the whole file
     if edge is None:
         return None
     record, file = _parse_record(cache, name, edge, identity_sha256), _HashedFile(cache, name, block)
@@ -227,11 +227,11 @@ def read_part_record(cache: Folder, name: str, identity_sha256: str) -> PartReco
     Only the record is read: the end of a Parquet file, the start of a tar, the whole of a bare record.
     Raises CacheError if the file belongs to another cache or another name.
     """
-    data = _read_record_bytes(cache, name)
+    data = read_record_bytes(cache, name)
     return None if data is None else _parse_record(cache, name, data, identity_sha256)
 
 
-def _read_record_bytes(cache: Folder, name: str) -> bytes | None:
+def read_record_bytes(cache: Folder, name: str) -> bytes | None:
     """Read the edge of a part's file that has the whole record. Returns None if the file does not exist."""
     data = _read_edge(cache, name, RECORD_BYTES)
     if data is not None and len(data) == RECORD_BYTES < (needed := count_record_bytes(data, name)):
