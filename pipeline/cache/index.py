@@ -6,17 +6,16 @@ that they are missing or old.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.part_files import PARQUET_RECORD, read_record_json
 from pipeline.cache.commit_scan import DATA_PREFIX, PartTable
-from pipeline.cache.name_array import CHUNK, iterate_names, sort_names
+from pipeline.cache.name_array import CHUNK, find_names, iterate_names, sort_names
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import GROUP, make_table
 from pipeline.cache.parts import DATA, read_record_bytes
@@ -28,7 +27,7 @@ from pipeline.storage.folder import Folder
 NAME = "index.parquet"
 WIDS_NAME = "wids-meta.json"
 FORMAT = 1
-COLUMNS = ("bytes", "rows", "groups")  # of a part, that the index needs
+COLUMNS = ("bytes", "groups")  # of a part, that the index needs
 LISTS = ("height", "width", "rows", "start", "stop")  # the columns with one entry per row group
 SCHEMA = pa.schema(
     [("file", pa.string()), ("bytes", pa.int64()), *((name, pa.list_(GROUP.field(name).type)) for name in LISTS)]
@@ -37,7 +36,7 @@ SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class PartSizes:
-    """The sizes and the row groups of the parts so far, in any order."""
+    """The sizes and the row groups of the parts so far, in any order. A part of one group takes 60 bytes of memory."""
 
     _rows: list[pa.Table] = field(default_factory=list)
     _files: list[np.ndarray] = field(default_factory=list)
@@ -45,16 +44,21 @@ class PartSizes:
     def add(self, table: PartTable) -> None:
         """Add some parts."""
         self._rows.append(table.rows.select(COLUMNS))
-        self._files.append(table.files)
+        self._files.append(table.files.astype(np.int32))
 
-    def sort(self, files: np.ndarray) -> pa.Table:
-        """Return the rows of the files with rows, one per file, in their order. files: all part files, sorted."""
-        if not self._rows:
-            return make_table([]).select(COLUMNS)
-        numbers, places = np.concatenate(self._files), np.full(len(files), -1)
+    def take_sorted(self, files: np.ndarray) -> Iterator[tuple[list[str], pa.Table]]:
+        """Yield the files with rows, and the columns COLUMNS of each, in their order, piece by piece.
+
+        files: all part files, sorted. Afterwards there are no parts any more.
+        """
+        numbers, places = np.concatenate([np.zeros(0, np.int32), *self._files]), np.full(len(files), -1, np.int32)
         places[numbers] = np.arange(len(numbers))
-        rows = pa.concat_tables(self._rows).combine_chunks()
-        return rows.take(pa.array(places[np.searchsorted(files, DATA_PREFIX) :]))
+        rows = pa.concat_tables([make_table([]).select(COLUMNS), *self._rows]).combine_chunks()
+        self._rows.clear()
+        self._files.clear()
+        for start in range(int(np.searchsorted(files, DATA_PREFIX)), len(files), CHUNK):
+            piece = slice(start, start + CHUNK)
+            yield list(iterate_names(files[piece])), rows.take(pa.array(places[piece])).combine_chunks()
 
 
 def write_index(cache: Folder, container: Container, files: np.ndarray, sizes: PartSizes, digest: str) -> None:
@@ -65,10 +69,14 @@ def write_index(cache: Folder, container: Container, files: np.ndarray, sizes: P
     """
     if read_metadata(cache) == make_metadata(digest):
         return
-    names, rows = files[np.searchsorted(files, DATA_PREFIX) :], sizes.sort(files)
+    index, shards = IndexWriter(digest), ShardList()
+    for names, rows in sizes.take_sorted(files):
+        index.add(names, rows)
+        if container == "webdataset":
+            shards.add(names, rows)
     if container == "webdataset":
-        cache.replace(WIDS_NAME, encode_wids(names, rows))
-    cache.replace(NAME, encode_index(names, rows, digest))
+        cache.replace(WIDS_NAME, shards.finish())
+    cache.replace(NAME, index.finish())
 
 
 def make_metadata(digest: str) -> bytes:
@@ -85,43 +93,55 @@ def read_metadata(cache: Folder) -> bytes | None:
         return None
 
 
-def encode_index(names: np.ndarray, rows: pa.Table, digest: str) -> bytes:
-    """Return the bytes of the index. names: of the files with rows, sorted. rows: the columns COLUMNS of each."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        for start in range(0, len(names), CHUNK):
-            some = rows.slice(start, CHUNK).combine_chunks()
-            groups = some["groups"].combine_chunks()
-            files = [name.removeprefix(f"{DATA}/") for name in iterate_names(names[start : start + CHUNK])]
-            lists = [_take_field(groups, name) for name in LISTS]
-            writer.write_table(pa.table([pa.array(files, pa.string()), some["bytes"], *lists], schema=SCHEMA))
-        writer.add_key_value_metadata({PARQUET_RECORD.decode(): make_metadata(digest).decode()})
-    return sink.getvalue()
+class IndexWriter:
+    """The bytes of index.parquet, written piece by piece. digest: of the cache."""
+
+    def __init__(self, digest: str) -> None:
+        self._sink = io.BytesIO()
+        self._writer = pq.ParquetWriter(self._sink, SCHEMA, compression="zstd", write_page_checksum=True)
+        self._writer.add_key_value_metadata({PARQUET_RECORD.decode(): make_metadata(digest).decode()})
+
+    def add(self, names: Sequence[str], rows: pa.Table) -> None:
+        """Add files, with the columns COLUMNS of each."""
+        groups = rows["groups"].combine_chunks()
+        files = pa.array([name.removeprefix(f"{DATA}/") for name in names], pa.string())
+        lists = [pa.ListArray.from_arrays(groups.offsets, groups.values.field(name)) for name in LISTS]
+        self._writer.write_table(pa.table([files, rows["bytes"], *lists], schema=SCHEMA))
+
+    def finish(self) -> bytes:
+        """Return the bytes."""
+        self._writer.close()
+        return self._sink.getvalue()
 
 
-def _take_field(groups: pa.ListArray, name: str) -> pa.ListArray:
-    """Return one field of lists of structs, as lists."""
-    offsets = pc.subtract(groups.offsets, groups.offsets[0])
-    return pa.ListArray.from_arrays(offsets, pc.struct_field(groups.flatten(), name))
+class ShardList:
+    """The bytes of wids-meta.json, written piece by piece. It is JSON with a line for each shard."""
 
+    def __init__(self) -> None:
+        self._sink = io.BytesIO()
+        self._separator = b"\n"
+        self._sink.write(b'{"__kind__":"wids-shard-index-v1","name":"latents","shardlist":[')
 
-def encode_wids(names: np.ndarray, rows: pa.Table) -> bytes:
-    """Return the bytes of wids-meta.json. names: of the files with rows, sorted. rows: the columns COLUMNS of each."""
-    sink = io.BytesIO()
-    sink.write(b'{"__kind__":"wids-shard-index-v1","name":"latents","shardlist":[')
-    for start in range(0, len(names), CHUNK):
-        some = rows.slice(start, CHUNK)
-        columns = (iterate_names(names[start : start + CHUNK]), some["rows"].to_pylist(), some["bytes"].to_pylist())
-        shards = [{"url": url, "nsamples": count, "filesize": size} for url, count, size in zip(*columns, strict=True)]
-        sink.write(b",\n" if start else b"\n")
-        sink.write(b",\n".join(map(canonical_json, shards)))
-    sink.write(b'\n],"wids_version":1}\n')
-    return sink.getvalue()
+    def add(self, names: Sequence[str], rows: pa.Table) -> None:
+        """Add files, with the columns COLUMNS of each."""
+        for url, size, groups in zip(names, rows["bytes"].to_pylist(), rows["groups"].to_pylist(), strict=True):
+            count = sum(group["rows"] for group in groups)
+            self._sink.write(self._separator)
+            self._sink.write(canonical_json({"url": url, "nsamples": count, "filesize": size}))
+            self._separator = b",\n"
+
+    def finish(self) -> bytes:
+        """Return the bytes."""
+        self._sink.write(b'\n],"wids_version":1}\n')
+        return self._sink.getvalue()
 
 
 def encode_parts(parts: Sequence[PartSummary], digest: str) -> tuple[bytes, bytes]:
     """Return the bytes of index.parquet and wids-meta.json of a cache with these parts, in any order."""
-    with_rows = {part.file: part for part in parts if part.file.startswith(f"{DATA}/")}
-    names = sort_names(with_rows)
-    rows = make_table([("", with_rows[name]) for name in iterate_names(names)]).select(COLUMNS)
-    return encode_index(names, rows, digest), encode_wids(names, rows)
+    index, shards, sizes = IndexWriter(digest), ShardList(), PartSizes()
+    files = sort_names(part.file for part in parts)
+    sizes.add(PartTable(make_table([("", part) for part in parts]), find_names(files, [part.file for part in parts])))
+    for names, rows in sizes.take_sorted(files):
+        index.add(names, rows)
+        shards.add(names, rows)
+    return index.finish(), shards.finish()
