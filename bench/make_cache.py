@@ -18,7 +18,7 @@ from latentmill.cache_info import CacheInfo, ColumnInfo, ComputeInfo, Identity, 
 from latentmill.canonical_json import canonical_json
 from pipeline.cache import stats
 from pipeline.cache.identity import choose_rows_per_part, create_or_load, select_raw_fields
-from pipeline.cache.part_info import PartSummary
+from pipeline.cache.part_info import PartInfo, PartSummary
 from pipeline.cache.parts import PART_FORMATS, describe_schema
 from pipeline.cache.preprocessing import describe_transform
 from pipeline.cache.tally import tally_rows
@@ -129,20 +129,9 @@ def _write_part(folder: Path, spec: CacheSpec, layout: OutputSchema, info: Cache
     )
     part_format = PART_FORMATS[spec.container]
     file = f"data/{format_part_stem(record.unit, 0)}{part_format.SUFFIX}"
-    data = part_format.serialize_part(rows, record, layout)
+    data, groups = part_format.serialize_part(rows, record, layout)
     (folder / file).write_bytes(data)
-    return PartSummary(
-        file=file,
-        sha256=hashlib.sha256(data).hexdigest(),
-        source=source,
-        rows=len(rows),
-        filtered={},
-        enlarged=0,
-        reject_counts={},
-        rest_positions=(),
-        supersedes=(),
-        tally=tally,
-    )
+    return PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest(), groups).summary
 
 
 def _make_rows(spec: CacheSpec, part: int, source: str) -> Iterator[Row]:

@@ -73,7 +73,9 @@ class VerifyOptions(StatsOptions):
     vae: str = recorded_vae()
     input_limit: tuple[str, ...] = input_limit()
     rebuild: bool = option(
-        False, "rebuild _commits, _rejects, _log and stats.json from the data files if these are intact", "checks"
+        False,
+        "rebuild _commits, _rejects, _log, stats.json and index.parquet from the data files if these are intact",
+        "checks",
     )
 
 

@@ -15,7 +15,7 @@ from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
-from pipeline.errors import LatentmillError
+from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
 from pipeline.records import Unit, get_shard_kind
@@ -58,7 +58,12 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         message = f"it holds the part {parts.get_expected_stem(record)}: it was copied or renamed"
         check.problems.append(Problem(file, message, describe_redo(file)))
         return check
-    check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
+    try:
+        groups = parts.read_groups(file, data, io.BytesIO(data), file)
+    except CacheError as error:
+        groups = []
+        check.problems.append(Problem(file, str(error), describe_redo(file)))
+    check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest(), groups)
     check.problems += [
         Problem(file, finding, describe_redo(file)) for finding in find_contradictions(record, file, cache, units)
     ]
