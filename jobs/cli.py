@@ -17,6 +17,7 @@ VERBS = {
     "verify": "check the integrity of a cache: files, records and statistics",
     "status": "show the progress of a cache: units, rejects, throughput and ETA",
     "stats": "show the statistics of a cache, next to the scaling constants of its VAE",
+    "export": "write the latents of a cache as the files of a trainer",
 }
 
 HELP = f"""\

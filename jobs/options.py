@@ -82,6 +82,29 @@ class StatusOptions(StatsOptions):
     """Show the progress of a cache: units, rejects, throughput and ETA. It reads only the cache, from any machine."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(StatsOptions):
+    """Write the latents of a cache as the files of a trainer. Run the same command again to resume or to complete."""
+
+    format: str = option(REQUIRED, "format to write; see docs/exports.md", "output", metavar="NAME")
+    to: str = option(REQUIRED, "directory or URL for the files", "output", metavar="OUT")
+    caption_column: str = option(
+        "", "column with the captions, if the format has captions", "output", metavar="NAME", default_text="txt, if any"
+    )
+    label_column: str = option(
+        "", "column with the labels, if the format has labels", "output", metavar="NAME", default_text="label, if any"
+    )
+    with_shard: bool = option(
+        False, "begin the names of files with the shard, if several shards have the same keys", "output"
+    )
+    workers: str = option(
+        "auto",
+        "number of processes; auto: one per CPU; 0: export in this process",
+        "other",
+        metavar="N|auto|0",
+    )
+
+
 OPTIONS: dict[str, type[Common | StatsOptions]] = {
     "encode": EncodeOptions,
     "decode": DecodeOptions,
@@ -89,4 +112,5 @@ OPTIONS: dict[str, type[Common | StatsOptions]] = {
     "verify": VerifyOptions,
     "status": StatusOptions,
     "stats": StatsOptions,
+    "export": ExportOptions,
 }

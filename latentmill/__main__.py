@@ -23,9 +23,12 @@ class PackageFinder:
         return PathFinder.find_spec(name, [ROOT]) if name in PACKAGES else None
 
 
+# Here and not in `command`: processes that the command starts import this module, and do not call it.
+sys.meta_path.insert(0, PackageFinder)
+
+
 def command() -> None:
     """The entry point of the `latentmill` command."""
-    sys.meta_path.insert(0, PackageFinder)
     from jobs.cli import command
 
     command()

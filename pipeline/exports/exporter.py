@@ -1,0 +1,177 @@
+"""One part of a cache written in the format of a trainer: rows -> convert -> pack -> files that are published."""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.reader import read_rows
+from pipeline.errors import CacheError, Stopped
+from pipeline.exports.formats import FORMATS
+from pipeline.exports.job import ExportJob, OutFile, RefusedRow, Row
+from pipeline.exports.manifest import PartRecord, write_record
+from pipeline.prefetch import map_in_order
+from pipeline.records import FIRST_ATTEMPT, Attempt
+from pipeline.storage.folder import Folder
+
+WRITERS = 16  # threads that write the small files of a part: a disk or a store is slow to confirm each of them
+NAME_COLUMNS = (
+    *("key", "shard", "height", "width", "original_height", "original_width"),
+    *("resized_height", "resized_width", "crop_top", "crop_left", "flipped"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTask:
+    """A part to be exported. names_only: return the hashes of the names of its files instead."""
+
+    part: int
+    file: str
+    names_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the task in messages."""
+        return self.file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """A part that was exported. written, existing: rows whose files were written, or were there. kept: captions."""
+
+    part: int
+    written: int = 0
+    existing: int = 0
+    kept: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartNames:
+    """names: uint64 [rows], a hash of the name of each row's file."""
+
+    part: int
+    names: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSpec:
+    """All that a worker needs to export. It is small enough to be sent to another process."""
+
+    job: ExportJob
+    format: str
+    out: Folder
+
+    def build(self, stop: threading.Event) -> "ExportWorker":
+        """Return the worker. stop: set once the job is to stop."""
+        return ExportWorker(self, stop)
+
+
+class ExportWorker:
+    """A worker that exports parts. images, steps: rows read so far."""
+
+    def __init__(self, spec: ExportSpec, stop: threading.Event) -> None:
+        self.spec, self.stop = spec, stop
+        self.form = FORMATS[spec.format]
+        self.images = 0
+
+    @property
+    def steps(self) -> int:
+        return self.images
+
+    def run(self, task: ExportTask, attempt: Attempt = FIRST_ATTEMPT) -> ExportReport | PartNames:
+        """Export a part, or return the names of its files."""
+        return self.hash_names(task) if task.names_only else self.export(task)
+
+    def export(self, task: ExportTask) -> ExportReport:
+        """Write the files of a part that do not exist, and then its record."""
+        written = existing = kept = rows = 0
+        entries: list[Any] = []
+        refused: list[tuple[str, str, str]] = []
+        files = self.form.pack(self.convert(task, refused), self.spec.job, task.part)
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for file, is_new in map_in_order(pool, self.publish, files, window=WRITERS, weight=weigh, budget=256 << 20):
+                rows += file.rows
+                written += file.rows if is_new else 0
+                existing += 0 if is_new else file.rows
+                kept += file.keeps_existing and not is_new
+                entries += [] if file.entry is None else [file.entry]
+        write_record(self.spec.out, task.part, PartRecord(rows=rows, refused=tuple(refused), entries=tuple(entries)))
+        return ExportReport(part=task.part, written=written, existing=existing, kept=kept, refused=len(refused))
+
+    def convert(self, task: ExportTask, refused: list[tuple[str, str, str]]) -> Iterator[Any]:
+        """Yield the rows of a part as the format stores them. Rows that it cannot store go to `refused`."""
+        for row in self.read(task):
+            try:
+                yield self.form.convert(row, self.spec.job)
+            except RefusedRow as reason:
+                refused.append((row["shard"], row["key"], str(reason)))
+
+    def read(self, task: ExportTask, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """Yield the rows of a part. Raises Stopped once the job is to stop."""
+        cache = self.spec.job.cache
+        texts, binary = cache.info.columns.texts, cache.info.columns.binary
+        for row in read_rows(cache.folder, task.file, columns=columns, texts=texts, binary=binary):
+            if self.stop.is_set():
+                raise Stopped
+            self.images += 0 if task.names_only else 1
+            yield row
+
+    def publish(self, file: OutFile) -> tuple[OutFile, bool]:
+        """Write a file if its name is free, and return whether it was.
+
+        Raises CacheError if something else has the name: nothing is ever overwritten.
+        """
+        out = self.spec.out
+        if out.create(file.name, file.data):
+            return file, True
+        if not file.keeps_existing and out.read(file.name) != file.data:
+            raise CacheError(
+                f"{out.url_of(file.name)} exists and is not the file of this export; remove it, or export to an empty "
+                "folder"
+            )
+        return file, False
+
+    def hash_names(self, task: ExportTask) -> PartNames:
+        """Return a hash of the name of each row's file."""
+        names = (hash_name(name) for _, _, name in self.name_rows(task))
+        return PartNames(task.part, np.fromiter(names, np.uint64))
+
+    def name_rows(self, task: ExportTask) -> Iterator[tuple[str, str, str]]:
+        """Yield shard, key and the name of the file of each row. Those that are refused have a name of their own."""
+        assert self.form.name is not None, "the format has a file for each row"
+        for index, row in enumerate(self.read(task, NAME_COLUMNS)):
+            try:
+                name = self.form.name(row, self.spec.job)
+            except RefusedRow:
+                name = f"/{task.part}/{index}"
+            yield row["shard"], row["key"], name
+
+
+def weigh(file: OutFile) -> int:
+    """Return the bytes of a file."""
+    return len(file.data)
+
+
+def hash_name(name: str) -> int:
+    """Return 64 bits of a hash of a name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+
+
+def find_equal(names: Sequence[PartNames]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Yield pairs of rows whose names have the same hash, each as its part and its place in the part."""
+    hashes = np.concatenate([part.names for part in names]) if names else np.zeros(0, np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    ends = np.cumsum([len(part.names) for part in names])
+
+    def locate(row: int) -> tuple[int, int]:
+        index = int(np.searchsorted(ends, row, side="right"))
+        return names[index].part, row - int(ends[index] - len(names[index].names))
+
+    for place in equal:
+        yield locate(int(order[place])), locate(int(order[place + 1]))
