@@ -80,3 +80,86 @@ def test_lightningdit_reads_latents_mirrors_labels_and_statistics(
     both = torch.cat([torch.cat([row["latents"], row["latents_flip"]]) for row in rows])
     torch.testing.assert_close(stats["mean"], both.mean((0, 2, 3), keepdim=True), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats["std"], both.std((0, 2, 3), correction=0, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def load_like_sd_scripts(path: Path, bucket: tuple[int, int], size_in_keys: bool) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file as sd-scripts finds them. bucket: width and height, in pixels."""
+    end = f"_{bucket[1] // 8}x{bucket[0] // 8}" if size_in_keys else ""
+    archive = np.load(path)
+    return {
+        name: archive[name + end]
+        for name in ("latents", "original_size", "crop_ltrb", "latents_flipped")
+        if name + end in archive
+    }
+
+
+@pytest.mark.parametrize(("name", "suffix", "in_keys"), [("sd", "_sd", False), ("flux", "_flux", True)])
+def test_sd_scripts_finds_each_image_by_its_size(
+    latentmill: Command,
+    micro_vae: Path,
+    flux_vae: Path,
+    classes: Path,
+    tmp_path: Path,
+    name: str,
+    suffix: str,
+    in_keys: bool,
+) -> None:
+    recipe = ("--transform", "sd-scripts", "--resolution", 256, "--min-bucket-reso", 128, "--flip", "both")
+    vae = flux_vae if name == "flux" else micro_vae
+    assert latentmill("encode", classes, "--to", tmp_path / "c", "--vae", vae, *recipe, "--workers", 0)[0] == 0
+    command = ("export", tmp_path / "c", "--format", f"sd-scripts-{name}", "--to", tmp_path / "o")
+    code, out, err = latentmill(*command)
+    assert (code, err) == (0, "")
+    assert "exported 5 rows for sd-scripts" in out
+    assert "resolution = 256, min_bucket_reso = 128, max_bucket_reso = 1024" in out
+    for row, cache in read_all(tmp_path / "c"):
+        stem = str(row["key"]).replace("%2E", ".")
+        width, height = row["original_width"], row["original_height"]
+        file = tmp_path / f"o/{stem}_{width:04d}x{height:04d}{suffix}.npz"
+        arrays = load_like_sd_scripts(file, (row["width"], row["height"]), in_keys)
+        assert {array.dtype for array in (arrays["latents"], arrays["latents_flipped"])} == {np.dtype("float32")}
+        for key, flipped in (("latents", False), ("latents_flipped", True)):
+            expected = cache.raw_latent(row, flipped).float()
+            expected = cache.scaling.to_model(expected) if name == "flux" else expected
+            assert np.array_equal(arrays[key], expected.numpy()), file
+        assert arrays["original_size"].tolist() == [width, height]
+        assert np.allclose(arrays["crop_ltrb"], crop_like_sd_scripts((row["width"], row["height"]), (width, height)))
+        caption = tmp_path / f"o/{stem}.txt"
+        assert (caption.read_text() if caption.exists() else None) == row["txt"]
+
+
+def crop_like_sd_scripts(bucket: tuple[int, int], size: tuple[int, int]) -> list[float]:
+    """Return the borders of a whole image of this size inside the bucket, both as width and height."""
+    scale = min(bucket[0] / size[0], bucket[1] / size[1])
+    wide, tall = size[0] * scale, size[1] * scale
+    left, top = (bucket[0] - wide) // 2, (bucket[1] - tall) // 2
+    return [left, top, left + wide, top + tall]
+
+
+def test_musubi_stacks_latents_that_have_the_size_of_their_name(
+    latentmill: Command, flux_vae: Path, classes: Path, tmp_path: Path
+) -> None:
+    buckets = ("--buckets", 128, "--multiple-of", 32, "--exclude", "dog/a.png")
+    assert latentmill("encode", classes, "--to", tmp_path / "c", "--vae", flux_vae, *buckets, "--workers", 0)[0] == 0
+    command = ("export", tmp_path / "c", "--format", "musubi-z-image", "--to", tmp_path / "o", "--json")
+    code, out, err = latentmill(*command)
+    assert (code, err) == (0, "")
+    settings = json.loads(out)["settings"]
+    assert (settings["enable_bucket"], settings["bucket_no_upscale"]) == (True, True)
+    for row, cache in read_all(tmp_path / "c"):
+        stem = str(row["key"]).replace("%2E", ".").rpartition("/")[2]
+        (file,) = (tmp_path / "o").glob(f"{stem}_[0-9]*_zi.safetensors")
+        # the size is the last step of the name but one, and the bucket follows from it by rounding down
+        width, height = map(int, file.name.split("_")[-2].split("x"))
+        assert width * height <= settings["resolution"] ** 2
+        assert (width % 16, height % 16) == (0, 0)
+        ((key, latent),) = load_file(file).items()
+        assert key == f"latents_1x{height // 8}x{width // 8}_float32"
+        assert torch.equal(latent, cache.raw_latent(row).float())
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {
+                "architecture": "z_image",
+                "width": str(width),
+                "height": str(height),
+                "format_version": "1.0.1",
+            }
