@@ -12,7 +12,7 @@ from pipeline.exports.job import SPOOL, ExportJob, OutFile, Row
 from pipeline.exports.safetensors_bytes import to_safetensors
 from pipeline.values import to_json_value
 
-LATENTS = ("latent", "latent_flipped")
+LATENTS = {"latent": "latents", "latent_flipped": "latents_flipped"}  # columns, and the names of their tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ShardRow:
 def convert(row: Row, job: ExportJob) -> ShardRow:
     """Return a row's latents as they are stored, and its other columns as JSON values."""
     names = [name for name in LATENTS if name in row]
-    tensors = {f"{name}s": job.cache.raw_latent(row, name == "latent_flipped") for name in names}
+    tensors = {LATENTS[name]: job.cache.raw_latent(row, name == "latent_flipped") for name in names}
     return ShardRow(tensors, {name: to_json_value(value) for name, value in row.items() if name not in LATENTS})
 
 

@@ -1,5 +1,6 @@
 """`latentmill export`: what all formats share, and each format read back as its trainer reads it."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -163,3 +164,112 @@ def test_musubi_stacks_latents_that_have_the_size_of_their_name(
                 "height": str(height),
                 "format_version": "1.0.1",
             }
+
+
+def test_simpletuner_finds_scaled_latents_by_the_hash_of_the_stem(
+    latentmill: Command, flux_vae: Path, classes: Path, tmp_path: Path
+) -> None:
+    argv = ("--to", tmp_path / "c", "--vae", flux_vae, "--resolution", 64, "--workers", 0)
+    assert latentmill("encode", classes, *argv)[0] == 0
+    assert latentmill("export", tmp_path / "c", "--format", "simpletuner", "--to", tmp_path / "o")[0] == 0
+    for row, cache in read_all(tmp_path / "c"):
+        folder, _, stem = str(row["key"]).replace("%2E", ".").rpartition("/")
+        file = tmp_path / "o" / folder / f"{hashlib.sha256(stem.encode()).hexdigest()}.pt"
+        latent = torch.load(file, weights_only=True)
+        assert latent.dtype == torch.float16
+        expected = (cache.raw_latent(row).float() - 0.1159) * 0.3611
+        torch.testing.assert_close(latent.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_repa_pairs_sorted_images_and_moments(
+    encode: Command, latentmill: Command, classes: Path, tmp_path: Path
+) -> None:
+    assert encode(classes, "--store", "moments", "--label-from-folder")[0] == 0
+    assert latentmill("export", tmp_path / "c", "--format", "repa", "--to", tmp_path / "o")[0] == 0
+    images = sorted(str(path.relative_to(classes)) for path in classes.rglob("*.png"))
+    features = [name for name in list_files(tmp_path / "o") if name.endswith(".npy")]
+    labels = dict(json.loads((tmp_path / "o/dataset.json").read_text())["labels"])
+    rows = {str(row["key"]).replace("%2E", "."): (row, cache) for row, cache in read_all(tmp_path / "c")}
+    assert len(images) == len(features) == 5
+    for image, feature in zip(images, features, strict=True):
+        row, cache = rows[image.removesuffix(".png")]
+        assert labels[feature] == row["label"] == ("dog" in image)
+        mean, log_variance = cache.raw_latent(row).float().chunk(2)
+        found = torch.from_numpy(np.load(tmp_path / "o" / feature))
+        assert found.dtype == torch.float32
+        assert torch.equal(found[:4], mean)
+        torch.testing.assert_close(found[4:], (log_variance / 2).exp())
+
+
+def read_mds(folder: Path) -> list[dict[str, object]]:
+    """Return the samples of an MDS data set, by the layout that MosaicML documents."""
+    samples = []
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        data = (folder / shard["raw_data"]["basename"]).read_bytes()
+        assert len(data) == shard["raw_data"]["bytes"]
+        count = int(np.frombuffer(data[:4], np.uint32)[0])
+        assert count == shard["samples"]
+        offsets = np.frombuffer(data[4 : 4 * (count + 2)], np.uint32)
+        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+            samples.append(read_mds_sample(data[start:end], shard))
+    return samples
+
+
+def read_mds_sample(data: bytes, shard: dict[str, list[object]]) -> dict[str, object]:
+    """Return the values of a sample. Sizes of columns without a fixed one precede the values."""
+    decode = {
+        "str": bytes.decode,
+        "int": lambda value: int(np.frombuffer(value, np.int64)[0]),
+        "ndarray:float16": read_mds_array,
+    }
+    variable = shard["column_sizes"].count(None)
+    sizes = iter(np.frombuffer(data[: 4 * variable], np.uint32).tolist())
+    sample, place = {}, 4 * variable
+    for name, kind, size in zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True):
+        end = place + (size or next(sizes))
+        sample[name] = decode[kind](data[place:end])
+        place = end
+    assert place == len(data)
+    return sample
+
+
+def read_mds_array(value: bytes) -> np.ndarray:
+    """Return an array: its number of axes in a byte, its shape, its values."""
+    assert value[0] % 4 == 0, "shapes are of bytes"
+    axes = value[0] >> 2
+    return np.frombuffer(value[1 + axes :], np.float16).reshape(*value[1 : 1 + axes])
+
+
+def test_mds_samples_have_scaled_latents_captions_and_labels(
+    encode: Command, latentmill: Command, classes: Path, tmp_path: Path
+) -> None:
+    assert encode(classes, "--label-from-folder")[0] == 0
+    assert latentmill("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o")[0] == 0
+    samples = read_mds(tmp_path / "o")
+    for (row, cache), sample in zip(read_all(tmp_path / "c"), samples, strict=True):
+        assert (sample["key"], sample["shard"], sample["label"]) == (row["key"], row["shard"], row["label"])
+        assert sample["caption"] == (row["txt"] or "")
+        expected = cache.raw_latent(row).float() * 0.18215
+        np.testing.assert_allclose(sample["latent"], expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_safetensors_files_have_one_size_and_the_columns_of_their_rows(
+    latentmill: Command, micro_vae: Path, classes: Path, tmp_path: Path
+) -> None:
+    argv = ("--buckets", 128, "--store", "moments", "--flip", "both", "--dtype", "bfloat16", "--workers", 0)
+    assert latentmill("encode", classes, "--to", tmp_path / "c", "--vae", micro_vae, *argv)[0] == 0
+    assert latentmill("export", tmp_path / "c", "--format", "safetensors", "--to", tmp_path / "o")[0] == 0
+    files = sorted((tmp_path / "o").glob("*.safetensors"))
+    found = [(load_file(file), file.with_suffix(".jsonl").read_text().splitlines()) for file in files]
+    assert len(files) > 1, "one for each bucket"
+    pairs = [
+        (json.loads(line), *latents)
+        for tensors, lines in found
+        for line, *latents in zip(lines, tensors["latents"], tensors["latents_flipped"], strict=True)
+    ]
+    for (row, cache), (facts, latent, flipped) in zip(read_all(tmp_path / "c"), pairs, strict=True):
+        assert torch.equal(latent, cache.raw_latent(row))
+        assert torch.equal(flipped, cache.raw_latent(row, flipped=True))
+        assert facts == {name: value for name, value in row.items() if not name.startswith("latent")}
+    with safe_open(files[0], framework="pt") as opened:
+        assert json.loads(opened.metadata()["vae"])["scaling_factor"] == 0.18215
