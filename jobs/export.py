@@ -1,7 +1,7 @@
 """`latentmill export`: write the latents of a cache as the files of a trainer."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from latentmill.cache import check_digest, read_stats
-from pipeline.cache import identity, parts
+from pipeline.cache import identity, parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, UsageError
@@ -45,6 +45,7 @@ from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.wording import count_noun
 
+ROWS_PER_PROCESS = 4096  # a process takes seconds to start, in which this one exports thousands of rows
 REJECTED = 3  # the exit code of a job that left rows out
 
 
@@ -80,28 +81,46 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
         identity=cache.info.identity_sha256,
         parts=tuple(ExportedPart(part.file, part.sha256, part.rows) for part in summaries),
     )
-    export = Export(options, ExportSpec(job=job, format=options.format, out=out), open_manifest(out, wanted), signals)
+    images = list_images(cache) if FORMATS[options.format].prepared else {}
+    manifest = open_manifest(out, wanted)
+    spec = ExportSpec(
+        job=job, format=options.format, out=out, ignores_case=out.read_if_exists(NAME.upper()) is not None
+    )
+    export = Export(options, spec, manifest, images, signals)
     failures = export.run()
     return finish(export, failures, list_settings(cache, options.format, sizes))
 
 
 class Export:
-    """A running export. reports: of the parts that this run exported."""
+    """A running export.
 
-    def __init__(self, options: ExportOptions, spec: ExportSpec, manifest: Manifest, signals: Signals) -> None:
-        self.options, self.spec, self.manifest, self.signals = options, spec, manifest, signals
+    images: the paths of the image files of each unit, for a format that needs them. done: the numbers of the parts that
+    were exported before. reports: of the parts that this run exports.
+    """
+
+    def __init__(
+        self,
+        options: ExportOptions,
+        spec: ExportSpec,
+        manifest: Manifest,
+        images: Mapping[str, tuple[str, ...]],
+        signals: Signals,
+    ) -> None:
+        self.options, self.spec, self.manifest, self.images, self.signals = options, spec, manifest, images, signals
         self.done = list_done(spec.out, manifest.parts)
         self.reports: list[ExportReport] = []
 
     def run(self) -> Sequence[Failure]:
         """Export the parts that are left, and return those that failed."""
         tasks = [
-            ExportTask(number, part.file) for number, part in enumerate(self.manifest.parts) if number not in self.done
+            ExportTask(number, part.file, part.rows, images=self.images.get(parts.parse_unit_name(part.file), ()))
+            for number, part in enumerate(self.manifest.parts)
+            if number not in self.done
         ]
         if not tasks:
             return ()
         with self.start_executor(len(tasks)) as executor:
-            if FORMATS[self.spec.format].name is not None:
+            if FORMATS[self.spec.format].per_row:
                 self.check_names(executor)
             meter = ProgressMeter("exported", sum(self.manifest.parts[task.part].rows for task in tasks), 1.0)
 
@@ -126,10 +145,11 @@ class Export:
 
     @contextmanager
     def start_executor(self, tasks: int) -> Iterator[Executor]:
-        """Start the executor of `--workers`; auto: a process per core, and none for a single part."""
+        """Start the executor of `--workers`; auto: a process per core, as far as there is work for them."""
         workers = parse_worker_count(self.options.workers)
         if workers is None:
-            workers = min(count_cores(), tasks) if tasks > 1 else 0
+            workers = min(count_cores(), tasks, sum(part.rows for part in self.manifest.parts) // ROWS_PER_PROCESS)
+            workers = workers if workers > 1 else 0
         stop = self.signals.stop
         if workers and connection.is_memory(connection.get_filesystem(self.spec.out.url, self.spec.out.options)[0]):
             raise UsageError("memory:// works with --workers 0 only")
@@ -142,9 +162,11 @@ class Export:
             executor.close()
 
     def check_names(self, executor: Executor) -> None:
-        """Raise UsageError if two rows would have one file."""
+        """Raise UsageError if two rows would have the same files."""
         found: list[PartNames] = []
-        tasks = [ExportTask(number, part.file, names_only=True) for number, part in enumerate(self.manifest.parts)]
+        tasks = [
+            ExportTask(number, part.file, part.rows, names_only=True) for number, part in enumerate(self.manifest.parts)
+        ]
         if failures := self.run_tasks(tasks, executor, found.append, lambda: None):
             raise CacheError(f"cannot read {failures[0].name}: {failures[0].error}")
         worker = ExportWorker(self.spec, self.signals.stop)
@@ -153,7 +175,8 @@ class Export:
             if rows[0][2] == rows[1][2]:
                 (shard, key, name), (other_shard, other_key, _) = rows
                 raise UsageError(
-                    f"{name} would be the file of two rows, {key} of {shard} and {other_key} of {other_shard}; "
+                    f"two rows would have the files of one image, {name}: {key} of {shard}, and {other_key} of "
+                    f"{other_shard}; "
                     + (
                         "encode them into separate caches, and export each to its own folder"
                         if self.options.with_shard
@@ -162,9 +185,21 @@ class Export:
                 )
 
     def find_row(self, worker: ExportWorker, part: int, index: int) -> tuple[str, str, str]:
-        """Return shard, key and the name of the file of a row."""
-        task = ExportTask(part, self.manifest.parts[part].file, names_only=True)
+        """Return shard, key and the name of the image of a row."""
+        file = self.manifest.parts[part]
+        task = ExportTask(part, file.file, file.rows, names_only=True)
         return next(row for place, row in enumerate(worker.name_rows(task)) if place == index)
+
+
+def list_images(cache: Cache) -> dict[str, tuple[str, ...]]:
+    """Return the paths of the image files of each unit. Raises UsageError if the cache is not of folders of images."""
+    units = plan.read_plan(cache.folder)
+    if others := [unit.path for unit in units if unit.kind != "folder"]:
+        raise UsageError(
+            f"the format is for folders of images, but the cache {cache.folder.url} is of {others[0]}; unpack the "
+            "images, and encode their folder into a new cache"
+        )
+    return {unit.name: unit.paths for unit in units}
 
 
 def finish(export: Export, failures: Sequence[Failure], settings: dict[str, object]) -> int:

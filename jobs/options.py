@@ -99,7 +99,7 @@ class ExportOptions(StatsOptions):
     )
     workers: str = option(
         "auto",
-        "number of processes; auto: one per CPU; 0: export in this process",
+        "number of processes; auto: one per CPU, or none for a few thousand rows; 0: export in this process",
         "other",
         metavar="N|auto|0",
     )

@@ -47,6 +47,7 @@ def make_job(
         caption_column=captions or default_caption,
         label_column=labels or default_label,
         with_shard=with_shard,
+        is_flat=form.is_flat,
         options={**form.options, "has_flipped": has_flipped},
     )
 
@@ -118,7 +119,14 @@ def check_rows(cache: Cache, name: str, form: ExportFormat, columns: Sequence[st
 
 def check_sizes(cache: Cache, name: str, form: ExportFormat, sizes: Sequence[Size]) -> None:
     """Raise UsageError if the trainer would put images into buckets of other sizes than their latents have."""
-    if len(sizes) < 2:
+    if form.prepared and cache.info.identity.preprocessing.transform != "none":
+        raise refuse(
+            cache,
+            name,
+            f"its images were resized, and {form.program} names its files by how it resizes images itself",
+            "resize the images first, and encode them into a new cache with --transform none",
+        )
+    if len(sizes) < 2 and not form.prepared:
         return
     if form.one_size:
         raise refuse(
@@ -131,7 +139,11 @@ def check_sizes(cache: Cache, name: str, form: ExportFormat, sizes: Sequence[Siz
     if step is None or is_own_recipe(cache, form):
         return
     if others := [size for size in sizes if size[0] % step or size[1] % step]:
-        remedy = "--transform sd-scripts" if form.program == "sd-scripts" else f"--buckets and --multiple-of {step}"
+        remedy = f"--buckets and --multiple-of {step}"
+        if form.prepared:
+            remedy = f"images whose sides are multiples of {step}"
+        elif form.program == "sd-scripts":
+            remedy = "--transform sd-scripts"
         raise refuse(
             cache,
             name,
@@ -170,9 +182,11 @@ def list_settings(cache: Cache, name: str, sizes: Sequence[Size]) -> dict[str, o
         if recipe.no_upscale:
             return {**steps, "bucket_no_upscale": True}
         return {**steps, "min_bucket_reso": recipe.min_bucket_reso, "max_bucket_reso": recipe.max_bucket_reso}
+    side = math.isqrt(max(height * width for height, width in sizes) - 1) + 1  # a square of at least the largest area
+    if form.prepared:
+        return {"resolution": side, "bucket_tolerance": form.grid, "cache_latents_to_disk": True}
     if len(sizes) == 1:
         ((height, width),) = sizes
         return {"enable_bucket": False, "resolution": [width, height]}
-    side = math.isqrt(max(height * width for height, width in sizes) - 1) + 1  # a square of at least the largest area
     settings: dict[str, object] = {"enable_bucket": True, "bucket_no_upscale": True, "resolution": side}
     return {**settings, "bucket_reso_steps": form.grid} if form.program == "sd-scripts" else settings

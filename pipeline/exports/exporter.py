@@ -10,28 +10,32 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.reader import read_rows
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, Stopped
 from pipeline.exports.formats import FORMATS
 from pipeline.exports.job import ExportJob, OutFile, RefusedRow, Row
 from pipeline.exports.manifest import PartRecord, write_record
 from pipeline.prefetch import map_in_order
+from pipeline.readers.folder import make_folder_key
 from pipeline.records import FIRST_ATTEMPT, Attempt
 from pipeline.storage.folder import Folder
 
 WRITERS = 16  # threads that write the small files of a part: a disk or a store is slow to confirm each of them
-NAME_COLUMNS = (
-    *("key", "shard", "height", "width", "original_height", "original_width"),
-    *("resized_height", "resized_width", "crop_top", "crop_left", "flipped"),
-)
+NAME_COLUMNS = ("key", "shard")
 
 
 @dataclass(frozen=True, slots=True)
 class ExportTask:
-    """A part to be exported. names_only: return the hashes of the names of its files instead."""
+    """A part to be exported. rows: in it. names_only: return the hashes of the names of its images instead.
+
+    images: the paths of the image files that the part is of, for a format that needs their extensions.
+    """
 
     part: int
     file: str
+    rows: int
     names_only: bool = False
+    images: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,7 +56,7 @@ class ExportReport:
 
 @dataclass(frozen=True, slots=True)
 class PartNames:
-    """names: uint64 [rows], a hash of the name of each row's file."""
+    """names: uint64 [rows], a hash of the name of each row's image."""
 
     part: int
     names: np.ndarray
@@ -60,11 +64,15 @@ class PartNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSpec:
-    """All that a worker needs to export. It is small enough to be sent to another process."""
+    """All that a worker needs to export. It is small enough to be sent to another process.
+
+    ignores_case: whether `a` and `A` are one file in the folder.
+    """
 
     job: ExportJob
     format: str
     out: Folder
+    ignores_case: bool = False
 
     def build(self, stop: threading.Event) -> "ExportWorker":
         """Return the worker. stop: set once the job is to stop."""
@@ -100,6 +108,11 @@ class ExportWorker:
                 existing += 0 if is_new else file.rows
                 kept += file.keeps_existing and not is_new
                 entries += [] if file.entry is None else [file.entry]
+        if rows + len(refused) != task.rows:
+            raise CacheError(
+                f"{self.spec.job.cache.folder.url_of(task.file)} has {rows + len(refused)} rows, not {task.rows}; "
+                f"{VERIFY_HINT}"
+            )
         write_record(self.spec.out, task.part, PartRecord(rows=rows, refused=tuple(refused), entries=tuple(entries)))
         return ExportReport(part=task.part, written=written, existing=existing, kept=kept, refused=len(refused))
 
@@ -114,12 +127,13 @@ class ExportWorker:
     def read(self, task: ExportTask, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows of a part. Raises Stopped once the job is to stop."""
         cache = self.spec.job.cache
+        files = {make_folder_key(path): path.rpartition("/")[2] for path in task.images}
         texts, binary = cache.info.columns.texts, cache.info.columns.binary
         for row in read_rows(cache.folder, task.file, columns=columns, texts=texts, binary=binary):
             if self.stop.is_set():
                 raise Stopped
             self.images += 0 if task.names_only else 1
-            yield row
+            yield {**row, "image_name": files[row["key"]]} if files else row
 
     def publish(self, file: OutFile) -> tuple[OutFile, bool]:
         """Write a file if its name is free, and return whether it was.
@@ -137,16 +151,16 @@ class ExportWorker:
         return file, False
 
     def hash_names(self, task: ExportTask) -> PartNames:
-        """Return a hash of the name of each row's file."""
+        """Return a hash of the name of each row's image."""
         names = (hash_name(name) for _, _, name in self.name_rows(task))
         return PartNames(task.part, np.fromiter(names, np.uint64))
 
     def name_rows(self, task: ExportTask) -> Iterator[tuple[str, str, str]]:
-        """Yield shard, key and the name of the file of each row. Those that are refused have a name of their own."""
-        assert self.form.name is not None, "the format has a file for each row"
+        """Yield shard, key and the name of the image of each row. Those that are refused have a name of their own."""
         for index, row in enumerate(self.read(task, NAME_COLUMNS)):
             try:
-                name = self.form.name(row, self.spec.job)
+                name = self.spec.job.make_stem(row)
+                name = name.casefold() if self.spec.ignores_case else name
             except RefusedRow:
                 name = f"/{task.part}/{index}"
             yield row["shard"], row["key"], name

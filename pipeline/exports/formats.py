@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from latentmill.scaling import Scaling
-from pipeline.exports import lightningdit, mds, repa, row_files, sd_scripts, shards
+from pipeline.exports import ai_toolkit, lightningdit, mds, repa, row_files, sd_scripts, shards
 from pipeline.exports.job import ExportJob, OutFile, Row, Space
 
 SD = Scaling.from_constants(0.18215)
@@ -29,11 +29,13 @@ class ExportFormat:
     space: whether it stores raw latents or model latents; dtype: of these, None for that of the cache.
     scaling: the constants that the trainer has in its own code, so that a cache of another VAE would train wrongly.
     channels: of the raw latents; patch: of the VAE's scaling. None: any.
-    moments, labels, mirrors, one_size: whether the cache must have these. captions: whether captions are written if the
-    cache has them. plain_scaling: the trainer's rule has one factor and one shift, and ignores means of channels.
+    prepared: whether images must have had their size before, because the trainer's names depend on how it resizes
+    them. moments, labels, mirrors, one_size: whether the cache must have these. captions: whether captions are written
+    if the cache has them. plain_scaling: the trainer's rule has one factor and one shift, and no means of channels.
     grid: the multiple of pixels to which the trainer rounds the sides of an image, if images have several sizes.
     convert: a row as the format stores it; raises RefusedRow. pack: the files of a part's rows, and its number. finish:
-    the files of the whole export, from the entries of all others. name: the name of a row's file, if each row has one.
+    the files of the whole export, from the entries of all others. per_row: whether each row has its own files. is_flat:
+    whether all are in one folder.
     options: of these functions.
     """
 
@@ -43,10 +45,12 @@ class ExportFormat:
     convert: Callable[[Row, ExportJob], Any]
     pack: Callable[[Iterator[Any], ExportJob, int], Iterator[OutFile]]
     finish: Callable[[ExportJob, Sequence[Any]], Iterator[tuple[str, bytes]]] = no_files
-    name: Callable[[Row, ExportJob], str] | None = None
+    per_row: bool = False
+    is_flat: bool = False
     scaling: Scaling | None = None
     channels: int | None = None
     patch: tuple[int, int] | None = (1, 1)
+    prepared: bool = False
     moments: bool = False
     labels: Literal["needed", "if present", "never"] = "never"
     mirrors: bool = False
@@ -67,7 +71,7 @@ def sd_scripts_format(
         dtype=torch.float32,
         convert=sd_scripts.convert,
         pack=row_files.pack,
-        name=sd_scripts.make_name,
+        per_row=True,
         scaling=scaling,
         channels=channels,
         captions=True,
@@ -86,12 +90,30 @@ def musubi_format(
         dtype=torch.float32,
         convert=row_files.convert_musubi,
         pack=row_files.pack,
-        name=row_files.name_musubi,
+        per_row=True,
+        is_flat=True,
         scaling=scaling,
         channels=32 if flux2 else 16,
         patch=(2, 2) if flux2 else (1, 1),
         grid=16,
         options={"architecture": architecture, "architecture_name": architecture_name, "is_flux2": flux2},
+    )
+
+
+def ai_toolkit_format(latent_space: str, scaling: Scaling, channels: int) -> ExportFormat:
+    """Return ai-toolkit's format for one family of models. latent_space: as the trainer names it."""
+    return ExportFormat(
+        program="ai-toolkit",
+        space="model",
+        dtype=None,
+        convert=ai_toolkit.convert,
+        pack=row_files.pack,
+        per_row=True,
+        scaling=scaling,
+        channels=channels,
+        prepared=True,
+        grid=64,
+        options={"latent_space": latent_space},
     )
 
 
@@ -122,10 +144,13 @@ FORMATS: dict[str, ExportFormat] = {
         dtype=None,
         convert=row_files.convert_simpletuner,
         pack=row_files.pack,
-        name=row_files.name_simpletuner,
+        per_row=True,
         patch=None,
         plain_scaling=True,
     ),
+    "ai-toolkit-sdxl": ai_toolkit_format("sdxl", SDXL, 4),
+    "ai-toolkit-sd3": ai_toolkit_format("sd3", SD3, 16),
+    "ai-toolkit-flux": ai_toolkit_format("flux1", FLUX, 16),
     "repa": ExportFormat(
         program="REPA",
         space="raw",
@@ -133,7 +158,7 @@ FORMATS: dict[str, ExportFormat] = {
         convert=repa.convert,
         pack=row_files.pack,
         finish=repa.finish,
-        name=repa.make_name,
+        per_row=True,
         moments=True,
         labels="needed",
         one_size=True,

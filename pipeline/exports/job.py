@@ -42,7 +42,8 @@ class ExportJob:
     """The settings of an export, small enough to be sent to another process.
 
     space, dtype: of the latents that are written. caption_column, label_column: empty if they are not exported.
-    with_shard: names begin with the shard, because several shards have the same keys.
+    with_shard: names begin with the shard, because several shards have the same keys. is_flat: the trainer has all
+    files in one folder.
     """
 
     cache: Cache
@@ -51,6 +52,7 @@ class ExportJob:
     caption_column: str = ""
     label_column: str = ""
     with_shard: bool = False
+    is_flat: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def read_latent(self, row: Row, flipped: bool = False) -> torch.Tensor:
@@ -96,14 +98,16 @@ class ExportJob:
     def make_stem(self, row: Row) -> str:
         """Return the path of a row's files below the export, without an extension: its key, or its shard and key.
 
-        Keys of folders and tables are unescaped, so that the stem is that of the image. Raises RefusedRow for a path
-        that would leave the folder.
+        The trainer knows the image by it, so no two rows may have the same. Keys of folders and tables are unescaped,
+        so that the stem is that of the image. Raises RefusedRow for a path that would leave the folder.
         """
         shard, key = str(row["shard"]), str(row["key"])
         if get_shard_kind(shard) not in ("tar", "zip"):
             key = key.replace("%2E", ".").replace("%25", "%")
-        path = f"{get_shard_stem(shard)}/{key}" if self.with_shard else key
-        return check_path(path)
+        path = check_path(f"{get_shard_stem(shard)}/{key}" if self.with_shard else key)
+        if not self.is_flat:
+            return path
+        return path.replace("/", "__") if self.with_shard else path.rpartition("/")[2]
 
 
 def check_path(path: str) -> str:

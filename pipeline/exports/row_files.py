@@ -25,9 +25,10 @@ def make_caption(row: Row, job: ExportJob) -> list[OutFile]:
 
 
 def name_musubi(row: Row, job: ExportJob) -> str:
-    """Return the name of a row's file. All are in one folder, named after the image file and the encoded size."""
-    stem = job.make_stem(row).replace("/", "__") if job.with_shard else job.make_stem(row).rpartition("/")[2]
-    return check_length(f"{stem}_{row['width']:04d}x{row['height']:04d}_{job.options['architecture']}.safetensors")
+    """Return the name of a row's file, with the encoded size."""
+    return check_length(
+        f"{job.make_stem(row)}_{row['width']:04d}x{row['height']:04d}_{job.options['architecture']}.safetensors"
+    )
 
 
 def convert_musubi(row: Row, job: ExportJob) -> list[OutFile]:

@@ -1,19 +1,24 @@
 """`latentmill export`: what all formats share, and each format read back as its trainer reads it."""
 
+import base64
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latentmill import Cache
-from pipeline.exports.formats import FORMATS
+from pipeline.exports import manifest
 from tests.conftest import MICRO, encoded, smooth, write_tar
 from vae import AutoencoderKL
 
@@ -140,7 +145,7 @@ def crop_like_sd_scripts(bucket: tuple[int, int], size: tuple[int, int]) -> list
 def test_musubi_stacks_latents_that_have_the_size_of_their_name(
     latentmill: Command, flux_vae: Path, classes: Path, tmp_path: Path
 ) -> None:
-    buckets = ("--buckets", 128, "--multiple-of", 32, "--exclude", "dog/a.png")
+    buckets = ("--buckets", 128, "--multiple-of", 32)
     assert latentmill("encode", classes, "--to", tmp_path / "c", "--vae", flux_vae, *buckets, "--workers", 0)[0] == 0
     command = ("export", tmp_path / "c", "--format", "musubi-z-image", "--to", tmp_path / "o", "--json")
     code, out, err = latentmill(*command)
@@ -210,7 +215,7 @@ def read_mds(folder: Path) -> list[dict[str, object]]:
         count = int(np.frombuffer(data[:4], np.uint32)[0])
         assert count == shard["samples"]
         offsets = np.frombuffer(data[4 : 4 * (count + 2)], np.uint32)
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in itertools.pairwise(offsets):
             samples.append(read_mds_sample(data[start:end], shard))
     return samples
 
@@ -273,3 +278,274 @@ def test_safetensors_files_have_one_size_and_the_columns_of_their_rows(
         assert facts == {name: value for name, value in row.items() if not name.startswith("latent")}
     with safe_open(files[0], framework="pt") as opened:
         assert json.loads(opened.metadata()["vae"])["scaling_factor"] == 0.18215
+
+
+def test_ai_toolkit_finds_scaled_latents_by_the_hash_of_its_own_sizes(
+    latentmill: Command, flux_vae: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    for name, size in (("a.png", (64, 128)), ("b/c.jpg", (128, 64)), ("b/d.e.webp", (64, 64))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.rpartition(".")[2]]
+        (folder / name).write_bytes(encoded(smooth(1, *size), kind))
+    argv = ("--to", tmp_path / "c", "--vae", flux_vae, "--transform", "none", "--workers", 0)
+    assert latentmill("encode", folder, *argv)[0] == 0
+    code, out, err = latentmill("export", tmp_path / "c", "--format", "ai-toolkit-flux", "--to", folder, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["settings"] == {"resolution": 91, "bucket_tolerance": 64, "cache_latents_to_disk": True}
+    names = {"a": "a.png", "b/c": "b/c.jpg", "b/d%2Ee": "b/d.e.webp"}
+    for row, cache in read_all(tmp_path / "c"):
+        path = folder / names[str(row["key"])]
+        width, height = row["width"], row["height"]
+        text = (
+            f'{{"crop_height": {height}, "crop_width": {width}, "crop_x": 0, "crop_y": 0, "filename": "{path.name}", '
+            f'"latent_space_version": "flux1", "latent_version": 1, "scale_to_height": {height}, '
+            f'"scale_to_width": {width}}}'
+        )
+        code = base64.urlsafe_b64encode(hashlib.md5(text.encode()).digest()).decode().replace("=", "")
+        latent = load_file(path.parent / "_latent_cache" / f"{path.stem}_{code}.safetensors")["latent"]
+        expected = (cache.raw_latent(row).float() - 0.1159) * 0.3611
+        torch.testing.assert_close(latent.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "missing", "remedy"),
+    [
+        ("lightningdit", ("--flip", "both"), "no column 'label'", "--label-from-folder"),
+        ("lightningdit", ("--label-from-folder",), "no latents of the mirrored images", "--flip both"),
+        ("repa", ("--label-from-folder",), "only the mode of each posterior", "--store moments"),
+        (
+            "repa",
+            ("--label-from-folder", "--store", "moments", "--buckets", 128),
+            "images have 2 sizes (192x64, 128x128), but REPA reads one size",
+            "--resolution",
+        ),
+        ("sd-scripts-sdxl", (), "the scaling factor 0.18215 and the shift 0, but sd-scripts uses", "of the model"),
+        ("sd-scripts-flux", (), "its latents have 4 channels, but sd-scripts expects 16", "of the model"),
+        (
+            "sd-scripts-sd",
+            ("--buckets", 128, "--multiple-of", 32),
+            "buckets in steps of 64 pixels, and images of 160x96, 96x160 do not fit",
+            "--transform sd-scripts",
+        ),
+        ("simpletuner", ("--latents-mean",), "a mean of each channel, which SimpleTuner does not subtract", "its own"),
+    ],
+)
+def test_a_cache_that_lacks_what_a_format_needs_is_refused(
+    latentmill: Command,
+    micro_vae: Path,
+    classes: Path,
+    tmp_path: Path,
+    name: str,
+    options: tuple[object, ...],
+    missing: str,
+    remedy: str,
+) -> None:
+    vae = micro_vae
+    if options == ("--latents-mean",):
+        options, vae = (), make_vae(tmp_path / "vae", latents_mean=(1.0,) * 4, latents_std=(2.0,) * 4)
+    if "--buckets" not in options:
+        options = (*options, "--resolution", 64)
+    argv = ("--to", tmp_path / "c", "--vae", vae, "--workers", 0, *options)
+    assert latentmill("encode", classes, *argv)[0] == 0
+    code, _, err = latentmill("export", tmp_path / "c", "--format", name, "--to", tmp_path / "o")
+    assert code == 2
+    assert f"the cache {tmp_path}/c cannot be exported with --format {name}: " in err
+    assert missing in err
+    assert remedy in err.partition("; ")[2]
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_unknown_format_or_column_is_named(
+    encode: Command, latentmill: Command, photos: Path, tmp_path: Path
+) -> None:
+    assert encode(photos)[0] == 0
+    to = ("--to", tmp_path / "o")
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "lightningdi", *to)
+    assert (code, "did you mean lightningdit?" in err) == (2, True)
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "mds", *to, "--caption-column", "text")
+    assert (code, "has the columns txt, json" in err) == (2, True), err
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "simpletuner", *to, "--label-column", "json")
+    assert (code, "--label-column does not apply to --format simpletuner" in err) == (2, True)
+
+
+def test_two_rows_of_one_name_are_an_error_that_names_both(
+    encode: Command, latentmill: Command, tmp_path: Path
+) -> None:
+    for number in range(2):
+        members = {"x/a.png": encoded(smooth(number), "PNG"), f"x/b{number}.png": encoded(smooth(9), "PNG")}
+        write_tar(tmp_path / f"shards/{number}.tar", members)
+    assert encode(tmp_path / "shards")[0] == 0
+    command = ("export", tmp_path / "c", "--format", "sd-scripts-sd", "--to", tmp_path / "o")
+    code, _, err = latentmill(*command)
+    assert code == 2
+    assert "two rows would have the files of one image, x/a: x/a of shards/0.tar, and x/a of shards/1.tar; " in err
+    assert "use --with-shard" in err
+    assert list_files(tmp_path / "o") == []
+    code, _, err = latentmill(*command[:-1], tmp_path / "p", "--with-shard")
+    assert (code, err) == (0, "")
+    size = "0064x0064_sd.npz"
+    assert list_files(tmp_path / "p") == [f"shards/{n}/x/{stem}_{size}" for n in range(2) for stem in ("a", f"b{n}")]
+
+
+def test_names_that_differ_in_case_are_one_on_a_disk_that_ignores_it(
+    encode: Command, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {name: encoded(smooth(number), "PNG") for number, name in enumerate(("a.png", "A.png"))}
+    write_tar(tmp_path / "shards/0.tar", images)
+    assert encode(tmp_path / "shards")[0] == 0
+    command = ("export", tmp_path / "c", "--format", "simpletuner", "--to")
+    assert latentmill(*command, tmp_path / "o")[0] == 0
+    monkeypatch.setattr(manifest, "NAME", "EXPORT.JSON")  # as if the disk found the record under this name as well
+    monkeypatch.setattr("jobs.export.NAME", "export.json")
+    code, _, err = latentmill(*command, tmp_path / "p")
+    assert (code, "A of shards/0.tar" in err) == (2, True), err
+
+
+def test_a_stopped_export_goes_on_where_it_was(
+    encode: Command, latentmill: Command, shards: Path, tmp_path: Path
+) -> None:
+    assert encode(shards)[0] == 0
+    command = ("export", tmp_path / "c", "--format", "simpletuner", "--to", tmp_path / "o", "--workers", 0, "--json")
+    assert json.loads(latentmill(*command)[1])["exported"] == 18
+    written = {path: path.read_bytes() for path in (tmp_path / "o").glob("*.pt")}
+    times = {path: path.stat().st_mtime_ns for path in written}
+    # as if it was stopped in the second part: its record and some of its files are missing
+    (tmp_path / "o/_latentmill/00001.json").unlink()
+    lost = [path for path in written if path.name[0] in "01234"]
+    mine = {hashlib.sha256(f"{number:09d}".encode()).hexdigest() for number in range(5, 12)}
+    lost = [path for path in lost if path.stem in mine]
+    assert 0 < len(lost) < 7
+    for path in lost:
+        path.unlink()
+    summary = json.loads(latentmill(*command)[1])
+    assert (summary["exported"], summary["skipped"], summary["refused"]) == (len(lost), 18 - len(lost), 0)
+    assert {path: path.read_bytes() for path in (tmp_path / "o").glob("*.pt")} == written
+    assert all(path.stat().st_mtime_ns == times[path] for path in written if path not in lost)
+    again = json.loads(latentmill(*command)[1])
+    assert (again["exported"], again["skipped"]) == (0, 18)
+
+
+def test_an_export_is_completed_after_its_cache_has_grown(
+    encode: Command, latentmill: Command, shards: Path, tmp_path: Path
+) -> None:
+    command = ("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o", "--json")
+    assert encode(shards, "--max-shards", 1)[0] == 0
+    assert json.loads(latentmill(*command)[1])["exported"] == 5
+    before = {path.name: path.read_bytes() for path in (tmp_path / "o").glob("*.mds")}
+    assert encode(shards)[0] == 0
+    summary = json.loads(latentmill(*command)[1])
+    assert (summary["exported"], summary["skipped"]) == (13, 5)
+    assert {name: (tmp_path / "o" / name).read_bytes() for name in before} == before
+    assert sorted(sample["key"] for sample in read_mds(tmp_path / "o")) == [f"{n:09d}" for n in range(18)]
+
+
+def test_another_cache_is_refused_in_the_folder_of_an_export(
+    encode: Command, latentmill: Command, photos: Path, tmp_path: Path
+) -> None:
+    command = ("export", tmp_path / "c", "--format", "safetensors", "--to", tmp_path / "o")
+    source = shutil.copytree(photos, tmp_path / "photos")
+    assert encode(source)[0] == 0
+    assert latentmill(*command)[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    shutil.rmtree(tmp_path / "c")
+    (source / "a/2.png").write_bytes(encoded(smooth(7), "PNG"))
+    assert encode(source)[0] == 0
+    code, _, err = latentmill(*command)
+    assert (code, "has changed in the cache" in err) == (2, True), err
+    shutil.rmtree(tmp_path / "c")
+    assert encode(source, "--dtype", "float32")[0] == 0
+    code, _, err = latentmill(*command)
+    assert (code, "has an export with another identity" in err) == (2, True), err
+    code, _, err = latentmill(*command[:3], "mds", *command[4:])
+    assert (code, "has an export with another format" in err) == (2, True), err
+    assert {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()} == files
+
+
+def test_a_cache_of_a_running_job_is_refused(
+    encode: Command, latentmill: Command, shards: Path, tmp_path: Path
+) -> None:
+    assert encode(shards)[0] == 0
+    next((tmp_path / "c/data").iterdir()).unlink()
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o")
+    assert (code, "run the same encode command to finish it" in err) == (2, True)
+
+
+def test_a_users_file_is_never_overwritten(encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+    assert encode(photos)[0] == 0
+    out = tmp_path / "o"
+    (out / "a").mkdir(parents=True)
+    (out / "a/1.txt").write_text("an edited caption")
+    (out / "a/2_0064x0064_sd.npz").write_text("something else")
+    command = ("export", tmp_path / "c", "--format", "sd-scripts-sd", "--to", out)
+    code, _, err = latentmill(*command)
+    assert code == 1
+    assert f"{out}/a/2_0064x0064_sd.npz exists and is not the file of this export" in err
+    assert (out / "a/2_0064x0064_sd.npz").read_text() == "something else"
+    (out / "a/2_0064x0064_sd.npz").unlink()
+    code, _, err = latentmill(*command)
+    assert (code, "1 caption file existed already" in err) == (0, True)
+    assert (out / "a/1.txt").read_text() == "an edited caption"
+
+
+def test_rows_without_a_label_are_refused_by_name(
+    encode: Command, latentmill: Command, classes: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(classes, tmp_path / "classes")
+    (source / "none.png").write_bytes(encoded(smooth(8), "PNG"))
+    assert encode(source, "--label-from-folder", "--flip", "both")[0] == 0
+    command = ("export", tmp_path / "c", "--format", "lightningdit", "--to", tmp_path / "o")
+    for exported in (5, 0):
+        code, out, err = latentmill(*command)
+        assert code == 3
+        assert f"exported {exported} rows for LightningDiT ({5 - exported} were there already, 1 refused)" in out
+        assert "refused: none of classes: its column 'label' is None, not a whole number" in err
+
+
+def test_a_latent_that_exceeds_the_dtype_of_the_format_is_refused(
+    latentmill: Command, photos: Path, tmp_path: Path
+) -> None:
+    vae = make_vae(tmp_path / "vae", scaling_factor=1e9)
+    argv = ("--to", tmp_path / "c", "--vae", vae, "--resolution", 64, "--workers", 0)
+    assert latentmill("encode", photos, *argv)[0] == 0
+    code, out, _ = latentmill("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o", "--json")
+    summary = json.loads(out)
+    assert (code, summary["exported"], summary["refused"]) == (3, 0, 5)
+    assert summary["refusals"][0]["reason"] == "its latent has values that float16 cannot hold"
+
+
+def test_no_key_leads_out_of_the_folder(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    keys = ["../../evil", "/root", "fine", "x/../../y", "a" * 300]
+    table = pa.table({"id": keys, "image": [encoded(smooth(number)) for number in range(5)]})
+    (tmp_path / "s").mkdir()
+    pq.write_table(table, tmp_path / "s/0.parquet")
+    encode(tmp_path / "s", "--key-column", "id")
+    stored = sorted(str(row["key"]) for row, _ in read_all(tmp_path / "c"))
+    outside = set(tmp_path.parent.iterdir()) | set(tmp_path.iterdir())
+    code, out, _ = latentmill("export", tmp_path / "c", "--format", "sd-scripts-sd", "--to", tmp_path / "o/p", "--json")
+    summary = json.loads(out)
+    assert summary["exported"] + summary["refused"] == len(stored)
+    assert set(tmp_path.parent.iterdir()) | set(tmp_path.iterdir()) - {tmp_path / "o"} == outside
+    assert list_files(tmp_path / "o/p") == ["fine_0064x0064_sd.npz"]
+    assert code == 3, stored
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_files(encode: Command, latentmill: Command, shards: Path, tmp_path: Path) -> None:
+    assert encode(shards)[0] == 0
+    for workers in (0, 2):
+        command = ("export", tmp_path / "c", "--format", "simpletuner", "--to", tmp_path / f"o{workers}")
+        code, _, err = latentmill(*command, "--workers", workers)
+        assert code == 0, err
+    files = [{path.name: path.read_bytes() for path in (tmp_path / f"o{n}").glob("*.pt")} for n in (0, 2)]
+    assert len(files[0]) == 18
+    assert files[0] == files[1]
+
+
+def test_an_export_can_go_to_a_url(encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+    assert encode(photos, "--to", "memory://export-test/c")[0] == 0
+    command = ("export", "memory://export-test/c", "--format", "safetensors", "--to", "memory://export-test/o")
+    code, _, err = latentmill(*command, "--workers", 2)
+    assert (code, "memory:// works with --workers 0 only" in err) == (2, True)
+    assert latentmill(*command)[0] == 0
+    assert fsspec.filesystem("memory").exists("/export-test/o/part-00000-000.safetensors")
