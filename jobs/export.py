@@ -11,7 +11,7 @@ from jobs.executor import Executor
 from jobs.local_executor import LocalExecutor, count_cores
 from jobs.messages import configure_logging, log_each, log_error, log_note, log_warning
 from jobs.options import ExportOptions
-from jobs.parsing import parse, suggest
+from jobs.parsing import parse
 from jobs.process_executor import ProcessExecutor
 from jobs.progress import ProgressMeter
 from jobs.resources import parse_worker_count
@@ -58,9 +58,6 @@ def main(argv: Sequence[str]) -> int:
 
 def run_job(options: ExportOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
-    if options.format not in FORMATS:
-        near = suggest(options.format, list(FORMATS))
-        raise UsageError(f"--format '{options.format}' is not one of {', '.join(FORMATS)}{near}")
     storage = parse_storage_options(options.storage_option)
     cache = Cache.open(options.cache, storage)
     check_digest(cache.folder, None, verify=False)  # a job that still runs would add parts to the cache
@@ -170,7 +167,7 @@ class Export:
         if failures := self.run_tasks(tasks, executor, found.append, lambda: None):
             raise CacheError(f"cannot read {failures[0].name}: {failures[0].error}")
         worker = ExportWorker(self.spec, self.signals.stop)
-        for one, other in find_equal(found):
+        for one, other in find_equal(sorted(found, key=lambda part: part.part)):
             rows = [self.find_row(worker, *place) for place in (one, other)]
             if rows[0][2] == rows[1][2]:
                 (shard, key, name), (other_shard, other_key, _) = rows

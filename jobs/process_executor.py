@@ -1,6 +1,7 @@
 """An executor of processes on this machine, for work that needs neither a model nor Ray."""
 
 import multiprocessing
+import pickle
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from jobs.executor import Worker
 from jobs.local_executor import LocalExecutor
+from latentmill.own_packages import call_pickled
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 
@@ -29,7 +31,8 @@ class ProcessExecutor(LocalExecutor):
         self.stop = stop
         self.shared_stop = context.Event()
         self.tasks_per_worker = processes
-        self.pool = ProcessPoolExecutor(processes, context, _start, (spec, self.shared_stop))
+        start = pickle.dumps((_start, spec))
+        self.pool = ProcessPoolExecutor(processes, context, call_pickled, (start, self.shared_stop))
         self.running = {}
 
     @property

@@ -17,7 +17,7 @@ import torch
 
 from jobs.cli import VERBS
 from jobs.encode_options import EncodeOptions
-from jobs.options import OPTIONS
+from jobs.options import EXPORT_NAMES, OPTIONS
 from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
@@ -271,6 +271,7 @@ def test_the_commands_of_the_inputs_page_exist() -> None:
 def test_the_exports_page_has_every_format_and_its_commands_exist() -> None:
     page = (ROOT / "docs/exports.md").read_text(encoding="utf-8")
     table = page.split("\n| `--format`")[1].split("\n\n")[0]
+    assert tuple(FORMATS) == EXPORT_NAMES
     for name, form in FORMATS.items():
         (line,) = (line for line in table.splitlines() if f"`{name}`" in line)
         assert form.program in line, line

@@ -29,17 +29,18 @@ def make_job(
     for flag, column, is_used in (
         ("--caption-column", captions, form.captions),
         ("--label-column", labels, form.labels != "never"),
+        ("--with-shard", with_shard, form.per_row),
     ):
         if column and not is_used:
             raise UsageError(f"{flag} does not apply to --format {name}; leave it out")
-        if column and column not in columns:
+        if isinstance(column, str) and column and column not in columns:
             raise UsageError(f"{flag} {column}: {describe_columns(cache, columns)}")
     check_scaling(cache, name, form)
     check_rows(cache, name, form, columns, labels or LABEL)
     check_sizes(cache, name, form, sizes)
     default_caption = CAPTION if form.captions and CAPTION in columns else ""
     default_label = LABEL if form.labels != "never" and LABEL in columns else ""
-    has_flipped = cache.info.identity.preprocessing.flip == "both"
+    has_flipped = cache.info.identity.preprocessing.flip == "both" and form.mirrors != "never"
     return ExportJob(
         cache=cache,
         space=form.space,
@@ -48,7 +49,8 @@ def make_job(
         label_column=labels or default_label,
         with_shard=with_shard,
         is_flat=form.is_flat,
-        options={**form.options, "has_flipped": has_flipped},
+        has_flipped=has_flipped,
+        options=form.options,
     )
 
 
@@ -108,7 +110,7 @@ def check_rows(cache: Cache, name: str, form: ExportFormat, columns: Sequence[st
             f"it has no column '{labels}' with the number of each image's class",
             "name another column with --label-column, or encode the images into a new cache with --label-from-folder",
         )
-    if form.mirrors and identity.preprocessing.flip != "both":
+    if form.mirrors == "needed" and identity.preprocessing.flip != "both":
         raise refuse(
             cache,
             name,

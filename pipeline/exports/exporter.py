@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from pipeline.storage.folder import Folder
 
 WRITERS = 16  # threads that write the small files of a part: a disk or a store is slow to confirm each of them
 NAME_COLUMNS = ("key", "shard")
+
+# Whether a file was written, was there already, or is another one that a user has made.
+Outcome = Literal["written", "equal", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,13 @@ class ExportWorker:
         refused: list[tuple[str, str, str]] = []
         files = self.form.pack(self.convert(task, refused), self.spec.job, task.part)
         with ThreadPoolExecutor(WRITERS) as pool:
-            for file, is_new in map_in_order(pool, self.publish, files, window=WRITERS, weight=weigh, budget=256 << 20):
+            for file, outcome in map_in_order(
+                pool, self.publish, files, window=WRITERS, weight=weigh, budget=256 << 20
+            ):
                 rows += file.rows
-                written += file.rows if is_new else 0
-                existing += 0 if is_new else file.rows
-                kept += file.keeps_existing and not is_new
+                written += file.rows if outcome == "written" else 0
+                existing += file.rows if outcome == "equal" else 0
+                kept += outcome == "kept"
                 entries += [] if file.entry is None else [file.entry]
         if rows + len(refused) != task.rows:
             raise CacheError(
@@ -118,7 +123,8 @@ class ExportWorker:
 
     def convert(self, task: ExportTask, refused: list[tuple[str, str, str]]) -> Iterator[Any]:
         """Yield the rows of a part as the format stores them. Rows that it cannot store go to `refused`."""
-        for row in self.read(task):
+        columns = None if self.form.all_columns else self.spec.job.columns
+        for row in self.read(task, columns):
             try:
                 yield self.form.convert(row, self.spec.job)
             except RefusedRow as reason:
@@ -135,20 +141,22 @@ class ExportWorker:
             self.images += 0 if task.names_only else 1
             yield {**row, "image_name": files[row["key"]]} if files else row
 
-    def publish(self, file: OutFile) -> tuple[OutFile, bool]:
-        """Write a file if its name is free, and return whether it was.
+    def publish(self, file: OutFile) -> tuple[OutFile, Outcome]:
+        """Write a file if its name is free.
 
         Raises CacheError if something else has the name: nothing is ever overwritten.
         """
         out = self.spec.out
         if out.create(file.name, file.data):
-            return file, True
-        if not file.keeps_existing and out.read(file.name) != file.data:
-            raise CacheError(
-                f"{out.url_of(file.name)} exists and is not the file of this export; remove it, or export to an empty "
-                "folder"
-            )
-        return file, False
+            return file, "written"
+        if out.read(file.name) == file.data:
+            return file, "equal"
+        if file.keeps_existing:
+            return file, "kept"
+        raise CacheError(
+            f"{out.url_of(file.name)} exists and is not the file of this export; remove it, or export to an empty "
+            "folder"
+        )
 
     def hash_names(self, task: ExportTask) -> PartNames:
         """Return a hash of the name of each row's image."""

@@ -30,8 +30,9 @@ class ExportFormat:
     scaling: the constants that the trainer has in its own code, so that a cache of another VAE would train wrongly.
     channels: of the raw latents; patch: of the VAE's scaling. None: any.
     prepared: whether images must have had their size before, because the trainer's names depend on how it resizes
-    them. moments, labels, mirrors, one_size: whether the cache must have these. captions: whether captions are written
-    if the cache has them. plain_scaling: the trainer's rule has one factor and one shift, and no means of channels.
+    them. moments, one_size: whether the cache must have these. labels, mirrors: the same, for the label and the latent
+    of the mirrored image. captions: whether captions are written if the cache has them. all_columns: whether it has all
+    columns. plain_scaling: the trainer's rule has one factor and one shift, and no means of channels.
     grid: the multiple of pixels to which the trainer rounds the sides of an image, if images have several sizes.
     convert: a row as the format stores it; raises RefusedRow. pack: the files of a part's rows, and its number. finish:
     the files of the whole export, from the entries of all others. per_row: whether each row has its own files. is_flat:
@@ -53,8 +54,9 @@ class ExportFormat:
     prepared: bool = False
     moments: bool = False
     labels: Literal["needed", "if present", "never"] = "never"
-    mirrors: bool = False
+    mirrors: Literal["needed", "if present", "never"] = "never"
     one_size: bool = False
+    all_columns: bool = False
     captions: bool = False
     plain_scaling: bool = False
     grid: int | None = None
@@ -74,6 +76,7 @@ def sd_scripts_format(
         per_row=True,
         scaling=scaling,
         channels=channels,
+        mirrors="if present",
         captions=True,
         grid=64,
         options={"suffix": suffix, "size_in_keys": size_in_keys},
@@ -127,7 +130,7 @@ FORMATS: dict[str, ExportFormat] = {
         finish=lightningdit.finish,
         patch=None,
         labels="needed",
-        mirrors=True,
+        mirrors="needed",
         one_size=True,
     ),
     "sd-scripts-sd": sd_scripts_format("_sd", SD, 4),
@@ -182,6 +185,7 @@ FORMATS: dict[str, ExportFormat] = {
         dtype=None,
         convert=shards.convert,
         pack=shards.pack,
+        all_columns=True,
         patch=None,
     ),
 }

@@ -9,6 +9,7 @@ import torch
 from latentmill.cache import read_stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
+from pipeline.formats.schema import BASE_SCHEMA, LATENT_FLIPPED
 from pipeline.records import get_shard_kind, get_shard_stem
 
 Row = Mapping[str, Any]
@@ -43,7 +44,7 @@ class ExportJob:
 
     space, dtype: of the latents that are written. caption_column, label_column: empty if they are not exported.
     with_shard: names begin with the shard, because several shards have the same keys. is_flat: the trainer has all
-    files in one folder.
+    files in one folder. has_flipped: latents of mirrored images are written.
     """
 
     cache: Cache
@@ -53,7 +54,14 @@ class ExportJob:
     label_column: str = ""
     with_shard: bool = False
     is_flat: bool = False
+    has_flipped: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a cache that most formats need."""
+        named = [LATENT_FLIPPED.name if self.has_flipped else "", self.caption_column, self.label_column]
+        return [*BASE_SCHEMA.names, *filter(None, named)]
 
     def read_latent(self, row: Row, flipped: bool = False) -> torch.Tensor:
         """Return a row's latent [C, h, w] in the space and the dtype of the format; of moments, the mean.

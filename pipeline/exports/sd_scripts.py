@@ -31,7 +31,7 @@ def convert(row: Row, job: ExportJob) -> list[OutFile]:
         f"original_size{end}": np.array([row["original_width"], row["original_height"]]),
         f"crop_ltrb{end}": np.array([left, top, right, bottom]),
     }
-    if job.options["has_flipped"]:
+    if job.has_flipped:
         arrays[f"latents_flipped{end}"] = job.read_latent(row, flipped=True).numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its own option is allow_pickle, which no key equals

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from latentmill import Cache
 from pipeline.exports import manifest
 from tests.conftest import MICRO, encoded, smooth, write_tar
-from vae import AutoencoderKL
+from vae import AutoencoderKL, AutoencoderKLFlux2
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -169,6 +169,29 @@ def test_musubi_stacks_latents_that_have_the_size_of_their_name(
                 "height": str(height),
                 "format_version": "1.0.1",
             }
+
+
+def test_musubi_takes_packed_and_normalized_latents_of_flux2(
+    latentmill: Command, classes: Path, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLFlux2(**MICRO | {"latent_channels": 32})
+        vae.bn.running_mean, vae.bn.running_var = torch.randn(128), torch.rand(128) + 0.1
+        vae.save_pretrained(tmp_path / "vae")
+    argv = ("--to", tmp_path / "c", "--vae", tmp_path / "vae", "--resolution", 64, "--workers", 0)
+    assert latentmill("encode", classes, *argv, "--exclude", "cat/a.1.png")[0] == 0
+    code, out, err = latentmill("export", tmp_path / "c", "--format", "musubi-flux2-dev", "--to", tmp_path / "o")
+    assert (code, err) == (0, "")
+    assert "settings   enable_bucket = false, resolution = [64, 64]" in out
+    for row, cache in read_all(tmp_path / "c"):
+        (latent,) = load_file(tmp_path / f"o/{str(row['key'])[4:]}_0064x0064_f2d.safetensors").items()
+        assert latent[0] == "latents_4x4_float32"
+        raw = cache.raw_latent(row).float()
+        packed = raw.reshape(32, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).reshape(128, 4, 4)  # c, row, column in the patch
+        eps = vae.config.batch_norm_eps
+        expected = (packed - vae.bn.running_mean[:, None, None]) / (vae.bn.running_var[:, None, None] + eps).sqrt()
+        torch.testing.assert_close(latent[1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_simpletuner_finds_scaled_latents_by_the_hash_of_the_stem(
@@ -367,6 +390,8 @@ def test_an_unknown_format_or_column_is_named(
     assert (code, "has the columns txt, json" in err) == (2, True), err
     code, _, err = latentmill("export", tmp_path / "c", "--format", "simpletuner", *to, "--label-column", "json")
     assert (code, "--label-column does not apply to --format simpletuner" in err) == (2, True)
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "mds", *to, "--with-shard")
+    assert (code, "--with-shard does not apply to --format mds" in err) == (2, True)
 
 
 def test_two_rows_of_one_name_are_an_error_that_names_both(
