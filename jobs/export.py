@@ -68,8 +68,8 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
     sizes = parse_sizes(name for part in summaries for name in part.tally)
     job = make_job(cache, options.format, sizes, options.caption_column, options.label_column, options.with_shard)
     out = Folder(connection.make_absolute(options.to), storage)
-    if out.url == cache.folder.url:
-        raise UsageError("--to is the cache itself; export to another folder")
+    if f"{out.url.rstrip('/')}/".startswith(f"{cache.folder.url.rstrip('/')}/"):
+        raise UsageError("--to is in the cache itself; export to another folder")
     names = ("caption_column", "label_column", "with_shard")
     wanted = Manifest(
         format=options.format,
@@ -119,6 +119,7 @@ class Export:
         with self.start_executor(len(tasks)) as executor:
             if FORMATS[self.spec.format].per_row:
                 self.check_names(executor)
+            self.write_manifest(state="started")
             meter = ProgressMeter("exported", sum(self.manifest.parts[task.part].rows for task in tasks), 1.0)
 
             def on_done(report: ExportReport) -> None:
@@ -128,6 +129,11 @@ class Export:
 
             with meter.shown():
                 return self.run_tasks(tasks, executor, on_done, lambda: meter.tick(executor.images, ""))
+
+    def write_manifest(self, **changes: Any) -> None:
+        """Write the manifest with these changes."""
+        self.manifest = dataclasses.replace(self.manifest, **changes)
+        self.spec.out.replace(NAME, self.manifest.to_json())
 
     def run_tasks(
         self, tasks: Sequence[ExportTask], executor: Executor, on_done: Any, on_tick: Any
@@ -201,7 +207,7 @@ def list_images(cache: Cache) -> dict[str, tuple[str, ...]]:
 
 def finish(export: Export, failures: Sequence[Failure], settings: dict[str, object]) -> int:
     """Write the files of the whole export, print the summary, and return the exit code."""
-    out, manifest, form = export.spec.out, export.manifest, FORMATS[export.spec.format]
+    out, form = export.spec.out, FORMATS[export.spec.format]
     numbers = sorted(export.done | {report.part for report in export.reports})
     records = read_records(out, numbers)
     if not failures:
@@ -209,7 +215,7 @@ def finish(export: Export, failures: Sequence[Failure], settings: dict[str, obje
         for name, data in form.finish(export.spec.job, entries):
             out.replace(name, data)
         digest = (read_stats(export.spec.job.cache.folder) or {}).get("digest")
-        out.replace(NAME, dataclasses.replace(manifest, digest=digest, finished=True).to_json())
+        export.write_manifest(state="finished", digest=digest)
     earlier = sum(record.rows for number, record in zip(numbers, records, strict=True) if number in export.done)
     refused = [row for record in records for row in record.refused]
     summary = {

@@ -7,7 +7,7 @@ _latentmill/NNNNN.json    one per finished part: its counts, its refused rows, a
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.canonical_json import indented_json
 from pipeline.errors import CacheError, IdentityError
@@ -29,7 +29,11 @@ class ExportedPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """An export. options: what decides its files besides the cache and the format. digest: of the cache, at the end."""
+    """An export.
+
+    options: what decides its files besides the cache and the format. digest: of the cache, at the end. state: `new`
+    until the first file may be written.
+    """
 
     format: str
     options: Mapping[str, Any]
@@ -37,7 +41,7 @@ class Manifest:
     identity: str
     parts: tuple[ExportedPart, ...]
     digest: str | None = None
-    finished: bool = False
+    state: Literal["new", "started", "finished"] = "new"
 
     def to_json(self) -> bytes:
         """Return the content of the file."""
@@ -54,7 +58,7 @@ class PartRecord:
 
 
 def open_manifest(out: Folder, wanted: Manifest) -> Manifest:
-    """Return the manifest of a folder: a new one, or the one that is there, with the parts that are new.
+    """Return the manifest of a folder: a new one, which is written, or the one that is there, with parts that are new.
 
     Parts keep their number, so that an export can be completed after the cache has grown. Raises IdentityError if the
     folder has another export, or that of a cache whose parts have changed since.
@@ -62,6 +66,9 @@ def open_manifest(out: Folder, wanted: Manifest) -> Manifest:
     if out.create(NAME, wanted.to_json()):
         return wanted
     found = read_manifest(out)
+    if found.state == "new":
+        out.replace(NAME, wanted.to_json())
+        return wanted
     for name in ("format", "identity", "options"):
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if ours != theirs:
@@ -75,11 +82,7 @@ def open_manifest(out: Folder, wanted: Manifest) -> Manifest:
                 f"{out.url} has rows of {part.file}, which has changed in the cache {wanted.cache}, or is no longer in "
                 "it; export to an empty folder"
             )
-    if not now:
-        return found
-    grown = replace(found, parts=(*found.parts, *now.values()), finished=False)
-    out.replace(NAME, grown.to_json())
-    return grown
+    return replace(found, parts=(*found.parts, *now.values())) if now else found
 
 
 def read_manifest(out: Folder) -> Manifest:

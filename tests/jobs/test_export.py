@@ -379,6 +379,13 @@ def test_a_cache_that_lacks_what_a_format_needs_is_refused(
     assert not (tmp_path / "o").exists()
 
 
+def test_nothing_is_written_into_a_cache(encode: Command, latentmill: Command, photos: Path, tmp_path: Path) -> None:
+    assert encode(photos)[0] == 0
+    for to in ("c", "c/data"):
+        code, _, err = latentmill("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / to)
+        assert (code, "--to is in the cache itself" in err) == (2, True)
+
+
 def test_an_unknown_format_or_column_is_named(
     encode: Command, latentmill: Command, photos: Path, tmp_path: Path
 ) -> None:
@@ -407,10 +414,10 @@ def test_two_rows_of_one_name_are_an_error_that_names_both(
     assert "two rows would have the files of one image, x/a: x/a of shards/0.tar, and x/a of shards/1.tar; " in err
     assert "use --with-shard" in err
     assert list_files(tmp_path / "o") == []
-    code, _, err = latentmill(*command[:-1], tmp_path / "p", "--with-shard")
+    code, _, err = latentmill(*command, "--with-shard")
     assert (code, err) == (0, "")
     size = "0064x0064_sd.npz"
-    assert list_files(tmp_path / "p") == [f"shards/{n}/x/{stem}_{size}" for n in range(2) for stem in ("a", f"b{n}")]
+    assert list_files(tmp_path / "o") == [f"shards/{n}/x/{stem}_{size}" for n in range(2) for stem in ("a", f"b{n}")]
 
 
 def test_names_that_differ_in_case_are_one_on_a_disk_that_ignores_it(
