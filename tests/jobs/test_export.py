@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from latentmill import Cache
 from pipeline.exports import manifest
+from pipeline.storage import connection
+from pipeline.storage.folder import Folder
 from tests.conftest import MICRO, encoded, smooth, write_tar
 from vae import AutoencoderKL, AutoencoderKLFlux2
 
@@ -581,3 +583,18 @@ def test_an_export_can_go_to_a_url(encode: Command, latentmill: Command, photos:
     assert (code, "memory:// works with --workers 0 only" in err) == (2, True)
     assert latentmill(*command)[0] == 0
     assert fsspec.filesystem("memory").exists("/export-test/o/part-00000-000.safetensors")
+
+
+def test_an_export_to_a_store_is_resumed(
+    encode: Command, latentmill: Command, photos: Path, tmp_path: Path, bucket: str
+) -> None:
+    assert encode(photos, "--to", f"{bucket}/c")[0] == 0
+    out = Folder(f"{bucket}/o", {})
+    command = ("export", f"{bucket}/c", "--format", "simpletuner", "--to", out.url, "--json")
+    assert json.loads(latentmill(*command)[1])["exported"] == 5
+    filesystem, path = connection.get_filesystem(out.url, {})
+    filesystem.rm_file(f"{path}/_latentmill/00000.json")
+    filesystem.rm_file(f"{path}/a/{hashlib.sha256(b'1').hexdigest()}.pt")
+    summary = json.loads(latentmill(*command)[1])
+    assert (summary["exported"], summary["skipped"]) == (1, 4)
+    assert len(out.list_files("a")) == 2
