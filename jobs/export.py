@@ -18,7 +18,7 @@ from jobs.resources import parse_worker_count
 from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
-from latentmill.cache import check_digest, read_stats
+from latentmill.cache_files import check_digest, read_stats
 from pipeline.cache import identity, parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache

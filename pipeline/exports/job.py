@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentmill.cache import read_stats
+from latentmill.cache_files import read_stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
 from pipeline.formats.schema import BASE_SCHEMA, LATENT_FLIPPED
