@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentmill.errors import UsageError
-from latentmill.loading.draws import LIMIT, Draws, Int64s
+from latentmill.loading.epoch_draws import LIMIT, Draws, Int64s
 from latentmill.loading.index import Index
 from latentmill.loading.windows import LANE, LANES, ROWS, RowSequence, Windows, arrange_groups, cut_windows
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentmill.loading.draws import Draws, Int64s
+from latentmill.loading.epoch_draws import Draws, Int64s
 from latentmill.loading.index import Index
 
 LANES = 4  # windows that a consumer has open, and windows of a stretch
