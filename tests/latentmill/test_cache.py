@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from latentmill import Cache, CacheError, IdentityError, StorageError
-from latentmill.cache import hash_files
+from latentmill.cache_files import hash_files
 from latentmill.errors import UsageError
 from pipeline.cache.reader import Cache as PipelineCache
 from vae import AutoencoderKLConfig
