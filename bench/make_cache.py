@@ -29,6 +29,7 @@ from pipeline.storage.folder import Folder
 from vae import AutoencoderKLConfig
 
 DOWNSCALE = 8
+WEIGHTS = hashlib.sha256(b"random").hexdigest()  # of no VAE
 CAPTION = "a photograph of a red boat on a calm lake at dawn, with mountains and two birds above, picture {}"
 
 
@@ -77,7 +78,7 @@ def _make_info(spec: CacheSpec, layout: OutputSchema) -> CacheInfo:
     )
     sides = [side for bucket in spec.buckets for side in bucket]
     identity = Identity(
-        weights=hashlib.sha256(b"random").hexdigest(),
+        weights=WEIGHTS,
         config=select_raw_fields(config),
         preprocessing=describe_transform(replace(Transform(resolution=min(sides)), flip=spec.flip)),
         store=spec.store,

@@ -1,13 +1,14 @@
 """Reading a cache: its rows, and their latents as tensors, raw or as a diffusion model sees them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_files import DATA, check_digest
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.errors import NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
+from latentmill.loading.random_access import RowAccess
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
 
@@ -24,25 +25,37 @@ class Cache:
 
     folder: CacheFolder
     info: CacheInfo
+    _access: RowAccess = field(default_factory=RowAccess, init=False, repr=False, compare=False)
 
     @classmethod
     def open(
-        cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
+        cls,
+        url: str,
+        options: Mapping[str, Any] | None = None,
+        digest: str | None = None,
+        verify: bool = False,
+        vae: Any = None,
     ) -> Self:
         """Open a cache.
 
         url: a path, or a URL that fsspec supports. options: of its fsspec filesystem. digest: the expected digest of
         its stats.json; pin it in a training configuration. With a digest, the number of files must also equal the
         number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
-        after stats.json was written is not detected.
+        after stats.json was written is not detected. vae: the VAE that must have made the cache: the sha256 of its
+        weights, a directory or safetensors file with them, a torch module, a state dict (`latentmill.weights_hash`), or
+        the name in cache.json.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
-        IdentityError if it has another digest; StorageError if the storage refuses.
+        IdentityError if it has another digest or was made by another VAE; StorageError if the storage refuses.
         """
         folder, info = cls._read_info(url, options or {})
         if info is None:
             raise NoCacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
         if digest is not None or verify:
             check_digest(folder, digest, verify)
+        if vae is not None:
+            from latentmill.weights_hash import check_vae
+
+            check_vae(folder.url, info, vae)
         return cls(folder, info)
 
     @staticmethod
@@ -56,6 +69,26 @@ class Cache:
     def scaling(self) -> Scaling:
         """The rule between the raw latents in the cache and model latents."""
         return self.info.scaling
+
+    def __len__(self) -> int:
+        """The number of rows that the cache had when it was first asked for this, or for a row."""
+        return self._access.index(self).row_count
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return a row by its number: an entry of a batch of `latentmill.Loader` with its defaults.
+
+        Tensors have no first axis. Row i is that of the concatenation of `files()`; a negative number counts from the
+        end. A whole row group is read for it, so this is for looking at a cache. Raises IndexError if there is no such
+        row.
+        """
+        return self._access.get(self, row)
+
+    def find(self, shard: str, key: str) -> int:
+        """Return the number of the row of a sample. Raises KeyError if it has none.
+
+        The keys of whole files are read until it is found. Those of a unit that is a whole tar or file are tried first.
+        """
+        return self._access.find(self, shard, key)
 
     def files(self) -> list[str]:
         """Return the names of the files with rows, sorted. The cache is their concatenation."""

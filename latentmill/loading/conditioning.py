@@ -17,7 +17,6 @@ def make_sizes(
     whether the latent is of the mirrored image, [B]. convention: see `latentmill.time_ids`.
     """
     original, resized, crop = geometry[:, 0:2], geometry[:, 2:4], geometry[:, 4:6]
-    target = np.broadcast_to(np.array(bucket, np.int64), original.shape)
     if convention == "sd-scripts":
         crop = _find_borders(original, bucket, flipped)
     else:
@@ -26,7 +25,7 @@ def make_sizes(
     return {
         "original_size": np.ascontiguousarray(resized if convention == "simpletuner" else original),
         "crop_top_left": crop,
-        "target_size": np.ascontiguousarray(target),
+        "target_size": np.tile(np.array(bucket, np.int64), (len(geometry), 1)),
     }
 
 
