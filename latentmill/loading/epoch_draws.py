@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
 LIMIT = 1 << 63  # of seeds and epochs
+GROUPS, TAILS, STRETCHES, ROLL, ROWS, LANE, CHOICE = range(7)  # the purposes
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentmill.errors import UsageError
-from latentmill.loading.epoch_draws import LIMIT, Draws, Int64s
+from latentmill.loading.epoch_draws import LANE, LIMIT, ROWS, Draws, Int64s
 from latentmill.loading.index import Index
-from latentmill.loading.windows import LANE, LANES, ROWS, RowSequence, Windows, arrange_groups, cut_windows
+from latentmill.loading.windows import LANES, RowSequence, Windows, arrange_groups, cut_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

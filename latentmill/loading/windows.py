@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentmill.loading.epoch_draws import Draws, Int64s
+from latentmill.loading.epoch_draws import GROUPS, ROLL, STRETCHES, TAILS, Draws, Int64s
 from latentmill.loading.index import Index
 
 LANES = 4  # windows that a consumer has open, and windows of a stretch
-GROUPS, TAILS, STRETCHES, ROLL, ROWS, LANE = range(6)  # the purposes of draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
