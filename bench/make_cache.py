@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentmill.cache_info import CacheInfo, ColumnInfo, ComputeInfo, Identity, VaeInfo
+from latentmill.canonical_json import canonical_json
 from pipeline.cache import stats
 from pipeline.cache.identity import choose_rows_per_part, create_or_load, select_raw_fields
 from pipeline.cache.part_info import PartSummary
@@ -111,7 +112,7 @@ def _write_part(folder: Path, spec: CacheSpec, layout: OutputSchema, info: Cache
     record = PartRecord(
         format=1,
         identity=info.identity_sha256,
-        unit=f"{part:05d}-{hashlib.sha256(source.encode()).hexdigest()[:16]}",
+        unit=f"{part:05d}-{hashlib.sha256(canonical_json([source, None])).hexdigest()[:16]}",
         part=0,
         last=True,
         source=source,

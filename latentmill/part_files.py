@@ -122,18 +122,6 @@ def _read_npy(data: bytes) -> bytes:
         return bytes(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).tobytes())
 
 
-def parse_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return the shape of an array in an npy file, whether it is in Fortran order, and its dtype.
-
-    Raises ValueError for another version of the format than 1.0, which ours have, or if the header cannot be read.
-    """
-    with _npy_lock:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("the version of the npy file is not 1.0")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        return shape, is_fortran, dtype
-
-
 def count_record_bytes(data: bytes, name: str) -> int:
     """Return how many bytes `read_record_json` needs: from the end of a Parquet file, or from the start of a tar.
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from latentmill.arrow_values import to_python
+from latentmill.byte_stream import first_line
 from latentmill.cache_files import OpenCache
 from latentmill.errors import CacheError
 from latentmill.loading.footers import find_start, read_footer
@@ -111,15 +112,23 @@ class GroupReader:
         """Return the columns of a group but for its latents."""
         names = list(dict.fromkeys([*self._columns, *GEOMETRY]))
         try:
-            file = pq.ParquetFile(
-                pa.PythonFile(source, mode="r"),
-                metadata=footer,
-                page_checksum_verification=self._checksums,
-                pre_buffer=False,
-            )
-            return file.read_row_group(local, columns=names, use_threads=False)
+            return self._read_columns(footer, local, source, names)
         except (pa.ArrowException, OSError) as error:
-            raise PageError(f"a column of {', '.join(names)} cannot be read ({str(error).splitlines()[0]})") from error
+            for name in names:  # Arrow does not say which one it is
+                try:
+                    self._read_columns(footer, local, source, [name])
+                except (pa.ArrowException, OSError):
+                    raise PageError(f"in the column {name}, {first_line(error)}") from error
+            raise PageError(first_line(error)) from error
+
+    def _read_columns(self, footer: pq.FileMetaData, local: int, source: "_Range", names: list[str]) -> pa.Table:
+        file = pq.ParquetFile(
+            pa.PythonFile(source, mode="r"),
+            metadata=footer,
+            page_checksum_verification=self._checksums,
+            pre_buffer=False,
+        )
+        return file.read_row_group(local, columns=names, use_threads=False)
 
     def _read_tar(self, group: int, file: str) -> RowGroup:
         index = self._index
