@@ -110,7 +110,9 @@ class Stream(IterableDataset[Any]):
         worker, workers = (info.id, info.num_workers) if info else (0, 0)
         self._place.begin(workers)
         plan, step = self._find_plan(workers, self._place.find_epoch(workers))
-        yield from read_batches(self._feed, plan, step, worker)
+        # torch takes a batch of each worker in turn and begins with worker 0, also in the middle of an epoch
+        turn = (worker + step - plan.first_step) % max(1, workers)
+        yield from read_batches(self._feed, plan, step, turn)
         self._place.finish(worker, plan.epoch)
 
     def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
