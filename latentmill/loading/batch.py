@@ -33,7 +33,12 @@ def make_batch(
     epoch: int = 0,
     step: int = 0,
 ) -> dict[str, Any]:
-    """Return a batch of rows of one bucket, as docs/training.md describes it.
+    """Return a batch of rows of one bucket.
+
+    It is a dict: `latents` [B, C, h, w] (or `moments` [B, 2C, h, w]), `captions`, `key` and `shard` as lists, the
+    requested columns by their names (numbers as tensors [B], others as lists), `original_size`, `crop_top_left` and
+    `target_size` [B, 2] and `time_ids` [B, 6] in int64, `flipped` and `valid` as bool [B], and `epoch`, `step` and
+    `bucket`. Tensors are contiguous and on the CPU.
 
     groups: by their number in the index, at least those that `rows` needs. rows: the numbers of rows of the cache, [B].
     valid: [B]; None: all. Draws are keyed by (seed, epoch, shard, key), so they depend on no other row.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,6 +73,18 @@ def test_values_can_stay_as_they_are_stored(make: Make, stored: str) -> None:
         assert torch.equal(batch_of(cache, [4, 1], scale=False, dtype=dtype)["latents"], raw.to(dtype))
         scaled = batch_of(cache, [4, 1], dtype=dtype)["latents"]
         assert torch.equal(scaled, cache.scaling.to_model(raw.float()).to(dtype)), "computed in float32"
+
+
+def test_the_latents_of_flux2_are_packed(make: Make) -> None:
+    cache = make()
+    constants = {"patch_size": (2, 2), "latents_mean": tuple(range(16)), "latents_std": tuple(range(1, 17))}
+    vae = replace(cache.info.vae, scaling_factor=1.0, shift_factor=None, **constants)
+    packed = replace(cache, info=replace(cache.info, vae=vae))
+    raw, latents = stack(rows_of(cache, [3, 6])), batch_of(packed, [3, 6])["latents"]
+    assert latents.shape == (2, 16, 4, 4) and latents.is_contiguous()
+    assert torch.equal(latents, packed.scaling.to_model(raw.float()))
+    expected = (float(raw[1, 1, 4, 7]) - 5) / 6
+    assert float(latents[1, 5, 2, 3]) == pytest.approx(expected), "channel, row, column"
 
 
 def test_the_statistics_of_the_cache_scale_it_to_zero_mean_and_unit_variance(make: Make) -> None:
