@@ -166,6 +166,12 @@ def test_memory_is_bounded_and_a_group_is_read_about_once(world: int, workers: i
     assert reads < 1.35 * len(index.rows)
 
 
+def test_without_shuffle_each_group_is_read_once_in_turn() -> None:
+    index = make_index(split_rows((64 * 20,), 64), 1)
+    reads = plan_epoch(index, OrderSettings(batch_size=24, window=512, shuffle=False), 0).reads()
+    assert [read.group for read in reads] == list(range(20))
+
+
 def test_a_group_is_held_no_longer_than_its_windows_are_open() -> None:
     index = make_index(split_rows((64 * 200,), 64), 1)
     order = plan_epoch(index, OrderSettings(batch_size=32, window=1024), 0)
