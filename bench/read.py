@@ -10,10 +10,10 @@ of its own, on one thread of torch, with the files in the page cache. Each row o
 - memory: the most that the process has over what it has after its imports, without files that are mapped.
 - first batch: the time to it, from opening the cache.
 
-Readers of libraries that are not installed are left out. `--python` names the interpreter of the readers, if litdata is in
-another environment. Ours mix the rows of four groups, the others read in order. `Cache.rows` and ours verify the CRC of
-each page, which no peer does; `checksums=False` shows what that costs. The exit code is 1 if ours has, with rows of 128 KiB,
-less than 4 times the rate of `Cache.rows` without checksums or less than twice with them, or if a peer is faster.
+Readers of libraries that are not installed are left out. `--python` names the interpreter of the readers, if litdata is
+in another environment. Ours mix the rows of four groups, the others read in order. `Cache.rows` and ours verify the CRC
+of each page, which no peer does; `checksums=False` shows what that costs. The exit code is 1 if a peer is faster, or if
+ours has, with rows of 128 KiB, less than twice the rate of `Cache.rows`, or without checksums less than 4 times.
 """
 
 import argparse
