@@ -1,6 +1,7 @@
 """The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
 import inspect
+import mmap
 import os
 import re
 import time
@@ -97,6 +98,8 @@ class CacheFolder:
     def read_range(self, name: str, start: int, stop: int) -> memoryview:
         """Return the bytes [start, stop) of a file, by one request. `stop` is not beyond the end of the file.
 
+        A local file is mapped, so it must not be changed in place while the result is used. Parts never are.
+
         A request that fails in a way that may pass is repeated, after RETRY_SECONDS. Raises StorageError.
         """
         for seconds in RETRY_SECONDS:
@@ -112,7 +115,7 @@ class CacheFolder:
         with name_url_in_errors(self.url_of(name), "read"):
             filesystem, path = self._locate(name)
             if isinstance(filesystem, LocalFileSystem):
-                data = _read_local(path, start, stop)
+                data = _map_local(path, start, stop)
             else:
                 data = memoryview(filesystem.cat_file(path, start=start, end=stop))
         if len(data) != stop - start:
@@ -141,18 +144,19 @@ def _scan(path: str) -> Iterator[tuple[str, bool]]:
             yield entry.name, os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
-def _read_local(path: str, start: int, stop: int) -> memoryview:
-    """Return the bytes [start, stop) of a local file, or fewer at its end.
+def _map_local(path: str, start: int, stop: int) -> memoryview:
+    """Return the bytes [start, stop) of a local file, or fewer at its end, in the system's own memory, without a copy.
 
-    numpy's memory is in huge pages if it is large: to fill it takes half the time that `bytes` of 32 MiB take.
+    Each page is touched once, so that disks are waited for here, without the interpreter's lock.
     """
-    data = np.empty(stop - start, np.uint8).data
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        count = 0
-        while count < len(data) and (more := file.readinto(data[count:])):
-            count += more
-    return data[:count]
+    with open(path, "rb") as file:
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        size = min(stop, os.fstat(file.fileno()).st_size) - first
+        if size <= start - first:
+            return memoryview(b"")
+        data = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=first))
+    np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
+    return data[start - first :]
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:

@@ -261,6 +261,18 @@ def test_the_python_code_of_the_micro_conditioning_runs(demo: Path, monkeypatch:
     assert {numbers[0][4:] for numbers in names["numbers"]} == {(256, 256)}
 
 
+def test_the_python_code_of_the_training_page_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = find_blocks((ROOT / "docs/training.md").read_text(encoding="utf-8"), "python")
+    monkeypatch.chdir(demo)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert (names["latents"].shape, len(names["captions"])) == ((2, 16, 32, 32), 2)
+    assert (len(names["loader"]), names["loader"].epoch, names["rest"]) == (3, 2, [1, 2])
+    assert (names["stream"].epoch, names["state"]["epoch"], names["state"]["sessions"]) == (1, 1, [])
+    assert sum(names["shares"]) == 20
+
+
 def test_the_commands_of_the_inputs_page_exist() -> None:
     for line in find_command_lines((ROOT / "docs/inputs.md").read_text(encoding="utf-8")):
         program, verb, *argv = shlex.split(line)

@@ -26,6 +26,21 @@ def make(tmp_path: Path) -> Callable[..., Cache]:
     return run
 
 
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns a cache of moments, of 18 rows of one bucket, in six parts of a container."""
+    made = dict[str, Path]()
+
+    def run(container: str = "parquet") -> Path:
+        if container not in made:
+            made[container] = tmp_path_factory.mktemp("small") / container
+            spec = CacheSpec(buckets={(64, 64): 18}, parts=6, container=container, store="moments")
+            write_cache(made[container], spec)
+        return made[container]
+
+    return run
+
+
 class CountingStore(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
     """A store in memory. requests: (path, start, end) of each read. faults: what the next reads do instead."""
 

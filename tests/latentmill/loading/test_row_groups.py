@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentmill import Cache, CacheError, StorageError
+from latentmill.folder import CacheFolder
 from latentmill.loading.index import read_index
 from latentmill.loading.parquet_pages import PageError, find_values
 from latentmill.loading.row_groups import GEOMETRY, GroupReader, RowGroup
@@ -118,6 +119,18 @@ def test_a_local_file_that_is_missing_or_short_is_named(make: Make, monkeypatch:
     path.unlink()
     with pytest.raises(StorageError, match=rf"^cannot read {path}: no such file or directory$"):
         reader.read(0)
+
+
+def test_any_range_of_a_local_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentmill.folder.RETRY_SECONDS", ())
+    content = np.random.default_rng(0).bytes(20_000)
+    (tmp_path / "x").write_bytes(content)
+    folder = CacheFolder(str(tmp_path))
+    for start, stop in ((0, 20_000), (0, 1), (4095, 4097), (4096, 8192), (12_345, 19_999), (19_999, 20_000), (7, 7)):
+        assert folder.read_range("x", start, stop) == content[start:stop]
+    for start, stop, count in ((19_000, 20_001, 1000), (20_000, 20_001, 0), (50_000, 60_000, 0)):
+        with pytest.raises(StorageError, match=rf"^{tmp_path}/x has {count} bytes from byte {start} to {stop}: "):
+            folder.read_range("x", start, stop)
 
 
 def flip_bit(path: Path, position: int) -> None:
