@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
-from latentmill.errors import IdentityError, NoCacheError, UsageError
+from latentmill.errors import CacheError, IdentityError, NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
-from latentmill.part_files import read_rows, to_tensor
+from latentmill.overlays import Overlays, check_overlays, open_overlays
+from latentmill.part_files import PARQUET_SUFFIX, read_rows, to_tensor
 from latentmill.scaling import Scaling
 
 if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
 
 DATA, EMPTY, STATS = "data", "_empty", "stats.json"
+NO_OVERLAYS = Overlays()
 _BLOCK = 8 << 20  # bytes per request while a file is hashed
 
 
@@ -23,31 +25,42 @@ _BLOCK = 8 << 20  # bytes per request while a file is hashed
 class Cache:
     """An open cache.
 
-    folder: where it is. info: its cache.json.
+    folder: where it is. info: its cache.json. overlays: the columns that `latentmill annotate` added later.
     """
 
     folder: CacheFolder
     info: CacheInfo
+    overlays: Overlays = NO_OVERLAYS
 
     @classmethod
     def open(
-        cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
+        cls,
+        url: str,
+        options: Mapping[str, Any] | None = None,
+        digest: str | None = None,
+        verify: bool = False,
+        columns_version: int | str | None = None,
     ) -> Self:
         """Open a cache.
 
         url: a path, or a URL that fsspec supports. options: of its fsspec filesystem. digest: the expected digest of
         its stats.json; pin it in a training configuration. With a digest, the number of files must also equal the
         number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
-        after stats.json was written is not detected.
+        after stats.json was written is not detected. columns_version: the version of the columns that came later, by
+        its number (0: none of them) or by its columns digest, which can be pinned as well; None for the newest.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
-        IdentityError if it has another digest; StorageError if the storage refuses.
+        IdentityError if it has another digest; UsageError if it has no such version of its columns; StorageError if the
+        storage refuses.
         """
         folder, info = cls._read_info(url, options or {})
         if info is None:
             raise NoCacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
         if digest is not None or verify:
             check_digest(folder, digest, verify)
-        return cls(folder, info)
+        overlays = open_overlays(folder, columns_version)
+        if verify:
+            check_overlays(overlays)
+        return cls(folder, info, overlays)
 
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[CacheFolder, CacheInfo | None]:
@@ -70,10 +83,34 @@ class Cache:
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows of one file as dicts, in order, the same for both containers.
 
-        columns: of Parquet, to read less. wanted: the indexes of the rows to yield; None for all.
+        Rows have the columns that came later. Such a column replaces one of the same name.
+        columns: of Parquet, to read less. wanted: the indexes of the rows to yield, ascending; None for all.
         """
+        later = [name for name in self.overlays.schema.names if columns is None or name in columns]
+        own = columns
+        if columns is not None and later:
+            own = [name for name in columns if name not in later] or ["key"]
         with self.folder.open(file) as stream:
-            yield from read_rows(stream, file, wanted, columns, self.info.columns.texts, self.info.columns.binary)
+            rows = read_rows(stream, file, wanted, own, self.info.columns.texts, self.info.columns.binary)
+            yield from self._add_overlays(rows, file, later, columns, wanted) if later else rows
+
+    def _add_overlays(
+        self,
+        rows: Iterator[dict[str, Any]],
+        file: str,
+        later: Sequence[str],
+        columns: Sequence[str] | None,
+        wanted: Sequence[int] | None,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a file with the columns that came later."""
+        overlay = self.overlays.iterate_rows(file, later, wanted)
+        for row in rows:
+            more = next(overlay, None)
+            if more is None:
+                raise CacheError(f"{self.folder.url_of(file)} has more rows than its overlays; {VERIFY_HINT}")
+            row |= more
+            is_chosen = columns is not None and file.endswith(PARQUET_SUFFIX)
+            yield {name: row[name] for name in columns or () if name in row} if is_chosen else row
 
     def raw_latent(self, row: Mapping[str, Any], flipped: bool = False) -> "Tensor":
         """Return the latent of a row as it is stored: [C, h, w] in the cache's dtype, on the CPU.

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.byte_stream import ByteStream, name_url_in_errors, open_while
-from latentmill.errors import UsageError
+from latentmill.errors import StorageError, UsageError
 from latentmill.pages import list_pages
 
 
@@ -74,6 +74,19 @@ class CacheFolder:
                 return cast(bytes, filesystem.cat_file(path, **single_request_option(filesystem)))
             except FileNotFoundError:
                 return None
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Read the bytes from `start` to `stop` of a file: on a store, by one request.
+
+        Raises StorageError if fewer bytes arrive.
+        """
+        with name_url_in_errors(self.url_of(name), "read"):
+            filesystem, path = self._locate(name)
+            data = cast(bytes, filesystem.cat_file(path, start=start, end=stop))
+        if len(data) != stop - start:
+            text = f"{self.url_of(name)} ended at byte {start + len(data)}, but has {stop} bytes or more"
+            raise StorageError(f"{text}: the transfer was cut short", may_pass=True)
+        return data
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
