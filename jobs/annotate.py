@@ -22,7 +22,7 @@ from latentmill.overlays import Overlays
 from pipeline.annotation.current import list_current_inputs, select_refreshed
 from pipeline.annotation.join import KEY, SHARD, ColumnJoin
 from pipeline.annotation.part_rows import is_exact_in_tars, read_part_rows
-from pipeline.annotation.publish import check_types, publish_overlays, publish_version
+from pipeline.annotation.publish import check_types, check_values, publish_overlays, publish_version
 from pipeline.annotation.sources import SourceSpec, read_columns
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, SourceError, UsageError
@@ -67,6 +67,7 @@ def annotate(options: AnnotateOptions, cache: Cache, files: Sequence[str], folde
     join = ColumnJoin(name, folder, table.convert)
     for rows in table.read():
         check_names(rows.schema.names, name)
+        check_values(rows, name)
         join.add_table(rows)
     join.close_table()
     check_columns(options, join.schema, name)

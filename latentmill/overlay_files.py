@@ -43,12 +43,10 @@ def _is_float(kind: Any) -> bool:
 
 
 def to_stored(array: Any) -> Any:
-    """Return a column as it is stored. Raises ValueError if a fixed-size list of numbers has a null inside."""
+    """Return a column as it is stored. A fixed-size list of numbers must not have a null among them."""
     kind, stored = array.type, get_stored_type(array.type)
     if stored == kind:
         return array
-    if array.flatten().null_count:
-        raise ValueError("a fixed-size list has a null among its numbers")
     values, width = array.values, kind.value_type.bit_width // 8
     data = values.buffers()[1].slice(values.offset * width) if len(values) else pa.py_buffer(b"")
     return pa.Array.from_buffers(stored, len(array), [array.buffers()[0], data], offset=array.offset)
@@ -98,6 +96,11 @@ class OverlayFile:
             self._tail, self._metadata = _read_tail(self._place)
         except (pa.ArrowException, OSError) as error:
             raise CacheError(f"{self.url} is damaged: it has no readable footer; {VERIFY_HINT}") from error
+
+    @property
+    def stored_schema(self) -> pa.Schema:
+        """The columns of the file, as they are stored."""
+        return self._metadata.schema.to_arrow_schema()
 
     @property
     def sizes(self) -> list[int]:

@@ -11,8 +11,8 @@ import hashlib
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,12 +21,9 @@ from latentmill.arrow_values import to_python
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, canonical_json, parse_json_object
 from latentmill.errors import CacheError, IdentityError, LatentmillError, UsageError
 from latentmill.folder import CacheFolder
-from latentmill.overlay_files import FILES, OverlayEntry, OverlayFile
+from latentmill.overlay_files import OverlayEntry, OverlayFile
 from latentmill.part_files import PARQUET_RECORD, count_rows
 from latentmill.typed_json import FieldError, parse_fields
-
-if TYPE_CHECKING:
-    from latentmill.cache import Cache
 
 FOLDER = "_columns"
 FORMAT = 1
@@ -49,6 +46,7 @@ class VersionInfo:
     table: the name of the table that the columns came from; "" if they were read again from the sources.
     arrow_schema: the columns, as Arrow's serialized schema in base64. rows: of all files that the version covers.
     matched: those that had a row in the table. digest: see `Version`. latentmill: the version that wrote it.
+    sha256: of all other fields as canonical JSON.
     """
 
     format: int
@@ -59,6 +57,12 @@ class VersionInfo:
     matched: int
     digest: str
     latentmill: str
+    sha256: str = ""
+
+    def seal(self) -> "VersionInfo":
+        """Return the same fields with their sha256."""
+        rest = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        return replace(self, sha256=hashlib.sha256(canonical_json(rest)).hexdigest())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +121,19 @@ class Overlays:
         """
         digests = {name: version.info.digest for name, version in self.providers.items()}
         return hashlib.sha256(canonical_json(digests)).hexdigest() if digests else ""
+
+    @property
+    def summary(self) -> str:
+        """The version, and its columns with the tables that they came from."""
+        tables: dict[str, list[str]] = {}
+        for name, version in self.providers.items():
+            tables.setdefault(version.info.table or "the sources", []).append(name)
+        return f"version {self.number}: " + "; ".join(f"{', '.join(tables[table])} from {table}" for table in tables)
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Return the version, its columns digest, and the table of each column, for JSON; None if there are none."""
+        tables = {name: version.info.table for name, version in self.providers.items()}
+        return {"version": self.number, "digest": self.digest, "tables": tables} if tables else None
 
     def read(
         self, file: str, columns: Collection[str] | None = None, start: int = 0, stop: int | None = None
@@ -230,6 +247,8 @@ def read_version(folder: CacheFolder, number: int) -> Version:
     except Exception as error:  # damaged bytes can make Arrow raise anything
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CacheError(f"{url} cannot be read as a version of columns: {message:.200}; {VERIFY_HINT}") from error
+    if info != info.seal():
+        raise CacheError(f"{url} was changed after it was written; {VERIFY_HINT}")
     if info.format != FORMAT:
         raise CacheError(f"{url} has format {info.format}; this version of latentmill knows {FORMAT}")
     return Version(number, info, schema, files)
@@ -238,30 +257,6 @@ def read_version(folder: CacheFolder, number: int) -> Version:
 def compute_digest(hashes: Mapping[str, str]) -> str:
     """Return the digest of a version. hashes: the sha256 in hex of each overlay, by the part's file."""
     return cache_digest(sorted(hashes.items()))
-
-
-def check_overlays(overlays: Overlays) -> None:
-    """Hash every overlay that the columns are read from. Raises IdentityError unless the version lists these bytes."""
-    for version in {version.number: version for version in overlays.providers.values()}.values():
-        hashes = {}
-        for index in range(len(version)):
-            entry = version[index]
-            data = overlays.folder.read_if_exists(f"{FILES}/{entry.name}") or b""
-            hashes[entry.file] = hashlib.sha256(data).hexdigest()
-        if compute_digest(hashes) != version.info.digest:
-            text = f"the overlays of version {version.number} of the columns of {overlays.folder.url} were changed"
-            raise IdentityError(f"{text}; {VERIFY_HINT}")
-
-
-def read_overlay(
-    cache: "Cache", file: str, columns: Collection[str] | None = None, version: int | str | None = None
-) -> pa.Table:
-    """Return the columns of a part's file that came later: one row per row of the file, in its order.
-
-    file: as `cache.files()` names it. columns: None for all. version: as of `open_overlays`; None for the one with
-    which the cache was opened. A column that the file's version does not cover is null. Raises as `Overlays.read` does.
-    """
-    return (cache.overlays if version is None else open_overlays(cache.folder, version)).read(file, columns)
 
 
 def _read_slice(

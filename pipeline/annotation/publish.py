@@ -107,6 +107,15 @@ def check_types(schema: pa.Schema) -> None:
             raise UsageError(f"the column {item.name} has the type {item.type}, which is not supported") from error
 
 
+def check_values(rows: pa.Table, table: str) -> None:
+    """Raise UsageError if a fixed-size list of numbers has a null among them: they are stored as bytes."""
+    for item in rows.schema:
+        is_stored_as_bytes = get_stored_type(item.type) != item.type
+        if is_stored_as_bytes and any(chunk.flatten().null_count for chunk in rows[item.name].chunks):
+            text = f"the column {item.name} of {table} has a null among the numbers of a fixed-size list"
+            raise UsageError(f"{text}: use lists without a fixed size, or another number")
+
+
 def publish_version(
     cache: Folder, overlays: Sequence[Published], schema: pa.Schema, table: str, latentmill: str
 ) -> tuple[Overlays, bool]:
@@ -125,7 +134,7 @@ def publish_version(
         matched=sum(row[5] for row in rows),
         digest=compute_digest({row[0]: row[4] for row in rows}),
         latentmill=latentmill,
-    )
+    ).seal()
     data = encode_version(info, rows)
     while True:
         newest = open_overlays(cache)
@@ -145,7 +154,9 @@ def encode_version(info: VersionInfo, rows: Sequence[Published]) -> bytes:
     table = pa.table(dict(zip(LIST_SCHEMA.names, columns, strict=True)), LIST_SCHEMA)
     content = canonical_json(asdict(info)).decode()
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, LIST_SCHEMA, compression=COMPRESSION, write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        sink, LIST_SCHEMA, compression=COMPRESSION, write_page_checksum=True, write_statistics=False
+    ) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({PARQUET_RECORD.decode(): content})
     return bytes(sink.getvalue().to_pybytes())

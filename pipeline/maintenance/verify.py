@@ -32,6 +32,7 @@ from pipeline.cache.parts import (
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import REBUILD_HINT, canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
+from pipeline.maintenance.verify_columns import check_columns
 from pipeline.maintenance.verify_log import check_log
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo, describe_redo_of_repeated
 from pipeline.prefetch import map_in_order
@@ -45,8 +46,6 @@ REBUILD = REBUILD_HINT
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
 REWRITE = "run the encode command again, which writes it again"
 AWAY = "move it away"
-
-
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     DATA: (".parquet", ".tar"),
     EMPTY: (".json",),
@@ -118,6 +117,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     findings.parts = [check.part for check in checks if check.part is not None]
     sound = [check.part for check in checks if check.part is not None and not check.problems]
     findings.problems += check_keys(checks)
+    findings.problems += check_columns(cache.folder, checks)
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 

@@ -69,7 +69,6 @@ def read_samples(
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
     wanted = Wanted(columns.texts, spec.image_column, columns.binary, encoding)
-
     is_pinned = may_differ is None and unit.name not in spec.superseded
     more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
@@ -82,9 +81,8 @@ def read_samples(
             samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
             for sample in read_past_damage(samples, stream, on_piece, stop):
                 if isinstance(sample, Sample) and sample.key in metadata:
-                    yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
-                else:
-                    yield more.add_columns(sample)
+                    sample = merge_metadata(sample, metadata[sample.key])
+                yield more.add_columns(sample)
     elif unit.kind == "zip":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
