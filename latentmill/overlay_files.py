@@ -31,7 +31,7 @@ class OverlayEntry:
 def get_stored_type(kind: Any) -> Any:
     """Return the type of a column in an overlay file: fixed-size lists of numbers are stored as their bytes.
 
-    Parquet would take eight times as long to read them as lists.
+    Parquet would take about seven times as long to read them as lists.
     """
     if pa.types.is_fixed_size_list(kind) and (pa.types.is_integer(kind.value_type) or _is_float(kind.value_type)):
         return pa.binary(kind.list_size * kind.value_type.bit_width // 8)
