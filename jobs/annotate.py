@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
     configure_logging(options.verbose)
     if bool(options.from_) == options.refresh_columns:
         raise UsageError("annotate needs either --from TABLE or --refresh-columns")
+    if options.from_ and options.source:
+        raise UsageError("--source has no effect with --from; leave it out")
+    if options.refresh_columns and options.unmatched != "null":
+        raise UsageError("--unmatched has no effect with --refresh-columns, which keeps the columns of missing samples")
     return run_with_signals(lambda signals: run_job(options), "run the same command to add the columns")
 
 
@@ -104,9 +108,16 @@ def refresh(options: AnnotateOptions, cache: Cache, files: Sequence[str], folder
         limits=parse_limits(options.input_limit),
     )
     join = ColumnJoin("the source", folder)
-    meter = ProgressMeter("inputs", len(inputs))
+    if described.key_column is None and any(unit.kind in ("parquet", "arrow") for unit in inputs):
+        log_note("keys of tables are numbers of rows, so rows must be where they were when they were encoded")
+    meter = ProgressMeter("read", len(inputs))
+
+    def on_input(samples: int) -> None:
+        meter.task_done(1, samples, 0)
+        meter.tick(meter.finished_images, "")
+
     with meter.shown():
-        rejected, damaged = read_columns(inputs, spec, join.add_table, lambda: meter.task_done(1, 1, 0))
+        rejected, damaged = read_columns(inputs, spec, join.add_table, on_input)
     join.close_table()
     for message in damaged:
         log_note(f"damaged: {message}; the samples after that keep their columns")

@@ -85,14 +85,18 @@ class ColumnJoin:
         for name in (KEY, SHARD) if has_shards else (KEY,):
             if rows[name].null_count:
                 raise UsageError(f"a row of {self.name} has no value in the column '{name}'")
-            rows = rows.set_column(rows.schema.get_field_index(name), name, rows[name].cast(pa.string()))
+            try:
+                texts = rows[name].cast(pa.string())
+            except pa.ArrowException as error:
+                raise UsageError(f"the column '{name}' of {self.name} is {rows[name].type}, not text") from error
+            rows = rows.set_column(rows.schema.get_field_index(name), name, texts)
         shards = rows[SHARD].to_pylist() if has_shards else None
         self._table.add(rows, _hash_keys(rows[KEY], shards))
-        self.counts.table_rows += len(rows)
 
     def close_table(self) -> None:
         """End the table. Its columns and their types are then known (`schema`). A column of nulls is text."""
         self._table.close()
+        self.counts.table_rows = self._table.rows
         rows = self._read_table(0, 0)
         fields = [item for item in rows.schema if item.name not in (KEY, SHARD)] if rows is not None else []
         self.schema = pa.schema(fields)

@@ -37,29 +37,31 @@ class SourceSpec:
 
 
 def read_columns(
-    units: Sequence[Unit], spec: SourceSpec, add: Callable[[pa.Table], None], on_unit: Callable[[], None]
+    units: Sequence[Unit], spec: SourceSpec, add: Callable[[pa.Table], None], on_unit: Callable[[int], None]
 ) -> tuple[Counter[str], list[str]]:
-    """Read the columns of all samples, and add them in tables with `key` and `shard`. on_unit: called after each input.
+    """Read the columns of all samples, and add them in tables with `key` and `shard`.
 
-    units: of `select_inputs`. Several inputs are read at once, so tables come in any order.
+    units: of `select_inputs`. on_unit: called after each of them with the number of its samples. Several inputs are
+    read at once, so tables come in any order.
     Returns the number of rejected samples by reason, and the messages of damages. Raises the errors of the readers.
     """
     rejected, damaged = Counter[str](), list[str]()
 
-    def read(unit: Unit) -> tuple[Counter[str], str]:
-        reasons: Counter[str] = Counter()
+    def read(unit: Unit) -> tuple[int, Counter[str], str]:
+        count, reasons, damage = 0, Counter[str](), ""
         try:
             for table in _make_tables(_read_unit(unit, spec), unit.path, spec.layout.columns, reasons):
                 add(table)
+                count += len(table)
         except DamagedError as error:
-            return reasons, str(error)
-        return reasons, ""
+            damage = str(error)
+        return count, reasons, damage
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="unit") as pool:
-        for reasons, damage in map_in_order(pool, read, units, window=2 * THREADS):
+        for count, reasons, damage in map_in_order(pool, read, units, window=2 * THREADS):
             rejected += reasons
             damaged += [damage] if damage else []
-            on_unit()
+            on_unit(count)
     return rejected, damaged
 
 

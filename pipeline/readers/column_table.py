@@ -54,7 +54,10 @@ class ColumnTable:
                 for table in self._read_file(stream, file):
                     check_names(table.schema, file.url)
                     names = [name for name in table.schema.names if self.columns is None or name in self.columns]
-                    yield simplify_types(table.select(names))
+                    with name_format(file.url, extension(file.path)):
+                        table = simplify_types(table.select(names))
+                        table.validate(full=True)  # Arrow does not check whether texts are UTF-8
+                    yield table
 
     def convert(self, rows: pa.Table) -> pa.Table:
         """Return rows with the types that their columns have in the whole table, once it has been read."""

@@ -223,6 +223,10 @@ def test_values_of_every_type_come_back(latentmill: Command, cache: Path, tmp_pa
         ),
         (lambda rows: [{"shard": "s/a.tar", "txt": "x"}], "has no column 'key' to join its rows by; it has shard, txt"),
         (lambda rows: [{"key": None, "txt": "x"}, {"key": "1", "txt": "x"}], "has no value in the column 'key'"),
+        (
+            lambda rows: [{"key": ["1"], "txt": "x"}],
+            "the column 'key' of t.parquet is list<element: string>, ",
+        ),
         (lambda rows: [{**row, "height": 3} for row in rows], "has the column height, whose values are those of the"),
         (lambda rows: [{"shard": "s/c.tar", "key": "x", "txt": "y"}], "no row of the cache has a row in t.parquet"),
         (lambda rows: [{"shard": row["shard"], "key": row["key"]} for row in rows], "has no column besides key and"),
@@ -252,6 +256,8 @@ def test_wrong_commands_are_refused(latentmill: Command, parquet_cache: Path, tm
         (("--from", tmp_path / "x.parquet"), f"there is no source at {tmp_path}/x.parquet"),
         (("--from", tmp_path / "t.xlsx"), "a table is a file with one of the extensions .parquet, .arrow, "),
         (("--from", table, "--columns", "score,sccore"), "--columns: t.parquet has no column sccore; it has score"),
+        (("--from", table, "--source", tmp_path), "--source has no effect with --from"),
+        (("--refresh-columns", "--unmatched", "keep"), "--unmatched has no effect with --refresh-columns"),
         (("--refresh-columns", "--columns", "score"), "the cache has no column score from its sources; it has "),
     ]:
         code, _, err = latentmill("annotate", parquet_cache, *argv)
@@ -523,6 +529,40 @@ def test_captions_of_a_folder_are_refreshed_without_reading_its_images(
     rows = {key: row for (_, key), row in read_all(tmp_path / "c").items()}
     assert [rows[key]["txt"] for key in ("a/1", "a/2", "b/1", "b/2")] == ["edited", "added", None, None]
     assert rows["b/3"]["json"] is None
+
+
+def test_tables_of_metadata_are_read_as_they_are_now(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    def write(*captions: str) -> None:
+        rows = (json.dumps({"file_name": f"{n}.jpg", "caption": text}) for n, text in enumerate(captions))
+        (tmp_path / "i/metadata.jsonl").write_text("\n".join(rows))
+
+    (tmp_path / "i").mkdir()
+    for number in range(3):
+        (tmp_path / f"i/{number}.jpg").write_bytes(encoded(smooth(number, 64, 64)))
+    write("zero", "one", "two")
+    assert encode(tmp_path / "i")[0] == 0
+    write("zero", "another one", "two")
+    facts = annotate(latentmill, tmp_path / "c", "--refresh-columns")
+    assert (facts["matched"], facts["changed_columns"]) == (3, {"caption": 1})
+    captions = [row["caption"] for row in read_all(tmp_path / "c").values()]
+    assert sorted(captions) == ["another one", "two", "zero"]
+
+
+def test_a_damaged_tar_is_refreshed_up_to_its_damage(
+    latentmill: Command, parquet_cache: Path, source: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(source, tmp_path / "s"))
+    members = img2dataset_members(0, 6, height=64, width=64)
+    members[f"{KEYS[0]}.txt"] = b"edited"
+    path = write_tar(moved / "a.tar", members)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, out, err = latentmill("annotate", parquet_cache, "--refresh-columns", "--source", moved)
+    assert code == 0, err
+    assert "of which 1 changed" in out
+    assert "samples after that keep their columns" in err
+    texts = {name: row["txt"] for name, row in read_all(parquet_cache).items()}
+    assert texts["s/a.tar", KEYS[0]] == "edited"
+    assert texts["s/a.tar", KEYS[5]] == "image 5"
 
 
 def test_columns_of_parquet_files_and_manifests_are_refreshed(

@@ -18,7 +18,7 @@ from tests.servers import read, upload
 
 Command = Callable[..., tuple[int, str, str]]
 KEYS = [f"{number:09d}" for number in range(12)]
-WIDTH = 40_000  # numbers of an embedding: an overlay is then larger than what is read with its footer
+WIDTH = 100_000  # numbers of an embedding: an overlay is then larger than what is read with its footer
 
 
 @pytest.fixture

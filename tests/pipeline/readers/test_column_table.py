@@ -92,6 +92,10 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("key,v\na,1\nb\n")
     with pytest.raises(ShardError, match=r"t\.csv cannot be read as CSV"):
         list(open_table(tmp_path / "t.csv").read())
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    pq.write_table(pa.table({"key": ["a"], "v": latin}), tmp_path / "l.parquet")
+    with pytest.raises(ShardError, match=r"l\.parquet cannot be read as PARQUET: .*UTF8"):
+        list(open_table(tmp_path / "l.parquet").read())
     (tmp_path / "e.csv").write_text("")
     with pytest.raises(ShardError, match=r"e\.csv is empty"):
         list(open_table(tmp_path / "e.csv").read())
