@@ -29,7 +29,7 @@ from pipeline.errors import CacheError, SourceError, UsageError
 from pipeline.formats.schema import RESERVED_NAMES
 from pipeline.prefetch import map_in_order
 from pipeline.readers.column_table import TABLE_EXTENSIONS, ColumnTable
-from pipeline.records import ListedFile, extension
+from pipeline.records import ListedFile, extension, path_below_root, source_name
 from pipeline.sources.listing import abbreviate, list_sources
 from pipeline.text import printable
 from pipeline.wording import count_noun
@@ -67,7 +67,8 @@ def run_job(options: AnnotateOptions) -> int:
 def annotate(options: AnnotateOptions, cache: Cache, files: Sequence[str], folder: Path) -> int:
     """Add the columns of a table. folder: for temporary files."""
     table = open_table(options, cache)
-    name = printable(table.files[0].path.split("/", 1)[1] if len(table.files) == 1 else options.from_)
+    path = table.files[0].path  # the name of a folder does not depend on where it lies
+    name = printable(path_below_root(path) if len(table.files) == 1 else source_name(path))
     join = ColumnJoin(name, folder, table.convert)
     for rows in table.read():
         check_names(rows.schema.names, name)

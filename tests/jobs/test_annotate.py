@@ -171,6 +171,8 @@ def test_tables_of_every_format_give_the_same_columns(
         pq.write_table(table.set_column(0, "shard", table["shard"].dictionary_encode()), path)
     facts = annotate(latentmill, parquet_cache, "--from", path)
     assert facts["columns"] == {"txt": "string", "score": "double"}
+    tables = {version.info.table for version in Cache.open(str(parquet_cache)).overlays.versions}
+    assert tables == {{"folder": "t.folder", "glob": "t.glob", "dictionary": "t.parquet"}.get(form, f"t.{form}")}
     found = read_all(parquet_cache)
     assert {name: (row["txt"], row["score"]) for name, row in found.items()} == {
         (row["shard"], row["key"]): (row["txt"], row["score"]) for row in rows
