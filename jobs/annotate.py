@@ -77,7 +77,8 @@ def annotate(options: AnnotateOptions, cache: Cache, files: Sequence[str], folde
     join.close_table()
     check_columns(options, join.schema, name)
     check_types(join.schema)
-    kept = [item for item in find_current_schema(cache) if item.name in join.schema.names]
+    current = cache.overlays.add_to(cache.layout.columns.schema)
+    kept = [item for item in current if item.name in join.schema.names]
     if options.unmatched != "keep":
         kept = []
     if lost := [item.name for item in kept if not is_exact_in_tars(item.type, item.name, cache)]:
@@ -168,12 +169,6 @@ def check_columns(options: AnnotateOptions, schema: pa.Schema, table: str) -> No
         raise UsageError(f"--columns: {table} has no column {lacking[0]}; it has {', '.join(schema.names) or 'none'}")
     if not schema.names:
         raise UsageError(f"{table} has no column besides {KEY} and {SHARD}")
-
-
-def find_current_schema(cache: Cache) -> pa.Schema:
-    """Return the columns of the rows now: those of the sources, as far as no later ones replace them, and the later."""
-    later = cache.overlays.schema
-    return pa.schema([*(item for item in cache.layout.columns.schema if item.name not in later.names), *later])
 
 
 def add_parts(join: ColumnJoin, cache: Cache, files: Sequence[str], current: pa.Schema) -> None:

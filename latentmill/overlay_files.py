@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.arrow_values import to_python
 from latentmill.canonical_json import VERIFY_HINT
 from latentmill.errors import CacheError, LatentmillError
 from latentmill.folder import CacheFolder
@@ -61,6 +62,19 @@ def from_stored(array: Any, kind: Any) -> Any:
     return pa.Array.from_buffers(kind, len(array), [array.buffers()[0]], offset=array.offset, children=[values])
 
 
+def to_rows(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column as Python's; fixed-size lists of numbers as arrays of numpy, without a copy."""
+    kind = column.type
+    if get_stored_type(kind) == kind:
+        return to_python(column)
+    rows: list[Any] = []
+    for chunk in column.chunks:
+        numbers = chunk.values.to_numpy(zero_copy_only=False).reshape(-1, kind.list_size)
+        valid = chunk.is_valid().to_pylist()
+        rows += [numbers[chunk.offset + index] if valid[index] else None for index in range(len(chunk))]
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where an overlay file is. Its name has a hash of its content, so that what was read of it stays true."""
@@ -72,7 +86,7 @@ class _Place:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_tail(place: _Place) -> tuple[bytes, Any]:
+def _read_tail(place: _Place) -> tuple[memoryview, Any]:
     """Return the last bytes of an overlay file, and the metadata in its footer."""
     start = max(0, place.bytes - _TAIL)
     tail = place.folder.read_range(place.name, start, place.bytes)
@@ -145,7 +159,7 @@ class OverlayFile:
 class _Pieces(io.RawIOBase):
     """A file of which some bytes are in memory. pieces: by the offset of their first byte."""
 
-    def __init__(self, size: int, pieces: Mapping[int, bytes]) -> None:
+    def __init__(self, size: int, pieces: Mapping[int, memoryview]) -> None:
         self._size, self._pieces, self._at = size, pieces, 0
 
     def readable(self) -> bool:
@@ -170,7 +184,7 @@ class _Pieces(io.RawIOBase):
         stop = self._size if size < 0 else min(self._at + size, self._size)
         for start, data in self._pieces.items():
             if start <= self._at and stop <= start + len(data):
-                read = data[self._at - start : stop - start]
+                read = bytes(data[self._at - start : stop - start])
                 self._at = stop
                 return read
         raise ValueError(f"bytes {self._at} to {stop} are not those of a row group")

@@ -113,6 +113,11 @@ class Overlays:
         """The names and types of all columns that came later."""
         return pa.schema([version.schema.field(name) for name, version in self.providers.items()])
 
+    def add_to(self, schema: pa.Schema) -> pa.Schema:
+        """Return the columns of the sources with those that came later. schema: of the sources' columns."""
+        later = self.schema
+        return pa.schema([*(item for item in schema if item.name not in later.names), *later])
+
     @property
     def digest(self) -> str:
         """The columns digest: sha256 of the canonical JSON of an object with the version's digest for each column.

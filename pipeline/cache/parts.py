@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Protocol
 
-from latentmill.cache import DATA as DATA
-from latentmill.cache import EMPTY as EMPTY
-from latentmill.cache import list_part_files as list_part_files
+from latentmill.cache_files import DATA as DATA
+from latentmill.cache_files import EMPTY as EMPTY
+from latentmill.cache_files import list_part_files as list_part_files
 from latentmill.part_files import PARQUET_SUFFIX, WEBDATASET_SUFFIX, count_record_bytes, read_record_json
 from pipeline.cache.part_info import PartInfo
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError

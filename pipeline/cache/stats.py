@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from latentmill.cache import STATS
-from latentmill.cache import read_stats as read_stats
+from latentmill.cache_files import STATS
+from latentmill.cache_files import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
 from pipeline.cache.commit_scan import CacheScan, PartTable, drop_twins
 from pipeline.cache.name_array import iterate_names

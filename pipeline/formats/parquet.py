@@ -52,6 +52,7 @@ def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema
         use_dictionary=others,
         write_statistics=others,
         write_page_checksum=True,
+        data_page_version="1.0",  # `latentmill.loading.parquet_pages` finds latents in such pages
     ) as writer:
         for group in _split_into_row_groups(rows):
             with _one_row_group:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from latentmill.cache import hash_files
+from latentmill.cache_files import hash_files
 from latentmill.overlay_files import FILES, OverlayEntry, OverlayFile, get_stored_type
 from latentmill.overlays import FOLDER, KEY, Version, compute_digest, list_versions, name_version, read_version
 from pipeline.annotation.publish import name_overlay

@@ -12,9 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from latentmill import Cache, IdentityError
 from latentmill.errors import CacheError, UsageError
+from latentmill.loading.batch import BatchSettings, check_settings, make_batch
+from latentmill.loading.index import read_index
+from latentmill.loading.row_groups import GroupReader
 from pipeline.storage.folder import Folder
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 
@@ -615,3 +619,47 @@ def test_a_refresh_leaves_columns_that_a_table_replaced(
     assert (code, "of which 0 changed" in out) == (0, True), err
     assert "not refreshed, because version 1 replaced them by those of t.parquet: txt" in err
     assert {row["txt"] for row in read_all(parquet_cache).values()} == {row["txt"] for row in make_rows()}
+
+
+def test_batches_and_single_rows_have_the_columns_that_came_later(
+    latentmill: Command, cache: Path, tmp_path: Path
+) -> None:
+    rows = make_rows()
+    table = pa.Table.from_pylist(rows)
+    numbers = np.arange(3 * len(rows), dtype=np.float16)
+    table = table.append_column("e", pa.FixedSizeListArray.from_arrays(pa.array(numbers), 3))
+    pq.write_table(table, tmp_path / "t.parquet")
+    annotate(latentmill, cache, "--from", tmp_path / "t.parquet")
+    opened = Cache.open(str(cache))
+    index, expected = read_index(opened), {(row["shard"], row["key"]): n for n, row in enumerate(rows)}
+    rules = check_settings(opened, BatchSettings(columns=("score", "e")))
+    reader, seen = GroupReader(opened, index, rules.columns), 0
+    for group, (start, count) in enumerate(zip(index.starts.tolist(), index.rows.tolist(), strict=True)):
+        batch = make_batch(rules, index, {group: reader.read(group)}, np.arange(start, start + count))
+        places = [expected[name] for name in zip(batch["shard"], batch["key"], strict=True)]
+        assert batch["captions"] == [rows[place]["txt"] for place in places]
+        assert batch["score"].tolist() == [rows[place]["score"] for place in places]
+        assert (batch["e"].shape, batch["e"].dtype) == ((count, 3), torch.float16)
+        assert batch["e"].tolist() == [[3 * place, 3 * place + 1, 3 * place + 2] for place in places]
+        seen += count
+    assert seen == 12
+    row = opened[opened.find("s/b.tar", KEYS[4])]
+    assert row["captions"] == f"new b {KEYS[4]}"
+
+
+def test_an_embedding_that_is_missing_in_a_batch_is_named(
+    latentmill: Command, parquet_cache: Path, tmp_path: Path
+) -> None:
+    rows = make_rows()[1:]
+    keys = {column: [row[column] for row in rows] for column in ("shard", "key")}
+    values = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(22, np.float32)), 2)
+    pq.write_table(pa.table({**keys, "e": values}), tmp_path / "t.parquet")
+    annotate(latentmill, parquet_cache, "--from", tmp_path / "t.parquet")
+    opened = Cache.open(str(parquet_cache))
+    index, missing = read_index(opened), make_rows()[0]
+    row = opened.find(missing["shard"], missing["key"])
+    group = int(np.searchsorted(index.starts, row, side="right")) - 1
+    rules = check_settings(opened, BatchSettings(columns=("e",)))
+    read = GroupReader(opened, index, rules.columns).read(group)
+    with pytest.raises(UsageError, match=rf"the column e has no value in the row {missing['key']} of s/"):
+        make_batch(rules, index, {group: read}, np.arange(index.starts[group], index.starts[group] + index.rows[group]))

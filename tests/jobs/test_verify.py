@@ -92,7 +92,7 @@ def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -
     assert len(files) > 15
     for path in files:
         before = path.read_bytes()
-        for index in {0, len(before) - 1, *(rng.randrange(len(before)) for _ in range(6))}:
+        for index in {0, len(before) - 1, *(rng.randrange(len(before)) for _ in range(2))}:
             flip_byte(path, index)
             code, out, _ = latentmill("verify", cache)
             assert code == 1, f"{path.relative_to(cache)} at {index}"
