@@ -14,6 +14,7 @@ VERBS = {
     "encode": "encode images into a cache of latents; run the same command again to resume",
     "decode": "render previews from a cache: images and contact sheets",
     "retry": "retry the rejected samples of a cache",
+    "annotate": "add columns to the rows of a cache, such as new captions, or refresh those of its sources",
     "verify": "check the integrity of a cache: files, records and statistics",
     "status": "show the progress of a cache: units, rejects, throughput and ETA",
     "stats": "show the statistics of a cache, next to the scaling constants of its VAE",
@@ -26,7 +27,7 @@ usage: latentmill COMMAND [OPTION ...]
 Precompute VAE latents for diffusion training, on one machine or on a Ray cluster.
 
 commands:
-{chr(10).join(f"  {verb:<8} {text}" for verb, text in VERBS.items())}
+{chr(10).join(f"  {verb:<9} {text}" for verb, text in VERBS.items())}
 
 options:
   -h, --help     show this help and exit; `latentmill COMMAND --help` lists the options of a command

@@ -48,7 +48,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
     if options.limit < 0:
         raise UsageError("--limit must not be negative")
-    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    cache = Cache.open(options.cache, parse_storage_options(options.storage_option), columns_version=0)
     vae = load_matching_vae(options.vae, cache)
     tasks = make_tasks(choose_rows(list_files_with_rows(cache, read_units(options, cache)), options.limit))
     if not tasks:

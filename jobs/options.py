@@ -132,10 +132,44 @@ class ExportOptions(StatsOptions):
     )
 
 
-OPTIONS: dict[str, type[Common | StatsOptions]] = {
+@dataclass(frozen=True, kw_only=True)
+class AnnotateOptions:
+    """Add columns to the rows of a cache, or replace columns: from a table, or from the sources as they are now.
+
+    Nothing is encoded again, and no file in data/ changes. The columns are a new version, which readers see at once.
+    """
+
+    cache: str = existing_cache()
+    from_: str = option(
+        "",
+        "table with a column key, the new columns, and a column shard if keys repeat across shards: a Parquet, Arrow, "
+        "CSV, TSV or JSONL file, or a folder or glob of Parquet files",
+        "input",
+        metavar="TABLE",
+    )
+    refresh_columns: bool = option(
+        False, "read the columns again from the sources, and publish those that have changed; opens no image", "input"
+    )
+    columns: str = option("all", "the columns to take, separated by commas", "input", metavar="NAMES")
+    source: tuple[str, ...] = moved_source()
+    storage_option: tuple[str, ...] = storage_option()
+    source_option: tuple[str, ...] = source_option()
+    input_limit: tuple[str, ...] = input_limit()
+    unmatched: Literal["null", "keep", "error"] = option(
+        "null",
+        "rows of the cache that have no row in TABLE; null: the columns are null there; keep: they keep the value that "
+        "they have, if any; error: fail, also if a row of TABLE has no row in the cache",
+        "output",
+    )
+    json: bool = json_output()
+    verbose: bool = verbose()
+
+
+OPTIONS: dict[str, type[Common | StatsOptions | AnnotateOptions]] = {
     "encode": EncodeOptions,
     "decode": DecodeOptions,
     "retry": RetryOptions,
+    "annotate": AnnotateOptions,
     "verify": VerifyOptions,
     "status": StatusOptions,
     "stats": StatsOptions,

@@ -124,8 +124,11 @@ def add_argument(group: Any, item: "dataclasses.Field[Any]", hint: Any) -> None:
         arguments["nargs"] = "*" if hint == tuple[str, ...] else "?"
     elif hint == tuple[str, ...]:
         arguments["action"] = "append"
-    names = [item.name] if item.metadata["positional"] else [*filter(None, [item.metadata["short"]]), format_flag(item)]
-    group.add_argument(*names, **arguments)
+    if item.metadata["positional"]:
+        group.add_argument(item.name, **arguments)
+    else:
+        flags = [*filter(None, [item.metadata["short"]]), format_flag(item)]
+        group.add_argument(*flags, dest=item.name, **arguments)
 
 
 def format_flag(item: "dataclasses.Field[Any]") -> str:
@@ -180,12 +183,13 @@ def read_config(kind: type[Any], path: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path} must be a mapping with lines such as `resolution: 512`")
     hints = typing.get_type_hints(kind)
-    known = [item.name for item in dataclasses.fields(kind)]
+    known = {item.name.rstrip("_"): item.name for item in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(f"--config {path}: unknown key '{key}'{suggest(name, known)}")
+        name = known.get(str(key).replace("-", "_"), "")
+        if not name:
+            near = suggest(str(key).replace("-", "_"), list(known))
+            raise UsageError(f"--config {path}: unknown key '{key}'{near}")
         values[name] = parse_config_value(name, hints[name], value, path)
     return values
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_job(options: RetryOptions, signals: Signals) -> int:
     """Run the whole job and return its exit code. Raises Stopped if a signal ends it."""
-    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    cache = Cache.open(options.cache, parse_storage_options(options.storage_option), columns_version=0)
     started, wanted = find_started_inputs(cache)
     planned = read_units(options, cache, options.same_source).values()
     tasks = retry.make_tasks(planned, read_records(cache, wanted), started)

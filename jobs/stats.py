@@ -26,9 +26,13 @@ def main(argv: Sequence[str]) -> int:
         raise CacheError(f"{options.cache} has no {stats.NAME} yet; run the encode command to its end first")
     vae = cache.info.vae
     if options.json:
-        print_json({**content, "vae": {"reference": vae.reference, **vae.constants}})
+        columns = cache.overlays.to_dict()
+        print_json({**content, "vae": {"reference": vae.reference, **vae.constants}, "columns": columns})
     else:
-        print("\n".join(format_table(content, vae, len(cache.layout.latent_names))), flush=True)
+        lines = format_table(content, vae, len(cache.layout.latent_names))
+        if cache.overlays.number:
+            lines.append(f"columns      {cache.overlays.summary}, columns digest {cache.overlays.digest}")
+        print("\n".join(lines), flush=True)
     return 0
 
 

@@ -27,11 +27,15 @@ def main(argv: Sequence[str]) -> int:
     content = {
         **read_status(cache.folder, datetime.datetime.now(datetime.UTC)),
         "settings": {name: settings[name] for name in SETTINGS if name in settings},
+        "columns": cache.overlays.to_dict(),
     }
     if options.json:
         print_json(content)
     else:
-        print("\n".join(format_status(content)), flush=True)
+        lines = format_status(content)
+        if cache.overlays.number:
+            lines.append(f"  columns    {cache.overlays.summary}")
+        print("\n".join(lines), flush=True)
     return 0
 
 

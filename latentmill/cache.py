@@ -4,27 +4,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from latentmill.cache_files import DATA, check_digest
+from latentmill.cache_files import DATA, check_digest, check_overlays
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
-from latentmill.errors import NoCacheError, UsageError
+from latentmill.canonical_json import VERIFY_HINT
+from latentmill.errors import CacheError, NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
 from latentmill.loading.random_access import RowAccess
-from latentmill.part_files import read_rows, to_tensor
+from latentmill.overlays import Overlays, open_overlays
+from latentmill.part_files import PARQUET_SUFFIX, read_rows, to_tensor
 from latentmill.scaling import Scaling
 
 if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
+
+NO_OVERLAYS = Overlays()
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
     """An open cache.
 
-    folder: where it is. info: its cache.json.
+    folder: where it is. info: its cache.json. overlays: the columns that `latentmill annotate` added later.
     """
 
     folder: CacheFolder
     info: CacheInfo
+    overlays: Overlays = NO_OVERLAYS
     _access: RowAccess = field(default_factory=RowAccess, init=False, repr=False, compare=False)
 
     @classmethod
@@ -35,6 +40,7 @@ class Cache:
         digest: str | None = None,
         verify: bool = False,
         vae: Any = None,
+        columns_version: int | str | None = None,
     ) -> Self:
         """Open a cache.
 
@@ -43,9 +49,11 @@ class Cache:
         number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
         after stats.json was written is not detected. vae: the VAE that must have made the cache: the sha256 of its
         weights, a directory or safetensors file with them, a torch module, a state dict (`latentmill.weights_hash`), or
-        the name in cache.json.
+        the name in cache.json. columns_version: the version of the columns that came later, by its number (0: none of
+        them) or by its columns digest, which can be pinned as well; None for the newest.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
-        IdentityError if it has another digest or was made by another VAE; StorageError if the storage refuses.
+        IdentityError if it has another digest or was made by another VAE; UsageError if it has no such version of its
+        columns; StorageError if the storage refuses.
         """
         folder, info = cls._read_info(url, options or {})
         if info is None:
@@ -56,7 +64,10 @@ class Cache:
             from latentmill.weights_hash import check_vae
 
             check_vae(folder.url, info, vae)
-        return cls(folder, info)
+        overlays = open_overlays(folder, columns_version)
+        if verify:
+            check_overlays(overlays)
+        return cls(folder, info, overlays)
 
     @staticmethod
     def _read_info(url: str, options: Mapping[str, Any]) -> tuple[CacheFolder, CacheInfo | None]:
@@ -99,10 +110,34 @@ class Cache:
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows of one file as dicts, in order, the same for both containers.
 
-        columns: of Parquet, to read less. wanted: the indexes of the rows to yield; None for all.
+        Rows have the columns that came later. Such a column replaces one of the same name.
+        columns: of Parquet, to read less. wanted: the indexes of the rows to yield, ascending; None for all.
         """
+        later = [name for name in self.overlays.schema.names if columns is None or name in columns]
+        own = columns
+        if columns is not None and later:
+            own = [name for name in columns if name not in later] or ["key"]
         with self.folder.open(file) as stream:
-            yield from read_rows(stream, file, wanted, columns, self.info.columns.texts, self.info.columns.binary)
+            rows = read_rows(stream, file, wanted, own, self.info.columns.texts, self.info.columns.binary)
+            yield from self._add_overlays(rows, file, later, columns, wanted) if later else rows
+
+    def _add_overlays(
+        self,
+        rows: Iterator[dict[str, Any]],
+        file: str,
+        later: Sequence[str],
+        columns: Sequence[str] | None,
+        wanted: Sequence[int] | None,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a file with the columns that came later."""
+        overlay = self.overlays.iterate_rows(file, later, wanted)
+        for row in rows:
+            more = next(overlay, None)
+            if more is None:
+                raise CacheError(f"{self.folder.url_of(file)} has more rows than its overlays; {VERIFY_HINT}")
+            row |= more
+            is_chosen = columns is not None and file.endswith(PARQUET_SUFFIX)
+            yield {name: row[name] for name in columns or () if name in row} if is_chosen else row
 
     def raw_latent(self, row: Mapping[str, Any], flipped: bool = False) -> "Tensor":
         """Return the latent of a row as it is stored: [C, h, w] in the cache's dtype, on the CPU.

@@ -8,6 +8,8 @@ from latentmill.cache_info import CacheInfo
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
 from latentmill.errors import IdentityError
 from latentmill.folder import CacheFolder
+from latentmill.overlay_files import FILES
+from latentmill.overlays import Overlays, compute_digest
 
 DATA, EMPTY, STATS = "data", "_empty", "stats.json"
 _BLOCK = 8 << 20  # bytes per request while a file is hashed
@@ -23,6 +25,10 @@ class OpenCache(Protocol):
     @property
     def info(self) -> CacheInfo:
         """Its cache.json."""
+
+    @property
+    def overlays(self) -> Overlays:
+        """The columns that came later."""
 
 
 def list_part_files(folder: CacheFolder) -> list[str]:
@@ -61,6 +67,17 @@ def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
             f"the files of the cache {folder.url} have the digest {actual}, but its {STATS} has {recorded}: they were "
             f"changed; {VERIFY_HINT}"
         )
+
+
+def check_overlays(overlays: Overlays) -> None:
+    """Hash every overlay that the columns are read from. Raises IdentityError unless its version lists these bytes."""
+    for version in {version.number: version for version in overlays.providers.values()}.values():
+        entries = [version[index] for index in range(len(version))]
+        hashes = hash_files(overlays.folder, (f"{FILES}/{entry.name}" for entry in entries))
+        by_part = {entry.file: hashes[f"{FILES}/{entry.name}"] for entry in entries}
+        if compute_digest(by_part) != version.info.digest:
+            text = f"the overlays of version {version.number} of the columns of {overlays.folder.url} were changed"
+            raise IdentityError(f"{text}; {VERIFY_HINT}")
 
 
 def read_stats(folder: CacheFolder) -> dict[str, Any] | None:

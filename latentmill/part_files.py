@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.arrow_values import to_python
+from latentmill.canonical_json import parse_json_object
 from latentmill.errors import CacheError
+from latentmill.folder import CacheFolder
 
 if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
@@ -134,6 +136,19 @@ def count_record_bytes(data: bytes, name: str) -> int:
         return int.from_bytes(data[-8:-4], "little") + 8 if data[-4:] == b"PAR1" else 0
     size = re.fullmatch(rb"[0-7]+", data[124:135]) if data[156:157] == tarfile.XGLTYPE else None
     return 512 + int(size[0], 8) + FIRST_HEADERS if size else 0
+
+
+def count_rows(folder: CacheFolder, file: str) -> int:
+    """Return the number of rows of a part's file, from its record. Raises CacheError if it has none."""
+    with folder.open(file) as stream:
+        is_tar = file.endswith(WEBDATASET_SUFFIX)
+        size = stream.seek(0, 2)
+        stream.seek(0 if is_tar else max(0, size - 512))
+        data = stream.read(512)
+        needed = min(count_record_bytes(data, file), size)
+        stream.seek(0 if is_tar else size - needed)
+        record = parse_json_object(read_record_json(stream.read(needed), folder.url_of(file)), folder.url_of(file))
+    return int(record["rows"])
 
 
 def read_record_json(data: bytes, name: str) -> bytes:

@@ -9,8 +9,8 @@ def count_noun(number: int, noun: str, plural: str = "") -> str:
 
 
 def to_flag(name: str) -> str:
-    """Return the flag of an option: `--key-column` for `key_column`."""
-    return f"--{name.replace('_', '-')}"
+    """Return the flag of an option: `--key-column` for `key_column`, and `--from` for `from_` (Python reserves it)."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def format_counts(counts: Mapping[str, int]) -> str:

@@ -36,7 +36,8 @@ def make_batch(
     """Return a batch of rows of one bucket.
 
     It is a dict: `latents` [B, C, h, w] (or `moments` [B, 2C, h, w]), `captions`, `key` and `shard` as lists, the
-    requested columns by their names (numbers as tensors [B], others as lists), `original_size`, `crop_top_left` and
+    requested columns by their names (numbers as tensors [B], fixed-size lists of N numbers that came later as [B, N],
+    others as lists), `original_size`, `crop_top_left` and
     `target_size` [B, 2] and `time_ids` [B, 6] in int64, `flipped` and `valid` as bool [B], and `epoch`, `step` and
     `bucket`. Tensors are contiguous and on the CPU.
 
@@ -117,12 +118,17 @@ def _convert(rules: BatchRules, values: Tensor) -> Tensor:
 
 
 def _make_column(name: str, columns: Mapping[str, Sequence[Any]], kind: Any) -> Any:
-    """Return a column as a tensor of this numpy dtype, [B], or as a list if it is None. Missing floats are NaN."""
+    """Return a column as a tensor of this numpy dtype, [B] or [B, N], or as a list if it is None.
+
+    Missing floats are NaN; a missing list cannot be a tensor.
+    """
     values = columns[name]
     if kind is None:
         return values
-    if None in values and not np.issubdtype(kind, np.floating):
-        row = values.index(None)
+    missing = [row for row, value in enumerate(values) if value is None]
+    is_vector = any(isinstance(value, np.ndarray) for value in values)
+    if missing and (is_vector or not np.issubdtype(kind, np.floating)):
+        row = missing[0]
         raise UsageError(
             f"the column {name} has no value in the row {columns['key'][row]} of {columns['shard'][row]}, so it cannot "
             f"be a tensor: leave the column out"

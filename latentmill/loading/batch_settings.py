@@ -13,6 +13,7 @@ from latentmill.errors import UsageError
 from latentmill.loading.layout import LatentLayout
 from latentmill.loading.row_groups import GEOMETRY
 from latentmill.micro_conditioning import Convention
+from latentmill.overlay_files import get_stored_type
 from latentmill.scaling import Scaling
 
 Sample = Literal["mode", "posterior", "moments"]
@@ -65,7 +66,7 @@ class BatchRules:
 def check_settings(cache: OpenCache, settings: BatchSettings) -> BatchRules:
     """Return the rules of batches. Raises UsageError for settings that the cache does not allow, saying what it has."""
     sample = _choose_sample(cache, settings)
-    schema = cache.info.columns.read_schema()
+    schema = cache.overlays.add_to(cache.info.columns.read_schema())
     caption = settings.caption_column or ("txt" if "txt" in schema.names else None)
     names = tuple(dict.fromkeys([*settings.columns, *([caption] if caption else [])]))
     known = (*schema.names, *_SIZES)
@@ -148,4 +149,4 @@ def _choose_kind(name: str, schema: pa.Schema) -> Any:
         return np.int64
     if pa.types.is_floating(kind):
         return np.float64 if kind == pa.float64() else np.float32
-    return None
+    return kind.value_type.to_pandas_dtype() if get_stored_type(kind) != kind else None

@@ -1,7 +1,7 @@
 """Read a row group of a cache by one request, without a Python object for each latent."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from latentmill.loading.index import Index
 from latentmill.loading.layout import LatentLayout
 from latentmill.loading.parquet_pages import PageError, find_values
 from latentmill.loading.tar_members import Sample, TarError, iterate_samples, make_npy_finder
+from latentmill.overlay_files import to_rows
 from latentmill.part_files import WEBDATASET_SUFFIX
 
 GEOMETRY = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "flipped")
@@ -51,13 +52,18 @@ class GroupReader:
     def __init__(self, cache: OpenCache, index: Index, columns: Collection[str] = (), checksums: bool = True) -> None:
         self._folder, self._index, self._checksums = cache.folder, index, checksums
         self._layout = LatentLayout.from_info(cache.info)
-        self._columns = (*IDENTITY, *(name for name in columns if name not in IDENTITY))
+        self._overlays = cache.overlays
+        self._later = [name for name in self._overlays.schema.names if name in columns]
+        own = (name for name in columns if name not in (*IDENTITY, *self._later))
+        self._columns = (*IDENTITY, *own)
         self._texts = {name for name in cache.info.columns.texts if name in self._columns}
         self._binary = cache.info.columns.binary
         self._open_file = lru_cache(_FOOTERS)(self._read_footer)
 
     def read(self, group: int) -> RowGroup:
         """Return the rows of a group, by one request; for the first group of a Parquet file, its footer by another.
+
+        Columns that came later take a request of their own, and for the first group of a file one for their footer.
 
         Raises StorageError if the storage fails repeatedly, and CacheError, which names the file, the group and the
         column, if the bytes are not those of the index.
@@ -66,11 +72,18 @@ class GroupReader:
         number = int(index.file[group])
         file, local = index.files[number], group - int(np.searchsorted(index.file, number))
         try:
-            if file.endswith(WEBDATASET_SUFFIX):
-                return self._read_tar(group, file)
-            return self._read_parquet(group, local, number)
+            is_tar = file.endswith(WEBDATASET_SUFFIX)
+            read = self._read_tar(group, file) if is_tar else self._read_parquet(group, local, number)
         except (PageError, TarError) as error:
             raise CacheError(f"row group {local} of {self._folder.url_of(file)} is damaged: {error}") from error
+        return self._add_overlays(read, file, group, local) if self._later else read
+
+    def _add_overlays(self, read: RowGroup, file: str, group: int, local: int) -> RowGroup:
+        """Return a row group with the columns that came later."""
+        start = int(self._index.rows[group - local : group].sum())
+        table = self._overlays.read(file, self._later, start, start + int(self._index.rows[group]))
+        later = {name: to_rows(table[name]) for name in self._later}
+        return replace(read, columns={**read.columns, **later})
 
     def _fetch(self, group: int) -> memoryview:
         index = self._index

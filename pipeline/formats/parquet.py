@@ -46,7 +46,7 @@ def serialize_part(
     """
     schema, sink, footers = make_schema(layout), FileBuffer(), list[pq.FileMetaData]()
     latents = layout.latent_names  # they do not compress, repeat or sort; everything else does
-    others = [path for field in schema if field.name not in latents for path in _list_paths(field.name, field.type)]
+    others = [path for field in schema if field.name not in latents for path in list_paths(field.name, field.type)]
     with pq.ParquetWriter(
         sink,
         schema,
@@ -111,14 +111,14 @@ def _make_table(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def _list_paths(name: str, kind: pa.DataType) -> list[str]:
+def list_paths(name: str, kind: pa.DataType) -> list[str]:
     """Return the paths of a column's leaves, as Parquet names them."""
     if pa.types.is_struct(kind):
-        return [path for field in kind for path in _list_paths(f"{name}.{field.name}", field.type)]
+        return [path for field in kind for path in list_paths(f"{name}.{field.name}", field.type)]
     if pa.types.is_map(kind):
-        return [f"{name}.key_value.key", *_list_paths(f"{name}.key_value.value", kind.item_type)]
+        return [f"{name}.key_value.key", *list_paths(f"{name}.key_value.value", kind.item_type)]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _list_paths(f"{name}.list.element", kind.value_type)
+        return list_paths(f"{name}.list.element", kind.value_type)
     return [name]
 
 

@@ -30,6 +30,7 @@ from pipeline.cache.parts import (
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import REBUILD_HINT, canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
+from pipeline.maintenance.verify_columns import check_columns
 from pipeline.maintenance.verify_derived import REWRITE, check_index, check_statistics
 from pipeline.maintenance.verify_log import check_log
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo, describe_redo_of_repeated
@@ -43,8 +44,6 @@ SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to ans
 REBUILD = REBUILD_HINT
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
 AWAY = "move it away"
-
-
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     DATA: (".parquet", ".tar"),
     EMPTY: (".json",),
@@ -117,6 +116,7 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     findings.parts = [check.part for check in checks if check.part is not None]
     sound = [check.part for check in checks if check.part is not None and not check.problems]
     findings.problems += check_keys(checks)
+    findings.problems += check_columns(cache.folder, checks)
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 

@@ -132,7 +132,7 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
     latents: dict[str, list[Sequence[Tensor]]] = {}
     keys = []
     for row in rows:
-        keys.append(int.from_bytes(hashlib.blake2b(row["key"].encode(), digest_size=8).digest(), "little"))
+        keys.append(hash_key(row["key"]))
         row_latents = [to_tensor(row, name) for name in names]
         latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(row_latents)
         if row["shard"] != record.source:
@@ -147,6 +147,11 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
     if not findings and not _are_close(tally.tally_buckets(latents, layout.store), record.tally):
         findings.append("the statistics of its rows differ from its record")
     return findings[:3], np.array(keys, np.uint64)
+
+
+def hash_key(key: str) -> int:
+    """Return a 64-bit hash of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def _are_close(a: Mapping[str, BucketTally], b: Mapping[str, BucketTally]) -> bool:

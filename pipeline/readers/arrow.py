@@ -77,6 +77,14 @@ def read_arrow(
     yield from make_row_samples(read(), key_column is not None, (), limits)
 
 
+def read_batches(stream: BinaryIO, url: str, limits: Limits = DEFAULT_LIMITS) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of an Arrow file without images. Raises the errors of `read_arrow`."""
+    messages = _Messages(stream, url, limits)
+    with _damage_at(messages):
+        reader = pa.ipc.open_stream(messages)
+    yield from _read_batches(reader, messages)
+
+
 class _Messages:
     """The messages of an Arrow stream, as a file that Arrow reads. Each is checked before Arrow sees its first byte.
 

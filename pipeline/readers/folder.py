@@ -35,16 +35,19 @@ def read_folder_unit(
     limits: Limits = DEFAULT_LIMITS,
     may_differ: Container[int] = (),
     encoding: str = "utf-8",
+    with_images: bool = True,
 ) -> Iterator[Sample | Reject]:
     """Yield the images of a folder's unit from its storage. They are read ahead by separate threads.
 
     may_differ: positions of images whose files may differ from the plan. All other files must be as planned.
-    encoding: of the texts.
+    encoding: of the texts. with_images: if not, only the texts are read, and images have no bytes.
     Raises SourceError if they are not.
     """
 
     def read_content(file: PlannedFile, limit: int) -> bytes | None:
         url = url_of(file)
+        if not with_images and is_image(file.path):
+            return b""
         if file.bytes == UNKNOWN:
             return read_file_if_exists(url, options, limit)
         return read_or_none(url, options, lambda: read_planned_file(url, options, limit, file))

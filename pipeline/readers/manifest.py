@@ -48,10 +48,12 @@ def read_manifest_unit(
     key_column: str | None,
     limits: Limits,
     encoding: str = "utf-8",
+    with_images: bool = True,
 ) -> Iterator[Sample | Reject]:
     """Yield the images of a range of rows. Several are read at once by separate threads.
 
-    wanted: the columns to copy. Rejects (stage "read"): `no_image`, `no_key`, `bad_key`, `duplicate_key`, `not_found`,
+    wanted: the columns to copy. with_images: if not, images are not read, and have no bytes.
+    Rejects (stage "read"): `no_image`, `no_key`, `bad_key`, `duplicate_key`, `not_found`,
     `outside_root`, `unreadable`, `bad_text`. Raises SourceError if the folder of the images is missing or empty.
     """
     root = unit.files or unit.root
@@ -74,7 +76,8 @@ def read_manifest_unit(
             check_key(key, limits)
             if table.find(key) != first + position:
                 raise Rejected("read", "duplicate_key")
-            return Sample(position, key, _read_image(location, root, options, limits), columns[position])
+            image = _read_image(location, root, options, limits) if with_images else b""
+            return Sample(position, key, image, columns[position])
         except Rejected as error:
             return Reject.from_error(position, printable_key(key, limits.key_bytes), error)
 

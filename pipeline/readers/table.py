@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -130,7 +130,7 @@ def load_table(
         if key not in _tables or not is_planned:
             with open_stream(url, options, planned or PlannedFile(url, *version), seeking=True) as stream:
                 rows = read_rows(stream, url, limits, encoding)
-            with _name_format(url, extension(url)):
+            with name_format(url, extension(url)):
                 _tables[key] = Table.make(rows, rule)
         _tables.move_to_end(key)
         while len(_tables) > 1 and sum(table.nbytes for table in _tables.values()) > limits.table_bytes:
@@ -148,16 +148,18 @@ def read_rows(stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8
             raise ShardError(f"{error}; repair or remove this file") from error
     data = stream.read(limits.table_bytes + 1)
     _check_size(len(data), url, limits)
-    with _name_format(url, kind):
+    with name_format(url, kind):
         if kind in DELIMITERS:
             return _read_csv(decode_text(data, encoding), DELIMITERS[kind])
         if data.startswith(BYTE_ORDER_MARKS):
             data = decode_text(data).encode()  # otherwise JSON is UTF-8
-        return _read_jsonl(data) if kind == "jsonl" else _read_json(data.decode())
+        if kind == "jsonl":
+            return pa.concat_tables(parse_jsonl(io.BytesIO(data)), promote_options="permissive")
+        return _read_json(data.decode())
 
 
 @contextmanager
-def _name_format(url: str, kind: str) -> Iterator[None]:
+def name_format(url: str, kind: str) -> Iterator[None]:
     """Turn the errors of a parser into a ShardError that names the URL."""
     try:
         yield
@@ -184,19 +186,21 @@ def _read_parquet(stream: BinaryIO, url: str, limits: Limits) -> pa.Table:
             size += batch.nbytes
             _check_size(size, url, limits)
         table = pa.Table.from_batches(batches, file.schema_arrow)
-    plain = [field.with_type(_get_value_type(field.type)) for field in table.schema]
+    plain = [field.with_type(get_value_type(field.type)) for field in table.schema]
     return table.cast(pa.schema(plain))
 
 
-def _get_value_type(kind: Any) -> Any:
+def get_value_type(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _read_jsonl(data: bytes) -> pa.Table:
-    """Return one row per line. Python parses the lines, because Arrow crashes on deep nesting and changes times."""
-    tables: list[pa.Table] = []
+def parse_jsonl(lines: Iterable[bytes]) -> Iterator[pa.Table]:
+    """Yield tables of some rows each, one row per line. Raises ValueError, which names the line.
+
+    Python parses the lines, because Arrow crashes on deep nesting and changes times.
+    """
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(io.BytesIO(data), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -206,10 +210,9 @@ def _read_jsonl(data: bytes) -> pa.Table:
         if not isinstance(rows[-1], dict):
             raise ValueError(f"line {number} is not an object")
         if len(rows) == BATCH_ROWS:
-            tables.append(_make_table(rows))
+            yield _make_table(rows)
             rows = []
-    tables.append(_make_table(rows))
-    return pa.concat_tables(tables, promote_options="permissive")
+    yield _make_table(rows)
 
 
 def _parse_json(text: str) -> Any:
@@ -236,38 +239,55 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _read_csv(text: str, delimiter: str) -> pa.Table:
     """Return one row per record. The first record names the columns. Columns of numbers get their type."""
-    names = next(csv.reader(io.StringIO(text[:HEADER_CHARACTERS]), delimiter=delimiter), [])
+    names = parse_header(text[:HEADER_CHARACTERS], delimiter)
     if not names:
         return pa.table({})
+    table = pa.csv.read_csv(pa.BufferReader(text.encode()), **make_csv_options(names, delimiter))
+    return pa.table({name: convert_numbers(table[name], find_number_type(table[name])) for name in names})
+
+
+def parse_header(text: str, delimiter: str) -> list[str]:
+    """Return the names of a CSV's columns: its first record. Raises ValueError if two are equal."""
+    names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name: {', '.join(names)}")
-    table = pa.csv.read_csv(
-        pa.BufferReader(text.encode()),
-        pa.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-        pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-    )
-    return pa.table({name: _convert_numbers(table[name]) for name in table.schema.names})
+    return names
 
 
-def _convert_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column of texts as int64 or float64 if all its values are such numbers. An empty value is null.
+def make_csv_options(names: Sequence[str], delimiter: str) -> dict[str, Any]:
+    """Return the options of Arrow's readers of CSV by which all columns are texts."""
+    return {
+        "read_options": pa.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+        "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "convert_options": pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
+    }
+
+
+def find_number_type(texts: pa.ChunkedArray) -> Any:
+    """Return int64 or float64 if all values of a column of texts are such numbers; null if all are empty; or string.
 
     Whole numbers must be written as Arrow writes them: `007` stays a text.
     """
-    is_given = pc.not_equal(texts, "")
-    given = pc.if_else(is_given, texts, pa.scalar(None, pa.string()))
-    if not pc.any(is_given).as_py():
-        return texts
+    given = texts.filter(pc.not_equal(texts, ""))
+    if not len(given):
+        return pa.null()
+    if pc.any(pc.match_substring_regex(given, r"^[+-]?0[0-9]")).as_py():
+        return pa.string()
     for kind in (pa.int64(), pa.float64()):
         try:
             numbers = given.cast(kind)
         except pa.ArrowInvalid:
             continue
         if kind == pa.float64() or pc.all(pc.equal(numbers.cast(pa.string()), given)).as_py():
-            has_leading_zero = pc.match_substring_regex(given, r"^[+-]?0[0-9]")
-            return texts if pc.any(has_leading_zero).as_py() else numbers
-    return texts
+            return kind
+    return pa.string()
+
+
+def convert_numbers(texts: pa.ChunkedArray, kind: Any) -> pa.ChunkedArray:
+    """Return a column of texts as numbers. kind: of `find_number_type`. Among numbers, an empty value is null."""
+    if not (pa.types.is_int64(kind) or pa.types.is_float64(kind)):
+        return texts
+    return pc.if_else(pc.not_equal(texts, ""), texts, pa.scalar(None, pa.string())).cast(kind)
 
 
 def _read_json(text: str) -> pa.Table:

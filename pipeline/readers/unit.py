@@ -56,6 +56,7 @@ def read_samples(
     skipped: Counter[str] | None = None,
     on_piece: Callable[[], None] = lambda: None,
     may_differ: Container[int] | None = None,
+    with_images: bool = True,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
@@ -63,11 +64,11 @@ def read_samples(
     on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     If it is given, or a retry has any, tables of metadata may differ, too.
+    with_images: if not, images that are files of their own are not read: they have no bytes.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
     wanted = Wanted(columns.texts, spec.image_column, columns.binary, encoding)
-
     is_pinned = may_differ is None and unit.name not in spec.superseded
     more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
@@ -80,9 +81,8 @@ def read_samples(
             samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
             for sample in read_past_damage(samples, stream, on_piece, stop):
                 if isinstance(sample, Sample) and sample.key in metadata:
-                    yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
-                else:
-                    yield more.add_columns(sample)
+                    sample = merge_metadata(sample, metadata[sample.key])
+                yield more.add_columns(sample)
     elif unit.kind == "zip":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
@@ -103,10 +103,10 @@ def read_samples(
     elif unit.kind == "folder":
         may_differ = spec.superseded.get(unit.name, ()) if may_differ is None else may_differ
         labels = Labels(spec.source_rules.classes, columns.schema.names)
-        for sample in read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding):
+        for sample in read_folder_unit(unit, options, columns.texts, spec.limits, may_differ, encoding, with_images):
             yield labels.add_to(more.add_columns(sample), unit.paths[sample.position])
     elif unit.kind == "manifest":
         image, key = spec.image_column, spec.key_column
-        yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding)
+        yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding, with_images)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
