@@ -12,7 +12,7 @@ of its own, on one thread of torch, with the files in the page cache. Each row o
 
 Readers of libraries that are not installed are left out. `--python` names the interpreter of the readers, if litdata is
 in another environment. Ours mix the rows of four groups, the others read in order. `Cache.rows` and ours verify the CRC
-of each page, which no peer does, so `checksums=False` is what to compare peers with. The exit code is 1 if a peer is faster
+of each page, which no peer does, so peers are compared with `checksums=False`. The exit code is 1 if a peer is faster
 than that, or if ours has, with rows of 128 KiB, less than twice the rate of `Cache.rows`, or without checksums 4 times.
 """
 
