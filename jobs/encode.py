@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -30,6 +30,7 @@ from pipeline.cache import identity, plan
 from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import list_commit_names, remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
+from pipeline.cache.left_out import plan_left_out, read_left_out
 from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import find_unit_files, read_superseded
 from pipeline.cache.runs import Run
@@ -158,12 +159,7 @@ def run_encode(
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
-        texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
-        divide = partial(divide_tars, options)
-        units, noticed = plan.extend_plan(
-            cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
-        )
-        listing.files.clear()  # there may be millions, and the units have what is needed of them
+        units, noticed = plan_units(options, cache, info, listing)
         planned, units = len(units), units[: options.max_shards or None]
         committed = list_commit_names(cache)
         pending = select_unfinished(committed, units)
@@ -177,8 +173,9 @@ def run_encode(
             recorder.note_error(unreadable[0])
         recorder.log_only(f"{count_noun(len(units), 'unit')} planned, {len(pending):,} not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
+        done_before = len(units) - len(pending)
         if pending:
-            failures = encode_pending(options, cache, info, vae, pending, resources, recorder, totals)
+            failures = encode_pending(options, cache, info, vae, units, pending, resources, recorder, totals)
         resources.close()
         # encoding has ended, so there is no throughput any more
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
@@ -197,10 +194,23 @@ def run_encode(
         stats=written,
         failures=failures,
         unreadable=listing.unreadable,
-        units=len(units),
-        units_done_before=len(units) - len(pending),
+        units=done_before + len(pending),
+        units_done_before=done_before,
         left_out=planned - len(units),
     )
+
+
+def plan_units(
+    options: EncodeOptions, cache: Folder, info: CacheInfo, listing: Listing
+) -> tuple[list[Unit], list[str]]:
+    """Plan the inputs that are not planned yet. Returns all units, and notes. The list of files is emptied."""
+    texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
+    divide, group_tars = partial(divide_tars, options), can_group_tars(info)
+    units, noticed = plan.extend_plan(
+        cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide, group_tars
+    )
+    listing.files.clear()  # there may be millions, and the units have what is needed of them
+    return units + plan_left_out(cache, units, read_left_out(cache, units)), noticed
 
 
 def encode_pending(
@@ -208,12 +218,16 @@ def encode_pending(
     cache: Folder,
     info: CacheInfo,
     vae: Vae,
+    units: Sequence[Unit],
     pending: list[Unit],
     resources: ResourcePlan,
     recorder: RunRecorder,
     totals: RunTotals,
 ) -> Sequence[Failure]:
-    """Run the pending units on the workers. Returns the units that failed for good."""
+    """Run the pending units on the workers. Returns the units that failed for good.
+
+    units: all planned units. pending: receives the tars that groups leave out, which are then units of their own.
+    """
     spec = describe_workers(options, cache, info, pending, resources, recorder.run.name)
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
     sizes = {unit.name: unit.input_bytes for unit in pending}
@@ -221,12 +235,14 @@ def encode_pending(
     worker_time = WorkerTime(len(executor.workers))
     started = time.perf_counter()
     skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}
-    log = LogWriter(cache)
+    log, left_out = LogWriter(cache), dict[str, set[str]]()
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
         log.add(done.summaries)
         skipped.add(done, paths[done.unit])
+        if tars := set(chain.from_iterable(part.left_out for part in done.summaries)):
+            left_out[done.unit] = tars
         log_unit(done)
         meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
 
@@ -237,13 +253,23 @@ def encode_pending(
         recorder.update(**{**describe_totals(totals), **meter.facts})
         write_log(log)
 
+    def find_more() -> list[Unit]:
+        more = plan_more(options, cache, units, left_out)
+        left_out.clear()
+        sizes.update((unit.name, unit.input_bytes) for unit in more)
+        paths.update((unit.name, unit.path) for unit in more)
+        pending.extend(more)
+        return more
+
     def probe(unit: Unit) -> None:
         connection.check_reachable(cache.url_of(identity.NAME), cache.options)
         connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():
         try:
-            result = run_tasks(pending, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout)
+            result = run_tasks(
+                pending, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout, find_more=find_more
+            )
             totals.working = result.seconds
             return result.failures
         finally:
@@ -252,6 +278,25 @@ def encode_pending(
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
+
+
+def can_group_tars(info: CacheInfo) -> bool:
+    """Return whether small tars become units together: not if their columns come from files beside them.
+
+    In a part of WebDataset, a key may occur only once, but two tars may have the same one.
+    """
+    return info.identity.container == "parquet" and not identity.parse_schema(info).columns.from_parquet.names
+
+
+def plan_more(
+    options: EncodeOptions, cache: Folder, units: Sequence[Unit], left_out: Mapping[str, Set[str]]
+) -> list[Unit]:
+    """Plan the tars that groups left out in this run. Returns their units. left_out: the paths by group."""
+    more = plan_left_out(cache, units, left_out)
+    if more:
+        names = f"{len(more):,} ({abbreviate([unit.path for unit in more])})"
+        log_note(f"small tars that cannot be read, or have changed, and are read again as units of their own: {names}")
+    return [without_etags(unit) for unit in more] if options.same_source else more
 
 
 def describe_workers(

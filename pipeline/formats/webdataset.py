@@ -44,18 +44,18 @@ def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema
     headers = {WEBDATASET_RECORD: record.to_json().decode()}
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
-            for name, data in _make_members(row, record.source, layout):
+            for name, data in _make_members(row, layout):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return sink.view()
 
 
-def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
+def _make_members(row: Row, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
     image, arrays = row.image, [latent.contiguous().numpy() for latent in row.latents]
     info = {
         "key": image.key,
-        "shard": shard,
+        "shard": image.shard,
         "shape": list(arrays[0].shape),
         "dtype": str(arrays[0].dtype),
         **image.geometry,

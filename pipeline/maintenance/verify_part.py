@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.errors import LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
-from pipeline.records import Unit, get_shard_kind
+from pipeline.records import TAR_GROUP, Unit, get_shard_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PartCheck:
     """The result for one part file.
 
     part: None if the file has no readable record, or the record of another file.
-    keys: a 64-bit hash of each row's key.
+    keys: a 64-bit hash of each row's shard and key.
     """
 
     file: str
@@ -58,13 +58,16 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         message = f"it holds the part {parts.get_expected_stem(record)}: it was copied or renamed"
         check.problems.append(Problem(file, message, describe_redo(file)))
         return check
-    check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest())
+    check.part, unit = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest()), units.get(record.unit)
+    if unit is not None and (unplanned := {*record.left_out} - unit.left_out):
+        message = f"tars that it left out are not planned as units of their own: {len(unplanned)} ({min(unplanned)})"
+        check.problems.append(Problem(file, message, "run the encode command again, which plans and encodes them"))
     check.problems += [
         Problem(file, finding, describe_redo(file)) for finding in find_contradictions(record, file, cache, units)
     ]
     if file.startswith(parts.DATA + "/"):
         try:
-            findings, check.keys = check_rows(record, data, file, cache)
+            findings, check.keys = check_rows(record, data, file, cache, unit)
         except Exception as error:  # damaged bytes can make a library raise anything
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             findings = [f"its rows cannot be read: {message:.200}"]
@@ -115,9 +118,13 @@ def find_contradictions(record: PartRecord, file: str, cache: Cache, units: Mapp
         yield "its statistics count another number of rows"
 
 
-def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tuple[list[str], np.ndarray]:
-    """Compare a part's rows with its record. Returns up to three findings, and a 64-bit hash of each row's key."""
+def check_rows(
+    record: PartRecord, data: bytes, file: str, cache: Cache, unit: Unit | None
+) -> tuple[list[str], np.ndarray]:
+    """Compare a part's rows with its record. Returns up to three findings, and a hash of each row's shard and key."""
     layout, findings = cache.layout, list[str]()
+    is_group = unit is not None and unit.kind == TAR_GROUP
+    shards = {*unit.paths} - unit.left_out if unit is not None and is_group else {record.source}
     if layout.container == "parquet":
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
         if not schema.equals(parquet.make_schema(layout).remove_metadata()):
@@ -127,10 +134,11 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
     latents: dict[str, list[Sequence[Tensor]]] = {}
     keys = []
     for row in rows:
-        keys.append(int.from_bytes(hashlib.blake2b(row["key"].encode(), digest_size=8).digest(), "little"))
+        identity = f"{row['shard']}\0{row['key']}".encode()
+        keys.append(int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little"))
         row_latents = [to_tensor(row, name) for name in names]
         latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(row_latents)
-        if row["shard"] != record.source:
+        if row["shard"] not in shards:
             findings.append(f"the row {row['key']} is from {row['shard']}, but the part is from {record.source}")
         for name, latent in zip(names, row_latents, strict=True):
             if not bool(latent.isfinite().all()):

@@ -22,12 +22,9 @@ from pipeline.readers.parquet import read_parquet
 from pipeline.readers.partitions import add_partitions
 from pipeline.readers.tar import read_tar
 from pipeline.readers.tar_boundaries import unpack_range
+from pipeline.readers.tar_group import LeftOutTars, read_tar_group
 from pipeline.readers.zip import read_zip
-from pipeline.records import (
-    Reject,
-    Sample,
-    Unit,
-)
+from pipeline.records import TAR_GROUP, Reject, Sample, Unit
 from pipeline.storage import reading
 
 
@@ -56,6 +53,7 @@ def read_samples(
     skipped: Counter[str] | None = None,
     on_piece: Callable[[], None] = lambda: None,
     may_differ: Container[int] | None = None,
+    left_out: LeftOutTars | None = None,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
@@ -63,6 +61,7 @@ def read_samples(
     on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     If it is given, or a retry has any, tables of metadata may differ, too.
+    left_out: the tars that a group leaves out; default: those of `unit.left_out`, and all others must be readable.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
@@ -83,6 +82,9 @@ def read_samples(
                     yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
                 else:
                     yield more.add_columns(sample)
+    elif unit.kind == TAR_GROUP:
+        samples = read_tar_group(unit, options, wanted, spec.limits, more.skipped, left_out or LeftOutTars())
+        yield from map(more.add_columns, samples)
     elif unit.kind == "zip":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
