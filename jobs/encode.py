@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,6 +13,7 @@ from jobs.encode_options import EncodeOptions
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
+from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -230,21 +231,18 @@ def encode_pending(
     """
     spec = describe_workers(options, cache, info, pending, resources, recorder.run.name)
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
-    sizes = {unit.name: unit.input_bytes for unit in pending}
-    meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
-    worker_time = WorkerTime(len(executor.workers))
-    started = time.perf_counter()
-    skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}
-    log, left_out = LogWriter(cache), dict[str, set[str]]()
+    running = {unit.name: unit for unit in pending}
+    meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
+    worker_time, started = WorkerTime(len(executor.workers)), time.perf_counter()
+    skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
         log.add(done.summaries)
-        skipped.add(done, paths[done.unit])
-        if tars := set(chain.from_iterable(part.left_out for part in done.summaries)):
-            left_out[done.unit] = tars
+        skipped.add(done, running[done.unit].path)
+        left_out.add(done)
         log_unit(done)
-        meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
+        meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
 
     def on_tick() -> None:
         meter.tick(executor.images, executor.waiting_for)
@@ -254,10 +252,8 @@ def encode_pending(
         write_log(log)
 
     def find_more() -> list[Unit]:
-        more = plan_more(options, cache, units, left_out)
-        left_out.clear()
-        sizes.update((unit.name, unit.input_bytes) for unit in more)
-        paths.update((unit.name, unit.path) for unit in more)
+        more = left_out.plan()
+        running.update((unit.name, unit) for unit in more)
         pending.extend(more)
         return more
 
@@ -286,17 +282,6 @@ def can_group_tars(info: CacheInfo) -> bool:
     In a part of WebDataset, a key may occur only once, but two tars may have the same one.
     """
     return info.identity.container == "parquet" and not identity.parse_schema(info).columns.from_parquet.names
-
-
-def plan_more(
-    options: EncodeOptions, cache: Folder, units: Sequence[Unit], left_out: Mapping[str, Set[str]]
-) -> list[Unit]:
-    """Plan the tars that groups left out in this run. Returns their units. left_out: the paths by group."""
-    more = plan_left_out(cache, units, left_out)
-    if more:
-        names = f"{len(more):,} ({abbreviate([unit.path for unit in more])})"
-        log_note(f"small tars that cannot be read, or have changed, and are read again as units of their own: {names}")
-    return [without_etags(unit) for unit in more] if options.same_source else more
 
 
 def describe_workers(

@@ -70,18 +70,7 @@ def read_samples(
     is_pinned = may_differ is None and unit.name not in spec.superseded
     more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
-        counter = None if unit.metadata else skipped  # columns may come from other tables
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
-        start, stop = unpack_range(unit)
-        with reading.open_stream(unit.url, options, unit) as stream:
-            if start:  # the stream of a web server without ranges cannot seek
-                stream.seek(start)
-            samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
-            for sample in read_past_damage(samples, stream, on_piece, stop):
-                if isinstance(sample, Sample) and sample.key in metadata:
-                    yield more.add_columns(merge_metadata(sample, metadata[sample.key]))
-                else:
-                    yield more.add_columns(sample)
+        yield from map(more.add_columns, read_single_tar(unit, spec, wanted, skipped, on_piece))
     elif unit.kind == TAR_GROUP:
         samples = read_tar_group(unit, options, wanted, spec.limits, more.skipped, left_out or LeftOutTars())
         yield from map(more.add_columns, samples)
@@ -112,3 +101,21 @@ def read_samples(
         yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
+
+
+def read_single_tar(
+    unit: Unit, spec: ReadSpec, wanted: Wanted, skipped: Counter[str] | None, on_piece: Callable[[], None]
+) -> Iterator[Sample | Reject]:
+    """Yield the samples of a tar or of a range of it, with the columns of img2dataset's metadata beside it."""
+    counter = None if unit.metadata else skipped  # columns may come from other tables
+    wanted_columns = spec.layout.columns.from_parquet
+    metadata = read_tar_metadata(unit.url, spec.source_options, wanted_columns, spec.limits, counter)
+    start, stop = unpack_range(unit)
+    with reading.open_stream(unit.url, spec.source_options, unit) as stream:
+        if start:  # the stream of a web server without ranges cannot seek
+            stream.seek(start)
+        samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
+        for sample in read_past_damage(samples, stream, on_piece, stop):
+            if isinstance(sample, Sample) and sample.key in metadata:
+                sample = merge_metadata(sample, metadata[sample.key])
+            yield sample

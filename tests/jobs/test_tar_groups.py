@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
