@@ -158,7 +158,7 @@ class UnitWriter:
         self.texts: Counter[str] = Counter()
         self._buffers: list[PartBuffer] = []  # of the parts that are read or published
         self._publishing: deque[Future[PartInfo]] = deque()
-        self._is_read = False
+        self._is_read = self._is_misaligned = False
         self._queue: UnitQueue | None = None
         self._stack = ExitStack()
         self._publisher = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publish"))
@@ -219,6 +219,8 @@ class UnitWriter:
         self, number: int, buffer: PartBuffer, queue: UnitQueue, is_last: bool, left_out: tuple[str, ...]
     ) -> PartInfo:
         queue.wait(lambda: buffer.is_complete)
+        if self._is_misaligned:  # by the part before this one, whose error is raised
+            raise ShardError(f"part {number} of {self.unit.name} has other positions than the parts before it")
         buffer.sort()
         self.encoded += len(buffer.rows)
         self.fp32_fallbacks += buffer.fp32_fallbacks
@@ -227,6 +229,7 @@ class UnitWriter:
         with self.timer.stage("write"):
             return_freed_memory()  # a part takes most memory now
             part = self.publish(record, buffer.take_rows())
+        self._is_misaligned = part.record.left_out != left_out
         check_left_out(part.record, left_out)
         self._buffers.remove(buffer)
         return part

@@ -21,7 +21,6 @@ from pipeline.readers.image_files import unpack_files
 from pipeline.readers.members import Wanted
 from pipeline.readers.tar import read_tar
 from pipeline.records import TAR_GROUP, PlannedFile, Reject, Sample, Unit, join_url, path_below_root
-from pipeline.storage.connection import parent
 from pipeline.storage.reading import check_has_files, read_or_none
 
 SMALL_TAR_BYTES = 8 << 20  # of a tar in a group: of a store, as many are read by one request in any case
@@ -69,12 +68,12 @@ def read_tar_group(
 
     wanted, limits, skipped: as of `read_tar`. left_out: receives the tars that are left out, which are those of
     `unit.left_out` and others that cannot be read.
-    Raises ShardError or ChangedError if such a tar must be readable, and SourceError if its folder is missing or empty.
+    Raises ShardError or ChangedError if such a tar must be readable, and SourceError if the source is missing or empty.
     """
     tars = [files.image for files in unpack_files(unit)]
 
     def fetch(tar: PlannedFile) -> bytes | LatentmillError:
-        return b"" if tar.path in unit.left_out else fetch_sound_tar(tar, make_url(unit, tar), options, wanted, limits)
+        return b"" if tar.path in unit.left_out else fetch_sound_tar(unit, tar, options, wanted, limits)
 
     position = 0
     with ThreadPoolExecutor(READERS, thread_name_prefix="read-tars") as pool:
@@ -108,12 +107,13 @@ def make_url(unit: Unit, tar: PlannedFile) -> str:
 
 
 def fetch_sound_tar(
-    tar: PlannedFile, url: str, options: Mapping[str, str], wanted: Wanted, limits: Limits
+    unit: Unit, tar: PlannedFile, options: Mapping[str, str], wanted: Wanted, limits: Limits
 ) -> bytes | LatentmillError:
     """Return the bytes of a tar, or the error because of which it is left out.
 
-    Raises StorageError if it cannot be read for a reason that may pass.
+    Raises StorageError if it cannot be read for a reason that may pass, and SourceError if all files are missing.
     """
+    url = make_url(unit, tar)
     if tar.bytes > SMALL_TAR_BYTES:
         return ChangedError(f"{url} has grown to {tar.bytes} bytes since it was planned with other small tars")
     try:
@@ -125,7 +125,7 @@ def fetch_sound_tar(
         return ChangedError(str(error))
     except (ShardError, Rejected) as error:
         return ShardError(str(error))
-    check_has_files(parent(url), options)
+    check_has_files(unit.root, options)
     return ShardError(f"{url} was deleted since it was planned")
 
 
