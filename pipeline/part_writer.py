@@ -327,7 +327,7 @@ def check_left_out(record: PartRecord, left_out: tuple[str, ...]) -> None:
 
 
 def make_record(
-    unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec, left_out: tuple[str, ...]
+    unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec, left_out: tuple[str, ...] = ()
 ) -> PartRecord:
     """Return the record of a part. number: of the part, from 0. last: whether it ends the unit.
 

@@ -29,7 +29,7 @@ from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
 def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
     image = PreparedImage(
-        shard="s",
+        shard="shards/\u00fc.tar",
         position=number,
         key=key,
         columns={"txt": None, "json": None, **columns},
