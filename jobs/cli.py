@@ -17,6 +17,7 @@ VERBS = {
     "verify": "check the integrity of a cache: files, records and statistics",
     "status": "show the progress of a cache: units, rejects, throughput and ETA",
     "stats": "show the statistics of a cache, next to the scaling constants of its VAE",
+    "export": "write the latents of a cache as the files of a trainer",
 }
 
 HELP = f"""\
@@ -39,7 +40,7 @@ exit codes:
   0         success
   1         failure
   2         usage error
-  3         finished, but the reject rate is above --max-reject-rate, or a shard is damaged
+  3         finished, but the reject rate is above --max-reject-rate, a shard is damaged, or an export left rows out
   130, 143  stopped by SIGINT or SIGTERM; the cache is consistent, and the same command resumes"""
 
 

@@ -1,4 +1,4 @@
-"""The end of a job: the statistics and the card of a cache."""
+"""The end of a job: the statistics, the index and the card of a cache."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import numpy as np
 from pipeline.cache import card
 from pipeline.cache.commit_scan import CacheScan, Repair, list_files
 from pipeline.cache.identity import CacheInfo
+from pipeline.cache.index import PartSizes, write_index
 from pipeline.cache.reader import Cache
 from pipeline.cache.runs import get_library_versions
 from pipeline.cache.stats import compute_stats, write_stats
@@ -16,7 +17,7 @@ MAX_ROUNDS = 3  # then it does not matter: a second job that still writes parts 
 
 
 def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[str, Any]:
-    """Write stats.json and the card from all parts of the cache, and repair `_commits` and `_log`.
+    """Write stats.json, the index and the card from all parts of the cache, and repair `_commits` and `_log`.
 
     Returns the statistics.
 
@@ -26,9 +27,10 @@ def finalize_cache(cache: Folder, info: CacheInfo, single_writer: bool) -> dict[
     identity_sha256 = info.identity_sha256
     repair = Repair(identity_sha256=identity_sha256, container=info.identity.container, rehash=single_writer)
     for _ in range(MAX_ROUNDS):
-        scan = CacheScan(cache, repair)
-        written = compute_stats(scan, identity_sha256)
+        scan, sizes = CacheScan(cache, repair), PartSizes()
+        written = compute_stats(scan, identity_sha256, sizes.add)
         write_stats(cache, written)
+        write_index(cache, info.identity.container, scan.files, sizes, written["digest"])
         version = get_library_versions()["latentmill"]
         cache.replace(card.NAME, card.render_card(Cache(cache, info), written, version, scan.parts_with_rows))
         # otherwise a second job wrote parts at the same time, and perhaps its statistics before these

@@ -3,14 +3,13 @@
 import os
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from jobs.executor import TaskResult, WorkerSpec, format_error, make_failed_result
+from jobs.executor import TaskResult, Worker, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
-from pipeline.weights import Vae
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" in microseconds
 
@@ -23,11 +22,11 @@ class LocalExecutor:
     starting = 0
     can_replace = False
 
-    def __init__(self, spec: WorkerSpec, vae: Vae, stop: threading.Event) -> None:
-        self.worker = spec.for_node(count_cores()).build(vae, stop)
+    def __init__(self, worker: Worker, tasks_per_worker: int, stop: threading.Event) -> None:
+        self.worker = worker
         self.stop = stop
-        self.tasks_per_worker = spec.tasks_per_worker
-        self.pool = ThreadPoolExecutor(self.tasks_per_worker, thread_name_prefix="unit")
+        self.tasks_per_worker = tasks_per_worker
+        self.pool: Executor = ThreadPoolExecutor(self.tasks_per_worker, thread_name_prefix="unit")
         self.running: dict[Future[Any], Any] = {}
 
     @property

@@ -3,7 +3,9 @@
 Flags, YAML keys, `--help` and the record of a run are derived from the fields (jobs/parsing.py).
 """
 
+import typing
 from dataclasses import dataclass
+from typing import Literal
 
 from jobs.common_options import (
     Common,
@@ -19,6 +21,27 @@ from jobs.common_options import (
 )
 from jobs.encode_options import EncodeOptions
 from jobs.parsing import REQUIRED, option
+
+# The names of `pipeline.exports.formats`, which imports torch: `--help` must not take seconds.
+ExportName = Literal[
+    "lightningdit",
+    "sd-scripts-sd",
+    "sd-scripts-sdxl",
+    "sd-scripts-sd3",
+    "sd-scripts-flux",
+    "musubi-z-image",
+    "musubi-flux2-dev",
+    "musubi-flux2-klein-4b",
+    "musubi-flux2-klein-9b",
+    "simpletuner",
+    "ai-toolkit-sdxl",
+    "ai-toolkit-sd3",
+    "ai-toolkit-flux",
+    "repa",
+    "mds",
+    "safetensors",
+]
+EXPORT_NAMES = typing.get_args(ExportName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +96,40 @@ class VerifyOptions(StatsOptions):
     vae: str = recorded_vae()
     input_limit: tuple[str, ...] = input_limit()
     rebuild: bool = option(
-        False, "rebuild _commits, _rejects, _log and stats.json from the data files if these are intact", "checks"
+        False,
+        "rebuild _commits, _rejects, _log, stats.json and index.parquet from the data files if these are intact",
+        "checks",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions(StatsOptions):
     """Show the progress of a cache: units, rejects, throughput and ETA. It reads only the cache, from any machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(StatsOptions):
+    """Write the latents of a cache as the files of a trainer. Run the same command again to resume or to complete."""
+
+    format: ExportName = option(
+        REQUIRED, f"format to write: {', '.join(EXPORT_NAMES)} (see docs/exports.md)", "output", metavar="NAME"
+    )
+    to: str = option(REQUIRED, "directory or URL for the files", "output", metavar="OUT")
+    caption_column: str = option(
+        "", "column with the captions, if the format has captions", "output", metavar="NAME", default_text="txt, if any"
+    )
+    label_column: str = option(
+        "", "column with the labels, if the format has labels", "output", metavar="NAME", default_text="label, if any"
+    )
+    with_shard: bool = option(
+        False, "begin the names of files with the shard, if several shards have the same keys", "output"
+    )
+    workers: str = option(
+        "auto",
+        "number of processes; auto: one per CPU, or none for a few thousand rows; 0: export in this process",
+        "other",
+        metavar="N|auto|0",
+    )
 
 
 OPTIONS: dict[str, type[Common | StatsOptions]] = {
@@ -89,4 +139,5 @@ OPTIONS: dict[str, type[Common | StatsOptions]] = {
     "verify": VerifyOptions,
     "status": StatusOptions,
     "stats": StatsOptions,
+    "export": ExportOptions,
 }

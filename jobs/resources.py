@@ -12,7 +12,7 @@ import torch
 
 from jobs.common_options import Common
 from jobs.executor import Executor, WorkerSpec
-from jobs.local_executor import LocalExecutor
+from jobs.local_executor import LocalExecutor, count_cores
 from pipeline import jax_model
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
@@ -92,7 +92,8 @@ class ResourcePlan:
     def start_executor(self, spec: WorkerSpec, vae: Vae, tasks: int, stop: threading.Event) -> Executor:
         """Start an executor with `--workers` workers; auto: as many as there is capacity and work for."""
         if self.is_inline:
-            return self._close_later(LocalExecutor(spec, vae, stop))
+            worker = spec.for_node(count_cores()).build(vae, stop)
+            return self._close_later(LocalExecutor(worker, spec.tasks_per_worker, stop))
         from jobs import ray_executor
 
         reserved: dict[str, float] = {"CPU": self.options.cpus_per_worker}

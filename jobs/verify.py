@@ -26,6 +26,7 @@ from pipeline.flow import EncodeSpec
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
 from pipeline.maintenance.verify import Findings
+from pipeline.maintenance.verify_derived import drop_index
 from pipeline.maintenance.verify_log import rebuild_log
 from pipeline.maintenance.verify_part import Problem
 from pipeline.wording import count_noun
@@ -48,9 +49,11 @@ def main(argv: Sequence[str]) -> int:
     with meter.shown():
         findings = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
     rebuilt: list[str] = []
-    if options.rebuild and (findings.rebuildable or findings.is_log_wrong):
+    if options.rebuild and (findings.rebuildable or findings.is_log_wrong or findings.is_index_wrong):
         if findings.is_log_wrong:
             rebuild_log(cache.folder)
+        if findings.is_index_wrong:
+            drop_index(cache.folder)
         rebuilt = verify.rebuild_records(cache, findings)
         with suppress(CacheError):  # the second check reports the remaining problems
             finalize_cache(cache.folder, cache.info, single_writer=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 
-# latentmill/__main__.py has all but the first too: it must find the packages before it can import this module.
+# latentmill/own_packages.py has all but the first too: it must find the packages before it can import this module.
 PACKAGES = ("latentmill", "vae", "pipeline", "jobs")
 RECREATE_SECONDS = 10.0  # for Ray to create the working directory again
 

@@ -12,6 +12,10 @@ from latentmill.errors import CacheError, IdentityError, LatentmillError, Storag
 if TYPE_CHECKING:
     from latentmill.cache import Cache
     from latentmill.cache_info import CacheInfo
+    from latentmill.loading.draws import draw
+    from latentmill.loading.loader import Loader
+    from latentmill.loading.mix import mix
+    from latentmill.loading.stream import Stream
     from latentmill.micro_conditioning import time_ids
     from latentmill.scaling import Scaling
 
@@ -22,15 +26,23 @@ __all__ = [
     "CacheInfo",
     "IdentityError",
     "LatentmillError",
+    "Loader",
     "Scaling",
     "StorageError",
+    "Stream",
     "__version__",
+    "draw",
+    "mix",
     "time_ids",
 ]
 _MODULES = {
     "Cache": "latentmill.cache",
     "CacheInfo": "latentmill.cache_info",
+    "Loader": "latentmill.loading.loader",
     "Scaling": "latentmill.scaling",
+    "Stream": "latentmill.loading.stream",
+    "draw": "latentmill.loading.draws",
+    "mix": "latentmill.loading.mix",
     "time_ids": "latentmill.micro_conditioning",
 }
 

@@ -1,22 +1,19 @@
 """Reading a cache: its rows, and their latents as tensors, raw or as a diffusion model sees them."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from latentmill.cache_files import DATA, check_digest
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
-from latentmill.canonical_json import VERIFY_HINT, cache_digest, parse_json_object
-from latentmill.errors import IdentityError, NoCacheError, UsageError
+from latentmill.errors import NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
+from latentmill.loading.random_access import RowAccess
 from latentmill.part_files import read_rows, to_tensor
 from latentmill.scaling import Scaling
 
 if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
-
-DATA, EMPTY, STATS = "data", "_empty", "stats.json"
-_BLOCK = 8 << 20  # bytes per request while a file is hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +25,37 @@ class Cache:
 
     folder: CacheFolder
     info: CacheInfo
+    _access: RowAccess = field(default_factory=RowAccess, init=False, repr=False, compare=False)
 
     @classmethod
     def open(
-        cls, url: str, options: Mapping[str, Any] | None = None, digest: str | None = None, verify: bool = False
+        cls,
+        url: str,
+        options: Mapping[str, Any] | None = None,
+        digest: str | None = None,
+        verify: bool = False,
+        vae: Any = None,
     ) -> Self:
         """Open a cache.
 
         url: a path, or a URL that fsspec supports. options: of its fsspec filesystem. digest: the expected digest of
         its stats.json; pin it in a training configuration. With a digest, the number of files must also equal the
         number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
-        after stats.json was written is not detected.
+        after stats.json was written is not detected. vae: the VAE that must have made the cache: the sha256 of its
+        weights, a directory or safetensors file with them, a torch module, a state dict (`latentmill.weights_hash`), or
+        the name in cache.json.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
-        IdentityError if it has another digest; StorageError if the storage refuses.
+        IdentityError if it has another digest or was made by another VAE; StorageError if the storage refuses.
         """
         folder, info = cls._read_info(url, options or {})
         if info is None:
             raise NoCacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
         if digest is not None or verify:
             check_digest(folder, digest, verify)
+        if vae is not None:
+            from latentmill.weights_hash import check_vae
+
+            check_vae(folder.url, info, vae)
         return cls(folder, info)
 
     @staticmethod
@@ -60,6 +69,26 @@ class Cache:
     def scaling(self) -> Scaling:
         """The rule between the raw latents in the cache and model latents."""
         return self.info.scaling
+
+    def __len__(self) -> int:
+        """The number of rows that the cache had when it was first asked for this, or for a row."""
+        return self._access.index(self).row_count
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return a row by its number: an entry of a batch of `latentmill.Loader` with its defaults.
+
+        Tensors have no first axis. Row i is that of the concatenation of `files()`; a negative number counts from the
+        end. A whole row group is read for it, so this is for looking at a cache. Raises IndexError if there is no such
+        row.
+        """
+        return self._access.get(self, row)
+
+    def find(self, shard: str, key: str) -> int:
+        """Return the number of the row of a sample. Raises KeyError if it has none.
+
+        The keys of whole files are read until it is found. Those of a unit that is a whole tar or file are tried first.
+        """
+        return self._access.find(self, shard, key)
 
     def files(self) -> list[str]:
         """Return the names of the files with rows, sorted. The cache is their concatenation."""
@@ -98,47 +127,3 @@ class Cache:
         if self.info.identity.store == "moments":
             latent = latent.chunk(2)[0]
         return self.scaling.to_model(latent)
-
-
-def list_part_files(folder: CacheFolder) -> list[str]:
-    """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
-    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.list_files(below)]
-
-
-def hash_files(folder: CacheFolder, files: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of each of these files, by its name. Each is read one block at a time."""
-    hashes = {}
-    for file in files:
-        sha256 = hashlib.sha256()
-        with folder.open(file) as stream:
-            while block := stream.read(_BLOCK):
-                sha256.update(block)
-        hashes[file] = sha256.hexdigest()
-    return hashes
-
-
-def check_digest(folder: CacheFolder, digest: str | None, verify: bool) -> None:
-    """Raise IdentityError unless a cache is the one that stats.json describes, with this digest (None: any).
-
-    verify: hash every file.
-    """
-    stats = read_stats(folder) or {}
-    recorded, files = stats.get("digest"), list_part_files(folder)
-    if digest not in (None, recorded):
-        raise IdentityError(f"the cache {folder.url} has the digest {recorded}, not {digest}")
-    if len(files) != stats.get("files"):
-        raise IdentityError(
-            f"the cache {folder.url} has {len(files)} files, but its {STATS} counts {stats.get('files')}: a job is "
-            f"running, or was interrupted; run the same encode command to finish it"
-        )
-    if verify and (actual := cache_digest(sorted(hash_files(folder, files).items()))) != recorded:
-        raise IdentityError(
-            f"the files of the cache {folder.url} have the digest {actual}, but its {STATS} has {recorded}: they were "
-            f"changed; {VERIFY_HINT}"
-        )
-
-
-def read_stats(folder: CacheFolder) -> dict[str, Any] | None:
-    """Return the content of stats.json, or None if no run has ended yet. Raises CacheError if it is damaged."""
-    data = folder.read_if_exists(STATS)
-    return None if data is None else parse_json_object(data, folder.url_of(STATS))

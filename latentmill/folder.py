@@ -1,19 +1,24 @@
 """The folder of a cache on any storage, for reading: a local path or a URL that fsspec supports."""
 
 import inspect
+import mmap
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from latentmill.byte_stream import ByteStream, name_url_in_errors, open_while
-from latentmill.errors import UsageError
+from latentmill.errors import StorageError, UsageError
 from latentmill.pages import list_pages
+
+RETRY_SECONDS = (0.5, 2.0, 8.0, 30.0)  # the waits before a ranged read is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,49 @@ class CacheFolder:
             except FileNotFoundError:
                 return None
 
+    def list_sizes(self, below: str) -> dict[str, int]:
+        """Return the bytes of each file of `list_files` by its name."""
+        with name_url_in_errors(self.url_of(below), "list"):
+            filesystem, path = self._locate(below)
+            if isinstance(filesystem, LocalFileSystem):
+                names = (name for name, is_file in _scan(path) if is_file and not name.startswith("."))
+                return {name: os.stat(os.path.join(path, name)).st_size for name in names}
+            sizes = dict[str, int]()
+            for page in list_pages(filesystem, path):
+                for entry in page:
+                    name = entry["name"].rpartition("/")[2]
+                    if entry["type"] == "file" and not name.startswith("."):
+                        sizes[name] = filesystem.size(entry["name"]) if entry["size"] is None else entry["size"]
+            return sizes
+
+    def read_range(self, name: str, start: int, stop: int) -> memoryview:
+        """Return the bytes [start, stop) of a file, by one request. `stop` is not beyond the end of the file.
+
+        A local file is mapped, so it must not be changed in place while the result is used. Parts never are.
+
+        A request that fails in a way that may pass is repeated, after RETRY_SECONDS. Raises StorageError.
+        """
+        for seconds in RETRY_SECONDS:
+            try:
+                return self._request_range(name, start, stop)
+            except StorageError as error:
+                if not error.may_pass:
+                    raise
+            time.sleep(seconds)
+        return self._request_range(name, start, stop)
+
+    def _request_range(self, name: str, start: int, stop: int) -> memoryview:
+        with name_url_in_errors(self.url_of(name), "read"):
+            filesystem, path = self._locate(name)
+            if isinstance(filesystem, LocalFileSystem):
+                data = _map_local(path, start, stop)
+            else:
+                data = memoryview(filesystem.cat_file(path, start=start, end=stop))
+        if len(data) != stop - start:
+            text = f"{self.url_of(name)} has {len(data)} bytes from byte {start} to {stop}: the transfer was cut short"
+            raise StorageError(f"{text}, or the file was changed", may_pass=True)
+        return data
+
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         """Open a file for reads at any offset, for example of a Parquet footer.
@@ -94,6 +142,21 @@ def _scan(path: str) -> Iterator[tuple[str, bool]]:
     with suppress(FileNotFoundError), os.scandir(path) as entries:
         for entry in entries:
             yield entry.name, os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def _map_local(path: str, start: int, stop: int) -> memoryview:
+    """Return the bytes [start, stop) of a local file, or fewer at its end, in the system's own memory, without a copy.
+
+    Each page is touched once, so that disks are waited for here, without the interpreter's lock.
+    """
+    with open(path, "rb") as file:
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        size = min(stop, os.fstat(file.fileno()).st_size) - first
+        if size <= start - first:
+            return memoryview(b"")
+        data = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=first))
+    np.frombuffer(data, np.uint8)[:: mmap.PAGESIZE].max()
+    return data[start - first :]
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:

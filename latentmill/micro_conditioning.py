@@ -31,8 +31,8 @@ def time_ids(row: Mapping[str, Any], convention: Convention = "diffusers", flipp
     mirrored = bool(row["flipped"]) if flipped is None else flipped
     target = row["height"], row["width"]
     if convention == "sd-scripts":
-        original = row["original_height"], row["original_width"]
-        return (*original, *_find_borders(*original, *target, mirrored), *target)
+        left, top, _, _ = find_borders(row, mirrored)
+        return (row["original_height"], row["original_width"], int(top), int(left), *target)
     left = row["resized_width"] - row["crop_left"] - row["width"] if mirrored else row["crop_left"]
     if convention == "diffusers":
         return (row["original_height"], row["original_width"], row["crop_top"], left, *target)
@@ -41,13 +41,18 @@ def time_ids(row: Mapping[str, Any], convention: Convention = "diffusers", flipp
     raise ValueError(f"'{convention}' is not one of diffusers, sd-scripts, simpletuner")
 
 
-def _find_borders(height: int, width: int, out_height: int, out_width: int, mirrored: bool) -> tuple[int, int]:
-    """Return the top and left border of an image that is resized to fit into the target as a whole."""
-    ratio = width / height
-    tall, wide = float(out_height), float(out_width)
-    if out_width / out_height > ratio:
-        wide = out_height * ratio
-    else:
-        tall = out_width / ratio
-    top, left = (out_height - tall) // 2, (out_width - wide) // 2
-    return int(top), int(out_width - (left + wide) if mirrored else left)
+def find_borders(row: Mapping[str, Any], flipped: bool | None = None) -> tuple[float, float, float, float]:
+    """Return sd-scripts' `crop_ltrb` of a row: left, top, right and bottom, in pixels of the target.
+
+    They are the borders of the whole image inside the target, as if it were resized to fit into it. flipped: as in
+    `time_ids`.
+    """
+    mirrored = bool(row["flipped"]) if flipped is None else flipped
+    width, height = float(row["width"]), float(row["height"])
+    ratio = row["original_width"] / row["original_height"]
+    wide, tall = (height * ratio, height) if width / height > ratio else (width, width / ratio)
+    left, top = (width - wide) // 2, (height - tall) // 2
+    right = left + wide
+    if mirrored:
+        left, right = width - right, width - left
+    return left, top, right, top + tall

@@ -27,6 +27,8 @@ WEBDATASET_SUFFIX = ".tar"
 PARQUET_RECORD = b"latentmill"  # the key of the file metadata
 WEBDATASET_RECORD = "LATENTMILL.record"  # the key of the PAX global header
 SAMPLE_JSON = ".latent.json"
+LATENT_MEMBERS = (".latent.npy", ".moments.npy")  # the ends of the names of a sample's first member
+FLIPPED_MEMBERS = (".latent_flipped.npy", ".moments_flipped.npy")
 FIRST_HEADERS = 16 << 10  # bytes after the record of a tar that hold the headers of its first member, and more
 
 # numpy parses headers by `ast`, which Python 3.11 cannot always do in two threads at once (SystemError, gh-106905)
@@ -102,11 +104,11 @@ def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str
         for member in tar:
             file = tar.extractfile(member)
             data = file.read() if file else b""
-            if member.name.endswith((".latent.npy", ".moments.npy")):  # the first member of a sample
+            if member.name.endswith(LATENT_MEMBERS):
                 if row:
                     yield row
                 row = {"latent": _read_npy(data)} | dict.fromkeys(texts)
-            elif member.name.endswith((".latent_flipped.npy", ".moments_flipped.npy")):
+            elif member.name.endswith(FLIPPED_MEMBERS):
                 row["latent_flipped"] = _read_npy(data)
             elif member.name.endswith(SAMPLE_JSON):
                 row |= json.loads(data)

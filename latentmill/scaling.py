@@ -59,6 +59,12 @@ class Scaling:
         shift, scale = self._make_constants_like(packed)
         return (packed - shift) * scale
 
+    def to_model_in_place(self, raw: "Tensor") -> "Tensor":
+        """Return what `to_model` returns. The raw latents are lost: the result may be in their memory."""
+        packed = self._pack(raw)
+        shift, scale = self._make_constants_like(packed)
+        return packed.sub_(shift).mul_(scale)
+
     def to_raw(self, model: "Tensor") -> "Tensor":
         """Return the raw latents of model latents, of the same dtype: the inverse of `to_model`."""
         shift, scale = self._make_constants_like(model)

@@ -9,6 +9,7 @@ import ctypes
 import io
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,10 @@ if TYPE_CHECKING:  # a cache can be inspected without torch
     from torch import Tensor
 
 CHUNK_BYTES = 4 << 20  # a chunk is freed once none of its latents is used
+FRAGMENT_BYTES = 128 << 20  # of freed memory that is kept; to return it costs milliseconds, and so does its next use
 FILE_BYTES = 64 << 20  # address space of an empty file; pages are memory once they are written
+
+_freed_before, _freed_lock = [0], threading.Lock()  # the fewest bytes since memory was returned
 
 
 def allocate(size: int) -> mmap.mmap:
@@ -51,6 +55,7 @@ class LatentBuffer:
         shape, dtype = latents[0].shape, latents[0].dtype
         chunk = self._chunks.get((shape, dtype))
         if chunk is None or chunk.used == len(chunk.latents):
+            _return_fragments()
             rows = max(1, CHUNK_BYTES // sum(latent.nbytes for latent in latents))
             chunk = _Chunk(allocate_tensor((rows, len(latents), *shape), dtype))
             self._chunks[shape, dtype] = chunk
@@ -68,6 +73,37 @@ def return_freed_memory() -> None:
     """Return to the operating system what the C library keeps of freed memory. Only glibc can do that."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _return_fragments() -> None:
+    """Return freed memory if much more of it is kept than before.
+
+    An aligned block, such as a tensor, may not fit where one of the same size was freed. So the C library takes new
+    memory for each batch, and what it keeps grows with the number of batches.
+    """
+    free = _count_freed_bytes()
+    with _freed_lock:
+        is_much = free > _freed_before[0] + FRAGMENT_BYTES
+        _freed_before[0] = free if is_much else min(free, _freed_before[0])
+    if is_much:
+        return_freed_memory()
+
+
+def _count_freed_bytes() -> int:
+    """Return the bytes that the C library keeps of freed memory, or 0 if it is not glibc 2.33 or later."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo.restype = _MallocInfo
+    return int(mallinfo().fordblks)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names.split())
 
 
 class FileBuffer(io.RawIOBase):

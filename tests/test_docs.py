@@ -17,13 +17,14 @@ import torch
 
 from jobs.cli import VERBS
 from jobs.encode_options import EncodeOptions
-from jobs.options import OPTIONS
+from jobs.options import EXPORT_NAMES, OPTIONS
 from jobs.parsing import make_parser, parse
 from jobs.progress import ProgressMeter
 from jobs.totals import RunTotals, describe_totals
 from latentmill import Scaling
 from pipeline.cache import plan
 from pipeline.errors import REASONS
+from pipeline.exports.formats import FORMATS
 from pipeline.formats.parquet import make_schema
 from pipeline.formats.schema import OutputSchema
 from pipeline.limits import Limits
@@ -260,11 +261,39 @@ def test_the_python_code_of_the_micro_conditioning_runs(demo: Path, monkeypatch:
     assert {numbers[0][4:] for numbers in names["numbers"]} == {(256, 256)}
 
 
+def test_the_python_code_of_the_training_page_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = find_blocks((ROOT / "docs/training.md").read_text(encoding="utf-8"), "python")
+    monkeypatch.chdir(demo)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert (names["latents"].shape, len(names["captions"])) == ((2, 16, 32, 32), 2)
+    assert (len(names["loader"]), names["loader"].epoch, names["rest"]) == (3, 2, [1, 2])
+    assert (names["stream"].epoch, names["state"]["epoch"], names["state"]["sessions"]) == (1, 1, [])
+    assert sum(names["shares"]) == 20
+
+
 def test_the_commands_of_the_inputs_page_exist() -> None:
     for line in find_command_lines((ROOT / "docs/inputs.md").read_text(encoding="utf-8")):
         program, verb, *argv = shlex.split(line)
         assert program == "latentmill"
         make_parser(OPTIONS[verb], verb).parse_args(argv)
+
+
+def test_the_exports_page_has_every_format_and_its_commands_exist() -> None:
+    page = (ROOT / "docs/exports.md").read_text(encoding="utf-8")
+    table = page.split("\n| `--format`")[1].split("\n\n")[0]
+    assert tuple(FORMATS) == EXPORT_NAMES
+    for name, form in FORMATS.items():
+        (line,) = (line for line in table.splitlines() if f"`{name}`" in line)
+        assert form.program in line, line
+        assert f"| {form.space}" in line, line
+        assert (str(form.dtype).removeprefix("torch.") if form.dtype else "of the cache") in line, line
+    for line in find_command_lines(page):
+        program, verb, *argv = shlex.split(line)
+        assert program == "latentmill"
+        arguments = make_parser(OPTIONS[verb], verb).parse_args(argv)
+        assert verb == "encode" or arguments.format in FORMATS, line
 
 
 def test_the_inputs_page_names_every_recipe() -> None:

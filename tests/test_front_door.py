@@ -168,3 +168,13 @@ def test_an_unsupported_platform_is_named_in_the_error(tmp_path: Path, command: 
     job = run([sys.executable, "-m", command, *argv], tmp_path, tmp_path, ROOT)
     message = f"latentmill: {sys.platform} is not supported; use Linux, macOS, or WSL on Windows\n"
     assert (job.returncode, job.stdout, job.stderr) == (2, "", message)
+
+
+@pytest.mark.slow
+def test_a_users_modules_do_not_break_the_processes_of_an_export(project: Path, micro_vae: Path) -> None:
+    command = [sys.executable, "-m", "latentmill"]
+    assert run([*command, *encode_argv(micro_vae, "--workers", 0)], project, project, ROOT).returncode == 0
+    argv = ["export", "c", "--format", "mds", "--to", "o", "--workers", 2, "--json"]
+    job = run([*command, *argv], project, project, ROOT)
+    assert job.returncode == 0, job.stderr
+    assert json.loads(job.stdout)["exported"] == 3

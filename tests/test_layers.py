@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"cache"},
     {"part_writer"},
     {"flow"},
-    {"preview", "maintenance"},
+    {"preview", "maintenance", "exports"},
 )
 STEPS = ("readers", "images", "formats")  # the steps of a sample, which only flow combines
 MAX_FUNCTION = 60

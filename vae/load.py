@@ -5,17 +5,16 @@ an index. There may be other copies, the variants, such as those in half precisi
 pickle (`.bin`) instead, and those of FlaxAutoencoderKL have `diffusion_flax_model.msgpack` (`vae.flax_weights`).
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentmill.weights_hash import digest_weights
 from vae import checkpoint, flax_weights, hub, single_file
 from vae.config import FLAX_CLASS, VaeConfig, parse_config
 from vae.errors import LoadError, LoadWarning
@@ -272,9 +271,4 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     The hash is over the parameters in sorted order of their names. Each contributes its name, a NUL byte, its shape
     ("64,3,3,3"), a NUL byte, and its values as little-endian float32.
     """
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        values = weights[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name}\0{','.join(map(str, values.shape))}\0".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    return digest_weights(weights)

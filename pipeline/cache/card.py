@@ -1,11 +1,20 @@
-"""README.md of a cache: the data-set card. It describes the cache, and has the location of data/ for `datasets`."""
+"""README.md of a cache: the data-set card. It describes the cache, and has the location of data/ for `datasets`.
 
+It also has the columns of Parquet files, so that the Hub shows them. The number of rows is only in the text: with the
+numbers of a split, `datasets` refuses a cache that has grown since the card was written.
+"""
+
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from latentmill.cache_info import Preprocessing
 from latentmill.scaling import Scaling
 from pipeline.cache.reader import Cache
+from pipeline.formats.parquet import make_schema
 
 NAME = "README.md"
 
@@ -15,7 +24,7 @@ configs:
 - config_name: default
   data_files: data/*
   version: 0.0.{parts}
----
+{features}---
 # Latents of {rows:,} images
 
 Made by latentmill {version}. Each row has the latent of one image, *raw*, as the VAE's encoder puts it out.
@@ -36,6 +45,42 @@ What a diffusion model sees is {rule}, with
 `export LC_ALL=C; sha256sum _empty/* data/* 2>/dev/null | sha256sum` prints the digest. Rejected samples are in
 `_rejects/`, with the reason of each; statistics in `stats.json`.
 """
+
+# Arrow's names of types that `datasets` names otherwise, and those of the types that it names alike
+_DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64", "date32[day]": "date32"}
+_SAME_DTYPE = re.compile(r"bool|u?int\d+|(large_)?(string|binary)|(timestamp|duration|time\d\d)\[.*\]|decimal128\(.*\)")
+
+
+def describe_features(schema: pa.Schema) -> str:
+    """Return the YAML lines that list the columns of Parquet files, as `datasets` does.
+
+    They are empty if `datasets` has no name for a type, such as that of a map.
+    """
+    try:
+        lines = [_to_flow_yaml({"name": field.name, **_describe_type(field.type)}) for field in schema]
+    except TypeError:
+        return ""
+    return "".join(["dataset_info:\n  features:\n", *(f"  - {line}\n" for line in lines)])
+
+
+def _to_flow_yaml(value: Mapping[str, Any]) -> str:
+    """Return a value as one line of YAML. It is JSON, except that YAML does not combine two escapes to a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(char if " " <= char <= "~" else f"\\U{ord(char):08x}" for char in text)
+
+
+def _describe_type(kind: pa.DataType) -> dict[str, Any]:
+    """Return a type as a card has it. Raises TypeError if it has no name there."""
+    if pa.types.is_struct(kind):
+        return {"struct": [{"name": field.name, **_describe_type(field.type)} for field in kind]}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        value = _describe_type(kind.value_type)
+        short = value if "list" in value or "large_list" in value else next(iter(value.values()))
+        return {"large_list" if pa.types.is_large_list(kind) else "list": short}
+    name = _DTYPES.get(str(kind), str(kind))
+    if name not in _DTYPES.values() and not _SAME_DTYPE.fullmatch(name):
+        raise TypeError(f"{kind} has no name in a card")
+    return {"dtype": name}
 
 
 def _describe_image_size(settings: Preprocessing) -> str:
@@ -90,6 +135,7 @@ def render_card(cache: Cache, stats: Mapping[str, Any], version: str, parts: int
     return _CARD.format(
         rows=stats["count"],
         parts=parts,
+        features=describe_features(make_schema(cache.layout)) if identity.container == "parquet" else "",
         version=version,
         vae=cache.info.vae.reference,
         weights=identity.weights,

@@ -166,6 +166,8 @@ def parse_summaries(cache: Folder, name: str, content: Mapping[str, Any]) -> lis
             check_lengths([BucketTally(**tally) for tally in entry["tally"].values()])
             if not all(type(entry[count]) is int for count in ("samples", "rows", "enlarged", "bytes")):
                 raise TypeError("counts are expected")
+            if not all(type(number) is int for group in entry["groups"] for number in group):
+                raise TypeError("row groups are expected")
         return [PartSummary.from_commit(entry) for entry in content["parts"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         file = cache.url_of(f"{COMMITS}/{name}.json")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from latentmill.group_spans import GroupSpan
 from pipeline.errors import REST_OF_SHARD
 from pipeline.formats.part_record import BucketTally, PartRecord, check_counts
 from pipeline.records import Seconds
@@ -14,12 +15,15 @@ from pipeline.records import Seconds
 class PartSummary:
     """The counts and statistics of a part. They can be read from the part's commit, without the part's file.
 
+    bytes, groups: of its file.
     reject_counts: the number of rejects per reason. rest_positions: where the rest of a damaged shard is rejected.
     left_out: the tars that a group of tars left out, because they could not be read.
     """
 
     file: str
+    bytes: int
     sha256: str
+    groups: Sequence[GroupSpan]
     source: str
     rows: int
     filtered: Mapping[str, int]
@@ -34,9 +38,10 @@ class PartSummary:
     def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
         """Parse a part's entry in `_commits`. Raises KeyError, TypeError or AttributeError if it is not one."""
         check_counts(entry["filtered"])
-        names = ("file", "sha256", "source", "rows", "filtered", "enlarged")
+        names = ("file", "bytes", "sha256", "source", "rows", "filtered", "enlarged")
         return cls(
             **{name: entry[name] for name in names},
+            groups=[GroupSpan(*group) for group in entry["groups"]],
             reject_counts=entry["rejects"],
             rest_positions=entry.get("rests", ()),
             supersedes=entry.get("supersedes", ()),
@@ -47,12 +52,13 @@ class PartSummary:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """A part in the cache whose file was read or written: its record, and the file's name, size and sha256."""
+    """A part in the cache whose file was read or written: its record, and the file's name, size, sha256 and groups."""
 
     record: PartRecord
     file: str
     bytes: int
     sha256: str
+    groups: Sequence[GroupSpan] = ()
 
     @property
     def summary(self) -> PartSummary:
@@ -60,7 +66,9 @@ class PartInfo:
         record = self.record
         return PartSummary(
             file=self.file,
+            bytes=self.bytes,
             sha256=self.sha256,
+            groups=self.groups,
             source=record.source,
             rows=record.rows,
             filtered=record.filtered,
@@ -76,7 +84,8 @@ class PartInfo:
         """Return the part's entry in `_commits`: the record, but with counts and rest positions instead of rejects."""
         fields = self.record.to_dict()
         fields["rejects"], fields["rests"] = self.record.reject_counts, self.record.rest_positions
-        return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256}
+        groups = [list(group) for group in self.groups]
+        return {**fields, "file": self.file, "bytes": self.bytes, "sha256": self.sha256, "groups": groups}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,17 +9,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from latentmill.group_spans import GroupSpan
 from pipeline.cache.part_info import PartSummary
 from pipeline.formats.part_record import BucketTally
 
 CHANNEL_FIELDS = ("mean", "m2", "min", "max")
+GROUP = pa.struct([(name, pa.int64() if name in ("start", "stop") else pa.int32()) for name in GroupSpan._fields])
 # One row per part. The tally: one entry per bucket in `buckets`, `samples` and `values`, and one per bucket and channel
 # in the others. A row without a file says that the rows of earlier files for its commit no longer count.
 SCHEMA = pa.schema(
     [
         ("commit", pa.string()),
         ("file", pa.string()),
+        ("bytes", pa.int64()),
         ("sha256", pa.binary(32)),
+        ("groups", pa.list_(GROUP)),
         ("source", pa.string()),
         ("rows", pa.int64()),
         ("filtered", pa.map_(pa.string(), pa.int64())),
@@ -49,7 +53,9 @@ def make_table(parts: Sequence[tuple[str, PartSummary]]) -> pa.Table:
     columns: dict[str, Any] = {
         "commit": [commit for commit, _ in parts],
         "file": [part.file for part in summaries],
+        "bytes": [part.bytes for part in summaries],
         "sha256": [bytes.fromhex(part.sha256) for part in summaries],
+        "groups": [[group._asdict() for group in part.groups] for part in summaries],
         "source": [part.source for part in summaries],
         "rows": [part.rows for part in summaries],
         "filtered": [sorted(part.filtered.items()) for part in summaries],
@@ -97,7 +103,9 @@ def parse_parts(table: pa.Table) -> Iterator[tuple[str, PartSummary]]:
 def _parse_part(row: Mapping[str, Any]) -> PartSummary:
     return PartSummary(
         file=row["file"],
+        bytes=row["bytes"],
         sha256=row["sha256"].hex(),
+        groups=[GroupSpan(**group) for group in row["groups"]],
         source=row["source"],
         rows=row["rows"],
         filtered=dict(row["filtered"]),

@@ -6,14 +6,19 @@ counts. Nothing in this module removes or overwrites a part.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+import tarfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Protocol
 
-from latentmill.cache import DATA as DATA
-from latentmill.cache import EMPTY as EMPTY
-from latentmill.cache import list_part_files as list_part_files
+import pyarrow as pa
+
+from latentmill.cache_files import DATA as DATA
+from latentmill.cache_files import EMPTY as EMPTY
+from latentmill.cache_files import list_part_files as list_part_files
+from latentmill.group_spans import GroupSpan, Readable
 from latentmill.part_files import PARQUET_SUFFIX, WEBDATASET_SUFFIX, count_record_bytes, read_record_json
 from pipeline.cache.part_info import PartInfo
+from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import REST_OF_SHARD, CacheError, StorageError
 from pipeline.formats import parquet, webdataset
 from pipeline.formats.part_record import PartRecord, format_part_stem
@@ -34,8 +39,13 @@ class PartFormat(Protocol):
     def describe_schema(self, layout: OutputSchema) -> list[dict[str, str]]:
         """Return the columns or members of a row as cache.json describes them."""
 
-    def serialize_part(self, rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
-        """Return the content of a part's file. rows: at least one."""
+    def serialize_part(
+        self, rows: Iterable[Row], record: PartRecord, layout: OutputSchema
+    ) -> tuple[memoryview, Sequence[GroupSpan]]:
+        """Return the content of a part's file, and its row groups. rows: at least one."""
+
+    def read_groups(self, edge: bytes, file: Readable) -> Sequence[GroupSpan]:
+        """Return the row groups of a part. edge: the bytes with its record. file: at its start; it may be read."""
 
 
 PART_FORMATS: Mapping[Container, PartFormat] = {"parquet": parquet, "webdataset": webdataset}
@@ -58,8 +68,9 @@ def publish_part(cache: Folder, record: PartRecord, rows: Iterable[Row], layout:
     part_format = PART_FORMATS[layout.container]
     data_file = f"{DATA}/{record.stem}{part_format.SUFFIX}"
     if record.rows:
-        with part_format.serialize_part(rows, record, layout) as data:
-            return _create(cache, data_file, data, record)
+        data, groups = part_format.serialize_part(rows, record, layout)
+        with data:
+            return _create(cache, data_file, data, record, groups)
     existing = inspect_part(cache, data_file, record.identity)
     return existing or _create(cache, f"{EMPTY}/{record.stem}.json", record.to_json(), record)
 
@@ -92,10 +103,12 @@ class UnitParts:
         return part
 
 
-def _create(cache: Folder, name: str, data: bytes | memoryview, record: PartRecord) -> PartInfo:
+def _create(
+    cache: Folder, name: str, data: bytes | memoryview, record: PartRecord, groups: Sequence[GroupSpan] = ()
+) -> PartInfo:
     try:
         if cache.create(name, data):
-            return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest())
+            return PartInfo(record, name, len(data), hashlib.sha256(data).hexdigest(), groups)
     except StorageError:  # the file may exist nevertheless, if only the answer was lost
         if (existing := inspect_part(cache, name, record.identity)) is None:
             raise
@@ -146,22 +159,66 @@ def list_part_names(unit: str, number: int, container: Container, round: int = 0
 
 
 def inspect_part(cache: Folder, name: str, identity_sha256: str) -> PartInfo | None:
-    """Read the part with this file name: its record, size and sha256. Returns None if the file does not exist.
+    """Read the part with this file name: its record, size, sha256 and groups. Returns None if there is no such file.
 
     The whole file is read for its sha256, block by block. Where the record is enough, use `read_part_record`.
     Raises CacheError if the file belongs to another cache or another name.
     """
-    data = cache.read_slice(name, 0, HASHED_AT_ONCE)
-    if data is None:
+    block = cache.read_slice(name, 0, HASHED_AT_ONCE)
+    if block is None:
         return None
-    sha256, size = hashlib.sha256(data), len(data)
-    if size < HASHED_AT_ONCE:  # this is the whole file
-        return PartInfo(_parse_record(cache, name, data, identity_sha256), name, size, sha256.hexdigest())
-    record = read_part_record(cache, name, identity_sha256)
-    while size % HASHED_AT_ONCE == 0 and (block := cache.read_slice(name, size, size + HASHED_AT_ONCE)):
-        sha256.update(block)
-        size += len(block)
-    return None if record is None else PartInfo(record, name, size, sha256.hexdigest())
+    edge = block if len(block) < HASHED_AT_ONCE else read_record_bytes(cache, name)  # a short block is the whole file
+    if edge is None:
+        return None
+    record, file = _parse_record(cache, name, edge, identity_sha256), _HashedFile(cache, name, block)
+    groups = read_groups(name, edge, file, cache.url_of(name))
+    return PartInfo(record, name, *file.finish(), groups)
+
+
+class _HashedFile:
+    """A file that is read once from its start, block by block, and hashed. block: its first HASHED_AT_ONCE bytes."""
+
+    def __init__(self, cache: Folder, name: str, block: bytes) -> None:
+        self._cache, self._name = cache, name
+        self._sha256, self._size = hashlib.sha256(), 0
+        self._add(block)
+
+    def _add(self, block: bytes) -> None:
+        self._sha256.update(block)
+        self._size += len(block)
+        self._unread = memoryview(block)
+
+    def _read_block(self) -> bool:
+        """Read the next block, and return whether there is one. A short block is the last one."""
+        if self._size % HASHED_AT_ONCE == 0:
+            self._add(self._cache.read_slice(self._name, self._size, self._size + HASHED_AT_ONCE) or b"")
+            return len(self._unread) > 0
+        return False
+
+    def read(self, size: int, /) -> bytes:
+        """Read up to `size` bytes. At the end of the file, there are none."""
+        if not self._unread:
+            self._read_block()
+        data, self._unread = bytes(self._unread[:size]), self._unread[size:]
+        return data
+
+    def finish(self) -> tuple[int, str]:
+        """Read the rest. Returns the size and the sha256 of the file."""
+        while self._read_block():
+            pass
+        return self._size, self._sha256.hexdigest()
+
+
+def read_groups(name: str, edge: bytes, file: Readable, url: str) -> Sequence[GroupSpan]:
+    """Return the row groups of a part's file; none of a bare record. Raises CacheError if they cannot be read.
+
+    name: its name. edge: its bytes with the record. file: at its start; it may be read to its end.
+    """
+    formats = [part_format for part_format in PART_FORMATS.values() if name.endswith(part_format.SUFFIX)]
+    try:
+        return [group for part_format in formats for group in part_format.read_groups(edge, file)]
+    except (tarfile.TarError, pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        raise CacheError(f"{url} is damaged: its row groups cannot be read; {VERIFY_HINT}") from error
 
 
 def read_part_record(cache: Folder, name: str, identity_sha256: str) -> PartRecord | None:
@@ -170,10 +227,16 @@ def read_part_record(cache: Folder, name: str, identity_sha256: str) -> PartReco
     Only the record is read: the end of a Parquet file, the start of a tar, the whole of a bare record.
     Raises CacheError if the file belongs to another cache or another name.
     """
+    data = read_record_bytes(cache, name)
+    return None if data is None else _parse_record(cache, name, data, identity_sha256)
+
+
+def read_record_bytes(cache: Folder, name: str) -> bytes | None:
+    """Read the edge of a part's file that has the whole record. Returns None if the file does not exist."""
     data = _read_edge(cache, name, RECORD_BYTES)
     if data is not None and len(data) == RECORD_BYTES < (needed := count_record_bytes(data, name)):
         data = _read_edge(cache, name, needed)
-    return None if data is None else _parse_record(cache, name, data, identity_sha256)
+    return data
 
 
 def _read_edge(cache: Folder, name: str, count: int) -> bytes | None:

@@ -4,15 +4,15 @@ Every time, the statistics are computed from all records, never added up over ru
 neither on the order of the parts nor on how the work was interrupted.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from latentmill.cache import STATS
-from latentmill.cache import read_stats as read_stats
+from latentmill.cache_files import STATS
+from latentmill.cache_files import read_stats as read_stats
 from latentmill.canonical_json import cache_digest as cache_digest
 from pipeline.cache.commit_scan import CacheScan, PartTable, drop_twins
 from pipeline.cache.name_array import iterate_names
@@ -65,12 +65,18 @@ def summarize_parts(parts: Iterable[PartSummary]) -> dict[str, Any]:
     return summarize(sums, len(parts), cache_digest((part.file, part.sha256) for part in parts))
 
 
-def compute_stats(scan: CacheScan, identity_sha256: str) -> dict[str, Any]:
-    """Return the content of stats.json for the parts that a scan finds. Twins are in the digest, but count nothing."""
+def compute_stats(
+    scan: CacheScan, identity_sha256: str, on_table: Callable[[PartTable], None] = lambda table: None
+) -> dict[str, Any]:
+    """Return the content of stats.json for the parts that a scan finds. Twins are in the digest, but count nothing.
+
+    on_table: called with each table of parts.
+    """
     sums, hashes = RunningStats(), np.zeros((len(scan.files), 32), np.uint8)
     for table in scan.read_tables(identity_sha256):
         sums.add(drop_twins(table.rows, scan.twins))
         hashes[table.files] = _get_hashes(table)
+        on_table(table)
     pairs = zip(iterate_names(scan.files), (row.tobytes().hex() for row in hashes), strict=True)
     return summarize(sums, len(scan.files), cache_digest(pairs))
 

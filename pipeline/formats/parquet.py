@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.group_spans import GroupLimit, GroupSpan, Readable, list_parquet_groups
 from latentmill.part_files import PARQUET_RECORD, PARQUET_SUFFIX
 from pipeline.buffers import FileBuffer, allocate_tensor
 from pipeline.formats.part_record import PartRecord
@@ -22,7 +23,6 @@ if TYPE_CHECKING:  # a cache can be inspected without torch
     from torch import Tensor
 
 SUFFIX = PARQUET_SUFFIX
-ROW_GROUP_BYTES = 32 << 20
 COMPRESSION = "zstd"
 _one_row_group = threading.Lock()  # that is written: Arrow has up to three copies of it
 
@@ -37,12 +37,14 @@ def describe_schema(layout: OutputSchema) -> list[dict[str, str]]:
     return [{"name": field.name, "type": str(field.type)} for field in make_schema(layout)]
 
 
-def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
-    """Return the content of a part's file. rows: at least one, sorted by bucket, then by position.
+def serialize_part(
+    rows: Iterable[Row], record: PartRecord, layout: OutputSchema
+) -> tuple[memoryview, Sequence[GroupSpan]]:
+    """Return the content of a part's file, and its row groups. rows: at least one, sorted by bucket, then by position.
 
     A row is dropped once its row group is written.
     """
-    schema, sink = make_schema(layout), FileBuffer()
+    schema, sink, footers = make_schema(layout), FileBuffer(), list[pq.FileMetaData]()
     latents = layout.latent_names  # they do not compress, repeat or sort; everything else does
     others = [path for field in schema if field.name not in latents for path in _list_paths(field.name, field.type)]
     with pq.ParquetWriter(
@@ -52,12 +54,22 @@ def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema
         use_dictionary=others,
         write_statistics=others,
         write_page_checksum=True,
+        data_page_version="1.0",  # `latentmill.loading.parquet_pages` finds latents in such pages
+        metadata_collector=footers,
     ) as writer:
         for group in _split_into_row_groups(rows):
             with _one_row_group:
                 _write_row_group(writer, group, record, layout)
         writer.add_key_value_metadata({PARQUET_RECORD.decode(): record.to_json().decode()})
-    return sink.view()
+    return sink.view(), list_parquet_groups(footers[0])
+
+
+def read_groups(edge: bytes, file: Readable) -> Sequence[GroupSpan]:
+    """Return the row groups of a part. edge: its end, with the footer. file: is not read.
+
+    Raises ValueError if a row group does not name its bucket, or has several.
+    """
+    return list_parquet_groups(pq.read_metadata(pa.BufferReader(edge)))
 
 
 def _write_row_group(writer: pq.ParquetWriter, rows: list[Row], record: PartRecord, layout: OutputSchema) -> None:
@@ -68,16 +80,13 @@ def _write_row_group(writer: pq.ParquetWriter, rows: list[Row], record: PartReco
 
 
 def _split_into_row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    latents = columns = 0
+    group, limit = list[Row](), GroupLimit()
     for row in rows:
-        more = sum(map(size_in_bytes, row.image.columns.values()))
-        is_full = latents + row.latent_bytes > ROW_GROUP_BYTES or columns + more > ROW_GROUP_BYTES
-        if group and (row.image.bucket != group[0].image.bucket or is_full):
+        columns = sum(map(size_in_bytes, row.image.columns.values()))
+        if limit.starts_group(row.image.bucket, row.latent_bytes, columns) and group:
             yield group
-            group, latents, columns = [], 0, 0
+            group = []
         group.append(row)
-        latents, columns = latents + row.latent_bytes, columns + more
     yield group
 
 

@@ -7,10 +7,11 @@ members have no time and no owner.
 
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from latentmill.group_spans import GroupSpan, Readable, SampleSpan, group_samples, list_tar_groups
 from latentmill.part_files import SAMPLE_JSON, WEBDATASET_RECORD, WEBDATASET_SUFFIX
 from pipeline.buffers import FileBuffer
 from pipeline.canonical_json import canonical_json
@@ -35,20 +36,33 @@ def _get_array_names(layout: OutputSchema) -> list[str]:
     return [f"{name}.npy", f"{name}_flipped.npy"] if layout.has_flipped else [f"{name}.npy"]
 
 
-def serialize_part(rows: Iterable[Row], record: PartRecord, layout: OutputSchema) -> memoryview:
-    """Return the content of a part's file. A row is dropped once it is written.
+def serialize_part(
+    rows: Iterable[Row], record: PartRecord, layout: OutputSchema
+) -> tuple[memoryview, Sequence[GroupSpan]]:
+    """Return the content of a part's file, and its groups. A row is dropped once it is written.
 
     rows: at least one, sorted by bucket, then by position. bfloat16 is not possible, because numpy does not support it.
     """
-    sink = FileBuffer()
+    sink, samples, arrays = FileBuffer(), list[SampleSpan](), len(_get_array_names(layout))
     headers = {WEBDATASET_RECORD: record.to_json().decode()}
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
+            start, sizes = sink.tell(), list[int]()
             for name, data in _make_members(row, layout):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    return sink.view()
+                sizes.append(len(data))
+            samples.append(SampleSpan(start, sink.tell(), row.image.bucket, row.latent_bytes, sum(sizes[arrays:])))
+    return sink.view(), group_samples(samples)
+
+
+def read_groups(edge: bytes, file: Readable) -> Sequence[GroupSpan]:
+    """Return the groups of a part. edge: is not used. file: at the start of the part; it is read to its end.
+
+    Raises tarfile.TarError, OSError, ValueError, LookupError or TypeError if the tar is damaged.
+    """
+    return list_tar_groups(file)
 
 
 def _make_members(row: Row, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:

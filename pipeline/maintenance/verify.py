@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache import card as card_module
 from pipeline.cache import commit_log, commits, identity, plan, runs, stats
-from pipeline.cache.card import NAME
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
     DATA,
@@ -32,6 +30,7 @@ from pipeline.cache.parts import (
 from pipeline.cache.reader import Cache
 from pipeline.canonical_json import REBUILD_HINT, canonical_json, with_checksum
 from pipeline.errors import CacheError, LatentmillError
+from pipeline.maintenance.verify_derived import REWRITE, check_index, check_statistics
 from pipeline.maintenance.verify_log import check_log
 from pipeline.maintenance.verify_part import PartCheck, Problem, check_part, describe_redo, describe_redo_of_repeated
 from pipeline.prefetch import map_in_order
@@ -43,7 +42,6 @@ PART_THREADS = 4  # threads that check parts: each one holds a whole file in mem
 SMALL_FILE_THREADS = 16  # threads that read other files: stores are slow to answer
 REBUILD = REBUILD_HINT
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
-REWRITE = "run the encode command again, which writes it again"
 AWAY = "move it away"
 
 
@@ -64,7 +62,7 @@ class Findings:
 
     units: the planned units, by name. parts: the parts with a readable record, sound or not.
     rebuildable: the commits that can be rewritten, by name, because their parts are sound.
-    is_log_wrong: the commit log differs from the parts.
+    is_log_wrong, is_index_wrong: the commit log or the index differs from the parts.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -72,6 +70,7 @@ class Findings:
     parts: list[PartInfo] = field(default_factory=list)
     rebuildable: list[str] = field(default_factory=list)
     is_log_wrong: bool = False
+    is_index_wrong: bool = False
 
     def group_by_unit(self) -> dict[str, list[PartInfo]]:
         """Return the parts of each unit in the order of their numbers, including retry parts."""
@@ -134,6 +133,9 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
     findings.problems += log_problems
     if not any(problem.do != REBUILD for problem in findings.problems):  # otherwise the statistics must differ
         findings.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, findings.parts))
+        index_problems = list(check_index(cache, findings.parts))
+        findings.is_index_wrong = bool(index_problems)
+        findings.problems += index_problems
     findings.problems += check_runs(cache.folder)
     return findings
 
@@ -390,23 +392,6 @@ def _compare_with_parts(
                 yield Problem(name, message, f"move it and {file} away, and run {command}")
         elif json.loads(canonical_json(part.to_commit_entry())) != committed[name]:
             yield Problem(file, f"it differs from the record in {name}", REBUILD)
-
-
-def check_statistics(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
-    """Compare stats.json and README.md with the statistics of the parts."""
-    expected = stats.summarize_parts(part.summary for part in parts)
-    data = cache.folder.read_if_exists(stats.NAME)
-    if data is None:
-        yield Problem(stats.NAME, "it is missing: no run has ended yet", REWRITE)
-        return
-    if data != stats.encode_stats(expected):
-        yield Problem(stats.NAME, "it differs from the statistics of the records", REWRITE)
-    card = cache.folder.read_if_exists(NAME)
-    versions_of_runs = [run.get("versions") for run in runs.read_runs(cache.folder).values()]
-    versions = {str(entry.get("latentmill")) for entry in versions_of_runs if isinstance(entry, dict)}
-    with_rows = sum(part.record.rows > 0 for part in parts)
-    if card not in [card_module.render_card(cache, expected, version, with_rows) for version in versions]:
-        yield Problem(NAME, "it differs from the card of this cache", REWRITE)
 
 
 def check_runs(folder: Folder) -> Iterator[Problem]:

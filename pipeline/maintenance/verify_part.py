@@ -15,7 +15,7 @@ from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
-from pipeline.errors import LatentmillError
+from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
 from pipeline.records import TAR_GROUP, Unit, get_shard_kind
@@ -58,7 +58,13 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         message = f"it holds the part {parts.get_expected_stem(record)}: it was copied or renamed"
         check.problems.append(Problem(file, message, describe_redo(file)))
         return check
-    check.part, unit = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest()), units.get(record.unit)
+    try:
+        groups = parts.read_groups(file, data, io.BytesIO(data), file)
+    except CacheError as error:
+        groups = []
+        check.problems.append(Problem(file, str(error), describe_redo(file)))
+    check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest(), groups)
+    unit = units.get(record.unit)
     if unit is not None and (unplanned := {*record.left_out} - unit.left_out):
         message = f"tars that it left out are not planned as units of their own: {len(unplanned)} ({min(unplanned)})"
         check.problems.append(Problem(file, message, "run the encode command again, which plans and encodes them"))

@@ -84,7 +84,7 @@ def test_a_divided_tar_gives_the_rows_of_a_whole_one(
     assert len(ranges) == -(-size // (32 << 10)) > 3
     assert [unit.range for unit in ranges] == [(k, len(ranges)) for k in range(len(ranges))]
     assert {(unit.kind, unit.bytes) for unit in ranges} == {("tar", size)}
-    code, out, err = latentmill("verify", tmp_path / "c", "--recount", "--reencode", 50)
+    code, out, err = latentmill("verify", tmp_path / "c", "--recount", "--reencode", 6)
     assert (code, err) == (0, ""), out
 
     def refuse(*_: object) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from pipeline.cache.card import describe_features
 from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
@@ -98,6 +101,30 @@ def test_datasets_reads_parquet(
     encode: Callable[..., Path], source: Path, latents: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     check_rows(list(load_dataset(encode(source), tmp_path)), latents)
+
+
+def test_the_card_has_the_columns_that_datasets_finds(
+    encode: Callable[..., Path], source: Path, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    cache = encode(source)
+    features = datasets.load_dataset_builder(str(cache), cache_dir=str(tmp_path / "hub")).info.features
+    assert features == datasets.Features.from_arrow_schema(pyarrow.dataset.dataset(cache / "data").schema)
+    assert features == load_dataset(cache, tmp_path).features
+
+
+def test_the_card_names_types_as_datasets_does() -> None:
+    datasets = pytest.importorskip("datasets")
+    point = pa.struct([("x", pa.float16()), ("y", pa.list_(pa.string()))])
+    types = [pa.string(), pa.large_string(), pa.binary(), pa.bool_(), pa.uint8(), pa.int64(), pa.float32(), point]
+    types += [pa.list_(pa.float64()), pa.list_(pa.list_(pa.int8())), pa.list_(point), pa.large_list(pa.int8())]
+    types += [pa.timestamp("us"), pa.timestamp("ns", "UTC"), pa.date32(), pa.duration("s"), pa.time64("us")]
+    types += [pa.decimal128(9, 2), pa.large_list(pa.list_(point))]
+    names = [f'{number}: "{char}" #' for char in "\u00fc\u2028\U0001f600" for number in range(len(types))]
+    schema = pa.schema(list(zip(names, types * 3, strict=True)))
+    lines = yaml.safe_load(describe_features(schema))["dataset_info"]["features"]
+    assert datasets.Features._from_yaml_list(lines) == datasets.Features.from_arrow_schema(schema)
+    assert describe_features(pa.schema([("a", pa.int8()), ("b", pa.map_(pa.string(), pa.int8()))])) == ""
 
 
 def test_datasets_reads_appended_rows(encode: Callable[..., Path], tmp_path: Path) -> None:

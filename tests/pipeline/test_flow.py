@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from latentmill import group_spans
 from latentmill.part_files import to_tensor
 from pipeline.cache import commits
 from pipeline.cache.commit_scan import CacheScan
@@ -97,7 +98,7 @@ def test_the_columns_of_a_part_have_a_memory_limit(worker: Callable[..., UnitWor
 def test_large_columns_make_row_groups_smaller(
     worker: Callable[..., UnitWorker], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr(group_spans, "GROUP_BYTES", 4000)
     members = img2dataset_members(0, 8, height=64, width=64)
     members |= {name: b"x" * 1500 for name in members if name.endswith(".txt")}
     worker(tmp_path / "c", rows_per_part=8).run(unit_of(write_tar(tmp_path / "s/0.tar", members)))
@@ -438,7 +439,7 @@ def test_a_part_file_follows_the_cache_format(worker: Callable[..., UnitWorker],
 def test_row_groups_have_a_limit_in_bytes(
     monkeypatch: pytest.MonkeyPatch, worker: Any, unit: Unit, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
+    monkeypatch.setattr(group_spans, "GROUP_BYTES", 4 * 8 * 8 * 2 * 3)
     worker(tmp_path / "c", rows_per_part=100).run(unit)
     (path,) = (tmp_path / "c/data").iterdir()
     metadata = pq.read_metadata(path)

@@ -5,17 +5,19 @@ import sys
 import pytest
 
 from bench.scale_memory import Case, measure
-from tests.conftest import slow_param
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc"),
+]
 
 
 @pytest.mark.parametrize(
     "case",
     [
         Case(rows=512, channels=64),  # parts of 268 MB
-        slow_param(Case(rows=1024, container="webdataset")),  # many images and small parts
-        slow_param(Case(rows=1024, parts=4)),  # one part is published while the next is filled
+        Case(rows=1024, container="webdataset"),  # many images and small parts
+        Case(rows=1024, parts=4),  # one part is published while the next is filled
     ],
 )
 def test_a_worker_stays_within_one_and_a_half_times_its_parts(case: Case) -> None:
@@ -23,7 +25,6 @@ def test_a_worker_stays_within_one_and_a_half_times_its_parts(case: Case) -> Non
     assert use.ratio <= 1.5, use
 
 
-@pytest.mark.slow
 def test_small_parts_take_at_most_a_constant_more() -> None:
     use = measure(Case(rows=512))
     assert use.is_within_limit, use

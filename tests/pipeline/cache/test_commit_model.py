@@ -131,8 +131,12 @@ class JsonFormat:
     SUFFIX = ".parquet"
 
     @staticmethod
-    def serialize_part(rows: object, record: PartRecord, layout: OutputSchema) -> memoryview:
-        return memoryview(record.to_json())
+    def serialize_part(rows: object, record: PartRecord, layout: OutputSchema) -> tuple[memoryview, tuple[()]]:
+        return memoryview(record.to_json()), ()
+
+    @staticmethod
+    def read_groups(edge: bytes, file: object) -> tuple[()]:
+        return ()
 
 
 @pytest.fixture(autouse=True)

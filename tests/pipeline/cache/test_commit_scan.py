@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentmill.cache import hash_files
+from latentmill.cache_files import hash_files
 from pipeline.cache import commit_scan, commits, stats, tally
 from pipeline.cache import parts as part_files
 from pipeline.cache import parts as parts_module

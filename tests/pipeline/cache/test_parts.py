@@ -1,5 +1,6 @@
 """Parts that exist twice, with and without rows; copied parts; and commits that do not name the existing parts."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -262,6 +263,19 @@ def test_a_damaged_commit_is_an_error_with_its_name(
         parts(tmp_path / "c")
     with pytest.raises(CacheError, match=path.name):  # a worker finds the commit of another job
         worker(tmp_path / "c").run(unit)
+
+
+@pytest.mark.parametrize("groups", [None, [[1, 2, 3, 4]], [["1", 2, 3, 4, 5]], [1], {"rows": 1}])
+def test_a_commit_with_other_row_groups_is_an_error_with_its_name(
+    worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, groups: object
+) -> None:
+    worker(tmp_path / "c").run(unit)
+    (path,) = tmp_path.glob("c/_commits/*.json")
+    content = json.loads(path.read_text())
+    content["parts"][0]["groups"] = groups
+    path.write_text(json.dumps(content))
+    with pytest.raises(CacheError, match=f"{path.name} is corrupt: it does not describe its parts"):
+        parts(tmp_path / "c")
 
 
 def test_commits_are_read_before_the_listing(

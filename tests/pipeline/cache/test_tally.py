@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentmill.group_spans import GroupSpan
 from pipeline.cache import tally
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import make_table, parse_parts
@@ -21,7 +22,9 @@ def make_summary(tallies: dict[str, BucketTally]) -> PartSummary:
     """Return a part with these tallies, and without anything else."""
     return PartSummary(
         file="data/u-00000.parquet",
+        bytes=0,
         sha256="00" * 32,
+        groups=[GroupSpan(2, 4, 9_000_000_000, 64, 72), GroupSpan(1, 9_000_000_000, 9_000_000_100, 72, 64)],
         source="s",
         rows=0,
         filtered={},

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from latentmill import group_spans
 from pipeline import buffers
 from pipeline.cache import tally
 from pipeline.cache.parts import PART_FORMATS
@@ -118,7 +119,7 @@ def write_parquet_plainly(encoded: Encoded, record: PartRecord, layout: OutputSc
     ) as writer:
         for _, pairs in sort_plainly(encoded):
             size = sum(latent.nbytes for latent in latents_of(pairs[0][1]))
-            rows = parquet.ROW_GROUP_BYTES // size
+            rows = group_spans.GROUP_BYTES // size
             for start in range(0, len(pairs), rows):
                 values = [make_row_plainly(image, result, record) for image, result in pairs[start : start + rows]]
                 writer.write_table(pa.Table.from_pylist(values, schema), row_group_size=len(values))
@@ -180,7 +181,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def test_a_part_has_the_bytes_of_a_plain_writer(
     container: Container, store: Store, dtype: str, has_flipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "ROW_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(group_spans, "GROUP_BYTES", 20_000)
     monkeypatch.setattr(tally, "BLOCK", 2_000)
     monkeypatch.setattr(buffers, "CHUNK_BYTES", 6_000)
     monkeypatch.setattr(buffers, "FILE_BYTES", 30_000)
@@ -193,7 +194,7 @@ def test_a_part_has_the_bytes_of_a_plain_writer(
     assert {name: bucket.to_dict() for name, bucket in record.tally.items()} == expected_tally
     write = write_parquet_plainly if container == "parquet" else write_tar_plainly
     expected = write(encoded, record, layout)
-    data = PART_FORMATS[container].serialize_part(buffer.rows, record, layout)
+    data, _ = PART_FORMATS[container].serialize_part(buffer.rows, record, layout)
     assert (len(data), hashlib.sha256(data).hexdigest()) == (len(expected), hashlib.sha256(expected).hexdigest())
     if container == "parquet":
         assert pq.read_metadata(io.BytesIO(data)).num_row_groups > len(BUCKETS)

@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ import pytest
 import torch
 
 from latentmill.part_files import read_parquet_rows, read_webdataset_rows
-from pipeline.cache.parts import read_record
+from pipeline.cache.parts import PartFormat, read_record
 from pipeline.errors import CacheError, Rejected
 from pipeline.formats import parquet as parquet_format
 from pipeline.formats import webdataset as webdataset_format
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.records import TEXT_EXTENSIONS, PreparedImage, Row
+
+
+def serialize(part_format: PartFormat, rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -> bytes:
+    """Return the bytes of a part."""
+    return bytes(part_format.serialize_part(rows, record, layout)[0])
 
 
 def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
@@ -77,7 +83,7 @@ def make_record(rows: int = 3) -> PartRecord:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "part.tar"
-    path.write_bytes(webdataset_format.serialize_part(ROWS, make_record(), OutputSchema()))
+    path.write_bytes(serialize(webdataset_format, ROWS, make_record(), OutputSchema()))
     return path
 
 
@@ -111,7 +117,7 @@ def test_many_threads_can_read_parts_at_once() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     rows = [make_row(number, f"{number:03}") for number in range(200)]
-    data = webdataset_format.serialize_part(rows, make_record(200), OutputSchema(container="webdataset"))
+    data = serialize(webdataset_format, rows, make_record(200), OutputSchema(container="webdataset"))
 
     def count(depth: int) -> int:
         return count(depth - 1) if depth else sum(bool(Garbage()) for _ in read_webdataset_rows(io.BytesIO(data)))
@@ -124,7 +130,7 @@ def test_many_threads_can_read_parts_at_once() -> None:
 
 
 def test_rows_equal_those_of_a_parquet_part(file: Path) -> None:
-    parquet = io.BytesIO(parquet_format.serialize_part(ROWS, make_record(), OutputSchema()))
+    parquet = io.BytesIO(serialize(parquet_format, ROWS, make_record(), OutputSchema()))
     for wanted in (None, [0, 2], [1], []):
         parquet.seek(0)
         with file.open("rb") as stream:
@@ -137,7 +143,7 @@ def test_members_have_neither_time_nor_owner_and_equal_rows_give_equal_bytes(fil
     with tarfile.open(file) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
         assert tar.getnames()[:4] == ["a/000.latent.npy", "a/000.latent.json", "a/000.txt", "a/000.json"]
-    assert webdataset_format.serialize_part(ROWS, make_record(), OutputSchema()) == file.read_bytes()
+    assert serialize(webdataset_format, ROWS, make_record(), OutputSchema()) == file.read_bytes()
 
 
 def test_the_record_is_read_and_a_file_without_one_is_an_error(file: Path) -> None:
@@ -159,7 +165,7 @@ def test_flipped_latents_are_members_of_the_same_sample(tmp_path: Path, store: A
     webdataset = pytest.importorskip("webdataset")
     layout = OutputSchema(container="webdataset", store=store, has_flipped=True)
     rows = [dataclasses.replace(row, chunk=torch.cat([row.chunk, row.chunk + 1], dim=1)) for row in ROWS]
-    (tmp_path / "part.tar").write_bytes(webdataset_format.serialize_part(rows, make_record(), layout))
+    (tmp_path / "part.tar").write_bytes(serialize(webdataset_format, rows, make_record(), layout))
     samples = list(webdataset.WebDataset(str(tmp_path / "part.tar"), shardshuffle=False, empty_check=False).decode())
     assert [sample["__key__"] for sample in samples] == [row.image.key for row in rows]
     assert all(np.array_equal(sample[f"{name}.npy"] + 1, sample[f"{name}_flipped.npy"]) for sample in samples)
@@ -167,7 +173,7 @@ def test_flipped_latents_are_members_of_the_same_sample(tmp_path: Path, store: A
         f"{name}.npy",
         f"{name}_flipped.npy",
     ]
-    parquet = parquet_format.serialize_part(rows, make_record(), dataclasses.replace(layout, container="parquet"))
+    parquet = serialize(parquet_format, rows, make_record(), dataclasses.replace(layout, container="parquet"))
     with (tmp_path / "part.tar").open("rb") as stream:
         read = list(read_webdataset_rows(stream, texts=TEXT_EXTENSIONS))
     assert read == list(read_parquet_rows(io.BytesIO(parquet)))
@@ -179,8 +185,11 @@ def test_flipped_latents_are_members_of_the_same_sample(tmp_path: Path, store: A
 
 @pytest.mark.parametrize(("store", "member"), [("sample", "a.latent.npy"), ("moments", "a.moments.npy")])
 def test_the_name_of_a_member_depends_on_its_values(store: Any, member: str) -> None:
-    data = webdataset_format.serialize_part(
-        [make_row(0, "a", torch.float32, channels=8)], dataclasses.replace(make_record(1)), OutputSchema(store=store)
+    data = serialize(
+        webdataset_format,
+        [make_row(0, "a", torch.float32, channels=8)],
+        dataclasses.replace(make_record(1)),
+        OutputSchema(store=store),
     )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[0] == member
@@ -195,9 +204,9 @@ def test_times_of_any_year_are_written_as_json_and_to_parquet() -> None:
         [make_row(0, "a", times=times[0])],
         OutputSchema(columns=PassthroughColumns(pa.schema([("times", kind)]), ())),
     )
-    (read,) = read_webdataset_rows(io.BytesIO(webdataset_format.serialize_part(rows, make_record(1), layout)))
+    (read,) = read_webdataset_rows(io.BytesIO(serialize(webdataset_format, rows, make_record(1), layout)))
     assert read["times"] == ["1970-01-01 00:00:00.000001", f"<value out of range: {2**62}>"]
-    part = io.BytesIO(parquet_format.serialize_part([make_row(0, "a", times=times[0])], make_record(1), layout))
+    part = io.BytesIO(serialize(parquet_format, [make_row(0, "a", times=times[0])], make_record(1), layout))
     assert pq.read_table(part)["times"].combine_chunks().equals(times)
     (read,) = read_parquet_rows(part)
     assert pa.array([read["times"]], kind).equals(times)
@@ -206,6 +215,9 @@ def test_times_of_any_year_are_written_as_json_and_to_parquet() -> None:
 def test_a_value_without_a_json_form_is_never_written() -> None:
     layout = OutputSchema(columns=PassthroughColumns(pa.schema([("caption", pa.string())]), ()))
     with pytest.raises(TypeError, match="a Rejected cannot be converted to JSON"):
-        webdataset_format.serialize_part(
-            [make_row(0, "a", caption=Rejected("read", "bad_text", "caption"))], make_record(1), layout
+        serialize(
+            webdataset_format,
+            [make_row(0, "a", caption=Rejected("read", "bad_text", "caption"))],
+            make_record(1),
+            layout,
         )

@@ -77,6 +77,9 @@ def test_datasets_can_read_the_card(tmp_path: Path) -> None:
     card = card_module.render_card(Cache(Folder(str(tmp_path)), info_of(IDENTITY)), stats, "0.1.0", 3).decode()
     assert "scale = 0.5" in card
     head = yaml.safe_load(card.split("---")[1])
+    columns = {feature["name"]: feature for feature in head["dataset_info"]["features"]}
+    assert columns["key"] == {"name": "key", "dtype": "string"}
+    assert columns["shape"] == {"name": "shape", "list": "int32"}
     assert head["configs"] == [{"config_name": "default", "data_files": "data/*", "version": "0.0.3"}]
     assert "1,234 rows" not in card.split("---")[1]
     assert "# Latents of 1,234 images" in card

@@ -1,0 +1,1 @@
+"""Caches written again in the formats of trainers."""
