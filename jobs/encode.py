@@ -13,6 +13,7 @@ from jobs.encode_options import EncodeOptions
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.finalize import finalize_cache
+from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter, log_unit
@@ -30,6 +31,7 @@ from pipeline.cache import identity, plan
 from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import list_commit_names, remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
+from pipeline.cache.left_out import plan_left_out, read_left_out
 from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import find_unit_files, read_superseded
 from pipeline.cache.runs import Run
@@ -158,12 +160,7 @@ def run_encode(
     failures: Sequence[Failure] = ()
     with recorder.recording():
         recorder.begin(single_writer)
-        texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
-        divide = partial(divide_tars, options)
-        units, noticed = plan.extend_plan(
-            cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide
-        )
-        listing.files.clear()  # there may be millions, and the units have what is needed of them
+        units, noticed = plan_units(options, cache, info, listing)
         planned, units = len(units), units[: options.max_shards or None]
         committed = list_commit_names(cache)
         pending = select_unfinished(committed, units)
@@ -177,8 +174,9 @@ def run_encode(
             recorder.note_error(unreadable[0])
         recorder.log_only(f"{count_noun(len(units), 'unit')} planned, {len(pending):,} not done")
         recorder.update(units=len(units), pending=len(pending), noticed=noticed, plan=plan.hash_plan_files(cache))
+        done_before = len(units) - len(pending)
         if pending:
-            failures = encode_pending(options, cache, info, vae, pending, resources, recorder, totals)
+            failures = encode_pending(options, cache, info, vae, units, pending, resources, recorder, totals)
         resources.close()
         # encoding has ended, so there is no throughput any more
         recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
@@ -197,10 +195,23 @@ def run_encode(
         stats=written,
         failures=failures,
         unreadable=listing.unreadable,
-        units=len(units),
-        units_done_before=len(units) - len(pending),
+        units=done_before + len(pending),
+        units_done_before=done_before,
         left_out=planned - len(units),
     )
+
+
+def plan_units(
+    options: EncodeOptions, cache: Folder, info: CacheInfo, listing: Listing
+) -> tuple[list[Unit], list[str]]:
+    """Plan the inputs that are not planned yet. Returns all units, and notes. The list of files is emptied."""
+    texts, is_new, is_same = identity.parse_schema(info).columns.texts, options.new_source, options.same_source
+    divide, group_tars = partial(divide_tars, options), can_group_tars(info)
+    units, noticed = plan.extend_plan(
+        cache, listing.files, listing.sources, is_new, is_same, texts, listing.metadata, divide, group_tars
+    )
+    listing.files.clear()  # there may be millions, and the units have what is needed of them
+    return units + plan_left_out(cache, units, read_left_out(cache, units)), noticed
 
 
 def encode_pending(
@@ -208,27 +219,30 @@ def encode_pending(
     cache: Folder,
     info: CacheInfo,
     vae: Vae,
+    units: Sequence[Unit],
     pending: list[Unit],
     resources: ResourcePlan,
     recorder: RunRecorder,
     totals: RunTotals,
 ) -> Sequence[Failure]:
-    """Run the pending units on the workers. Returns the units that failed for good."""
+    """Run the pending units on the workers. Returns the units that failed for good.
+
+    units: all planned units. pending: receives the tars that groups leave out, which are then units of their own.
+    """
     spec = describe_workers(options, cache, info, pending, resources, recorder.run.name)
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
-    sizes = {unit.name: unit.input_bytes for unit in pending}
-    meter = ProgressMeter("encoded", sum(sizes.values()), estimate_bytes_per_image(pending))
-    worker_time = WorkerTime(len(executor.workers))
-    started = time.perf_counter()
-    skipped, paths = SkippedInputs(), {unit.name: unit.path for unit in pending}
-    log = LogWriter(cache)
+    running = {unit.name: unit for unit in pending}
+    meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
+    worker_time, started = WorkerTime(len(executor.workers)), time.perf_counter()
+    skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
         totals.add(done)
         log.add(done.summaries)
-        skipped.add(done, paths[done.unit])
+        skipped.add(done, running[done.unit].path)
+        left_out.add(done)
         log_unit(done)
-        meter.task_done(sizes[done.unit], done.encoded, sum(done.rejects.values()))
+        meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
 
     def on_tick() -> None:
         meter.tick(executor.images, executor.waiting_for)
@@ -237,13 +251,21 @@ def encode_pending(
         recorder.update(**{**describe_totals(totals), **meter.facts})
         write_log(log)
 
+    def find_more() -> list[Unit]:
+        more = left_out.plan()
+        running.update((unit.name, unit) for unit in more)
+        pending.extend(more)
+        return more
+
     def probe(unit: Unit) -> None:
         connection.check_reachable(cache.url_of(identity.NAME), cache.options)
         connection.check_reachable(unit.url, parse_source_options(options))
 
     with meter.shown():
         try:
-            result = run_tasks(pending, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout)
+            result = run_tasks(
+                pending, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout, find_more=find_more
+            )
             totals.working = result.seconds
             return result.failures
         finally:
@@ -252,6 +274,14 @@ def encode_pending(
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
+
+
+def can_group_tars(info: CacheInfo) -> bool:
+    """Return whether small tars become units together: not if their columns come from files beside them.
+
+    In a part of WebDataset, a key may occur only once, but two tars may have the same one.
+    """
+    return info.identity.container == "parquet" and not identity.parse_schema(info).columns.from_parquet.names
 
 
 def describe_workers(

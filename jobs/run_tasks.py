@@ -34,6 +34,7 @@ def run_tasks(
     probe: Callable[[Any], None] = lambda task: None,
     stall_timeout: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
+    find_more: Callable[[], Sequence[Task]] = tuple,
 ) -> RunResult:
     """Run all tasks. The scheduler assigns tasks to workers, and classifies failures.
 
@@ -41,6 +42,7 @@ def run_tasks(
     at the end, and when a worker becomes ready or is lost, so that the workers' time is counted from then on.
     probe: accesses the storage that a task needs, and raises LatentmillError if the storage does not answer. No task
     is started during an outage, which may last at most `stall_timeout` seconds.
+    find_more: returns further tasks, which follow from the results of the others. It is called when no task is left.
     Returns the tasks that failed for good, and the time.
     Raises Stopped if a signal arrived, JobError if no worker or no storage works.
     """
@@ -48,7 +50,7 @@ def run_tasks(
     outage = Outage(probe, stall_timeout, clock)
     result, ready, next_tick = RunResult(scheduler.failures), 0.0, clock()
     with signals.polled():
-        while scheduler.waiting or scheduler.under_way:
+        while scheduler.waiting or scheduler.under_way or scheduler.add(find_more()):
             signals.check()
             if not outage.poll():
                 for worker, reason in list(scheduler.find_faulty(executor.workers)):

@@ -84,11 +84,17 @@ class Scheduler:
         self.clock = clock
         self.tasks_per_worker = tasks_per_worker
         self.can_replace = can_replace
-        self.untried = deque(random.sample(list(tasks), len(tasks)))
+        self.untried = deque[Task]()
+        self.add(tasks)
         self.retries: dict[str, TaskState] = {}  # by task
         self.assigned: dict[str, TaskState] = {}  # by task
         self.workers = WorkerPool()
         self.failures: list[Failure] = []
+
+    def add(self, tasks: Sequence[Task]) -> bool:
+        """Add tasks, in shuffled order. Returns whether there are any."""
+        self.untried.extend(random.sample(list(tasks), len(tasks)))
+        return bool(tasks)
 
     @property
     def under_way(self) -> int:

@@ -30,12 +30,13 @@ from pipeline.images.remote_openers import LocalAndRemoteOpeners, RemoteOpeners,
 from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits
-from pipeline.part_writer import Stages, UnitWriter
+from pipeline.part_writer import Stages, UnitWriter, check_left_out
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, cut_at_retried_rest, reject_missing_rest
+from pipeline.readers.tar_group import LeftOutTars, leave_out
 from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Seconds, Unit
-from pipeline.storage import reading
+from pipeline.records import FIRST_ATTEMPT, TAR_GROUP, Attempt, Reject, Sample, Seconds, Unit
+from pipeline.sources.planned_files import fetch_current_version
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
@@ -222,13 +223,15 @@ def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     try:
         return encode_missing_parts(unit, context, timer, find_standing_parts(unit, context))
     except ChangedError:
-        current = reading.fetch_current_version(unit, spec.source_options)
+        current = fetch_current_version(unit, spec.source_options)
         standing = parts.list_unit_files(spec.cache, unit.name)
         records = list(parts.read_counted_records(spec.cache, standing, spec.identity_sha256))
         if current.bytes != unit.bytes or not records:
             raise
-        samples = ReadableSamples(read_samples(current, spec, on_piece=context.on_piece), context.damaged_at)
-        exhaust(input_hash.check_inputs(instrument(samples, context, timer), records, unit.url))
+        current, left_out = leave_out(current, records), LeftOutTars.after(records, spec.rows_per_part)
+        samples = read_samples(current, spec, on_piece=context.on_piece, left_out=left_out)
+        readable = ReadableSamples(samples, context.damaged_at)
+        exhaust(input_hash.check_inputs(instrument(readable, context, timer), records, unit.url))
     return encode_missing_parts(current, context, timer, standing)
 
 
@@ -250,22 +253,31 @@ def encode_missing_parts(
     spec = context.spec
     skipped = Counter[str]()
     superseded = spec.superseded.get(unit.name, {})
-    readable = ReadableSamples(read_samples(unit, spec, skipped, context.on_piece), context.damaged_at)
+    files = standing if unit.kind == TAR_GROUP else ()
+    records = list(parts.read_counted_records(spec.cache, files, spec.identity_sha256))
+    left_out, unit = LeftOutTars.after(records, spec.rows_per_part), leave_out(unit, records)
+    readable = ReadableSamples(
+        read_samples(unit, spec, skipped, context.on_piece, left_out=left_out), context.damaged_at
+    )
     samples = Peekable(instrument(cut_at_retried_rest(readable, superseded), context, timer))
     unit_parts = parts.UnitParts(spec.cache, unit.name, spec.identity_sha256, spec.layout, standing)
-    parts_to_skip = 0
-    with UnitWriter(unit, spec, context.stages, timer, superseded, unit_parts.publish) as writer:
+    parts_to_skip, adopted = 0, None
+    with UnitWriter(unit, spec, context.stages, timer, superseded, unit_parts.publish, left_out) as writer:
         for number in itertools.count():
             part = unit_parts.find(number)
             if part is not None:
                 writer.adopt(part)
-                parts_to_skip += 1
+                parts_to_skip, adopted = parts_to_skip + 1, part.record
             else:
+                first = number * spec.rows_per_part
                 exhaust(itertools.islice(samples, parts_to_skip * spec.rows_per_part))  # samples of existing parts
+                if adopted is not None and parts_to_skip:
+                    check_left_out(adopted, left_out.list_before(first))
                 parts_to_skip = 0
                 part_samples: Iterator[Sample | Reject] = itertools.islice(samples, spec.rows_per_part)
-                if number and samples.is_done:  # an earlier worker read farther, and its parts exist
-                    part_samples = iter([reject_missing_rest(unit.url, number * spec.rows_per_part, readable.damage)])
+                # an earlier worker read farther, and its parts exist
+                if number and samples.is_done and not left_out.has_any_from(first):
+                    part_samples = iter([reject_missing_rest(unit.url, first, readable.damage)])
                 writer.read_part(number, part_samples, lambda: samples.is_done)
             if writer.has_last_part():
                 break

@@ -5,6 +5,7 @@
 Nothing here waits for a single image. A part is published as soon as all its samples have a result.
 """
 
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +20,14 @@ from pipeline.cache import input_hash, tally
 from pipeline.cache.identity import FORMAT
 from pipeline.cache.part_info import PartInfo
 from pipeline.device_loop import DeviceLoop, UnitQueue
-from pipeline.errors import Rejected
+from pipeline.errors import Rejected, ShardError
 from pipeline.formats.part_record import PartRecord
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.prepare import Opener, prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.limits import Limits, check_share
 from pipeline.readers.damage import keep_rejected
+from pipeline.readers.tar_group import LeftOutTars
 from pipeline.records import EncodedImage, Filtered, PreparedImage, Reject, Row, Sample, Unit
 from pipeline.storage.folder import Folder
 from pipeline.timing import StageTimer
@@ -91,7 +93,7 @@ class PartBuffer:
     def add_encoded(self, image: PreparedImage, encoded: EncodedImage) -> None:
         """Add the model's result for an image."""
         if isinstance(encoded.latent, Rejected):
-            self.add(Reject.from_error(image.position, image.key, encoded.latent))
+            self.add(Reject.from_error(image.position, image.key, encoded.latent, image.shard))
             return
         with self._lock:
             self.rows.append(Row(image.drop_pixels(), *self._latents.add(encoded.latents)))
@@ -135,6 +137,7 @@ class UnitWriter:
     """The parts of a unit, in their order. New parts are published by a thread, one after the other.
 
     publish: creates the file of a part with this record and these rows (`UnitParts.publish`).
+    left_out: of a group of tars, those that are left out, as far as its tars were read.
     The unit takes a place among those that are read when its first missing part is read.
     """
 
@@ -146,15 +149,16 @@ class UnitWriter:
         timer: StageTimer,
         superseded: Mapping[int, str],
         publish: Callable[[PartRecord, Iterable[Row]], PartInfo],
+        left_out: LeftOutTars,
     ) -> None:
-        self.publish = publish
+        self.publish, self.left_out = publish, left_out
         self.unit, self.spec, self.stages, self.timer, self.superseded = unit, spec, stages, timer, superseded
         self.parts: list[PartInfo] = []
         self.adopted = self.encoded = self.fp32_fallbacks = 0
         self.texts: Counter[str] = Counter()
         self._buffers: list[PartBuffer] = []  # of the parts that are read or published
         self._publishing: deque[Future[PartInfo]] = deque()
-        self._is_read = False
+        self._is_read = self._is_misaligned = False
         self._queue: UnitQueue | None = None
         self._stack = ExitStack()
         self._publisher = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="publish"))
@@ -188,7 +192,11 @@ class UnitWriter:
         self._buffers.append(buffer)
         read_part(buffer, self.unit, samples, self.spec, self.stages, self._queue, self.timer, self.superseded)
         self._is_read = is_done()
-        self._publishing.append(self._publisher.submit(self._publish, number, buffer, self._queue, self._is_read))
+        end = math.inf if self._is_read else (number + 1) * self.spec.rows_per_part
+        left_out = self.left_out.list_before(end)
+        self._publishing.append(
+            self._publisher.submit(self._publish, number, buffer, self._queue, self._is_read, left_out)
+        )
 
     def has_last_part(self) -> bool:
         """Return whether the last part exists. Waits for all parts read so far, but for one if more follow."""
@@ -207,16 +215,22 @@ class UnitWriter:
     def _is_complete(self) -> bool:
         return bool(self.parts) and self.parts[-1].record.last
 
-    def _publish(self, number: int, buffer: PartBuffer, queue: UnitQueue, is_last: bool) -> PartInfo:
+    def _publish(
+        self, number: int, buffer: PartBuffer, queue: UnitQueue, is_last: bool, left_out: tuple[str, ...]
+    ) -> PartInfo:
         queue.wait(lambda: buffer.is_complete)
+        if self._is_misaligned:  # by the part before this one, whose error is raised
+            raise ShardError(f"part {number} of {self.unit.name} has other positions than the parts before it")
         buffer.sort()
         self.encoded += len(buffer.rows)
         self.fp32_fallbacks += buffer.fp32_fallbacks
         self.texts.update(tally.count_texts(buffer.rows, self.spec.layout.columns.texts))
-        record = make_record(self.unit, number, buffer, is_last, self.spec)
+        record = make_record(self.unit, number, buffer, is_last, self.spec, left_out)
         with self.timer.stage("write"):
             return_freed_memory()  # a part takes most memory now
             part = self.publish(record, buffer.take_rows())
+        self._is_misaligned = part.record.left_out != left_out
+        check_left_out(part.record, left_out)
         self._buffers.remove(buffer)
         return part
 
@@ -290,7 +304,7 @@ def open_sample(
         try:
             check_share(item.columns if isinstance(item, PreparedImage) else {}, spec.rows_per_part, spec.limits)
         except Rejected as error:
-            item = Reject.from_error(sample.position, sample.key, error)
+            item = Reject.from_error(sample.position, sample.key, error, sample.shard)
         item = keep_rejected(sample, item, reason)
     except BaseException as error:
         queue.fail(error)
@@ -303,8 +317,22 @@ def open_sample(
         queue.drop()
 
 
-def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec) -> PartRecord:
-    """Return the record of a part. number: of the part, from 0. last: whether it ends the unit."""
+def check_left_out(record: PartRecord, left_out: tuple[str, ...]) -> None:
+    """Raise ShardError if another writer left out other tars of a group before the end of this part.
+
+    Then the positions differ. The next attempt leaves out the tars that the existing parts leave out.
+    """
+    if record.left_out != left_out:
+        raise ShardError(f"another run wrote {record.stem} without some tars that this one reads, or with others")
+
+
+def make_record(
+    unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: PartSpec, left_out: tuple[str, ...] = ()
+) -> PartRecord:
+    """Return the record of a part. number: of the part, from 0. last: whether it ends the unit.
+
+    left_out: the tars of a group that are left out before the end of the part.
+    """
     return PartRecord(
         format=FORMAT,
         identity=spec.identity_sha256,
@@ -322,4 +350,5 @@ def make_record(unit: Unit, number: int, buffer: PartBuffer, last: bool, spec: P
         inputs=input_hash.combine_digests(buffer.digests_in_order),
         rejects=tuple(buffer.rejects),
         tally=tally.tally_rows(buffer.rows, spec.layout.store),
+        left_out=left_out,
     )

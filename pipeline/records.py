@@ -48,6 +48,7 @@ SHARD_ENDINGS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+TAR_GROUP = "tars"  # the kind of units that are made of several small tars
 _SECOND_ENDINGS = frozenset(end[end.rfind(".") :] for end in SHARD_ENDINGS if end.count(".") > 1)
 
 
@@ -110,16 +111,19 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The work of one task: a tar or Arrow file, a range of a large tar or another file, or images of a folder.
+    """The work of one task: a tar or Arrow file, a range of a large tar or another file, small tars, or images.
 
     name: unique, safe in a file name, and independent of the input's location.
-    kind: tar, zip, parquet, arrow, folder or manifest.
+    kind: tar, tars, zip, parquet, arrow, folder or manifest.
     range: (k, n) for range k of n of a large tar, a zip, a Parquet file or a manifest. bytes: of the whole input.
-    root: URL of the source's root, without credentials. path: as of `ListedFile`; for a folder, the name of its source.
-    For a folder, `paths` lists the images. `files` holds the sizes and ETags of its images and
-    texts (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders, tars and zips, `metadata`
-    has the paths, sizes and ETags of the tables with further columns of the samples. For a manifest, `files` is the URL
-    of the folder of its images; "" for its own folder. For a range of a tar, `files` has its bytes.
+    root: URL of the source's root, without credentials. path: as of `ListedFile`; for a folder or a group of tars, the
+    name of its source.
+    For a folder, `paths` lists the images, and for a group the tars. `files` holds the sizes and ETags of these files
+    and of the texts beside images (packed by `sources.sidecars`), and `etag` is the sha256 of `files`. For folders,
+    tars, groups and zips, `metadata` has the paths, sizes and ETags of the tables with further columns of the samples.
+    For a manifest, `files` is the URL of the folder of its images; "" for its own folder. For a range of a tar, `files`
+    has its bytes.
+    left_out: the tars of a group that are units of their own, because they could not be read. It follows from the plan.
     """
 
     name: str
@@ -132,11 +136,12 @@ class Unit:
     files: str = ""
     root: str = ""
     metadata: str = ""
+    left_out: frozenset[str] = frozenset()
 
     @property
     def url(self) -> str:
-        """The location of the input; for a folder, of the root."""
-        return self.root if self.kind == "folder" else join_url(self.root, path_below_root(self.path))
+        """The location of the input; for a folder or a group of tars, of the root."""
+        return self.root if self.paths else join_url(self.root, path_below_root(self.path))
 
     @property
     def source_name(self) -> str:
@@ -151,28 +156,33 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A key, the encoded bytes of an image, and its columns. position: in the unit's reading order, from 0."""
+    """A key, the encoded bytes of an image, and its columns. position: in the unit's reading order, from 0.
+
+    shard: the path of its tar, in a group of tars; in other units "", which stands for the unit's path.
+    """
 
     position: int
     key: str
     image: bytes
     columns: Mapping[str, Any]
+    shard: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A sample that is not in the cache, with the stage and the reason of its rejection."""
+    """A sample that is not in the cache, with the stage and the reason of its rejection. shard: as of `Sample`."""
 
     position: int
     key: str
     stage: str
     reason: str
     detail: str
+    shard: str = ""
 
     @classmethod
-    def from_error(cls, position: int, key: str, error: Rejected) -> "Reject":
+    def from_error(cls, position: int, key: str, error: Rejected, shard: str = "") -> "Reject":
         """Return the reject of a sample that raised `error`."""
-        return cls(position, key, error.stage, error.reason, error.detail)
+        return cls(position, key, error.stage, error.reason, error.detail, shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +215,7 @@ class Filtered:
 class PreparedImage:
     """A decoded and transformed sample: pixels are RGB uint8 [H, W, 3], with the parameters of the transform.
 
-    shard: the path of the unit's input. With the key, it identifies the sample.
+    shard: the path of its tar or other file, or the name of a folder's source. With the key, it identifies the sample.
     truncated: whether its file lacks its end; None if such files are rejected.
     """
 

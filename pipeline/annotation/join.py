@@ -62,8 +62,7 @@ class ColumnJoin:
     def __init__(self, name: str, folder: Path, convert: Callable[[pa.Table], pa.Table] = lambda rows: rows) -> None:
         self.name, self._convert = name, convert
         self._table, self._cache, self._joined = (Spool(folder, name) for name in ("table", "cache", "joined"))
-        self._parts: list[tuple[str, str, tuple[int, ...]]] = []  # file, shard, groups
-        self._shards = pa.array([], pa.string())  # of each part
+        self._parts: list[tuple[str, tuple[int, ...]]] = []  # file, groups
         self._has_shards: bool | None = None
         self.schema = pa.schema([])
         self.counts = JoinCounts()
@@ -104,23 +103,23 @@ class ColumnJoin:
     def add_part(self, part: PartRows) -> None:
         """Add the rows of a part, with the values that columns of the table have now. Call it in the order of parts."""
         count = len(part.rows)
-        current = {_OLD + name: part.rows[name] for name in part.rows.schema.names if name != KEY}
+        current = {_OLD + name: part.rows[name] for name in part.rows.schema.names if name not in (KEY, SHARD)}
         rows = pa.table(
             {
                 KEY: part.rows[KEY],
+                SHARD: part.rows[SHARD],
                 "part": pa.array(np.full(count, len(self._parts), np.int32)),
                 "row": pa.array(np.arange(count, dtype=np.int32)),
                 **current,
             }
         )
-        self._cache.add(rows, _hash_keys(part.rows[KEY], [part.shard] * count if self._has_shards else None))
-        self._parts.append((part.file, part.shard, part.groups))
+        self._cache.add(rows, _hash_keys(rows[KEY], rows[SHARD].to_pylist() if self._has_shards else None))
+        self._parts.append((part.file, part.groups))
         self.counts.rows += count
 
     def join(self) -> None:
         """Join all rows. Raises UsageError, which names an example, for a key twice, or a key of several shards."""
         self._cache.close()
-        self._shards = pa.array([shard for _, shard, _ in self._parts], pa.string())
         for start, stop in split_buckets(self._table, self._cache):
             left, right = self._cache.read(start, stop), self._read_table(start, stop)
             if left is None or right is None:
@@ -139,7 +138,7 @@ class ColumnJoin:
             rows = rows.take(np.lexsort((numbers, parts))).drop_columns(["part", "row"])
             first = 0
             for part in np.unique(parts):
-                file, _, groups = self._parts[part]
+                file, groups = self._parts[part]
                 yield PartColumns(file, groups, rows.slice(first, sum(groups)))
                 first += sum(groups)
 
@@ -157,7 +156,7 @@ class ColumnJoin:
 
     def _join_rows(self, left: pa.Table, right: pa.Table) -> pa.Table:
         """Return the rows of the cache with the columns of the table; null or the current value if there is no row."""
-        shards = self._shards.take(left["part"].combine_chunks())
+        shards = left[SHARD].combine_chunks()
         ids = (
             right[KEY].combine_chunks() if not self._has_shards else _combine(right[KEY], right[SHARD].combine_chunks())
         )

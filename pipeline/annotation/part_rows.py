@@ -17,10 +17,9 @@ from pipeline.errors import DamagedFileError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartRows:
-    """The rows of a part. groups: the rows of each of its row groups. rows: the column `key`, and those asked for."""
+    """The rows of a part. groups: the rows of each of its row groups. rows: `key`, `shard`, and those asked for."""
 
     file: str
-    shard: str
     groups: tuple[int, ...]
     rows: pa.Table
 
@@ -36,7 +35,7 @@ def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
     try:
         with cache.folder.open(file) as stream:
             read = _read_parquet if file.endswith(PARQUET_SUFFIX) else _read_webdataset
-            shard, groups, rows = read(cache, stream, own, schema)
+            groups, rows = read(cache, stream, own, schema)
     except LatentmillError:
         raise
     except Exception as error:  # damaged bytes can make a library raise anything
@@ -46,33 +45,31 @@ def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
         overlays = cache.overlays.read(file, later, 0, len(rows))
         for name in later:
             rows = rows.append_column(name, overlays[name].cast(schema.field(name).type))
-    return PartRows(file, shard, tuple(groups), rows.select(["key", *schema.names]))
+    return PartRows(file, tuple(groups), rows.select(["key", "shard", *schema.names]))
 
 
-def _read_parquet(
-    cache: Cache, stream: Any, names: Sequence[str], schema: pa.Schema
-) -> tuple[str, Sequence[int], pa.Table]:
+def _read_parquet(cache: Cache, stream: Any, names: Sequence[str], schema: pa.Schema) -> tuple[Sequence[int], pa.Table]:
     file = pq.ParquetFile(stream, page_checksum_verification=True)
     table = file.read(columns=["key", "shard", *names], use_threads=False)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-    return table["shard"][0].as_py(), groups, table.select(["key", *names])
+    return groups, table
 
 
 def _read_webdataset(
     cache: Cache, stream: Any, names: Sequence[str], schema: pa.Schema
-) -> tuple[str, Sequence[int], pa.Table]:
-    columns, shard = cache.info.columns, ""
-    values: dict[str, list[Any]] = {name: [] for name in ("key", *names)}
+) -> tuple[Sequence[int], pa.Table]:
+    columns = cache.info.columns
+    values: dict[str, list[Any]] = {name: [] for name in ("key", "shard", *names)}
     groups, limit = list[int](), GroupLimit()
     for row in read_webdataset_rows(stream, None, columns.texts, columns.binary):
-        shard, latents = row["shard"], len(row["latent"]) + len(row.get("latent_flipped", b""))
+        latents = len(row["latent"]) + len(row.get("latent_flipped", b""))
         if limit.starts_group((row["height"], row["width"]), latents, others=0):
             groups.append(0)
         groups[-1] += 1
         for name, column in values.items():
             column.append(row.get(name))
-    kinds = {"key": pa.string(), **{name: schema.field(name).type for name in names}}
-    return shard, groups, pa.table({name: pa.array(column, kinds[name]) for name, column in values.items()})
+    kinds = {"key": pa.string(), "shard": pa.string(), **{name: schema.field(name).type for name in names}}
+    return groups, pa.table({name: pa.array(column, kinds[name]) for name, column in values.items()})
 
 
 def is_exact_in_tars(kind: Any, name: str, cache: Cache) -> bool:

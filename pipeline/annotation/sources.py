@@ -15,9 +15,9 @@ from pipeline.limits import Limits
 from pipeline.prefetch import map_in_order
 from pipeline.readers.manifest import ROWS_PER_UNIT
 from pipeline.readers.unit import read_samples
-from pipeline.records import ListedFile, Reject, Sample, Unit
+from pipeline.records import TAR_GROUP, ListedFile, Reject, Sample, Unit
+from pipeline.sources.planned_files import fetch_current_version
 from pipeline.sources.sidecars import collect_image_files, match_sidecars, pin_files
-from pipeline.storage import reading
 
 THREADS = 4  # inputs that are read at once
 ROWS = 1024  # rows whose values are Python objects
@@ -66,7 +66,7 @@ def read_columns(
 
 
 def _read_unit(unit: Unit, spec: SourceSpec) -> Iterator[Sample | Reject]:
-    current = reading.fetch_current_version(unit, spec.source_options)
+    current = fetch_current_version(unit, spec.source_options)
     if unit.kind != "manifest":
         yield from read_samples(current, spec, may_differ=(), with_images=False)
         return
@@ -116,8 +116,9 @@ def select_inputs(
 ) -> tuple[list[Unit], list[str]]:
     """Return what to read to see every planned sample as it is now, and the planned inputs that do not exist any more.
 
-    A file is read once as a whole, because its ranges may have moved. Of a folder, the planned images are read that
-    exist, with the texts that they have now. listed: the files of the sources. texts: extensions of texts.
+    A file is read once as a whole, because its ranges may have moved, and the tars of a group one by one. Of a folder,
+    the planned images are read that exist, with the texts that they have now. listed: the files of the sources. texts:
+    extensions of texts.
     """
     files = {file.path: file for file in listed}
     sidecars = match_sidecars(list(listed), texts)
@@ -129,6 +130,12 @@ def select_inputs(
             pins = pin_files([collect_image_files(files[path], sidecars.texts) for path in images])
             if images:
                 inputs[unit.name] = replace(unit, paths=tuple(images), **pins)
+        elif unit.kind == TAR_GROUP:
+            for path in unit.paths:
+                if path in files:
+                    inputs[path] = replace(unit, kind="tar", path=path, paths=(), files="", left_out=frozenset())
+                else:
+                    missing[path] = None
         elif unit.path in files:
             inputs[unit.path] = replace(unit, range=None, files=unit.files if unit.kind == "manifest" else "")
         else:

@@ -4,7 +4,6 @@ A unit's commit is written when all parts of the unit exist. A retry part has it
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict
 from typing import Any
 
 from pipeline.cache.part_info import PartInfo, PartSummary
@@ -59,8 +58,8 @@ def get_commit_name(parts: Sequence[PartInfo]) -> str:
 
 def encode_rejects(parts: Sequence[PartInfo]) -> bytes:
     """Return the content of a file in `_rejects`, one line per reject. It is empty if nothing was rejected."""
-    rejects = [{"shard": part.record.source, **asdict(reject)} for part in parts for reject in part.record.rejects]
-    return b"".join(canonical_json(reject) + b"\n" for reject in rejects)
+    rejects = [(part.record.source, reject) for part in parts for reject in part.record.describe_rejects()]
+    return b"".join(canonical_json({"shard": source, **reject}) + b"\n" for source, reject in rejects)
 
 
 def make_commit(parts: Sequence[PartInfo], facts: Mapping[str, object]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def hash_sample(item: Sample | Reject) -> bytes:
         return _hash_fields("reject", str(item.position), item.reason)
     columns = ((name, encode_value(item.columns[name])) for name in sorted(item.columns))
     fields = [field for name, value in columns if value is not None for field in (name, value)]
-    return _hash_fields("sample", str(item.position), item.key, item.image, *fields)
+    shard = [item.shard] if item.shard else []
+    return _hash_fields("sample", str(item.position), *shard, item.key, item.image, *fields)
 
 
 def encode_value(value: Any) -> bytes | None:

@@ -17,6 +17,7 @@ class PartSummary:
 
     bytes, groups: of its file.
     reject_counts: the number of rejects per reason. rest_positions: where the rest of a damaged shard is rejected.
+    left_out: the tars that a group of tars left out, because they could not be read.
     """
 
     file: str
@@ -31,6 +32,7 @@ class PartSummary:
     rest_positions: Sequence[int]
     supersedes: Sequence[tuple[int, str]]
     tally: Mapping[str, BucketTally]
+    left_out: Sequence[str] = ()
 
     @classmethod
     def from_commit(cls, entry: Mapping[str, Any]) -> "PartSummary":
@@ -44,6 +46,7 @@ class PartSummary:
             rest_positions=entry.get("rests", ()),
             supersedes=entry.get("supersedes", ()),
             tally={name: BucketTally(**tally) for name, tally in entry["tally"].items()},
+            left_out=entry.get("left_out", ()),
         )
 
 
@@ -74,6 +77,7 @@ class PartInfo:
             rest_positions=record.rest_positions,
             supersedes=record.supersedes,
             tally=record.tally,
+            left_out=record.left_out,
         )
 
     def to_commit_entry(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("rejects", pa.map_(pa.string(), pa.int64())),
         ("rests", pa.list_(pa.int64())),
         ("supersedes", pa.list_(pa.struct([("position", pa.int64()), ("reason", pa.string())]))),
+        ("left_out", pa.list_(pa.string())),
         ("buckets", pa.list_(pa.string())),
         ("samples", pa.list_(pa.int64())),
         ("values", pa.list_(pa.int64())),
@@ -64,6 +65,7 @@ def make_table(parts: Sequence[tuple[str, PartSummary]]) -> pa.Table:
         "supersedes": [
             [{"position": position, "reason": reason} for position, reason in part.supersedes] for part in summaries
         ],
+        "left_out": [list(part.left_out) for part in summaries],
         "buckets": [list(part.tally) for part in summaries],
         **{name: [[getattr(tally, name) for tally in each] for each in tallies] for name in ("samples", "values")},
         **{name: [_join(each, name) for each in tallies] for name in CHANNEL_FIELDS},
@@ -111,6 +113,7 @@ def _parse_part(row: Mapping[str, Any]) -> PartSummary:
         reject_counts=dict(row["rejects"]),
         rest_positions=row["rests"],
         supersedes=[(entry["position"], entry["reason"]) for entry in row["supersedes"]],
+        left_out=row["left_out"],
         tally=dict(_parse_tallies(row)),
     )
 

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cache import commits
-from pipeline.cache.numbered_files import get_next_number, name_numbered_file
 from pipeline.cache.plan_files import (
     FOLDER,
     SCHEMA,
     PlannedSizes,
+    append_plan_file,
     hash_plan_files,
     identify_input,
     list_plan_files,
@@ -23,9 +23,10 @@ from pipeline.cache.plan_files import (
     select_latest_units,
     write_plan_file,
 )
-from pipeline.errors import CacheError, SourceError
+from pipeline.errors import SourceError
 from pipeline.readers.image_files import unpack_files
 from pipeline.records import (
+    TAR_GROUP,
     TEXT_EXTENSIONS,
     ListedFile,
     PinnedFile,
@@ -52,7 +53,7 @@ from pipeline.sources.sidecars import (
     match_sidecars,
     pin_files,
 )
-from pipeline.sources.units import make_manifest_units, make_shard_units, make_units, select_inputs
+from pipeline.sources.units import group_small_tars, make_manifest_units, make_shard_units, make_units, select_inputs
 from pipeline.storage.folder import Folder
 
 __all__ = [
@@ -91,30 +92,29 @@ def extend_plan(
     texts: Collection[str] = TEXT_EXTENSIONS,
     metadata: MetadataIndex = NO_METADATA,
     divide: Divide = leave_whole,
+    group_tars: bool = False,
 ) -> tuple[list[Unit], list[str]]:
     """Plan the inputs that are not planned yet. Returns all units, and notes, one line for each kind of finding.
 
     sources: the sources that list the files. new_source: treat them as new, even if they resemble planned files.
     same_source: treat a file with a planned path and size as unchanged, whatever its ETag.
     texts: the extensions of the text files beside an image that are passed through. metadata: the tables beside them.
-    divide: returns the boundaries of tars that are to be planned.
+    divide: returns the boundaries of tars that are to be planned. group_tars: make groups of small tars.
     Raises SourceError if there is nothing to plan, or if the sources are not the planned ones.
     """
     sidecars = replace(match_sidecars(files, texts), metadata=metadata)
     while True:
         names = list_plan_files(cache)
         planned = read_plan_files(cache, names)
-        new, units, notes = compare_with_plan(cache, files, sidecars, planned, sources, new_source, same_source, divide)
+        new, units, notes = compare_with_plan(
+            cache, files, sidecars, planned, sources, new_source, same_source, divide, group_tars
+        )
         if not new:
             if not planned:
                 raise SourceError("the source is empty: it has no tars, zips, Parquet or Arrow files, or images")
             return units, notes
-        number = get_next_number(names)
-        if write_plan_file(cache, number, new):
-            return list(select_latest_units([units, new] if units else [new])), notes
-        if list_plan_files(cache) == names:
-            path = f"{cache.url_of(FOLDER)}/{name_numbered_file(number)}"
-            raise CacheError(f"{path} exists but is not a regular file; move it away")
+        if append_plan_file(cache, names, new):
+            return select_latest_units([units, new] if units else [new]), notes
 
 
 def compare_with_plan(
@@ -126,6 +126,7 @@ def compare_with_plan(
     new_source: bool,
     same_source: bool,
     divide: Divide,
+    group_tars: bool,
 ) -> tuple[list[Unit], list[Unit], list[str]]:
     """Compare the sources with the plan. Returns the units to add, the planned units as they are now, and notes."""
     listed = sidecars.metadata.files
@@ -169,7 +170,8 @@ def compare_with_plan(
         examples = abbreviate([f"{path} is {other}" for path, other in duplicates.items()])
         notes.append(f"files that are in two sources, and are read once: {len(duplicates):,} ({examples})")
     inputs_to_add = [file for file in inputs_to_add if file.path not in duplicates]
-    added = make_units(inputs_to_add, sidecars, divide(inputs_to_add))
+    groups = list(group_small_tars(inputs_to_add, sidecars.metadata)) if group_tars else []
+    added = make_units(inputs_to_add, sidecars, divide(inputs_to_add), groups)
     return replanned + added, planned, notes
 
 
@@ -231,7 +233,9 @@ def find_retried(
         if unit.name not in changed or unit.name not in retries:
             continue
         positions = {position for position, _ in commits.read_superseded_rejects(cache, retries[unit.name])}
-        if positions and unit.kind == "folder":
+        if positions and unit.kind == TAR_GROUP:
+            retried.update(changed[unit.name])
+        elif positions and unit.kind == "folder":
             images = {unit.paths[position] for position in positions if position < len(unit.paths)}
             texts = (text.path for image in images for text in sidecars.texts.get(image, ()))
             retried |= images.union(texts)
@@ -243,12 +247,12 @@ def find_retried(
 def replan_unit(unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex, divide: Divide) -> list[Unit]:
     """Return the units of a unit's input as it is now.
 
-    A folder unit keeps its images. Images that are missing now stay as they were planned. A manifest keeps the folder
-    of its images unless another one is given.
+    A folder unit keeps its images, and a group its tars. Those that are missing now stay as they were planned. A
+    manifest keeps the folder of its images unless another one is given.
     """
     if unit.kind == "manifest":
         return [replace(new, files=new.files or unit.files) for new in make_manifest_units(listed[unit.path])]
-    if unit.kind != "folder":
+    if not unit.paths:
         file = listed[unit.path]
         return make_shard_units(file, unit.kind, sidecars.metadata, divide([file]).get(file.path, ()))
     current = [
@@ -270,9 +274,9 @@ def find_unplanned(
     stems: set[str] = set()
     tars: set[str] = set()
     if any(is_image(file.path) for file in unplanned):
-        stems = {stem(path) for unit in planned for path in unit.paths}
+        stems = {stem(path) for unit in planned if unit.kind == "folder" for path in unit.paths}
     if any(get_shard_kind(file.path) == "parquet" for file in unplanned):
-        tars = {get_shard_stem(unit.path) for unit in planned if unit.kind == "tar"}
+        tars = {get_shard_stem(path) for path in files if get_shard_kind(path) == "tar"}
     new: list[ListedFile] = []
     namesakes: list[str] = []
     for file in unplanned:

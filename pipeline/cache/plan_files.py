@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cache.numbered_files import list_numbered_files, name_numbered_file
+from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
 from pipeline.records import Unit
 from pipeline.sources.garbage import without_garbage_search
-from pipeline.sources.planned_files import find_source_roots, move_to_root
+from pipeline.sources.planned_files import find_source_roots, mark_left_out, move_to_root
 from pipeline.storage.folder import Folder
 
 FOLDER = "_plan"
@@ -81,11 +81,15 @@ def read_plan_files(cache: Folder, names: Sequence[str]) -> list[Unit]:
     return [move_to_root(unit, roots[unit.source_name]) for unit in select_latest_units(files)]
 
 
-def select_latest_units(files: Sequence[Sequence[Unit]]) -> Iterator[Unit]:
-    """Yield the units of the plan's files. For each input, the units of the last file that has the input count.
+def select_latest_units(files: Sequence[Sequence[Unit]]) -> list[Unit]:
+    """Return the units of the plan's files. For each input, the units of the last file that has the input count.
 
     They stand where the input was first planned.
     """
+    return mark_left_out(list(_select_latest_units(files)))
+
+
+def _select_latest_units(files: Sequence[Sequence[Unit]]) -> Iterator[Unit]:
     later = _find_replanned(files) if len(files) > 1 else {}
     replanned: dict[str, list[Unit]] = {}
     for number, units in enumerate(files if later else ()):
@@ -112,8 +116,8 @@ def _find_replanned(files: Sequence[Sequence[Unit]]) -> dict[str, int]:
 
 
 def identify_input(unit: Unit) -> str:
-    """Return the identity of a unit's input in the plan: the path of a file, or the name of a folder unit."""
-    return unit.name if unit.kind == "folder" else unit.path
+    """Return the identity of a unit's input in the plan: the path of a file, or the name of a unit of files."""
+    return unit.name if unit.paths else unit.path
 
 
 def read_unit_sizes(cache: Folder) -> PlannedSizes:
@@ -137,14 +141,14 @@ def read_unit_sizes(cache: Folder) -> PlannedSizes:
 
 def _measure(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Return the names and sizes of the units in some rows, with the schema `_SIZES`."""
-    kinds, ranges = batch["kind"], batch["range"]
+    kinds, ranges, files = batch["kind"], batch["range"], pc.fill_null(pc.list_value_length(batch["paths"]), 0)
     counts = np.ones(len(batch), np.int64)
     counts[pc.fill_null(pc.list_value_length(ranges), 0).to_numpy() == 2] = pc.list_flatten(ranges).to_numpy()[1::2]
     sizes = {
         "unit": batch["unit"],
-        "input": pc.if_else(pc.equal(kinds, "folder"), batch["unit"], batch["path"]),
+        "input": pc.if_else(pc.greater(files, 0), batch["unit"], batch["path"]),
         "bytes": pa.array(batch["bytes"].to_numpy() // counts),
-        "images": pc.fill_null(pc.list_value_length(batch["paths"]), 0),
+        "images": pc.if_else(pc.equal(kinds, "folder"), files, 0),
     }
     return pa.RecordBatch.from_pydict(sizes, schema=_SIZES)
 
@@ -198,6 +202,20 @@ def _parse_units(batch: pa.RecordBatch) -> Iterator[Unit]:
             root=root,
             metadata=metadata or "",
         )
+
+
+def append_plan_file(cache: Folder, names: list[str], units: Sequence[Unit]) -> bool:
+    """Create the next file of the plan. Returns False if another run was first. names: of the existing files.
+
+    Raises CacheError if something else has the name of the file.
+    """
+    number = get_next_number(names)
+    if write_plan_file(cache, number, units):
+        return True
+    if list_plan_files(cache) == names:
+        path = f"{cache.url_of(FOLDER)}/{name_numbered_file(number)}"
+        raise CacheError(f"{path} exists but is not a regular file; move it away")
+    return False
 
 
 def write_plan_file(cache: Folder, number: int, units: Sequence[Unit]) -> bool:

@@ -96,7 +96,7 @@ def _make_table(rows: Sequence[Row], record: PartRecord, layout: OutputSchema) -
     images, geometries, latents = [row.image for row in rows], [row.image.geometry for row in rows], rows[0].latents
     columns: dict[str, Any] = {
         "key": [image.key for image in images],
-        "shard": [record.source] * len(rows),
+        "shard": [image.shard for image in images],
         **{
             name: _make_binary_array([row.latents[number] for row in rows])
             for number, name in enumerate(layout.latent_names)

@@ -41,6 +41,7 @@ class PartRecord:
     """The record inside a part's file: the input of the part, and its counts. It does not depend on the run.
 
     inputs: sha256 over the part's samples as they were read (`pipeline.cache.input_hash`).
+    left_out: of a group of tars, those that could not be read before the part's end: they have no positions.
     round, supersedes: only of a retry part, which `retry` writes beside the part of the same number. `round` is the
     number of the retry. `supersedes` lists the rejects that no longer count, as position and reason. The records of
     other parts leave both fields out.
@@ -62,6 +63,7 @@ class PartRecord:
     inputs: str
     rejects: tuple[Reject, ...]
     tally: Mapping[str, BucketTally]
+    left_out: tuple[str, ...] = ()
     round: int = 0
     supersedes: tuple[tuple[int, str], ...] = ()
 
@@ -101,9 +103,20 @@ class PartRecord:
         """The positions from which the rest of a damaged shard is rejected."""
         return [reject.position for reject in self.rejects if reject.reason == REST_OF_SHARD]
 
+    def describe_rejects(self) -> list[dict[str, Any]]:
+        """Return the rejects as plain values. They have their shard if it is not the part's source."""
+        rejects = [asdict(reject) for reject in self.rejects]
+        for reject in rejects:
+            if reject["shard"] in ("", self.source):
+                del reject["shard"]
+        return rejects
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
-        fields = asdict(self) | {"tally": {bucket: tally.to_dict() for bucket, tally in self.tally.items()}}
+        tally = {bucket: tally.to_dict() for bucket, tally in self.tally.items()}
+        fields = asdict(self) | {"tally": tally, "rejects": self.describe_rejects()}
+        if not self.left_out:
+            del fields["left_out"]
         if not self.round:
             del fields["round"], fields["supersedes"]
         return fields
@@ -121,6 +134,7 @@ class PartRecord:
         fields["rejects"] = tuple(Reject(**reject) for reject in fields["rejects"])
         fields["tally"] = {bucket: BucketTally(**tally) for bucket, tally in fields["tally"].items()}
         fields["supersedes"] = tuple((position, reason) for position, reason in fields.get("supersedes", ()))
+        fields["left_out"] = tuple(fields.get("left_out", ()))
         return cls(**fields)
 
 

@@ -48,7 +48,7 @@ def serialize_part(
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT, pax_headers=headers) as tar:
         for row in rows:
             start, sizes = sink.tell(), list[int]()
-            for name, data in _make_members(row, record.source, layout):
+            for name, data in _make_members(row, layout):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -65,11 +65,11 @@ def read_groups(edge: bytes, file: Readable) -> Sequence[GroupSpan]:
     return list_tar_groups(file)
 
 
-def _make_members(row: Row, shard: str, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
+def _make_members(row: Row, layout: OutputSchema) -> Iterator[tuple[str, bytes]]:
     image, arrays = row.image, [latent.contiguous().numpy() for latent in row.latents]
     info = {
         "key": image.key,
-        "shard": shard,
+        "shard": image.shard,
         "shape": list(arrays[0].shape),
         "dtype": str(arrays[0].dtype),
         **image.geometry,

@@ -81,13 +81,13 @@ def prepare_sample(
         return sample
     try:
         check_columns(sample.columns, limits)
-        opened = opener(sample.image, unit.path, sample.key)
+        opened = opener(sample.image, sample.shard or unit.path, sample.key)
     except Rejected as error:
-        return Reject.from_error(sample.position, sample.key, error)
+        return Reject.from_error(sample.position, sample.key, error, sample.shard)
     except FilteredOut as error:
         return Filtered(sample.position, error.filter)
     return PreparedImage(
-        shard=unit.path,
+        shard=sample.shard or unit.path,
         position=sample.position,
         key=sample.key,
         columns=sample.columns,

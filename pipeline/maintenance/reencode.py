@@ -15,9 +15,10 @@ from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.images.prepare import prepare_sample
 from pipeline.maintenance.verify_part import Problem
+from pipeline.readers.tar_group import leave_out, select_shards
 from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage, Reject, Sample, Unit
-from pipeline.storage import reading
+from pipeline.sources.planned_files import fetch_current_version
 
 # relative to a latent's own size: another device or batch size changes less, another image changes more
 TOLERANCE = 0.05
@@ -37,9 +38,10 @@ def recount(unit: Unit, parts: Sequence[PartInfo], rest: int | None, spec: Encod
     rest: the position from which the input was damaged when it was encoded; None if it was sound.
     """
     digests, damage = bytearray(), ""
+    unit = leave_out(unit, (part.record for part in parts))
     try:
         for sample in read_samples(
-            reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
+            fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
         ):
             digests += input_hash.hash_sample(sample)
     except DamagedError as error:
@@ -70,25 +72,27 @@ def reencode(cache: Cache, refs: Sequence[RowRef], encoder: UnitWorker) -> Itera
     spec = encoder.context.spec
     rows = list(zip(refs, read_refs(cache.folder, refs, cache.layout.columns), strict=True))
     for unit in {ref.unit.name: ref.unit for ref in refs}.values():
-        remaining = {row["key"]: (ref.file, row) for ref, row in rows if ref.unit.name == unit.name}
-        rejected: dict[str, str] = {}
+        remaining = {(row["shard"], row["key"]): (ref.file, row) for ref, row in rows if ref.unit.name == unit.name}
+        unit = select_shards(unit, {shard for shard, _ in remaining})
+        rejected: dict[tuple[str, str], str] = {}
         try:
             for sample in read_samples(
-                reading.fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
+                fetch_current_version(unit, spec.source_options), spec, may_differ=range(len(unit.paths))
             ):
-                if isinstance(sample, Sample) and sample.key in remaining:
-                    file, row = remaining.pop(sample.key)
+                identity = (sample.shard or unit.path, sample.key)
+                if isinstance(sample, Sample) and identity in remaining:
+                    file, row = remaining.pop(identity)
                     yield from _compare(unit, sample, file, row, encoder)
                 elif isinstance(sample, Reject):
-                    rejected[sample.key] = sample.reason
+                    rejected[identity] = sample.reason
                 if not remaining:
                     break
         except LatentmillError as error:
             yield Problem(unit.url, f"it cannot be read: {error}", SOURCE)
             continue
-        for key, (file, _) in remaining.items():
-            if key in rejected:
-                yield Problem(file, f"{key} is rejected now ({rejected[key]}), but has a row", LIMITS)
+        for (shard, key), (file, _) in remaining.items():
+            if (shard, key) in rejected:
+                yield Problem(file, f"{key} is rejected now ({rejected[shard, key]}), but has a row", LIMITS)
                 continue
             yield Problem(file, f"{unit.url} has no sample {key}, but the cache has its row", RUN)
 

@@ -22,9 +22,10 @@ from pipeline.images.sandbox import SandboxedDecoder
 from pipeline.part_writer import PartBuffer, fill_part, make_record
 from pipeline.prefetch import Peekable
 from pipeline.readers.damage import ReadableSamples, reject_rest
+from pipeline.readers.tar_group import leave_out
 from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, Attempt, Reject, Sample, Unit
-from pipeline.storage import reading
+from pipeline.sources.planned_files import fetch_current_version
 from pipeline.timing import StageTimer
 from pipeline.weights import Vae
 
@@ -79,7 +80,7 @@ def make_tasks(
                 for record in records
                 if REST_OF_SHARD in {reason for _, reason in record.supersedes}
             ]
-            tasks.append(RetryTask(unit, rejected, superseded, rounds, rests, any_size))
+            tasks.append(RetryTask(leave_out(unit, records), rejected, superseded, rounds, rests, any_size))
     return tasks
 
 
@@ -238,7 +239,7 @@ def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSam
     The check raises an error if the input does not have the samples from which the other parts were made.
     """
     unit, spec = task.unit, context.spec
-    current = reading.fetch_current_version(unit, spec.source_options)
+    current = fetch_current_version(unit, spec.source_options)
     is_as_planned = (current.bytes, current.etag) == (unit.bytes, unit.etag or current.etag)
     if not is_as_planned and current.bytes != unit.bytes and not task.any_size:
         raise SourceError(
@@ -292,7 +293,7 @@ def make_retry_record(
     buffer.rejects = [reject for reject in buffer.rejects if reject.position in rest]
     buffer.digests = {position: digest for position, digest in buffer.digests.items() if position in accounted}
     return replace(
-        make_record(unit, number, buffer, last=False, spec=context.spec),
+        make_record(unit, number, buffer, False, context.spec, tuple(sorted(unit.left_out))),
         first=min(position for position, _ in superseded),
         round=remaining.next_round(number),
         supersedes=tuple(sorted(superseded)),

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pyarrow as pa
 
 from latentmill.cache_files import hash_files
@@ -12,7 +11,7 @@ from latentmill.overlay_files import FILES, OverlayEntry, OverlayFile, get_store
 from latentmill.overlays import FOLDER, KEY, Version, compute_digest, list_versions, name_version, read_version
 from pipeline.annotation.publish import name_overlay
 from pipeline.errors import CacheError, LatentmillError
-from pipeline.maintenance.verify_part import PartCheck, Problem, hash_key
+from pipeline.maintenance.verify_part import PartCheck, Problem, digest_keys
 from pipeline.prefetch import map_in_order
 from pipeline.storage.folder import Folder
 
@@ -23,7 +22,7 @@ AGAIN = f"{AWAY}, and run the annotate command again"
 
 def check_columns(cache: Folder, parts: Iterable[PartCheck]) -> Iterator[Problem]:
     """Check everything in `_columns`. parts: the checks of all parts."""
-    keys = {check.file: check.keys for check in parts if check.part is not None and len(check.keys)}
+    keys = {check.file: check.key_digest for check in parts if check.part is not None and len(check.keys)}
     files, others = cache.list_entries(FOLDER)
     known = re.compile(r"\d{5}\.parquet")
     unexpected = [name for name in files if not known.fullmatch(name)] + [name for name in others if name != "files"]
@@ -49,7 +48,7 @@ def check_columns(cache: Folder, parts: Iterable[PartCheck]) -> Iterator[Problem
         yield Problem(f"{FILES}/{name}", what, f"run that command again, or {AWAY}")
 
 
-def _check_version(version: Version, keys: Mapping[str, np.ndarray]) -> Iterator[Problem]:
+def _check_version(version: Version, keys: Mapping[str, str]) -> Iterator[Problem]:
     """Check what a version says of its overlays."""
     file, entries = name_version(version.number), [version[index] for index in range(len(version))]
     names = [entry.file for entry in entries]
@@ -62,10 +61,8 @@ def _check_version(version: Version, keys: Mapping[str, np.ndarray]) -> Iterator
             yield Problem(file, f"it has an overlay of {entry.file}, which is not a sound part of the cache", AGAIN)
 
 
-def _check_overlay(
-    cache: Folder, entry: OverlayEntry, version: Version, keys: Mapping[str, np.ndarray]
-) -> Problem | None:
-    """Compare an overlay with its version and its part. keys: by part, a hash of the key of each of its rows."""
+def _check_overlay(cache: Folder, entry: OverlayEntry, version: Version, keys: Mapping[str, str]) -> Problem | None:
+    """Compare an overlay with its version and its part. keys: by part, `digest_keys` of its rows."""
     file = f"{FILES}/{entry.name}"
     try:
         sha256 = hash_files(cache, [file])[file]
@@ -76,9 +73,10 @@ def _check_overlay(
         stored = [(item.name, get_stored_type(item.type)) for item in schema]
         if [(item.name, item.type) for item in reader.stored_schema] != stored:
             return Problem(file, f"its columns are not those of version {version.number}", AGAIN)
-        own = [hash_key(key) for group in range(len(reader.sizes)) for key in reader.read_group(group)[KEY].to_pylist()]
+        groups = range(len(reader.sizes))
+        own = digest_keys(key for group in groups for key in reader.read_group(group)[KEY].to_pylist())
     except LatentmillError as error:
         return Problem(file, str(error), AGAIN)
-    if entry.file in keys and not np.array_equal(np.array(own, np.uint64), keys[entry.file]):
+    if entry.file in keys and own != keys[entry.file]:
         return Problem(file, f"its keys are not those of {entry.file}", AGAIN)
     return None

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
-from pipeline.records import Unit, get_shard_kind
+from pipeline.records import TAR_GROUP, Unit, get_shard_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,13 @@ class PartCheck:
     """The result for one part file.
 
     part: None if the file has no readable record, or the record of another file.
-    keys: a 64-bit hash of each row's key.
+    keys: a 64-bit hash of each row's shard and key. key_digest: `digest_keys` of the rows' keys.
     """
 
     file: str
     part: PartInfo | None = None
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    key_digest: str = ""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -64,12 +65,16 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         groups = []
         check.problems.append(Problem(file, str(error), describe_redo(file)))
     check.part = PartInfo(record, file, len(data), hashlib.sha256(data).hexdigest(), groups)
+    unit = units.get(record.unit)
+    if unit is not None and (unplanned := {*record.left_out} - unit.left_out):
+        message = f"tars that it left out are not planned as units of their own: {len(unplanned)} ({min(unplanned)})"
+        check.problems.append(Problem(file, message, "run the encode command again, which plans and encodes them"))
     check.problems += [
         Problem(file, finding, describe_redo(file)) for finding in find_contradictions(record, file, cache, units)
     ]
     if file.startswith(parts.DATA + "/"):
         try:
-            findings, check.keys = check_rows(record, data, file, cache)
+            findings, check.keys, check.key_digest = check_rows(record, data, file, cache, unit)
         except Exception as error:  # damaged bytes can make a library raise anything
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             findings = [f"its rows cannot be read: {message:.200}"]
@@ -120,9 +125,16 @@ def find_contradictions(record: PartRecord, file: str, cache: Cache, units: Mapp
         yield "its statistics count another number of rows"
 
 
-def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tuple[list[str], np.ndarray]:
-    """Compare a part's rows with its record. Returns up to three findings, and a 64-bit hash of each row's key."""
+def check_rows(
+    record: PartRecord, data: bytes, file: str, cache: Cache, unit: Unit | None
+) -> tuple[list[str], np.ndarray, str]:
+    """Compare a part's rows with its record.
+
+    Returns up to three findings, a hash of the shard and key of each row, and `digest_keys` of the keys.
+    """
     layout, findings = cache.layout, list[str]()
+    is_group = unit is not None and unit.kind == TAR_GROUP
+    shards = {*unit.paths} - unit.left_out if unit is not None and is_group else {record.source}
     if layout.container == "parquet":
         schema = pq.read_schema(io.BytesIO(data)).remove_metadata()
         if not schema.equals(parquet.make_schema(layout).remove_metadata()):
@@ -130,12 +142,13 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
     rows = read_rows(io.BytesIO(data), file, texts=layout.columns.texts, binary=layout.columns.binary)
     names = layout.latent_names
     latents: dict[str, list[Sequence[Tensor]]] = {}
-    keys = []
+    keys, identities = list[str](), list[int]()
     for row in rows:
-        keys.append(hash_key(row["key"]))
+        keys.append(row["key"])
+        identities.append(hash_text(f"{row['shard']}\0{row['key']}"))
         row_latents = [to_tensor(row, name) for name in names]
         latents.setdefault(tally.format_bucket(row["height"], row["width"]), []).append(row_latents)
-        if row["shard"] != record.source:
+        if row["shard"] not in shards:
             findings.append(f"the row {row['key']} is from {row['shard']}, but the part is from {record.source}")
         for name, latent in zip(names, row_latents, strict=True):
             if not bool(latent.isfinite().all()):
@@ -146,12 +159,20 @@ def check_rows(record: PartRecord, data: bytes, file: str, cache: Cache) -> tupl
         findings.append(f"it has {len(keys)} rows, but its record counts {record.rows}")
     if not findings and not _are_close(tally.tally_buckets(latents, layout.store), record.tally):
         findings.append("the statistics of its rows differ from its record")
-    return findings[:3], np.array(keys, np.uint64)
+    return findings[:3], np.array(identities, np.uint64), digest_keys(keys)
 
 
-def hash_key(key: str) -> int:
-    """Return a 64-bit hash of a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+def hash_text(text: str) -> int:
+    """Return a 64-bit hash of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def digest_keys(keys: Iterable[str]) -> str:
+    """Return a digest of keys and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in keys:
+        digest.update(hash_text(key).to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def _are_close(a: Mapping[str, BucketTally], b: Mapping[str, BucketTally]) -> bool:

@@ -27,8 +27,9 @@ from pipeline.images.transform import Transform
 from pipeline.jax_model import JaxModel
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
+from pipeline.readers.tar_group import select_shards
 from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, Attempt, PreparedImage, Sample
+from pipeline.records import FIRST_ATTEMPT, TAR_GROUP, Attempt, PreparedImage, Sample, Unit
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 from vae import Autoencoder
@@ -163,8 +164,8 @@ def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
     cells, images = [], []
     for ref, row in rows:
         decoded = worker.decode(row)
-        original = originals.get((ref.unit.name, row["key"]))
-        name = f"images/{ref.unit.name}/{make_image_name(row['key'])}.png"
+        original = originals.get((ref.unit.name, row["shard"], row["key"]))
+        name = f"images/{make_folder_name(ref.unit, row['shard'])}/{make_image_name(row['key'])}.png"
         spec.out.replace(name, contact_sheet.encode_png(decoded))
         fidelity = None if original is None else psnr(original, decoded)
         images.append(Rendered(row["shard"], row["key"], name, fidelity))
@@ -183,22 +184,23 @@ def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
 
 def find_originals(
     rows: Sequence[tuple[RowRef, Mapping[str, Any]]], worker: RenderWorker
-) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
-    """Return the images that were encoded, by unit and key, as RGB uint8 [H, W, 3], and notes about missing images."""
+) -> tuple[dict[tuple[str, str, str], np.ndarray], list[str]]:
+    """Return the images that were encoded, by unit, shard and key, as RGB uint8 [H, W, 3], and notes about others."""
     spec, units = worker.spec, {ref.unit.name: ref.unit for ref, _ in rows}
-    originals: dict[tuple[str, str], np.ndarray] = {}
+    originals: dict[tuple[str, str, str], np.ndarray] = {}
     notes: list[str] = []
     opener = make_opener(spec.transform, spec.limits)
     for name, unit in units.items():
-        missing = {row["key"] for ref, row in rows if ref.unit.name == name}
+        missing = {(row["shard"], row["key"]) for ref, row in rows if ref.unit.name == name}
         try:
-            for sample in read_samples(unit, spec):
+            for sample in read_samples(select_shards(unit, {shard for shard, _ in missing}), spec):
                 worker.step()
-                if sample.key in missing and isinstance(sample, Sample):
+                identity = (sample.shard or unit.path, sample.key)
+                if identity in missing and isinstance(sample, Sample):
                     image = prepare_sample(unit, sample, spec.limits, opener)
                     if isinstance(image, PreparedImage):
-                        originals[name, sample.key] = image.pixels.numpy()
-                    missing.discard(sample.key)
+                        originals[name, *identity] = image.pixels.numpy()
+                    missing.discard(identity)
                 if not missing:
                     break
         except LatentmillError as error:
@@ -212,6 +214,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of two 8-bit images in dB; 100 if they are equal."""
     error = float(((a.astype(np.float64) - b) ** 2).mean())
     return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
+
+
+def make_folder_name(unit: Unit, shard: str) -> str:
+    """Return the folder of a row's image: one per unit, and in a group of tars one per tar, which may share keys."""
+    return f"{unit.name}/{make_image_name(shard)}" if unit.kind == TAR_GROUP else unit.name
 
 
 def make_image_name(key: str) -> str:

@@ -95,4 +95,4 @@ def keep_rejected(
     """
     if reason is None or (isinstance(item, Reject) and item.reason in (reason, REST_OF_SHARD)):
         return item
-    return Reject(sample.position, sample.key, "open", reason, RETRIED)
+    return Reject(sample.position, sample.key, "open", reason, RETRIED, sample.shard)

@@ -54,7 +54,7 @@ def merge_metadata(sample: Sample, more: Mapping[str, object]) -> Sample | Rejec
     """Return the sample with more columns, or a reject if one of the columns is a Rejected."""
     for value in more.values():
         if isinstance(value, Rejected):
-            return Reject.from_error(sample.position, sample.key, value)
+            return Reject.from_error(sample.position, sample.key, value, sample.shard)
     own = {name: value for name, value in sample.columns.items() if value is not None}
     return replace(sample, columns={**sample.columns, **more, **own})
 
@@ -106,8 +106,9 @@ class MetadataReader:
     ) -> None:
         self.unit, self.wanted, self.skipped = unit, wanted, Counter[str]() if skipped is None else skipped
         self.tables: dict[str, Table] = {}
+        self.of_images = unit.kind == "folder"
         for planned in unpack_metadata(unit):
-            rule = make_rule(planned.path, image_column) if unit.paths else KEY_RULE
+            rule = make_rule(planned.path, image_column) if self.of_images else KEY_RULE
             url = f"{unit.root.rstrip('/')}/{path_below_root(planned.path)}"
             self.tables[planned.path] = load_table(url, options, planned if is_pinned else None, rule, limits, encoding)
 
@@ -115,14 +116,14 @@ class MetadataReader:
         """Return a sample with the columns of its row, or a reject if one of them is not text."""
         if isinstance(sample, Reject) or not self.tables:
             return sample
-        path = self.unit.paths[sample.position] if self.unit.paths else self.unit.path
+        path = self.unit.paths[sample.position] if self.of_images else sample.shard or self.unit.path
         nearest = find_metadata(path, self.tables)
         if nearest is None:
             return sample
         table = self.tables[nearest]
-        row = table.find(name_in_table(path, nearest) if self.unit.paths else sample.key)
+        row = table.find(name_in_table(path, nearest) if self.of_images else sample.key)
         if row is None:
-            self.skipped[NO_ROW] += not self.unit.paths
+            self.skipped[NO_ROW] += not self.of_images
             return sample
         (columns,) = convert_rows(table.rows.slice(row, 1), self.wanted, nearest)
         return merge_metadata(sample, columns)

@@ -22,12 +22,9 @@ from pipeline.readers.parquet import read_parquet
 from pipeline.readers.partitions import add_partitions
 from pipeline.readers.tar import read_tar
 from pipeline.readers.tar_boundaries import unpack_range
+from pipeline.readers.tar_group import LeftOutTars, read_tar_group
 from pipeline.readers.zip import read_zip
-from pipeline.records import (
-    Reject,
-    Sample,
-    Unit,
-)
+from pipeline.records import TAR_GROUP, Reject, Sample, Unit
 from pipeline.storage import reading
 
 
@@ -57,6 +54,7 @@ def read_samples(
     on_piece: Callable[[], None] = lambda: None,
     may_differ: Container[int] | None = None,
     with_images: bool = True,
+    left_out: LeftOutTars | None = None,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
@@ -65,6 +63,7 @@ def read_samples(
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     If it is given, or a retry has any, tables of metadata may differ, too.
     with_images: if not, images that are files of their own are not read: they have no bytes.
+    left_out: the tars that a group leaves out; default: those of `unit.left_out`, and all others must be readable.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
@@ -72,17 +71,10 @@ def read_samples(
     is_pinned = may_differ is None and unit.name not in spec.superseded
     more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
-        counter = None if unit.metadata else skipped  # columns may come from other tables
-        metadata = read_tar_metadata(unit.url, options, columns.from_parquet, spec.limits, counter)
-        start, stop = unpack_range(unit)
-        with reading.open_stream(unit.url, options, unit) as stream:
-            if start:  # the stream of a web server without ranges cannot seek
-                stream.seek(start)
-            samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
-            for sample in read_past_damage(samples, stream, on_piece, stop):
-                if isinstance(sample, Sample) and sample.key in metadata:
-                    sample = merge_metadata(sample, metadata[sample.key])
-                yield more.add_columns(sample)
+        yield from map(more.add_columns, read_single_tar(unit, spec, wanted, skipped, on_piece))
+    elif unit.kind == TAR_GROUP:
+        samples = read_tar_group(unit, options, wanted, spec.limits, more.skipped, left_out or LeftOutTars())
+        yield from map(more.add_columns, samples)
     elif unit.kind == "zip":
         with reading.open_stream(unit.url, options, unit, seeking=True) as stream:
             samples = read_zip(stream, unit.url, unit.bytes, unit.range or (0, 1), wanted, spec.limits, skipped)
@@ -110,3 +102,21 @@ def read_samples(
         yield from read_manifest_unit(unit, options, columns.schema, image, key, spec.limits, encoding, with_images)
     else:
         raise ShardError(f"{unit.url}: this version cannot read units of the kind '{unit.kind}'; upgrade latentmill")
+
+
+def read_single_tar(
+    unit: Unit, spec: ReadSpec, wanted: Wanted, skipped: Counter[str] | None, on_piece: Callable[[], None]
+) -> Iterator[Sample | Reject]:
+    """Yield the samples of a tar or of a range of it, with the columns of img2dataset's metadata beside it."""
+    counter = None if unit.metadata else skipped  # columns may come from other tables
+    wanted_columns = spec.layout.columns.from_parquet
+    metadata = read_tar_metadata(unit.url, spec.source_options, wanted_columns, spec.limits, counter)
+    start, stop = unpack_range(unit)
+    with reading.open_stream(unit.url, spec.source_options, unit) as stream:
+        if start:  # the stream of a web server without ranges cannot seek
+            stream.seek(start)
+        samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
+        for sample in read_past_damage(samples, stream, on_piece, stop):
+            if isinstance(sample, Sample) and sample.key in metadata:
+                sample = merge_metadata(sample, metadata[sample.key])
+            yield sample

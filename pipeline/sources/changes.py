@@ -28,9 +28,9 @@ def _find_changed_files(
     unit: Unit, listed: Mapping[str, ListedFile], sidecars: SidecarIndex, same_source: bool
 ) -> Iterator[str]:
     """Yield the paths of a unit's changed files."""
-    if unit.kind == "folder":
+    if unit.paths:
         for files in unpack_files(unit):
-            if files.image.path in listed:
+            if files.image.path in listed and files.image.path not in unit.left_out:
                 current = collect_image_files(listed[files.image.path], sidecars.texts)
                 yield from find_differences(files, current, same_source)
     elif unit.path in listed and not is_same_file(unit, listed[unit.path], same_source):

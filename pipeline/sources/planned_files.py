@@ -1,16 +1,21 @@
 """The files and sources of planned units."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from pipeline.readers.image_files import ImageFiles, unpack_files, unpack_metadata
-from pipeline.records import ListedFile, PinnedFile, PlannedFile, Unit
+from pipeline.records import TAR_GROUP, ListedFile, PinnedFile, PlannedFile, Unit, join_url, path_below_root
 from pipeline.sources.sidecars import pack_metadata, pin_files
+from pipeline.storage.reading import fetch_file_version
+
+_THREADS = 8  # that ask for the versions of files, because stores are slow to answer
 
 
 def list_input_files(unit: Unit) -> Sequence[PinnedFile]:
     """Return the planned files of a unit, without the texts beside images."""
-    if unit.kind != "folder":
+    if not unit.paths:
         return (unit,)
     return [files.image for files in unpack_files(unit)]
 
@@ -35,6 +40,41 @@ def move_to_root(unit: Unit, root: str) -> Unit:
     return unit if unit.root == root else replace(unit, root=root)
 
 
+def mark_left_out(units: Sequence[Unit]) -> list[Unit]:
+    """Return the units of a plan. Groups of tars name those of their tars that are units of their own."""
+    if not any(unit.kind == TAR_GROUP for unit in units):
+        return list(units)
+    tars = frozenset(unit.path for unit in units if unit.kind == "tar")
+    return [
+        replace(unit, left_out=left_out)
+        if unit.kind == TAR_GROUP and (left_out := tars.intersection(unit.paths))
+        else unit
+        for unit in units
+    ]
+
+
+def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
+    """Return the unit with the size and ETag that its input has now. Images of a folder are not pinned by a unit.
+
+    Of a group, the tars that are not left out are looked up. Raises StorageError if one of them is missing.
+    """
+
+    def fetch(path: str) -> tuple[int, str]:
+        return fetch_file_version(join_url(unit.root, path_below_root(path)), options)
+
+    if unit.kind == "folder":
+        return unit
+    if not unit.paths:
+        size, etag = fetch(unit.path)
+        return replace(unit, bytes=size, etag=etag)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch-versions") as pool:
+        paths = [path for path in unit.paths if path not in unit.left_out]
+        versions = dict(zip(paths, pool.map(fetch, paths), strict=True))
+    return _map_files(
+        unit, lambda file: PlannedFile(file.path, *versions[file.path]) if file.path in versions else file
+    )
+
+
 def with_etags(unit: Unit, listed: Mapping[str, ListedFile]) -> Unit:
     """Return the unit with the listed ETags of its files. A file whose size has changed keeps the planned ETag."""
 
@@ -54,7 +94,7 @@ def _map_files(unit: Unit, change: Callable[[PlannedFile], PlannedFile]) -> Unit
     """Return the unit with changed files."""
     if unit.metadata:
         unit = replace(unit, metadata=pack_metadata(map(change, unpack_metadata(unit))))
-    if unit.kind != "folder":
+    if not unit.paths:
         return replace(unit, etag=change(PlannedFile(unit.path, unit.bytes, unit.etag)).etag)
     files = [ImageFiles(change(planned.image), tuple(map(change, planned.texts))) for planned in unpack_files(unit)]
     return replace(unit, **pin_files(files))

@@ -12,9 +12,11 @@ from types import MappingProxyType
 from pipeline.canonical_json import canonical_json
 from pipeline.readers.manifest import ROWS_PER_UNIT
 from pipeline.readers.tar_boundaries import pack_ranges
+from pipeline.readers.tar_group import SMALL_TAR_BYTES
 from pipeline.records import (
     IMAGE_EXTENSIONS,
     SHARD_ENDINGS,
+    TAR_GROUP,
     TEXT_EXTENSIONS,
     ListedFile,
     Unit,
@@ -40,6 +42,9 @@ UNIT_BYTES = 1 << 30  # of images: about as many as a usual tar has
 # Each image of a folder is a request of its own, so larger units would hardly save any, and small folders would occupy
 # fewer workers.
 IMAGES_PER_UNIT = 256
+# of a group of small tars: about as many images as a unit of a folder has
+TARS_PER_GROUP = 64
+GROUP_BYTES = 32 << 20
 _NAMED = 4  # files in a note
 RANGE_BYTES = {"parquet": 128 << 20, "zip": UNIT_BYTES}  # approximate size of a range of a file
 SHARD_KINDS = tuple(dict.fromkeys(SHARD_ENDINGS.values()))
@@ -53,18 +58,25 @@ def make_unit_name(name: str, identity: object) -> str:
 
 
 def make_units(
-    files: Sequence[ListedFile], sidecars: SidecarIndex | None = None, boundaries: Boundaries = MappingProxyType({})
+    files: Sequence[ListedFile],
+    sidecars: SidecarIndex | None = None,
+    boundaries: Boundaries = MappingProxyType({}),
+    tar_groups: Sequence[Sequence[ListedFile]] = (),
 ) -> list[Unit]:
-    """Return the units of these files: of each kind of shard, of manifests, then of images, in the order of the paths.
+    """Return the units of these files: of groups of tars, of each kind of shard, of manifests, then of images.
+
+    Each kind is in the order of the paths.
 
     Other files are skipped. A Parquet file beside a tar with the same name is img2dataset's metadata and not a unit. A
     file of `is_table_log` or `is_result_cache` is not a unit either.
     sidecars: the texts and metadata, if they are already known or include more than captions. boundaries: of the tars
-    that are divided (`sources.large_tars`).
+    that are divided (`sources.large_tars`). tar_groups: of `group_small_tars`.
     """
     sidecars = sidecars or match_sidecars(files, TEXT_EXTENSIONS)
     files = select_inputs(files)
     tables = sidecars.metadata
+    grouped = {file.path for group in tar_groups for file in group}
+    files = [file for file in files if file.path not in grouped] if grouped else files
     shards = [
         unit
         for kind in SHARD_KINDS
@@ -75,7 +87,8 @@ def make_units(
     images = [file for file in files if is_image(file.path)]
     by_root = itertools.groupby(sorted(images, key=lambda s: (s.root, stem(s.path), s.path)), key=lambda s: s.root)
     groups = [group for _, below in by_root for group in group_images(list(below))]
-    return shards + manifests + [make_folder_unit(group, sidecars) for group in groups]
+    small_tars = [make_unit_of_files(TAR_GROUP, group, sidecars) for group in tar_groups]
+    return small_tars + shards + manifests + [make_unit_of_files("folder", group, sidecars) for group in groups]
 
 
 def is_table_log(file: ListedFile) -> bool:
@@ -144,7 +157,7 @@ def count_other_files(files: Sequence[ListedFile], texts: Iterable[str] = TEXT_E
 
 def derive_unit_name(unit: Unit) -> str:
     """Return the name that follows from the inputs of a unit."""
-    if unit.kind == "folder":
+    if unit.paths:
         return make_unit_name(unit.path, list(unit.paths))
     return make_unit_name(PurePosixPath(unit.path).stem, [unit.path, list(unit.range) if unit.range else None])
 
@@ -221,16 +234,38 @@ def group_images(images: list[ListedFile]) -> Iterator[list[ListedFile]]:
         yield group
 
 
-def make_folder_unit(images: list[ListedFile], sidecars: SidecarIndex) -> Unit:
-    """Return the unit of these images. sidecars: their texts and metadata."""
-    root, paths = images[0].root, tuple(file.path for file in images)
+def group_small_tars(files: Iterable[ListedFile], metadata: MetadataIndex) -> Iterator[list[ListedFile]]:
+    """Yield groups of small tars of one source with the same metadata, in the order of the paths.
+
+    A group has 64 tars, or as many as have 32 MiB. The tars that are left over, which do not fill a group, are in none:
+    so a few tars are shared by many workers, and a group never changes if tars are added.
+    """
+    tars = (file for file in files if get_shard_kind(file.path) == "tar" and file.manifest is None)
+    small = (file for file in tars if file.bytes <= SMALL_TAR_BYTES)
+    for _, alike in itertools.groupby(small, key=lambda file: (file.root, metadata.pin([file.path]))):
+        group: list[ListedFile] = []
+        size = 0
+        for file in alike:
+            if size + file.bytes > GROUP_BYTES:
+                yield group
+                group, size = [], 0
+            group.append(file)
+            size += file.bytes
+            if len(group) == TARS_PER_GROUP:
+                yield group
+                group, size = [], 0
+
+
+def make_unit_of_files(kind: str, files: Sequence[ListedFile], sidecars: SidecarIndex) -> Unit:
+    """Return the unit of these images (`folder`) or tars (`tars`). sidecars: their texts and metadata."""
+    root, paths = files[0].root, tuple(file.path for file in files)
     source = source_name(paths[0])
     return Unit(
         name=make_unit_name(source, list(paths)),
-        kind="folder",
+        kind=kind,
         path=source,
         paths=paths,
         root=root,
         metadata=sidecars.metadata.pin(paths),
-        **pin_files([collect_image_files(image, sidecars.texts) for image in images]),
+        **pin_files([collect_image_files(file, sidecars.texts) for file in files]),
     )

@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 from latentmill.byte_stream import NO_SUCH_FILE, ByteStream, name_url_in_errors, open_while
@@ -85,14 +84,10 @@ def _check_version(url: str, planned: Unit | PlannedFile, version: tuple[int, st
         )
 
 
-def fetch_current_version(unit: Unit, options: Mapping[str, Any]) -> Unit:
-    """Return the unit with the size and ETag that its input has now. Images of a folder are not pinned by a unit."""
-    if unit.kind == "folder":
-        return unit
-    with name_url_in_errors(unit.url, "read"):
-        fs, path = get_filesystem(unit.url, options)
-        size, etag = fetch_version(fs, path)
-    return replace(unit, bytes=size, etag=etag)
+def fetch_file_version(url: str, options: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the size in bytes and the ETag that a file has now."""
+    with name_url_in_errors(url, "read"):
+        return fetch_version(*get_filesystem(url, options))
 
 
 def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None = None) -> bytes:

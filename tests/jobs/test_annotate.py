@@ -19,6 +19,7 @@ from latentmill.errors import CacheError, UsageError
 from latentmill.loading.batch import BatchSettings, check_settings, make_batch
 from latentmill.loading.index import read_index
 from latentmill.loading.row_groups import GroupReader
+from pipeline.sources import units
 from pipeline.storage.folder import Folder
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 
@@ -512,6 +513,30 @@ def test_edited_captions_of_tars_are_refreshed(latentmill: Command, cache: Path,
     assert latentmill("verify", cache)[0] == 0
     facts = annotate(latentmill, cache, "--refresh-columns", "--source", moved)
     assert (facts["changed"], facts["created"], facts["version"]) == (0, False, 1)
+
+
+def test_rows_of_a_group_of_tars_are_told_apart_by_their_shards(
+    latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "TARS_PER_GROUP", 2)
+    copy, cache = Path(shutil.copytree(source, tmp_path / "s")), tmp_path / "c"
+    options = ("--vae", micro_vae, "--resolution", 64, "--workers", 0)
+    assert latentmill("encode", copy, "--to", cache, *options)[0] == 0
+    assert len(Cache.open(str(cache)).files()) == 1, "both tars are in one part"
+    table = pa.table({"shard": ["s/b.tar"], "key": [KEYS[1]], "score": [2.0]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert annotate(latentmill, cache, "--from", tmp_path / "t.parquet")["matched"] == 1
+    members = img2dataset_members(0, 3, height=64, width=64) | img2dataset_members(3, 3, height=64, width=96)
+    members[f"{KEYS[2]}.txt"] = b"another caption"
+    write_tar(copy / "a.tar", members)
+    before = read_all(cache)
+    assert annotate(latentmill, cache, "--refresh-columns")["changed"] == 1
+    rows = read_all(cache)
+    assert [name for name, row in rows.items() if row["score"] is not None] == [("s/b.tar", KEYS[1])]
+    changed = {name: row["txt"] for name, row in rows.items() if row["txt"] != before[name]["txt"]}
+    assert changed == {("s/a.tar", KEYS[2]): "another caption"}
+    code, out, err = latentmill("verify", cache)
+    assert (code, err) == (0, ""), out
 
 
 def test_captions_of_a_folder_are_refreshed_without_reading_its_images(

@@ -82,6 +82,19 @@ def test_each_task_runs_once_and_a_worker_has_at_most_two() -> None:
     assert executor.most_running == 2
 
 
+def test_tasks_that_follow_from_others_run_after_them() -> None:
+    executor, done, more = ScriptedExecutor({"2": 99}), list[str](), [[Task("4"), Task("5")], [Task("6")]]
+
+    def find_more() -> list[Task]:
+        assert not executor.running
+        return more.pop(0) if more else []
+
+    tasks = [Task(str(n)) for n in range(4)]
+    result = run_tasks(tasks, executor, Signals(), done.append, lambda: None, find_more=find_more)
+    assert (sorted(done[:3]), sorted(done[3:5]), done[5:]) == (["0", "1", "3"], ["4", "5"], ["6"])
+    assert [failure.name for failure in result.failures] == ["2"]
+
+
 def test_a_failing_task_is_tried_three_times() -> None:
     executor = ScriptedExecutor({"1": 2, "2": 99})
     assert run(executor, 4) == (["0", "1", "3"], ["2"])

@@ -211,3 +211,20 @@ def test_the_driver_lists_the_parts_once_and_tells_its_workers(
     assert requests["GET data 0"] == requests["PUT data 0"] == UNITS // 4
     assert requests["LIST data"] == 1 and not [name for name in requests if name.startswith("HEAD data")]
     assert not [request for unit in units[done] for request in proxy.seen[:last] if f"data/{unit}" in request.path]
+
+
+def test_a_tar_of_a_group_costs_one_request_and_the_group_three(
+    vae: Vae, bucket: str, tmp_path: Path, proxy: Proxy
+) -> None:
+    """Alone, each of the tars would cost four. One that is damaged costs no more in the group."""
+    for number in range(20):
+        tar = write_tar(tmp_path / f"t/{number:02d}.tar", img2dataset_members(number, 1, height=64, width=64))
+    tar.write_bytes(tar.read_bytes()[:700])
+    files = list_source_files((upload(tmp_path / "t", f"{bucket}/t"),), {}, "nowhere")
+    (unit,) = make_units(files, tar_groups=[files])
+    worker = make_worker(vae, f"{bucket}/c", rows_per_part=20, standing={})
+    proxy.seen.clear()
+    report = worker.run(unit)
+    assert (report.rows, [part.left_out for part in report.summaries]) == (19, [("t/19.tar",)])
+    counts = Counter(map(describe, proxy.seen))
+    assert counts == {"GET t": 20, "GET _commits": 1, "PUT data 0": 1, "PUT _commits": 1}

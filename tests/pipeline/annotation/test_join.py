@@ -25,10 +25,11 @@ def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_part(number: int, rows: Sequence[Row], groups: Sequence[int], old: bool = False) -> PartRows:
-    columns: dict[str, Any] = {"key": pa.array([key for _, key, _ in rows], pa.string())}
+    shards, keys, _ = zip(*rows, strict=True)
+    columns: dict[str, Any] = {"key": pa.array(keys, pa.string()), "shard": pa.array(shards, pa.string())}
     if old:
         columns["value"] = pa.array([value for _, _, value in rows], pa.int64())
-    return PartRows(f"data/{number:03}.parquet", rows[0][0], tuple(groups), pa.table(columns))
+    return PartRows(f"data/{number:03}.parquet", tuple(groups), pa.table(columns))
 
 
 def run_join(join: ColumnJoin, tables: Sequence[pa.Table], parts: Sequence[PartRows]) -> dict[str, pa.Table]:
@@ -69,7 +70,8 @@ def test_random_tables_join_as_a_dictionary_does(tmp_path: Path, small_runs: Non
     for part in parts:
         table = joined[part.file]
         assert table["key"].to_pylist() == part.rows["key"].to_pylist()
-        expected = [values.get((part.shard, key), (None, None)) for key in part.rows["key"].to_pylist()]
+        pairs = zip(part.rows["shard"].to_pylist(), part.rows["key"].to_pylist(), strict=True)
+        expected = [values.get(pair, (None, None)) for pair in pairs]
         assert list(zip(table["number"].to_pylist(), table["words"].to_pylist(), strict=True)) == expected
         assert table["matched"].to_pylist() == [number is not None for number, _ in expected]
     counts = join.counts
@@ -103,7 +105,8 @@ def test_changes_of_every_type_are_counted(
     tmp_path: Path, kind: pa.DataType, old: list[Any], new: list[Any], changed: int
 ) -> None:
     keys = [str(index) for index in range(4)]
-    part = PartRows("data/0.parquet", "s", (4,), pa.table({"key": keys, "value": pa.array(old, kind)}))
+    columns = {"key": keys, "shard": ["s"] * 4, "value": pa.array(old, kind)}
+    part = PartRows("data/0.parquet", (4,), pa.table(columns))
     join = ColumnJoin("t", tmp_path)
     (table,) = run_join(join, [pa.table({"key": keys, "value": pa.array(new, kind)})], [part]).values()
     assert join.counts.changed["value"] == changed

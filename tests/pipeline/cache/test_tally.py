@@ -128,7 +128,8 @@ def test_a_part_is_the_same_after_its_way_through_a_table() -> None:
     part = make_summary(dict(zip(("a", "b"), draw_tallies(2, 4), strict=True)))
     without_variance = make_summary({"a": tally.tally_latents(latents(1))})
     assert [each for _, each in parse_parts(make_table([("u", part), ("u", without_variance)]))] == [
-        PartSummary(**{**vars_of(each), "rest_positions": [], "supersedes": []}) for each in (part, without_variance)
+        PartSummary(**{**vars_of(each), "rest_positions": [], "supersedes": [], "left_out": []})
+        for each in (part, without_variance)
     ]
 
 

@@ -35,7 +35,7 @@ def serialize(part_format: PartFormat, rows: Sequence[Row], record: PartRecord, 
 def make_row(number: int, key: str, dtype: torch.dtype = torch.float16, channels: int = 4, **columns: object) -> Row:
     generator = torch.Generator().manual_seed(number)
     image = PreparedImage(
-        shard="s",
+        shard="shards/\u00fc.tar",
         position=number,
         key=key,
         columns={"txt": None, "json": None, **columns},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import plan
+from pipeline.cache import plan, plan_files
 from pipeline.errors import SourceError
 from pipeline.records import ListedFile, Unit
 from pipeline.sources import units
@@ -428,7 +428,7 @@ def test_the_second_of_two_drivers_that_plan_again_reads_the_plan_of_the_first(
     put(tmp_path, "s/0.tar", "s/1.tar", data=bytes(100))
     extend(tmp_path / "s")
     rewrite(tmp_path / "s/1.tar")
-    original, first_numbers = plan.write_plan_file, list[int]()
+    original, first_numbers = plan_files.write_plan_file, list[int]()
 
     def write_second(folder: Folder, number: int, units: Sequence[Unit]) -> bool:
         if not first_numbers:
@@ -436,7 +436,7 @@ def test_the_second_of_two_drivers_that_plan_again_reads_the_plan_of_the_first(
             assert original(folder, number, units), "the other driver is faster"
         return original(folder, number, units)
 
-    monkeypatch.setattr(plan, "write_plan_file", write_second)
+    monkeypatch.setattr(plan_files, "write_plan_file", write_second)
     extend(tmp_path / "s")
     assert (first_numbers, cache.list_files("_plan")) == ([1], ["00000.parquet", "00001.parquet"])
 
