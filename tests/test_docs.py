@@ -7,14 +7,14 @@ import subprocess
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from jobs import encode
 from jobs.cli import VERBS
 from jobs.encode_options import EncodeOptions
 from jobs.options import EXPORT_NAMES, OPTIONS
@@ -71,25 +71,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv[1] = str(ROOT / argv[1])
     command = [sys.executable, "-m", "jobs.encode", *argv[1:], "--workers", "0"]
     subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=100)
+    options = ["--vae", "demo", "--resolution", "256", "--workers", "0", "--format", "webdataset"]
+    code = encode.main([f"{argv[1]}/coffee.jpg", "--to", f"{folder}/demo-output/tars", *options])
+    assert code == 0
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of Lightning
 def test_the_python_code_of_the_readme_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in find_blocks(README, "python"):
+        names["latent"] = names["caption"] = None
         exec(block, names)
-    latents, last = names["latents"], names["latent"]
-    assert isinstance(latents, np.ndarray)
-    assert latents.shape == (6, 16, 32, 32)
-    assert abs(latents.mean()) < 0.3
-    assert 0.7 < latents.std() < 1.3
-    np.testing.assert_allclose(np.asarray(last), latents[-1], atol=0.02)
-    assert latents.dtype == np.float64
-    batch, captions = names["batch"], names["captions"]
-    assert isinstance(batch, torch.Tensor)
-    assert isinstance(captions, Sequence)
-    assert (batch.shape, batch.dtype, len(captions)) == ((3, 16, 32, 32), torch.float16, 3)
+        if "latents = " in block or "latents, captions" in block:
+            latents = names["latents"]
+            assert (latents.shape, latents.dtype) == ((3, 16, 32, 32), torch.float32)
+            assert (0.7 < latents.std() < 1.3, abs(latents.mean()) < 0.4) == (True, True)
+        if names["latent"] is not None:
+            assert names["latent"].shape == (16, 32, 32)
+            assert any(names["caption"] == row["txt"] for row in names["cache"].rows(names["cache"].files()[0]))
+    assert len(names["captions"]) == 3
+    # after two epochs with torch and one with accelerate; Lightning asks for no batch after the last one
+    assert (names["loader"].epoch, names["loader"].step) == (3, 2)
 
 
 def find_command_lines(text: str) -> list[str]:
