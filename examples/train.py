@@ -226,7 +226,7 @@ def main() -> None:
     else:
         options.to.mkdir(parents=True, exist_ok=True)
         rows = [cache[index] for index in range(min(options.samples, len(cache)))]
-        captions = [row["captions"] or "" for row in rows]
+        captions = [(row["captions"] or "").strip() for row in rows]
         state = {"step": 0, "captions": captions, "shape": tuple(rows[0]["latents"].shape)}
         state["sizes"] = {"width": options.width, "depth": options.depth, "patch": options.patch}
     torch.manual_seed(options.seed)
