@@ -88,12 +88,22 @@ def list_parquet_groups(metadata: pq.FileMetaData) -> list[GroupSpan]:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
-        starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-        stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
         sides = {chunk.path_in_schema: chunk.statistics for chunk in chunks}
         height, width = (_get_only_value(sides.get(name)) for name in ("height", "width"))
-        groups.append(GroupSpan(group.num_rows, min(starts), max(stops), height, width))
+        groups.append(GroupSpan(group.num_rows, *find_span(group), height, width))
     return groups
+
+
+def find_span(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """Return the first byte of a row group in its file, and the byte after its last: of all its column chunks."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    starts = [find_start(chunk) for chunk in chunks]
+    return min(starts), max(start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True))
+
+
+def find_start(chunk: pq.ColumnChunkMetaData) -> int:
+    """Return the first byte of a column chunk in its file."""
+    return int(chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset)
 
 
 def _get_only_value(statistics: pq.Statistics | None) -> int:

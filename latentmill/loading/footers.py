@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from latentmill.errors import CacheError
 from latentmill.folder import CacheFolder
+from latentmill.group_spans import find_span
 from latentmill.part_files import (
     PARQUET_RECORD,
     PARQUET_SUFFIX,
@@ -98,15 +99,3 @@ def _locate_parquet_groups(url: str, metadata: pq.FileMetaData) -> FileGroups:
         tuple(start for start, _ in spans),
         tuple(stop for _, stop in spans),
     )
-
-
-def find_span(group: pq.RowGroupMetaData) -> tuple[int, int]:
-    """Return the first byte of a row group in its file, and the byte after its last: of all its column chunks."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    starts = [find_start(chunk) for chunk in chunks]
-    return min(starts), max(start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True))
-
-
-def find_start(chunk: pq.ColumnChunkMetaData) -> int:
-    """Return the first byte of a column chunk in its file."""
-    return int(chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset)

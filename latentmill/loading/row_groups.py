@@ -14,7 +14,8 @@ from latentmill.arrow_values import to_python
 from latentmill.byte_stream import first_line
 from latentmill.cache_files import OpenCache
 from latentmill.errors import CacheError
-from latentmill.loading.footers import find_start, read_footer
+from latentmill.group_spans import find_start
+from latentmill.loading.footers import read_footer
 from latentmill.loading.index import Index
 from latentmill.loading.layout import LatentLayout
 from latentmill.loading.parquet_pages import PageError, find_values

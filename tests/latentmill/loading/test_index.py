@@ -150,3 +150,22 @@ def test_files_that_are_missing_or_no_parts_are_named(make: Make) -> None:
     path.rename(path.with_suffix(".txt"))
     with pytest.raises(CacheError, match=r"\.txt is not a part of a latentmill cache$"):
         read_index(cache)
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_the_index_of_a_job_is_that_of_the_files(
+    latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, tmp_path: Path, container: str
+) -> None:
+    options = ("--vae", micro_vae, "--buckets", 64, "--workers", 0, "--format", container, "--rows-per-part", 4)
+    code, _, err = latentmill("encode", shards, "--to", tmp_path / "c", *options)
+    assert code == 0, err
+    cache = Cache.open(str(tmp_path / "c"))
+    known = read_index(cache)
+    (tmp_path / "c/index.parquet").unlink()
+    asked = read_index(Cache.open(str(tmp_path / "c")))
+    if container == "parquet":  # the record of a tar does not say where its samples lie
+        assert_equal(known, asked)
+    rows = [row for file in cache.files() for row in cache.rows(file)]
+    assert len(rows) == known.row_count == asked.row_count == 18
+    assert [cache[number]["key"] for number in range(18)] == [row["key"] for row in rows]
+    assert [cache.find(row["shard"], row["key"]) for row in rows] == list(range(18))
