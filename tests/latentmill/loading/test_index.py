@@ -156,7 +156,20 @@ def test_files_that_are_missing_or_no_parts_are_named(make: Make) -> None:
 def test_the_index_of_a_job_is_that_of_the_files(
     latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, tmp_path: Path, container: str
 ) -> None:
-    options = ("--vae", micro_vae, "--buckets", 64, "--workers", 0, "--format", container, "--rows-per-part", 4)
+    options = (
+        "--vae",
+        micro_vae,
+        "--buckets",
+        64,
+        "--multiple-of",
+        8,
+        "--workers",
+        0,
+        "--format",
+        container,
+        "--rows-per-part",
+        4,
+    )
     code, _, err = latentmill("encode", shards, "--to", tmp_path / "c", *options)
     assert code == 0, err
     cache = Cache.open(str(tmp_path / "c"))
