@@ -72,6 +72,7 @@ def read_rejects(cache: Path) -> list[tuple[str, str, str]]:
     return sorted((line["shard"], line["key"], line["reason"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_divided_tar_gives_the_rows_of_a_whole_one(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,8 +76,8 @@ def test_waiting_for_samples_to_be_read_is_a_separate_stage(
 ) -> None:
     read = flow.read_samples
 
-    def read_slowly(*args: Any) -> Iterator[Any]:
-        for sample in read(*args):
+    def read_slowly(*args: Any, **settings: Any) -> Iterator[Any]:
+        for sample in read(*args, **settings):
             time.sleep(SLOW)
             yield sample
 
