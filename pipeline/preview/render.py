@@ -6,7 +6,6 @@ If the source can be read, each decoded image is shown beside its original (read
 """
 
 import hashlib
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipeline.images.transform import Transform
 from pipeline.jax_model import JaxModel
 from pipeline.limits import Limits
 from pipeline.preview import contact_sheet
+from pipeline.preview.fidelity import measure_psnr
 from pipeline.readers.tar_group import select_shards
 from pipeline.readers.unit import read_samples
 from pipeline.records import FIRST_ATTEMPT, TAR_GROUP, Attempt, PreparedImage, Sample, Unit
@@ -167,7 +167,7 @@ def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
         original = originals.get((ref.unit.name, row["shard"], row["key"]))
         name = f"images/{make_folder_name(ref.unit, row['shard'])}/{make_image_name(row['key'])}.png"
         spec.out.replace(name, contact_sheet.encode_png(decoded))
-        fidelity = None if original is None else psnr(original, decoded)
+        fidelity = None if original is None else measure_psnr(original, decoded)
         images.append(Rendered(row["shard"], row["key"], name, fidelity))
         cells.append(
             contact_sheet.Cell(
@@ -208,12 +208,6 @@ def find_originals(
             advice = f"; give their location with --source {unit.source_name}=PATH" if is_elsewhere else ""
             notes.append(f"originals not shown: {error}{advice}")
     return originals, notes
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two 8-bit images in dB; 100 if they are equal."""
-    error = float(((a.astype(np.float64) - b) ** 2).mean())
-    return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
 
 
 def make_folder_name(unit: Unit, shard: str) -> str:

@@ -11,7 +11,7 @@ from pipeline.cache import runs
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import choose_rows
 from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
-from pipeline.preview.render import IMAGES_PER_SHEET, make_image_name, make_tasks, psnr
+from pipeline.preview.render import IMAGES_PER_SHEET, make_image_name, make_tasks
 from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
@@ -36,13 +36,6 @@ def test_a_task_holds_the_rows_of_one_sheet() -> None:
     tasks = make_tasks(choose_rows([("f", 30, UNIT)], 0))
     assert [len(task.rows) for task in tasks] == [IMAGES_PER_SHEET, IMAGES_PER_SHEET, 6]
     assert [task.name for task in tasks] == ["sheet 0", "sheet 1", "sheet 2"]
-
-
-def test_psnr_follows_its_definition() -> None:
-    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
-    assert psnr(black, grey) == pytest.approx(20 * np.log10(255 / 51))
-    assert psnr(grey, black) == psnr(black, grey)
-    assert psnr(grey, grey) == 100.0
 
 
 @pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
