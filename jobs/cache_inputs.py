@@ -1,7 +1,7 @@
 """The VAE, the units and the files of an existing cache."""
 
 from jobs.common_options import parse_source_options
-from jobs.options import DecodeOptions, RetryOptions, VerifyOptions
+from jobs.options import DecodeOptions, ReportOptions, RetryOptions, VerifyOptions
 from pipeline.cache import parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
@@ -23,7 +23,7 @@ def load_matching_vae(reference: str, cache: Cache) -> Vae:
 
 
 def read_units(
-    options: DecodeOptions | RetryOptions | VerifyOptions, cache: Cache, same_source: bool = True
+    options: DecodeOptions | ReportOptions | RetryOptions | VerifyOptions, cache: Cache, same_source: bool = True
 ) -> dict[str, Unit]:
     """Return the cache's units by name. `--source` gives the new locations of their inputs.
 

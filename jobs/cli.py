@@ -18,6 +18,7 @@ VERBS = {
     "verify": "check the integrity of a cache: files, records and statistics",
     "status": "show the progress of a cache: units, rejects, throughput and ETA",
     "stats": "show the statistics of a cache, next to the scaling constants of its VAE",
+    "report": "write one HTML page that shows a cache, and what looks wrong in it",
     "export": "write the latents of a cache as the files of a trainer",
 }
 

@@ -113,6 +113,21 @@ class VerifyOptions(StatsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions(StatsOptions):
+    """Write one HTML page that shows a cache: how it was made, its images and numbers, and what looks wrong."""
+
+    to: str = option(REQUIRED, "path or URL of the page", "output", metavar="FILE")
+    sample: int = option(2000, "rows to examine, by whole row groups; 0 examines all", "checks", metavar="N")
+    images: int = option(
+        48, "images to decode, and to encode again if their sources can be read; 0: none", "checks", metavar="N"
+    )
+    source: tuple[str, ...] = moved_source()
+    source_option: tuple[str, ...] = source_option()
+    vae: str = recorded_vae()
+    input_limit: tuple[str, ...] = input_limit()
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusOptions(StatsOptions):
     """Show the progress of a cache: units, rejects, throughput and ETA. It reads only the cache, from any machine."""
 
@@ -183,5 +198,6 @@ OPTIONS: dict[str, type[Common | StatsOptions | AnnotateOptions]] = {
     "verify": VerifyOptions,
     "status": StatusOptions,
     "stats": StatsOptions,
+    "report": ReportOptions,
     "export": ExportOptions,
 }

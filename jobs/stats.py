@@ -1,6 +1,5 @@
 """`latentmill stats`: show the statistics of a cache, next to the constants of the VAE that made it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from latentmill.cache_info import VaeInfo
 from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
+from pipeline.report.constants import pool_patches
 from pipeline.wording import count_noun, format_counts
 
 
@@ -62,22 +62,6 @@ def format_channels(content: Mapping[str, Any], vae: VaeInfo) -> list[str]:
             line += f"   {means[channel]:>10.4f} {stds[channel]:>10.4f}"
         lines.append(line)
     return lines
-
-
-def pool_patches(vae: VaeInfo) -> tuple[list[float], list[float]]:
-    """Return the mean and the standard deviation of each raw channel by the model's constants; empty if it has none.
-
-    With a patch_size, the constants are those of each position in a patch. They are pooled over the positions.
-    """
-    size = math.prod(vae.patch_size or (1, 1))
-    moments = list(zip(vae.latents_mean or (), vae.latents_std or (), strict=True))
-    means, stds = [], []
-    for start in range(0, len(moments), size):
-        patch = moments[start : start + size]
-        pooled = sum(mean for mean, _ in patch) / size
-        means.append(pooled)
-        stds.append(math.sqrt(sum(std**2 + (mean - pooled) ** 2 for mean, std in patch) / size))
-    return means, stds
 
 
 def format_constants(suggested: Mapping[str, Any], vae: VaeInfo) -> list[str]:

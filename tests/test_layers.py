@@ -28,6 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"part_writer"},
     {"flow"},
     {"annotation", "exports", "maintenance", "preview"},
+    {"report"},
 )
 STEPS = ("readers", "images", "formats")  # the steps of a sample, which only flow combines
 MAX_FUNCTION = 60

@@ -1,0 +1,187 @@
+"""Some rows beside their originals: decoded, and encoded again to see how the stored latent came about.
+
+If the latent is not that of the image, it is compared with those of likely mistakes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentmill.part_files import to_tensor
+from latentmill.scaling import Scaling
+from pipeline.cache.reader import Cache
+from pipeline.cache.rows import RowRef, read_refs
+from pipeline.encoder import LatentEncoder
+from pipeline.errors import LatentmillError
+from pipeline.flow import EncodeSpec
+from pipeline.images.prepare import make_opener, prepare_sample
+from pipeline.preview.fidelity import measure_fidelity
+from pipeline.readers.tar_group import select_shards
+from pipeline.readers.unit import read_samples
+from pipeline.records import PreparedImage, Sample, Unit
+from pipeline.report.findings import MAX_EXAMPLES, Example, Finding
+from pipeline.wording import count_noun
+
+Cause = Literal["none", "wrong-range", "wrong-scaling", "swapped-channels", "unknown"]
+TOLERANCE = 0.1  # relative to a latent's own size; another device or batch size changes less
+SAME_CHANNEL = 0.1
+
+SENTENCES: Mapping[Cause, str] = {
+    "wrong-range": "are what the VAE makes of pixels in [0, 1] instead of [-1, 1]: the input had the wrong range.",
+    "wrong-scaling": "are model latents, not raw ones: they were scaled already, and a trainer would scale them again.",
+    "swapped-channels": "have swapped channels: red and blue of the image, or channels of the latent.",
+    "unknown": "are not what the VAE makes of their images: another VAE, other images, or a broken worker.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compared:
+    """A row that was decoded.
+
+    decoded, original: RGB uint8 [H, W, 3]; None if the original was not found. psnr: in dB. cause: how the
+    stored latent differs from that of the original; None if it was not encoded again.
+    """
+
+    file: str
+    key: str
+    shard: str
+    decoded: np.ndarray
+    original: np.ndarray | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    cause: Cause | None = None
+
+
+def compare_rows(
+    cache: Cache, refs: Sequence[RowRef], encoder: LatentEncoder, spec: EncodeSpec, notes: list[str]
+) -> list[Compared]:
+    """Return rows, each with its original if that can be read. notes: receives why originals are missing."""
+    rows = list(zip(refs, read_refs(cache.folder, refs, cache.layout.columns), strict=True))
+    of_unit: dict[str, list[tuple[RowRef, dict[str, Any]]]] = defaultdict(list)
+    for ref, row in rows:
+        of_unit[ref.unit.name].append((ref, row))
+    compared = []
+    for pairs in of_unit.values():
+        wanted = {(row["shard"], row["key"]) for _, row in pairs}
+        images = dict(read_originals(pairs[0][0].unit, wanted, spec, notes))
+        compared += [
+            compare_row(ref.file, row, images.get((row["shard"], row["key"])), encoder, cache.scaling)
+            for ref, row in pairs
+        ]
+    return compared
+
+
+def read_originals(
+    unit: Unit, wanted: set[tuple[str, str]], spec: EncodeSpec, notes: list[str]
+) -> Iterator[tuple[tuple[str, str], PreparedImage]]:
+    """Yield the images of these samples of a unit, by shard and key, as they were encoded."""
+    missing, opener = set(wanted), make_opener(spec.transform, spec.limits)
+    try:
+        for sample in read_samples(select_shards(unit, {shard for shard, _ in wanted}), spec):
+            identity = (sample.shard or unit.path, sample.key)
+            if identity in missing and isinstance(sample, Sample):
+                image = prepare_sample(unit, sample, spec.limits, opener)
+                if isinstance(image, PreparedImage):
+                    yield identity, image
+            missing.discard(identity)
+            if not missing:
+                return
+    except LatentmillError as error:
+        notes.append(str(error))
+
+
+def compare_row(
+    file: str, row: Mapping[str, Any], image: PreparedImage | None, encoder: LatentEncoder, scaling: Scaling
+) -> Compared:
+    """Decode a row, and compare it with its image: the pixels, and the latent."""
+    stored = to_tensor(row)
+    decoded = decode(stored, encoder)
+    shown = Compared(file=file, key=row["key"], shard=row["shard"], decoded=decoded)
+    if image is None or image.bucket != (row["height"], row["width"]):
+        return shown
+    original = image.pixels.numpy()
+    psnr, ssim = measure_fidelity(original, decoded)
+    return replace(shown, original=original, psnr=psnr, ssim=ssim, cause=find_cause(stored, image, encoder, scaling))
+
+
+def decode(stored: Tensor, encoder: LatentEncoder) -> np.ndarray:
+    """Return the image of a stored latent, or of the mean of its moments: RGB uint8 [H, W, 3]."""
+    model = encoder.model
+    latent = stored[: model.config.latent_channels].nan_to_num()
+    with torch.inference_mode():
+        sample = model.decode(latent[None].to(model.device, model.dtype)).sample[0]  # type: ignore[union-attr]
+    pixels = sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    return np.asarray(pixels.cpu().numpy())
+
+
+def find_cause(stored: Tensor, image: PreparedImage, encoder: LatentEncoder, scaling: Scaling) -> Cause:
+    """Return how a stored latent came about. `none`: it is that of the image."""
+    latent = encode(image, encoder)
+    if is_same(stored, latent):
+        return "none"
+    if is_same(stored, encode(replace(image, pixels=to_upper_half(image.pixels)), encoder)):
+        return "wrong-range"
+    if latent is not None and scaling.patch == (1, 1):
+        channels = encoder.model.config.latent_channels
+        if is_same(stored[:channels], scaling.to_model(latent[:channels].float())):
+            return "wrong-scaling"
+    if is_same(stored, encode(replace(image, pixels=image.pixels.flip(-1)), encoder)):
+        return "swapped-channels"
+    if latent is not None and latent.shape == stored.shape and is_permuted(stored, latent):
+        return "swapped-channels"
+    return "unknown"
+
+
+def encode(image: PreparedImage, encoder: LatentEncoder) -> Tensor | None:
+    """Return the latent of an image as it would be stored; None if it is not finite."""
+    latent = encoder.encode([image])[0].latent
+    return latent if isinstance(latent, Tensor) else None
+
+
+def to_upper_half(pixels: Tensor) -> Tensor:
+    """Return pixels whose values in [-1, 1] are those that the given ones have in [0, 1], rounded to uint8."""
+    return (pixels.float() * 0.5 + 127.5).round().clamp(0, 255).byte()
+
+
+def is_same(stored: Tensor, latent: Tensor | None) -> bool:
+    """Return whether two latents are equal but for rounding."""
+    if latent is None or stored.shape != latent.shape:
+        return False
+    stored, latent = stored.double(), latent.double()
+    error = (stored - latent).pow(2).mean().sqrt()
+    return bool(error <= TOLERANCE * stored.pow(2).mean().sqrt().clamp(min=1e-12))
+
+
+def is_permuted(stored: Tensor, latent: Tensor) -> bool:
+    """Return whether each channel of a latent [C, h, w] is another channel of the other one."""
+    a, b = stored.double().flatten(1), latent.double().flatten(1)
+    distance = torch.cdist(a, b) / a.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    nearest = distance.argmin(dim=1)
+    is_near = distance.min(dim=1).values < SAME_CHANNEL
+    return bool(is_near.all()) and len(set(nearest.tolist())) == len(a)
+
+
+def find_in_compared(compared: Sequence[Compared]) -> list[Finding]:
+    """Return a finding per cause of wrong latents."""
+    checked = [row for row in compared if row.cause is not None]
+    found = []
+    for cause, sentence in SENTENCES.items():
+        rows = [row for row in checked if row.cause == cause]
+        if rows:
+            examples = tuple(Example(key=row.key, shard=row.shard, remark=row.file) for row in rows[:MAX_EXAMPLES])
+            text = f"{len(rows)} of {count_noun(len(checked), 'row')} that were encoded again {sentence}"
+            found.append(
+                Finding(
+                    code="other-latents" if cause == "unknown" else cause,
+                    severity="error",
+                    sentence=text,
+                    examples=examples,
+                    command="latentmill verify {cache} --reencode 100",
+                )
+            )
+    return found
