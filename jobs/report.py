@@ -111,8 +111,8 @@ def compare_images(options: ReportOptions, cache: Cache) -> tuple[list[Compared]
     notes: list[str] = []
     compared = compare_rows(cache, refs, encoder, spec, notes)
     missing = sum(row.original is None for row in compared)
-    reason = f": {notes[0]}" if notes else ""
-    return compared, f"{count_noun(missing, 'original')} cannot be read{reason}" if missing else ""
+    texts = [f"{count_noun(missing, 'original')} cannot be read"] if missing else []
+    return compared, ": ".join([*texts, *notes[:1]])
 
 
 def describe_tiles(
@@ -212,7 +212,7 @@ def draw_plots(
         drawn["histograms"] = plots.draw_histograms(sample, means, stds)
         drawn["sizes"] = plots.draw_sizes(sample)
     rated = [run for run in runs if run.get("images_per_second")]
-    if rated:
+    if len(rated) > 1:
         drawn["throughput"] = plots.draw_throughput(
             [run["started"] for run in rated], [run["images_per_second"] for run in rated]
         )

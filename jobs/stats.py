@@ -1,5 +1,6 @@
 """`latentmill stats`: show the statistics of a cache, next to the constants of the VAE that made it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.cache import stats
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
 from pipeline.report.constants import pool_patches
+from pipeline.report.findings import find_in_records
 from pipeline.wording import count_noun, format_counts
 
 
@@ -25,13 +27,17 @@ def main(argv: Sequence[str]) -> int:
     if content is None:
         raise CacheError(f"{options.cache} has no {stats.NAME} yet; run the encode command to its end first")
     vae = cache.info.vae
+    findings = [finding.for_cache(options.cache) for finding in find_in_records(content, vae)]
     if options.json:
-        columns = cache.overlays.to_dict()
-        print_json({**content, "vae": {"reference": vae.reference, **vae.constants}, "columns": columns})
+        columns, found = cache.overlays.to_dict(), [dataclasses.asdict(finding) for finding in findings]
+        print_json(
+            {**content, "vae": {"reference": vae.reference, **vae.constants}, "columns": columns, "findings": found}
+        )
     else:
         lines = format_table(content, vae, len(cache.layout.latent_names))
         if cache.overlays.number:
             lines.append(f"columns      {cache.overlays.summary}, columns digest {cache.overlays.digest}")
+        lines += [f"finding      {finding.sentence} More: {finding.command}" for finding in findings]
         print("\n".join(lines), flush=True)
     return 0
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from jobs.encode_options import EncodeOptions
 from jobs.entry import print_json
-from jobs.messages import log_error, log_warning
+from jobs.messages import log_each, log_error, log_warning
 from jobs.scheduler import Failure
-from pipeline.cache import commits, stats
+from latentmill.cache_info import VaeInfo
+from pipeline.cache import commits
 from pipeline.cache.part_info import UnitReport
 from pipeline.errors import REST_OF_SHARD, LatentmillError
 from pipeline.records import Seconds
+from pipeline.report.findings import Finding, find_in_records
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
 from pipeline.wording import count_noun, format_counts
@@ -138,8 +140,22 @@ def describe_totals(totals: RunTotals) -> dict[str, Any]:
     }
 
 
-def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> None:
-    """Print the summary of a run: its work, the content of the cache, and the units that are left."""
+def find_doubts(cache: Folder, vae: VaeInfo, written: Mapping[str, Any]) -> list[Finding]:
+    """Return the findings of a cache's statistics that no line of the summary has. written: of stats.json."""
+    found = (finding.for_cache(cache.url) for finding in find_in_records(written, vae))
+    return [finding for finding in found if finding.code not in ("rejects", "enlarged")]
+
+
+def format_finding(finding: Finding) -> str:
+    """Return a finding as one line, with the command that shows more."""
+    return f"{finding.sentence} More: {finding.command}"
+
+
+def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: Outcome) -> None:
+    """Print the summary of a run: its work, the content of the cache, and the units that are left.
+
+    vae: the VAE's entry in cache.json.
+    """
     totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.stats
     counts = totals.counts
     if options.json:
@@ -155,7 +171,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
                 "failed": [dataclasses.asdict(failure) for failure in failures],
                 "unreadable": [to_valid_text(folder) for folder in outcome.unreadable],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
-                "doubts": stats.find_implausible(written),
+                "findings": [dataclasses.asdict(finding) for finding in find_doubts(cache, vae, written)],
             }
         )
         return
@@ -179,8 +195,7 @@ def print_summary(options: EncodeOptions, cache: Folder, outcome: Outcome) -> No
         done = f"{units - len(failures):,} of {units + outcome.left_out:,} done"
         lines.append(f"  units      {done}; run the same command without --max-shards for the rest")
     print("\n".join(lines), flush=True)
-    for doubt in stats.find_implausible(written):
-        log_warning(doubt)
+    log_each([format_finding(finding) for finding in find_doubts(cache, vae, written)], log_warning)
     if outcome.unreadable:
         folders = count_noun(len(outcome.unreadable), "folder")
         log_error(f"{folders} of the sources cannot be read: give read permission, and run the same command again")

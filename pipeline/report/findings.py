@@ -47,7 +47,7 @@ class Finding:
     severity: Severity
     sentence: str
     examples: tuple[Example, ...] = ()
-    command: str = "latentmill report {cache} --to report.html"
+    command: str = "latentmill report {cache} --to report.html --sample 0"
 
     def for_cache(self, url: str) -> "Finding":
         """Return the finding with the cache's URL in its command."""

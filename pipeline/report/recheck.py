@@ -3,6 +3,7 @@
 If the latent is not that of the image, it is compared with those of likely mistakes.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from pipeline.wording import count_noun
 Cause = Literal["none", "wrong-range", "wrong-scaling", "swapped-channels", "unknown"]
 TOLERANCE = 0.1  # relative to a latent's own size; another device or batch size changes less
 SAME_CHANNEL = 0.1
+SECONDS = 40.0  # after which no more images are decoded, so that a large model on a CPU does not take minutes
 
 SENTENCES: Mapping[Cause, str] = {
     "wrong-range": "are what the VAE makes of pixels in [0, 1] instead of [-1, 1]: the input had the wrong range.",
@@ -65,8 +67,12 @@ def compare_rows(
     of_unit: dict[str, list[tuple[RowRef, dict[str, Any]]]] = defaultdict(list)
     for ref, row in rows:
         of_unit[ref.unit.name].append((ref, row))
-    compared = []
+    compared: list[Compared] = []
+    deadline = time.monotonic() + SECONDS
     for pairs in of_unit.values():
+        if time.monotonic() > deadline:
+            notes.append(f"only {len(compared)} of {len(rows)} images are shown: decoding them took {SECONDS:g} s")
+            break
         wanted = {(row["shard"], row["key"]) for _, row in pairs}
         images = dict(read_originals(pairs[0][0].unit, wanted, spec, notes))
         compared += [

@@ -456,7 +456,8 @@ def test_a_constant_channel_gives_a_warning(latentmill: Command, photos: Path, m
     argv = ["encode", photos, "--vae", tmp_path / "vae", "--resolution", 64, "--workers", 0]
     code, _, err = latentmill(*argv, "--to", tmp_path / "c")
     assert code == 0
-    assert "WARNING channel 2 of the latents is constant" in err
+    assert "WARNING Channel 2 of the latents is constant" in err
     assert err.count("WARNING") == 1
-    (doubt,) = json.loads(latentmill(*argv, "--to", tmp_path / "d", "--json")[1])["doubts"]
-    assert doubt.startswith("channel 2 of the latents is constant (mean ")
+    (doubt,) = json.loads(latentmill(*argv, "--to", tmp_path / "d", "--json")[1])["findings"]
+    assert (doubt["code"], doubt["severity"]) == ("dead-channel", "error")
+    assert doubt["sentence"].startswith("Channel 2 of the latents is constant (mean ")

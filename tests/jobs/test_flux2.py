@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.stats import pool_patches
 from latentmill import Cache
 from latentmill.cache_info import VaeInfo
+from pipeline.report.constants import pool_patches
 from tests.conftest import MICRO
 from vae import AutoencoderKLFlux2
 from vae.load import STEM, WEIGHTS
