@@ -22,9 +22,10 @@ from pipeline.encoder import ComputeConfig, LatentEncoder
 from pipeline.errors import CacheError, LatentmillError, UsageError
 from pipeline.report import plots, records
 from pipeline.report.constants import expect_channels
+from pipeline.report.equal_rows import find_equal_rows
 from pipeline.report.findings import Finding, find_in_records, sort_findings
 from pipeline.report.page import MAX_BUCKETS, Page, Section, check_packages, render_page
-from pipeline.report.recheck import Compared, compare_rows, find_in_compared
+from pipeline.report.recheck import Compared, compare_rows, decode_pairs, find_in_compared
 from pipeline.report.sample import Sample, read_sample
 from pipeline.report.sample_findings import find_in_sample
 from pipeline.storage import connection
@@ -66,10 +67,11 @@ def make_page(options: ReportOptions, cache: Cache, content: Mapping[str, Any]) 
     """Read the records, a sample and some images, and return what the page shows. content: of stats.json."""
     means, stds = expect_channels(cache.info.vae, len(content.get("mean", ())))
     sample = read_sample(cache, means, stds, options.sample) if content["count"] else None
-    compared, why = compare_images(options, cache) if content["count"] and options.images else ([], "")
+    encoder, compared, why = compare_images(options, cache) if content["count"] and options.images else (None, [], "")
     found = find_in_compared(compared) + find_in_records(content, cache.info.vae)
     found += records.find_unusual_parts(records.read_parts(cache))
-    found += find_in_sample(sample) if sample else []
+    if sample is not None:
+        found += [*find_in_sample(sample), *(find_equal_rows(cache) if len(sample) < sample.total else [])]
     findings = [finding.for_cache(options.cache) for finding in sort_findings(found)]
     runs = read_runs(cache.folder).values()
     return Page(
@@ -79,6 +81,7 @@ def make_page(options: ReportOptions, cache: Cache, content: Mapping[str, Any]) 
         findings=findings,
         facts=describe_facts(cache, content, runs),
         compared=compared,
+        pairs={finding.code: decode_pairs(cache, finding, encoder) for finding in findings} if encoder else {},
         why_no_images=why,
         plots=draw_plots(content, sample, means, stds, runs),
         agreement=describe_agreement(findings, cache, content),
@@ -90,14 +93,14 @@ def make_page(options: ReportOptions, cache: Cache, content: Mapping[str, Any]) 
     )
 
 
-def compare_images(options: ReportOptions, cache: Cache) -> tuple[list[Compared], str]:
-    """Return some rows, decoded, and beside their originals; and why these are missing."""
+def compare_images(options: ReportOptions, cache: Cache) -> tuple[LatentEncoder | None, list[Compared], str]:
+    """Return the model, some rows, decoded and beside their originals, and why these are missing."""
     try:
         vae = load_matching_vae(options.vae, cache)
         units = read_units(options, cache)
         refs: list[RowRef] = choose_rows(list_files_with_rows(cache, units), options.images)
     except LatentmillError as error:
-        return [], f"No images are shown: {error}"
+        return None, [], f"No images are shown: {error}"
     compute = ComputeConfig(
         device="cuda" if torch.cuda.is_available() else "cpu",
         precision=cache.info.identity.precision,
@@ -112,7 +115,7 @@ def compare_images(options: ReportOptions, cache: Cache) -> tuple[list[Compared]
     compared = compare_rows(cache, refs, encoder, spec, notes)
     missing = sum(row.original is None for row in compared)
     texts = [f"{count_noun(missing, 'original')} cannot be read"] if missing else []
-    return compared, ": ".join([*texts, *notes[:1]])
+    return encoder, compared, ": ".join([*texts, *notes[:1]])
 
 
 def describe_tiles(
@@ -197,7 +200,7 @@ def describe_sample(sample: Sample | None, compared: Sequence[Compared]) -> str:
     more = (
         ""
         if len(sample) == sample.total
-        else " Duplicates outside the sample are not found: --sample 0 reads all rows."
+        else " Of a cache of more than 4 GiB, duplicates outside the sample are not found."
     )
     return f"From the records, {rows} rows{again}.{more}"
 

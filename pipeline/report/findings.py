@@ -28,11 +28,15 @@ MAX_EXAMPLES = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A row, a reject or a file that shows a finding. remark: what is shown about it."""
+    """A row or a file that shows a finding. remark: what is shown about it.
+
+    places: file and index of the row, and of a row that is like it.
+    """
 
     key: str
     shard: str = ""
     remark: str = ""
+    places: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,9 +33,10 @@ class Section:
 class Page:
     """All that the page shows.
 
-    facts: tables on how the cache was made. tiles: the most important numbers. why_no_images: why there are no decoded
-    images, or no originals; empty if there are. plots: SVG by name. buckets: name, rows, share of the largest one.
-    runs: the runs of the cache. rejects: counts and examples by reason.
+    facts: tables on how the cache was made. tiles: the most important numbers. pairs: images that are alike, by the
+    code of the finding. why_no_images: why there are no decoded images, or no originals; empty if there are. plots: SVG
+    by name. buckets: name, rows, share of the largest one. runs: the runs of the cache. rejects: counts and examples by
+    reason.
     """
 
     cache: str
@@ -44,6 +45,7 @@ class Page:
     findings: Sequence[Finding]
     facts: Sequence[Section]
     compared: Sequence[Compared]
+    pairs: Mapping[str, Sequence[Sequence[np.ndarray]]]
     why_no_images: str
     plots: Mapping[str, str]
     agreement: str
@@ -81,6 +83,7 @@ def render_page(page: Page) -> str:
     return environment.get_template("report.html").render(
         page=page,
         plots={name: Markup(svg) for name, svg in page.plots.items()},  # drawn here, without user text
+        pairs={code: [[to_data_uri(each) for each in pair] for pair in pairs] for code, pairs in page.pairs.items()},
         sheet=[show(row) for row in page.compared[::step]],
         worst=[show(row) for row in worst],
         advice={reason: REASONS.get(reason, "").replace("{}", "N") for reason in page.rejected},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latentmill.part_files import to_tensor
 from latentmill.scaling import Scaling
-from pipeline.cache.reader import Cache
+from pipeline.cache.reader import Cache, read_rows
 from pipeline.cache.rows import RowRef, read_refs
 from pipeline.encoder import LatentEncoder
 from pipeline.errors import LatentmillError
@@ -31,6 +31,7 @@ from pipeline.wording import count_noun
 Cause = Literal["none", "wrong-range", "wrong-scaling", "swapped-channels", "unknown"]
 TOLERANCE = 0.1  # relative to a latent's own size; another device or batch size changes less
 SAME_CHANNEL = 0.1
+PAIRS = 4  # of duplicates that are shown
 SECONDS = 40.0  # after which no more images are decoded, so that a large model on a CPU does not take minutes
 
 SENTENCES: Mapping[Cause, str] = {
@@ -80,6 +81,15 @@ def compare_rows(
             for ref, row in pairs
         ]
     return compared
+
+
+def decode_pairs(cache: Cache, finding: Finding, encoder: LatentEncoder) -> list[list[np.ndarray]]:
+    """Return the images of the first examples of a finding that name two rows, RGB uint8 [H, W, 3]."""
+    pairs = [example.places for example in finding.examples if len(example.places) > 1][:PAIRS]
+    return [
+        [decode(to_tensor(row), encoder) for file, index in places for row in read_rows(cache.folder, file, [index])]
+        for places in pairs
+    ]
 
 
 def read_originals(

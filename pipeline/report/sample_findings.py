@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,7 +41,12 @@ def show(sample: Sample, rows: Iterable[int], remarks: Sequence[str] = ()) -> tu
     """Return the first rows as examples."""
     chosen = list(rows)[:MAX_EXAMPLES]
     return tuple(
-        Example(key=sample.keys[row], shard=sample.shards[row], remark=remarks[number] if remarks else "")
+        Example(
+            key=sample.keys[row],
+            shard=sample.shards[row],
+            remark=remarks[number] if remarks else "",
+            places=((sample.file[row], sample.index[row]),),
+        )
         for number, row in enumerate(chosen)
     )
 
@@ -108,8 +114,14 @@ def _describe_pairs(sample: Sample, code: str, what: str, pairs: Sequence[tuple[
     if copies <= DUPLICATE_SHARE * len(sample):
         return []
     sentence = f"{describe_share(sample, copies)} ({copies / len(sample):.1%}) have {what}."
-    rows, remarks = [second for _, second in pairs], [f"like {sample.keys[first]}" for first, _ in pairs]
-    return [Finding(code=code, severity="warning", sentence=sentence, examples=show(sample, rows, remarks))]
+    shown = pairs[:MAX_EXAMPLES]
+    remarks = [f"like {sample.keys[first]} in {sample.shards[first]}" for first, _ in shown]
+    copied = show(sample, [second for _, second in shown], remarks)
+    originals = show(sample, [first for first, _ in shown])
+    examples = tuple(
+        replace(copy, places=original.places + copy.places) for original, copy in zip(originals, copied, strict=True)
+    )
+    return [Finding(code=code, severity="warning", sentence=sentence, examples=examples)]
 
 
 def find_near_pairs(signature: np.ndarray) -> list[tuple[int, int]]:
