@@ -52,6 +52,10 @@ def test_seven_planted_faults_are_found(latentmill: Command, tmp_path: Path, mon
         assert latentmill("encode", source, "--to", tmp_path / "cache", *ENCODE)[0] == 0
     found = report_codes(latentmill, tmp_path / "cache", tmp_path / "report.html")
     assert found >= SEVEN
+    assert (
+        "finding      The stored latents have a standard deviation of about 1"
+        in latentmill("stats", tmp_path / "cache")[1]
+    )
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(code in html for code in SEVEN)
     assert len(html) < 10_000_000
@@ -61,6 +65,7 @@ def test_a_good_cache_has_no_findings(latentmill: Command, tmp_path: Path) -> No
     source = write_source(tmp_path / "shards", faulty=False)
     assert latentmill("encode", source, "--to", tmp_path / "cache", *ENCODE)[0] == 0
     assert report_codes(latentmill, tmp_path / "cache", tmp_path / "report.html") == set()
+    assert "finding" not in latentmill("stats", tmp_path / "cache")[1]
     assert "Nothing." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
