@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.simulated_ray import Answer, SimulatedActor, SimulatedRef, simulated_ray
-from jobs.executor import Executor, TaskResult
+from jobs.executor import Executor, TaskCounts, TaskResult
 from jobs.progress import ProgressMeter, log_unit
 from jobs.ray_executor import RayExecutor, ray
 from jobs.ray_node import WorkerLocation
@@ -81,7 +81,7 @@ class InstantExecutor:
     workers: Sequence[str]
     tasks_per_worker: int = 2
     running: deque[tuple[Task, str]] = field(default_factory=deque)
-    images = starting = 0
+    images = starting = restarts = 0
     waiting_for, can_replace = "", True
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
@@ -107,7 +107,7 @@ def run_job(tasks: int, executor: Executor, signals: Signals, on_second: Callabl
         log_unit(done)
         meter.task_done(1, done.encoded, sum(done.rejects.values()))
 
-    def on_tick() -> None:
+    def on_tick(counts: TaskCounts) -> None:
         meter.tick(executor.images, executor.waiting_for)
         facts.update(describe_totals(totals), **meter.facts)
         on_second(totals.counts["units"])

@@ -12,11 +12,12 @@ from jobs.common_options import describe_options, parse_limits, parse_source_opt
 from jobs.encode_options import EncodeOptions
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
+from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, log_unit
+from jobs.progress import ProgressMeter, describe_work, log_unit
 from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import run_tasks
@@ -244,11 +245,11 @@ def encode_pending(
         log_unit(done)
         meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
 
-    def on_tick() -> None:
+    def on_tick(task_counts: TaskCounts) -> None:
         meter.tick(executor.images, executor.waiting_for)
         worker_time.note(len(executor.workers))
         totals.worker_seconds = worker_time.seconds
-        recorder.update(**{**describe_totals(totals), **meter.facts})
+        recorder.update(**{**describe_totals(totals), **meter.facts, **describe_work(executor, task_counts)})
         write_log(log)
 
     def find_more() -> list[Unit]:

@@ -88,6 +88,15 @@ class TaskResult:
     damaged_at: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TaskCounts:
+    """How many tasks wait for a worker, how many workers have, and how many were given up."""
+
+    waiting: int = 0
+    under_way: int = 0
+    failed: int = 0
+
+
 class Executor(Protocol):
     """Runs tasks on workers."""
 
@@ -99,6 +108,11 @@ class Executor(Protocol):
     @property
     def starting(self) -> int:
         """The number of further workers that are starting."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """The number of workers so far that were lost or replaced."""
         ...
 
     @property

@@ -20,6 +20,7 @@ class LocalExecutor:
     waiting_for = ""
     workers = ("inline",)
     starting = 0
+    restarts = 0
     can_replace = False
 
     def __init__(self, worker: Worker, tasks_per_worker: int, stop: threading.Event) -> None:

@@ -29,10 +29,16 @@ from jobs.ray_address import (
     advise_about_token,
     call_with_timeout,
     check_listening,
-    explain_lost_actor,
     resolve_address,
 )
-from jobs.ray_node import WorkerLocation, count_cores_of_this_worker, locate_this_worker, read_last_lines
+from jobs.ray_node import (
+    WorkerLocation,
+    count_cores_of_this_worker,
+    describe_error,
+    died_with_its_node,
+    locate_this_worker,
+    read_last_lines,
+)
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots, describe_start
@@ -197,7 +203,7 @@ class RayExecutor:
         self.tasks_per_worker = spec.tasks_per_worker
         self.resources = resources
         self.ended: list[TaskResult] = []
-        self.lost_images = 0
+        self.lost_images = self.restarts = 0
         self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
         self._first_workers = workers
@@ -344,12 +350,12 @@ class RayExecutor:
             collect(handle, future.result())
         except RayTaskError as error:  # the call failed, and the actor still runs
             if handle.is_loaded:  # a bug in this program, which a retry would hit again
-                raise JobError(f"a worker failed: {_describe_error(error)}") from error
-            self._lose(handle, _describe_error(error))
+                raise JobError(f"a worker failed: {describe_error(error)}") from error
+            self._lose(handle, describe_error(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
                 self.spec = self.spec.with_smaller_batches()  # for all workers that start from now on
-            self._lose(handle, _describe_error(error), with_node=_died_with_its_node(error))
+            self._lose(handle, describe_error(error), with_node=died_with_its_node(error))
 
     def _collect_location(self, handle: WorkerHandle, location: WorkerLocation) -> None:
         handle.location, handle.progressed_at = location, time.monotonic()
@@ -387,6 +393,7 @@ class RayExecutor:
             TaskResult(task=task, worker=handle.name, error=f"its worker was lost ({reason})", cause="lost")
             for task in handle.tasks.values()
         ]
+        self.restarts += 1
         if not with_node:
             if handle.location is None:  # the worker may have ended right after its start
                 with suppress(RayError, TimeoutError):
@@ -406,6 +413,7 @@ class RayExecutor:
             TaskResult(task=task, worker=worker, error=f"its worker was replaced ({reason})", cause="returned")
             for task in handle.tasks.values()
         ]
+        self.restarts += 1
         self._note_failure(handle, reason)
         self._end(handle)
 
@@ -429,20 +437,3 @@ class RayExecutor:
         for handle in self.handles:
             ray.kill(handle.actor)
         self.slots.clear()
-
-
-def _died_with_its_node(error: RayError) -> bool:
-    """Return whether an actor was lost because its node was lost, for example preempted."""
-    return (
-        bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
-    )
-
-
-def _describe_error(error: RayError) -> str:
-    """Return Ray's description of an error in one line."""
-    if isinstance(error, OutOfMemoryError):
-        return "its machine ran out of memory, and Ray ended the process"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    reason = last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}"
-    return explain_lost_actor(reason[:300])

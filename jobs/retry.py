@@ -10,11 +10,12 @@ from jobs.cache_inputs import load_matching_vae, read_units
 from jobs.common_options import describe_options, parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
+from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging
 from jobs.options import RetryOptions
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, log_unit
+from jobs.progress import ProgressMeter, describe_work, log_unit
 from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
@@ -141,9 +142,9 @@ def run_retry(
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
 
-        def on_tick() -> None:
+        def on_tick(task_counts: TaskCounts) -> None:
             meter.tick(executor.images, executor.waiting_for)
-            recorder.update(counts=dict(counts), **meter.facts)
+            recorder.update(counts=dict(counts), **meter.facts, **describe_work(executor, task_counts))
 
         def probe(task: retry.RetryTask) -> None:
             connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)

@@ -145,7 +145,7 @@ def test_no_more_workers_start_than_tasks_wait(ray: SimulatedRay, workers: Worke
     executor.wait(0, 3)
     assert executor.starting == 3
     executor.wait(0, 0)
-    assert executor.starting == 0
+    assert (executor.starting, executor.restarts) == (0, 0), "they are not needed any more"
     assert sum(actor.is_killed for actor in ray.actors) == 3
     assert len(executor.slots) == len(executor.workers)
     executor.wait(0, 1)
@@ -251,6 +251,9 @@ def test_a_lost_worker_returns_all_of_its_tasks_once(ray: SimulatedRay, workers:
     assert [done.task.name for done in executor.wait(0, 0)] == ["c"], "the second call is that of an ended worker"
     executor.wait(0, 0)
     assert (executor.starting, len(executor.handles), len(executor.slots)) == (1, 3, 3)
+    assert executor.restarts == 1
+    executor.replace(second, "it is faulty")
+    assert executor.restarts == 2
 
 
 def test_a_result_that_comes_after_a_replacement_does_not_count(ray: SimulatedRay, workers: Workers) -> None:

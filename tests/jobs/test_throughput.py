@@ -59,7 +59,13 @@ def test_the_progress_line_and_the_record_agree(clock: list[float]) -> None:
     for second in range(11):
         meter.tick(20 * second, "")
         clock[0] += 1
-    assert meter.facts == {"images": 200, "images_per_second": pytest.approx(20), "seconds_left": None}
+    assert meter.facts == {
+        "images": 200,
+        "images_per_second": pytest.approx(20),
+        "seconds_left": None,
+        "share": 0.0,
+        "waiting_for": "",
+    }
     meter.task_done(100, 100, 0)  # a tenth of the bytes is done, and another tenth is in progress
     assert meter.facts["seconds_left"] == pytest.approx(800 / 20)
     assert "20.0/s" in meter.line
