@@ -106,6 +106,10 @@ class VerifyOptions(StatsOptions):
 class StatusOptions(StatsOptions):
     """Show the progress of a cache: units, rejects, throughput and ETA. It reads only the cache, from any machine."""
 
+    watch: bool = option(
+        False, "follow the runs until they end; with --json, print an object per line at each heartbeat", "output"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(StatsOptions):
