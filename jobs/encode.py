@@ -235,6 +235,7 @@ def encode_pending(
     running = {unit.name: unit for unit in pending}
     meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
     worker_time, started = WorkerTime(len(executor.workers)), time.perf_counter()
+    metrics = resources.start_metrics("encode", cache.url, units_done=len(units) - len(pending))
     skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
@@ -243,6 +244,7 @@ def encode_pending(
         skipped.add(done, running[done.unit].path)
         left_out.add(done)
         log_unit(done)
+        metrics.add_unit(done, running[done.unit].input_bytes)
         meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
 
     def on_tick(task_counts: TaskCounts) -> None:
@@ -250,6 +252,7 @@ def encode_pending(
         worker_time.note(len(executor.workers))
         totals.worker_seconds = worker_time.seconds
         recorder.update(**{**describe_totals(totals), **meter.facts, **describe_work(executor, task_counts)})
+        metrics.publish(meter, executor, task_counts, totals.device_busy)
         write_log(log)
 
     def find_more() -> list[Unit]:
@@ -258,10 +261,7 @@ def encode_pending(
         pending.extend(more)
         return more
 
-    def probe(unit: Unit) -> None:
-        connection.check_reachable(cache.url_of(identity.NAME), cache.options)
-        connection.check_reachable(unit.url, parse_source_options(options))
-
+    probe = partial(check_storage, options, cache)
     with meter.shown():
         try:
             result = run_tasks(
@@ -275,6 +275,12 @@ def encode_pending(
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
+
+
+def check_storage(options: EncodeOptions, cache: Folder, unit: Unit) -> None:
+    """Access the cache and the input of a unit. Raises LatentmillError if the storage does not answer."""
+    connection.check_reachable(cache.url_of(identity.NAME), cache.options)
+    connection.check_reachable(unit.url, parse_source_options(options))
 
 
 def can_group_tars(info: CacheInfo) -> bool:

@@ -117,12 +117,14 @@ def run_retry(
     if not tasks:
         return RunResult()
     sizes = {task.name: len(task.rejected - task.superseded) for task in tasks}
+    inputs = {task.name: task.unit.input_bytes for task in tasks}
     meter = ProgressMeter("encoded", sum(sizes.values()), size_per_image=1.0)
 
     def on_done(done: UnitReport) -> None:
         log_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(sizes[done.unit], done.rows, 0)
+        metrics.add_unit(done, inputs[done.unit])
 
     with plan_resources(options, cache.info.compute.backend) as resources:
         size, form = cache_spec.inherit_compute(cache.info.compute, resources.backend, resources.device)
@@ -141,10 +143,12 @@ def run_retry(
         )
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
+        metrics = resources.start_metrics("retry", cache.folder.url)
 
         def on_tick(task_counts: TaskCounts) -> None:
             meter.tick(executor.images, executor.waiting_for)
             recorder.update(counts=dict(counts), **meter.facts, **describe_work(executor, task_counts))
+            metrics.publish(meter, executor, task_counts)
 
         def probe(task: retry.RetryTask) -> None:
             connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)

@@ -290,6 +290,7 @@ def encode_missing_parts(
         damage=readable.damage,
         skipped=skipped,
         precision_error=context.precision_error or 0.0,
+        elapsed=timer.elapsed,
     )
 
 
