@@ -25,7 +25,7 @@ from typing import Any
 from bench.simulated_ray import Answer, SimulatedActor, SimulatedRef, simulated_ray
 from jobs.executor import Executor, TaskCounts, TaskResult
 from jobs.progress import ProgressMeter, log_unit
-from jobs.ray_executor import RayExecutor, ray
+from jobs.ray_executor import Progress, RayExecutor, ray
 from jobs.ray_node import WorkerLocation
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
@@ -135,7 +135,7 @@ class Timer:
 
     def answer(self, actor: SimulatedActor, method: str, arguments: tuple[Any, ...]) -> SimulatedRef:
         """Complete a call of a worker later, which takes no time but for tasks."""
-        progress, seconds, result = (self.count, self.count), 0.0, None
+        progress, seconds, result = (self.count, self.count, 0.0), 0.0, None
         if method == "run":
             task, _, name = arguments
             result = TaskResult(task=task, worker=name, report=make_report(task)), progress
@@ -218,12 +218,12 @@ class SharedActor:
     async def locate(self) -> WorkerLocation:
         return WorkerLocation("node", "host", "")
 
-    async def progress(self) -> tuple[int, int]:
-        return (1, 1)
+    async def progress(self) -> Progress:
+        return (1, 1, 0.0)
 
-    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, tuple[int, int]]:
+    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, Progress]:
         await asyncio.sleep(seconds)
-        return TaskResult(task=task, worker=name, report=make_report(task)), (1, 1)
+        return TaskResult(task=task, worker=name, report=make_report(task)), (1, 1, 0.0)
 
 
 @contextmanager

@@ -249,10 +249,10 @@ def encode_pending(
 
     def on_tick(task_counts: TaskCounts) -> None:
         meter.tick(executor.images, executor.waiting_for)
-        worker_time.note(len(executor.workers))
-        totals.worker_seconds = worker_time.seconds
+        worker_time.note(len(executor.workers), executor.busy_seconds)
+        totals.worker_seconds, totals.busy_last_minute = worker_time.seconds, worker_time.busy_share
         recorder.update(**{**describe_totals(totals), **meter.facts, **describe_work(executor, task_counts)})
-        metrics.publish(meter, executor, task_counts, totals.device_busy)
+        metrics.publish(meter, executor, task_counts, totals.busy_last_minute)
         write_log(log)
 
     def find_more() -> list[Unit]:
@@ -270,7 +270,7 @@ def encode_pending(
             totals.working = result.seconds
             return result.failures
         finally:
-            totals.wall = time.perf_counter() - started
+            totals.wall, totals.busy_last_minute = time.perf_counter() - started, None
             write_log(log, is_last=True)
             for line in skipped.describe():
                 log_note(line)

@@ -45,6 +45,11 @@ class Worker(Protocol):
         """A counter that increases whenever the worker makes progress; used to detect hangs."""
         ...
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which the model ran so far; 0 if that is not measured."""
+        ...
+
 
 class WorkerSpec(Protocol):
     """A small description of a worker. It is sent to the worker's process, which builds the worker.
@@ -118,6 +123,11 @@ class Executor(Protocol):
     @property
     def images(self) -> int:
         """The number of images that went through all models so far."""
+        ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which models ran so far, summed over the workers; 0 if that is not measured."""
         ...
 
     @property

@@ -34,6 +34,10 @@ class LocalExecutor:
     def images(self) -> int:
         return self.worker.images
 
+    @property
+    def busy_seconds(self) -> float:
+        return self.worker.busy_seconds
+
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         self.running[self.pool.submit(self.worker.run, task, attempt)] = task
 

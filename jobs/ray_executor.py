@@ -53,7 +53,7 @@ PROGRESS_CALLS = 50  # workers that are asked for their progress in a check: eac
 GATHER_SECONDS, LONGEST_GATHER = 1e-4, 0.25  # per worker: answers and tasks are cheaper for the driver in batches
 IDLE_SECONDS = 60.0  # between two calls to a worker without tasks, which only show that it is not lost
 
-Progress = tuple[int, int]  # `Worker.images` and `Worker.steps`
+Progress = tuple[int, int, float]  # `Worker.images`, `Worker.steps` and `Worker.busy_seconds`
 Collect = Callable[[WorkerHandle, Any], None]  # takes the result of a call of a worker
 
 
@@ -161,8 +161,9 @@ class RayWorker:
         self.worker = spec.for_node(count_cores_of_this_worker()).build(vae, threading.Event())
 
     def progress(self) -> Progress:
-        """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""
-        return (self.worker.images, self.worker.steps) if self.worker else (0, 0)
+        """Return the worker's progress. Answers while the model is loading as well, to show that it runs."""
+        worker = self.worker
+        return (worker.images, worker.steps, worker.busy_seconds) if worker else (0, 0, 0.0)
 
     def run(self, task: Any, attempt: Attempt, name: str) -> tuple[TaskResult, Progress]:
         """Run a task. The progress saves the driver a call of `progress`."""
@@ -204,6 +205,7 @@ class RayExecutor:
         self.resources = resources
         self.ended: list[TaskResult] = []
         self.lost_images = self.restarts = 0
+        self.lost_busy_seconds = 0.0
         self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
         self._first_workers = workers
@@ -260,6 +262,10 @@ class RayExecutor:
     @property
     def images(self) -> int:
         return self.lost_images + sum(handle.images for handle in self.handles)
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.lost_busy_seconds + sum(handle.busy_seconds for handle in self.handles)
 
     @property
     def starting(self) -> int:
@@ -371,7 +377,7 @@ class RayExecutor:
         self._note_progress(handle, progress)
 
     def _note_progress(self, handle: WorkerHandle, progress: Progress) -> None:
-        handle.images, steps = progress
+        handle.images, steps, handle.busy_seconds = progress
         if steps != handle.steps:
             handle.steps, handle.progressed_at = steps, time.monotonic()
 
@@ -420,6 +426,7 @@ class RayExecutor:
     def _end(self, handle: WorkerHandle) -> None:
         """End a worker. The next one in its slot starts as soon as the slot allows it."""
         self.lost_images += handle.images
+        self.lost_busy_seconds += handle.busy_seconds
         ray.kill(handle.actor)
         handle.slot.worker = None
         self._vacant[handle.slot] = None

@@ -35,7 +35,7 @@ class RayMetrics:
         self._written_bytes = count("written_bytes", "Bytes of the parts of finished units")
         self._stage_seconds = count("stage_seconds", "Seconds of finished units in each stage", "stage")
         self._restarts = count("worker_restarts", "Workers that were lost or replaced")
-        self._device_busy = gauge("device_busy", "Share of the workers' time in which the model ran, from 0 to 1")
+        self._device_busy = gauge("device_busy", "Share of the workers' time in the last minute in which models ran")
         self._units = gauge("units", "Units in each state: done, waiting, under_way, failed", "state")
         self._workers = gauge("workers", "Workers in each state: ready, starting", "state")
         self._unit_seconds = Histogram(

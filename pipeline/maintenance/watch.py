@@ -75,8 +75,9 @@ def describe_progress(content: Mapping[str, Any], now: datetime.datetime) -> dic
     """Return what the record of a run tells about its progress. Fields that a record lacks are 0, empty or None.
 
     units: of the cache, planned and done; for `retry`, of this run. rejected: by reason, in the units that the run has
-    done. device_busy: as in the record, from 0 to 1.
+    done. device_busy: from 0 to 1, in the last minute, or in the whole run after its end.
     """
+    busy = "device_busy" if content["ended"] else "device_busy_last_minute"
     counts, workers, tasks = (_get_counts(content, name) for name in ("counts", "workers", "tasks"))
     rejected = _get_counts(content, "rejects")
     planned = _get_number(content, "units")
@@ -89,7 +90,7 @@ def describe_progress(content: Mapping[str, Any], now: datetime.datetime) -> dic
         "waiting_for": str(content.get("waiting_for") or ""),
         "workers": {name: workers.get(name, 0) for name in ("ready", "starting", "restarts")},
         "tasks": {name: tasks.get(name, 0) for name in ("waiting", "under_way", "failed")},
-        "device_busy": _get_number(content, "device_busy") if content.get("device_busy") is not None else None,
+        "device_busy": _get_number(content, busy) if content.get(busy) is not None else None,
         "bottleneck": str(content.get("bottleneck") or ""),
         "rejected": rejected,
         "damaged_shards": rejected.get(REST_OF_SHARD, 0),

@@ -86,8 +86,21 @@ def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
     workers = WorkerTime(0)
     for ready in (0, 1, 3, 3):
         clock[0] += 2
-        workers.note(ready)
+        workers.note(ready, busy_seconds=0.0)
     assert workers.seconds == 0 + 0 + 2 * 1 + 2 * 3
+
+
+def test_the_use_of_the_devices_is_that_of_the_last_minute(clock: list[float]) -> None:
+    workers, busy = WorkerTime(0), 0.0
+    workers.note(0, busy)
+    assert workers.busy_share is None, "no worker was ready"
+    for second in range(300):
+        workers.note(2, busy)
+        clock[0] += 1
+        busy += 1.5 if second < 200 else 0.5
+        if second in (100, 190):
+            assert workers.busy_share == pytest.approx(0.75)
+    assert workers.busy_share == pytest.approx(0.25)
 
 
 @pytest.fixture

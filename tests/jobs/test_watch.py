@@ -30,7 +30,8 @@ RUNNING = {
     "waiting_for": "",
     "workers": {"ready": 4, "starting": 1, "restarts": 2},
     "tasks": {"waiting": 3, "under_way": 2, "failed": 0},
-    "device_busy": 0.87,
+    "device_busy": 0.5,
+    "device_busy_last_minute": 0.87,
     "bottleneck": "opening",
     "rejects": {"not_an_image": 5, "rest_of_shard": 1},
 }
@@ -108,6 +109,7 @@ def test_the_watch_shows_the_record_and_ends_with_the_run(store: Store) -> None:
     assert run["tasks"] == {"waiting": 3, "under_way": 2, "failed": 0}
     assert (run["device_busy"], run["bottleneck"], run["damaged_shards"]) == (0.87, "opening", 1)
     assert (last["images_per_second"], last["runs"][0]["exit_code"]) == (None, 0)
+    assert last["runs"][0]["device_busy"] == 0.5, "that of the whole run"
 
 
 def test_a_refresh_is_one_request_and_runs_are_listed_once_a_minute(store: Store) -> None:
