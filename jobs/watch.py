@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from jobs.messages import log_info, log_note
@@ -86,11 +87,13 @@ def open_view(as_json: bool) -> Iterator[Show]:
     yield print_line
 
 
-def render(content: Content) -> Group:
+def render(content: Content) -> Table:
     """Return the live view: a bar for the cache, and lines for each run."""
-    units = content["units"]
-    bar = ProgressBar(total=max(units["planned"], 1), completed=units["done"], width=60)
-    return Group(bar, Text("\n".join(format_view(content))))
+    bar = ProgressBar(total=1.0, completed=content["share"], width=60)
+    view = Table.grid()  # a bar does not end its line by itself
+    view.add_row(bar)
+    view.add_row(Text("\n".join(format_view(content))))
+    return view
 
 
 def format_view(content: Content) -> list[str]:
@@ -98,7 +101,8 @@ def format_view(content: Content) -> list[str]:
     units = content["units"]
     lines = [
         f"{content['cache']}: {content['state']}",
-        f"  units      {units['done']:,} of {units['planned']:,} done{format_speed(content)}",
+        f"  units      {units['done']:,} of {units['planned']:,} done, {content['share']:.0%} of the work"
+        f"{format_speed(content)}",
     ]
     for run in content["runs"]:
         lines += format_run(run)
@@ -116,7 +120,8 @@ def format_run(run: Content) -> list[str]:
         f"{count_noun(workers['restarts'], 'restart')}",
     ]
     if busy is not None:
-        lines.append(f"    device     busy for {busy:.0%} of the time; the bottleneck is {run['bottleneck']}")
+        bottleneck = f"; the bottleneck is {run['bottleneck']}" if run["bottleneck"] else ""
+        lines.append(f"    device     busy for {busy:.0%} of the time{bottleneck}")
     lines.append(f"    rejected   {format_counts(run['rejected'])}")
     if run["damaged_shards"]:
         lines.append(f"    damaged    {count_noun(run['damaged_shards'], 'shard')}")
@@ -127,12 +132,19 @@ def format_state(run: Content) -> str:
     """Return what a run does, or how it ended and what to do."""
     name = f"{run['verb']} since {run['started']}"
     if run["outcome"] == "running":
-        waiting = f"; {run['waiting_for']}" if run["waiting_for"] else ""
-        return f"{name}: heartbeat {run['silent_seconds']} s ago{waiting}"
+        doing = describe_wait(run)
+        return f"{name}: heartbeat {run['silent_seconds']} s ago{f'; {doing}' if doing else ''}"
     if run["outcome"] == "silent":
         return f"{name}: no heartbeat since {run['alive']}; run the same command again to resume"
     error = f": {run['error']}" if run["error"] else ""
     return f"{name}: {run['outcome']} at {run['ended']}, exit code {run['exit_code']}{error}"
+
+
+def describe_wait(run: Content) -> str:
+    """Return what a run does before it encodes; empty from then on."""
+    if run["outcome"] == "running" and not run["units"]["planned"]:
+        return "listing and planning"
+    return str(run["waiting_for"])
 
 
 def format_speed(content: Content) -> str:
@@ -147,11 +159,12 @@ def format_speed(content: Content) -> str:
 def format_line(content: Content) -> str:
     """Return the state of all runs in one line."""
     units, runs = content["units"], content["runs"]
-    waiting = [run["waiting_for"] for run in runs if run["waiting_for"]]
+    waiting = [describe_wait(run) for run in runs if describe_wait(run)]
     busy = [run["device_busy"] for run in runs if run["device_busy"] is not None]
     ready, restarts = (sum(run["workers"][name] for run in runs) for name in ("ready", "restarts"))
     parts = [
-        f"{content['state']}: {units['done']:,} of {units['planned']:,} units{format_speed(content)}",
+        f"{content['state']}: {units['done']:,} of {units['planned']:,} units",
+        f"{content['share']:.0%}{format_speed(content)}",
         *waiting,
         f"{count_noun(ready, 'worker')}, {count_noun(restarts, 'restart')}",
         *(f"device busy {share:.0%}" for share in busy),

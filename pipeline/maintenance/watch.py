@@ -32,9 +32,10 @@ class RunWatch:
     def refresh(self, now: datetime.datetime) -> dict[str, Any]:
         """Return the state of the runs. now: the current time, with a time zone, to compare heartbeats with.
 
+            share: from 0 to 1, also of units under way.
         state: `running` if a run is alive, otherwise how the last one ended, as in `read_status`, or `none`.
-        units: planned and done units of the cache. A run knows those that it did and that were done before it. If
-        several runs are alive, the commits are listed as well. Raises StorageError.
+            units: planned and done units of the cache. A run knows those that it did and that were done before it. If
+            several runs are alive, the commits are listed as well. Raises StorageError.
         """
         records = read_named_runs(self.cache, [name for name, run in self._followed.items() if run["ended"] is None])
         self._followed.update(records)
@@ -50,6 +51,7 @@ class RunWatch:
             "cache": self.cache.url,
             "state": "running" if alive else runs[-1]["outcome"] if runs else "none",
             "units": {"planned": planned, "done": min(max(done, self._done), planned)},
+            "share": max((run["share"] for run in runs), default=0.0),
             "images_per_second": sum(run["images_per_second"] for run in alive) or None,
             "seconds_left": estimate_seconds_left(alive),
             "runs": runs,
@@ -74,24 +76,26 @@ class RunWatch:
 def describe_progress(content: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
     """Return what the record of a run tells about its progress. Fields that a record lacks are 0, empty or None.
 
-    units: of the cache, planned and done; for `retry`, of this run. rejected: by reason, in the units that the run has
-    done. device_busy: from 0 to 1, in the last minute, or in the whole run after its end.
+    units: of the cache, planned and done; for `retry`, of this run. share: of the units, from 0 to 1, with the part of
+    those under way that is done. rejected: by reason, in the units that the run has done. device_busy: from 0 to 1, in
+    the last minute, or in the units of the whole run after its end.
     """
-    busy = "device_busy" if content["ended"] else "device_busy_last_minute"
     counts, workers, tasks = (_get_counts(content, name) for name in ("counts", "workers", "tasks"))
     rejected = _get_counts(content, "rejects")
     planned = _get_number(content, "units")
-    before = max(planned - _get_number(content, "pending"), 0) if "pending" in content else 0
+    pending = min(_get_number(content, "pending"), planned) if "pending" in content else planned
+    done = counts.get("units", 0)
+    busy = content.get("device_busy_last_minute") if content["ended"] is None else content.get("device_busy")
     return {
         **describe_run(content, now),
-        "units": {"planned": int(planned), "done": int(before) + counts.get("units", 0)},
-        "share": _get_number(content, "share"),
+        "units": {"planned": int(planned), "done": int(planned - pending) + done},
+        "share": (planned - pending + pending * _get_number(content, "share")) / planned if planned else 0.0,
         "images": int(_get_number(content, "images")),
         "waiting_for": str(content.get("waiting_for") or ""),
         "workers": {name: workers.get(name, 0) for name in ("ready", "starting", "restarts")},
         "tasks": {name: tasks.get(name, 0) for name in ("waiting", "under_way", "failed")},
-        "device_busy": _get_number(content, busy) if content.get(busy) is not None else None,
-        "bottleneck": str(content.get("bottleneck") or ""),
+        "device_busy": busy if isinstance(busy, float) and (done or content["ended"] is None) else None,
+        "bottleneck": str(content.get("bottleneck") or "") if done else "",
         "rejected": rejected,
         "damaged_shards": rejected.get(REST_OF_SHARD, 0),
     }

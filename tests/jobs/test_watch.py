@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def test_the_view_says_what_a_run_does(store: Store) -> None:
     store.write(**RUNNING)
     first, last = store.follow(lambda: store.end(outcome="failed", code=1, error="the disk is full"))
     assert format_view(first)[1:] == [
-        "  units      5 of 10 done, 20.0 images per second, about 1 min 30 s left",
+        "  units      5 of 10 done, 52% of the work, 20.0 images per second, about 1 min 30 s left",
         "  encode since 2026-05-01T12:00:00+00:00: heartbeat 0 s ago",
         "    images     1,234 encoded, 20.0 per second in the last minute",
         "    tasks      2 under way, 3 waiting, 0 failed",
@@ -216,7 +217,7 @@ def test_the_view_says_what_a_run_does(store: Store) -> None:
     end = "encode since 2026-05-01T12:00:00+00:00: failed at 2026-05-01T12:00:05+00:00, exit code 1: the disk is full"
     assert format_view(last)[2] == f"  {end}"
     assert format_line(first) == (
-        "running: 5 of 10 units, 20.0 images per second, about 1 min 30 s left, 4 workers, 2 restarts, "
+        "running: 5 of 10 units, 52%, 20.0 images per second, about 1 min 30 s left, 4 workers, 2 restarts, "
         "device busy 87%, 6 rejected, 1 damaged shard"
     )
 
@@ -228,16 +229,27 @@ def test_a_run_that_waits_for_workers_says_so(store: Store) -> None:
     assert ", starting 2 workers, " in format_line(first)
 
 
+def test_a_run_that_has_just_begun_has_no_figures_yet(store: Store) -> None:
+    store.write()
+    first, last = store.follow(lambda: store.end(outcome="stopped", code=143, counts={"units": 0}))
+    assert (first["share"], first["runs"][0]["device_busy"]) == (0.0, None)
+    assert format_view(first)[2].endswith("heartbeat 0 s ago; listing and planning")
+    assert last["runs"][0]["device_busy"] is None, "it covers finished units, and there is none"
+
+
 def test_a_terminal_gets_a_live_view(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
-    monkeypatch.setattr(watch, "Console", lambda: Console(file=terminal, force_terminal=True, width=100))
+    monkeypatch.setattr(watch, "Console", lambda: Console(file=terminal, force_terminal=True, width=300))
     store.write(**RUNNING)
     with open_view(as_json=False) as show:
         (first, last) = store.follow(store.end)
         show(first)
         show(last)
     text = terminal.getvalue()
-    assert "5 of 10 done, 20.0 images per second" in text and "exit code 0" in text
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line).strip() for line in text.splitlines()]
+    assert lines[0] == "━" * 31 + "╺" + "━" * 28, "52% of a bar of 60 characters"
+    assert lines[1] == f"{store.folder}: running"
+    assert "5 of 10 done, 52% of the work, 20.0 images per second" in text and "exit code 0" in text
     assert "\x1b[1A" in text, "the second view replaces the first"
     assert text.endswith("\x1b[?25h"), "the cursor is shown again"
 
@@ -281,7 +293,9 @@ def test_the_command_shows_the_record_of_a_real_run(
     content = json.loads(out)
     assert (code, content["state"], content["units"]) == (0, "done", {"planned": 3, "done": 3})
     (run,) = content["runs"]
-    assert (run["images"], run["share"], run["rejected"]) == (18, 1.0, {})
+    assert (run["images"], content["share"], run["rejected"]) == (18, 1.0, {})
     assert run["workers"] == {"ready": 1, "starting": 0, "restarts": 0}
     assert run["tasks"] == {"waiting": 0, "under_way": 0, "failed": 0}
-    assert latentmill("status", tmp_path / "c", "--watch")[1].startswith("done: 3 of 3 units, 1 worker, 0 restarts")
+    assert latentmill("status", tmp_path / "c", "--watch")[1].startswith(
+        "done: 3 of 3 units, 100%, 1 worker, 0 restarts"
+    )
