@@ -70,11 +70,15 @@ class RayMetrics:
     def publish(
         self, meter: ProgressMeter, executor: Executor, tasks: TaskCounts, device_busy: float | None = None
     ) -> None:
-        """Publish the current state. Call this about once per second: Ray forgets gauges that are not set again."""
+        """Publish the current state, about once per second.
+
+        device_busy: the share of the workers' time in which models ran, from 0 to 1; None if it is unknown.
+        """
         add(self._images, meter.images - self.images)
         add(self._restarts, executor.restarts - self.restarts)
         self.images, self.restarts = meter.images, executor.restarts
-        self._device_busy.set(device_busy)  # None sets nothing
+        if device_busy is not None:
+            self._device_busy.set(device_busy)
         for state, units in {"done": self.units_done, **asdict(tasks)}.items():
             self._units.set(units, {"state": state})
         self._workers.set(len(executor.workers), {"state": "ready"})

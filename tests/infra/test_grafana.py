@@ -58,11 +58,7 @@ class Recorder:
         assert value > 0
         self.record(value, tags)
 
-    def set(self, value: float | None, tags: dict[str, str] | None = None) -> None:
-        if value is not None:
-            self.record(value, tags)
-
-    observe = record
+    set = observe = record
 
 
 @dataclass
