@@ -171,8 +171,8 @@ def test_two_running_jobs_share_the_remaining_time() -> None:
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     read = read_samples
 
-    def run_slowly(*args: Any) -> Iterator[Any]:
-        for sample in read(*args):
+    def run_slowly(*args: Any, **more: Any) -> Iterator[Any]:
+        for sample in read(*args, **more):
             time.sleep(0.1)
             yield sample
 
