@@ -5,6 +5,7 @@ from jobs.options import DecodeOptions, RetryOptions, VerifyOptions
 from pipeline.cache import parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
+from pipeline.cache.rows import FileWithRows
 from pipeline.errors import CacheError, VaeError
 from pipeline.records import Unit
 from pipeline.sources.listing import list_sources
@@ -35,8 +36,8 @@ def read_units(
     return {unit.name: unit for unit in planned}
 
 
-def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str, int, Unit]]:
-    """Return the files with rows: name, number of rows, unit. Raises CacheError if a unit is not in the plan."""
+def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[FileWithRows]:
+    """Return the files with rows, in order. Raises CacheError if a unit is not in the plan."""
     files = []
     for part in read_summaries(cache.folder, cache.info.identity_sha256):
         unit = parts.parse_unit_name(part.file)
@@ -44,5 +45,5 @@ def list_files_with_rows(cache: Cache, units: dict[str, Unit]) -> list[tuple[str
             url = cache.folder.url_of(part.file)
             raise CacheError(f"{url} is of a unit that is not in the plan: the cache is damaged")
         if part.file.startswith(parts.DATA + "/"):
-            files.append((part.file, part.rows, units[unit]))
-    return sorted(files, key=lambda file: file[0])
+            files.append(FileWithRows(part.file, part.sha256, units[unit], part.groups))
+    return sorted(files, key=lambda file: file.file)

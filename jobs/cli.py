@@ -12,7 +12,7 @@ VERSION = f"latentmill {__version__}"
 
 VERBS = {
     "encode": "encode images into a cache of latents; run the same command again to resume",
-    "decode": "render previews from a cache: images and contact sheets",
+    "decode": "decode images of a cache: files, contact sheets and fidelity",
     "retry": "retry the rejected samples of a cache",
     "annotate": "add columns to the rows of a cache, such as new captions, or refresh those of its sources",
     "verify": "check the integrity of a cache: files, records and statistics",

@@ -46,12 +46,22 @@ EXPORT_NAMES = typing.get_args(ExportName)
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Common):
-    """Render previews from a cache: images and contact sheets, next to the originals if these can be read."""
+    """Decode images of a cache, compare them with their originals if these can be read, and draw contact sheets.
+
+    Run the same command again to resume.
+    """
 
     cache: str = existing_cache()
     to: str = option(REQUIRED, "directory or URL for the previews", "output", metavar="OUT")
     limit: int = option(
-        48, "number of images to render, evenly spaced over the cache; 0 renders all", "output", metavar="N"
+        48, "number of images to decode, evenly spaced over the cache; 0 decodes all", "output", metavar="N"
+    )
+    sample: int = option(
+        0, "decode N images at random instead, drawn by --seed", "output", metavar="N", default_text="off"
+    )
+    seed: int = option(0, "seed of --sample", "output", metavar="S")
+    format: Literal["files", "webdataset", "parquet"] = option(
+        "files", "how images are stored: each as a PNG file, in WebDataset tars, or in Parquet files", "output"
     )
     vae: str = recorded_vae()
     source: tuple[str, ...] = moved_source()

@@ -6,6 +6,7 @@ A row is a dict with the same fields in both containers: `key`, `shard`, `latent
 
 import io
 import json
+import math
 import re
 import tarfile
 import threading
@@ -95,9 +96,12 @@ def read_webdataset_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples of a WebDataset part as `read_rows` does, as a Parquet part has them."""
     indexes = None if wanted is None else set(wanted)
+    last = math.inf if indexes is None else max(indexes, default=-1)  # what follows it is not read
     for index, row in enumerate(_read_samples(stream, texts, binary)):
         if indexes is None or index in indexes:
             yield row
+        if index >= last:
+            return
 
 
 def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str]) -> Iterator[dict[str, Any]]:

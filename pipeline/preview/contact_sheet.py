@@ -1,6 +1,7 @@
 """Contact sheets: labelled images in a grid, for a person to look at."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,28 +23,41 @@ class Cell:
     remark: str
 
 
-def draw_contact_sheet(cells: list[Cell], heading: str) -> bytes:
-    """Return a PNG with the cells in rows of three, below a heading."""
+def draw_cell(cell: Cell) -> np.ndarray:
+    """Return a cell as RGB uint8 [SIDE + LABEL, W, 3]: its images with their labels."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    images_per_cell = max(len(cell.images) for cell in cells)
-    cell_width = images_per_cell * SIDE + (images_per_cell - 1) * 4
+    width = len(cell.images) * SIDE + (len(cell.images) - 1) * 4
+    page = Image.new("RGB", (width, SIDE + LABEL), BACKGROUND)
+    draw = ImageDraw.Draw(page)
+    for number, pixels in enumerate(cell.images):
+        image = Image.fromarray(pixels)
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        left = number * (SIDE + 4) + (SIDE - image.width) // 2
+        page.paste(image, (left, (SIDE - image.height) // 2))
+    draw.text((0, SIDE + 3), _shorten(draw, cell.title, font, width), TEXT_COLOR, font)
+    draw.text((0, SIDE + 21), _shorten(draw, cell.remark, small, width), REMARK_COLOR, small)
+    return np.asarray(page)
+
+
+def describe(cells: Sequence[np.ndarray]) -> str:
+    """Return what the cells of a sheet show."""
+    has_pairs = any(cell.shape[1] > SIDE for cell in cells)
+    return "original on the left, decoded from the cache on the right" if has_pairs else "decoded from the cache"
+
+
+def draw_contact_sheet(cells: Sequence[np.ndarray], heading: str) -> bytes:
+    """Return a PNG with the cells in rows of three, below a heading. cells: of `draw_cell`, with one width or two."""
+    cell_width = max(cell.shape[1] for cell in cells)
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     width = MARGIN + columns * (cell_width + MARGIN)
     height = MARGIN + LABEL + rows * (SIDE + LABEL + MARGIN)
     page = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN), heading, TEXT_COLOR, font)
+    ImageDraw.Draw(page).text((MARGIN, MARGIN), heading, TEXT_COLOR, ImageFont.load_default(15))
     for index, cell in enumerate(cells):
         left = MARGIN + index % columns * (cell_width + MARGIN)
         top = MARGIN + LABEL + index // columns * (SIDE + LABEL + MARGIN)
-        for number, pixels in enumerate(cell.images):
-            image = Image.fromarray(pixels)
-            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-            x = left + number * (SIDE + 4) + (SIDE - image.width) // 2
-            page.paste(image, (x, top + (SIDE - image.height) // 2))
-        draw.text((left, top + SIDE + 3), _shorten(draw, cell.title, font, cell_width), TEXT_COLOR, font)
-        draw.text((left, top + SIDE + 21), _shorten(draw, cell.remark, small, cell_width), REMARK_COLOR, small)
+        page.paste(Image.fromarray(cell), (left, top))
     return encode_png(np.asarray(page))
 
 
@@ -62,3 +76,9 @@ def encode_png(pixels: np.ndarray) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Return a PNG that `encode_png` made as RGB uint8 [H, W, 3]."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.asarray(image)

@@ -1,84 +1,66 @@
-"""Previews: decode latents of a cache to images, and compare them with the originals.
+"""Decode latents of a cache to images, and compare these with the originals if the source can be read.
 
-    rows -> decode -> images and contact sheets
+    rows -> originals -> batches of one bucket -> decode -> PNG, fidelity, cells -> files -> table of the part
 
-If the source can be read, each decoded image is shown beside its original (read -> open -> transform).
+`render_task` composes these steps. The table is written last, so a part without one is decoded again. What a part's
+files hold depends on its rows alone, and on whether its originals can be read.
 """
 
-import hashlib
-import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import quote
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latentmill.cache_info import SourceRules
 from latentmill.part_files import to_tensor
-from pipeline.cache.rows import RowRef, read_refs
-from pipeline.encoder import ComputeConfig, build_model
-from pipeline.errors import LatentmillError, SourceError, Stopped, StorageError
+from pipeline.cache.reader import read_rows
+from pipeline.encoder import ComputeConfig, build_model, is_out_of_memory
+from pipeline.errors import Stopped, VaeError
 from pipeline.formats.schema import OutputSchema
-from pipeline.images.prepare import make_opener, prepare_sample
 from pipeline.images.transform import Transform
 from pipeline.jax_model import JaxModel
 from pipeline.limits import Limits
+from pipeline.prefetch import map_in_order
 from pipeline.preview import contact_sheet
-from pipeline.readers.tar_group import select_shards
-from pipeline.readers.unit import read_samples
-from pipeline.records import FIRST_ATTEMPT, TAR_GROUP, Attempt, PreparedImage, Sample, Unit
+from pipeline.preview.fidelity import measure_fidelity
+from pipeline.preview.fidelity_table import Rendered, write_table
+from pipeline.preview.image_files import EncodedPng, ImageFormat, name_image, write_images
+from pipeline.preview.originals import Pair, RowToDecode, pair_with_originals
+from pipeline.preview.selection import RenderTask
+from pipeline.records import FIRST_ATTEMPT, Attempt
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
 from vae import Autoencoder
 
-IMAGES_PER_SHEET = 12
-
-
-@dataclass(frozen=True, slots=True)
-class RenderTask:
-    """The rows of one contact sheet."""
-
-    number: int
-    rows: tuple[RowRef, ...]
-
-    @property
-    def name(self) -> str:
-        """The name of the task in messages."""
-        return f"sheet {self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One decoded image. psnr: in dB against the original in 8-bit pixels; None if the original was not found."""
-
-    shard: str
-    key: str
-    file: str
-    psnr: float | None
+BATCH_PIXELS = 4 << 20  # of the images of a batch, and at least one image: a decoder needs some KB per pixel
+MAX_THREADS = 16  # of a worker, for all but the model
+COLUMNS = ("key", "shard", "latent", "shape", "dtype", "height", "width", "original_height", "original_width")
 
 
 @dataclass(frozen=True, slots=True)
 class RenderReport:
-    """The report of a finished sheet to the driver. notes: why originals are missing."""
+    """The report of a finished part to the driver."""
 
-    sheet: str
-    images: tuple[Rendered, ...]
-    notes: tuple[str, ...]
+    part: int
+    images: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderSpec:
     """All that a worker needs to render. It is small enough to be sent; `build` loads the model on arrival.
 
-    with_source: show the originals beside the decoded images.
+    threads: that open originals, compare, and make PNGs.
     superseded: the rejects that retry parts supersede (`pipeline.cache.parts.read_superseded`).
     """
 
     cache: Folder
     out: Folder
+    format: ImageFormat
     source_options: Mapping[str, str]
     transform: Transform
     layout: OutputSchema
@@ -87,13 +69,13 @@ class RenderSpec:
     tile_above: int | None
     limits: Limits
     compute: ComputeConfig
-    with_source: bool
     superseded: Mapping[str, Mapping[int, str]]
     source_rules: SourceRules = SourceRules()
+    threads: int = 1
 
     @property
     def tasks_per_worker(self) -> int:
-        """The number of sheets that a worker renders at the same time: while one is decoded, the other is read."""
+        """The number of parts that a worker has at the same time: while one is decoded, the other is read."""
         return 2
 
     def build(self, vae: Vae, stop: threading.Event) -> "RenderWorker":
@@ -104,16 +86,16 @@ class RenderSpec:
         return RenderWorker(self, build_model(vae, self.compute, self.tile_above), stop)
 
     def for_node(self, cores: float) -> "RenderSpec":
-        """Return the same spec: one image is opened at a time."""
-        return self
+        """Return the same job for a worker that may use this many cores of its node."""
+        return replace(self, threads=max(1, min(MAX_THREADS, int(cores))))
 
     def with_smaller_batches(self) -> "RenderSpec":
-        """Return the same spec: images are decoded one at a time, so no batch can become smaller."""
-        return self
+        """Return the same job with smaller batches, which need less memory."""
+        return replace(self, compute=self.compute.with_smaller_batches())
 
 
 class RenderWorker:
-    """A worker that draws contact sheets.
+    """A worker that decodes parts.
 
     Several threads may call `run` at the same time. The model runs for one of them at a time.
     images: images decoded so far. steps: images decoded and samples read so far, so that progress can be seen.
@@ -125,12 +107,14 @@ class RenderWorker:
         self.model = model
         self.stop = stop
         self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="render")
+        self.batch_size = spec.compute.batch_size
         self.images = 0
         self.steps = 0
         self.busy_seconds = 0.0
 
     def run(self, task: RenderTask, attempt: Attempt = FIRST_ATTEMPT) -> RenderReport:
-        """Draw one contact sheet."""
+        """Decode a part, and write its files and its table."""
         return render_task(task, self)
 
     def step(self) -> None:
@@ -139,91 +123,119 @@ class RenderWorker:
             raise Stopped
         self.steps += 1
 
-    def decode(self, row: Mapping[str, Any]) -> np.ndarray:
-        """Decode a row's latent, or the mean of its moments. Returns RGB uint8 [H, W, 3]."""
-        self.step()
-        latent = to_tensor(row)[: self.model.config.latent_channels]
-        with self.lock, torch.inference_mode():
-            if isinstance(self.model, JaxModel):
-                sample = self.model.decode(latent[None])[0]
-            else:
-                sample = self.model.decode(latent[None].to(self.model.device, self.model.dtype)).sample[0]
-            self.images += 1
-        return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    def choose_batch_size(self, row: RowToDecode) -> int:
+        """Return how many images of the bucket of a row are decoded at once."""
+        pixels: int = row.values["height"] * row.values["width"]
+        return max(1, min(self.batch_size, BATCH_PIXELS // pixels))
 
+    def decode(self, rows: Sequence[RowToDecode]) -> list[np.ndarray]:
+        """Decode latents of one bucket, of moments the mean. Returns RGB uint8 [H, W, 3] for each.
 
-def make_tasks(rows: Sequence[RowRef]) -> list[RenderTask]:
-    """Divide rows into tasks of one contact sheet each."""
-    starts = range(0, len(rows), IMAGES_PER_SHEET)
-    return [RenderTask(number, tuple(rows[i : i + IMAGES_PER_SHEET])) for number, i in enumerate(starts)]
+        The batch size is halved, also for later batches, each time that memory does not suffice. Raises VaeError if it
+        does not suffice for one image.
+        """
+        channels = self.model.config.latent_channels
+        latents = torch.stack([to_tensor(row.values)[:channels] for row in rows])
+        decoded, start = list[np.ndarray](), 0
+        while start < len(rows):
+            self.step()
+            size = self.choose_batch_size(rows[0])
+            try:
+                with self.lock, torch.inference_mode():
+                    pixels = self._run(latents[start : start + size], size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_batches(size, rows[0], error)
+                continue
+            decoded += list(pixels.numpy())
+            start += len(pixels)
+            self.images += len(pixels)
+        return decoded
+
+    def _run(self, latents: Tensor, size: int) -> Tensor:
+        """Return pixels, uint8 [B, H, W, 3] on the CPU. size: that JAX compiles for, so its batches are padded."""
+        if isinstance(self.model, JaxModel):
+            padding = latents[-1:].expand(size - len(latents), -1, -1, -1)
+            sample = self.model.decode(torch.cat([latents, padding]))[: len(latents)]
+        else:
+            sample = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
+        return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
+
+    def _halve_batches(self, size: int, row: RowToDecode, error: Exception) -> None:
+        if size == 1:
+            text = (str(error).splitlines() or [""])[0]
+            raise VaeError(
+                f"out of memory on {self.spec.compute.device} while decoding a single image of "
+                f"{row.values['height']}x{row.values['width']} pixels ({text:.200}); use another device"
+            ) from error
+        self.batch_size = size // 2
+        if self.spec.compute.device in ("cuda", "mps"):
+            getattr(torch, self.spec.compute.device).empty_cache()
 
 
 def render_task(task: RenderTask, worker: RenderWorker) -> RenderReport:
-    """Draw one contact sheet and its single images."""
-    spec = worker.spec
-    rows = list(zip(task.rows, read_refs(spec.cache, task.rows, spec.layout.columns), strict=True))
-    originals, notes = find_originals(rows, worker) if spec.with_source else ({}, [])
-    cells, images = [], []
-    for ref, row in rows:
-        decoded = worker.decode(row)
-        original = originals.get((ref.unit.name, row["shard"], row["key"]))
-        name = f"images/{make_folder_name(ref.unit, row['shard'])}/{make_image_name(row['key'])}.png"
-        spec.out.replace(name, contact_sheet.encode_png(decoded))
-        fidelity = None if original is None else psnr(original, decoded)
-        images.append(Rendered(row["shard"], row["key"], name, fidelity))
-        cells.append(
-            contact_sheet.Cell(
-                images=(decoded,) if original is None else (original, decoded),
-                title=f"{row['key']}" + ("" if fidelity is None else f"   {fidelity:.1f} dB"),
-                remark=f"{row['shard']}   {row['original_width']} x {row['original_height']}",
-            )
+    """Decode a part: write its files, its cells of contact sheets, and then its table."""
+    spec, notes = worker.spec, list[str]()
+    rows = read_task_rows(task, spec)
+    pairs = pair_with_originals(rows, spec, worker.pool, notes, worker.step)
+
+    def finish(decoded: tuple[Pair, np.ndarray]) -> EncodedPng:
+        return finish_image(*decoded, spec.out)
+
+    finished = map_in_order(worker.pool, finish, decode_in_batches(pairs, worker), window=2 * spec.threads)
+    images = write_images(spec.out, spec.format, task.number, finished)
+    write_table(spec.out, task.number, images, notes)
+    return RenderReport(task.number, len(images))
+
+
+def read_task_rows(task: RenderTask, spec: RenderSpec) -> list[RowToDecode]:
+    """Read the rows of a task from the cache."""
+    rows = list[RowToDecode]()
+    for run in task.runs:
+        found = read_rows(spec.cache, run.file, run.indexes, COLUMNS, texts=())
+        rows += [
+            RowToDecode(run.unit, values, task.cells.get((run.file, index), ""))
+            for index, values in zip(run.indexes, found, strict=True)
+        ]
+    return rows
+
+
+def decode_in_batches(pairs: Iterable[Pair], worker: RenderWorker) -> Iterator[tuple[Pair, np.ndarray]]:
+    """Yield each pair with its decoded image, RGB uint8 [H, W, 3]. A batch has pairs of one bucket."""
+    waiting = defaultdict[tuple[int, int], list[Pair]](list)
+    for pair in pairs:
+        bucket = pair.row.values["height"], pair.row.values["width"]
+        waiting[bucket].append(pair)
+        if len(waiting[bucket]) >= worker.choose_batch_size(pair.row):
+            yield from decode_batch(waiting.pop(bucket), worker)
+    for bucket in sorted(waiting):
+        yield from decode_batch(waiting[bucket], worker)
+
+
+def decode_batch(batch: Sequence[Pair], worker: RenderWorker) -> Iterator[tuple[Pair, np.ndarray]]:
+    """Yield the pairs of one bucket with their decoded images."""
+    yield from zip(batch, worker.decode([pair.row for pair in batch]), strict=True)
+
+
+def finish_image(pair: Pair, decoded: np.ndarray, out: Folder) -> EncodedPng:
+    """Compare a decoded image with its original, draw its cell if it is on a contact sheet, and encode it as PNG."""
+    row, values = pair.row, pair.row.values
+    psnr, ssim = (None, None) if pair.original is None else measure_fidelity(pair.original, decoded)
+    if row.cell:
+        cell = contact_sheet.Cell(
+            images=(decoded,) if pair.original is None else (pair.original, decoded),
+            title=f"{values['key']}" + ("" if psnr is None else f"   {psnr:.1f} dB"),
+            remark=f"{values['shard']}   {values['original_width']} x {values['original_height']}",
         )
-    name = f"sheets/{task.number:05d}.png"
-    caption = "original on the left, decoded from the cache on the right" if originals else "decoded from the cache"
-    spec.out.replace(name, contact_sheet.draw_contact_sheet(cells, f"{len(cells)} images: {caption}"))
-    return RenderReport(name, tuple(images), tuple(notes))
-
-
-def find_originals(
-    rows: Sequence[tuple[RowRef, Mapping[str, Any]]], worker: RenderWorker
-) -> tuple[dict[tuple[str, str, str], np.ndarray], list[str]]:
-    """Return the images that were encoded, by unit, shard and key, as RGB uint8 [H, W, 3], and notes about others."""
-    spec, units = worker.spec, {ref.unit.name: ref.unit for ref, _ in rows}
-    originals: dict[tuple[str, str, str], np.ndarray] = {}
-    notes: list[str] = []
-    opener = make_opener(spec.transform, spec.limits)
-    for name, unit in units.items():
-        missing = {(row["shard"], row["key"]) for ref, row in rows if ref.unit.name == name}
-        try:
-            for sample in read_samples(select_shards(unit, {shard for shard, _ in missing}), spec):
-                worker.step()
-                identity = (sample.shard or unit.path, sample.key)
-                if identity in missing and isinstance(sample, Sample):
-                    image = prepare_sample(unit, sample, spec.limits, opener)
-                    if isinstance(image, PreparedImage):
-                        originals[name, *identity] = image.pixels.numpy()
-                    missing.discard(identity)
-                if not missing:
-                    break
-        except LatentmillError as error:
-            is_elsewhere = isinstance(error, StorageError | SourceError)
-            advice = f"; give their location with --source {unit.source_name}=PATH" if is_elsewhere else ""
-            notes.append(f"originals not shown: {error}{advice}")
-    return originals, notes
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two 8-bit images in dB; 100 if they are equal."""
-    error = float(((a.astype(np.float64) - b) ** 2).mean())
-    return 100.0 if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
-
-
-def make_folder_name(unit: Unit, shard: str) -> str:
-    """Return the folder of a row's image: one per unit, and in a group of tars one per tar, which may share keys."""
-    return f"{unit.name}/{make_image_name(shard)}" if unit.kind == TAR_GROUP else unit.name
-
-
-def make_image_name(key: str) -> str:
-    """Return a key as a file name for any disk: percent-encoded. A long one is cut and gets a hash."""
-    name = quote(key, safe="")
-    return name if len(name) <= 150 else f"{name[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        out.replace(row.cell, contact_sheet.encode_png(contact_sheet.draw_cell(cell)))
+    image = Rendered(
+        key=values["key"],
+        shard=values["shard"],
+        file="",
+        height=decoded.shape[0],
+        width=decoded.shape[1],
+        psnr=psnr,
+        ssim=ssim,
+    )
+    return EncodedPng(image, name_image(row.unit, *row.identity), contact_sheet.encode_png(decoded))

@@ -16,8 +16,15 @@ LIMIT = 1 << 30  # bytes that are read of such a file: a report names every prev
 IN_CACHE = re.compile(
     r"(.*)/(?:data/[^/]+-[0-9a-f]{16}-\d{5}(?:r\d+)?\.(?:parquet|tar)|_plan/\d{5}\.parquet)", re.DOTALL
 )
-IN_PREVIEWS = re.compile(r"(.*)/(?:images/[^/]+-[0-9a-f]{16}/[^/]+\.png|sheets/\d{5}\.png)", re.DOTALL)
-MARKS = {IN_CACHE: ("/data/", "/_plan/"), IN_PREVIEWS: ("/images/", "/sheets/")}  # one of them is in each match
+IN_PREVIEWS = re.compile(
+    r"(.*)/(?:images/[^/]+-[0-9a-f]{16}/(?:[^/]+/)?[^/]+\.png|(?:sheets|_cells)/(?:\d+x\d+-)?\d{5}\.png|"
+    r"decoded/\d{5}-\d{3}\.(?:parquet|tar)|fidelity\.parquet/\d{5}\.parquet)",
+    re.DOTALL,
+)
+MARKS = {  # one of them is in each match
+    IN_CACHE: ("/data/", "/_plan/"),
+    IN_PREVIEWS: ("/images/", "/sheets/", "/_cells/", "/decoded/", "/fidelity.parquet/"),
+}
 
 Read = Callable[[str], bytes | None]
 

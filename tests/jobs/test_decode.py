@@ -120,7 +120,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_not_read_again(
     code, _, err = latentmill("decode", cache, "--to", tmp_path / "p", "--workers", 0)
     assert code == 1
     (line,) = err.splitlines()
-    assert line.endswith(f" ERROR failed: sheet 0: {file} is damaged; run `latentmill verify {cache}`")
+    assert line.endswith(f" ERROR failed: part 0: {file} is damaged; run `latentmill verify {cache}`")
 
 
 def test_previews_can_be_written_into_the_cache(latentmill: Command, cache: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from jobs.stats import pool_patches
 from latentmill import Cache
@@ -41,10 +42,24 @@ def test_every_job_runs_with_flux2(latentmill: Command, photos: Path, flux2: Pat
     assert f"the weights are those of the variant bf16 ({STEM}.bf16.safetensors)" in err
     assert latentmill("verify", cache, "--reencode", 2)[0] == 0
     assert latentmill("decode", cache, "--to", tmp_path / "previews", "--workers", 0)[0] == 0
+    check_decoded_images(cache, flux2, tmp_path / "previews")
     code, out, _ = latentmill("stats", cache)
     assert (code, "model mean" in out) == (0, True)
     assert "makes each patch of 2 x 2 positions one position" in (cache / "README.md").read_text()
     check_model_latents(cache, flux2)
+
+
+def check_decoded_images(cache: Path, flux2: Path, previews: Path) -> None:
+    """Check that `decode` gives the model its raw latents, which are not packed."""
+    model = AutoencoderKLFlux2.from_pretrained(flux2, variant="bf16")
+    table = pq.read_table(previews / "fidelity.parquet").to_pylist()
+    files = {row["key"]: previews / row["file"] for row in table}
+    assert len(files) == 5
+    for row in pq.read_table(next((cache / "data").glob("*.parquet"))).to_pylist():
+        raw = torch.tensor(np.frombuffer(row["latent"], np.float32).reshape(1, *row["shape"]))
+        with torch.inference_mode():
+            pixels = model.decode(raw).sample[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0).numpy()
+        assert np.abs(pixels - np.asarray(Image.open(files[row["key"]]))).max() <= 1
 
 
 def check_model_latents(cache: Path, flux2: Path) -> None:

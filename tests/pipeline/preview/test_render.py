@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from pathlib import Path
 
@@ -6,12 +7,24 @@ import pytest
 import yaml
 from PIL import Image
 
+from latentmill.group_spans import GroupSpan
 from pipeline.cache import card as card_module
 from pipeline.cache import runs
 from pipeline.cache.reader import Cache
-from pipeline.cache.rows import choose_rows
-from pipeline.preview.contact_sheet import SIDE, Cell, draw_contact_sheet
-from pipeline.preview.render import IMAGES_PER_SHEET, make_image_name, make_tasks, psnr
+from pipeline.cache.rows import FileWithRows, choose_rows
+from pipeline.preview.contact_sheet import SIDE, Cell, draw_cell, draw_contact_sheet
+from pipeline.preview.image_files import make_image_name
+from pipeline.preview.selection import (
+    FILES_PER_TASK,
+    IMAGES_PER_BUCKET,
+    IMAGES_PER_SHEET,
+    LATENT_BYTES_PER_TASK,
+    ROWS_PER_TASK,
+    RenderTask,
+    choose_positions,
+    hash_selection,
+    make_tasks,
+)
 from pipeline.records import Unit
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
@@ -20,9 +33,18 @@ from tests.conftest import smooth
 UNIT = Unit(name="u", kind="tar", path="s/u.tar")
 
 
+def make_file(name: str, *groups: tuple[int, int, int], size: int = 1000) -> FileWithRows:
+    """Return a file. groups: rows, height and width of each. size: bytes of a row."""
+    return FileWithRows(name, f"sha of {name}", UNIT, [GroupSpan(rows, 0, rows * size, h, w) for rows, h, w in groups])
+
+
 def choose(limit: int, *rows: int) -> list[tuple[str, int]]:
-    files = [(f"f{n}", count, UNIT) for n, count in enumerate(rows)]
+    files = [make_file(f"f{n}", (count, 64, 64)) for n, count in enumerate(rows)]
     return [(ref.file, ref.index) for ref in choose_rows(files, limit)]
+
+
+def list_rows(tasks: list[RenderTask]) -> list[tuple[str, int]]:
+    return [(run.file, index) for task in tasks for run in task.runs for index in run.indexes]
 
 
 def test_rows_are_chosen_evenly_over_the_cache() -> None:
@@ -32,17 +54,66 @@ def test_rows_are_chosen_evenly_over_the_cache() -> None:
     assert choose(3) == []
 
 
-def test_a_task_holds_the_rows_of_one_sheet() -> None:
-    tasks = make_tasks(choose_rows([("f", 30, UNIT)], 0))
-    assert [len(task.rows) for task in tasks] == [IMAGES_PER_SHEET, IMAGES_PER_SHEET, 6]
-    assert [task.name for task in tasks] == ["sheet 0", "sheet 1", "sheet 2"]
+def test_a_sample_follows_from_its_seed() -> None:
+    sample = choose_positions(1000, 48, 10, 1)
+    assert sample == choose_positions(1000, 48, 10, 1)
+    assert sample != choose_positions(1000, 48, 10, 2)
+    assert list(sample) == sorted(set(sample))
+    assert len(sample) == 10
+    assert list(choose_positions(5, 48, 10, 1)) == [0, 1, 2, 3, 4]
 
 
-def test_psnr_follows_its_definition() -> None:
-    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
-    assert psnr(black, grey) == pytest.approx(20 * np.log10(255 / 51))
-    assert psnr(grey, black) == psnr(black, grey)
-    assert psnr(grey, grey) == 100.0
+def test_a_few_rows_are_divided_among_many_tasks() -> None:
+    tasks = make_tasks([make_file("f", (30, 64, 64))], range(30))
+    assert [task.rows for task in tasks] == [IMAGES_PER_SHEET, IMAGES_PER_SHEET, 6]
+    assert [task.name for task in tasks] == ["part 0", "part 1", "part 2"]
+
+
+@pytest.mark.parametrize(
+    ("files", "rows"),
+    [
+        ([make_file("f", (3000, 64, 64))], ROWS_PER_TASK),
+        ([make_file("f", (3000, 64, 64), size=LATENT_BYTES_PER_TASK // 7)], 7),
+        ([make_file(f"f{n}", (2, 64, 64)) for n in range(600)], 2 * FILES_PER_TASK),
+    ],
+    ids=["rows", "bytes", "files"],
+)
+def test_tasks_of_many_rows_are_bounded(files: list[FileWithRows], rows: int) -> None:
+    total = sum(file.rows for file in files)
+    tasks = make_tasks(files, range(total))
+    assert {task.rows for task in tasks[:-1]} == {rows}
+    assert list_rows(tasks) == [(file.file, index) for file in files for index in range(file.rows)]
+
+
+def test_tasks_of_a_large_cache_hold_no_row() -> None:
+    tasks = make_tasks([make_file(f"f{n}", (50_000, 64, 64)) for n in range(20)], range(1_000_000))
+    assert all(isinstance(run.indexes, range) for task in tasks for run in task.runs)
+    assert sum(len(task.cells) for task in tasks) == IMAGES_PER_BUCKET
+
+
+def test_each_bucket_has_cells_evenly_over_its_rows() -> None:
+    files = [make_file("f0", (100, 64, 64), (2, 64, 96)), make_file("f1", (100, 64, 64), (1, 32, 96))]
+    tasks = make_tasks(files, range(203))
+    cells = {place: name for task in tasks for place, name in task.cells.items()}
+    assert cells["f0", 100] == "_cells/64x96-00000.png"
+    assert cells["f0", 101] == "_cells/64x96-00001.png"
+    assert cells["f1", 100] == "_cells/32x96-00000.png"
+    squares = [place for place, name in cells.items() if "/64x64-" in name]
+    assert len(squares) == IMAGES_PER_BUCKET
+    assert squares[:3] == [("f0", 0), ("f0", 4), ("f0", 8)]
+    assert squares[24] == ("f1", 0)
+
+
+def test_the_selection_is_another_if_a_file_or_a_setting_is() -> None:
+    files = [make_file("f0", (1, 64, 64)), make_file("f1", (1, 64, 64))]
+    hashes = {
+        hash_selection("i", ["files", 48], files),
+        hash_selection("j", ["files", 48], files),
+        hash_selection("i", ["files", 49], files),
+        hash_selection("i", ["files", 48], files[:1]),
+        hash_selection("i", ["files", 48], [files[0], dataclasses.replace(files[1], sha256="other")]),
+    }
+    assert len(hashes) == 5
 
 
 @pytest.mark.parametrize("key", ["a/b", "../../etc/passwd", "x" * 10_000, "ü\n\0", "."])
@@ -55,7 +126,7 @@ def test_a_key_becomes_one_safe_file_name(key: str) -> None:
 
 
 def test_a_sheet_has_a_cell_for_every_image() -> None:
-    cells = [Cell((smooth(n, 40, 80), smooth(n, 40, 80)), f"key {n}", "remark " * 50) for n in range(4)]
+    cells = [draw_cell(Cell((smooth(n, 40, 80), smooth(n, 40, 80)), f"key {n}", "remark " * 50)) for n in range(4)]
     with Image.open(io.BytesIO(draw_contact_sheet(cells, "a heading"))) as page:
         assert page.width == 12 + 3 * (2 * SIDE + 4 + 12)
         assert page.height > 2 * SIDE

@@ -287,13 +287,16 @@ def test_caches_and_previews_in_a_source_are_skipped(root: str, tmp_path: Path) 
     put(base, "photos/latents/_plan/00000.parquet", "photos/latents/stats.json")
     put(base, "photos/previews/report.json", data=REPORT)
     put(base, f"photos/previews/images/{UNIT}/1.png", "photos/previews/sheets/00000.png", "photos/previews/mine.png")
+    put(base, "photos/previews/sheets/64x96-00000.png", f"photos/previews/images/{UNIT}/s%2F1.tar/1.png")
+    put(base, "photos/previews/decoded/00000-000.tar", "photos/previews/decoded/00001-002.parquet")
+    put(base, "photos/previews/fidelity.parquet/00000.parquet", "photos/previews/_cells/64x96-00000.png")
     listing = list_inputs(f"{base}/photos")
     assert [shard.path.removeprefix("photos/") for shard in listing.files] == [
         *("a.jpg", "data/b.jpg", "images/d.png", "previews/mine.png", "sheets/c.png")
     ]
     cache, previews = listing.notes
     assert cache.endswith("photos/latents: 5")
-    assert previews.endswith("photos/previews: 3")
+    assert previews.endswith("photos/previews: 9")
     assert list_paths(f"{base}/photos/*/*.png") == [
         "photos/images/d.png",
         "photos/previews/mine.png",
@@ -301,11 +304,18 @@ def test_caches_and_previews_in_a_source_are_skipped(root: str, tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize("source", ["latents", "latents/data", "latents/data/*.parquet", "previews/images", "previews"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("latents", "latents/data", "latents/data/*.parquet"),
+        *("previews", "previews/images", "previews/decoded", "previews/fidelity.parquet"),
+    ],
+)
 def test_outputs_of_latentmill_are_refused_as_a_source(tmp_path: Path, source: str) -> None:
     put(tmp_path, "latents/cache.json", data=CACHE_JSON)
     put(tmp_path, "previews/report.json", data=REPORT)
     put(tmp_path, f"latents/data/{UNIT}-00000.parquet", f"previews/images/{UNIT}/1.png")
+    put(tmp_path, "previews/decoded/00000-000.tar", "previews/fidelity.parquet/00000.parquet")
     with pytest.raises(SourceError, match=r"latentmill wrote all files there, the (cache|previews) "):
         list_inputs(tmp_path / source)
 
