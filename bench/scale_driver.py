@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.simulated_ray import Answer, SimulatedActor, SimulatedRef, simulated_ray
-from jobs.executor import Executor, TaskResult
+from jobs.executor import Executor, TaskCounts, TaskResult
 from jobs.progress import ProgressMeter, log_unit
-from jobs.ray_executor import RayExecutor, ray
+from jobs.ray_executor import Progress, RayExecutor, ray
 from jobs.ray_node import WorkerLocation
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
@@ -81,7 +81,7 @@ class InstantExecutor:
     workers: Sequence[str]
     tasks_per_worker: int = 2
     running: deque[tuple[Task, str]] = field(default_factory=deque)
-    images = starting = 0
+    images = starting = restarts = 0
     waiting_for, can_replace = "", True
 
     def submit(self, task: Task, attempt: Attempt, worker: str) -> None:
@@ -107,7 +107,7 @@ def run_job(tasks: int, executor: Executor, signals: Signals, on_second: Callabl
         log_unit(done)
         meter.task_done(1, done.encoded, sum(done.rejects.values()))
 
-    def on_tick() -> None:
+    def on_tick(counts: TaskCounts) -> None:
         meter.tick(executor.images, executor.waiting_for)
         facts.update(describe_totals(totals), **meter.facts)
         on_second(totals.counts["units"])
@@ -135,7 +135,7 @@ class Timer:
 
     def answer(self, actor: SimulatedActor, method: str, arguments: tuple[Any, ...]) -> SimulatedRef:
         """Complete a call of a worker later, which takes no time but for tasks."""
-        progress, seconds, result = (self.count, self.count), 0.0, None
+        progress, seconds, result = (self.count, self.count, 0.0), 0.0, None
         if method == "run":
             task, _, name = arguments
             result = TaskResult(task=task, worker=name, report=make_report(task)), progress
@@ -218,12 +218,12 @@ class SharedActor:
     async def locate(self) -> WorkerLocation:
         return WorkerLocation("node", "host", "")
 
-    async def progress(self) -> tuple[int, int]:
-        return (1, 1)
+    async def progress(self) -> Progress:
+        return (1, 1, 0.0)
 
-    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, tuple[int, int]]:
+    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, Progress]:
         await asyncio.sleep(seconds)
-        return TaskResult(task=task, worker=name, report=make_report(task)), (1, 1)
+        return TaskResult(task=task, worker=name, report=make_report(task)), (1, 1, 0.0)
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class SimulatedExecutor:
     """
 
     waiting_for = ""
-    starting = 0
+    starting = restarts = 0
+    busy_seconds = 0.0
     can_replace = True
 
     def __init__(self, process: WorkerProcess, workers: int, tasks_per_worker: int, window: float) -> None:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("annotate needs either --from TABLE or --refresh-columns")
     if options.from_ and options.source:
         raise UsageError("--source has no effect with --from; leave it out")
-    if options.refresh_columns and options.unmatched != "null":
+    if options.refresh_columns and options.unmatched != "keep":
         raise UsageError("--unmatched has no effect with --refresh-columns, which keeps the columns of missing samples")
     return run_with_signals(lambda signals: run_job(options), "run the same command to add the columns")
 
@@ -82,7 +82,10 @@ def annotate(options: AnnotateOptions, cache: Cache, files: Sequence[str], folde
     if options.unmatched != "keep":
         kept = []
     if lost := [item.name for item in kept if not is_exact_in_tars(item.type, item.name, cache)]:
-        raise UsageError(f"--unmatched keep: tars do not have the exact values of {', '.join(lost)}; set null")
+        raise UsageError(
+            f"rows without a row in {name} cannot keep their values of {', '.join(lost)}, because tars do not have "
+            f"them exactly: add --unmatched null"
+        )
     add_parts(join, cache, files, pa.schema(kept))
     join.join()
     check_matches(options, join)
@@ -186,11 +189,12 @@ def check_matches(options: AnnotateOptions, join: ColumnJoin) -> None:
     counts, name = join.counts, join.name
     problems = []
     if unused := counts.table_rows - counts.used:
-        rows = count_noun(unused, "row")
-        problems.append(f"{rows} of {name} match no row of the cache, such as {describe_row(counts.unused)}")
+        rows, verb = count_noun(unused, "row"), "matches" if unused == 1 else "match"
+        problems.append(f"{rows} of {name} {verb} no row of the cache, such as {describe_row(counts.unused)}")
     if unmatched := counts.rows - counts.matched:
-        rows = f"{count_noun(unmatched, 'row')} of the cache have no row in {name}"
-        problems.append(f"{rows}, such as {describe_row(counts.unmatched)}")
+        rows = f"{count_noun(unmatched, 'row')} of the cache {'has' if unmatched == 1 else 'have'} no row in {name}"
+        then = {"keep": "; values are kept, and new columns are null", "null": "; the columns are null there"}
+        problems.append(f"{rows}, such as {describe_row(counts.unmatched)}{then.get(options.unmatched, '')}")
     if not counts.matched:
         raise UsageError(f"no row of the cache has a row in {name}: {'; '.join(problems)}")
     if problems and options.unmatched == "error":

@@ -14,6 +14,7 @@ import pyarrow as pa
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
 from jobs.common_options import parse_limits, parse_source_options, parse_storage_options
 from jobs.entry import print_json, run_as_script
+from jobs.executor import TaskCounts
 from jobs.messages import configure_logging, log_each, log_error, log_note
 from jobs.options import DecodeOptions
 from jobs.parsing import parse
@@ -163,7 +164,7 @@ def render(
         spec = make_spec(options, cache, out, tasks, resources)
         executor = resources.start_executor(spec, vae, len(tasks), signals.stop)
 
-        def on_tick() -> None:
+        def on_tick(task_counts: TaskCounts) -> None:
             meter.tick(executor.images, executor.waiting_for)
 
         with meter.shown():

@@ -12,11 +12,12 @@ from jobs.common_options import describe_options, parse_limits, parse_source_opt
 from jobs.encode_options import EncodeOptions
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
+from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, log_unit
+from jobs.progress import ProgressMeter, describe_work, log_unit
 from jobs.resources import ResourcePlan, plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import run_tasks
@@ -234,6 +235,7 @@ def encode_pending(
     running = {unit.name: unit for unit in pending}
     meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
     worker_time, started = WorkerTime(len(executor.workers)), time.perf_counter()
+    metrics = resources.start_metrics("encode", cache.url, units_done=len(units) - len(pending))
     skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
@@ -242,13 +244,15 @@ def encode_pending(
         skipped.add(done, running[done.unit].path)
         left_out.add(done)
         log_unit(done)
+        metrics.add_unit(done, running[done.unit].input_bytes)
         meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
 
-    def on_tick() -> None:
+    def on_tick(task_counts: TaskCounts) -> None:
         meter.tick(executor.images, executor.waiting_for)
-        worker_time.note(len(executor.workers))
-        totals.worker_seconds = worker_time.seconds
-        recorder.update(**{**describe_totals(totals), **meter.facts})
+        worker_time.note(len(executor.workers), executor.busy_seconds)
+        totals.worker_seconds, totals.busy_last_minute = worker_time.seconds, worker_time.busy_share
+        recorder.update(**{**describe_totals(totals), **meter.facts, **describe_work(executor, task_counts)})
+        metrics.publish(meter, executor, task_counts, totals.busy_last_minute)
         write_log(log)
 
     def find_more() -> list[Unit]:
@@ -257,10 +261,7 @@ def encode_pending(
         pending.extend(more)
         return more
 
-    def probe(unit: Unit) -> None:
-        connection.check_reachable(cache.url_of(identity.NAME), cache.options)
-        connection.check_reachable(unit.url, parse_source_options(options))
-
+    probe = partial(check_storage, options, cache)
     with meter.shown():
         try:
             result = run_tasks(
@@ -269,11 +270,17 @@ def encode_pending(
             totals.working = result.seconds
             return result.failures
         finally:
-            totals.wall = time.perf_counter() - started
+            totals.wall, totals.busy_last_minute = time.perf_counter() - started, None
             write_log(log, is_last=True)
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
+
+
+def check_storage(options: EncodeOptions, cache: Folder, unit: Unit) -> None:
+    """Access the cache and the input of a unit. Raises LatentmillError if the storage does not answer."""
+    connection.check_reachable(cache.url_of(identity.NAME), cache.options)
+    connection.check_reachable(unit.url, parse_source_options(options))
 
 
 def can_group_tars(info: CacheInfo) -> bool:

@@ -45,6 +45,11 @@ class Worker(Protocol):
         """A counter that increases whenever the worker makes progress; used to detect hangs."""
         ...
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which the model ran so far; 0 if that is not measured."""
+        ...
+
 
 class WorkerSpec(Protocol):
     """A small description of a worker. It is sent to the worker's process, which builds the worker.
@@ -88,6 +93,15 @@ class TaskResult:
     damaged_at: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TaskCounts:
+    """How many tasks wait for a worker, how many workers have, and how many were given up."""
+
+    waiting: int = 0
+    under_way: int = 0
+    failed: int = 0
+
+
 class Executor(Protocol):
     """Runs tasks on workers."""
 
@@ -102,8 +116,18 @@ class Executor(Protocol):
         ...
 
     @property
+    def restarts(self) -> int:
+        """The number of workers so far that were lost or replaced."""
+        ...
+
+    @property
     def images(self) -> int:
         """The number of images that went through all models so far."""
+        ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which models ran so far, summed over the workers; 0 if that is not measured."""
         ...
 
     @property

@@ -128,7 +128,7 @@ class Export:
                 meter.task_done(rows + report.refused, rows, report.refused)
 
             with meter.shown():
-                return self.run_tasks(tasks, executor, on_done, lambda: meter.tick(executor.images, ""))
+                return self.run_tasks(tasks, executor, on_done, lambda counts: meter.tick(executor.images, ""))
 
     def write_manifest(self, **changes: Any) -> None:
         """Write the manifest with these changes."""
@@ -170,7 +170,7 @@ class Export:
         tasks = [
             ExportTask(number, part.file, part.rows, names_only=True) for number, part in enumerate(self.manifest.parts)
         ]
-        if failures := self.run_tasks(tasks, executor, found.append, lambda: None):
+        if failures := self.run_tasks(tasks, executor, found.append, lambda counts: None):
             raise CacheError(f"cannot read {failures[0].name}: {failures[0].error}")
         worker = ExportWorker(self.spec, self.signals.stop)
         for one, other in find_equal(sorted(found, key=lambda part: part.part)):

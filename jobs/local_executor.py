@@ -20,6 +20,7 @@ class LocalExecutor:
     waiting_for = ""
     workers = ("inline",)
     starting = 0
+    restarts = 0
     can_replace = False
 
     def __init__(self, worker: Worker, tasks_per_worker: int, stop: threading.Event) -> None:
@@ -32,6 +33,10 @@ class LocalExecutor:
     @property
     def images(self) -> int:
         return self.worker.images
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.worker.busy_seconds
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         self.running[self.pool.submit(self.worker.run, task, attempt)] = task

@@ -131,6 +131,10 @@ class ReportOptions(StatsOptions):
 class StatusOptions(StatsOptions):
     """Show the progress of a cache: units, rejects, throughput and ETA. It reads only the cache, from any machine."""
 
+    watch: bool = option(
+        False, "follow the runs until they end; with --json, print an object per line at each heartbeat", "output"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(StatsOptions):
@@ -181,9 +185,9 @@ class AnnotateOptions:
     source_option: tuple[str, ...] = source_option()
     input_limit: tuple[str, ...] = input_limit()
     unmatched: Literal["null", "keep", "error"] = option(
-        "null",
-        "rows of the cache that have no row in TABLE; null: the columns are null there; keep: they keep the value that "
-        "they have, if any; error: fail, also if a row of TABLE has no row in the cache",
+        "keep",
+        "rows of the cache that have no row in TABLE; keep: their columns keep the value that they have, and new ones "
+        "are null; null: all are null there; error: fail, also if a row of TABLE has no row in the cache",
         "output",
     )
     json: bool = json_output()

@@ -40,6 +40,10 @@ class ProcessExecutor(LocalExecutor):
         """Unknown until a task ends."""
         return 0
 
+    @property
+    def busy_seconds(self) -> float:
+        return 0.0
+
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         try:
             self.running[self.pool.submit(_run, task, attempt)] = task

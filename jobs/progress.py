@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jobs.executor import Executor, TaskCounts
 from jobs.messages import PROGRESS, get_shown_level, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.cache.part_info import UnitReport
@@ -33,6 +34,7 @@ class ProgressMeter:
         self.images = 0
         self.rejects = 0
         self.throughput = Throughput()
+        self.waiting_for = ""
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
 
@@ -58,7 +60,13 @@ class ProgressMeter:
     @property
     def facts(self) -> dict[str, Any]:
         """The values for the record of a run, which are the same as those in `line`."""
-        return {"images": self.images, "images_per_second": self.throughput.rate, "seconds_left": self.seconds_left}
+        return {
+            "images": self.images,
+            "images_per_second": self.throughput.rate,
+            "seconds_left": self.seconds_left,
+            "share": self.share,
+            "waiting_for": self.waiting_for,
+        }
 
     @property
     def line(self) -> str:
@@ -73,6 +81,7 @@ class ProgressMeter:
 
         images: how many are done. waiting_for: the state until the first worker is ready; empty from then on.
         """
+        self.waiting_for = waiting_for
         self.images = max(self.images, self.finished_images, images)
         if not waiting_for:  # the time until the first worker is ready does not count for the throughput
             self.throughput.note(self.images)
@@ -94,6 +103,18 @@ class ProgressMeter:
             self._bar = bar
             yield
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
+
+
+def describe_work(executor: Executor, counts: TaskCounts) -> dict[str, Any]:
+    """Return the state of the workers and of the tasks for the record of a run."""
+    return {
+        "workers": {
+            "ready": len(executor.workers),
+            "starting": executor.starting,
+            "restarts": executor.restarts,
+        },
+        "tasks": asdict(counts),
+    }
 
 
 def log_unit(done: UnitReport) -> None:

@@ -29,10 +29,16 @@ from jobs.ray_address import (
     advise_about_token,
     call_with_timeout,
     check_listening,
-    explain_lost_actor,
     resolve_address,
 )
-from jobs.ray_node import WorkerLocation, count_cores_of_this_worker, locate_this_worker, read_last_lines
+from jobs.ray_node import (
+    WorkerLocation,
+    count_cores_of_this_worker,
+    describe_error,
+    died_with_its_node,
+    locate_this_worker,
+    read_last_lines,
+)
 from jobs.ray_temp import directory_for_ray
 from jobs.signals import keep_sigterm_handler
 from jobs.slots import Slot, Slots, describe_start
@@ -47,7 +53,7 @@ PROGRESS_CALLS = 50  # workers that are asked for their progress in a check: eac
 GATHER_SECONDS, LONGEST_GATHER = 1e-4, 0.25  # per worker: answers and tasks are cheaper for the driver in batches
 IDLE_SECONDS = 60.0  # between two calls to a worker without tasks, which only show that it is not lost
 
-Progress = tuple[int, int]  # `Worker.images` and `Worker.steps`
+Progress = tuple[int, int, float]  # `Worker.images`, `Worker.steps` and `Worker.busy_seconds`
 Collect = Callable[[WorkerHandle, Any], None]  # takes the result of a call of a worker
 
 
@@ -155,8 +161,9 @@ class RayWorker:
         self.worker = spec.for_node(count_cores_of_this_worker()).build(vae, threading.Event())
 
     def progress(self) -> Progress:
-        """Return the worker's images and steps. Answers while the model is loading as well, to show that it runs."""
-        return (self.worker.images, self.worker.steps) if self.worker else (0, 0)
+        """Return the worker's progress. Answers while the model is loading as well, to show that it runs."""
+        worker = self.worker
+        return (worker.images, worker.steps, worker.busy_seconds) if worker else (0, 0, 0.0)
 
     def run(self, task: Any, attempt: Attempt, name: str) -> tuple[TaskResult, Progress]:
         """Run a task. The progress saves the driver a call of `progress`."""
@@ -197,7 +204,8 @@ class RayExecutor:
         self.tasks_per_worker = spec.tasks_per_worker
         self.resources = resources
         self.ended: list[TaskResult] = []
-        self.lost_images = 0
+        self.lost_images = self.restarts = 0
+        self.lost_busy_seconds = 0.0
         self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
         self._first_workers = workers
@@ -254,6 +262,10 @@ class RayExecutor:
     @property
     def images(self) -> int:
         return self.lost_images + sum(handle.images for handle in self.handles)
+
+    @property
+    def busy_seconds(self) -> float:
+        return self.lost_busy_seconds + sum(handle.busy_seconds for handle in self.handles)
 
     @property
     def starting(self) -> int:
@@ -344,12 +356,12 @@ class RayExecutor:
             collect(handle, future.result())
         except RayTaskError as error:  # the call failed, and the actor still runs
             if handle.is_loaded:  # a bug in this program, which a retry would hit again
-                raise JobError(f"a worker failed: {_describe_error(error)}") from error
-            self._lose(handle, _describe_error(error))
+                raise JobError(f"a worker failed: {describe_error(error)}") from error
+            self._lose(handle, describe_error(error))
         except RayError as error:
             if isinstance(error, OutOfMemoryError):
                 self.spec = self.spec.with_smaller_batches()  # for all workers that start from now on
-            self._lose(handle, _describe_error(error), with_node=_died_with_its_node(error))
+            self._lose(handle, describe_error(error), with_node=died_with_its_node(error))
 
     def _collect_location(self, handle: WorkerHandle, location: WorkerLocation) -> None:
         handle.location, handle.progressed_at = location, time.monotonic()
@@ -365,7 +377,7 @@ class RayExecutor:
         self._note_progress(handle, progress)
 
     def _note_progress(self, handle: WorkerHandle, progress: Progress) -> None:
-        handle.images, steps = progress
+        handle.images, steps, handle.busy_seconds = progress
         if steps != handle.steps:
             handle.steps, handle.progressed_at = steps, time.monotonic()
 
@@ -387,6 +399,7 @@ class RayExecutor:
             TaskResult(task=task, worker=handle.name, error=f"its worker was lost ({reason})", cause="lost")
             for task in handle.tasks.values()
         ]
+        self.restarts += 1
         if not with_node:
             if handle.location is None:  # the worker may have ended right after its start
                 with suppress(RayError, TimeoutError):
@@ -406,12 +419,14 @@ class RayExecutor:
             TaskResult(task=task, worker=worker, error=f"its worker was replaced ({reason})", cause="returned")
             for task in handle.tasks.values()
         ]
+        self.restarts += 1
         self._note_failure(handle, reason)
         self._end(handle)
 
     def _end(self, handle: WorkerHandle) -> None:
         """End a worker. The next one in its slot starts as soon as the slot allows it."""
         self.lost_images += handle.images
+        self.lost_busy_seconds += handle.busy_seconds
         ray.kill(handle.actor)
         handle.slot.worker = None
         self._vacant[handle.slot] = None
@@ -429,20 +444,3 @@ class RayExecutor:
         for handle in self.handles:
             ray.kill(handle.actor)
         self.slots.clear()
-
-
-def _died_with_its_node(error: RayError) -> bool:
-    """Return whether an actor was lost because its node was lost, for example preempted."""
-    return (
-        bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
-    )
-
-
-def _describe_error(error: RayError) -> str:
-    """Return Ray's description of an error in one line."""
-    if isinstance(error, OutOfMemoryError):
-        return "its machine ran out of memory, and Ray ended the process"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    reason = last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}"
-    return explain_lost_actor(reason[:300])

@@ -1,4 +1,4 @@
-"""What is known of the node that a Ray worker runs on: its name, its cores, and the worker's log."""
+"""What is known of the node that a Ray worker runs on: its name, its cores, the worker's log, and why it was lost."""
 
 import os
 from collections import deque
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.ray_address import explain_lost_actor
 
 LOG_LINES = 20  # shown of a lost worker's log
 
@@ -64,3 +66,20 @@ def read_log_tail(path: str) -> list[str]:
     except OSError:
         return []
     return [line.rstrip()[:300] for line in lines if line.strip() and not line.startswith(":")][-LOG_LINES:]
+
+
+def died_with_its_node(error: RayError) -> bool:
+    """Return whether an actor was lost because its node was lost, for example preempted."""
+    return (
+        bool(getattr(error, "preempted", False)) or "node has died" in str(error) or "node was terminated" in str(error)
+    )
+
+
+def describe_error(error: RayError) -> str:
+    """Return Ray's description of an error in one line."""
+    if isinstance(error, OutOfMemoryError):
+        return "its machine ran out of memory, and Ray ended the process"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    reason = last if isinstance(error, RayTaskError) else f"{type(error).__name__}: {last}"
+    return explain_lost_actor(reason[:300])

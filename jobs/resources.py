@@ -13,6 +13,7 @@ import torch
 from jobs.common_options import Common
 from jobs.executor import Executor, WorkerSpec
 from jobs.local_executor import LocalExecutor, count_cores
+from jobs.metrics import Metrics, NoMetrics
 from pipeline import jax_model
 from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
@@ -116,6 +117,17 @@ class ResourcePlan:
                 is_local=not is_cluster,
             )
         )
+
+    def start_metrics(self, verb: str, cache: str, units_done: int = 0) -> Metrics:
+        """Return where a run publishes its progress: as metrics of Ray, or nowhere if it runs in this process.
+
+        cache: its URL. units_done: how many of the planned units were done before this run.
+        """
+        if self.is_inline:
+            return NoMetrics()
+        from jobs.ray_metrics import RayMetrics
+
+        return RayMetrics(verb, cache, units_done)
 
     def close(self) -> None:
         """Stop the executor and the local Ray that were started, so that other jobs can use the devices."""

@@ -10,11 +10,12 @@ from jobs.cache_inputs import load_matching_vae, read_units
 from jobs.common_options import describe_options, parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
+from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging
 from jobs.options import RetryOptions
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, log_unit
+from jobs.progress import ProgressMeter, describe_work, log_unit
 from jobs.resources import plan_resources
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
@@ -116,12 +117,14 @@ def run_retry(
     if not tasks:
         return RunResult()
     sizes = {task.name: len(task.rejected - task.superseded) for task in tasks}
+    inputs = {task.name: task.unit.input_bytes for task in tasks}
     meter = ProgressMeter("encoded", sum(sizes.values()), size_per_image=1.0)
 
     def on_done(done: UnitReport) -> None:
         log_unit(done)
         counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
         meter.task_done(sizes[done.unit], done.rows, 0)
+        metrics.add_unit(done, inputs[done.unit])
 
     with plan_resources(options, cache.info.compute.backend) as resources:
         size, form = cache_spec.inherit_compute(cache.info.compute, resources.backend, resources.device)
@@ -140,10 +143,12 @@ def run_retry(
         )
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
+        metrics = resources.start_metrics("retry", cache.folder.url)
 
-        def on_tick() -> None:
+        def on_tick(task_counts: TaskCounts) -> None:
             meter.tick(executor.images, executor.waiting_for)
-            recorder.update(counts=dict(counts), **meter.facts)
+            recorder.update(counts=dict(counts), **meter.facts, **describe_work(executor, task_counts))
+            metrics.publish(meter, executor, task_counts)
 
         def probe(task: retry.RetryTask) -> None:
             connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.executor import Executor, Task, TaskResult
+from jobs.executor import Executor, Task, TaskCounts, TaskResult
 from jobs.messages import log_info
 from jobs.outage import Outage
 from jobs.scheduler import Failure, Scheduler
@@ -30,7 +30,7 @@ def run_tasks(
     executor: Executor,
     signals: Signals,
     on_done: Callable[[Any], None],
-    on_tick: Callable[[], None],
+    on_tick: Callable[[TaskCounts], None],
     probe: Callable[[Any], None] = lambda task: None,
     stall_timeout: float = 600.0,
     clock: Callable[[], float] = time.monotonic,
@@ -72,7 +72,7 @@ def run_tasks(
             is_last = signals.stop.is_set() or not (scheduler.waiting or scheduler.under_way)
             if is_last or executor.workers != workers or clock() >= next_tick:
                 next_tick = clock() + TICK_SECONDS
-                on_tick()
+                on_tick(TaskCounts(scheduler.waiting, scheduler.under_way, len(scheduler.failures)))
     signals.check()
     return result
 

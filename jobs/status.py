@@ -10,6 +10,7 @@ from jobs.messages import configure_logging
 from jobs.options import StatusOptions
 from jobs.parsing import parse
 from jobs.progress import format_duration
+from jobs.watch import watch_cache
 from pipeline.cache.identity import describe_settings
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(StatusOptions, "status", argv)
     configure_logging(options.verbose)
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    if options.watch:
+        return watch_cache(cache.folder, options.json)
     settings = describe_settings(cache.info.identity)
     content = {
         **read_status(cache.folder, datetime.datetime.now(datetime.UTC)),

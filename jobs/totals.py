@@ -34,6 +34,7 @@ class RunTotals:
     wall: seconds from the start of the workers to the end of the last unit.
     working: seconds from the first ready worker to the end of the last unit.
     worker_seconds: seconds for which workers were ready, summed over the workers.
+    busy_last_minute: the share of the workers' time over the last minute in which models ran; None after the run.
     """
 
     seconds: Seconds = field(default_factory=Seconds)
@@ -45,6 +46,7 @@ class RunTotals:
     wall: float = 0.0
     working: float = 0.0
     worker_seconds: float = 0.0
+    busy_last_minute: float | None = None
 
     def add(self, done: UnitReport) -> None:
         """Add a unit that succeeded."""
@@ -135,6 +137,7 @@ def describe_totals(totals: RunTotals) -> dict[str, Any]:
         "seconds": dataclasses.asdict(totals.seconds),
         "bottleneck": totals.bottleneck,
         "device_busy": totals.device_busy,
+        "device_busy_last_minute": totals.busy_last_minute,
         "images_per_second": totals.rate,
         "precision_error": totals.precision_error,
     }

@@ -31,6 +31,7 @@ class WorkerHandle:
     tasks: dict[str, Any] = field(default_factory=dict)
     is_asked: bool = False
     images: int = 0
+    busy_seconds: float = 0.0
     steps: int = 0
     reported_at: float = 0.0
     progressed_at: float = 0.0

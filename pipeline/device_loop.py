@@ -167,7 +167,7 @@ class DeviceLoop:
     """Runs batches of all units in flight on one device, in a thread of its own.
 
     max_units: units that are read at the same time. max_in_flight: samples between the readers and the device.
-    openers: threads that open images.
+    openers: threads that open images. busy_seconds: for which the model ran so far.
     """
 
     def __init__(self, encoder: BatchEncoder, max_units: int, max_in_flight: int, openers: int) -> None:
@@ -175,6 +175,7 @@ class DeviceLoop:
         self.max_units, self.max_in_flight, self.openers = max_units, max_in_flight, openers
         self.batcher = Batcher[_QueuedImage](encoder.batch_size)
         self.in_flight = 0
+        self.busy_seconds = 0.0
         self.lock = threading.Lock()
         self.has_work = threading.Condition(self.lock)
         self.has_room = threading.Condition(self.lock)
@@ -316,6 +317,7 @@ class DeviceLoop:
         now = time.perf_counter()
         spent, self._idle = self._idle, DeviceTime()
         spent.encode = now - running.started
+        self.busy_seconds += spent.encode
         if launched is not None:
             launched.started = now
         for queued, result in zip(running.queued, results, strict=True):

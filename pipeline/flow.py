@@ -207,6 +207,11 @@ class UnitWorker:
         """A counter that increases whenever the worker makes progress: samples read, images encoded, model runs."""
         return self.context.progress.total() + self.images + self.context.latent_encoder.runs
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which the model ran so far."""
+        return self.context.stages.loop.busy_seconds
+
 
 def process_unit(unit: Unit, context: WorkerContext) -> UnitReport:
     """Encode the missing parts of a unit, and record the unit as done. Raises any error that fails the whole unit.
@@ -290,6 +295,7 @@ def encode_missing_parts(
         damage=readable.damage,
         skipped=skipped,
         precision_error=context.precision_error or 0.0,
+        elapsed=timer.elapsed,
     )
 
 

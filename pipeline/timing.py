@@ -13,6 +13,7 @@ class StageTimer:
     """Add up the seconds of each stage of a unit (`Seconds`). Threads may share it."""
 
     def __init__(self) -> None:
+        self.started = time.perf_counter()
         self.spent: defaultdict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
 
@@ -30,6 +31,11 @@ class StageTimer:
         with self._lock:
             for name, more in seconds.items():
                 self.spent[name] += more
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the unit began."""
+        return time.perf_counter() - self.started
 
     @property
     def seconds(self) -> Seconds:

@@ -103,7 +103,7 @@ def test_the_latentmill_package_needs_four_libraries() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"jobs.ray_executor", "jobs.ray_node", "jobs.ray_openers"}),
+        ("ray", {"jobs.ray_executor", "jobs.ray_metrics", "jobs.ray_node", "jobs.ray_openers"}),
         ("fsspec", {"latentmill.folder", "pipeline.storage.connection"}),
         ("s3fs", set()),
         ("diffusers", set()),

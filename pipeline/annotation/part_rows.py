@@ -27,11 +27,13 @@ class PartRows:
 def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
     """Read a part without its latents. schema: further columns to read, of the cache or of its overlays.
 
+    A part that an overlay does not cover has its own values of a column that the overlay replaces.
     A tar is read to its end. Its row groups are consecutive samples of one bucket, with at most 32 MiB of latents.
     Raises DamagedFileError if the file cannot be read.
     """
-    later = [name for name in cache.overlays.schema.names if name in schema.names]
-    own = [name for name in schema.names if name not in later]
+    providers = cache.overlays.providers
+    later = [name for name in schema.names if name in providers and providers[name].find(file)]
+    own = [name for name in schema.names if name not in later and name in cache.layout.columns.schema.names]
     try:
         with cache.folder.open(file) as stream:
             read = _read_parquet if file.endswith(PARQUET_SUFFIX) else _read_webdataset
@@ -45,6 +47,8 @@ def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
         overlays = cache.overlays.read(file, later, 0, len(rows))
         for name in later:
             rows = rows.append_column(name, overlays[name].cast(schema.field(name).type))
+    for name in sorted({*schema.names} - {*own, *later}):  # of a version that does not cover the part
+        rows = rows.append_column(name, pa.nulls(len(rows), schema.field(name).type))
     return PartRows(file, tuple(groups), rows.select(["key", "shard", *schema.names]))
 
 

@@ -97,6 +97,7 @@ class UnitReport:
     damage: the error of a damaged shard whose rest was rejected; otherwise empty.
     precision_error: the relative error that the worker's self-check found, 0 if it computes in float32 on a CPU.
     skipped: the number of inputs that are not part of a sample, by kind (`jobs.skipped_inputs`).
+    elapsed: seconds from the unit's start on its worker to its commit; 0 if another job had finished it.
     summaries: the unit's parts, for the commit log.
     """
 
@@ -116,6 +117,7 @@ class UnitReport:
     skipped: Mapping[str, int] = field(default_factory=dict)
     precision_error: float = 0.0
     seconds: Seconds = field(default_factory=Seconds)
+    elapsed: float = 0.0
     summaries: Sequence[PartSummary] = ()
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -66,17 +66,33 @@ def read_runs(cache: Folder) -> dict[str, dict[str, Any]]:
 
     Damaged records are skipped, because records only inform.
     """
+    return read_named_runs(cache, list_runs(cache))
+
+
+def list_runs(cache: Folder) -> list[str]:
+    """Return the names of all runs, in the order of their start. This is one request per 1,000 files."""
+    return [name.removesuffix(".json") for name in cache.list_files(FOLDER) if name.endswith(".json")]
+
+
+def read_named_runs(cache: Folder, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the records of these runs by name, without damaged ones."""
     contents = {}
-    names = [name for name in cache.list_files(FOLDER) if name.endswith(".json")]
-    for name, data in cache.read_each(FOLDER, names):
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
-            content = json.loads(data)
-            seconds_since_heartbeat(content, datetime.datetime.now(datetime.UTC))
-            numbers = [content.get(name) for name in ("images_per_second", "seconds_left")]
-            are_valid = all(value is None or isinstance(value, int | float) for value in numbers)
-            if are_valid and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
-                contents[name.removesuffix(".json")] = content
+    for name, data in cache.read_each(FOLDER, [f"{name}.json" for name in names]):
+        if (content := _parse_run(data)) is not None:
+            contents[name.removesuffix(".json")] = content
     return contents
+
+
+def _parse_run(data: bytes) -> dict[str, Any] | None:
+    """Return the content of a run's record; None if it is damaged."""
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
+        content: dict[str, Any] = json.loads(data)
+        seconds_since_heartbeat(content, datetime.datetime.now(datetime.UTC))
+        numbers = [content.get(name) for name in ("images_per_second", "seconds_left")]
+        are_valid = all(value is None or isinstance(value, int | float) for value in numbers)
+        if are_valid and {"verb", "started", "alive", "ended", "outcome", "exit_code"} <= content.keys():
+            return content
+    return None
 
 
 def encode_run(content: Mapping[str, Any]) -> bytes:

@@ -83,7 +83,9 @@ class ExportSpec:
 
 
 class ExportWorker:
-    """A worker that exports parts. images, steps: rows read so far."""
+    """A worker that exports parts. images, steps: rows read so far. busy_seconds: 0, as it has no model."""
+
+    busy_seconds = 0.0
 
     def __init__(self, spec: ExportSpec, stop: threading.Event) -> None:
         self.spec, self.stop = spec, stop

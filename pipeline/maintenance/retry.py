@@ -172,6 +172,11 @@ class RetryWorker:
         """A counter that increases whenever the worker makes progress."""
         return self.encoder.steps
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds for which the model ran so far."""
+        return self.encoder.busy_seconds
+
 
 def select_rejects(samples: Iterable[Sample | Reject], remaining: RemainingRejects) -> Iterator[Sample | Reject]:
     """Yield the samples of a unit that are to be retried.

@@ -22,7 +22,7 @@ from pipeline.records import TAR_GROUP, Unit
 from pipeline.storage.folder import Folder
 
 ImageFormat = Literal["files", "webdataset", "parquet"]
-FILE_BYTES = 128 << 20  # of images in a tar or a Parquet file, and at least one image
+FILE_BYTES = 64 << 20  # of images in a tar or a Parquet file, and at least one image
 WRITERS = 8  # threads that write the files of a part: stores are slow to confirm each of them
 PARQUET_SCHEMA = pa.schema(
     [*SCHEMA, ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]  # as `datasets` has images

@@ -99,6 +99,7 @@ class RenderWorker:
 
     Several threads may call `run` at the same time. The model runs for one of them at a time.
     images: images decoded so far. steps: images decoded and samples read so far, so that progress can be seen.
+    busy_seconds: 0, because it is not measured.
     """
 
     def __init__(self, spec: RenderSpec, model: Autoencoder | JaxModel, stop: threading.Event) -> None:
@@ -110,6 +111,7 @@ class RenderWorker:
         self.batch_size = spec.compute.batch_size
         self.images = 0
         self.steps = 0
+        self.busy_seconds = 0.0
 
     def run(self, task: RenderTask, attempt: Attempt = FIRST_ATTEMPT) -> RenderReport:
         """Decode a part, and write its files and its table."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from bench import check_cache
 from tests.conftest import img2dataset_members, write_tar
 from tests.faulty_job import run_faulty_job
+from tests.ray_processes import find_actors
 
 JOB = [sys.executable, "-m", "jobs.encode"]
 ROOT = Path(__file__).parents[2]
@@ -46,26 +47,6 @@ def assert_complete(cache: Path, reference_digest: str) -> None:
     """Check that each sample is in the cache once, files are as committed, and the digest is the expected one."""
     assert list(check_cache.find_problems(check_cache.read_files(cache), 480)) == []
     assert read_digest(cache) == reference_digest
-
-
-def list_descendants(pid: int) -> Iterator[int]:
-    """Yield the ids of all descendants of a process, from /proc."""
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield int(child)
-            yield from list_descendants(int(child))
-
-
-def find_actors(driver: int) -> list[int]:
-    """Return the ids of the actor processes of a driver's local Ray."""
-    pids = []
-    for pid in list_descendants(driver):
-        try:
-            if b"ray::RayWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                pids.append(pid)
-        except OSError:  # the process has ended
-            continue
-    return pids
 
 
 def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -18,8 +18,8 @@ from pipeline.errors import FilteredOut, Rejected
 from pipeline.images.prepare import OpenedImage, make_opener
 from pipeline.images.transform import Transform
 from pipeline.limits import DEFAULT_LIMITS
-from tests.cluster.test_local_ray import list_descendants
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.ray_processes import list_descendants
 
 ROOT = Path(__file__).parents[2]
 TRANSFORM = Transform(resolution=64, min_size=20, crop="random", flip="random")

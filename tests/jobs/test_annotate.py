@@ -264,7 +264,7 @@ def test_wrong_commands_are_refused(latentmill: Command, parquet_cache: Path, tm
         (("--from", tmp_path / "t.xlsx"), "a table is a file with one of the extensions .parquet, .arrow, "),
         (("--from", table, "--columns", "score,sccore"), "--columns: t.parquet has no column sccore; it has score"),
         (("--from", table, "--source", tmp_path), "--source has no effect with --from"),
-        (("--refresh-columns", "--unmatched", "keep"), "--unmatched has no effect with --refresh-columns"),
+        (("--refresh-columns", "--unmatched", "null"), "--unmatched has no effect with --refresh-columns"),
         (("--refresh-columns", "--columns", "score"), "the cache has no column score from its sources; it has "),
     ]:
         code, _, err = latentmill("annotate", parquet_cache, *argv)
@@ -292,18 +292,19 @@ def test_rows_without_a_match_are_counted_and_null_kept_or_refused(
     table, before = write_table(tmp_path / "t.parquet", rows), read_all(cache)
     code, _, err = latentmill("annotate", cache, "--from", table, "--unmatched", "error")
     assert code == 2
-    assert "1 row of t.parquet match no row of the cache, such as the key x of s/c.tar" in err
+    assert "1 row of t.parquet matches no row of the cache, such as the key x of s/c.tar" in err
     assert "2 rows of the cache have no row in t.parquet, such as the key " in err
-    code, out, err = latentmill("annotate", cache, "--from", table)
+    code, out, err = latentmill("annotate", cache, "--from", table, "--unmatched", "null")
     assert (code, "annotated 10 rows of 12" in out) == (0, True), err
     assert "2 rows of the cache have no row in t.parquet" in err
+    assert "the columns are null there" in err
     found = read_all(cache)
     assert {name for name, row in found.items() if row["txt"] is None} == unmatched
-    facts = annotate(latentmill, cache, "--from", table, "--unmatched", "keep")
+    facts = annotate(latentmill, cache, "--from", table)
     assert (facts["matched"], facts["unused"]) == (10, 1)
     assert all(row["txt"] is None for name, row in read_all(cache).items() if name in unmatched), "null is kept"
     shutil.rmtree(cache / "_columns")
-    annotate(latentmill, cache, "--from", table, "--unmatched", "keep")
+    annotate(latentmill, cache, "--from", table)
     found = read_all(cache)
     assert {name for name, row in found.items() if row["txt"] == before[name]["txt"]} == unmatched
     assert {name for name, row in found.items() if row["score"] is None} == unmatched, "there is no older score"
@@ -354,6 +355,10 @@ def test_a_part_that_is_added_later_has_null_until_annotate_runs_again(
     with pytest.warns(UserWarning, match="does not cover all files"):
         tables = [opened.overlays.read(file) for file in opened.files()]
     assert [len(table) for table in tables] == [6, 6]
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    facts = annotate(latentmill, copy, "--from", write_table(tmp_path / "one.parquet", make_rows()[:1]))
+    assert (facts["matched"], facts["version"]) == (1, 2)
+    assert all(row["txt"] is not None for row in read_all(copy).values()), "a part that was not covered keeps its texts"
     facts = annotate(latentmill, cache, "--from", table)
     assert (facts["matched"], facts["version"]) == (12, 2)
     assert all(row["score"] is not None for row in read_all(cache).values())

@@ -175,7 +175,7 @@ def test_a_missing_token_is_named(argv: list[str], silent_server: str, tmp_path:
 @pytest.mark.ray
 def test_both_kinds_of_a_wrong_token_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray reports a token that does not fit as a failed connection, or ends all actors before they run."""
-    from jobs import ray_executor
+    from jobs import ray_executor, ray_node
 
     refused = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379. Please check the address")
     never_ran = ray_executor.RayError("The actor died.\nThe actor never ran - it was cancelled before it started.")
@@ -184,8 +184,8 @@ def test_both_kinds_of_a_wrong_token_are_explained(monkeypatch: pytest.MonkeyPat
         "Failed to connect to Ray cluster at 10.0.0.1:6379; if it requires a token, set RAY_AUTH_MODE=token, and "
         "RAY_AUTH_TOKEN or ~/.ray/auth_token"
     )
-    assert "RAY_AUTH" not in ray_executor._describe_error(never_ran)
+    assert "RAY_AUTH" not in ray_node.describe_error(never_ran)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     advice = "unset RAY_AUTH_MODE if the cluster has no token"
     assert ray_executor._explain_unreachable(refused).endswith(advice)
-    assert ray_executor._describe_error(never_ran).endswith(advice)
+    assert ray_node.describe_error(never_ran).endswith(advice)

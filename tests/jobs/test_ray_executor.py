@@ -52,7 +52,8 @@ class Workers:
         else:
             self.asked.append(actor)
             if actor not in self.silent:
-                ref.result.set_result((10 * self.steps.get(actor, 0), self.steps.get(actor, 0)))
+                steps = self.steps.get(actor, 0)
+                ref.result.set_result((10 * steps, steps, 0.5 * steps))
         return ref
 
     def load(self, except_for: int = -1) -> int:
@@ -64,7 +65,9 @@ class Workers:
 
     def complete(self, name: str, worker: str, steps: int = 1) -> None:
         _, ref = self.running.pop(name)
-        ref.result.set_result((TaskResult(task=Task(name), worker=worker, report=name), (10 * steps, steps)))
+        ref.result.set_result(
+            (TaskResult(task=Task(name), worker=worker, report=name), (10 * steps, steps, 0.5 * steps))
+        )
 
     def die(self, name: str) -> None:
         """Let the call of a task fail, because its actor died."""
@@ -145,7 +148,7 @@ def test_no_more_workers_start_than_tasks_wait(ray: SimulatedRay, workers: Worke
     executor.wait(0, 3)
     assert executor.starting == 3
     executor.wait(0, 0)
-    assert executor.starting == 0
+    assert (executor.starting, executor.restarts) == (0, 0), "they are not needed any more"
     assert sum(actor.is_killed for actor in ray.actors) == 3
     assert len(executor.slots) == len(executor.workers)
     executor.wait(0, 1)
@@ -196,7 +199,9 @@ def test_a_worker_that_completes_tasks_is_not_asked(ray: SimulatedRay, workers: 
         clock.now += 0.6
         executor.wait(0, 1)
     assert ray.calls["progress"] == 0
-    assert executor.images == 90, "the result of a task has the progress as well"
+    assert (executor.images, executor.busy_seconds) == (90, 4.5), "the result of a task has the progress as well"
+    executor.replace(worker, "it is faulty")
+    assert (executor.images, executor.busy_seconds) == (90, 4.5), "what it did counts"
 
 
 def test_idle_workers_are_seldom_asked(ray: SimulatedRay, workers: Workers, clock: Clock) -> None:
@@ -251,6 +256,9 @@ def test_a_lost_worker_returns_all_of_its_tasks_once(ray: SimulatedRay, workers:
     assert [done.task.name for done in executor.wait(0, 0)] == ["c"], "the second call is that of an ended worker"
     executor.wait(0, 0)
     assert (executor.starting, len(executor.handles), len(executor.slots)) == (1, 3, 3)
+    assert executor.restarts == 1
+    executor.replace(second, "it is faulty")
+    assert executor.restarts == 2
 
 
 def test_a_result_that_comes_after_a_replacement_does_not_count(ray: SimulatedRay, workers: Workers) -> None:

@@ -159,3 +159,30 @@ def test_a_browser_shows_every_section_without_an_error(
             assert colors[0] == background
             assert over == "0"  # nothing has to be scrolled sideways
             assert shown == [f"{name}:true" for name in SECTIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--store", "moments", "--dtype", "bfloat16"),
+        ("--store", "sample", "--flip", "both"),
+        ("--flip", "random", "--format", "webdataset"),
+        ("--store", "moments", "--buckets", 256),
+    ],
+)
+def test_every_form_of_a_cache_has_a_report(
+    latentmill: Command, photos: Path, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    encode = [option for option in ENCODE if "--buckets" not in options or option not in ("--resolution", 64)]
+    assert latentmill("encode", photos, "--to", tmp_path / "cache", *encode, *options)[0] == 0
+    found = report_codes(latentmill, tmp_path / "cache", tmp_path / "report.html")
+    assert not found & {"other-latents", "wrong-range", "wrong-scaling", "swapped-channels", "not-finite"}
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('alt="original of') >= 5
+
+
+def test_a_cache_without_rows_has_a_report(latentmill: Command, tmp_path: Path) -> None:
+    write_tar(tmp_path / "shards/0.tar", {"a.jpg": b"no image"})
+    assert latentmill("encode", tmp_path / "shards", "--to", tmp_path / "cache", *ENCODE)[0] == 3
+    assert report_codes(latentmill, tmp_path / "cache", tmp_path / "report.html") == {"rejects"}
+    assert "The cache has no rows." in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.executor import TaskResult, format_error, make_failed_result
+from jobs.executor import TaskCounts, TaskResult, format_error, make_failed_result
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
 from pipeline.errors import DamagedError, ShardError, Stopped
@@ -28,6 +28,7 @@ class ScriptedExecutor:
     can_replace: bool = False
     tasks_per_worker: int = 2
     starting: int = 0
+    restarts: int = 0
     generation: int = 0
     running: list[tuple[Task, str]] = field(default_factory=list)
     started: Counter[str] = field(default_factory=Counter)
@@ -71,7 +72,7 @@ class ScriptedExecutor:
 
 def run(executor: ScriptedExecutor, count: int) -> tuple[list[str], list[str]]:
     done: list[str] = []
-    result = run_tasks([Task(str(n)) for n in range(count)], executor, Signals(), done.append, lambda: None)
+    result = run_tasks([Task(str(n)) for n in range(count)], executor, Signals(), done.append, lambda counts: None)
     return sorted(done), [failure.name for failure in result.failures]
 
 
@@ -90,7 +91,7 @@ def test_tasks_that_follow_from_others_run_after_them() -> None:
         return more.pop(0) if more else []
 
     tasks = [Task(str(n)) for n in range(4)]
-    result = run_tasks(tasks, executor, Signals(), done.append, lambda: None, find_more=find_more)
+    result = run_tasks(tasks, executor, Signals(), done.append, lambda counts: None, find_more=find_more)
     assert (sorted(done[:3]), sorted(done[3:5]), done[5:]) == (["0", "1", "3"], ["4", "5"], ["6"])
     assert [failure.name for failure in result.failures] == ["2"]
 
@@ -124,7 +125,7 @@ def test_a_signal_stops_the_loop() -> None:
     signals = Signals()
     signals.stop.set()
     with pytest.raises(Stopped):
-        run_tasks([Task("a")], ScriptedExecutor({}), signals, lambda report: None, lambda: None)
+        run_tasks([Task("a")], ScriptedExecutor({}), signals, lambda report: None, lambda counts: None)
 
 
 def test_an_error_is_one_line() -> None:
@@ -146,7 +147,7 @@ def test_ticks_come_once_per_second_however_many_tasks_end(seconds_per_task: flo
             return super().wait(seconds, waiting)
 
     tasks = [Task(str(n)) for n in range(500)]
-    run_tasks(tasks, Timed({}), Signals(), done.append, lambda: ticks.append(len(done)), clock=lambda: now[0])
+    run_tasks(tasks, Timed({}), Signals(), done.append, lambda counts: ticks.append(len(done)), clock=lambda: now[0])
     assert least <= len(ticks) <= most
     assert ticks[-1] == 500, "the last tick has the final counts"
 
@@ -161,8 +162,23 @@ def test_the_last_tick_before_a_stop_has_the_counts_until_then() -> None:
 
     tasks = [Task(str(n)) for n in range(20)]
     with pytest.raises(Stopped):
-        run_tasks(tasks, ScriptedExecutor({}), signals, on_done, lambda: ticks.append(len(done)), clock=lambda: 0.0)
+        run_tasks(
+            tasks, ScriptedExecutor({}), signals, on_done, lambda counts: ticks.append(len(done)), clock=lambda: 0.0
+        )
     assert ticks[-1] == len(done) == 7
+
+
+def test_a_tick_has_the_number_of_tasks_in_each_state() -> None:
+    executor, seen, done = ScriptedExecutor({"0": 3}), list[tuple[TaskCounts, int]](), list[str]()
+
+    def on_tick(counts: TaskCounts) -> None:
+        seen.append((counts, len(done)))
+
+    tasks = [Task(str(n)) for n in range(5)]
+    run_tasks(tasks, executor, Signals(), done.append, on_tick, clock=lambda: 2.0 * len(seen))
+    assert {counts.waiting + counts.under_way + counts.failed + finished for counts, finished in seen} == {5}
+    assert max(counts.under_way for counts, _ in seen) > 0
+    assert seen[-1] == (TaskCounts(waiting=0, under_way=0, failed=1), 4)
 
 
 class LateExecutor(ScriptedExecutor):
@@ -183,7 +199,7 @@ def test_a_worker_is_noted_when_it_becomes_ready() -> None:
     """A short job would otherwise end before it is noted, and the summary would not say how busy the device was."""
     executor, seen = LateExecutor({}), list[int]()
 
-    def on_tick() -> None:
+    def on_tick(counts: TaskCounts) -> None:
         seen.append(len(executor.workers))
 
     run_tasks([Task("0")], executor, Signals(), lambda report: None, on_tick, clock=lambda: 0.0)

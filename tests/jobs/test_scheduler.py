@@ -140,7 +140,7 @@ def run(
         executor,
         Signals(),
         reports.append,
-        lambda: None,
+        lambda counts: None,
         probe=probe,
         stall_timeout=stall_timeout,
         clock=lambda: executor.now,

@@ -59,7 +59,13 @@ def test_the_progress_line_and_the_record_agree(clock: list[float]) -> None:
     for second in range(11):
         meter.tick(20 * second, "")
         clock[0] += 1
-    assert meter.facts == {"images": 200, "images_per_second": pytest.approx(20), "seconds_left": None}
+    assert meter.facts == {
+        "images": 200,
+        "images_per_second": pytest.approx(20),
+        "seconds_left": None,
+        "share": 0.0,
+        "waiting_for": "",
+    }
     meter.task_done(100, 100, 0)  # a tenth of the bytes is done, and another tenth is in progress
     assert meter.facts["seconds_left"] == pytest.approx(800 / 20)
     assert "20.0/s" in meter.line
@@ -80,8 +86,21 @@ def test_worker_time_counts_only_ready_workers(clock: list[float]) -> None:
     workers = WorkerTime(0)
     for ready in (0, 1, 3, 3):
         clock[0] += 2
-        workers.note(ready)
+        workers.note(ready, busy_seconds=0.0)
     assert workers.seconds == 0 + 0 + 2 * 1 + 2 * 3
+
+
+def test_the_use_of_the_devices_is_that_of_the_last_minute(clock: list[float]) -> None:
+    workers, busy = WorkerTime(0), 0.0
+    workers.note(0, busy)
+    assert workers.busy_share is None, "no worker was ready"
+    for second in range(300):
+        workers.note(2, busy)
+        clock[0] += 1
+        busy += 1.5 if second < 200 else 0.5
+        if second in (100, 190):
+            assert workers.busy_share == pytest.approx(0.75)
+    assert workers.busy_share == pytest.approx(0.25)
 
 
 @pytest.fixture
@@ -152,8 +171,8 @@ def test_two_running_jobs_share_the_remaining_time() -> None:
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     read = read_samples
 
-    def run_slowly(*args: Any) -> Iterator[Any]:
-        for sample in read(*args):
+    def run_slowly(*args: Any, **more: Any) -> Iterator[Any]:
+        for sample in read(*args, **more):
             time.sleep(0.1)
             yield sample
 

@@ -416,6 +416,7 @@ def test_every_sample_and_every_tile_counts_as_progress(
     whole, tiled = worker(tmp_path / "a"), worker(tmp_path / "b", tile_above=32)
     done = whole.run(unit)
     assert whole.steps == done.samples + 2 * done.encoded
+    assert whole.busy_seconds == pytest.approx(done.seconds.encode, abs=0.001)
     tiled.run(unit)
     assert tiled.steps == done.samples + (1 + 3 * 3) * done.encoded, (
         "3 x 3 tiles of 32 pixels, 24 pixels apart, cover 64 x 64"
