@@ -5,16 +5,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.executor import Executor, TaskCounts
 from jobs.messages import PROGRESS, get_shown_level, log_debug, log_warning
 from jobs.throughput import Throughput
 from pipeline.cache.part_info import UnitReport
 from pipeline.wording import count_noun
+
+if TYPE_CHECKING:  # a cache can be inspected without torch
+    from jobs.executor import Executor, TaskCounts
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -105,7 +107,7 @@ class ProgressMeter:
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
 
 
-def describe_work(executor: Executor, counts: TaskCounts) -> dict[str, Any]:
+def describe_work(executor: "Executor", counts: "TaskCounts") -> dict[str, Any]:
     """Return the state of the workers and of the tasks for the record of a run."""
     return {
         "workers": {
