@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a cache can be inspected without torch
     from torch import Tensor
 
 CHUNK_BYTES = 4 << 20  # a chunk is freed once none of its latents is used
-FRAGMENT_BYTES = 128 << 20  # of freed memory that is kept; to return it costs milliseconds, and so does its next use
+FRAGMENT_BYTES = 64 << 20  # of freed memory that is kept; to return it costs milliseconds, and so does its next use
 FILE_BYTES = 64 << 20  # address space of an empty file; pages are memory once they are written
 
 _freed_before, _freed_lock = [0], threading.Lock()  # the fewest bytes since memory was returned

@@ -16,15 +16,11 @@ pytestmark = [
     "case",
     [
         Case(rows=512, channels=64),  # parts of 268 MB
+        Case(rows=512),  # small parts
         Case(rows=1024, container="webdataset"),  # many images and small parts
         Case(rows=1024, parts=4),  # one part is published while the next is filled
     ],
 )
-def test_a_worker_stays_within_one_and_a_half_times_its_parts(case: Case) -> None:
+def test_a_worker_stays_within_one_and_a_half_times_its_parts_or_a_constant_more(case: Case) -> None:
     use = measure(case)
-    assert use.ratio <= 1.5, use
-
-
-def test_small_parts_take_at_most_a_constant_more() -> None:
-    use = measure(Case(rows=512))
     assert use.is_within_limit, use
