@@ -73,7 +73,7 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
     names = ("caption_column", "label_column", "with_shard")
     wanted = Manifest(
         format=options.format,
-        options={name: getattr(job, name) for name in names},
+        options={**{name: getattr(job, name) for name in names}, "columns_digest": cache.overlays.digest},
         cache=options.cache,
         identity=cache.info.identity_sha256,
         parts=tuple(ExportedPart(part.file, part.sha256, part.rows) for part in summaries),

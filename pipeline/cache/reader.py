@@ -2,6 +2,7 @@
 
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,16 @@ class Cache(reader.Cache):
         """Return the container, the stored form of a posterior, and the columns."""
         return identity.parse_schema(self.info)
 
+    def rows(
+        self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows of one file as `latentmill.Cache.rows` does, with the columns that came later.
+
+        Raises DamagedFileError if the file cannot be read as rows.
+        """
+        with name_damage(self.folder, file):
+            yield from reader.Cache.rows(self, file, columns, wanted)
+
 
 def read_rows(
     folder: Folder,
@@ -56,11 +67,18 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes.
 
+    They have the columns of the file alone; `Cache.rows` adds those that came later.
     Raises DamagedFileError if the file cannot be read as rows.
     """
-    with folder.open(file) as stream:
-        try:
-            yield from part_files.read_rows(stream, file, wanted, columns, texts, binary)
-        except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
-            url = folder.url_of(file)
-            raise DamagedFileError(f"{url} is damaged; run `latentmill verify {folder.url}`") from error
+    with name_damage(folder, file), folder.open(file) as stream:
+        yield from part_files.read_rows(stream, file, wanted, columns, texts, binary)
+
+
+@contextmanager
+def name_damage(folder: Folder, file: str) -> Iterator[None]:
+    """Turn what the libraries raise for a damaged file of a cache into a DamagedFileError that names it."""
+    try:
+        yield
+    except (pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        url = folder.url_of(file)
+        raise DamagedFileError(f"{url} is damaged; run `latentmill verify {folder.url}`") from error

@@ -25,7 +25,7 @@ def make_job(
     sizes: of the images in the cache, in pixels. captions, labels: the columns that the user named.
     """
     form = FORMATS[name]
-    columns = cache.info.columns.read_schema().names
+    columns = cache.overlays.add_to(cache.info.columns.read_schema()).names
     for flag, column, is_used in (
         ("--caption-column", captions, form.captions),
         ("--label-column", labels, form.labels != "never"),

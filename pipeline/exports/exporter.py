@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.cache.reader import read_rows
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, Stopped
 from pipeline.exports.formats import FORMATS
@@ -134,10 +133,8 @@ class ExportWorker:
 
     def read(self, task: ExportTask, columns: Sequence[str] | None = None) -> Iterator[Row]:
         """Yield the rows of a part. Raises Stopped once the job is to stop."""
-        cache = self.spec.job.cache
         files = {make_folder_key(path): path.rpartition("/")[2] for path in task.images}
-        texts, binary = cache.info.columns.texts, cache.info.columns.binary
-        for row in read_rows(cache.folder, task.file, columns=columns, texts=texts, binary=binary):
+        for row in self.spec.job.cache.rows(task.file, columns):
             if self.stop.is_set():
                 raise Stopped
             self.images += 0 if task.names_only else 1

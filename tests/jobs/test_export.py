@@ -21,7 +21,7 @@ from latentmill import Cache
 from pipeline.exports import manifest
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
-from tests.conftest import MICRO, encoded, smooth, write_tar
+from tests.conftest import MICRO, encoded, slow_param, smooth, write_tar
 from vae import AutoencoderKL, AutoencoderKLFlux2
 
 Command = Callable[..., tuple[int, str, str]]
@@ -88,6 +88,32 @@ def test_lightningdit_reads_latents_mirrors_labels_and_statistics(
     both = torch.cat([torch.cat([row["latents"], row["latents_flip"]]) for row in rows])
     torch.testing.assert_close(stats["mean"], both.mean((0, 2, 3), keepdim=True), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats["std"], both.std((0, 2, 3), correction=0, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+@pytest.mark.parametrize("workers", [0, slow_param(2)])
+def test_columns_that_came_later_are_exported(
+    encode: Command, latentmill: Command, classes: Path, tmp_path: Path, container: str, workers: int
+) -> None:
+    cache, out = tmp_path / "c", tmp_path / "o"
+    assert encode(classes, "--flip", "both", "--format", container)[0] == 0
+    export = ("export", cache, "--format", "lightningdit", "--to", tmp_path / "l", "--workers", workers)
+    code, _, err = latentmill(*export)
+    assert (code, "it has no column 'label'" in err) == (2, True), err
+    keys = [row["key"] for row, _ in read_all(cache)]
+    rows = [{"key": key, "txt": f"new {number}", "label": number} for number, key in enumerate(keys)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert latentmill("annotate", cache, "--from", tmp_path / "t.jsonl")[0] == 0
+    assert latentmill(*export)[0] == 0
+    assert load_file(next((tmp_path / "l").glob("*.safetensors")))["labels"].tolist() == list(range(5))
+    export = ("export", cache, "--format", "safetensors", "--to", out, "--workers", workers)
+    assert latentmill(*export)[0] == 0
+    lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    assert [(line["key"], line["txt"], line["label"]) for line in lines] == [tuple(row.values()) for row in rows]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"key": keys[0], "txt": "newer"}) + "\n")
+    assert latentmill("annotate", cache, "--from", tmp_path / "t.jsonl")[0] == 0
+    code, _, err = latentmill(*export)
+    assert (code, "has an export with another options" in err) == (2, True), err
 
 
 def load_like_sd_scripts(path: Path, bucket: tuple[int, int], size_in_keys: bool) -> dict[str, np.ndarray]:
