@@ -44,11 +44,9 @@ def make_batch(
     groups: by their number in the index, at least those that `rows` needs. rows: the numbers of rows of the cache, [B].
     valid: [B]; None: all. Draws are keyed by (seed, epoch, shard, key), so they depend on no other row.
     """
-    starts = index.starts
-    numbers = np.searchsorted(starts, rows, side="right") - 1
-    places = [
-        (groups[number], row) for number, row in zip(numbers.tolist(), (rows - starts[numbers]).tolist(), strict=True)
-    ]
+    numbers = index.find_groups(rows)
+    indexes = rows - index.starts[numbers]
+    places = [(groups[number], row) for number, row in zip(numbers.tolist(), indexes.tolist(), strict=True)]
     bucket = places[0][0].bucket
     columns = {name: [group.columns[name][row] for group, row in places] for name in (*IDENTITY, *rules.columns)}
     geometry = np.stack([group.geometry[row] for group, row in places])

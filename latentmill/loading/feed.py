@@ -156,7 +156,7 @@ def read_batches(feed: Feed, plan: EpochPlan, step: int, worker: int = 0) -> Gen
 
 def _find_groups(order: EpochOrder, rows: Any) -> list[int]:
     """Return the groups of these rows."""
-    return list(np.unique(np.searchsorted(order.index.starts, rows, side="right") - 1).tolist())
+    return list(np.unique(order.index.find_groups(rows)).tolist())
 
 
 class _GroupStore:

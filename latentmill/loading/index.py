@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from latentmill.cache_files import DATA, OpenCache
 from latentmill.canonical_json import parse_json_object
@@ -62,6 +62,10 @@ class Index:
     def row_count(self) -> int:
         """The number of rows of the cache."""
         return int(self.rows.sum())
+
+    def find_groups(self, rows: ArrayLike) -> Int64s:
+        """Return the number of the group of each row, by the numbers of the rows."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
 
 def read_index(cache: OpenCache, files: Sequence[str] | None = None) -> Index:

@@ -44,7 +44,7 @@ class RowAccess:
         if not -index.row_count <= row < index.row_count:
             raise IndexError(f"the cache {cache.folder.url} has {index.row_count} rows, and no row {row}")
         row %= index.row_count
-        rules, group = check_settings(cache, BatchSettings()), int(np.searchsorted(index.starts, row, side="right")) - 1
+        rules, group = check_settings(cache, BatchSettings()), int(index.find_groups(row))
         last = self._last
         if last is None or last[0] != group:
             last = self._last = (group, GroupReader(cache, index, rules.columns).read(group))

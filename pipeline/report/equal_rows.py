@@ -64,6 +64,6 @@ def describe_pair(cache: Cache, index: Index, first: int, second: int) -> Exampl
 
 def locate(index: Index, row: int) -> tuple[str, int]:
     """Return the file of a row and its index in the file."""
-    group = int(np.searchsorted(index.starts, row, side="right")) - 1
+    group = int(index.find_groups(row))
     first = int(np.searchsorted(index.file, index.file[group]))
     return index.files[index.file[group]], row - int(index.starts[first])
