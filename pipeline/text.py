@@ -1,6 +1,7 @@
 """Names and keys as valid text, and as text that is safe to print. Bytes of text files as text."""
 
 import codecs
+import hashlib
 import re
 
 # characters that control a terminal or reorder a line: C0, C1, line separators, bidirectional overrides
@@ -12,6 +13,11 @@ _SUBSTITUTE = "\x1a"  # the control character SUBSTITUTE, which no key may conta
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 BYTE_ORDER_MARKS = (codecs.BOM_UTF8, *_UTF16_MARKS)
+
+
+def hash_text(text: str) -> int:
+    """Return a 64-bit hash of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def to_valid_text(name: str) -> str:

@@ -1,6 +1,5 @@
 """One part of a cache written in the format of a trainer: rows -> convert -> pack -> files that are published."""
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pipeline.prefetch import map_in_order
 from pipeline.readers.folder import make_folder_key
 from pipeline.records import FIRST_ATTEMPT, Attempt
 from pipeline.storage.folder import Folder
+from pipeline.text import hash_text
 
 WRITERS = 16  # threads that write the small files of a part: a disk or a store is slow to confirm each of them
 NAME_COLUMNS = ("key", "shard")
@@ -159,7 +159,7 @@ class ExportWorker:
 
     def hash_names(self, task: ExportTask) -> PartNames:
         """Return a hash of the name of each row's image."""
-        names = (hash_name(name) for _, _, name in self.name_rows(task))
+        names = (hash_text(name) for _, _, name in self.name_rows(task))
         return PartNames(task.part, np.fromiter(names, np.uint64))
 
     def name_rows(self, task: ExportTask) -> Iterator[tuple[str, str, str]]:
@@ -176,11 +176,6 @@ class ExportWorker:
 def weigh(file: OutFile) -> int:
     """Return the bytes of a file."""
     return len(file.data)
-
-
-def hash_name(name: str) -> int:
-    """Return 64 bits of a hash of a name."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
 
 
 def find_equal(names: Sequence[PartNames]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -19,6 +19,7 @@ from pipeline.errors import CacheError, LatentmillError
 from pipeline.formats import parquet
 from pipeline.formats.part_record import BucketTally, PartRecord
 from pipeline.records import TAR_GROUP, Unit, get_shard_kind
+from pipeline.text import hash_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +161,6 @@ def check_rows(
     if not findings and not _are_close(tally.tally_buckets(latents, layout.store), record.tally):
         findings.append("the statistics of its rows differ from its record")
     return findings[:3], np.array(identities, np.uint64), digest_keys(keys)
-
-
-def hash_text(text: str) -> int:
-    """Return a 64-bit hash of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def digest_keys(keys: Iterable[str]) -> str:
