@@ -22,9 +22,9 @@ from latentmill.loading.row_groups import GroupReader
 from pipeline.sources import units
 from pipeline.storage.folder import Folder
 from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.jobs.conftest import FORMATS, encode_in_formats
 
 Command = Callable[..., tuple[int, str, str]]
-FORMATS = ("parquet", "webdataset")
 KEYS = [f"{number:09d}" for number in range(6)]  # in each of the two tars
 
 
@@ -41,15 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a cache of each format, with two parts per tar and two buckets."""
-    from jobs.encode import main
-
-    caches = {}
-    for form in FORMATS:
-        cache = tmp_path_factory.mktemp(form) / "c"
-        argv = [source, "--to", cache, "--vae", micro_vae, "--buckets", 64, "--multiple-of", 8, "--workers", 0]
-        assert main([*map(str, argv), "--format", form, "--rows-per-part", "4"]) == 0
-        caches[form] = cache
-    return caches
+    return encode_in_formats(tmp_path_factory, source, micro_vae, "--buckets", 64, "--multiple-of", 8)
 
 
 @pytest.fixture(params=FORMATS)

@@ -23,9 +23,9 @@ from pipeline.maintenance import verify
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
 from tests.conftest import img2dataset_members, slow_param, write_tar
+from tests.jobs.conftest import FORMATS, encode_in_formats
 
 Command = Callable[..., tuple[int, str, str]]
-FORMATS = ("parquet", "webdataset")
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def originals(source: Path, micro_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return an undamaged cache of each format."""
-    from jobs.encode import main
-
-    caches = {}
-    for form in FORMATS:
-        cache = tmp_path_factory.mktemp(form) / "c"
-        argv = [source, "--to", cache, "--vae", micro_vae, "--resolution", 64, "--workers", 0, "--rows-per-part", 4]
-        assert main([*map(str, argv), "--format", form, "--max-reject-rate", "1"]) == 0
-        caches[form] = cache
-    return caches
+    return encode_in_formats(tmp_path_factory, source, micro_vae, "--resolution", 64, "--max-reject-rate", 1)
 
 
 @pytest.fixture(params=FORMATS)
