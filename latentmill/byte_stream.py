@@ -49,6 +49,18 @@ def name_url_in_errors(url: str, verb: str) -> Iterator[None]:
         raise StorageError(message, may_pass=number not in PERMANENT) from error
 
 
+def read_up_to(file: Any, size: int) -> bytes:
+    """Read `size` bytes, or all up to the end. A single read, as of a file on a web server, may return fewer."""
+    data = cast(bytes, file.read(size))
+    if size < 0 or len(data) >= size:
+        return data
+    pieces, missing = [data], size - len(data)
+    while missing > 0 and (more := file.read(missing)):
+        pieces.append(more)
+        missing -= len(more)
+    return b"".join(pieces)
+
+
 class ByteStream:
     """A file that is open for reading. Attributes that are not defined here are the file's own.
 
@@ -90,15 +102,7 @@ class ByteStream:
         return data
 
     def _read_up_to(self, size: int) -> bytes:
-        """Read `size` bytes, or all up to the end. A single read of a file on a web server may return fewer."""
-        data = cast(bytes, self._file.read(size))
-        if size < 0 or len(data) >= size:
-            return data
-        pieces, missing = [data], size - len(data)
-        while missing > 0 and (more := self._file.read(missing)):
-            pieces.append(more)
-            missing -= len(more)
-        return b"".join(pieces)
+        return read_up_to(self._file, size)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Seek as in a file. Offsets from the end are relative to the size that the file should have."""

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
+from latentmill.byte_stream import read_up_to
 from pipeline.errors import DamagedError, ShardError
 from pipeline.limits import DEFAULT_LIMITS, Limits
 from pipeline.readers import compression
@@ -178,11 +179,11 @@ def _open_tar(stream: BinaryIO, url: str, limits: Limits) -> tuple[BinaryIO, str
 
     Raises ShardError if the file is another kind of archive.
     """
-    start = _read_up_to(stream, BLOCK)
+    start = read_up_to(stream, BLOCK)
     kind = detect_other_archive(start)
     if kind == "gzip":
         stream, url = open_gzip(stream, url, limits, start), f"{url} (decompressed)"
-        start = _read_up_to(stream, BLOCK)
+        start = read_up_to(stream, BLOCK)
         kind = detect_other_archive(start)
     if kind:
         raise ShardError(f"{url} is not a tar, but a {kind} file; {compression.ADVICE}")
@@ -196,7 +197,7 @@ def detect_other_archive(start: bytes) -> str | None:
 
 def _find_next_archive(stream: BinaryIO, url: str, offset: int) -> tuple[int, bytes]:
     """Skip zeros after an end mark. Return the offset and first header of a further tar, or b"" at the end."""
-    while block := _read_up_to(stream, BLOCK):
+    while block := read_up_to(stream, BLOCK):
         if any(block):
             return offset, block + _read_exactly(stream, BLOCK - len(block), url, offset + len(block))
         offset += len(block)
@@ -233,18 +234,10 @@ def _skip(stream: BinaryIO, count: int, url: str, offset: int) -> None:
 
 def _read_exactly(stream: BinaryIO, count: int, url: str, offset: int) -> bytes:
     """Read exactly `count` bytes. Raises DamagedError if the file ends before. offset: of the first byte."""
-    data = _read_up_to(stream, count)
+    data = read_up_to(stream, count)
     if len(data) < count:
         end = offset + len(data)
         raise DamagedError(f"{url} is truncated at byte {end}: it has no end mark", at=end)
-    return data
-
-
-def _read_up_to(stream: BinaryIO, count: int) -> bytes:
-    """Read `count` bytes, or all up to the end. A single read of a stream may return fewer."""
-    data = stream.read(count)
-    while len(data) < count and (more := stream.read(count - len(data))):
-        data += more
     return data
 
 

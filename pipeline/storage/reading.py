@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from latentmill.byte_stream import NO_SUCH_FILE, ByteStream, name_url_in_errors, open_while
+from latentmill.byte_stream import NO_SUCH_FILE, ByteStream, name_url_in_errors, open_while, read_up_to
 from pipeline.errors import ChangedError, DamagedError, Rejected, SourceError, StorageError
 from pipeline.records import PlannedFile, Unit
 from pipeline.storage.connection import full_url, get_filesystem, get_protocols, http_status, is_local, is_s3, parent
@@ -143,7 +143,7 @@ def _seek_and_read(fs: Any, path: str, url: str, start: int, stop: int) -> bytes
     try:
         with fs.open(path, "rb", cache_type="none") as file:
             file.seek(start)
-            return cast(bytes, file.read(stop - start))
+            return read_up_to(file, stop - start)
     except ValueError as error:
         raise StorageError(f"cannot read {url}: its server does not deliver parts of files") from error
 

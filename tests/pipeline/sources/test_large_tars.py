@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -87,7 +88,10 @@ def web(request: pytest.FixtureRequest) -> Iterator[ListedFile]:
             self.send_header("Content-Length", str(stop - start))
             self.end_headers()
             if with_body:
-                self.wfile.write(LARGE[start:stop])
+                middle = (start + stop) // 2  # the client may get the first piece alone
+                self.wfile.write(LARGE[start:middle])
+                time.sleep(0.05)
+                self.wfile.write(LARGE[middle:stop])
 
         def log_message(self, *_: object) -> None:
             """Print nothing."""
