@@ -72,11 +72,25 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
 
     given: the names of the options that the user set.
     """
+    cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
+    options, existing, vae = resolve_settings(options, given, cache)
+    inputs = inspect_sources(options, cache, existing.identity.sources if existing else None)
+    with plan_resources(options, existing.compute.backend if existing else "torch") as resources:
+        wanted = cache_spec.describe_cache(options, vae, resources, existing, inputs.columns, inputs.classes)
+        info = identity.create_or_load(cache, wanted)
+        outcome = run_encode(options, cache, info, vae, inputs.listing, resources, signals)
+    print_summary(options, cache, info.vae, outcome)
+    return outcome.code
+
+
+def resolve_settings(
+    options: EncodeOptions, given: set[str], cache: Folder
+) -> tuple[EncodeOptions, CacheInfo | None, Vae]:
+    """Return the checked options, the cache.json of an existing cache, and the VAE. given: as of `run_job`."""
     if {"resolution", "buckets"} <= given:
         raise UsageError("--resolution is for squares and --buckets for many shapes: give only one of them")
     if "resolution" in given and options.resolution < 1:
         raise UsageError(f"--resolution {options.resolution} is not a size in pixels: give at least 1")
-    cache = Folder(connection.make_absolute(options.to), parse_storage_options(options.storage_option))
     existing = identity.read_cache_json(cache)
     if existing is not None:
         options = cache_spec.inherit_unset(options, given, existing.identity)
@@ -87,13 +101,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
     vae = load_vae(options.vae, cache.options, options.vae_config or (existing.vae.config if existing else None))
     log_each(vae.notes, log_note)
     cache_spec.check_options(options, given, vae)
-    inputs = inspect_sources(options, cache, existing.identity.sources if existing else None)
-    with plan_resources(options, existing.compute.backend if existing else "torch") as resources:
-        wanted = cache_spec.describe_cache(options, vae, resources, existing, inputs.columns, inputs.classes)
-        info = identity.create_or_load(cache, wanted)
-        outcome = run_encode(options, cache, info, vae, inputs.listing, resources, signals)
-    print_summary(options, cache, info.vae, outcome)
-    return outcome.code
+    return options, existing, vae
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

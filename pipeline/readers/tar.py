@@ -10,7 +10,7 @@ interchange format), and continues after it.
 
 import re
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -43,10 +43,11 @@ def read_tar(
     limits: Limits = DEFAULT_LIMITS,
     skipped: Counter[str] | None = None,
     byte_range: tuple[int, int | None] = WHOLE,
+    on_member: Callable[[int], None] = lambda start: None,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a tar, in their order.
 
-    skipped: see `make_samples`, which also lists the rejects.
+    skipped: see `make_samples`, which also lists the rejects. on_member: called with the first byte of each member.
     byte_range: the bytes (start, stop) of the tar that are read; stop: None for its end. Each must be the first byte of
     a member. The stream must be at `start`.
     Raises DamagedError, which names the URL and the byte (of a gzip file, the byte of its decompressed content), if the
@@ -54,7 +55,14 @@ def read_tar(
     archive, or if no member begins at `stop`.
     """
     skipped = Counter() if skipped is None else skipped
-    yield from make_samples(read_members(stream, url, wanted, limits, skipped, byte_range), wanted, limits, skipped)
+    members = read_members(stream, url, wanted, limits, skipped, byte_range)
+    yield from make_samples(_note_starts(members, on_member), wanted, limits, skipped)
+
+
+def _note_starts(members: Iterator[Member], on_member: Callable[[int], None]) -> Iterator[Member]:
+    for member in members:
+        on_member(member.start)
+        yield member
 
 
 def read_members(

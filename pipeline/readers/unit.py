@@ -1,7 +1,7 @@
 """Read the samples of one unit, whatever its kind: a file, a range of a file, or images of a folder."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from typing import Protocol
 
 from latentmill.cache_info import SourceRules
@@ -55,7 +55,8 @@ def read_samples(
     may_differ: Container[int] | None = None,
     with_images: bool = True,
     left_out: LeftOutTars | None = None,
-) -> Iterator[Sample | Reject]:
+    on_offset: Callable[[int], None] = lambda offset: None,
+) -> Generator[Sample | Reject, None, None]:
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
     skipped: receives the number of inputs that are not part of a sample, by kind.
@@ -64,6 +65,7 @@ def read_samples(
     If it is given, or a retry has any, tables of metadata may differ, too.
     with_images: if not, images that are files of their own are not read: they have no bytes.
     left_out: the tars that a group leaves out; default: those of `unit.left_out`, and all others must be readable.
+    on_offset: called for each member of a tar, with its first byte. Of a compressed tar, this is approximate.
     Raises ShardError if this version cannot read the kind of unit, and the errors of the readers.
     """
     options, columns, encoding = spec.source_options, spec.layout.columns, spec.source_rules.text_encoding
@@ -71,7 +73,7 @@ def read_samples(
     is_pinned = may_differ is None and unit.name not in spec.superseded
     more = MetadataReader(unit, options, columns.schema, spec.limits, encoding, spec.image_column, is_pinned, skipped)
     if unit.kind == "tar":
-        yield from map(more.add_columns, read_single_tar(unit, spec, wanted, skipped, on_piece))
+        yield from map(more.add_columns, read_single_tar(unit, spec, wanted, skipped, on_piece, on_offset))
     elif unit.kind == TAR_GROUP:
         samples = read_tar_group(unit, options, wanted, spec.limits, more.skipped, left_out or LeftOutTars())
         yield from map(more.add_columns, samples)
@@ -105,7 +107,12 @@ def read_samples(
 
 
 def read_single_tar(
-    unit: Unit, spec: ReadSpec, wanted: Wanted, skipped: Counter[str] | None, on_piece: Callable[[], None]
+    unit: Unit,
+    spec: ReadSpec,
+    wanted: Wanted,
+    skipped: Counter[str] | None,
+    on_piece: Callable[[], None],
+    on_offset: Callable[[int], None],
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a tar or of a range of it, with the columns of img2dataset's metadata beside it."""
     counter = None if unit.metadata else skipped  # columns may come from other tables
@@ -115,7 +122,11 @@ def read_single_tar(
     with reading.open_stream(unit.url, spec.source_options, unit) as stream:
         if start:  # the stream of a web server without ranges cannot seek
             stream.seek(start)
-        samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop))
+
+        def on_member(first: int) -> None:  # a compressed tar has more bytes after decompression
+            on_offset(min(first, stream.tell()))
+
+        samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop), on_member)
         for sample in read_past_damage(samples, stream, on_piece, stop):
             if isinstance(sample, Sample) and sample.key in metadata:
                 sample = merge_metadata(sample, metadata[sample.key])
