@@ -11,6 +11,7 @@ from pipeline.errors import UsageError
 VERSION = f"latentmill {__version__}"
 
 VERBS = {
+    "plan": "estimate what encode would find, take and write; reads a little and writes nothing",
     "encode": "encode images into a cache of latents; run the same command again to resume",
     "decode": "decode images of a cache: files, contact sheets and fidelity",
     "retry": "retry the rejected samples of a cache",

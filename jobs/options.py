@@ -45,6 +45,24 @@ EXPORT_NAMES = typing.get_args(ExportName)
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions(EncodeOptions):
+    """Estimate what encode with the same settings would find, take and write. It reads a little and writes nothing."""
+
+    to: str = option("", "path or URL of the cache: its settings are taken if it exists", "output", metavar="CACHE")
+    seconds: float = option(10.0, "seconds to spend, in about", "checks", metavar="S")
+    images_per_second: float = option(
+        0.0,
+        "images that a worker encodes per second; nothing is encoded",
+        "checks",
+        metavar="N",
+        default_text="measured on the device of this machine",
+    )
+    price_per_hour: float = option(
+        0.0, "price of a worker per hour, in any currency", "checks", metavar="X", default_text="no cost is shown"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeOptions(Common):
     """Decode images of a cache, compare them with their originals if these can be read, and draw contact sheets.
 
@@ -195,6 +213,7 @@ class AnnotateOptions:
 
 
 OPTIONS: dict[str, type[Common | StatsOptions | AnnotateOptions]] = {
+    "plan": PlanOptions,
     "encode": EncodeOptions,
     "decode": DecodeOptions,
     "retry": RetryOptions,

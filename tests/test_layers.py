@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"cache"},
     {"part_writer"},
     {"flow"},
-    {"annotation", "exports", "maintenance", "preview"},
+    {"annotation", "estimate", "exports", "maintenance", "preview"},
     {"report"},
 )
 STEPS = ("readers", "images", "formats")  # the steps of a sample, which only flow combines

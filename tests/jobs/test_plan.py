@@ -1,0 +1,195 @@
+"""`latentmill plan` against real runs of `encode` with the same settings, and the requests that it makes."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.jobs.conftest import Command
+
+SETTINGS = ("--resolution", 64)
+
+
+@pytest.fixture
+def plan(latentmill: Command, micro_vae: Path) -> Callable[..., dict[str, Any]]:
+    """Return `latentmill plan --json` with the micro model, which must succeed."""
+
+    def run(*argv: object) -> dict[str, Any]:
+        code, out, err = latentmill("plan", *argv, "--vae", micro_vae, "--seconds", 2, "--json")
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def check(
+    plan: Callable[..., dict[str, Any]], latentmill: Command, micro_vae: Path, tmp_path: Path
+) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+    """Return a function that holds a plan against a run of `encode`. It returns the plan, and the run's `stats`."""
+
+    def run(*argv: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        found, cache = plan(*argv), tmp_path / "cache"
+        code, out, err = latentmill("encode", *argv, "--to", cache, "--vae", micro_vae, "--workers", 0, "--json")
+        assert code in (0, 3), err
+        stats: dict[str, Any] = json.loads(out)["stats"]
+        samples = stats["count"] + sum(stats["rejected"].values()) + sum(stats["filtered"].values())
+        assert found["images"]["count"] == pytest.approx(samples, rel=0.05)
+        assert found["rows"] == pytest.approx(stats["count"], rel=0.05)
+        chosen = found["chosen"]
+        size = sum(path.stat().st_size for path in (cache / "data").rglob("*") if path.is_file())
+        assert found["cache_bytes"][chosen["store"]][chosen["dtype"]] == pytest.approx(size, rel=0.1)
+        return found, stats
+
+    return run
+
+
+def write_images(folder: Path, count: int, **size: int) -> Path:
+    """Write a folder of JPEGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"{index:04d}.jpg").write_bytes(encoded(smooth(index, **size)))
+    return folder
+
+
+def test_a_plan_of_tars_agrees_with_encode(check: Any, tmp_path: Path) -> None:
+    for number, count in enumerate((150, 90, 120)):
+        write_tar(tmp_path / f"src/{number}.tar", img2dataset_members(1000 * number, count))
+    found, _ = check(tmp_path / "src", *SETTINGS)
+    assert not found["images"]["is_exact"]
+    assert abs(found["images"]["count"] - 360) <= found["images"]["error"]
+    assert found["shards"] == {"tar": 3}
+    assert found["columns"] == {"json": 1.0, "txt": 1.0}
+    assert found["formats"].keys() == {"jpeg"}
+
+
+def test_small_tars_are_read_whole_and_counted_exactly(check: Any, shards: Path) -> None:
+    found, _ = check(shards, *SETTINGS)
+    assert found["images"] == {"count": 18, "error": 0, "is_exact": True}
+
+
+def test_a_folder_is_counted_exactly(check: Any, tmp_path: Path) -> None:
+    found, _ = check(write_images(tmp_path / "photos", 90), *SETTINGS)
+    assert found["images"] == {"count": 90, "error": 0, "is_exact": True}
+    assert found["sampled"]["images"] == 64
+
+
+@pytest.mark.parametrize("store", ["mode", "moments"])
+def test_parquet_is_counted_exactly_from_its_footers(check: Any, tmp_path: Path, store: str) -> None:
+    (tmp_path / "src").mkdir()
+    for number, count in enumerate((130, 70)):
+        images = [{"bytes": encoded(smooth(1000 * number + index)), "path": None} for index in range(count)]
+        pq.write_table(pa.table({"image": images, "text": ["a caption"] * count}), tmp_path / f"src/{number}.parquet")
+    found, _ = check(tmp_path / "src", *SETTINGS, "--store", store, "--dtype", "float32")
+    assert found["images"] == {"count": 200, "error": 0, "is_exact": True}
+
+
+def test_a_zip_is_counted_exactly_from_its_directory(check: Any, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for index in range(100):
+            archive.writestr(f"{index:03d}.jpg", encoded(smooth(index)))
+    found, _ = check(tmp_path / "a.zip", *SETTINGS)
+    assert found["images"] == {"count": 100, "error": 0, "is_exact": True}
+
+
+def test_buckets_of_mixed_sizes_agree_with_encode(check: Any, tmp_path: Path) -> None:
+    members = {}
+    for index in range(60):
+        size = {"height": 192, "width": 96} if index % 3 else {"height": 96, "width": 192}
+        members[f"{index:03d}.jpg"] = encoded(smooth(index, **size))
+    found, stats = check(write_tar(tmp_path / "a.tar", members), "--buckets", 128, "--multiple-of", 32)
+    assert found["enlarged"] == stats["enlarged"]
+    assert sorted(found["buckets"].values()) == [20, 40]
+
+
+def test_unreadable_and_small_images_are_counted(check: Any, tmp_path: Path) -> None:
+    members = {}
+    for index in range(60):
+        data = b"no image" if index % 6 == 0 else encoded(smooth(index, height=48 if index % 6 == 1 else 96))
+        members[f"{index:03d}.jpg"] = data
+    found, stats = check(write_tar(tmp_path / "a.tar", members), *SETTINGS, "--min-size", 64)
+    assert found["filtered"] == stats["filtered"] == {"min_size": 10}
+    assert found["unreadable"]["reasons"] == stats["rejected"]
+    assert found["unreadable"]["share"] == pytest.approx(1 / 6)
+
+
+def test_webdataset_caches_are_estimated(check: Any, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", img2dataset_members(0, 40))
+    check(tmp_path / "a.tar", *SETTINGS, "--format", "webdataset", "--flip", "both")
+
+
+def test_a_large_source_costs_few_reads(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards differ in their number of images, so the estimate has an error, which must cover the truth."""
+    contents = [
+        write_tar(tmp_path / f"{count}.tar", img2dataset_members(0, count)).read_bytes() for count in (3, 5, 8, 11)
+    ]
+    fs = fsspec.filesystem("memory")
+    counts = np.random.default_rng(0).integers(0, 4, 3000)
+    try:
+        for number, kind in enumerate(counts):
+            fs.pipe_file(f"/large/{number:05d}.tar", contents[kind])
+        opened: list[str] = []
+        real = MemoryFileSystem._open
+        monkeypatch.setattr(
+            MemoryFileSystem, "_open", lambda self, path, *a, **k: opened.append(path) or real(self, path, *a, **k)
+        )
+        found = plan("memory://large", *SETTINGS, "--images-per-second", 100, "--workers", 4, "--price-per-hour", 2)
+    finally:
+        fs.rm("/large", recursive=True)
+    truth = int(np.array([3, 5, 8, 11])[counts].sum())
+    assert found["shards"] == {"tar": 3000}
+    assert abs(found["images"]["count"] - truth) <= found["images"]["error"] < 0.1 * truth
+    assert 2 <= len(opened) <= 64
+    speed = found["speed"]
+    assert speed["is_named"] and speed["workers"] == 4 and speed["cost"] == pytest.approx(2 * 4 * speed["hours"])
+
+
+def test_the_same_seed_draws_the_same_sample(plan: Any, tmp_path: Path) -> None:
+    for number in range(40):
+        write_tar(tmp_path / f"src/{number}.tar", img2dataset_members(1000 * number, 1 + number % 7))
+    first, again = (plan(tmp_path / "src", *SETTINGS, "--seed", 1) for _ in range(2))
+    assert first["images"] == again["images"]
+
+
+def test_nothing_is_written(plan: Any, shards: Path, tmp_path: Path) -> None:
+    plan(shards, *SETTINGS, "--to", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_text_states_the_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    for number, count in enumerate((150, 90)):
+        write_tar(tmp_path / f"src/{number}.tar", img2dataset_members(1000 * number, count))
+    code, out, _ = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, "--seconds", 1)
+    assert code == 0
+    assert "±" in out.splitlines()[0] and out.splitlines()[0].endswith("images (95%)")
+    assert "bound by" in out
+
+
+def test_a_missing_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    code, out, err = latentmill("plan", tmp_path / "none", "--vae", micro_vae)
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / 'none'} does not exist" in err
+
+
+def test_a_damaged_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 1000)
+    code, _, err = latentmill("plan", tmp_path / "a.tar", "--vae", micro_vae)
+    assert code in (1, 2)
+    assert "a.tar" in err
+
+
+@pytest.mark.parametrize("option", ["--seconds", "--images-per-second", "--price-per-hour"])
+def test_negative_numbers_are_refused(latentmill: Command, micro_vae: Path, shards: Path, option: str) -> None:
+    code, _, err = latentmill("plan", shards, "--vae", micro_vae, option, -1)
+    assert code == 2
+    assert option in err
