@@ -111,8 +111,9 @@ def make_estimate(
         on_cores=spec.compute.device == "cpu" and not named,
         streams=spec.units_in_flight,
     )
+    devices = 1 if spec.compute.device == "cpu" else count_devices(spec.compute.device, 1)
     sizes = estimate_sizes(opening, spec, latent, overhead, parts)
-    return Estimate(strata, counts, drawn, opening, rates, sizes, parts, spec)
+    return Estimate(strata, counts, drawn, opening, rates, sizes, parts, spec, devices)
 
 
 def count_devices(device: str, cpus_per_worker: int) -> int:

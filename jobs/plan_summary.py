@@ -22,7 +22,10 @@ BLOCK = 8 << 20  # bytes of a request for a tar that is read from start to end
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """All that was found. counts: the images of each kind of inputs. sizes: bytes of data by store and dtype."""
+    """All that was found. counts: the images of each kind of inputs. sizes: bytes of data by store and dtype.
+
+    devices: of this machine that share its cores; 1 if the device is a CPU.
+    """
 
     strata: Sequence[Stratum]
     counts: Sequence[Count]
@@ -32,6 +35,7 @@ class Estimate:
     sizes: dict[str, dict[str, int]]
     parts: int
     spec: EncodeSpec
+    devices: int
 
 
 def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str
 def _describe_speed(options: PlanOptions, estimate: Estimate, images: float, workers: int) -> dict[str, Any]:
     rates, cores = estimate.rates, max(1, estimate.spec.open_workers)
     if not rates.on_cores and not options.open_workers:  # a worker on a GPU has its share of the cores of its machine
-        cores = max(1, count_cores())
+        cores = max(1, count_cores() // max(1, estimate.devices))
     rate = rates.combine(cores)
     hours = images / rate / workers / 3600 if rate else None
     return {
@@ -152,14 +156,20 @@ def _format_speed(speed: Mapping[str, Any]) -> list[str]:
         return lines
     workers = f"{speed['workers']:,} worker{'s' if speed['workers'] != 1 else ''}"
     lines.append(
-        f"time       {speed['hours']:.2f} hours with {workers} ({speed['images_per_second']:.1f} images/s), "
+        f"time       {_format_hours(speed['hours'])} with {workers} ({speed['images_per_second']:.1f} images/s), "
         f"bound by {speed['bound_by']}"
     )
     if speed["cores_per_device"]:
-        lines.append(f"cores      {speed['cores_per_device']:.1f} open as many images as a device encodes")
+        lines.append(f"cores      {speed['cores_per_device']:.2g} open as many images as a device encodes")
     if speed["cost"] is not None:
         lines.append(f"cost       {speed['cost']:,.2f} at the given price per worker and hour")
     return lines
+
+
+def _format_hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
 
 def _format_count(images: Mapping[str, Any]) -> str:

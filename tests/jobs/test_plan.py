@@ -17,6 +17,7 @@ from tests.conftest import encoded, img2dataset_members, smooth, write_tar
 from tests.jobs.conftest import Command
 
 SETTINGS = ("--resolution", 64)
+ENOUGH = ("--seconds", 60, "--images-per-second", 100)  # nothing is encoded, so it ends when all samples are opened
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def plan(latentmill: Command, micro_vae: Path) -> Callable[..., dict[str, Any]]:
     """Return `latentmill plan --json` with the micro model, which must succeed."""
 
     def run(*argv: object) -> dict[str, Any]:
-        code, out, err = latentmill("plan", *argv, "--vae", micro_vae, "--seconds", 2, "--json")
+        code, out, err = latentmill("plan", *argv, "--vae", micro_vae, *ENOUGH, "--json")
         assert code == 0, err
         found: dict[str, Any] = json.loads(out)
         return found
@@ -102,6 +103,33 @@ def test_a_zip_is_counted_exactly_from_its_directory(check: Any, tmp_path: Path)
     assert found["images"] == {"count": 100, "error": 0, "is_exact": True}
 
 
+def test_arrow_files_are_estimated_from_their_record_batches(check: Any, tmp_path: Path) -> None:
+    images = [{"bytes": encoded(smooth(index)), "path": None} for index in range(300)]
+    table = pa.table({"image": images})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=50)
+    found, _ = check(tmp_path / "a.arrow", *SETTINGS)
+    assert not found["images"]["is_exact"]
+    assert found["sampled"]["images"] == 64
+
+
+def test_a_manifest_is_counted_exactly(check: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 70)
+    rows = "".join(f"photos/{index:04d}.jpg\n" for index in range(70))
+    (tmp_path / "list.csv").write_text(f"path\n{rows}", encoding="utf-8")
+    found, _ = check(tmp_path / "list.csv", *SETTINGS)
+    assert found["images"] == {"count": 70, "error": 0, "is_exact": True}
+    assert found["sampled"]["images"] == 64
+
+
+def test_kinds_of_inputs_are_estimated_apart(check: Any, tmp_path: Path) -> None:
+    """The images of a kind stand for that kind only: here the tar has small ones, and the folder large ones."""
+    write_images(tmp_path / "src/photos", 100, height=300, width=300)
+    write_tar(tmp_path / "src/a.tar", img2dataset_members(0, 20))
+    found, _ = check(tmp_path / "src", *SETTINGS)
+    assert found["short_sides"] == {"below 256": 20, "256-511": 100}
+
+
 def test_buckets_of_mixed_sizes_agree_with_encode(check: Any, tmp_path: Path) -> None:
     members = {}
     for index in range(60):
@@ -143,7 +171,7 @@ def test_a_large_source_costs_few_reads(plan: Any, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(
             MemoryFileSystem, "_open", lambda self, path, *a, **k: opened.append(path) or real(self, path, *a, **k)
         )
-        found = plan("memory://large", *SETTINGS, "--images-per-second", 100, "--workers", 4, "--price-per-hour", 2)
+        found = plan("memory://large", *SETTINGS, "--workers", 4, "--price-per-hour", 2)
     finally:
         fs.rm("/large", recursive=True)
     truth = int(np.array([3, 5, 8, 11])[counts].sum())
@@ -169,10 +197,22 @@ def test_nothing_is_written(plan: Any, shards: Path, tmp_path: Path) -> None:
 def test_the_text_states_the_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     for number, count in enumerate((150, 90)):
         write_tar(tmp_path / f"src/{number}.tar", img2dataset_members(1000 * number, count))
-    code, out, _ = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, "--seconds", 1)
+    code, out, _ = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH)
     assert code == 0
     assert "±" in out.splitlines()[0] and out.splitlines()[0].endswith("images (95%)")
     assert "bound by" in out
+
+
+def test_the_speed_is_measured_and_gives_the_hours(latentmill: Command, micro_vae: Path, shards: Path) -> None:
+    argv = ("--vae", micro_vae, *SETTINGS, "--seconds", 0.4, "--workers", 3, "--device", "cpu", "--json")
+    code, out, err = latentmill("plan", shards, *argv)
+    assert code == 0, err
+    speed = json.loads(out)["speed"]
+    alone = 1 / (1 / speed["open"] + 1 / speed["encode"])  # one core opens and encodes
+    assert not speed["is_named"] and speed["read"] > 0
+    assert speed["images_per_second"] == pytest.approx(3 * min(alone, 2 * speed["read"]))
+    assert speed["hours"] == pytest.approx(18 / speed["images_per_second"] / 3600)
+    assert speed["bound_by"] in ("opening", "encoding")
 
 
 def test_a_missing_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
