@@ -73,6 +73,8 @@ class Drawn:
 
     def count(self) -> Counted:
         """Return the images of the input: of a part, as many as the bytes that it takes suggest."""
+        if self.error:  # nobody knows what follows the error
+            return Counted(len(self.samples), self.unit.bytes, 0.0)
         if self.is_read or not self.offset:
             return Counted(len(self.samples), self.unit.bytes)
         size = self.unit.bytes - (TAR_END if self.unit.kind == "tar" else 0)
@@ -204,12 +206,11 @@ def count_all(
         return estimate_total([item.count() for item in drawn], files, stratum.bytes)
     chosen = stratum.inputs if files <= FEW_FOOTERS else rng.sample(stratum.inputs, FILES)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="count") as pool:
-        counts = list(pool.map(lambda unit: _count_from_footer(unit, spec, errors), chosen))
-    counted = [Counted(count, unit.bytes) for unit, count in zip(chosen, counts, strict=True)]
+        counted = list(pool.map(lambda unit: _count_from_footer(unit, spec, errors), chosen))
     return estimate_total(counted, files, stratum.bytes)
 
 
-def _count_from_footer(unit: Unit, spec: EncodeSpec, errors: list[str]) -> int:
+def _count_from_footer(unit: Unit, spec: EncodeSpec, errors: list[str]) -> Counted:
     """Return the images of a Parquet file or a zip; 0 if it has none, or cannot be read."""
     try:
         with reading.open_stream(unit.url, spec.source_options, unit, seeking=True) as stream:
@@ -218,13 +219,14 @@ def _count_from_footer(unit: Unit, spec: EncodeSpec, errors: list[str]) -> int:
                 wanted = Wanted(columns.texts, spec.image_column, columns.binary, spec.source_rules.text_encoding)
                 members = list_members(stream, unit.url, wanted, spec.limits)
                 by_key = sorted(members, key=lambda member: member.key)  # `read_zip` brings those of a key together
-                return sum(1 for _ in make_samples(iter(by_key), wanted, spec.limits, Counter()))
+                samples = make_samples(iter(by_key), wanted, spec.limits, Counter())
+                return Counted(sum(1 for _ in samples), unit.bytes)
             with open_parquet(stream, unit.url, spec.limits) as file:
                 wanted_columns = spec.layout.columns.schema
                 choose_columns(file.schema_arrow, spec.image_column, spec.key_column, wanted_columns, unit.url)
-                return int(file.metadata.num_rows)
+                return Counted(file.metadata.num_rows, unit.bytes)
     except NoImagesError:
-        return 0
+        return Counted(0, unit.bytes)
     except LatentmillError as error:
         errors.append(str(error))
-        return 0
+        return Counted(0, unit.bytes, 0.0)

@@ -1,5 +1,6 @@
 """`latentmill plan` against real runs of `encode` with the same settings, and the requests that it makes."""
 
+import gzip
 import json
 import zipfile
 from collections.abc import Callable
@@ -72,6 +73,21 @@ def test_a_plan_of_tars_agrees_with_encode(check: Any, tmp_path: Path) -> None:
     assert found["shards"] == {"tar": 3}
     assert found["columns"] == {"json": 1.0, "txt": 1.0}
     assert found["formats"].keys() == {"jpeg"}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_bytes_of_the_first_images_give_the_number_of_all(plan: Any, tmp_path: Path, compressed: bool) -> None:
+    """Images of one size: an offset that is wrong by one image would give 98 of 100."""
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    tar = write_tar(tmp_path / "a.tar", {f"{index:03d}.png": encoded(noise, "PNG") for index in range(100)})
+    if compressed:
+        data = tar.read_bytes()
+        tar.unlink()
+        tar = tmp_path / "a.tar.gz"
+        tar.write_bytes(gzip.compress(data, 0))  # as of images, nothing becomes smaller
+    images = plan(tar, *SETTINGS)["images"]
+    assert images["count"] == (pytest.approx(100, abs=3) if compressed else 100)
+    assert not images["is_exact"]
 
 
 def test_small_tars_are_read_whole_and_counted_exactly(check: Any, shards: Path) -> None:
@@ -226,6 +242,28 @@ def test_a_damaged_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_
     code, _, err = latentmill("plan", tmp_path / "a.tar", "--vae", micro_vae)
     assert code in (1, 2)
     assert "a.tar" in err
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_damaged_shard_is_named_and_the_count_is_not_called_exact(
+    latentmill: Command, micro_vae: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "src").mkdir()
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"src/{name}.zip", "w") as archive:
+            archive.writestr("1.jpg", encoded(smooth(0)))
+        write_tar(tmp_path / f"src/{name}.tar", img2dataset_members(0, 10))
+        (tmp_path / f"src/{name}.{'tar' if kind == 'zip' else 'zip'}").unlink()
+    damaged = tmp_path / f"src/b.{kind}"
+    damaged.write_bytes(damaged.read_bytes()[:90])
+    code, out, err = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH, "--json")
+    assert code == 0, err
+    assert f"b.{kind}" in err
+    assert json.loads(out)["images"] | {"error": 0} == {
+        "count": 10 if kind == "tar" else 1,
+        "error": 0,
+        "is_exact": False,
+    }
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--images-per-second", "--price-per-hour"])

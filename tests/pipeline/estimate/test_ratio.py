@@ -21,6 +21,16 @@ def test_the_interval_covers_the_truth_in_about_95_of_100_samples() -> None:
     assert 0.92 <= covered / 600 <= 0.98
 
 
+def test_the_error_is_that_of_the_files_that_were_not_drawn() -> None:
+    """Two of three files, with 10 and 20 images in 100 bytes each: 45 in 300, with a spread of 5² + 5²."""
+    count = estimate_total([Counted(10, 100), Counted(20, 100)], 3, 300)
+    alone = estimate_total([Counted(10, 100), Counted(20, 100)], 300, 30_000)
+    assert count.images == pytest.approx(45)
+    assert count.error is not None and alone.error is not None
+    # standard errors of the mean: 50 / 2 is the variance, of which a third or nearly all is left
+    assert count.error / 3 == pytest.approx(alone.error / 300 * np.sqrt((1 / 3) / (298 / 300)))
+
+
 def test_a_census_is_exact() -> None:
     count = estimate_total([Counted(3, 100), Counted(5, 900)], 2, 1000)
     assert count == Count(8.0, 0.0)
@@ -35,12 +45,18 @@ def test_files_that_were_read_in_part_make_an_error_even_if_all_were_drawn() -> 
 
 def test_one_file_of_many_has_an_unknown_error() -> None:
     count = estimate_total([Counted(10, 100)], 5, 1000)
-    assert count == Count(100.0, None)
+    assert count == Count(100.0, None, is_exact=False)
     assert (count + Count(3.0)).error is None
 
 
 def test_errors_of_kinds_add_as_independent_ones() -> None:
     assert Count(10.0, 3.0) + Count(5.0, 4.0) == Count(15.0, 5.0)
+
+
+def test_equal_files_that_were_not_all_drawn_are_an_estimate() -> None:
+    count = estimate_total([Counted(10, 100)] * 3, 50, 5000)
+    assert count == Count(500.0, 0.0, is_exact=False)
+    assert not (Count(1.0) + count).is_exact
 
 
 def test_empty_files_have_no_images() -> None:
