@@ -55,7 +55,7 @@ def read_samples(
     may_differ: Container[int] | None = None,
     with_images: bool = True,
     left_out: LeftOutTars | None = None,
-    on_offset: Callable[[int], None] = lambda offset: None,
+    on_offset: Callable[[int], None] | None = None,
 ) -> Generator[Sample | Reject, None, None]:
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
@@ -112,7 +112,7 @@ def read_single_tar(
     wanted: Wanted,
     skipped: Counter[str] | None,
     on_piece: Callable[[], None],
-    on_offset: Callable[[int], None],
+    on_offset: Callable[[int], None] | None,
 ) -> Iterator[Sample | Reject]:
     """Yield the samples of a tar or of a range of it, with the columns of img2dataset's metadata beside it."""
     counter = None if unit.metadata else skipped  # columns may come from other tables
@@ -124,7 +124,8 @@ def read_single_tar(
             stream.seek(start)
 
         def on_member(first: int) -> None:  # a compressed tar has more bytes after decompression
-            on_offset(min(first, stream.tell()))
+            if on_offset is not None:
+                on_offset(min(first, stream.tell()))
 
         samples = read_tar(stream, unit.url, wanted, spec.limits, skipped, (start, stop), on_member)
         for sample in read_past_damage(samples, stream, on_piece, stop):
