@@ -15,6 +15,7 @@ from pipeline.estimate.sampling import Drawn, Stratum
 from pipeline.estimate.speed import Rates
 from pipeline.flow import EncodeSpec
 from pipeline.records import Filtered, PreparedImage, Reject
+from pipeline.wording import count_noun
 
 BAR = 24  # characters of the longest bar of the histogram
 BLOCK = 8 << 20  # bytes of a request for a tar that is read from start to end
@@ -123,12 +124,12 @@ def _share_columns(items: list[Opened]) -> dict[str, float]:
 
 def format_summary(facts: Mapping[str, Any]) -> str:
     """Return the estimate as lines of text."""
-    images, speed = facts["images"], facts["speed"]
+    images, speed, sampled = facts["images"], facts["speed"], facts["sampled"]
     shards = ", ".join(f"{count:,} {kind}" for kind, count in facts["shards"].items())
     lines = [
         f"images     {_format_count(images)}",
-        f"inputs     {shards or 'a folder'}; {facts['units']:,} units, {_format_bytes(facts['bytes'])}",
-        f"sampled    {facts['sampled']['images']:,} images of {facts['sampled']['inputs']:,} inputs",
+        f"inputs     {shards or 'a folder'}; {count_noun(facts['units'], 'unit')}, {_format_bytes(facts['bytes'])}",
+        f"sampled    {count_noun(sampled['images'], 'image')} of {count_noun(sampled['inputs'], 'input')}",
         f"formats    {_format_shares(facts['formats'])}",
         f"columns    {', '.join(f'{name} {share:.0%}' for name, share in facts['columns'].items()) or 'none'}",
         f"unreadable {facts['unreadable']['share']:.2%}{_format_reasons(facts['unreadable']['reasons'])}",
@@ -154,12 +155,11 @@ def _format_speed(speed: Mapping[str, Any]) -> list[str]:
     lines = [f"images/s   {', '.join(rates) or 'unknown'} (of a stream, a core and a device; {source})"]
     if speed["hours"] is None:
         return lines
-    workers = f"{speed['workers']:,} worker{'s' if speed['workers'] != 1 else ''}"
+    workers, rate = count_noun(speed["workers"], "worker"), speed["images_per_second"]
     lines.append(
-        f"time       {_format_hours(speed['hours'])} with {workers} ({speed['images_per_second']:.1f} images/s), "
-        f"bound by {speed['bound_by']}"
+        f"time       {_format_hours(speed['hours'])} with {workers} ({rate:.1f} images/s), bound by {speed['bound_by']}"
     )
-    if speed["cores_per_device"]:
+    if speed["cores_per_device"] and speed["device"] != "cpu":
         lines.append(f"cores      {speed['cores_per_device']:.2g} open as many images as a device encodes")
     if speed["cost"] is not None:
         lines.append(f"cost       {speed['cost']:,.2f} at the given price per worker and hour")
@@ -174,7 +174,7 @@ def _format_hours(hours: float) -> str:
 
 def _format_count(images: Mapping[str, Any]) -> str:
     if images["is_exact"]:
-        return f"{images['count']:,} images (exact)"
+        return f"{count_noun(images['count'], 'image')} (exact)"
     if images["error"] is None:
         return f"{images['count']:,} images (error unknown: too few shards were read)"
     return f"{images['count']:,} ± {images['error']:,} images (95%)"
