@@ -155,6 +155,22 @@ def test_the_quickstart_prints_the_output_that_it_shows(
         assert remove_numbers(line) in printed, line
 
 
+def test_the_commands_before_during_and_after_a_job_run(
+    latentmill: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    outputs = {}
+    for line in find_command_lines(find_section("Before, during and after a job")):
+        command, *argv = shlex.split(line)[1:]
+        more = {"plan": ["--seconds", 0.1], "encode": ["--workers", 0]}.get(command, [])
+        code, outputs[command], err = latentmill(command, *argv, *more)
+        assert code == 0, err
+    assert list(outputs) == ["plan", "encode", "status", "report"]
+    assert "6 images (exact)" in outputs["plan"] and "100%" in outputs["status"], outputs
+    assert "<html" in (tmp_path / "demo-output/report.html").read_text(encoding="utf-8")
+
+
 def test_the_s3_commands_of_the_readme_run(
     latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, bucket: str
 ) -> None:
