@@ -18,6 +18,7 @@ from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
 from pipeline.images.near_empty import MAX_STD
+from pipeline.readers.labels import LABEL_COLUMNS
 from pipeline.records import IMAGE_EXTENSIONS, Form
 from pipeline.sources.columns import RESERVED
 from pipeline.storage.folder import Folder
@@ -111,6 +112,10 @@ def check_input_options(options: EncodeOptions, kinds: Set[str], has_metadata: b
     if options.key_column and not tables:
         text = "is for Parquet files, Arrow files and manifests, and the sources have none; leave it out"
         raise UsageError(f"--key-column {text}")
+    labels, wanted = LABEL_COLUMNS.names, parse_columns(options)
+    if options.label_from_folder and wanted is not None and not set(labels) & set(wanted):
+        text = f"makes the columns {' and '.join(labels)}, and --columns has neither: add {labels[0]} to it"
+        raise UsageError(f"--label-from-folder {text}")
 
 
 def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:

@@ -56,3 +56,10 @@ def test_labels_of_edm2(encode: Command, source: Path, tmp_path: Path) -> None:
 def test_images_without_folders_have_no_labels(encode: Command, tmp_path: Path) -> None:
     code, _, err = encode(write_images(tmp_path / "photos", "a.jpg"), "--label-from-folder")
     assert (code, "no image is in a folder directly below the root" in err) == (2, True)
+
+
+def test_labels_that_the_columns_leave_out_are_refused(encode: Command, source: Path, tmp_path: Path) -> None:
+    code, _, err = encode(source, "--label-from-folder", "--columns", "txt")
+    assert (code, "--columns has neither: add label to it" in err) == (2, True), err
+    assert encode(source, "--label-from-folder", "--columns", "label_name")[0] == 0
+    assert read_columns(tmp_path / "c", "label_name")["dog/1"] == ("dog",)
