@@ -8,6 +8,7 @@ written again.
 """
 
 import itertools
+import platform
 import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -328,6 +329,7 @@ def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
         "precision_error": context.precision_error,
         "versions": dict(context.spec.versions),
         "run": context.spec.run,
+        "host": platform.node(),
     }
 
 

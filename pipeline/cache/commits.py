@@ -26,7 +26,7 @@ from pipeline.records import Container
 from pipeline.storage.folder import Folder
 
 COMMITS, REJECTS = "_commits", "_rejects"
-_NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None}
+_NO_FACTS: Mapping[str, object] = {"seconds": {}, "compute": {}, "versions": {}, "run": None, "host": None}
 
 
 def write_commit(
@@ -36,7 +36,7 @@ def write_commit(
 
     Each of the two files is one request. If another writer's commit exists, it is left as it is.
     parts: all parts of a unit, or one retry part. facts: facts that the parts do not record
-    (seconds, compute, versions, run).
+    (seconds, compute, versions, run, host).
     """
     content = make_commit(parts, facts)
     name = get_commit_name(parts)
