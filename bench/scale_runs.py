@@ -85,13 +85,14 @@ class SimulatedExecutor:
     can_replace = True
 
     def __init__(self, process: WorkerProcess, workers: int, tasks_per_worker: int, window: float) -> None:
-        from jobs.executor import TaskResult
+        from jobs.executor import TaskResult, WorkerProgress
 
         self.process, self.tasks_per_worker, self.window = process, tasks_per_worker, window
         self.workers = tuple(f"worker{number}" for number in range(workers))
         self.images = self.tasks = 0
         self.share = 0.0
-        self._make_result = TaskResult
+        self._make_result, self._make_progress = TaskResult, WorkerProgress
+        self.progress = dict.fromkeys(self.workers, WorkerProgress(0, 0.0))
         self._running: dict[str, Any] = {}
         self._new: list[tuple[str, str, str]] = []
         self._marks: list[tuple[float, float, int]] = []
@@ -112,6 +113,7 @@ class SimulatedExecutor:
             report = pickle.loads(data)
             self._first = self._first or time.monotonic()
             self.images += report.encoded
+            self.progress[worker] = self._make_progress(self.progress[worker].images + report.encoded, 0.0)
             self.tasks += 1
             results.append(self._make_result(task=self._running.pop(name), worker=worker, report=report))
         return results

@@ -17,14 +17,14 @@ from jobs.finalize import finalize_cache
 from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, describe_work, log_unit
+from jobs.progress import ProgressMeter
 from jobs.resources import ResourcePlan, plan_resources
+from jobs.run_monitor import RunMonitor
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from jobs.skipped_inputs import SkippedInputs
-from jobs.throughput import WorkerTime
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
 from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
@@ -242,25 +242,19 @@ def encode_pending(
     executor = resources.start_executor(spec, vae, len(pending), recorder.signals.stop)
     running = {unit.name: unit for unit in pending}
     meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
-    worker_time, started = WorkerTime(len(executor.workers)), time.perf_counter()
-    metrics = resources.start_metrics("encode", cache.url, units_done=len(units) - len(pending))
+    metrics, started = resources.start_metrics("encode", cache.url, len(units) - len(pending)), time.perf_counter()
+    monitor = RunMonitor(executor, meter, recorder, metrics, totals)
     skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
-        totals.add(done)
         log.add(done.summaries)
         skipped.add(done, running[done.unit].path)
         left_out.add(done)
-        log_unit(done)
-        metrics.add_unit(done, running[done.unit].input_bytes)
-        meter.task_done(running[done.unit].input_bytes, done.encoded, sum(done.rejects.values()))
+        input_bytes = running[done.unit].input_bytes
+        monitor.add(done, input_bytes, input_bytes)
 
     def on_tick(task_counts: TaskCounts) -> None:
-        meter.tick(executor.images, executor.waiting_for)
-        worker_time.note(len(executor.workers), executor.busy_seconds)
-        totals.worker_seconds, totals.busy_last_minute = worker_time.seconds, worker_time.busy_share
-        recorder.update(**{**describe_totals(totals), **meter.facts, **describe_work(executor, task_counts)})
-        metrics.publish(meter, executor, task_counts, totals.busy_last_minute)
+        monitor.tick(task_counts)
         write_log(log)
 
     def find_more() -> list[Unit]:

@@ -3,9 +3,9 @@
 import re
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pipeline.encoder import is_device_error
 from pipeline.errors import DamagedError, DamagedFileError, LatentmillError, OtherUnitError, Stopped, StorageError
@@ -102,6 +102,13 @@ class TaskCounts:
     failed: int = 0
 
 
+class WorkerProgress(NamedTuple):
+    """The images that went through a worker's model so far, and the seconds for which it ran."""
+
+    images: int
+    busy_seconds: float
+
+
 class Executor(Protocol):
     """Runs tasks on workers."""
 
@@ -128,6 +135,11 @@ class Executor(Protocol):
     @property
     def busy_seconds(self) -> float:
         """Seconds for which models ran so far, summed over the workers; 0 if that is not measured."""
+        ...
+
+    @property
+    def progress(self) -> Mapping[str, WorkerProgress]:
+        """The progress of the workers that are ready, by their labels; empty if it is not measured."""
         ...
 
     @property

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from pathlib import Path
 from typing import Any
 
-from jobs.executor import TaskResult, Worker, format_error, make_failed_result
+from jobs.executor import TaskResult, Worker, WorkerProgress, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
 
@@ -37,6 +37,10 @@ class LocalExecutor:
     @property
     def busy_seconds(self) -> float:
         return self.worker.busy_seconds
+
+    @property
+    def progress(self) -> dict[str, WorkerProgress]:
+        return {self.workers[0]: WorkerProgress(self.images, self.busy_seconds)}
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         self.running[self.pool.submit(self.worker.run, task, attempt)] = task

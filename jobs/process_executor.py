@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
-from jobs.executor import Worker
+from jobs.executor import Worker, WorkerProgress
 from jobs.local_executor import LocalExecutor
 from latentmill.own_packages import call_pickled
 from pipeline.errors import JobError
@@ -43,6 +43,10 @@ class ProcessExecutor(LocalExecutor):
     @property
     def busy_seconds(self) -> float:
         return 0.0
+
+    @property
+    def progress(self) -> dict[str, WorkerProgress]:
+        return {}
 
     def submit(self, task: Any, attempt: Attempt, worker: str) -> None:
         try:

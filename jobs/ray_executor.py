@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from jobs.executor import TaskResult, Worker, WorkerSpec, make_failed_result
+from jobs.executor import TaskResult, Worker, WorkerProgress, WorkerSpec, make_failed_result
 from jobs.messages import log_info
 from jobs.ray_address import (
     CONNECT_SECONDS,
@@ -204,8 +204,7 @@ class RayExecutor:
         self.tasks_per_worker = spec.tasks_per_worker
         self.resources = resources
         self.ended: list[TaskResult] = []
-        self.lost_images = self.restarts = 0
-        self.lost_busy_seconds = 0.0
+        self.lost, self.restarts = WorkerProgress(0, 0.0), 0  # of the workers that were ended
         self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
         self._first_workers = workers
@@ -261,11 +260,15 @@ class RayExecutor:
 
     @property
     def images(self) -> int:
-        return self.lost_images + sum(handle.images for handle in self.handles)
+        return self.lost.images + sum(handle.progress.images for handle in self.handles)
 
     @property
     def busy_seconds(self) -> float:
-        return self.lost_busy_seconds + sum(handle.busy_seconds for handle in self.handles)
+        return self.lost.busy_seconds + sum(handle.progress.busy_seconds for handle in self.handles)
+
+    @property
+    def progress(self) -> dict[str, WorkerProgress]:
+        return {handle.label: handle.progress for handle in self._ready.values()}
 
     @property
     def starting(self) -> int:
@@ -377,7 +380,8 @@ class RayExecutor:
         self._note_progress(handle, progress)
 
     def _note_progress(self, handle: WorkerHandle, progress: Progress) -> None:
-        handle.images, steps, handle.busy_seconds = progress
+        images, steps, busy_seconds = progress
+        handle.progress = WorkerProgress(images, busy_seconds)
         if steps != handle.steps:
             handle.steps, handle.progressed_at = steps, time.monotonic()
 
@@ -425,8 +429,8 @@ class RayExecutor:
 
     def _end(self, handle: WorkerHandle) -> None:
         """End a worker. The next one in its slot starts as soon as the slot allows it."""
-        self.lost_images += handle.images
-        self.lost_busy_seconds += handle.busy_seconds
+        images, busy_seconds = handle.progress
+        self.lost = WorkerProgress(self.lost.images + images, self.lost.busy_seconds + busy_seconds)
         ray.kill(handle.actor)
         handle.slot.worker = None
         self._vacant[handle.slot] = None

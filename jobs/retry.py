@@ -10,16 +10,17 @@ from jobs.cache_inputs import load_matching_vae, read_units
 from jobs.common_options import describe_options, parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
-from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging
 from jobs.options import RetryOptions
 from jobs.parsing import parse
-from jobs.progress import ProgressMeter, describe_work, log_unit
+from jobs.progress import ProgressMeter
 from jobs.resources import plan_resources
+from jobs.run_monitor import RunMonitor
 from jobs.run_recorder import RunRecorder
 from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
+from jobs.totals import RunTotals, describe_totals
 from pipeline.cache.commit_scan import list_commit_names, read_summaries, remove_lost_commits
 from pipeline.cache.identity import NAME
 from pipeline.cache.part_info import UnitReport
@@ -49,7 +50,7 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
     planned = read_units(options, cache, options.same_source).values()
     tasks = retry.make_tasks(planned, read_records(cache, wanted), started)
     vae = load_matching_vae(options.vae, cache)
-    single_writer, counts = not cache.folder.supports_conditional_create(), Counter[str]()
+    single_writer, totals = not cache.folder.supports_conditional_create(), RunTotals()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=not single_writer))
     run = Run(cache.folder, "retry", describe_options(options))
     recorder = RunRecorder(run, signals, collect_secrets(cache.folder.options, parse_source_options(options)))
@@ -58,13 +59,14 @@ def run_job(options: RetryOptions, signals: Signals) -> int:
         if tasks and not single_writer:
             remove_lost_commits(cache.folder, list_commit_names(cache.folder))
         recorder.update(units=len(tasks))
-        result = run_retry(options, cache, vae, tasks, recorder, counts)  # the executor is closed when it returns
-        recorder.update(counts=dict(counts), images_per_second=0.0, seconds_left=None)
+        result = run_retry(options, cache, vae, tasks, recorder, totals)  # the executor is closed when it returns
+        recorder.update(**{**describe_totals(totals), "images_per_second": 0.0, "seconds_left": None})
         recorder.note_failures(result.failures)
         written = finalize_cache(cache.folder, cache.info, single_writer)
         code = 1 if result.failures else 0
+        recorder.update(images_per_second=totals.rate)
         recorder.end("failed" if result.failures else "done", code)
-    print_summary(options, tasks, counts, written)
+    print_summary(options, tasks, totals.counts, written)
     return code
 
 
@@ -111,7 +113,7 @@ def run_retry(
     vae: Vae,
     tasks: Sequence[retry.RetryTask],
     recorder: RunRecorder,
-    counts: Counter[str],
+    totals: RunTotals,
 ) -> RunResult:
     """Run the tasks on the workers."""
     if not tasks:
@@ -119,12 +121,6 @@ def run_retry(
     sizes = {task.name: len(task.rejected - task.superseded) for task in tasks}
     inputs = {task.name: task.unit.input_bytes for task in tasks}
     meter = ProgressMeter("encoded", sum(sizes.values()), size_per_image=1.0)
-
-    def on_done(done: UnitReport) -> None:
-        log_unit(done)
-        counts.update({"units": 1, "rows": done.rows, "parts": done.parts, "bytes": done.bytes})
-        meter.task_done(sizes[done.unit], done.rows, 0)
-        metrics.add_unit(done, inputs[done.unit])
 
     with plan_resources(options, cache.info.compute.backend) as resources:
         size, form = cache_spec.inherit_compute(cache.info.compute, resources.backend, resources.device)
@@ -144,18 +140,19 @@ def run_retry(
         spec = retry.RetrySpec(encode_spec)
         executor = resources.start_executor(spec, vae, len(tasks), recorder.signals.stop)
         metrics = resources.start_metrics("retry", cache.folder.url)
+        monitor = RunMonitor(executor, meter, recorder, metrics, totals)
 
-        def on_tick(task_counts: TaskCounts) -> None:
-            meter.tick(executor.images, executor.waiting_for)
-            recorder.update(counts=dict(counts), **meter.facts, **describe_work(executor, task_counts))
-            metrics.publish(meter, executor, task_counts)
+        def on_done(done: UnitReport) -> None:
+            monitor.add(done, sizes[done.unit], inputs[done.unit])
 
         def probe(task: retry.RetryTask) -> None:
             connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)
             connection.check_reachable(task.unit.url, parse_source_options(options))
 
         with meter.shown():
-            return run_tasks(tasks, executor, recorder.signals, on_done, on_tick, probe, options.stall_timeout)
+            result = run_tasks(tasks, executor, recorder.signals, on_done, monitor.tick, probe, options.stall_timeout)
+            totals.working, totals.busy_last_minute = result.seconds, None
+            return result
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.executor import WorkerProgress
 from jobs.ray_node import WorkerLocation
 from jobs.slots import Slot
 
@@ -30,8 +31,7 @@ class WorkerHandle:
     is_loaded: bool = False
     tasks: dict[str, Any] = field(default_factory=dict)
     is_asked: bool = False
-    images: int = 0
-    busy_seconds: float = 0.0
+    progress: WorkerProgress = WorkerProgress(0, 0.0)
     steps: int = 0
     reported_at: float = 0.0
     progressed_at: float = 0.0

@@ -235,7 +235,8 @@ def retry_unit(task: RetryTask, context: WorkerContext) -> UnitReport:
         add_existing_parts(task.unit, remaining.rest // spec.rows_per_part, remaining, spec)
         if remaining.rest is not None:  # no sample follows the damage
             write(remaining.rest // spec.rows_per_part, PartBuffer(), [])
-    return make_report(task.unit, [part.to_commit_entry() for part in parts], 0, timer.seconds)
+    report = make_report(task.unit, [part.to_commit_entry() for part in parts], 0, timer.seconds)
+    return replace(report, encoded=report.rows)
 
 
 def read_for_retry(task: RetryTask, context: WorkerContext) -> tuple[ReadableSamples, Iterable[Sample | Reject]]:
