@@ -28,6 +28,7 @@ from pipeline.report.page import MAX_BUCKETS, Page, Section, check_packages, ren
 from pipeline.report.recheck import Compared, compare_rows, decode_pairs, find_in_compared
 from pipeline.report.sample import Sample, read_sample
 from pipeline.report.sample_findings import find_in_sample
+from pipeline.report.workers import WorkerRates, find_slow_workers, read_worker_rates
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.wording import count_noun
@@ -72,8 +73,10 @@ def make_page(options: ReportOptions, cache: Cache, content: Mapping[str, Any]) 
     found += records.find_unusual_parts(records.read_parts(cache))
     if sample is not None:
         found += [*find_in_sample(sample), *(find_equal_rows(cache) if len(sample) < sample.total else [])]
-    findings = [finding.for_cache(options.cache) for finding in sort_findings(found)]
     runs = read_runs(cache.folder).values()
+    rates = read_worker_rates(runs)
+    found += find_slow_workers(rates)
+    findings = [finding.for_cache(options.cache) for finding in records.name_hosts(cache, sort_findings(found))]
     return Page(
         cache=options.cache,
         made=f"{cache.info.vae.reference}, {count_noun(content['count'], 'row')}; report of {utc_now()}",
@@ -83,7 +86,7 @@ def make_page(options: ReportOptions, cache: Cache, content: Mapping[str, Any]) 
         compared=compared,
         pairs={finding.code: decode_pairs(cache, finding, encoder) for finding in findings} if encoder else {},
         why_no_images=why,
-        plots=draw_plots(content, sample, means, stds, runs),
+        plots=draw_plots(content, sample, means, stds, runs, rates),
         agreement=describe_agreement(findings, cache, content),
         buckets=describe_buckets(content),
         runs=[describe_run(run) for run in runs],
@@ -206,7 +209,12 @@ def describe_sample(sample: Sample | None, compared: Sequence[Compared]) -> str:
 
 
 def draw_plots(
-    content: Mapping[str, Any], sample: Sample | None, means: Sequence[float], stds: Sequence[float], runs: Any
+    content: Mapping[str, Any],
+    sample: Sample | None,
+    means: Sequence[float],
+    stds: Sequence[float],
+    runs: Any,
+    rates: WorkerRates | None,
 ) -> dict[str, str]:
     """Return the plots of the page."""
     drawn: dict[str, str] = {}
@@ -219,6 +227,8 @@ def draw_plots(
         drawn["throughput"] = plots.draw_throughput(
             [run["started"] for run in rated], [run["images_per_second"] for run in rated]
         )
+    if rates is not None:
+        drawn["workers"] = plots.draw_workers(rates)
     return drawn
 
 

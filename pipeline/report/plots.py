@@ -6,14 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.report.sample import Sample
+from pipeline.report.workers import WorkerRates
 
 # What matplotlib draws, and what the page shows instead.
 INK, FAINT, FIRST, SECOND, PAPER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 VARIABLES = {INK: "--ink", FAINT: "--faint", FIRST: "--accent", SECOND: "--second", PAPER: "--paper"}
 WIDTH = 9.0  # inches of 72 points
 MAX_CHANNELS, MAX_POINTS = 32, 500
+MAX_LINES, MAX_ROWS = 8, 40  # of workers
+HEAT = (0.25, 0.5, 0.85)  # red, green and blue, readable in both themes
 STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -144,3 +148,45 @@ def draw_throughput(starts: Sequence[str], rates: Sequence[float]) -> str:
         axis.set_ylabel("images per second")
 
     return draw("throughput of the runs", 1, 1, 2.2, paint)
+
+
+def draw_workers(rates: WorkerRates) -> str:
+    """Return the throughput of each worker over time: a line per worker if there are few, otherwise a row."""
+    order = np.argsort(rates.mean, kind="stable")[:MAX_ROWS]
+    is_whole = rates.seconds >= rates.seconds[0] / 2  # the last interval may be short
+    values = (rates.counts / rates.seconds)[order][:, is_whole]
+    names = [rates.names[number] for number in order]
+    unit, divisor = ("minutes", 60) if rates.seconds.sum() >= 300 else ("seconds", 1)
+    edges = np.concatenate([[0.0], np.cumsum(rates.seconds[is_whole])]) / divisor
+    few = len(rates.names) <= MAX_LINES
+
+    def paint(axes: Any) -> None:
+        axis = axes[0, 0]
+        paint_lines(axis, values, edges) if few else paint_rows(axis, values, edges, names)
+        slowest = f"the slowest: {names[0]}" if few else f"the slowest first, of {len(rates.names):,} workers"
+        median = f"the median is {np.median(rates.mean):.3g} images/s"
+        axis.set_title(f"{slowest}; {median}" if len(names) > 1 else names[0], loc="left", fontsize=8, parse_math=False)
+        axis.set_xlabel(f"{unit} since {rates.started[:16].replace('T', ' ')} UTC")
+
+    return draw("throughput of the workers", 1, 1, 2.4 if few else 0.8 + 0.14 * len(order), paint)
+
+
+def paint_lines(axis: Any, values: NDArray[np.float64], edges: NDArray[np.float64]) -> None:
+    """Draw a line per worker, that of the slowest on top. values: images per second [W, T], the slowest first."""
+    for number, line in reversed(list(enumerate(values))):
+        is_slowest = not number and len(values) > 1
+        color = SECOND if is_slowest else FIRST
+        axis.stairs(np.nan_to_num(line), edges, baseline=None, color=color, linewidth=1.6 if is_slowest else 1.1)
+    axis.set_ylabel("images per second")
+    axis.set_ylim(0)
+
+
+def paint_rows(axis: Any, values: NDArray[np.float64], edges: NDArray[np.float64], names: Sequence[str]) -> None:
+    """Draw a row per worker, in a deeper color for more images per second. values: as of `paint_lines`."""
+    share = np.nan_to_num(values) / max(float(np.nanmax(values)), 1e-9)
+    colors = np.empty((*values.shape, 4))
+    colors[..., :3], colors[..., 3] = HEAT, np.where(np.isnan(values), 0.0, 0.06 + 0.94 * share)
+    axis.imshow(colors, aspect="auto", interpolation="nearest", extent=(0, edges[-1], len(names), 0))
+    axis.set_yticks(np.arange(len(names)) + 0.5)
+    axis.set_yticklabels(names, parse_math=False, fontsize=7)
+    axis.tick_params(axis="y", length=0)

@@ -1,7 +1,7 @@
 """What the records of a cache say about its parts and runs, without reading a row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.cache import commits
 from pipeline.cache.commit_scan import CacheScan
 from pipeline.cache.part_table import CHANNEL_FIELDS
+from pipeline.cache.parts import DATA, is_retry_part, parse_unit_name, strip_extension
 from pipeline.cache.reader import Cache
 from pipeline.report.findings import MAX_EXAMPLES, Example, Finding
 from pipeline.wording import count_noun
@@ -102,6 +103,24 @@ def find_unusual_parts(parts: Parts | None) -> list[Finding]:
             command="latentmill verify {cache} --reencode 100",
         )
     ]
+
+
+def name_hosts(cache: Cache, findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings. Those of parts name the hosts that encoded their examples: one of them may be broken."""
+    return [
+        replace(finding, examples=tuple(_name_host(cache, example) for example in finding.examples))
+        if finding.code in ("unusual-parts", "noisy-unit")
+        else finding
+        for finding in findings
+    ]
+
+
+def _name_host(cache: Cache, example: Example) -> Example:
+    file = example.places[0][0] if example.places else example.key  # of a row, or a file
+    stem = strip_extension(file).removeprefix(f"{DATA}/")
+    content = commits.read_commit_if_exists(cache.folder, stem if is_retry_part(stem) else parse_unit_name(file)) or {}
+    host = content.get("host")
+    return replace(example, remark=f"{example.remark}, encoded on {host}") if host else example
 
 
 def read_reject_examples(cache: Cache, per_reason: int = 3, limit: int = 200) -> dict[str, list[Mapping[str, Any]]]:

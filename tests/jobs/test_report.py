@@ -1,6 +1,7 @@
 """`latentmill report`: the seven planted faults, hostile texts, and the page in a real browser."""
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -58,6 +59,8 @@ def test_seven_planted_faults_are_found(latentmill: Command, tmp_path: Path, mon
     )
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(code in html for code in SEVEN)
+    assert f", encoded on {platform.node()}" in html, "of the noisy unit"
+    assert 'aria-label="throughput of the workers"' in html
     assert len(html) < 10_000_000
 
 
@@ -95,7 +98,7 @@ def test_a_hostile_key_or_caption_is_only_text(hostile: Path) -> None:
     for tag, attributes in tags:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         links = [attributes.get(name) or "" for name in ("src", "href", "xlink:href")]
-        assert all(re.match(r"(data:image/jpeg;base64,|data:,|#|$)", link) for link in links), (tag, attributes)
+        assert all(re.match(r"(data:image/(jpeg|png);base64,|data:,|#|$)", link) for link in links), (tag, attributes)
     assert "&lt;script&gt;alert(0)" in html
     assert "&lt;svg onload" in html
     assert "http://" not in html and "https://" not in html
