@@ -13,11 +13,13 @@ from PIL import Image
 from pipeline.errors import REASONS, UsageError
 from pipeline.report.findings import Finding
 from pipeline.report.recheck import Compared
+from pipeline.text import printable
 
 SHOWN_SIDE = 192  # of an image, in pixels
 QUALITY = 82
 SHEET_IMAGES, WORST_IMAGES = 24, 8
 MAX_BUCKETS = 40
+MAX_CAPTION = 300  # characters
 INSTALL = 'latentmill report needs Jinja2 and matplotlib: pip install "latentmill[report]"'
 
 
@@ -98,6 +100,7 @@ def show(row: Compared) -> dict[str, Any]:
         "psnr": row.psnr,
         "ssim": row.ssim,
         "cause": row.cause,
+        "caption": printable(" ".join(row.caption[:MAX_CAPTION].split())),
         "decoded": to_data_uri(row.decoded),
         "original": None if row.original is None else to_data_uri(row.original),
     }

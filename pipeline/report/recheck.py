@@ -26,6 +26,7 @@ from pipeline.readers.tar_group import select_shards
 from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage, Sample, Unit
 from pipeline.report.findings import MAX_EXAMPLES, Example, Finding
+from pipeline.report.sample import find_caption_column
 from pipeline.wording import count_noun
 
 Cause = Literal["none", "wrong-range", "wrong-scaling", "swapped-channels", "unknown"]
@@ -47,7 +48,7 @@ class Compared:
     """A row that was decoded.
 
     decoded, original: RGB uint8 [H, W, 3]; None if the original was not found. psnr: in dB. cause: how the
-    stored latent differs from that of the original; None if it was not encoded again.
+    stored latent differs from that of the original; None if it was not encoded again. caption: empty if there is none.
     """
 
     file: str
@@ -58,6 +59,7 @@ class Compared:
     psnr: float | None = None
     ssim: float | None = None
     cause: Cause | None = None
+    caption: str = ""
 
 
 def compare_rows(
@@ -69,6 +71,8 @@ def compare_rows(
     for ref, row in rows:
         of_unit[ref.unit.name].append((ref, row))
     compared: list[Compared] = []
+    caption = find_caption_column(cache)
+    caption = None if caption in cache.overlays.schema.names else caption  # these are read by whole files only
     deadline = time.monotonic() + SECONDS
     for pairs in of_unit.values():
         if time.monotonic() > deadline:
@@ -77,7 +81,7 @@ def compare_rows(
         wanted = {(row["shard"], row["key"]) for _, row in pairs}
         images = dict(read_originals(pairs[0][0].unit, wanted, spec, notes))
         compared += [
-            compare_row(ref.file, row, images.get((row["shard"], row["key"])), encoder, cache.scaling)
+            compare_row(ref.file, row, images.get((row["shard"], row["key"])), encoder, cache.scaling, caption)
             for ref, row in pairs
         ]
     return compared
@@ -112,12 +116,18 @@ def read_originals(
 
 
 def compare_row(
-    file: str, row: Mapping[str, Any], image: PreparedImage | None, encoder: LatentEncoder, scaling: Scaling
+    file: str,
+    row: Mapping[str, Any],
+    image: PreparedImage | None,
+    encoder: LatentEncoder,
+    scaling: Scaling,
+    caption: str | None,
 ) -> Compared:
-    """Decode a row, and compare it with its image: the pixels, and the latent."""
+    """Decode a row, and compare it with its image: the pixels, and the latent. caption: the name of its column."""
     stored = to_tensor(row)
     decoded = decode(stored, encoder)
-    shown = Compared(file=file, key=row["key"], shard=row["shard"], decoded=decoded)
+    text = str(row.get(caption) or "") if caption else ""
+    shown = Compared(file=file, key=row["key"], shard=row["shard"], decoded=decoded, caption=text)
     if image is None or image.bucket != (row["height"], row["width"]):
         return shown
     original = image.pixels.numpy()
