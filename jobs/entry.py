@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from pipeline.errors import LatentmillError, UsageError
+from pipeline.text import printable_lines
 
 
 def check_platform() -> None:
@@ -26,7 +27,7 @@ def run_guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         check_platform()
         return main(argv)
     except LatentmillError as error:
-        print(f"latentmill: {error}", file=sys.stderr)
+        print(f"latentmill: {printable_lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("latentmill: interrupted", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The messages of a job: lines on standard error, and the same lines in the log of the run in the cache.
 
 At a terminal lines are plain. Otherwise each begins with its time and level, as the log of a batch system needs them.
+A message may contain the name of any file, so control characters are escaped.
 """
 
 import logging
@@ -11,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from pipeline.text import printable_lines
 
 LOGGER = logging.getLogger("latentmill")
 PROGRESS = logging.getLogger("latentmill.progress")  # shown, but not in the log of the run: its record has the counts
@@ -95,13 +98,14 @@ def format_line(record: logging.LogRecord, utc: bool = False) -> str:
     """Return a message with its time (local, or in UTC with a Z) and its level."""
     convert, zone = (time.gmtime, "Z") if utc else (time.localtime, "")
     at = time.strftime("%Y-%m-%d %H:%M:%S", convert(record.created))
-    return f"{at}{zone} {record.levelname} {record.getMessage()}"
+    return f"{at}{zone} {record.levelname} {printable_lines(record.getMessage())}"
 
 
 def format_plain(record: logging.LogRecord) -> str:
     """Return a message as a terminal shows it: without time and level, with a prefix if it is a note or a warning."""
     kind = "warning" if record.levelno == logging.WARNING else getattr(record, "kind", "")
-    return f"{kind}: {record.getMessage()}" if kind else record.getMessage()
+    text = printable_lines(record.getMessage())
+    return f"{kind}: {text}" if kind else text
 
 
 def log_debug(text: str) -> None:

@@ -15,6 +15,7 @@ from pipeline.estimate.sampling import Drawn, Stratum
 from pipeline.estimate.speed import Rates
 from pipeline.flow import EncodeSpec
 from pipeline.records import Filtered, PreparedImage, Reject
+from pipeline.text import printable_lines
 from pipeline.wording import count_noun
 
 BAR = 24  # characters of the longest bar of the histogram
@@ -146,7 +147,7 @@ def format_summary(facts: Mapping[str, Any]) -> str:
         lines.append(f"  {store:<8} " + ", ".join(f"{name} {_format_bytes(size)}" for name, size in sizes.items()))
     requests = facts["requests"]
     lines.append(f"requests   about {requests['reads']:,} reads and {requests['writes']:,} writes")
-    return "\n".join(lines)
+    return printable_lines("\n".join(lines))  # names of columns are those of the inputs
 
 
 def _format_speed(speed: Mapping[str, Any]) -> list[str]:

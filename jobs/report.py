@@ -31,6 +31,7 @@ from pipeline.report.sample_findings import find_in_sample
 from pipeline.report.workers import WorkerRates, find_slow_workers, read_worker_rates
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
+from pipeline.text import printable_lines
 from pipeline.wording import count_noun
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         )
     else:
         lines = [f"{finding.severity:<8} {finding.sentence}" for finding in page.findings]
-        print("\n".join([*(lines or ["nothing looks wrong"]), f"report   {options.to}"]), flush=True)
+        print(printable_lines("\n".join([*(lines or ["nothing looks wrong"]), f"report   {options.to}"])), flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from jobs.watch import watch_cache
 from pipeline.cache.identity import describe_settings
 from pipeline.cache.reader import Cache
 from pipeline.maintenance.status import read_status
+from pipeline.text import printable
 from pipeline.wording import count_noun, format_counts
 
 SETTINGS = ("transform", "size", "exif", "alpha", "color", "flip", "store", "dtype")  # that are shown
@@ -61,7 +62,7 @@ def format_status(content: Mapping[str, Any]) -> list[str]:
         eta = "" if seconds is None else f", about {format_duration(seconds)} left"
         lines.append(f"  throughput {content['images_per_second']:.1f} images per second{eta}")
     if content["state"] in ("failed", "stopped") and (error := content["runs"][-1]["error"]):
-        lines.append(f"  {content['state']:<10} {error}")
+        lines.append(f"  {content['state']:<10} {printable(error)}")
     for run in content["runs"]:
         if run["outcome"] == "silent":
             lines.append(f"  no heartbeat since {run['alive']} from the run that started {run['started']};")

@@ -18,6 +18,7 @@ from jobs.progress import format_duration
 from pipeline.errors import StorageError
 from pipeline.maintenance.watch import RunWatch
 from pipeline.storage.folder import Folder
+from pipeline.text import printable
 from pipeline.wording import count_noun, format_counts
 
 REFRESH_SECONDS = 5.0
@@ -136,7 +137,7 @@ def format_state(run: Content) -> str:
         return f"{name}: heartbeat {run['silent_seconds']} s ago{f'; {doing}' if doing else ''}"
     if run["outcome"] == "silent":
         return f"{name}: no heartbeat since {run['alive']}; run the same command again to resume"
-    error = f": {run['error']}" if run["error"] else ""
+    error = f": {printable(run['error'])}" if run["error"] else ""
     return f"{name}: {run['outcome']} at {run['ended']}, exit code {run['exit_code']}{error}"
 
 

@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text.replace(_SUBSTITUTE, "\\"))
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of several lines with escapes for all control characters but the ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def printable_key(key: str, key_bytes: int) -> str:
     """Return a key for a reject: its first `key_bytes`, with escapes for control characters and bytes not in UTF-8."""
     return printable(key[:key_bytes])[:key_bytes]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import encode, messages
+from jobs.entry import run_guarded
 from jobs.messages import PROGRESS, RunLogHandler, log_each, log_error, log_info, log_note, log_warning
 from pipeline.errors import StorageError
 from tests.conftest import STAMP, img2dataset_members, write_tar
@@ -193,3 +194,29 @@ def test_many_messages_of_one_kind_are_counted(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21
     assert lines[-1].endswith("ERROR ... and 2,980 more like these")
+
+
+HOSTILE_TEXT = "damaged: \x1b[2J\x07\x9b31m\u202egpj.tar\nlast line"
+ESCAPED = "damaged: \\x1b[2J\\x07\\x9b31m\\u202egpj.tar\nlast line"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_names_of_files_cannot_control_the_terminal(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    kept = RunLogHandler()
+    messages.LOGGER.addHandler(kept)
+    try:
+        log_warning(HOSTILE_TEXT)
+    finally:
+        messages.LOGGER.removeHandler(kept)
+
+    def fail(argv: object) -> int:
+        raise StorageError(HOSTILE_TEXT)
+
+    assert run_guarded(fail, []) == 1
+    for text in (stream.getvalue(), kept.content.decode()):
+        assert ESCAPED in text
+        assert "".join(text.split("\n")).isprintable()
+    assert f"latentmill: {ESCAPED}\n" in stream.getvalue()

@@ -244,6 +244,14 @@ def test_a_damaged_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_
     assert "a.tar" in err
 
 
+def test_names_of_columns_cannot_control_the_terminal(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    pq.write_table(pa.table({"image": [encoded(smooth(0))], "\x1b[2J\x07name": ["a"]}), tmp_path / "src/a.parquet")
+    code, out, err = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH)
+    assert code == 0, err
+    assert r"columns    \x1b[2J\x07name 100%" in out
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_a_damaged_shard_is_named_and_the_count_is_not_called_exact(
     latentmill: Command, micro_vae: Path, tmp_path: Path, kind: str

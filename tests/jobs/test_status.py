@@ -85,6 +85,8 @@ def test_the_reason_of_a_failure_is_shown_without_secrets(
     _, out, _ = latentmill("status", tmp_path / "c")
     assert out.startswith(f"{tmp_path}/c: failed\n")
     assert "  failed     cannot list it: no answer to ***\n" in out
+    rewrite_run(tmp_path / "c", error="cannot list \x1b[2J")
+    assert r"  failed     cannot list \x1b[2J" in latentmill("status", tmp_path / "c")[1]
     monkeypatch.undo()
     (tmp_path / "shards/0.tar").unlink()
     write_tar(tmp_path / "shards/1.tar", {"0.jpg": b""})

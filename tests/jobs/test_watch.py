@@ -222,6 +222,15 @@ def test_the_view_says_what_a_run_does(store: Store) -> None:
     )
 
 
+def test_an_error_cannot_control_the_terminal(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store.end(outcome="failed", code=1, error="cannot read a\x1b[2J\x07.tar")
+    store.follow()
+    watch_cache(Folder(str(store.folder)), as_json=False, sleep=store.sleep)
+    for text in ("\n".join(format_view(store.shown[-1])), capsys.readouterr().out):
+        assert r"cannot read a\x1b[2J\x07.tar" in text
+        assert "\x1b" not in text
+
+
 def test_a_run_that_waits_for_workers_says_so(store: Store) -> None:
     store.write(**{**RUNNING, "waiting_for": "starting 2 workers"})
     first, _ = store.follow(store.end)
