@@ -18,7 +18,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 MIN_ROWS = 100  # of a cache that is compared with the constants of its VAE, which are of very many images
 NEAR_ONE = 0.2  # the most that log(std) of a scaled channel differs from 0
-NOT_ONE = 0.4  # the least that log(std) of an unscaled channel differs from 0
+FAR = 0.4  # the least that it differs from the log(std) of the constants, in a cache that was scaled
 NARROW, WIDE = 0.6, 2.0  # the ratios of the standard deviation to that of the constants that are still normal
 SHIFTED = 1.5  # standard deviations by which the mean of a channel differs
 ENLARGED_SHARE, REJECTED_SHARE = 0.25, 0.01
@@ -123,7 +123,7 @@ def compare_with_constants(mean: Sequence[float], std: Sequence[float], vae: Vae
     if len(means) != len(mean) or not measured.all():
         return []
     scaled, expected = np.log(measured), np.log(stds)
-    if np.median(abs(scaled)) < NEAR_ONE and np.median(abs(expected)) > NOT_ONE:
+    if np.median(abs(scaled)) < NEAR_ONE and np.median(abs(scaled - expected)) > FAR:
         sentence = (
             "The stored latents have a standard deviation of about 1, as if they were scaled already: "
             "a trainer would scale them again."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import encoded, smooth, write_tar
-from tests.planted import break_encoder, write_source
+from tests.planted import UNITS, break_encoder, scale_latent, write_source
 
 Command = Callable[..., tuple[int, str, str]]
 ENCODE = ("--vae", "demo", "--resolution", 64, "--workers", 0)
@@ -53,15 +53,22 @@ def test_seven_planted_faults_are_found(latentmill: Command, tmp_path: Path, mon
         assert latentmill("encode", source, "--to", tmp_path / "cache", *ENCODE)[0] == 0
     found = report_codes(latentmill, tmp_path / "cache", tmp_path / "report.html")
     assert found >= SEVEN
-    assert (
-        "finding      The stored latents have a standard deviation of about 1"
-        in latentmill("stats", tmp_path / "cache")[1]
-    )
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(code in html for code in SEVEN)
     assert f", encoded on {platform.node()}" in html, "of the noisy unit"
     assert 'aria-label="throughput of the workers"' in html
     assert len(html) < 10_000_000
+
+
+def test_statistics_alone_show_scaled_latents(
+    latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "shards", faulty=False)
+    with monkeypatch.context() as patch:
+        break_encoder(patch, {f"{number}.tar": scale_latent for number in range(UNITS)})
+        assert latentmill("encode", source, "--to", tmp_path / "cache", *ENCODE)[0] == 0
+    out = latentmill("stats", tmp_path / "cache")[1]
+    assert "finding      The stored latents have a standard deviation of about 1" in out
 
 
 def test_a_good_cache_has_no_findings(latentmill: Command, tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def test_a_scaling_factor_alone_shows_scaled_latents() -> None:
     assert compare_with_constants([0.5] * 4, [5.0, 6.0, 4.5, 4.0], vae) == []
 
 
+def test_latents_near_the_constants_are_not_called_scaled() -> None:
+    """Deviations of about 1 are no fault if they are as near to those of the model, as with SD3 and small images."""
+    vae = make_vae(stds=(1.5, 0.65, 1.5, 0.65))
+    assert compare_with_constants(MEANS, (1.2, 0.85, 1.2, 0.85), vae) == []
+    assert [each.code for each in compare_with_constants(MEANS, (1.0, 1.0, 1.0, 1.0), vae)] == ["wrong-scaling"]
+
+
 def make_content(**changes: Any) -> dict[str, Any]:
     content = {"count": 1000, "mean": list(MEANS), "std": list(STDS), "min": [-9.0] * 4, "max": [9.0] * 4}
     return content | {"rejected": {}, "filtered": {}, "enlarged": 0} | changes
