@@ -235,8 +235,6 @@ def _expand(
         else:
             root, patterns = find_fixed_directory(path), expand_braces(path)
         name = name or PurePosixPath(strip_commit(full_url(fs, root)).split("://")[-1]).name
-        if not name:
-            raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
         files: dict[str, FoundFile] = {}
         named: dict[str, set[str]] = {}
         named_files: set[str] = set()
@@ -246,6 +244,8 @@ def _expand(
                 is_glob = bool(WILDCARDS & set(pattern))
                 problem = f"no file matches {place}" if is_glob else f"{place} does not exist"
                 raise SourceError(f"there is no source at {source}: {problem}")
+            if not name:
+                raise SourceError(f"the source {source} has no name: give it a name, as in NAME={source}")
             below = _find_files(fs, matches, root, excluded, skipped)
             if not below:
                 closed = f"; folders not readable: {abbreviate(skipped.unreadable)}" if skipped.unreadable else ""

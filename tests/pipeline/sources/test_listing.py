@@ -396,3 +396,8 @@ def test_a_source_covers_the_paths_that_it_would_list(
     put(tmp_path, *(f"s/{n}.tar" for n in range(4)), "s/a/5.tar")
     (listed_source,) = list_inputs(f"{tmp_path}/{source}").sources
     assert [path for path in [*covered, *others] if listed_source.covers(path)] == covered
+
+
+def test_a_missing_path_below_the_root_is_called_missing() -> None:
+    with pytest.raises(SourceError, match="/no-such-folder does not exist"):
+        list_inputs("/no-such-folder")
