@@ -16,6 +16,7 @@ from jobs.parsing import parse
 from jobs.plan_summary import Estimate, describe, format_summary
 from jobs.resources import parse_worker_count, plan_resources
 from pipeline.cache import plan
+from pipeline.cache.identity import check_same_identity
 from pipeline.errors import ShardError, UsageError
 from pipeline.estimate.cache_bytes import LatentSize, count_parts, estimate_sizes, measure_overhead
 from pipeline.estimate.images import open_all
@@ -53,6 +54,8 @@ def run_job(options: PlanOptions, given: set[str]) -> int:
     local = dataclasses.replace(settings, workers="0")  # it runs in this process, whatever the job will do
     with plan_resources(local, existing.compute.backend if existing else "torch") as resources:
         info = cache_spec.describe_cache(settings, vae, resources, existing, inputs.columns, inputs.classes)
+        if existing:
+            check_same_identity(cache.url, existing.identity, info.identity)
         size, form = cache_spec.inherit_compute(
             info.compute, resources.backend, resources.device, settings.batch_size, settings.encoder_form
         )

@@ -210,6 +210,17 @@ def test_nothing_is_written(plan: Any, shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_settings_that_encode_would_refuse_are_refused(
+    latentmill: Command, micro_vae: Path, shards: Path, tmp_path: Path
+) -> None:
+    cache, vae = tmp_path / "cache", ("--vae", micro_vae)
+    assert latentmill("encode", shards, "--to", cache, *vae, *SETTINGS, "--workers", 0)[0] == 0
+    assert latentmill("plan", shards, "--to", cache, *vae, *ENOUGH)[0] == 0
+    other = [latentmill(verb, shards, "--to", cache, *vae, "--resolution", 128) for verb in ("plan", "encode")]
+    assert other[0] == other[1]
+    assert "was made with --resolution 64, this command has --resolution 128" in other[0][2]
+
+
 def test_the_text_states_the_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
     for number, count in enumerate((150, 90)):
         write_tar(tmp_path / f"src/{number}.tar", img2dataset_members(1000 * number, count))
