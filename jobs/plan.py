@@ -94,7 +94,8 @@ def make_estimate(
     errors += [item.error for items in drawn for item in items if item.error]
     if errors and not any(count.images for count in counts):
         raise ShardError(errors[0])
-    log_each(list(dict.fromkeys(errors)), log_warning)
+    errors = list(dict.fromkeys(errors))
+    log_each(errors, log_warning)
     opening = open_all(drawn, counts, spec, OPEN_SHARE * options.seconds)
     rows_found = [(item.result.bucket, item.weight) for item in opening.all if isinstance(item.result, PreparedImage)]
     buckets: dict[tuple[int, int], float] = {}
@@ -116,7 +117,7 @@ def make_estimate(
     )
     devices = 1 if spec.compute.device == "cpu" else count_devices(spec.compute.device, 1)
     sizes = estimate_sizes(opening, spec, latent, overhead, parts)
-    return Estimate(strata, counts, drawn, opening, rates, sizes, parts, spec, devices)
+    return Estimate(strata, counts, len(errors), drawn, opening, rates, sizes, parts, spec, devices)
 
 
 def count_devices(device: str, cpus_per_worker: int) -> int:

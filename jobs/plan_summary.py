@@ -24,13 +24,15 @@ BLOCK = 8 << 20  # bytes of a request for a tar that is read from start to end
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """All that was found. counts: the images of each kind of inputs. sizes: bytes of data by store and dtype.
+    """All that was found. counts: the images of each kind of inputs. damaged: inputs that were not read to their
+    end because of damage. sizes: bytes of data by store and dtype.
 
     devices: of this machine that share its cores; 1 if the device is a CPU.
     """
 
     strata: Sequence[Stratum]
     counts: Sequence[Count]
+    damaged: int
     drawn: Sequence[Sequence[Drawn]]
     opening: Opening
     rates: Rates
@@ -54,6 +56,7 @@ def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str
         "units": sum(stratum.units for stratum in estimate.strata),
         "bytes": sum(stratum.bytes for stratum in estimate.strata),
         "images": images | {"is_exact": total.is_exact},
+        "damaged_inputs": estimate.damaged,
         "sampled": {
             "inputs": sum(map(len, estimate.drawn)),
             "images": len(items),
@@ -128,7 +131,7 @@ def format_summary(facts: Mapping[str, Any]) -> str:
     images, speed, sampled = facts["images"], facts["speed"], facts["sampled"]
     shards = ", ".join(f"{count:,} {kind}" for kind, count in facts["shards"].items())
     lines = [
-        f"images     {_format_count(images)}",
+        f"images     {_format_count(images, facts['damaged_inputs'])}",
         f"inputs     {shards or 'a folder'}; {count_noun(facts['units'], 'unit')}, {_format_bytes(facts['bytes'])}",
         f"sampled    {count_noun(sampled['images'], 'image')} of {count_noun(sampled['inputs'], 'input')}",
         f"formats    {_format_shares(facts['formats'])}",
@@ -173,11 +176,13 @@ def _format_hours(hours: float) -> str:
     return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
 
-def _format_count(images: Mapping[str, Any]) -> str:
+def _format_count(images: Mapping[str, Any], damaged: int) -> str:
     if images["is_exact"]:
         return f"{count_noun(images['count'], 'image')} (exact)"
     if images["error"] is None:
         return f"{images['count']:,} images (error unknown: too few shards were read)"
+    if damaged and not images["error"]:  # all that can be read was counted
+        return f"{count_noun(images['count'], 'image')}, and what follows the damage of {count_noun(damaged, 'input')}"
     return f"{images['count']:,} ± {images['error']:,} images (95%)"
 
 

@@ -283,6 +283,11 @@ def test_a_damaged_shard_is_named_and_the_count_is_not_called_exact(
         "error": 0,
         "is_exact": False,
     }
+    assert json.loads(out)["damaged_inputs"] == 1
+    out = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH)[1]
+    assert "± 0" not in out
+    count = "10 images" if kind == "tar" else "1 image"
+    assert f"images     {count}, and what follows the damage of 1 input\n" in out
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--images-per-second", "--price-per-hour"])
