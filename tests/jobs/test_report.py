@@ -10,7 +10,9 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import encoded, smooth, write_tar
 from tests.planted import UNITS, break_encoder, scale_latent, write_source
@@ -172,6 +174,31 @@ def test_a_browser_shows_every_section_without_an_error(
             assert colors[0] == background
             assert over == "0"  # nothing has to be scrolled sideways
             assert shown == [f"{name}:true" for name in SECTIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None or shutil.which("pdftoppm") is None, reason="there is no Chromium, or no Poppler")
+def test_a_printed_page_is_light_and_no_heading_is_apart_from_its_images(hostile: Path, tmp_path: Path) -> None:
+    """The images are printed at many heights of a page, in a browser with a dark theme."""
+    html = hostile.read_text(encoding="utf-8")
+    images = re.search(r'<section id="images">.*?</section>', html, re.DOTALL)
+    assert images is not None
+    copies = [f'<div style="height: {number * 70}px"></div>{images[0]}' for number in range(14)]
+    (tmp_path / "many.html").write_text(html.replace(images[0], "".join(copies)), encoding="utf-8")
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--blink-settings=preferredColorScheme=0"),
+        *("--no-pdf-header-footer", f"--print-to-pdf={tmp_path}/many.pdf", f"--user-data-dir={tmp_path}/browser"),
+        (tmp_path / "many.html").as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    text = subprocess.run(["pdftotext", tmp_path / "many.pdf", "-"], check=True, capture_output=True, text=True).stdout
+    assert text.count("Originals on the left") == len(copies)
+    last_lines = [page.strip().splitlines()[-1] for page in text.split("\f") if page.strip()]
+    assert not [line for line in last_lines if line.endswith(("Images", "worst reconstructions", "over the cache."))]
+    subprocess.run(["pdftoppm", "-r", "40", "-png", tmp_path / "many.pdf", tmp_path / "page"], check=True)
+    pages = [np.asarray(Image.open(path).convert("L")) for path in sorted(tmp_path.glob("page-*.png"))]
+    assert len(pages) > 3
+    assert [np.median(page) for page in pages] == [255] * len(pages), "the paper is white"
 
 
 @pytest.mark.slow
