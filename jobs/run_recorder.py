@@ -21,7 +21,8 @@ from pipeline.cache.runs import Run
 from pipeline.errors import JobError, LatentmillError, Stopped, StorageError
 from pipeline.wording import count_noun
 
-HEARTBEAT_SECONDS = 30.0  # between two entries
+FIRST_SECONDS = 4.0  # before the second entry: whoever watches a job that has just begun should soon see its units
+HEARTBEAT_SECONDS = 30.0  # between two entries, after a few shorter intervals
 WARNING_SECONDS = 600.0  # between two warnings that the record cannot be written
 
 
@@ -41,7 +42,7 @@ class RunRecorder:
         self._warned_at: float | None = None
 
     def begin(self, single_writer: bool) -> None:
-        """Write the first entry, and one every 30 seconds from then on.
+        """Write the first entry, some after 4, 12 and 28 seconds, and one every 30 seconds from then on.
 
         single_writer: the store does not support concurrent writers.
         Raises JobError if another run is writing to such a store. Each run writes its record first and checks for
@@ -115,7 +116,9 @@ class RunRecorder:
                 source.removeHandler(self._messages)
 
     def _write_heartbeats(self) -> None:
-        while not self._is_over.wait(HEARTBEAT_SECONDS):
+        seconds = min(FIRST_SECONDS, HEARTBEAT_SECONDS)
+        while not self._is_over.wait(seconds):
+            seconds = min(2 * seconds, HEARTBEAT_SECONDS)
             with self._writing:
                 if self._is_over.is_set():  # the last entry was written while this thread waited
                     return

@@ -192,6 +192,27 @@ def test_heartbeats_start_before_planning(
     assert [len(alive) for alive in seen] == [1]
 
 
+def test_a_job_that_has_just_begun_soon_records_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_recorder, "FIRST_SECONDS", 0.05)  # and HEARTBEAT_SECONDS remains 30
+    recorder = RunRecorder(Run(Folder(str(tmp_path)), "encode", {}), Signals())
+    waits: list[float | None] = []
+    wait = recorder._is_over.wait
+
+    def note_wait(seconds: float | None = None) -> bool:
+        waits.append(seconds)
+        return wait(seconds)
+
+    monkeypatch.setattr(recorder._is_over, "wait", note_wait)
+    with recorder.recording():
+        recorder.begin(single_writer=False)
+        recorder.update(units=7)
+        until = time.monotonic() + 10
+        while (read_records(tmp_path)[0].get("units") != 7 or len(waits) < 2) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert read_records(tmp_path)[0]["units"] == 7
+    assert waits[:2] == [0.05, 0.1]
+
+
 def test_a_slow_heartbeat_does_not_replace_the_final_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The final record waits for a heartbeat that the store writes slowly."""
     monkeypatch.setattr(run_recorder, "HEARTBEAT_SECONDS", 0.01)
