@@ -53,6 +53,7 @@ def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str
     buckets = count_by((format_bucket(*image.bucket), weight) for image, weight in rows)
     return {
         "shards": {stratum.kind: len(stratum.inputs) for stratum in estimate.strata if stratum.kind != "folder"},
+        "folder_images": sum(stratum.count or 0 for stratum in estimate.strata if stratum.kind == "folder"),
         "units": sum(stratum.units for stratum in estimate.strata),
         "bytes": sum(stratum.bytes for stratum in estimate.strata),
         "images": images | {"is_exact": total.is_exact},
@@ -129,10 +130,12 @@ def _share_columns(items: list[Opened]) -> dict[str, float]:
 def format_summary(facts: Mapping[str, Any]) -> str:
     """Return the estimate as lines of text."""
     images, speed, sampled = facts["images"], facts["speed"], facts["sampled"]
-    shards = ", ".join(f"{count:,} {kind}" for kind, count in facts["shards"].items())
+    inputs = [f"{count:,} {kind}" for kind, count in facts["shards"].items()]
+    if facts["folder_images"]:
+        inputs.append(f"{count_noun(facts['folder_images'], 'image')} in folders")
     lines = [
         f"images     {_format_count(images, facts['damaged_inputs'])}",
-        f"inputs     {shards or 'a folder'}; {count_noun(facts['units'], 'unit')}, {_format_bytes(facts['bytes'])}",
+        f"inputs     {', '.join(inputs)}; {count_noun(facts['units'], 'unit')}, {_format_bytes(facts['bytes'])}",
         f"sampled    {count_noun(sampled['images'], 'image')} of {count_noun(sampled['inputs'], 'input')}",
         f"formats    {_format_shares(facts['formats'])}",
         f"columns    {', '.join(f'{name} {share:.0%}' for name, share in facts['columns'].items()) or 'none'}",

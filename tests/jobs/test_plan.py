@@ -230,6 +230,14 @@ def test_the_text_states_the_error(latentmill: Command, micro_vae: Path, tmp_pat
     assert "bound by" in out
 
 
+def test_the_text_names_all_kinds_of_inputs(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "src/a.tar", img2dataset_members(0, 3))
+    write_images(tmp_path / "src", 2)
+    code, out, err = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH)
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("inputs     1 tar, 2 images in folders; 2 units, ")
+
+
 def test_the_speed_is_measured_and_gives_the_hours(latentmill: Command, micro_vae: Path, shards: Path) -> None:
     argv = ("--vae", micro_vae, *SETTINGS, "--seconds", 0.4, "--workers", 3, "--device", "cpu", "--json")
     code, out, err = latentmill("plan", shards, *argv)
