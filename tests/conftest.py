@@ -1,5 +1,6 @@
 """Shared by all tests: a micro model, functions that make images and shards, and the command line as a function."""
 
+import gc
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from PIL import Image
 from jobs import cli
 from jobs.entry import run_guarded
 from vae import AutoencoderKL
+
+gc.disable()  # what the imports of all tests make stays in memory
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -37,6 +40,12 @@ MICRO = {
     "latent_channels": 4,
     "norm_num_groups": 4,
 }
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is in memory now out of every garbage collection: each would take half a second."""
+    gc.freeze()
+    gc.enable()
 
 
 def slow_param(*values: object) -> ParameterSet:

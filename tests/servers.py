@@ -90,14 +90,8 @@ def end_sessions() -> None:
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def old_heap() -> None:
-    """Leave what is in memory now out of `gc.collect`. It takes half a second after the imports of other tests."""
-    gc.freeze()
-
-
 @pytest.fixture
-def account(endpoint: str, old_heap: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def account(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Set the usual S3 variables in the environment to the server, and return its URL."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)

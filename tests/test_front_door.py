@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import encoded, smooth
+from tests.conftest import encoded, slow_param, smooth
 
 ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
@@ -161,7 +161,7 @@ def test_the_installed_package_needs_only_its_runtime_dependencies(
 
 
 @pytest.mark.parametrize("command", ["latentmill", "jobs.status", "jobs.encode"])
-@pytest.mark.parametrize("missing", ["resource", "fcntl"])
+@pytest.mark.parametrize("missing", ["resource", slow_param("fcntl")])
 def test_an_unsupported_platform_is_named_in_the_error(tmp_path: Path, command: str, missing: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
     argv = ["status", "cache"] if command == "latentmill" else ["cache"]

@@ -16,6 +16,7 @@ from jobs.encode_options import EncodeOptions
 from jobs.resources import ResourcePlan, plan_resources
 from latentmill import Cache
 from pipeline.errors import UsageError
+from tests.conftest import slow_param
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -25,7 +26,7 @@ def read_latents(cache: Path) -> dict[str, torch.Tensor]:
     return {row["key"]: opened.raw_latent(row) for file in opened.files() for row in opened.rows(file)}
 
 
-@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+@pytest.mark.parametrize("container", [slow_param("parquet"), "webdataset"])
 def test_a_job_gives_the_latents_of_pytorch(
     encode: Command, latentmill: Command, photos: Path, tmp_path: Path, container: str
 ) -> None:

@@ -112,7 +112,7 @@ def test_the_summary_has_the_fidelity_and_the_worst_images(cache: Path, latentmi
     assert f"  lowest     {report['worst'][0]['key']} ({report['worst'][0]['psnr']:.1f} dB), " in out
 
 
-@pytest.mark.parametrize("form", ["files", "webdataset", "parquet"])
+@pytest.mark.parametrize("form", [*map(slow_param, ("files", "webdataset")), "parquet"])
 def test_a_stopped_job_resumes_with_the_missing_parts(
     cache: Path, decode: Decode, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
@@ -295,7 +295,7 @@ def test_each_bucket_has_its_batches_and_its_sheets(
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
-@pytest.mark.parametrize("options", [("--flip", "both"), ("--store", "moments")], ids=["flip", "moments"])
+@pytest.mark.parametrize("options", [slow_param(("--flip", "both")), ("--store", "moments")], ids=["flip", "moments"])
 def test_two_latents_or_moments_give_the_same_images(
     encode: Command, decode: Decode, photos: Path, tmp_path: Path, options: tuple[str, str], container: str
 ) -> None:

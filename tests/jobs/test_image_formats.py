@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentmill.part_files import read_rows, to_tensor
 from pipeline.records import extension, is_image
-from tests.conftest import encoded, smooth, write_tar
+from tests.conftest import encoded, slow_param, smooth, write_tar
 from tests.jobs.test_odd_sources import read_rejects
 from tests.pipeline.images.corpus import make_corpus
 from tests.pipeline.images.profiles import convert_p3_to_srgb, make_p3
@@ -54,7 +54,7 @@ def test_every_image_is_a_row_or_a_reject_that_names_its_format(encode: Command,
     assert [reject["reason"] for reject in read_rejects(tmp_path / "tar")] == ["unsupported_format"]
 
 
-@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+@pytest.mark.parametrize("container", [slow_param("parquet"), "webdataset"])
 def test_truncated_images_are_rows_that_say_so(
     encode: Command, latentmill: Command, tmp_path: Path, container: str
 ) -> None:

@@ -18,7 +18,7 @@ from pipeline.cache import index
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import StorageError
 from pipeline.storage.folder import Folder
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 Encode = Callable[..., int]
@@ -106,7 +106,7 @@ def read_parquet_groups(data: bytes, group: GroupSpan) -> list[str]:
 
 
 @FORMATS
-@pytest.mark.parametrize("flip", ["none", "both"])
+@pytest.mark.parametrize("flip", [slow_param("none"), "both"])
 def test_the_index_is_what_the_files_say(
     encode: Encode, latentmill: Command, tmp_path: Path, container: str, flip: str
 ) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.conftest import encoded, img2dataset_members, slow_param, smooth, write_tar
 from tests.jobs.conftest import Command
 
 SETTINGS = ("--resolution", 64)
@@ -101,7 +101,7 @@ def test_a_folder_is_counted_exactly(check: Any, tmp_path: Path) -> None:
     assert found["sampled"]["images"] == 64
 
 
-@pytest.mark.parametrize("store", ["mode", "moments"])
+@pytest.mark.parametrize("store", [slow_param("mode"), "moments"])
 def test_parquet_is_counted_exactly_from_its_footers(check: Any, tmp_path: Path, store: str) -> None:
     (tmp_path / "src").mkdir()
     for number, count in enumerate((130, 70)):

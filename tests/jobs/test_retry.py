@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -125,7 +125,7 @@ def test_encode_and_status_count_the_rows_of_a_retry(
     assert read_stats(cache) == after
 
 
-@pytest.mark.parametrize("pixels", [13000, 100_000])
+@pytest.mark.parametrize("pixels", [slow_param(13000), 100_000])
 def test_lost_parts_are_encoded_again_without_the_samples_of_a_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, pixels: int
 ) -> None:

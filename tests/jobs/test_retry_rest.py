@@ -118,7 +118,7 @@ def test_a_restored_shard_is_encoded_again_if_all_its_files_were_moved_away(
     case.check_complete(reference)
 
 
-@pytest.mark.parametrize("sample", [slow_param(1), 5, 7, slow_param(9), 22])
+@pytest.mark.parametrize("sample", [*map(slow_param, (1, 5)), 7, *map(slow_param, (9, 22))])
 def test_retry_completes_a_restored_shard(case: Case, intact: bytes, reference: Path, sample: int) -> None:
     """The rest begins at the start of a part, inside a part, and in the last part."""
     case.shard.write_bytes(intact[: find_sample(intact, sample) + 700])
@@ -174,7 +174,7 @@ def test_verify_reports_that_a_rest_can_be_read_now(case: Case, intact: bytes) -
 
 
 @pytest.mark.parametrize("same_run", [False, slow_param(True)])
-@pytest.mark.parametrize("written", [0, slow_param(1), slow_param(2), 3])
+@pytest.mark.parametrize("written", [*map(slow_param, range(3)), 3])
 def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
     case: Case,
     intact: bytes,
@@ -226,7 +226,7 @@ def delete_parts(cache: Path, pattern: str) -> None:
         (cache / f"_commits/{stem}.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("number", [1, *map(slow_param, range(2, 5)), 5])
+@pytest.mark.parametrize("number", [*map(slow_param, range(1, 5)), 5])
 def test_a_lost_retry_part_is_a_rest_again(case: Case, intact: bytes, reference: Path, number: int) -> None:
     case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
@@ -242,7 +242,7 @@ def test_a_lost_retry_part_is_a_rest_again(case: Case, intact: bytes, reference:
     case.check_complete(reference)
 
 
-@pytest.mark.parametrize("lost", ["*-00000.*", slow_param("*-00001.*"), "*-0000?.*", slow_param("*-0000[01]*")])
+@pytest.mark.parametrize("lost", [*map(slow_param, ("*-00000.*", "*-00001.*")), "*-0000?.*", slow_param("*-0000[01]*")])
 def test_a_lost_part_of_the_unit_is_encoded_again_without_the_samples_of_the_retry(
     case: Case, intact: bytes, reference: Path, lost: str
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.cache import plan
-from tests.conftest import encoded, img2dataset_members, smooth, write_tar
+from tests.conftest import encoded, img2dataset_members, slow_param, smooth, write_tar
 from tests.jobs.test_sources import read_column, read_table, write_parquet
 
 Command = Callable[..., tuple[int, str, str]]
@@ -216,7 +216,7 @@ def test_a_changed_input_fails_its_partly_encoded_unit(encode: Command, tmp_path
     assert sorted(read_column(tmp_path / "c", "key")) == ["000000020", "000000021"]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [slow_param(0), 1])
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_a_partly_encoded_unit_is_resumed_if_its_samples_are_the_same(
     encode: Command, latentmill: Command, tmp_path: Path, kind: str, lost: int

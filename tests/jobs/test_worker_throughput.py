@@ -57,15 +57,15 @@ def test_each_image_is_counted_in_its_interval(seed: int) -> None:
     assert clock.now / found["seconds"] < MAX_INTERVALS
 
 
-@pytest.mark.parametrize("workers", [1, 300, 5000])
+@pytest.mark.parametrize("workers", [1, 300, 2500])
 def test_the_record_stays_small(workers: int) -> None:
     clock = Clock()
     throughput = WorkerThroughput(clock)
-    for minute in range(200):
+    for minute in range(100):
         clock.now = 60.0 * minute
         throughput.note({f"worker-{number} on host": WorkerProgress(20 * minute, 1.0) for number in range(workers)})
     counts = [worker["images"] for worker in throughput.describe()["workers"].values()]
-    assert len(counts) == workers and {sum(each) for each in counts} == {20 * 199}
+    assert len(counts) == workers and {sum(each) for each in counts} == {20 * 99}
     assert len(counts[0]) <= MAX_INTERVALS
     assert sum(map(len, counts)) <= max(MAX_COUNTS, MIN_INTERVALS * workers)
     assert len(counts[0]) > MIN_INTERVALS / 2, "half of the intervals, right after they were merged"

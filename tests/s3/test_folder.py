@@ -32,7 +32,7 @@ def test_only_one_of_sixteen_writers_succeeds(bucket: str) -> None:
     assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % results.index(True)
 
 
-@pytest.mark.parametrize("form", [bytes, memoryview])
+@pytest.mark.parametrize("form", [slow_param(bytes), memoryview])
 def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy, form: type) -> None:
     data = b"0123456789" * (11 << 20)
     assert Folder(bucket).create("part", form(data))
@@ -133,7 +133,7 @@ def test_a_change_of_content_without_a_change_of_size_is_detected(bucket: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [500, slow_param(503), "reset"])
+@pytest.mark.parametrize("fault", [*map(slow_param, (500, 503)), "reset"])
 def test_a_burst_of_errors_is_retried(bucket: str, proxy: Proxy, fault: int | str) -> None:
     folder = Folder(bucket)
     proxy.rule = lambda request: fault if request.number < 2 else None

@@ -14,6 +14,7 @@ from pipeline.readers.folder import READERS, read_folder_unit
 from pipeline.records import Reject, Sample, Unit
 from pipeline.sources import units
 from pipeline.storage.folder import Folder
+from tests.conftest import slow_param
 from tests.listed_files import list_source_files
 from tests.proxy import Proxy, Request
 
@@ -73,8 +74,8 @@ def test_requests_are_concurrent(images: Folder, proxy: Proxy) -> None:
     assert not barrier.broken
 
 
-@pytest.mark.parametrize("name", ["00.jpg", "00.txt"])
-@pytest.mark.parametrize("is_compared_here", [True, False])
+@pytest.mark.parametrize("name", [slow_param("00.jpg"), "00.txt"])
+@pytest.mark.parametrize("is_compared_here", [slow_param(True), False])
 def test_another_content_of_the_same_size_fails_the_unit(
     images: Folder, proxy: Proxy, name: str, is_compared_here: bool
 ) -> None:
@@ -145,7 +146,9 @@ def test_a_closed_reader_makes_no_more_requests(images: Folder, proxy: Proxy) ->
     assert len(proxy.seen) <= count + READERS
 
 
-@pytest.mark.parametrize("source", ["photos/*.jpg", "photos/{00..01}.jpg", "photos/00.jpg", "ph*s/0?.jpg"])
+@pytest.mark.parametrize(
+    "source", ["ph*s/0?.jpg", *map(slow_param, ("photos/*.jpg", "photos/{00..01}.jpg", "photos/00.jpg"))]
+)
 def test_images_named_by_a_pattern_have_their_texts(images: Folder, bucket: str, source: str, tmp_path: Path) -> None:
     shards = list_source_files((f"{bucket}/{source}",), {}, "nowhere")
     (unit,) = units.make_units(shards)

@@ -57,7 +57,7 @@ def random_pixels(batch: int, height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("config", "height", "width"),
     [
-        ("micro", 16, 24),
+        slow_param("micro", 16, 24),
         ("one level", 12, 20),
         ("no attention", 12, 10),
         slow_param("wider", 20, 12),

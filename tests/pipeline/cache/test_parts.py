@@ -32,7 +32,7 @@ from pipeline.limits import Limits
 from pipeline.maintenance import retry
 from pipeline.records import Container, Unit
 from pipeline.storage.folder import Folder
-from tests.conftest import img2dataset_members, write_tar
+from tests.conftest import img2dataset_members, slow_param, write_tar
 from tests.pipeline.conftest import unit_of
 
 IDENTITY = "the identity"
@@ -201,7 +201,7 @@ def test_a_record_is_read_without_the_rows(
     assert sum(sizes) < part.bytes
 
 
-@pytest.mark.parametrize("size", [1, 100, 10_000_000])
+@pytest.mark.parametrize("size", [slow_param(1), 100, 10_000_000])
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
 def test_a_part_is_hashed_in_blocks(
     worker: Callable[..., UnitWorker],
