@@ -211,6 +211,7 @@ def test_a_group_is_resumed_although_a_tar_that_was_not_read_is_damaged_now(
     check_complete(latentmill, cache, reference)
 
 
+@pytest.mark.slow
 def test_a_lost_part_is_written_again_without_the_tars_that_were_left_out(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_lost_part_is_written_again_without_the_tars_that_were_left_out(
     check_complete(latentmill, cache, reference)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_it_planned_a_left_out_tar_is_noticed(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path
 ) -> None:

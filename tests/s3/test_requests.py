@@ -26,6 +26,7 @@ from tests.servers import names, upload
 Command = Callable[..., tuple[int, str, str]]
 
 UNITS = 12
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
