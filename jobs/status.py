@@ -24,9 +24,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options, _ = parse(StatusOptions, "status", argv)
     configure_logging(options.verbose)
-    cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
+    storage_options = parse_storage_options(options.storage_option)
     if options.watch:
-        return watch_cache(cache.folder, options.json)
+        return watch_cache(lambda: Cache.open(options.cache, storage_options).folder, options.json)
+    cache = Cache.open(options.cache, storage_options)
     settings = describe_settings(cache.info.identity)
     content = {
         **read_status(cache.folder, datetime.datetime.now(datetime.UTC)),

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jobs.messages import log_info, log_note
 from jobs.progress import format_duration
-from pipeline.errors import StorageError
+from pipeline.errors import NoCacheError, StorageError
 from pipeline.maintenance.watch import RunWatch
 from pipeline.storage.folder import Folder
 from pipeline.text import printable
@@ -28,18 +28,33 @@ Content = Mapping[str, Any]  # of `RunWatch.refresh`
 Show = Callable[[Content], None]
 
 
-def watch_cache(cache: Folder, as_json: bool, sleep: Callable[[float], None] = time.sleep) -> int:
+def watch_cache(open_cache: Callable[[], Folder], as_json: bool, sleep: Callable[[float], None] = time.sleep) -> int:
     """Show the runs of a cache until they end, and return the exit code: 0, or 130 after Ctrl-C.
 
+    open_cache: returns the cache, or raises NoCacheError. Then a job may create it soon.
     Standard output is a live view at a terminal, and otherwise a line for each heartbeat. as_json: it is a JSON object.
     """
     try:
+        cache, has_waited = await_cache(open_cache, sleep)
         with open_view(as_json) as show:
-            follow(RunWatch(cache), show, sleep)
+            follow(RunWatch(cache), show, sleep, awaits_run=has_waited)
     except KeyboardInterrupt:
         log_info("no longer watching; the job goes on")
         return 130
     return 0
+
+
+def await_cache(open_cache: Callable[[], Folder], sleep: Callable[[float], None]) -> tuple[Folder, bool]:
+    """Return a cache once it exists, and whether it did not exist at first."""
+    has_waited = False
+    while True:
+        try:
+            return open_cache(), has_waited
+        except NoCacheError as error:
+            if not has_waited:
+                log_note(f"{error}; waiting for a job to create it (Ctrl-C ends this)")
+        has_waited = True
+        sleep(REFRESH_SECONDS)
 
 
 def follow(
@@ -47,14 +62,16 @@ def follow(
     show: Show,
     sleep: Callable[[float], None],
     now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    awaits_run: bool = False,
 ) -> None:
     """Show the state of the runs every few seconds until none is alive.
 
+    awaits_run: if there is no run yet, wait for one.
     If the storage does not answer, the next attempt follows. Raises StorageError if that would be in vain.
     """
     content: Content = watch.refresh(now())
     show(content)
-    while content["state"] == "running":
+    while content["state"] == "running" or (awaits_run and content["state"] == "none"):
         sleep(REFRESH_SECONDS)
         try:
             content = watch.refresh(now())

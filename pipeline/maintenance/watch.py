@@ -65,7 +65,7 @@ class RunWatch:
         is_first = not self._known
         self._known.update(names)
         self._followed |= alive or dict(list(found.items())[-1:]) if is_first else found
-        self._next_list = self.clock() + SECONDS_BETWEEN_LISTS
+        self._next_list = self.clock() + (SECONDS_BETWEEN_LISTS if self._known else 0.0)
 
     def _count_commits(self) -> None:
         start = self.clock()

@@ -14,7 +14,7 @@ from rich.console import Console
 from jobs import watch
 from jobs.watch import follow, format_line, format_view, open_view, watch_cache
 from pipeline.cache import runs
-from pipeline.errors import StorageError
+from pipeline.errors import NoCacheError, StorageError
 from pipeline.maintenance.watch import RunWatch
 from pipeline.storage.folder import Folder
 
@@ -78,6 +78,9 @@ class Store:
     @property
     def now(self) -> datetime.datetime:
         return START + datetime.timedelta(seconds=self.seconds)
+
+    def open(self) -> Folder:
+        return Folder(str(self.folder))
 
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds
@@ -225,7 +228,7 @@ def test_the_view_says_what_a_run_does(store: Store) -> None:
 def test_an_error_cannot_control_the_terminal(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     store.end(outcome="failed", code=1, error="cannot read a\x1b[2J\x07.tar")
     store.follow()
-    watch_cache(Folder(str(store.folder)), as_json=False, sleep=store.sleep)
+    watch_cache(store.open, as_json=False, sleep=store.sleep)
     for text in ("\n".join(format_view(store.shown[-1])), capsys.readouterr().out):
         assert r"cannot read a\x1b[2J\x07.tar" in text
         assert "\x1b" not in text
@@ -273,7 +276,7 @@ def test_lines_are_printed_once_per_heartbeat(store: Store, capsys: pytest.Captu
     record_now(store)
     store.write(**RUNNING)
     store.script = iter([lambda: None, lambda: store.write(**RUNNING), lambda: None, store.end])
-    assert watch_cache(Folder(str(store.folder)), as_json, store.sleep) == 0
+    assert watch_cache(store.open, as_json, store.sleep) == 0
     lines = capsys.readouterr().out.splitlines()
     if as_json:
         assert [json.loads(line)["state"] for line in lines] == ["running", "running", "done"]
@@ -289,8 +292,28 @@ def test_ctrl_c_ends_the_watch_and_not_the_job(store: Store, capsys: pytest.Capt
     record_now(store)
     store.write(**RUNNING)
     store.script = iter([interrupt])
-    assert watch_cache(Folder(str(store.folder)), False, store.sleep) == 130
+    assert watch_cache(store.open, False, store.sleep) == 130
     assert "no longer watching; the job goes on" in capsys.readouterr().err
+
+
+def test_a_watch_that_begins_before_the_job_waits_for_it(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cache appears after two attempts, its first run after three more, and the run ends."""
+    missing = iter([True, True, False])
+
+    def open_cache() -> Folder:
+        if next(missing):
+            raise NoCacheError("there is no latentmill cache at x")
+        return store.open()
+
+    def end() -> None:
+        record_now(store)
+        store.end()
+
+    store.script = iter([*4 * [lambda: None], end])
+    assert watch_cache(open_cache, False, store.sleep) == 0
+    out, err = capsys.readouterr()
+    assert err.count("there is no latentmill cache at x; waiting for a job to create it") == 1
+    assert (out.count("no job has written"), out.count("done: 5 of 10 units")) == (1, 1), out
 
 
 def test_the_command_shows_the_record_of_a_real_run(
