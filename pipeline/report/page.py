@@ -84,12 +84,18 @@ def render_page(page: Page) -> str:
     step = max(1, -(-len(page.compared) // SHEET_IMAGES))
     return environment.get_template("report.html").render(
         page=page,
-        plots={name: Markup(svg) for name, svg in page.plots.items()},  # drawn here, without user text
+        plots={name: Markup(svg) for name, svg in page.plots.items()},  # matplotlib escapes names
         pairs={code: [[to_data_uri(each) for each in pair] for pair in pairs] for code, pairs in page.pairs.items()},
         sheet=[show(row) for row in page.compared[::step]],
         worst=[show(row) for row in worst],
-        advice={reason: REASONS.get(reason, "").replace("{}", "N") for reason in page.rejected},
+        sentences={reason: explain(reason, page.reject_examples.get(reason, ())) for reason in page.rejected},
     )
+
+
+def explain(reason: str, examples: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is wrong with the samples that were rejected for a reason: what all examples say, if they agree."""
+    details = {str(example.get("detail") or "") for example in examples}
+    return details.pop() if len(details) == 1 else REASONS.get(reason, "").replace("{}", "N")
 
 
 def show(row: Compared) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def test_a_hostile_key_or_caption_is_only_text(hostile: Path) -> None:
         assert all(re.match(r"(data:image/(jpeg|png);base64,|data:,|#|$)", link) for link in links), (tag, attributes)
     assert "&lt;script&gt;alert(0)" in html
     assert "&lt;svg onload" in html
+    assert html.count("the bytes are not a supported image format") == 1, "what all rejects say is said once"
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;&#34;&#39;&gt;&lt;img src=x onerror=alert(2)&gt;") >= 3, (
         "the captions"
     )
