@@ -150,6 +150,12 @@ def test_the_layers_of_the_pipeline_import_downwards() -> None:
             assert not {name for name in above if layer_of[name] > layer_of[component]}, (module, above)
 
 
+def test_the_architecture_page_has_every_room_of_the_pipeline() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = [room for layer in LAYERS for room in sorted(layer)]
+    assert [room for room in rooms if not re.search(rf"`{room}/?`", page)] == []
+
+
 def test_maintenance_and_preview_do_not_import_each_other() -> None:
     for component, other in (("maintenance", "preview"), ("preview", "maintenance")):
         for path in (ROOT / "pipeline" / component).glob("*.py"):
