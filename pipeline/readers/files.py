@@ -44,7 +44,7 @@ def _read_version(fs: Any, path: str, url: str, planned: PlannedFile, count: int
     try:
         with open_version(fs, path, (planned.bytes, planned.etag), count, cache_type="none") as file:
             return cast(bytes, file.read())
-    except OSError as error:
+    except (OSError, TypeError) as error:
         if is_other_version(error):
             raise _make_changed_error(url, planned) from error
         raise

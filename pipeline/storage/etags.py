@@ -70,5 +70,9 @@ def open_version(fs: Any, path: str, version: tuple[int, str], count: int | None
 
 
 def is_other_version(error: BaseException | None) -> bool:
-    """Whether a read failed because the object has another ETag than `open_version` was given."""
+    """Whether a read failed because the object has another ETag than `open_version` was given.
+
+    s3fs raises a TypeError while it handles an answer without a message, as Ceph's are.
+    """
+    error = error.__context__ if isinstance(error, TypeError) else error
     return type(error).__name__ == "FileExpired" or http_status(error) == 412

@@ -68,7 +68,7 @@ class _VersionStream(ByteStream):
     def _read_up_to(self, size: int) -> bytes:
         try:
             return super()._read_up_to(size)
-        except OSError as error:
+        except (OSError, TypeError) as error:
             if is_other_version(error):
                 self._check()
             raise
