@@ -117,6 +117,7 @@ def test_a_hostile_key_or_caption_is_only_text(hostile: Path) -> None:
     assert "http://" not in html and "https://" not in html
 
 
+@pytest.mark.slow
 def test_without_sources_the_report_says_why(latentmill: Command, tmp_path: Path, photos: Path) -> None:
     copy = tmp_path / "copy/photos"
     shutil.copytree(photos, copy)

@@ -141,6 +141,7 @@ def test_retry_completes_a_restored_shard(case: Case, intact: bytes, reference: 
     assert case.command("status", case.cache)[0] == 0
 
 
+@pytest.mark.slow
 def test_samples_before_a_later_damage_are_encoded_and_a_new_rest_remains(
     case: Case, intact: bytes, reference: Path
 ) -> None:
@@ -301,6 +302,7 @@ def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, i
     assert case.verify("--recount")[0] == 0
 
 
+@pytest.mark.slow
 def test_two_concurrent_retries_encode_each_sample_once(case: Case, intact: bytes, reference: Path) -> None:
     case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()

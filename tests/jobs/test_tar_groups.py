@@ -184,7 +184,9 @@ def test_a_damaged_tar_is_a_unit_of_its_own_until_it_is_restored(
     assert (code, f"planned: {len(paths)} (" in err) == (0, True)
 
 
-@pytest.mark.parametrize(("first", "tar"), [slow_param(1, 8), (1, 9), slow_param(2, 9), (2, 14), slow_param(4, 15)])
+@pytest.mark.parametrize(
+    ("first", "tar"), [slow_param(1, 8), (1, 9), slow_param(2, 9), slow_param(2, 14), slow_param(4, 15)]
+)
 def test_a_group_is_resumed_although_a_tar_that_was_not_read_is_damaged_now(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path, first: int, tar: int
 ) -> None:
@@ -348,6 +350,7 @@ def test_commits_of_groups_are_rebuilt_and_status_counts_them(
     assert json.loads(out)["units"] == {"planned": 10, "done": 10}
 
 
+@pytest.mark.slow
 def test_tars_of_a_webdataset_cache_and_those_with_metadata_are_not_grouped(
     encode: Command, source: Path, tmp_path: Path
 ) -> None:

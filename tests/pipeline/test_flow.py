@@ -336,7 +336,7 @@ def test_two_workers_on_one_unit_write_the_same_cache_as_one_worker(
     assert contents(tmp_path / "c") == contents(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("batch", [slow_param(1), 2, slow_param(6)])
 def test_the_batch_size_changes_no_byte(
     worker: Callable[..., UnitWorker], unit: Unit, tmp_path: Path, batch: int
 ) -> None:

@@ -54,6 +54,7 @@ def count_requests(proxy: Proxy) -> Counter[tuple[str, str]]:
     return counts
 
 
+@pytest.mark.slow
 def test_columns_of_a_cache_on_s3_cost_few_requests(
     latentmill: Command, cache: str, bucket: str, proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_columns_of_a_cache_on_s3_cost_few_requests(
     assert latentmill("verify", cache)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_version_whose_answer_is_lost_is_created_once(
     latentmill: Command, cache: str, bucket: str, proxy: Proxy, tmp_path: Path
 ) -> None:

@@ -32,7 +32,8 @@ def test_only_one_of_sixteen_writers_succeeds(bucket: str) -> None:
     assert Folder(f"{bucket}/cache").read("data/x") == b"%d" % results.index(True)
 
 
-@pytest.mark.parametrize("form", [slow_param(bytes), memoryview])
+@pytest.mark.parametrize("form", [bytes, memoryview])
+@pytest.mark.slow
 def test_a_part_of_any_size_is_written_in_one_request(bucket: str, proxy: Proxy, form: type) -> None:
     data = b"0123456789" * (11 << 20)
     assert Folder(bucket).create("part", form(data))

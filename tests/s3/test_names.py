@@ -41,6 +41,7 @@ def test_a_url_given_twice_is_one_source(bucket: str) -> None:
     assert [unit.path for unit in units] == ["x/0.tar"]
 
 
+@pytest.mark.slow
 def test_listing_a_source_does_not_cost_a_request_per_file(bucket: str, proxy: Proxy) -> None:
     for number in range(40):
         Folder(bucket).replace(f"s/data/{number}-0123456789abcdef-00000.tar", b"1")

@@ -75,6 +75,7 @@ def test_only_wide_plain_convolutions_are_replaced(conv: nn.Module, suits: bool)
     assert WinogradConv2d.suits(conv) is suits
 
 
+@pytest.mark.slow
 def test_an_optimized_model_gives_the_same_latents_and_images() -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(**WIDE).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

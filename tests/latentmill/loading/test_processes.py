@@ -26,6 +26,7 @@ def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_share_an_epoch_and_read_the_files_that_rank_0_sees(small_cache: Make, tmp_path: Path) -> None:
     write_cache(tmp_path / "empty", CacheSpec(buckets={(64, 64): 0}, parts=0))
     (tmp_path / "empty/data").rmdir()
