@@ -19,7 +19,7 @@ from pipeline.cache import plan
 from pipeline.cache.identity import check_same_identity
 from pipeline.errors import ShardError, UsageError
 from pipeline.estimate.cache_bytes import LatentSize, count_parts, estimate_sizes, measure_overhead
-from pipeline.estimate.images import open_all
+from pipeline.estimate.images import count_by, open_all
 from pipeline.estimate.sampling import count_all, draw, make_strata
 from pipeline.estimate.speed import Rates, measure_encoding, measure_reading
 from pipeline.flow import EncodeSpec
@@ -98,9 +98,7 @@ def make_estimate(
     log_each(errors, log_warning)
     opening = open_all(drawn, counts, spec, OPEN_SHARE * options.seconds)
     rows_found = [(item.result.bucket, item.weight) for item in opening.all if isinstance(item.result, PreparedImage)]
-    buckets: dict[tuple[int, int], float] = {}
-    for bucket, weight in rows_found:
-        buckets[bucket] = buckets.get(bucket, 0.0) + weight
+    buckets = count_by(rows_found)
     latent = LatentSize(vae.config.latent_channels, vae.config.downscale)
     total = sum(count.images for count in counts)
     kept = sum(buckets.values()) / total if total else 0.0

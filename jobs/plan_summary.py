@@ -1,7 +1,6 @@
 """The result of `latentmill plan`: as one object, and as lines of text."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,9 @@ def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str
     total = sum(estimate.counts, Count(0.0))
     images = {"count": round(total.images), "error": None if total.error is None else math.ceil(total.error)}
     rejected = count_by((item.result.reason, item.weight) for item in items if isinstance(item.result, Reject))
-    filtered = count_by((item.result.filter, item.weight) for item in items if isinstance(item.result, Filtered))
+    filtered: dict[str, float] = count_by(
+        (item.result.filter, item.weight) for item in items if isinstance(item.result, Filtered)
+    )
     rows = [(item.result, item.weight) for item in items if isinstance(item.result, PreparedImage)]
     buckets = count_by((format_bucket(*image.bucket), weight) for image, weight in rows)
     return {
@@ -120,10 +121,8 @@ def _share(counts: Mapping[str, float], total: float) -> float:
 
 def _share_columns(items: list[Opened]) -> dict[str, float]:
     """Return the share of the images that have a value in each column."""
-    weights, total = Counter[str](), sum(item.weight for item in items)
-    for item in items:
-        for name in item.columns:
-            weights[name] += item.weight  # type: ignore[assignment]  # a Counter of floats
+    weights = count_by((name, item.weight) for item in items for name in item.columns)
+    total = sum(item.weight for item in items)
     return {name: weight / total for name, weight in sorted(weights.items())} if total else {}
 
 

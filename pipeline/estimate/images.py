@@ -3,9 +3,9 @@
 import io
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import Rejected
 from pipeline.estimate.ratio import Count
@@ -17,6 +17,7 @@ from pipeline.limits import Limits
 from pipeline.records import Filtered, PreparedImage, Reject, Sample
 
 LEAST = 4  # samples of an input that are opened even if there is no time
+_Name = TypeVar("_Name", bound=Hashable)
 SIDES = (256, 512, 768, 1024, 1536, 2048)  # bounds of the shorter side, in the histogram of sizes
 
 
@@ -109,9 +110,9 @@ def _describe(sample: Sample | Reject, limits: Limits) -> tuple[str, tuple[int, 
         return "unknown", None, columns
 
 
-def count_by(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+def count_by(pairs: Iterable[tuple[_Name, float]]) -> dict[_Name, float]:
     """Return the sum of the weights of each name, the largest first."""
-    sums = Counter[str]()
+    sums = Counter[_Name]()
     for name, weight in pairs:
         sums[name] += weight  # type: ignore[assignment]  # a Counter of floats
     return dict(sums.most_common())
