@@ -107,20 +107,22 @@ def find_unusual_parts(parts: Parts | None) -> list[Finding]:
 
 def name_hosts(cache: Cache, findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings. Those of parts name the hosts that encoded their examples: one of them may be broken."""
+    hosts: dict[str, str] = {}  # by commit: the examples are often of one
     return [
-        replace(finding, examples=tuple(_name_host(cache, example) for example in finding.examples))
+        replace(finding, examples=tuple(_name_host(cache, example, hosts) for example in finding.examples))
         if finding.code in ("unusual-parts", "noisy-unit")
         else finding
         for finding in findings
     ]
 
 
-def _name_host(cache: Cache, example: Example) -> Example:
+def _name_host(cache: Cache, example: Example, hosts: dict[str, str]) -> Example:
     file = example.places[0][0] if example.places else example.key  # of a row, or a file
     stem = strip_extension(file).removeprefix(f"{DATA}/")
-    content = commits.read_commit_if_exists(cache.folder, stem if is_retry_part(stem) else parse_unit_name(file)) or {}
-    host = content.get("host")
-    return replace(example, remark=f"{example.remark}, encoded on {host}") if host else example
+    commit = stem if is_retry_part(stem) else parse_unit_name(file)
+    if commit not in hosts:
+        hosts[commit] = (commits.read_commit_if_exists(cache.folder, commit) or {}).get("host") or ""
+    return replace(example, remark=f"{example.remark}, encoded on {hosts[commit]}") if hosts[commit] else example
 
 
 def read_reject_examples(cache: Cache, per_reason: int = 3, limit: int = 200) -> dict[str, list[Mapping[str, Any]]]:
