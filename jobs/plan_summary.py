@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs.local_executor import count_cores
 from jobs.options import PlanOptions
+from jobs.progress import format_duration
 from pipeline.cache.tally import format_bucket
 from pipeline.estimate.images import SIDES, Opened, Opening, count_by, name_side
 from pipeline.estimate.ratio import Count
@@ -162,20 +163,13 @@ def _format_speed(speed: Mapping[str, Any]) -> list[str]:
     if speed["hours"] is None:
         return lines
     workers, rate = count_noun(speed["workers"], "worker"), speed["images_per_second"]
-    lines.append(
-        f"time       {_format_hours(speed['hours'])} with {workers} ({rate:.1f} images/s), bound by {speed['bound_by']}"
-    )
+    duration = format_duration(max(speed["hours"] * 3600, 1))
+    lines.append(f"time       {duration} with {workers} ({rate:.1f} images/s), bound by {speed['bound_by']}")
     if speed["cores_per_device"] and speed["device"] != "cpu":
         lines.append(f"cores      {speed['cores_per_device']:.2g} open as many images as a device encodes")
     if speed["cost"] is not None:
         lines.append(f"cost       {speed['cost']:,.2f} at the given price per worker and hour")
     return lines
-
-
-def _format_hours(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:.1f} seconds"
-    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
 
 def _format_count(images: Mapping[str, Any], damaged: int) -> str:

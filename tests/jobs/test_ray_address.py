@@ -146,7 +146,7 @@ def test_a_signal_ends_the_wait(argv: list[str], silent_server: str, sign: signa
         signalled = time.monotonic()
         job.send_signal(sign)
         _, err = job.communicate(timeout=60)
-        assert time.monotonic() - signalled < 5
+        assert time.monotonic() - signalled < 30, "the wait alone lasts 60 s"
         assert job.returncode == code
         assert "stopped; the cache is consistent; run the same command to resume: " in err
 
