@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -48,9 +50,18 @@ def cluster(dashboard: int, account: str, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
     head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard, "object_store_memory": 200 << 20}
     nodes = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
-    nodes.add_node(num_cpus=1, object_store_memory=200 << 20)
+    add_node(nodes)
     yield nodes
     nodes.shutdown()
+
+
+def add_node(cluster: Cluster, **options: Any) -> None:
+    """Add a node with one CPU and a directory of its own for working directories.
+
+    If nodes share that directory, the second one replaces a working directory that jobs of the first one use.
+    """
+    name = f"working_dirs_{uuid.uuid4().hex}"
+    cluster.add_node(num_cpus=1, object_store_memory=200 << 20, runtime_env_dir_name=name, **options)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +223,7 @@ def test_workers_run_the_drivers_code_and_are_added_for_new_nodes(
         text=True,
     ) as job:
         wait_for(lambda: list(tmp_path.glob("c/data/*")), job)
-        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+        add_node(cluster)
         out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
     assert_complete(check_cache.read_files(tmp_path / "c"), reference_digest)
@@ -299,7 +310,7 @@ def test_a_node_on_which_workers_fail_is_avoided(
 ) -> None:
     (node,) = cluster.worker_nodes
     cluster.remove_node(node)
-    cluster.add_node(num_cpus=1, object_store_memory=200 << 20, env_vars={"FAULTY": "1"})
+    add_node(cluster, env_vars={"FAULTY": "1"})
     cluster.wait_for_nodes()
     argv = [source, "--to", tmp_path / "c", *make_options(micro_vae), "--address", cluster.address, "--workers", 2]
     job = run_faulty_job(FAULTY_JOB, argv, tmp_path, timeout=280)
