@@ -6,6 +6,7 @@ The fields of the dataclass are made by `option`. jobs/options.py has the datacl
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -163,7 +164,10 @@ def make_converter(name: str, hint: Any) -> Any:
 
     def convert(text: str) -> Any:
         try:
-            return plain(text)
+            value = plain(text)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError
+            return value
         except ValueError:
             kind = "a whole number" if plain is int else "a number"
             raise argparse.ArgumentTypeError(f"'{text}' is not {kind}") from None
@@ -196,12 +200,19 @@ def read_config(kind: type[Any], path: str) -> dict[str, Any]:
 
 def parse_config_value(name: str, hint: Any, value: Any, path: str) -> Any:
     """Return a value of a YAML file as the value of a field of the type `hint`. Raises UsageError."""
+    if value is None:
+        raise UsageError(f"{name} in --config {path} has no value; give it one, or remove the line")
     if hint is bool:
         if not isinstance(value, bool):
             raise UsageError(f"{name} in --config {path} must be true or false, not {value!r}")
         return value
-    if hint == tuple[str, ...]:
-        return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+    is_several = hint == tuple[str, ...]
+    items = value if is_several and isinstance(value, list) else [value]
+    for item in items:
+        if item is None or isinstance(item, (bool, list, Mapping)):  # `no` and `a: b` without quotes, for instance
+            raise UsageError(f"{name} in --config {path} must be text or a number, not {item!r}; put it in quotes")
+    if is_several:
+        return tuple(map(str, items))
     try:
         return make_converter(name, hint)(str(value))
     except argparse.ArgumentTypeError as error:

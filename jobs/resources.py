@@ -178,6 +178,8 @@ def plan_resources(options: Common, recorded_backend: Backend = "torch") -> Iter
         raise UsageError("--device mps needs --backend torch: JAX does not run on it here")
     if options.cpus_per_worker < 1 or options.gpus_per_worker <= 0:
         raise UsageError("--cpus-per-worker must be at least 1, and --gpus-per-worker must be more than 0")
+    if options.stall_timeout <= 0:
+        raise UsageError("--stall-timeout must be more than 0 seconds")
     with ExitStack() as stack:
         yield ResourcePlan(options, backend, stack)
 

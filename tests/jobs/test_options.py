@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from jobs.options import DecodeOptions
 from jobs.parsing import parse
 from jobs.resources import parse_worker_count
 from pipeline.errors import UsageError
+
+Command = Callable[..., tuple[int, str, str]]
 
 REQUIRED = ["in/", "--to", "out", "--vae", "demo"]
 
@@ -44,6 +47,8 @@ def test_a_repeated_flag_collects_its_values() -> None:
         ([*REQUIRED, "--resolutoin", "256"], "unknown option --resolutoin; did you mean --resolution?"),
         ([*REQUIRED, "--resolution", "big"], "'big' is not a whole number"),
         ([*REQUIRED, "--interpolation", "bicubik"], "did you mean bicubic?"),
+        ([*REQUIRED, "--max-reject-rate", "nan"], "'nan' is not a number"),
+        ([*REQUIRED, "--stall-timeout", "inf"], "'inf' is not a number"),
         ([*REQUIRED, "--config", "nowhere.yaml"], "cannot read --config nowhere.yaml: no such file"),
     ],
 )
@@ -66,6 +71,13 @@ def test_a_file_may_set_every_option_and_flags_override_it(tmp_path: Path) -> No
         ("resolutoin: 3", "unknown key 'resolutoin'; did you mean resolution?"),
         ("resolution: big", "resolution in --config .*: 'big' is not a whole number"),
         ("json: 1", "json in --config .* must be true or false"),
+        ("to:", "to in --config .* has no value"),
+        ("json: null", "json in --config .* has no value"),
+        ("source: [a, null]", "source in --config .* must be text or a number, not None"),
+        ("columns: [txt, cls]", "columns in --config .* must be text or a number, not \\['txt', 'cls'\\]"),
+        ("flip: no", "flip in --config .* must be text or a number, not False; put it in quotes"),
+        ("storage_option: {anon: x}", "storage_option in --config .* must be text or a number, not {'anon': 'x'}"),
+        ("max_reject_rate: .nan", "'nan' is not a number"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "invalid YAML"),
     ],
@@ -104,3 +116,9 @@ def test_the_record_of_a_run_has_no_secret() -> None:
 def test_a_wrong_number_of_workers_is_named(text: str) -> None:
     with pytest.raises(UsageError, match=f"^--workers must be 0 or more, or auto, not '{text}'$"):
         parse_worker_count(text)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1"])
+def test_a_stall_timeout_of_no_time_is_refused(latentmill: Command, tmp_path: Path, shards: Path, seconds: str) -> None:
+    argv = ["encode", shards, "--to", tmp_path / "c", "--vae", "demo", "--workers", 0, "--stall-timeout", seconds]
+    assert latentmill(*argv) == (2, "", "latentmill: --stall-timeout must be more than 0 seconds\n")
