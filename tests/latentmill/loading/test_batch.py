@@ -234,7 +234,7 @@ def test_the_statistics_of_the_cache_are_needed_to_scale_by_them(make: Make) -> 
         check_settings(cache, BatchSettings(scale="dataset"))
     stats.unlink()
     with pytest.raises(
-        UsageError, match=r"scale='dataset' needs stats\.json, which the cache .* run latentmill stats$"
+        UsageError, match=r"scale='dataset' needs stats\.json, which the cache .* run the encode command to its end$"
     ):
         check_settings(cache, BatchSettings(scale="dataset"))
 
