@@ -131,7 +131,8 @@ def _read_dataset_scaling(cache: OpenCache) -> Scaling:
     stats = read_stats(cache.folder) or {}
     if "mean" not in stats or "std" not in stats:
         raise UsageError(
-            f"scale='dataset' needs {STATS}, which the cache {cache.folder.url} does not have: run the encode command to its end"
+            f"scale='dataset' needs {STATS}, which the cache {cache.folder.url} does not have: "
+            "run the encode command to its end"
         )
     if not all(stats["std"]):
         raise UsageError(f"scale='dataset' is not possible: a channel of the cache {cache.folder.url} is constant")
