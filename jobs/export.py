@@ -23,7 +23,7 @@ from pipeline.cache import identity, parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, UsageError
-from pipeline.exports.checks import list_settings, make_job, parse_sizes
+from pipeline.exports.checks import check_folder, check_overlays, list_settings, make_job, parse_sizes
 from pipeline.exports.exporter import (
     ExportReport,
     ExportSpec,
@@ -34,12 +34,13 @@ from pipeline.exports.exporter import (
 )
 from pipeline.exports.formats import FORMATS
 from pipeline.exports.manifest import (
-    NAME,
     ExportedPart,
-    Manifest,
+    ExportManifest,
     list_done,
+    name_manifest,
     open_manifest,
     read_records,
+    write_manifest,
 )
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
@@ -70,10 +71,13 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
     out = Folder(connection.make_absolute(options.to), storage)
     if f"{out.url.rstrip('/')}/".startswith(f"{cache.folder.url.rstrip('/')}/"):
         raise UsageError("--to is in the cache itself; export to another folder")
+    columns = cache.overlays.schema.names if FORMATS[options.format].all_columns else job.columns
+    check_folder(out, options.format)
+    check_overlays(cache, columns, [part.file for part in summaries])
     names = ("caption_column", "label_column", "with_shard")
-    wanted = Manifest(
+    wanted = ExportManifest(
         format=options.format,
-        options={**{name: getattr(job, name) for name in names}, "columns_digest": cache.overlays.digest},
+        options={**{name: getattr(job, name) for name in names}, "columns_digest": cache.overlays.digest_of(columns)},
         cache=options.cache,
         identity=cache.info.identity_sha256,
         parts=tuple(ExportedPart(part.file, part.sha256, part.rows) for part in summaries),
@@ -81,7 +85,10 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
     images = list_images(cache) if FORMATS[options.format].prepared else {}
     manifest = open_manifest(out, wanted)
     spec = ExportSpec(
-        job=job, format=options.format, out=out, ignores_case=out.read_if_exists(NAME.upper()) is not None
+        job=job,
+        format=options.format,
+        out=out,
+        ignores_case=out.read_if_exists(name_manifest(options.format).upper()) is not None,
     )
     export = Export(options, spec, manifest, images, signals)
     failures = export.run()
@@ -99,12 +106,12 @@ class Export:
         self,
         options: ExportOptions,
         spec: ExportSpec,
-        manifest: Manifest,
+        manifest: ExportManifest,
         images: Mapping[str, tuple[str, ...]],
         signals: Signals,
     ) -> None:
         self.options, self.spec, self.manifest, self.images, self.signals = options, spec, manifest, images, signals
-        self.done = list_done(spec.out, manifest.parts)
+        self.done = list_done(spec.out, manifest)
         self.reports: list[ExportReport] = []
 
     def run(self) -> Sequence[Failure]:
@@ -133,7 +140,7 @@ class Export:
     def write_manifest(self, **changes: Any) -> None:
         """Write the manifest with these changes."""
         self.manifest = dataclasses.replace(self.manifest, **changes)
-        self.spec.out.replace(NAME, self.manifest.to_json())
+        write_manifest(self.spec.out, self.manifest)
 
     def run_tasks(
         self, tasks: Sequence[ExportTask], executor: Executor, on_done: Any, on_tick: Any
@@ -209,7 +216,7 @@ def finish(export: Export, failures: Sequence[Failure], settings: dict[str, obje
     """Write the files of the whole export, print the summary, and return the exit code."""
     out, form = export.spec.out, FORMATS[export.spec.format]
     numbers = sorted(export.done | {report.part for report in export.reports})
-    records = read_records(out, numbers)
+    records = list(read_records(out, export.spec.format, numbers))
     if not failures:
         entries = [entry for record in records for entry in record.entries]
         for name, data in form.finish(export.spec.job, entries):

@@ -124,7 +124,11 @@ class Overlays:
 
         A training run can pin it, as it pins the digest of the cache. It is empty if no columns came later.
         """
-        digests = {name: version.info.digest for name, version in self.providers.items()}
+        return self.digest_of(self.schema.names)
+
+    def digest_of(self, columns: Collection[str]) -> str:
+        """Return the columns digest of some columns, for a program that reads no others. It is empty for none."""
+        digests = {name: version.info.digest for name, version in self.providers.items() if name in columns}
         return hashlib.sha256(canonical_json(digests)).hexdigest() if digests else ""
 
     @property
@@ -152,7 +156,7 @@ class Overlays:
         """
         names = [name for name in self.schema.names if columns is None or name in columns]
         found: dict[str, pa.ChunkedArray] = {}
-        for version, provided in self._group(names):
+        for version, provided in self.group_by_version(names):
             if entry := self._find(version, file):
                 table = _read_slice(self.folder, version, entry, provided, start, stop)
                 found |= dict(zip(provided, table.columns, strict=True))
@@ -171,7 +175,7 @@ class Overlays:
         A row group is in memory at a time. Uncovered columns are null: if no version covers the file, forever.
         """
         readers, nulls = [], dict[str, Any]()
-        for version, names in self._group(columns):
+        for version, names in self.group_by_version(columns):
             if entry := self._find(version, file):
                 readers.append(_iterate_version(self.folder, version, entry, names, wanted))
             else:
@@ -185,7 +189,7 @@ class Overlays:
                 row |= more
             yield row
 
-    def _group(self, columns: Collection[str]) -> list[tuple[Version, list[str]]]:
+    def group_by_version(self, columns: Collection[str]) -> list[tuple[Version, list[str]]]:
         """Return the versions that give these columns, each with the names that it gives."""
         groups: dict[int, tuple[Version, list[str]]] = {}
         for name, version in self.providers.items():

@@ -1,7 +1,7 @@
 """Whether a cache has what a format needs. Each refusal names the cache, the format, and the option that helps."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -10,6 +10,9 @@ from pipeline.cache.reader import Cache
 from pipeline.errors import UsageError
 from pipeline.exports.formats import FORMATS, ExportFormat
 from pipeline.exports.job import ExportJob
+from pipeline.exports.manifest import FOLDER
+from pipeline.storage.folder import Folder
+from pipeline.wording import count_noun
 
 CAPTION, LABEL = "txt", "label"  # the columns that are used unless the user names others
 SHOWN = 5  # sizes in a message
@@ -117,6 +120,30 @@ def check_rows(cache: Cache, name: str, form: ExportFormat, columns: Sequence[st
             "it has no latents of the mirrored images",
             "encode the images into a new cache with --flip both",
         )
+
+
+def check_overlays(cache: Cache, columns: Collection[str], files: Iterable[str]) -> None:
+    """Raise UsageError if columns that came later are of other parts only, so that rows would lack them.
+
+    columns: those that are exported. files: the parts.
+    """
+    for version, names in cache.overlays.group_by_version(columns):
+        if others := set(files).difference(version.files["file"].to_pylist()):
+            raise UsageError(
+                f"version {version.number} of the columns of {cache.folder.url} ({', '.join(names)}) does not cover "
+                f"{count_noun(len(others), 'part')}, such as {min(others)}; run latentmill annotate again"
+            )
+
+
+def check_folder(out: Folder, name: str) -> None:
+    """Raise UsageError if the folder has the export to another format, and the files of both would be mixed up.
+
+    Formats with files per image may share a folder. Programs that read files of many rows read all in the folder.
+    """
+    _, others = out.list_entries(FOLDER)
+    for other in sorted(FORMATS.keys() & set(others) - {name}):
+        if not (FORMATS[name].per_row and FORMATS[other].per_row):
+            raise UsageError(f"{out.url} has an export with --format {other}; export to an empty folder")
 
 
 def check_sizes(cache: Cache, name: str, form: ExportFormat, sizes: Sequence[Size]) -> None:

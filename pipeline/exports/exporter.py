@@ -12,7 +12,7 @@ from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError, Stopped
 from pipeline.exports.formats import FORMATS
 from pipeline.exports.job import ExportJob, OutFile, RefusedRow, Row
-from pipeline.exports.manifest import PartRecord, write_record
+from pipeline.exports.manifest import ExportRecord, write_record
 from pipeline.prefetch import map_in_order
 from pipeline.readers.folder import make_folder_key
 from pipeline.records import FIRST_ATTEMPT, Attempt
@@ -102,13 +102,14 @@ class ExportWorker:
     def export(self, task: ExportTask) -> ExportReport:
         """Write the files of a part that do not exist, and then its record."""
         written = existing = kept = rows = 0
-        entries: list[Any] = []
+        names, entries = list[str](), list[Any]()
         refused: list[tuple[str, str, str]] = []
         files = self.form.pack(self.convert(task, refused), self.spec.job, task.part)
         with ThreadPoolExecutor(WRITERS) as pool:
             for file, outcome in map_in_order(
                 pool, self.publish, files, window=WRITERS, weight=weigh, budget=256 << 20
             ):
+                names.append(file.name)
                 rows += file.rows
                 written += file.rows if outcome == "written" else 0
                 existing += file.rows if outcome == "equal" else 0
@@ -119,7 +120,8 @@ class ExportWorker:
                 f"{self.spec.job.cache.folder.url_of(task.file)} has {rows + len(refused)} rows, not {task.rows}; "
                 f"{VERIFY_HINT}"
             )
-        write_record(self.spec.out, task.part, PartRecord(rows=rows, refused=tuple(refused), entries=tuple(entries)))
+        record = ExportRecord(rows=rows, files=tuple(names), refused=tuple(refused), entries=tuple(entries))
+        write_record(self.spec.out, self.spec.format, task.part, record)
         return ExportReport(part=task.part, written=written, existing=existing, kept=kept, refused=len(refused))
 
     def convert(self, task: ExportTask, refused: list[tuple[str, str, str]]) -> Iterator[Any]:

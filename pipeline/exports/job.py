@@ -1,5 +1,6 @@
 """What the functions of all formats share: the settings of an export, a row's values, and the files that are made."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,8 +84,10 @@ class ExportJob:
         return rounded.contiguous()
 
     def read_label(self, row: Row) -> int:
-        """Return the label of a row. Raises RefusedRow if it is not a whole number."""
+        """Return the label of a row, which may be text, as `.cls` files are. Raises RefusedRow for other values."""
         label = row.get(self.label_column)
+        if isinstance(label, str) and re.fullmatch(r"\s*-?[0-9]+\s*", label):
+            return int(label)
         if isinstance(label, bool) or not isinstance(label, int):
             raise RefusedRow(f"its column '{self.label_column}' is {label!r}, not a whole number")
         return label

@@ -1,20 +1,24 @@
 """The record of an export in its folder: which parts of which cache it has, and what was written of each.
 
-latentmill-export.json    the cache, the format, and the numbered parts; written first, and again at the end
-_latentmill/NNNNN.json    one per finished part: its counts, its refused rows, and entries for the whole export's files
+_latentmill/FORMAT/export.json    the cache and the numbered parts; written first, and again at the end
+_latentmill/FORMAT/NNNNN.json     one per finished part: its rows, its files, and entries for files of the whole export
+
+A folder may have exports to several formats, such as those of two trainers beside the images.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
+from pipeline.cache.name_array import find_names, sort_names
 from pipeline.canonical_json import indented_json
 from pipeline.errors import CacheError, IdentityError
 from pipeline.storage.folder import Folder
 
-NAME = "latentmill-export.json"
-RECORDS = "_latentmill"
+FOLDER = "_latentmill"
 MADE_BY = "latentmill export"
 
 
@@ -28,8 +32,8 @@ class ExportedPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """An export.
+class ExportManifest:
+    """An export to one format.
 
     options: what decides its files besides the cache and the format. digest: of the cache, at the end. state: `new`
     until the first file may be written.
@@ -49,27 +53,33 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartRecord:
-    """What is known of a finished part. refused: shard, key and reason of each row that was left out."""
+class ExportRecord:
+    """What is known of a finished part.
+
+    files: their names in the folder. refused: shard, key and reason of each row that was left out. entries: what the
+    files of the whole export say of the rows.
+    """
 
     rows: int
+    files: tuple[str, ...]
     refused: tuple[tuple[str, str, str], ...] = ()
     entries: tuple[Any, ...] = ()
 
 
-def open_manifest(out: Folder, wanted: Manifest) -> Manifest:
+def open_manifest(out: Folder, wanted: ExportManifest) -> ExportManifest:
     """Return the manifest of a folder: a new one, which is written, or the one that is there, with parts that are new.
 
     Parts keep their number, so that an export can be completed after the cache has grown. Raises IdentityError if the
     folder has another export, or that of a cache whose parts have changed since.
     """
-    if out.create(NAME, wanted.to_json()):
+    name = name_manifest(wanted.format)
+    if out.create(name, wanted.to_json()):
         return wanted
-    found = read_manifest(out)
+    found = read_manifest(out, name)
     if found.state == "new":
-        out.replace(NAME, wanted.to_json())
+        out.replace(name, wanted.to_json())
         return wanted
-    for name in ("format", "identity", "options"):
+    for name in ("identity", "options"):
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if ours != theirs:
             raise IdentityError(
@@ -85,45 +95,76 @@ def open_manifest(out: Folder, wanted: Manifest) -> Manifest:
     return replace(found, parts=(*found.parts, *now.values())) if now else found
 
 
-def read_manifest(out: Folder) -> Manifest:
-    """Read the manifest of a folder. Raises CacheError if it is not one."""
-    url = out.url_of(NAME)
+def name_manifest(form: str) -> str:
+    """Return the name of the manifest of the export to a format."""
+    return f"{FOLDER}/{form}/export.json"
+
+
+def write_manifest(out: Folder, manifest: ExportManifest) -> None:
+    """Write a manifest that was opened before."""
+    out.replace(name_manifest(manifest.format), manifest.to_json())
+
+
+def read_manifest(out: Folder, name: str) -> ExportManifest:
+    """Read a manifest. Raises CacheError if it is not one."""
+    url = out.url_of(name)
     try:
-        content = json.loads(out.read(NAME))
+        content = json.loads(out.read(name))
         content.pop("made_by")
         parts = tuple(ExportedPart(**part) for part in content.pop("parts"))
-        return Manifest(**content, parts=parts)
+        return ExportManifest(**content, parts=parts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheError(f"{url} is not the record of an export; remove it, or export to an empty folder") from error
 
 
-def name_record(part: int) -> str:
-    """Return the name of a part's record."""
-    return f"{RECORDS}/{part:05d}.json"
-
-
-def write_record(out: Folder, part: int, record: PartRecord) -> None:
+def write_record(out: Folder, form: str, part: int, record: ExportRecord) -> None:
     """Write the record of a finished part."""
-    out.replace(name_record(part), json.dumps(asdict(record), ensure_ascii=False).encode())
+    out.replace(f"{FOLDER}/{form}/{name_record(part)}", json.dumps(asdict(record), ensure_ascii=False).encode())
 
 
-def read_records(out: Folder, parts: Iterable[int]) -> list[PartRecord]:
-    """Read the records of these parts, in their order."""
-    names = [name_record(part).removeprefix(f"{RECORDS}/") for part in parts]
-    return [parse_record(data, out.url_of(f"{RECORDS}/{name}")) for name, data in out.read_each(RECORDS, names)]
+def name_record(part: int) -> str:
+    """Return the name of a part's record in the folder of the format."""
+    return f"{part:05d}.json"
 
 
-def parse_record(data: bytes, url: str) -> PartRecord:
+def read_records(out: Folder, form: str, parts: Iterable[int]) -> Iterator[ExportRecord]:
+    """Yield the records of these parts, in their order."""
+    for name, data in out.read_each(f"{FOLDER}/{form}", map(name_record, parts)):
+        yield parse_record(data, out.url_of(f"{FOLDER}/{form}/{name}"))
+
+
+def parse_record(data: bytes, url: str) -> ExportRecord:
     """Return a part's record. Raises CacheError if it is not one."""
     try:
         content = json.loads(data)
         refused = tuple((shard, key, reason) for shard, key, reason in content["refused"])
-        return PartRecord(rows=content["rows"], refused=refused, entries=tuple(content["entries"]))
+        files, entries = tuple(content["files"]), tuple(content["entries"])
+        return ExportRecord(rows=content["rows"], files=files, refused=refused, entries=entries)
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{url} is not the record of a part; remove it, and run the same command again") from error
 
 
-def list_done(out: Folder, parts: Sequence[ExportedPart]) -> set[int]:
-    """Return the numbers of the parts that have a record."""
-    names = set(out.iterate_names(RECORDS))
-    return {number for number in range(len(parts)) if name_record(number).removeprefix(f"{RECORDS}/") in names}
+def list_done(out: Folder, manifest: ExportManifest) -> set[int]:
+    """Return the numbers of the parts that have a record, and all of whose files exist."""
+    names = set(out.iterate_names(f"{FOLDER}/{manifest.format}"))
+    recorded = [number for number in range(len(manifest.parts)) if name_record(number) in names]
+    present: dict[str, np.ndarray] = {}
+    return {
+        number
+        for number, record in zip(recorded, read_records(out, manifest.format, recorded), strict=True)
+        if has_files(out, record.files, present)
+    }
+
+
+def has_files(out: Folder, files: Sequence[str], present: dict[str, np.ndarray]) -> bool:
+    """Return whether all files exist. present: the names in each sub-folder that was listed before; it grows."""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    for folder, names in folders.items():
+        if folder not in present:
+            present[folder] = sort_names(out.iterate_names(folder))
+        if find_names(present[folder], names).min() < 0:
+            return False
+    return True

@@ -64,7 +64,7 @@ def read_all(cache: Path) -> list[tuple[dict[str, object], Cache]]:
 def list_files(folder: Path) -> list[str]:
     """Return the files of an export without its own records."""
     found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return sorted(name for name in found if not name.startswith("_") and name != "latentmill-export.json")
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("container", ["parquet", "webdataset"])
@@ -456,8 +456,9 @@ def test_names_that_differ_in_case_are_one_on_a_disk_that_ignores_it(
     assert encode(tmp_path / "shards")[0] == 0
     command = ("export", tmp_path / "c", "--format", "simpletuner", "--to")
     assert latentmill(*command, tmp_path / "o")[0] == 0
-    monkeypatch.setattr(manifest, "NAME", "EXPORT.JSON")  # as if the disk found the record under this name as well
-    monkeypatch.setattr("jobs.export.NAME", "export.json")
+    # as if the disk found the record under this name as well
+    monkeypatch.setattr(manifest, "name_manifest", lambda form: "EXPORT.JSON")
+    monkeypatch.setattr("jobs.export.name_manifest", lambda form: "export.json")
     code, _, err = latentmill(*command, tmp_path / "p")
     assert (code, "A of shards/0.tar" in err) == (2, True), err
 
@@ -471,7 +472,7 @@ def test_a_stopped_export_goes_on_where_it_was(
     written = {path: path.read_bytes() for path in (tmp_path / "o").glob("*.pt")}
     times = {path: path.stat().st_mtime_ns for path in written}
     # as if it was stopped in the second part: its record and some of its files are missing
-    (tmp_path / "o/_latentmill/00001.json").unlink()
+    (tmp_path / "o/_latentmill/simpletuner/00001.json").unlink()
     lost = [path for path in written if path.name[0] in "01234"]
     mine = {hashlib.sha256(f"{number:09d}".encode()).hexdigest() for number in range(5, 12)}
     lost = [path for path in lost if path.stem in mine]
@@ -484,6 +485,66 @@ def test_a_stopped_export_goes_on_where_it_was(
     assert all(path.stat().st_mtime_ns == times[path] for path in written if path not in lost)
     again = json.loads(latentmill(*command)[1])
     assert (again["exported"], again["skipped"]) == (0, 18)
+
+
+@pytest.mark.parametrize("name", ["simpletuner", "safetensors"])
+def test_files_that_were_removed_are_written_again(
+    encode: Command, latentmill: Command, photos: Path, tmp_path: Path, name: str
+) -> None:
+    assert encode(photos, "--rows-per-part", 2)[0] == 0
+    command = ("export", tmp_path / "c", "--format", name, "--to", tmp_path / "o", "--workers", 0, "--json")
+    assert json.loads(latentmill(*command)[1])["exported"] == 5
+    files = {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    removed = max(path for path in files if path.suffix in (".pt", ".safetensors"))
+    removed.unlink()
+    again = json.loads(latentmill(*command)[1])
+    assert again["exported"] + again["skipped"] == 5 and again["exported"] in (1, 2)
+    assert {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()} == files
+
+
+def test_exports_for_several_trainers_may_be_beside_the_images(
+    encode: Command, latentmill: Command, photos: Path, tmp_path: Path
+) -> None:
+    assert encode(photos)[0] == 0
+    for name in ("sd-scripts-sd", "simpletuner", "sd-scripts-sd"):
+        assert latentmill("export", tmp_path / "c", "--format", name, "--to", tmp_path / "o")[0] == 0
+    assert len(list(tmp_path.glob("o/*/*.npz"))) == len(list(tmp_path.glob("o/*/*.pt"))) == 5
+    code, _, err = latentmill("export", tmp_path / "c", "--format", "safetensors", "--to", tmp_path / "o")
+    assert (code, "has an export with --format sd-scripts-sd" in err) == (2, True), err
+
+
+def test_an_export_refuses_columns_that_do_not_cover_all_parts(
+    encode: Command, latentmill: Command, shards: Path, tmp_path: Path
+) -> None:
+    assert encode(shards, "--columns", "txt", "--max-shards", 1)[0] == 0
+    table = "".join(json.dumps({"key": f"{n:09d}", "txt": f"new {n}", "score": 1.0}) + "\n" for n in range(18))
+    (tmp_path / "t.jsonl").write_text(table)
+    annotate = ("annotate", tmp_path / "c", "--from", tmp_path / "t.jsonl")
+    assert latentmill(*annotate)[0] == 0
+    assert encode(shards, "--columns", "txt")[0] == 0
+    command = ("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o")
+    code, _, err = latentmill(*command)
+    assert (code, "(txt) does not cover 2 parts, such as data/" in err) == (2, True), err
+    assert not (tmp_path / "o").exists()
+    assert latentmill("export", tmp_path / "c", "--format", "simpletuner", "--to", tmp_path / "p")[0] == 0
+    assert latentmill(*annotate)[0] == 0
+    assert latentmill(*command)[0] == 0
+    assert sorted(sample["caption"] for sample in read_mds(tmp_path / "o")) == sorted(f"new {n}" for n in range(18))
+
+
+def test_labels_of_cls_files_are_numbers(encode: Command, latentmill: Command, tmp_path: Path) -> None:
+    members = {
+        f"{n}.{kind}": data
+        for n in range(3)
+        for kind, data in (("png", encoded(smooth(n), "PNG")), ("cls", b"%d\n" % n))
+    }
+    members |= {"3.png": encoded(smooth(3), "PNG"), "3.cls": b"cat"}
+    write_tar(tmp_path / "s/0.tar", members)
+    assert encode(tmp_path / "s", "--columns", "cls")[0] == 0
+    command = ("export", tmp_path / "c", "--format", "mds", "--to", tmp_path / "o", "--label-column", "cls")
+    code, _, err = latentmill(*command)
+    assert (code, "refused: 3 of s/0.tar: its column 'cls' is 'cat', not a whole number" in err) == (3, True), err
+    assert sorted(sample["label"] for sample in read_mds(tmp_path / "o")) == [0, 1, 2]
 
 
 def test_an_export_is_completed_after_its_cache_has_grown(
@@ -518,7 +579,7 @@ def test_another_cache_is_refused_in_the_folder_of_an_export(
     code, _, err = latentmill(*command)
     assert (code, "has an export with another identity" in err) == (2, True), err
     code, _, err = latentmill(*command[:3], "mds", *command[4:])
-    assert (code, "has an export with another format" in err) == (2, True), err
+    assert (code, "has an export with --format safetensors; export to an empty folder" in err) == (2, True), err
     assert {path: path.read_bytes() for path in (tmp_path / "o").rglob("*") if path.is_file()} == files
 
 
@@ -619,7 +680,7 @@ def test_an_export_to_a_store_is_resumed(
     command = ("export", f"{bucket}/c", "--format", "simpletuner", "--to", out.url, "--json")
     assert json.loads(latentmill(*command)[1])["exported"] == 5
     filesystem, path = connection.get_filesystem(out.url, {})
-    filesystem.rm_file(f"{path}/_latentmill/00000.json")
+    filesystem.rm_file(f"{path}/_latentmill/simpletuner/00000.json")
     filesystem.rm_file(f"{path}/a/{hashlib.sha256(b'1').hexdigest()}.pt")
     summary = json.loads(latentmill(*command)[1])
     assert (summary["exported"], summary["skipped"]) == (1, 4)
