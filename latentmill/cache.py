@@ -1,13 +1,14 @@
 """Reading a cache: its rows, and their latents as tensors, raw or as a diffusion model sees them."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from latentmill.cache_files import DATA, check_digest, check_overlays
+from latentmill.cache_files import DATA, PART_SUFFIXES, check_digest, check_overlays
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT
-from latentmill.errors import CacheError, NoCacheError, UsageError
+from latentmill.errors import CacheError, LatentmillError, NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
 from latentmill.loading.random_access import RowAccess
 from latentmill.overlays import Overlays, open_overlays
@@ -35,7 +36,7 @@ class Cache:
     @classmethod
     def open(
         cls,
-        url: str,
+        url: str | os.PathLike[str],
         options: Mapping[str, Any] | None = None,
         digest: str | None = None,
         verify: bool = False,
@@ -55,6 +56,7 @@ class Cache:
         IdentityError if it has another digest or was made by another VAE; UsageError if it has no such version of its
         columns; StorageError if the storage refuses.
         """
+        url = os.fspath(url)
         folder, info = cls._read_info(url, options or {})
         if info is None:
             raise NoCacheError(f"there is no latentmill cache at {url}: it has no {NAME}")
@@ -103,7 +105,7 @@ class Cache:
 
     def files(self) -> list[str]:
         """Return the names of the files with rows, sorted. The cache is their concatenation."""
-        return [f"{DATA}/{name}" for name in self.folder.list_files(DATA)]
+        return [f"{DATA}/{name}" for name in self.folder.list_files(DATA) if name.endswith(PART_SUFFIXES[DATA])]
 
     def rows(
         self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
@@ -112,14 +114,22 @@ class Cache:
 
         Rows have the columns that came later. Such a column replaces one of the same name.
         columns: of Parquet, to read less. wanted: the indexes of the rows to yield, ascending; None for all.
+        Raises UsageError for columns that the cache does not have, CacheError if the file is damaged, and StorageError
+        if it cannot be read.
         """
         later = [name for name in self.overlays.schema.names if columns is None or name in columns]
         own = columns
         if columns is not None and later:
             own = [name for name in columns if name not in later] or ["key"]
-        with self.folder.open(file) as stream:
-            rows = read_rows(stream, file, wanted, own, self.info.columns.texts, self.info.columns.binary)
-            yield from self._add_overlays(rows, file, later, columns, wanted) if later else rows
+        try:
+            with self.folder.open(file) as stream:
+                rows = read_rows(stream, file, wanted, own, self.info.columns.texts, self.info.columns.binary)
+                yield from self._add_overlays(rows, file, later, columns, wanted) if later else rows
+        except LatentmillError:
+            raise
+        except Exception as error:  # damaged bytes can make tarfile and Arrow raise anything
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CacheError(f"{self.folder.url_of(file)} cannot be read: {message:.200}; {VERIFY_HINT}") from error
 
     def _add_overlays(
         self,

@@ -1,7 +1,7 @@
 """The files of a cache beside cache.json: the parts, their digest, and stats.json."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from latentmill.cache_info import CacheInfo
@@ -10,8 +10,11 @@ from latentmill.errors import IdentityError
 from latentmill.folder import CacheFolder
 from latentmill.overlay_files import FILES
 from latentmill.overlays import Overlays, compute_digest
+from latentmill.part_files import PARQUET_SUFFIX, WEBDATASET_SUFFIX
 
 DATA, EMPTY, STATS = "data", "_empty", "stats.json"
+# The ends of the names of parts. Other programs leave files of their own, such as the index that litdata writes.
+PART_SUFFIXES: Mapping[str, tuple[str, ...]] = {EMPTY: (".json",), DATA: (PARQUET_SUFFIX, WEBDATASET_SUFFIX)}
 _BLOCK = 8 << 20  # bytes per request while a file is hashed
 
 
@@ -31,9 +34,15 @@ class OpenCache(Protocol):
         """The columns that came later."""
 
 
+def iterate_part_files(folder: CacheFolder) -> Iterator[str]:
+    """Yield the files of all parts, in no particular order. Files with other suffixes are passed over."""
+    for below, suffixes in PART_SUFFIXES.items():
+        yield from (f"{below}/{name}" for name in folder.iterate_names(below) if name.endswith(suffixes))
+
+
 def list_part_files(folder: CacheFolder) -> list[str]:
-    """Return the files with parts, `_empty/` before `data/`, each sorted by name."""
-    return [f"{below}/{name}" for below in (EMPTY, DATA) for name in folder.list_files(below)]
+    """Return the files of all parts, `_empty/` before `data/`, each sorted by name."""
+    return sorted(iterate_part_files(folder), key=lambda file: (file.startswith(DATA), file))
 
 
 def hash_files(folder: CacheFolder, files: Iterable[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from latentmill.arrow_values import to_python
 from latentmill.canonical_json import parse_json_object
-from latentmill.errors import CacheError
+from latentmill.errors import CacheError, UsageError
 from latentmill.folder import CacheFolder
 
 if TYPE_CHECKING:  # rows can be read without torch
@@ -75,8 +75,12 @@ def read_parquet_rows(
     """Yield the rows of a Parquet part as `read_rows` does. One row group is held at a time.
 
     pyarrow's threads are not used: a process that ends while they and torch's threads run is aborted.
+    Raises UsageError for columns that the part does not have.
     """
     parquet, start = pq.ParquetFile(stream, page_checksum_verification=True), 0
+    names = parquet.schema_arrow.names
+    if unknown := [name for name in columns or () if name not in names]:
+        raise UsageError(f"a part has no column {', '.join(unknown)}; it has {', '.join(names)}")
     for group in range(parquet.num_row_groups):
         count = parquet.metadata.row_group(group).num_rows
         indexes = [index - start for index in wanted or () if start <= index < start + count]
@@ -105,7 +109,9 @@ def read_webdataset_rows(
 
 
 def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield the samples. Raises tarfile.TarError if a whole file does not have the number of samples in its record."""
     row: dict[str, Any] = {}
+    count = 0
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             file = tar.extractfile(member)
@@ -113,6 +119,7 @@ def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str
             if member.name.endswith(LATENT_MEMBERS):
                 if row:
                     yield row
+                count += 1
                 row = {"latent": _read_npy(data)} | dict.fromkeys(texts)
             elif member.name.endswith(FLIPPED_MEMBERS):
                 row["latent_flipped"] = _read_npy(data)
@@ -120,8 +127,11 @@ def _read_samples(stream: BinaryIO, texts: Sequence[str], binary: Collection[str
                 row |= json.loads(data)
             elif (name := member.name[len(row["key"]) + 1 :]) in texts:
                 row[name] = data if name in binary else data.decode()
+        expected = json.loads(tar.pax_headers.get(WEBDATASET_RECORD, "{}")).get("rows")
     if row:
         yield row
+    if expected is not None and count != expected:  # a group of samples has no record
+        raise tarfile.ReadError(f"it has {count} samples, but its record counts {expected}")
 
 
 def _read_npy(data: bytes) -> bytes:

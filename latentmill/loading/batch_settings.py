@@ -84,6 +84,10 @@ def check_settings(cache: OpenCache, settings: BatchSettings) -> BatchRules:
             f"flip='random' needs latents of the flipped images, which the cache {cache.folder.url} does not have; "
             "encode the images into a new one with --flip both"
         )
+    if settings.dtype is not None and not (
+        isinstance(settings.dtype, torch.dtype) and settings.dtype.is_floating_point
+    ):
+        raise UsageError(f"dtype must be a floating-point dtype of torch or None, not {settings.dtype!r}")
     kinds = {name: _choose_kind(name, schema) for name in names if name != caption}
     return BatchRules(
         settings=settings,

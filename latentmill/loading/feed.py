@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -87,7 +87,13 @@ def open_feed(
     **batch: Any,
 ) -> Feed:
     """Return a feed; the arguments are `Options`. Raises UsageError for those that do not fit the cache."""
+    if unknown := batch.keys() - {field.name for field in fields(BatchSettings)}:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; latentmill.Loader has the options")
     rules = check_settings(cache, BatchSettings(columns=tuple(columns), **batch))
+    if window is not None and window < 1:
+        raise UsageError(f"window must be at least 1, not {window}")
+    if files is not None and len(set(files)) < len(files):
+        raise UsageError("files has the same file twice, so its rows would be doubled")
     is_shared = rank is None
     rank, world = find_rank(rank, world)
     settings = OrderSettings(
@@ -110,21 +116,27 @@ def open_feed(
 
 
 def start_first_epoch(feed: Feed, epoch: int, step: int) -> EpochPlan:
-    """Return the plan of the epoch that a loader begins with; rank 0 logs what it leaves out.
+    """Return the plan of the epoch that a loader begins with. Rank 0 logs the rows that it leaves out.
 
     Raises UsageError if the epoch has no step, or no such step.
     """
     plan, settings = start_epoch(feed.index, feed.settings, epoch), feed.settings
-    names = [f"{rows} of {height}x{width}" for (height, width), rows in plan.order.left_out.items()]
+    names = {size: f"{rows} of {size[0]}x{size[1]}" for size, rows in plan.order.left_out.items()}
     if not plan.steps:
         raise UsageError(
             f"the cache {feed.cache.folder.url} has no batch for each rank, with batch_size={settings.batch_size} and "
-            f"{settings.world} ranks: it has {', '.join(names) or 'no'} rows; try ends='pad' or a smaller batch"
+            f"{settings.world} ranks: it has {', '.join(names.values()) or 'no'} rows; use ends='pad' or a smaller "
+            "batch"
         )
     if not 0 <= step <= plan.steps:
         raise UsageError(f"an epoch has {plan.steps} steps, so it cannot begin at step {step}")
-    if names and feed.rank == 0:
-        _log.info("each epoch leaves out rows, others each time: %s", ", ".join(names))
+    counts = np.bincount(feed.index.bucket, feed.index.rows, len(feed.index.buckets)).astype(int).tolist()
+    small = {size for size, rows in zip(feed.index.buckets, counts, strict=True) if rows < settings.batch_size}
+    if feed.rank == 0 and (never := [name for size, name in names.items() if size in small]):
+        remedy = "use ends='pad', a smaller batch, or fewer buckets"
+        _log.warning("these sizes have fewer rows than a batch, so no epoch has them: %s; %s", ", ".join(never), remedy)
+    if feed.rank == 0 and (others := [name for size, name in names.items() if size not in small]):
+        _log.info("each epoch leaves out a different set of rows: %s", ", ".join(others))
     return plan
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from latentmill.cache_files import DATA, OpenCache
+from latentmill.cache_files import DATA, PART_SUFFIXES, OpenCache
 from latentmill.canonical_json import parse_json_object
 from latentmill.errors import CacheError
 from latentmill.folder import CacheFolder
@@ -76,7 +76,8 @@ def read_index(cache: OpenCache, files: Sequence[str] | None = None) -> Index:
     Raises CacheError, which names the file, if one of them is missing or no part of the cache, and StorageError.
     """
     folder = cache.folder
-    sizes = {f"{DATA}/{name}": size for name, size in folder.list_sizes(DATA).items()}
+    listed = folder.list_sizes(DATA)
+    sizes = {f"{DATA}/{name}": size for name, size in listed.items() if name.endswith(PART_SUFFIXES[DATA])}
     names = sorted(sizes) if files is None else sorted(files)
     if missing := next((name for name in names if name not in sizes), None):
         raise CacheError(f"the cache {folder.url} has no file {missing}")

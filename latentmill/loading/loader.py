@@ -10,7 +10,7 @@ from latentmill.cache_files import OpenCache
 from latentmill.errors import UsageError
 from latentmill.loading.background import Background
 from latentmill.loading.feed import Options, open_feed, read_batches, start_first_epoch
-from latentmill.loading.resume import resume_epoch, start_epoch
+from latentmill.loading.resume import is_within_epoch, resume_epoch, start_epoch
 from latentmill.loading.tensors import move_tensors, pin_tensors
 
 
@@ -131,7 +131,7 @@ class Loader:
         epoch, other files are allowed. Raises UsageError if the seed, shuffle or ends differ.
         """
         feed = self._feed
-        if not state.get("sessions") or state.get("fingerprint") != feed.index.fingerprint:
+        if not is_within_epoch(state, feed.index):
             feed = replace(feed, index=self._next_index)
         plan, step = resume_epoch(feed.index, feed.settings, state)
         self.close()

@@ -90,20 +90,29 @@ class Mix:
         return {
             "seed": self._seed,
             "epoch": self._epoch + done,
+            "steps": self._steps,
             "step": 0 if done else self._step,
             "loaders": [loader.state_dict() for loader in self._loaders],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a state. Raises what `Loader.load_state_dict` raises, and UsageError for another mix's state."""
-        if set(state) != {"seed", "epoch", "step", "loaders"} or len(state["loaders"]) != len(self._loaders):
+        """Go on after a state. With another number of batches per epoch, the same share of the epoch is done.
+
+        Raises what `Loader.load_state_dict` raises, and UsageError for the state of another mix.
+        """
+        try:
+            seed, epoch, steps, step = (int(state[name]) for name in ("seed", "epoch", "steps", "step"))
+            inners = list(state["loaders"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise UsageError(f"this is not a state of a mix: {state!r}") from error
+        if len(inners) != len(self._loaders) or not 0 <= epoch < LIMIT or not 0 <= step <= steps:
             raise UsageError(f"this is not a state of a mix of {len(self._loaders)} loaders: {state!r}")
-        if state["seed"] != self._seed:
-            raise UsageError(f"the state has seed={state['seed']}, but the mix has {self._seed}")
+        if seed != self._seed:
+            raise UsageError(f"the state has seed={seed}, but the mix has {self._seed}")
         self.close()
-        for loader, inner in zip(self._loaders, state["loaders"], strict=True):
+        for loader, inner in zip(self._loaders, inners, strict=True):
             loader.load_state_dict(inner)
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self._epoch, self._step = epoch, step * self._steps // steps
 
 
 def mix(loaders: Sequence[tuple[Loader, float]], seed: int = 0, steps: int | None = None) -> Mix:

@@ -17,10 +17,18 @@ def find_rank(rank: int | None = None, world: int | None = None) -> tuple[int, i
     if (rank is None) != (world is None):
         raise UsageError("rank and world are given together or not at all")
     if rank is None or world is None:
-        rank, world = _ask_torch() or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        rank, world = _ask_torch() or (_read_variable("RANK", 0), _read_variable("WORLD_SIZE", 1))
     if not 0 <= rank < world:
         raise UsageError(f"there is no rank {rank} in a world of {world}")
     return rank, world
+
+
+def _read_variable(name: str, default: int) -> int:
+    """Return a number in the environment. Raises UsageError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"the environment variable {name} is {text!r}, not a number")
+    return int(text)
 
 
 def _ask_torch() -> tuple[int, int] | None:

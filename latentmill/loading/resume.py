@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from latentmill.errors import IdentityError, UsageError
+from latentmill.loading.epoch_draws import LIMIT
 from latentmill.loading.index import Index
 from latentmill.loading.order import EpochOrder, OrderSettings, plan_epoch
 
@@ -67,7 +68,9 @@ def _topology(settings: OrderSettings) -> tuple[int, int, int, int]:
 
 
 def start_epoch(index: Index, settings: OrderSettings, epoch: int) -> EpochPlan:
-    """Return the plan of a whole epoch."""
+    """Return the plan of a whole epoch. Raises UsageError if there is no epoch of that number."""
+    if not 0 <= epoch < LIMIT:
+        raise UsageError(f"epoch must be from 0 to 2^63 - 1, not {epoch}")
     return EpochPlan(order=plan_epoch(index, settings, epoch), epoch=epoch)
 
 
@@ -110,6 +113,12 @@ def resume_epoch(index: Index, settings: OrderSettings, state: Mapping[str, Any]
     return plan, plan.first_step + steps
 
 
+def is_within_epoch(state: Mapping[str, Any], index: Index) -> bool:
+    """Return whether a state is in the middle of an epoch of these files."""
+    _, sessions = _parse_state(state)
+    return bool(sessions) and state["fingerprint"] == index.fingerprint
+
+
 def _parse_state(state: Mapping[str, Any]) -> tuple[int, list[Session]]:
     """Return the epoch and the sessions of a state."""
     known = {"version", "epoch", "sessions", "fingerprint", *_FIXED}
@@ -117,6 +126,9 @@ def _parse_state(state: Mapping[str, Any]) -> tuple[int, list[Session]]:
         raise UsageError(f"this is not a state of version {VERSION} of a loader: {state!r}")
     try:
         sessions = [Session(*(int(value) for value in session)) for session in state["sessions"]]
-        return int(state["epoch"]), [session for session in sessions if session.steps > 0]
+        epoch = int(state["epoch"])
+        if not 0 <= epoch < LIMIT:
+            raise ValueError
+        return epoch, [session for session in sessions if session.steps > 0]
     except (TypeError, ValueError) as error:
         raise UsageError(f"this is not a state of a loader: {state!r}") from error

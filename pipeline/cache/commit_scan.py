@@ -23,7 +23,7 @@ from pipeline.cache.parts import (
     EMPTY,
     PART_FORMATS,
     inspect_part,
-    iterate_files,
+    iterate_part_files,
     parse_commit_name,
     strip_extension,
 )
@@ -181,7 +181,7 @@ def list_commit_names(cache: Folder) -> np.ndarray:
 
 def list_files(cache: Folder) -> np.ndarray:
     """Return the part files as a sorted array: `_empty/` before `data/`, each sorted by name."""
-    return sort_names(iterate_files(cache))
+    return sort_names(iterate_part_files(cache))
 
 
 def find_twins(files: np.ndarray) -> frozenset[str]:

@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from latentmill.cache_files import DATA as DATA
 from latentmill.cache_files import EMPTY as EMPTY
+from latentmill.cache_files import PART_SUFFIXES
+from latentmill.cache_files import iterate_part_files as iterate_part_files
 from latentmill.cache_files import list_part_files as list_part_files
 from latentmill.group_spans import GroupSpan, Readable
 from latentmill.part_files import PARQUET_SUFFIX, WEBDATASET_SUFFIX, count_record_bytes, read_record_json
@@ -298,8 +300,11 @@ def is_retry_part(stem: str) -> bool:
 
 def list_unit_files(cache: Folder, unit: str) -> list[str]:
     """Return the files of a unit's parts, including retry parts. unit: the unit's name."""
-    files = [f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.list_files_of(below, f"{unit}-")]
-    return [file for file in files if parse_unit_name(file) == unit]
+    found: list[str] = []
+    for below, suffixes in PART_SUFFIXES.items():
+        names = (name for name in cache.list_files_of(below, f"{unit}-") if name.endswith(suffixes))
+        found += (file for name in names if parse_unit_name(file := f"{below}/{name}") == unit)
+    return found
 
 
 def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]:
@@ -308,15 +313,10 @@ def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]
     The files of the whole cache are listed, but only those of these units are held.
     """
     found: dict[str, list[str]] = {}
-    for file in iterate_files(cache):
+    for file in iterate_part_files(cache):
         if (unit := parse_unit_name(file)) in units:
             found.setdefault(unit, []).append(file)
     return {unit: frozenset(files) for unit, files in found.items()}
-
-
-def iterate_files(cache: Folder) -> Iterator[str]:
-    """Yield the files of all parts, in no particular order."""
-    return (f"{below}/{name}" for below in (EMPTY, DATA) for name in cache.iterate_names(below))
 
 
 def read_counted_records(cache: Folder, files: Iterable[str], identity_sha256: str) -> Iterator[PartRecord]:
@@ -348,7 +348,7 @@ def read_superseded(
     files: the part files of the units, and perhaps others; None: all files of the cache are listed.
     """
     superseded: dict[str, dict[int, str]] = {}
-    listed = (iterate_files(cache) if files is None else files) if units else ()
+    listed = (iterate_part_files(cache) if files is None else files) if units else ()
     retried = sorted(file for file in listed if is_retry_part(strip_extension(file)) and parse_unit_name(file) in units)
     for record in read_counted_records(cache, retried, identity_sha256):
         reasons = superseded.setdefault(record.unit, {})

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from latentmill.cache_files import PART_SUFFIXES
 from pipeline.cache import commit_log, commits, identity, plan, runs, stats
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
@@ -45,8 +46,7 @@ REBUILD = REBUILD_HINT
 RESTORE = "restore it from a backup: it cannot be derived from the rest of the cache"
 AWAY = "move it away"
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    DATA: (".parquet", ".tar"),
-    EMPTY: (".json",),
+    **PART_SUFFIXES,
     commits.COMMITS: (".json",),
     commits.REJECTS: (".jsonl",),
     commit_log.FOLDER: (".parquet",),

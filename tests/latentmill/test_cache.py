@@ -72,6 +72,24 @@ def test_only_the_requested_columns_are_read(encode: Callable[..., Path]) -> Non
     assert list(next(cache.rows(cache.files()[0], columns=["key", "txt"]))) == ["key", "txt"]
 
 
+def test_a_column_that_the_cache_lacks_is_named(encode: Callable[..., Path]) -> None:
+    cache = Cache.open(encode())
+    for columns in (["nope"], ["key", "nope"]):
+        with pytest.raises(UsageError, match="no column nope; it has key, shard, latent, "):
+            list(cache.rows(cache.files()[0], columns))
+
+
+@pytest.mark.parametrize("container", ["parquet", "webdataset"])
+def test_a_damaged_file_is_named(encode: Callable[..., Path], container: str) -> None:
+    cache = Cache.open(encode("--format", container))
+    path = Path(cache.folder.url_of(cache.files()[0]))
+    data = path.read_bytes()
+    for content in (data[: len(data) // 2], b"", b"x" * 2048):
+        path.write_bytes(content)
+        with pytest.raises((CacheError, StorageError), match=str(path)):
+            list(cache.rows(cache.files()[0]))
+
+
 def test_another_digest_and_changed_bytes_are_refused(encode: Callable[..., Path]) -> None:
     folder = encode("--max-shards", 1)
     with pytest.raises(IdentityError, match=r"has the digest [0-9a-f]{64}, not abc"):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,54 @@ def test_damage_is_raised_at_the_batch_that_needs_it(small_cache: Make, tmp_path
 
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return list(Cache.open(str(folder)).rows(f"data/{name}"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype must be a floating-point dtype of torch or None, not 'float16'"),
+        ({"dtype": torch.int32}, "dtype must be a floating-point dtype of torch or None, not torch.int32"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"files": ["data/a.parquet", "data/a.parquet"]}, "files has the same file twice"),
+        ({"epoch": -1}, "epoch must be from 0 to"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named(cache: Cache, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Loader(cache, 2, **options)
+
+
+def test_an_unknown_option_is_named(cache: Cache) -> None:
+    with pytest.raises(TypeError, match="there is no option colums"):
+        Loader(cache, 2, colums=["txt"])  # type: ignore[call-arg]
+
+
+def test_what_is_no_state_is_refused(cache: Cache) -> None:
+    loader = Loader(cache, 2)
+    state = loader.state_dict()
+    for other in (None, {}, {**state, "epoch": -1}, {**state, "sessions": None}):
+        with pytest.raises(UsageError, match="not a state"):
+            loader.load_state_dict(other)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_is_no_number_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    with pytest.raises(UsageError, match="the environment variable RANK is '', not a number"):
+        Loader(cache, 2)
+
+
+def test_buckets_below_a_batch_are_a_warning(make: Callable[..., Cache], caplog: pytest.LogCaptureFixture) -> None:
+    cache = make(buckets={(64, 64): 9, (64, 96): 3})
+    with caplog.at_level("INFO", logger="latentmill"):
+        Loader(cache, 4)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "these sizes have fewer rows than a batch, so no epoch has them: 3 of 64x96; use ends='pad', a smaller "
+            "batch, or fewer buckets",
+        ),
+        ("INFO", "each epoch leaves out a different set of rows: 1 of 64x64"),
+    ]
 
 
 def test_at_most_prefetch_batches_are_made_ahead(cache: Cache) -> None:

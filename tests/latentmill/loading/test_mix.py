@@ -63,6 +63,23 @@ def test_a_mix_goes_on_after_any_step(pair: Callable[..., Any]) -> None:
         first.close()
 
 
+@pytest.mark.parametrize(("before", "after", "step", "expected"), [(1, 2, 14, 6), (1, 2, 7, 3), (2, 1, 3, 6)])
+def test_with_other_ranks_the_same_share_of_the_epoch_is_done(
+    pair: Callable[..., Any], before: int, after: int, step: int, expected: int
+) -> None:
+    def make(world: int) -> Any:
+        return mix([*zip(pair(rank=0, world=world), (0.7, 0.3), strict=True)], seed=3)
+
+    first, second = make(before), make(after)
+    assert {1: len(make(1)), 2: len(make(2))} == {1: 15, 2: 7}
+    list(islice(first, step))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    first.close()
+    assert (second.epoch, second.step) == (0, expected)
+    assert len(list(second)) == len(second) - expected
+    assert second.epoch == 1
+
+
 def test_a_loader_of_weight_zero_is_never_drawn(pair: Callable[..., Any]) -> None:
     a, b = pair()
     assert {place[0] for place in describe(mix([(a, 1.0), (b, 0.0)], steps=30))} == {0}
@@ -82,5 +99,16 @@ def test_what_is_no_mix_is_refused(pair: Callable[..., Any]) -> None:
         mix([(a, 1)], steps=0)
     with pytest.raises(UsageError, match="not a state of a mix of 1 loaders"):
         mix([(a, 1)]).load_state_dict(mix([(a, 1), (b, 1)]).state_dict())
+    good = mix([(a, 1)]).state_dict()
+    for state in (
+        None,
+        {},
+        {**good, "loaders": None},
+        {**good, "step": "x"},
+        {**good, "epoch": -1},
+        {**good, "step": 99},
+    ):
+        with pytest.raises(UsageError, match="not a state of a mix"):
+            mix([(a, 1)]).load_state_dict(state)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="the state has seed=1, but the mix has 2"):
         mix([(a, 1)], seed=2).load_state_dict(mix([(a, 1)], seed=1).state_dict())
