@@ -169,7 +169,7 @@ def check_columns(options: AnnotateOptions, schema: pa.Schema, table: str) -> No
     """Raise UsageError unless the table has every column of `--columns`, and at least one besides `key` and `shard`."""
     wanted = [] if options.columns == ALL else split_names(options.columns)
     if lacking := [name for name in wanted if name not in (*schema.names, KEY, SHARD)]:
-        raise UsageError(f"--columns: {table} has no column {lacking[0]}; it has {', '.join(schema.names) or 'none'}")
+        raise UsageError(f"--columns: {table} has no column {', '.join(lacking)}")
     if not schema.names:
         raise UsageError(f"{table} has no column besides {KEY} and {SHARD}")
 

@@ -199,7 +199,9 @@ class ColumnJoin:
         if len(pc.unique(ids)) < len(ids):
             values, numbers = pc.value_counts(ids).flatten()
             name = _describe(values.filter(pc.greater(numbers, 1))[0].as_py())
-            raise UsageError(f"{self.name} has several rows of the key {name}: keep one of them")
+            text = f"{self.name} has several rows of the key {name}: keep one of them"
+            shards = f", or add a column '{SHARD}' if images of several shards have this key"
+            raise UsageError(text if self._has_shards else text + shards)
 
     def _check_shards(self, keys: pa.ChunkedArray, shards: Any, found: np.ndarray) -> None:
         """Raise UsageError if one row of the table has the key of rows in several shards of the cache."""

@@ -254,7 +254,7 @@ def test_wrong_commands_are_refused(latentmill: Command, parquet_cache: Path, tm
         (("--from", table, "--refresh-columns"), "annotate needs either --from TABLE or --refresh-columns"),
         (("--from", tmp_path / "x.parquet"), f"there is no source at {tmp_path}/x.parquet"),
         (("--from", tmp_path / "t.xlsx"), "a table is a file with one of the extensions .parquet, .arrow, "),
-        (("--from", table, "--columns", "score,sccore"), "--columns: t.parquet has no column sccore; it has score"),
+        (("--from", table, "--columns", "score,sccore"), "--columns: t.parquet has no column sccore"),
         (("--from", table, "--source", tmp_path), "--source has no effect with --from"),
         (("--refresh-columns", "--unmatched", "null"), "--unmatched has no effect with --refresh-columns"),
         (("--refresh-columns", "--columns", "score"), "the cache has no column score from its sources; it has "),
