@@ -36,12 +36,13 @@ demo: $(VENV)/installed
 	@echo "Statistics:     $(CURDIR)/$(DEMO)/latents/stats.json"
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 # The tests that start a Ray mostly wait, and clusters share ports. So they run one after the other, beside all others.
+# Of these, the tests that use an S3 server run in one process, as each process would start a server.
 test-slow: $(VENV)/installed
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -m 'slow and not ray' --timeout 600 > $(VENV)/slow.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow and not ray' --timeout 600 > $(VENV)/slow.log 2>&1 & others=$$!; \
 	trap "kill $$others 2> /dev/null" EXIT; \
 	$(BIN)/python -m pytest -m 'slow and ray' --timeout 600; ray=$$?; \
 	wait $$others; others=$$?; cat $(VENV)/slow.log; exit $$((ray | others))

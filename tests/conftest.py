@@ -42,6 +42,13 @@ MICRO = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that use an S3 server into one process, if pytest-xdist distributes by groups."""
+    for item in items:
+        if "endpoint" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("s3"))
+
+
 def pytest_collection_finish() -> None:
     """Leave what is in memory now out of every garbage collection: each would take half a second."""
     gc.freeze()

@@ -171,6 +171,7 @@ def test_the_commands_before_during_and_after_a_job_run(
     assert "<html" in (tmp_path / "demo-output/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_s3_commands_of_the_readme_run(
     latentmill: Callable[..., tuple[int, str, str]], shards: Path, micro_vae: Path, bucket: str
 ) -> None:

@@ -56,7 +56,8 @@ def encode_argv(micro_vae: Path, *more: object) -> list[object]:
     return ["encode", "images", "--to", "c", "--vae", micro_vae, "--resolution", 64, "--json", *more]
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.ray)])
 def test_a_users_modules_do_not_break_the_command(project: Path, micro_vae: Path, workers: int) -> None:
     command = [sys.executable, "-m", "latentmill", *encode_argv(micro_vae, "--workers", workers)]
     job = run(command, project, project, ROOT)

@@ -123,6 +123,7 @@ def test_simulated_workers_leave_behind_what_real_ones_do(scenarios: Scenarios) 
         assert made == real
 
 
+@pytest.mark.slow
 def test_the_four_commands_run_on_two_hundred_units(scenarios: Scenarios) -> None:
     def run_one(scenario: str) -> Measured:
         return run(scenarios.plan(scenario, "shards", UNITS, "job", workers=10))

@@ -20,7 +20,7 @@ from pipeline.cache.reader import Cache
 from pipeline.encoder import normalize_pixels
 from pipeline.images.decode import open_pixels
 from pipeline.images.transform import Transform
-from tests.conftest import MICRO, encoded, img2dataset_members, slow_param, smooth, write_tar
+from tests.conftest import MICRO, encoded, img2dataset_members, smooth, write_tar
 from vae import AutoencoderKL
 
 Command = Callable[..., tuple[int, str, str]]
@@ -381,7 +381,8 @@ class TestRefusals:
         assert encode(tmp_path / "s", "--to", tmp_path / "c")[0] == 3, "the rest is still missing in the second run"
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), slow_param(signal.SIGTERM, 143)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_resumable_cache(
     encode: Command, micro_vae: Path, tmp_path: Path, sign: int, code: int
 ) -> None:

@@ -113,6 +113,7 @@ def test_the_boundaries_do_not_depend_on_the_place_of_the_tar(encode: Command, s
     assert [(unit.name, unit.files) for unit in first] == [(unit.name, unit.files) for unit in second]
 
 
+@pytest.mark.slow
 def test_a_changed_tar_is_divided_again_until_its_first_range_is_encoded(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_damaged_range_loses_only_its_own_rest_and_is_retried(
     assert (code, err) == (0, ""), out
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_truncated_tar_is_in_its_last_range(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path, micro_vae: Path
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_signal_ends_the_wait(argv: list[str], silent_server: str, sign: signa
         assert "stopped; the cache is consistent; run the same command to resume: " in err
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_missing_token_is_named(argv: list[str], silent_server: str, tmp_path: Path) -> None:
     job = subprocess.run(

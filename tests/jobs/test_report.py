@@ -62,6 +62,7 @@ def test_seven_planted_faults_are_found(latentmill: Command, tmp_path: Path, mon
     assert len(html) < 10_000_000
 
 
+@pytest.mark.slow
 def test_statistics_alone_show_scaled_latents(
     latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-@pytest.fixture(params=["parquet", "webdataset"])
+@pytest.fixture(params=["parquet", slow_param("webdataset")])
 def cache(request: pytest.FixtureRequest, latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> Path:
     """Return a cache in which the larger images are rejected."""
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]

@@ -98,6 +98,7 @@ def reference(case: Case, intact: bytes, tmp_path: Path) -> Path:
     return tmp_path / "reference"
 
 
+@pytest.mark.slow
 def test_a_restored_shard_is_encoded_again_if_all_its_files_were_moved_away(
     case: Case, intact: bytes, reference: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +228,8 @@ def delete_parts(cache: Path, pattern: str) -> None:
         (cache / f"_commits/{stem}.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("number", [*map(slow_param, range(1, 5)), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 6))
 def test_a_lost_retry_part_is_a_rest_again(case: Case, intact: bytes, reference: Path, number: int) -> None:
     case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()
@@ -284,6 +286,7 @@ def test_a_different_shard_is_refused(case: Case, intact: bytes) -> None:
         assert case.verify()[0] == 0
 
 
+@pytest.mark.slow
 def test_a_shard_that_differs_in_the_samples_of_a_retry_is_refused(case: Case, intact: bytes) -> None:
     case.shard.write_bytes(intact[: find_sample(intact, 6) + 700])
     case.encode()

@@ -285,6 +285,7 @@ def test_a_tar_that_changed_after_it_was_planned_does_not_concern_the_others(
     assert {row["shard"] for row in read_sorted_rows(cache)} == others | (set() if code else {"shards/00009.tar"})
 
 
+@pytest.mark.slow
 def test_a_writer_that_left_out_another_tar_is_noticed(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +325,7 @@ def test_rows_of_a_tar_that_is_a_unit_of_its_own_are_not_accepted_in_a_group(
     assert (code, "is from shards/00009.tar, but the part is from shards" in out) == (1, True)
 
 
+@pytest.mark.slow
 def test_originals_of_groups_are_found(encode: Command, latentmill: Command, source: Path, tmp_path: Path) -> None:
     """The same key is in each tar, but each image is drawn beside its own original."""
     assert encode(source)[0] == 0
@@ -334,6 +336,7 @@ def test_originals_of_groups_are_found(encode: Command, latentmill: Command, sou
     assert all(image["psnr"] is not None and (tmp_path / "p" / image["file"]).is_file() for image in images)
 
 
+@pytest.mark.slow
 def test_commits_of_groups_are_rebuilt_and_status_counts_them(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path
 ) -> None:

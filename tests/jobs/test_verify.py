@@ -77,7 +77,8 @@ def flip_byte(path: Path, index: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("cache", ["parquet", slow_param("webdataset")], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", FORMATS, indirect=True)
 def test_a_flipped_byte_is_found_in_any_file(latentmill: Command, cache: Path) -> None:
     rng = random.Random(0)
     files = [path for path in cache.rglob("*") if path.is_file()]
@@ -448,6 +449,7 @@ def test_an_unfinished_cache_is_a_problem(latentmill: Command, source: Path, mic
     assert out.startswith("_plan: 2 of 3 units are not done\n  run the encode command again to resume\n")
 
 
+@pytest.mark.slow
 def test_a_cache_after_a_retry_is_sound(latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path) -> None:
     argv = ["encode", source, "--to", tmp_path / "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0]
     assert latentmill(*argv, "--input-limit", "image_bytes=1500")[0] == 3
@@ -515,6 +517,7 @@ def test_images_beyond_a_limit_are_not_reported_as_exchanged(
     assert latentmill("verify", tmp_path / "c", "--reencode", 2, *limit)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_edited_captions_are_found_without_the_vae(
     latentmill: Command, micro_vae: Path, tmp_path: Path, form: str

@@ -29,6 +29,7 @@ def read_vae_class(pipeline: str) -> str:
     raise AssertionError(f"diffusers has no {pipeline}")
 
 
+@pytest.mark.slow
 def test_every_model_has_the_vae_that_the_page_says() -> None:
     rows = ROW.findall(PAGE.read_text(encoding="utf-8"))
     assert len(rows) > 30

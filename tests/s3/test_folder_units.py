@@ -110,6 +110,7 @@ def remove(folder: Folder, *names: str) -> None:
         fs.rm_file(f"{root}/{name}")
 
 
+@pytest.mark.slow
 def test_a_missing_image_a_missing_text_and_a_missing_folder_are_distinguished(images: Folder) -> None:
     unit = plan_unit(images)
     remove(images, "01.jpg")
@@ -123,6 +124,7 @@ def test_a_missing_image_a_missing_text_and_a_missing_folder_are_distinguished(i
         list(read_folder_unit(unit, {}))
 
 
+@pytest.mark.slow
 def test_an_error_names_the_file(images: Folder, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = plan_unit(images)
     proxy.rule = lambda request: 403 if request.path.endswith("07.jpg") else None

@@ -35,6 +35,7 @@ def read_digest(cache: str) -> str:
     return str(json.loads(objects(cache)["stats.json"])["digest"])
 
 
+@pytest.mark.slow
 def test_sources_caches_vaes_and_previews_may_be_on_s3(
     latentmill: Command, encode: Command, shards: Path, micro_vae: Path, bucket: str, local_digest: str
 ) -> None:

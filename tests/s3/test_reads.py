@@ -12,13 +12,16 @@ from pipeline.records import PlannedFile
 from pipeline.storage.etags import fetch_version
 from pipeline.storage.folder import Folder
 from pipeline.storage.reading import READ_AHEAD, open_stream, read_file
+from tests.conftest import slow_param
 from tests.proxy import Proxy
 
 SIZE = 2 * READ_AHEAD + 5
 BY_SERVER = {"local_expiry_check": False}  # by If-Match, instead of by comparing the ETag of each answer
 CHECKS = pytest.mark.parametrize(
     "options",
-    [{}, BY_SERVER] if "local_expiry_check" in inspect.signature(S3FileSystem.__init__).parameters else [{}],
+    [{}, slow_param(BY_SERVER)]
+    if "local_expiry_check" in inspect.signature(S3FileSystem.__init__).parameters
+    else [{}],
     ids=str,
 )
 

@@ -133,6 +133,7 @@ for command in ("vae.FlaxAutoencoderKL", "from vae import FlaxAutoencoderKL", "i
 """
 
 
+@pytest.mark.slow
 def test_without_jax_the_package_works_and_the_error_names_the_extra() -> None:
     command = [sys.executable, "-c", WITHOUT_JAX, str(GOLDEN)]
     environment = {"PYTHONPATH": ":".join(sys.path)}

@@ -20,7 +20,6 @@ import torch
 from latentmill import Cache, IdentityError, Loader
 from latentmill.errors import CacheError, UsageError
 from latentmill.loading.row_groups import GroupReader
-from tests.conftest import slow_param
 
 Make = Callable[..., Path]
 KEYS = [f"{number:09d}" for number in range(18)]
@@ -306,7 +305,8 @@ def test_a_loop_ends_with_an_error_if_the_loader_is_moved(cache: Cache) -> None:
     loader.close()
 
 
-@pytest.mark.parametrize("ending", ["", slow_param("raise SystemExit(3)"), slow_param("del loader")])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "del loader"])
 def test_the_end_of_the_interpreter_is_silent(small_cache: Make, ending: str) -> None:
     code = (
         "import sys; from latentmill import Cache, Loader\n"

@@ -165,6 +165,7 @@ def test_a_cache_on_a_disk_with_neither_is_for_one_job_at_a_time(
         assert f"another run (started {record['started']}) is writing to" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["encode", "retry"])
 def test_a_job_fails_if_only_its_driver_has_conditional_creates(
     latentmill: Command,
