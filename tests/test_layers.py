@@ -94,10 +94,10 @@ def test_the_latentmill_package_imports_no_other_package_at_module_level() -> No
 
 
 def test_the_latentmill_package_needs_four_libraries() -> None:
-    """All other imports are of the standard library: no Pillow, no YAML, no Ray."""
+    """All other imports are of the standard library: no Pillow, no YAML, no Ray. isal is optional: zlib replaces it."""
     paths = [path for module, path in MODULES.items() if module.split(".")[0] == "latentmill"]
     names = {name.split(".")[0] for path in paths for name in imports(path)}
-    assert names - sys.stdlib_module_names - {"latentmill", "jobs"} == {"fsspec", "numpy", "pyarrow", "torch"}
+    assert names - sys.stdlib_module_names - {"latentmill", "jobs"} == {"fsspec", "isal", "numpy", "pyarrow", "torch"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Row groups by one request: equal to the rows that `Cache.rows` gives, and every damage is named."""
 
+import importlib.util
 import re
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -14,6 +17,7 @@ import pytest
 
 from latentmill import Cache, CacheError, StorageError
 from latentmill.folder import CacheFolder
+from latentmill.loading import parquet_pages
 from latentmill.loading.index import read_index
 from latentmill.loading.parquet_pages import PageError, find_values
 from latentmill.loading.row_groups import GEOMETRY, GroupReader, RowGroup
@@ -251,3 +255,16 @@ def test_a_damaged_tar_is_named(make: Make) -> None:
             GroupReader(cache, replace(index, stop=np.array([stop]))).read(0)
     with pytest.raises(CacheError, match=r"it begins with the member 000000000\.latent\.json"):
         GroupReader(cache, replace(index, start=np.array([text // 512 * 512]))).read(0)
+
+
+def test_without_isal_the_crc_is_that_of_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 40
+    assert parquet_pages.crc32(memoryview(data)) == zlib.crc32(data)
+    monkeypatch.setitem(sys.modules, "isal", None)
+    monkeypatch.setitem(sys.modules, "isal.isal_zlib", None)
+    spec = importlib.util.spec_from_file_location("parquet_pages_without_isal", parquet_pages.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert module.crc32 is zlib.crc32
