@@ -17,13 +17,14 @@ from jobs.entry import print_json, run_as_script
 from jobs.executor import TaskCounts
 from jobs.messages import configure_logging, log_each, log_error, log_note
 from jobs.options import DecodeOptions
+from jobs.outage import make_probe
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from jobs.resources import ResourcePlan, check_jax_settings, plan_resources
 from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
-from pipeline.cache import identity, parts
+from pipeline.cache import parts
 from pipeline.cache.preprocessing import parse_transform
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, IdentityError, UsageError
@@ -156,10 +157,7 @@ def render(
     def on_done(report: RenderReport) -> None:
         meter.task_done(report.images, report.images, 0)
 
-    def probe(task: RenderTask) -> None:
-        connection.check_reachable(cache.folder.url_of(identity.NAME), cache.folder.options)
-        connection.check_reachable(out.url, out.options)
-
+    probe = make_probe(cache.folder, out.options, lambda task: out.url)
     with plan_resources(options) as resources:
         spec = make_spec(options, cache, out, tasks, resources)
         executor = resources.start_executor(spec, vae, len(tasks), signals.stop)

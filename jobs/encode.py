@@ -16,6 +16,7 @@ from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
 from jobs.left_out_tars import LeftOutTars
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
+from jobs.outage import make_probe
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from jobs.resources import ResourcePlan, plan_resources
@@ -263,7 +264,7 @@ def encode_pending(
         pending.extend(more)
         return more
 
-    probe = partial(check_storage, options, cache)
+    probe = make_probe(cache, parse_source_options(options), lambda unit: unit.url)
     with meter.shown():
         try:
             result = run_tasks(
@@ -277,12 +278,6 @@ def encode_pending(
             for line in skipped.describe():
                 log_note(line)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
-
-
-def check_storage(options: EncodeOptions, cache: Folder, unit: Unit) -> None:
-    """Access the cache and the input of a unit. Raises LatentmillError if the storage does not answer."""
-    connection.check_reachable(cache.url_of(identity.NAME), cache.options)
-    connection.check_reachable(unit.url, parse_source_options(options))
 
 
 def can_group_tars(info: CacheInfo) -> bool:

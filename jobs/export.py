@@ -11,6 +11,7 @@ from jobs.executor import Executor
 from jobs.local_executor import LocalExecutor, count_cores
 from jobs.messages import configure_logging, log_each, log_error, log_note, log_warning
 from jobs.options import ExportOptions
+from jobs.outage import make_probe
 from jobs.parsing import parse
 from jobs.process_executor import ProcessExecutor
 from jobs.progress import ProgressMeter
@@ -19,7 +20,7 @@ from jobs.run_tasks import run_tasks
 from jobs.scheduler import Failure
 from jobs.signals import Signals, run_with_signals
 from latentmill.cache_files import check_digest, read_stats
-from pipeline.cache import identity, parts, plan
+from pipeline.cache import parts, plan
 from pipeline.cache.commit_scan import read_summaries
 from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError, UsageError
@@ -146,11 +147,7 @@ class Export:
         self, tasks: Sequence[ExportTask], executor: Executor, on_done: Any, on_tick: Any
     ) -> Sequence[Failure]:
         """Run tasks on the executor, and return those that failed."""
-
-        def probe(task: ExportTask) -> None:
-            connection.check_reachable(self.spec.job.cache.folder.url_of(identity.NAME), self.spec.out.options)
-            connection.check_reachable(self.spec.out.url, self.spec.out.options)
-
+        probe = make_probe(self.spec.job.cache.folder, self.spec.out.options, lambda task: self.spec.out.url)
         return run_tasks(tasks, executor, self.signals, on_done, on_tick, probe).failures
 
     @contextmanager

@@ -2,18 +2,35 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jobs.executor import Task, TaskResult, format_error
 from jobs.messages import log_info
 from jobs.progress import format_duration
 from jobs.scheduler import compute_backoff
+from pipeline.cache.identity import NAME
 from pipeline.errors import JobError
+from pipeline.storage.connection import check_reachable
+from pipeline.storage.folder import Folder
 
 WINDOW = 180.0  # seconds: failures this close together count as one outage; the stores' libraries retry for a minute
 LONGEST_PAUSE = 30.0  # seconds between two probes
 PROBE_TIMEOUT = 60.0  # seconds
 FAILING_SHARE = 0.5  # if at least this share of the workers fails, the storage is at fault and not some workers
+
+
+def make_probe(cache: Folder, options: Mapping[str, Any], url_of: Callable[[Any], str]) -> Callable[[Any], None]:
+    """Return a probe for an `Outage`: it accesses the cache, and the input or output of a task.
+
+    options: of the storage of these inputs or outputs. url_of: returns the URL of a task's input or output.
+    """
+
+    def probe(task: Any) -> None:
+        check_reachable(cache.url_of(NAME), cache.options)
+        check_reachable(url_of(task), options)
+
+    return probe
 
 
 class Outage:

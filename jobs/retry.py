@@ -13,6 +13,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.finalize import finalize_cache
 from jobs.messages import collect_secrets, configure_logging
 from jobs.options import RetryOptions
+from jobs.outage import make_probe
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
 from jobs.resources import plan_resources
@@ -22,7 +23,6 @@ from jobs.run_tasks import RunResult, run_tasks
 from jobs.signals import Signals, run_with_signals
 from jobs.totals import RunTotals, describe_totals
 from pipeline.cache.commit_scan import list_commit_names, read_summaries, remove_lost_commits
-from pipeline.cache.identity import NAME
 from pipeline.cache.part_info import UnitReport
 from pipeline.cache.parts import read_part_record
 from pipeline.cache.reader import Cache
@@ -30,7 +30,6 @@ from pipeline.cache.runs import Run
 from pipeline.errors import REST_OF_SHARD
 from pipeline.formats.part_record import PartRecord
 from pipeline.maintenance import retry
-from pipeline.storage import connection
 from pipeline.weights import Vae
 from pipeline.wording import count_noun, format_counts
 
@@ -126,6 +125,7 @@ def run_retry(
         size, form = cache_spec.inherit_compute(cache.info.compute, resources.backend, resources.device)
         compute = resources.compute(cache.info.identity.precision, size, form)
         cache_spec.note_versions(cache.folder, recorder.run.name)
+        source_options = parse_source_options(options)
         limits, openers = options.input_limit, 1  # images are decoded one after the other, in a separate process
         encode_spec = make_encode_spec(
             cache.folder,
@@ -134,7 +134,7 @@ def run_retry(
             limits,
             openers,
             recorder.run.name,
-            parse_source_options(options),
+            source_options,
             resources.candidates(size, form),
         )
         spec = retry.RetrySpec(encode_spec)
@@ -145,10 +145,7 @@ def run_retry(
         def on_done(done: UnitReport) -> None:
             monitor.add(done, sizes[done.unit], inputs[done.unit])
 
-        def probe(task: retry.RetryTask) -> None:
-            connection.check_reachable(cache.folder.url_of(NAME), cache.folder.options)
-            connection.check_reachable(task.unit.url, parse_source_options(options))
-
+        probe = make_probe(cache.folder, source_options, lambda task: task.unit.url)
         with meter.shown():
             result = run_tasks(tasks, executor, recorder.signals, on_done, monitor.tick, probe, options.stall_timeout)
             totals.working, totals.busy_last_minute = result.seconds, None
