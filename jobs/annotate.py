@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.cache_state import check_has_rows
 from jobs.common_options import parse_limits, parse_source_options, parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_info, log_note
@@ -25,7 +26,7 @@ from pipeline.annotation.part_rows import is_exact_in_tars, read_part_rows
 from pipeline.annotation.publish import check_types, check_values, publish_overlays, publish_version
 from pipeline.annotation.sources import SourceSpec, read_columns
 from pipeline.cache.reader import Cache
-from pipeline.errors import CacheError, SourceError, UsageError
+from pipeline.errors import SourceError, UsageError
 from pipeline.formats.schema import RESERVED_NAMES
 from pipeline.prefetch import map_in_order
 from pipeline.readers.column_table import TABLE_EXTENSIONS, ColumnTable
@@ -56,8 +57,7 @@ def run_job(options: AnnotateOptions) -> int:
     exclusive = cache.folder.supports_conditional_create()
     cache = dataclasses.replace(cache, folder=dataclasses.replace(cache.folder, exclusive=exclusive))
     files = cache.files()
-    if not files:
-        raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
+    check_has_rows(options.cache, files)
     with tempfile.TemporaryDirectory(prefix="latentmill-") as folder:
         if options.refresh_columns:
             return refresh(options, cache, files, Path(folder))

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
+from jobs.cache_state import check_has_rows
 from jobs.common_options import parse_limits, parse_source_options, parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.executor import TaskCounts
@@ -27,7 +28,7 @@ from jobs.signals import Signals, run_with_signals
 from pipeline.cache import parts
 from pipeline.cache.preprocessing import parse_transform
 from pipeline.cache.reader import Cache
-from pipeline.errors import CacheError, IdentityError, UsageError
+from pipeline.errors import IdentityError, UsageError
 from pipeline.formats.schema import PassthroughColumns
 from pipeline.preview import contact_sheet
 from pipeline.preview.fidelity_table import FOLDER, Summary, list_done, read_tables
@@ -65,8 +66,7 @@ def run_job(options: DecodeOptions, signals: Signals) -> int:
     files = list_files_with_rows(cache, read_units(options, cache))
     positions = choose_positions(sum(file.rows for file in files), options.limit, options.sample, options.seed)
     tasks = make_tasks(files, positions)
-    if not tasks:
-        raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
+    check_has_rows(options.cache, tasks)
     out = Folder(connection.make_absolute(options.to), cache.folder.options)
     settings = [options.format, options.limit, options.sample, options.seed]
     start_report(out, options, hash_selection(cache.info.identity_sha256, settings, files))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jobs.cache_state import check_has_rows
 from jobs.common_options import parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.executor import Executor
@@ -65,8 +66,7 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
     check_digest(cache.folder, None, verify=False)  # a job that still runs would add parts to the cache
     summaries = sorted(read_summaries(cache.folder, cache.info.identity_sha256), key=lambda part: part.file)
     summaries = [part for part in summaries if part.file.startswith(f"{parts.DATA}/")]
-    if not summaries:
-        raise CacheError(f"the cache {options.cache} has no rows yet; encode images into it first")
+    check_has_rows(options.cache, summaries)
     sizes = parse_sizes(name for part in summaries for name in part.tally)
     job = make_job(cache, options.format, sizes, options.caption_column, options.label_column, options.with_shard)
     out = Folder(connection.make_absolute(options.to), storage)

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
+from jobs.cache_state import read_required_stats
 from jobs.common_options import parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
 from jobs.options import ReportOptions
 from jobs.parsing import parse
-from pipeline.cache import stats
 from pipeline.cache.identity import describe_settings
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import RowRef, choose_rows
 from pipeline.cache.runs import read_runs, utc_now
 from pipeline.encoder import ComputeConfig, LatentEncoder
-from pipeline.errors import CacheError, LatentmillError, UsageError
+from pipeline.errors import LatentmillError, UsageError
 from pipeline.report import plots, records
 from pipeline.report.constants import expect_channels
 from pipeline.report.equal_rows import find_equal_rows
@@ -43,9 +43,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--sample and --images must not be negative")
     check_packages()
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    content = stats.read_stats(cache.folder)
-    if content is None:
-        raise CacheError(f"{options.cache} has no {stats.NAME} yet; run the encode command to its end first")
+    content = read_required_stats(cache, options.cache)
     page = make_page(options, cache, content)
     html = render_page(page).encode()
     folder, _, name = connection.make_absolute(options.to).rpartition("/")

@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.cache_state import read_required_stats
 from jobs.common_options import parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
 from jobs.options import StatsOptions
 from jobs.parsing import parse
 from latentmill.cache_info import VaeInfo
-from pipeline.cache import stats
 from pipeline.cache.reader import Cache
-from pipeline.errors import CacheError
 from pipeline.report.constants import pool_patches
 from pipeline.report.findings import find_in_records
 from pipeline.wording import count_noun, format_counts
@@ -23,9 +22,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(StatsOptions, "stats", argv)
     configure_logging(options.verbose)
     cache = Cache.open(options.cache, parse_storage_options(options.storage_option))
-    content = stats.read_stats(cache.folder)
-    if content is None:
-        raise CacheError(f"{options.cache} has no {stats.NAME} yet; run the encode command to its end first")
+    content = read_required_stats(cache, options.cache)
     vae = cache.info.vae
     findings = [finding.for_cache(options.cache) for finding in find_in_records(content, vae)]
     if options.json:
