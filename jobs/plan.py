@@ -30,6 +30,7 @@ from pipeline.sources.sidecars import match_sidecars
 from pipeline.storage import connection
 from pipeline.storage.folder import Folder
 from pipeline.weights import Vae
+from pipeline.wording import to_flag
 
 NO_CACHE = "memory://latentmill-plan-without-a-cache"  # nothing is written there
 READ_SHARE, OPEN_SHARE = 0.5, 0.25  # of the seconds; encoding has the rest
@@ -46,7 +47,7 @@ def run_job(options: PlanOptions, given: set[str]) -> int:
     """Run the whole job and return its exit code. given: the names of the options that the user set."""
     for name in ("seconds", "images_per_second", "price_per_hour"):
         if not 0 <= getattr(options, name) < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} must be a number of 0 or more, not {getattr(options, name)}")
+            raise UsageError(f"{to_flag(name)} must be a number of 0 or more, not {getattr(options, name)}")
     place = connection.make_absolute(options.to) if options.to else NO_CACHE
     cache = Folder(place, parse_storage_options(options.storage_option))
     settings, existing, vae = resolve_settings(options, given, cache)

@@ -13,7 +13,7 @@ from jobs.parsing import parse
 from latentmill.cache_info import VaeInfo
 from pipeline.cache.reader import Cache
 from pipeline.report.constants import pool_patches
-from pipeline.report.findings import find_in_records
+from pipeline.report.findings import find_in_records, format_finding
 from pipeline.wording import count_noun, format_counts
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         lines = format_table(content, vae, len(cache.layout.latent_names))
         if cache.overlays.number:
             lines.append(f"columns      {cache.overlays.summary}, columns digest {cache.overlays.digest}")
-        lines += [f"finding      {finding.sentence} More: {finding.command}" for finding in findings]
+        lines += [f"finding      {format_finding(finding)}" for finding in findings]
         print("\n".join(lines), flush=True)
     return 0
 

@@ -17,7 +17,7 @@ from pipeline.cache import commits
 from pipeline.cache.part_info import UnitReport
 from pipeline.errors import REST_OF_SHARD, LatentmillError
 from pipeline.records import Seconds
-from pipeline.report.findings import Finding, find_in_records
+from pipeline.report.findings import Finding, find_in_records, format_finding
 from pipeline.storage.folder import Folder
 from pipeline.text import printable, to_valid_text
 from pipeline.wording import count_noun, format_counts
@@ -147,11 +147,6 @@ def find_doubts(cache: Folder, vae: VaeInfo, written: Mapping[str, Any]) -> list
     """Return the findings of a cache's statistics that no line of the summary has. written: of stats.json."""
     found = (finding.for_cache(cache.url) for finding in find_in_records(written, vae))
     return [finding for finding in found if finding.code not in ("rejects", "enlarged")]
-
-
-def format_finding(finding: Finding) -> str:
-    """Return a finding as one line, with the command that shows more."""
-    return f"{finding.sentence} More: {finding.command}"
 
 
 def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: Outcome) -> None:

@@ -58,6 +58,11 @@ class Finding:
         return replace(self, command=self.command.replace("{cache}", url))
 
 
+def format_finding(finding: Finding) -> str:
+    """Return a finding as one line, with the command that shows more."""
+    return f"{finding.sentence} More: {finding.command}"
+
+
 def sort_findings(findings: Sequence[Finding]) -> list[Finding]:
     """Return one finding per kind, the most severe first. Of equal kinds, the first counts."""
     first = {finding.code: finding for finding in reversed(findings)}
