@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.cache_state import check_has_rows
-from jobs.common_options import parse_limits, parse_source_options, parse_storage_options
+from jobs.common_options import parse_columns, parse_limits, parse_source_options, parse_storage_options
 from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging, log_info, log_note
 from jobs.options import AnnotateOptions
@@ -34,8 +34,6 @@ from pipeline.records import ListedFile, extension, path_below_root, source_name
 from pipeline.sources.listing import abbreviate, list_sources
 from pipeline.text import printable
 from pipeline.wording import count_noun
-
-ALL = "all"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,8 +94,7 @@ def annotate(options: AnnotateOptions, cache: Cache, files: Sequence[str], folde
 
 def refresh(options: AnnotateOptions, cache: Cache, files: Sequence[str], folder: Path) -> int:
     """Publish the columns of the sources that have changed. folder: for temporary files."""
-    wanted = None if options.columns == ALL else split_names(options.columns)
-    columns, left = select_refreshed(cache, wanted)
+    columns, left = select_refreshed(cache, parse_columns(options.columns))
     for reason, names in left.items():
         log_note(f"not refreshed, because {reason}: {', '.join(names)}")
     if not columns.schema.names:
@@ -149,13 +146,9 @@ def open_table(options: AnnotateOptions, cache: Cache) -> ColumnTable:
     if is_single and extension(files[0].path) not in TABLE_EXTENSIONS:
         known = ", ".join(f".{name}" for name in TABLE_EXTENSIONS)
         raise UsageError(f"--from {options.from_}: a table is a file with one of the extensions {known}")
-    names = None if options.columns == ALL else {KEY, SHARD, *split_names(options.columns)}
+    wanted = parse_columns(options.columns)
+    names = None if wanted is None else {KEY, SHARD, *wanted}
     return ColumnTable(files, storage, parse_limits(options.input_limit), names)
-
-
-def split_names(text: str) -> list[str]:
-    """Return names that are separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_names(names: Iterable[str], table: str) -> None:
@@ -167,7 +160,7 @@ def check_names(names: Iterable[str], table: str) -> None:
 
 def check_columns(options: AnnotateOptions, schema: pa.Schema, table: str) -> None:
     """Raise UsageError unless the table has every column of `--columns`, and at least one besides `key` and `shard`."""
-    wanted = [] if options.columns == ALL else split_names(options.columns)
+    wanted = parse_columns(options.columns) or ()
     if lacking := [name for name in wanted if name not in (*schema.names, KEY, SHARD)]:
         raise UsageError(f"--columns: {table} has no column {', '.join(lacking)}")
     if not schema.names:

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
-from jobs.encode_options import ALL, EncodeOptions
+from jobs.common_options import ALL, parse_columns
+from jobs.encode_options import EncodeOptions
 from jobs.messages import log_note
 from jobs.resources import ResourcePlan, check_jax_settings
 from jobs.transform_options import check_sizes, inherit_recipe, make_transform
@@ -112,17 +113,10 @@ def check_input_options(options: EncodeOptions, kinds: Set[str], has_metadata: b
     if options.key_column and not tables:
         text = "is for Parquet files, Arrow files and manifests, and the sources have none; leave it out"
         raise UsageError(f"--key-column {text}")
-    labels, wanted = LABEL_COLUMNS.names, parse_columns(options)
+    labels, wanted = LABEL_COLUMNS.names, parse_columns(options.columns)
     if options.label_from_folder and wanted is not None and not set(labels) & set(wanted):
         text = f"makes the columns {' and '.join(labels)}, and --columns has neither: add {labels[0]} to it"
         raise UsageError(f"--label-from-folder {text}")
-
-
-def parse_columns(options: EncodeOptions) -> tuple[str, ...] | None:
-    """Return the names in `--columns`; None for all columns."""
-    if options.columns == ALL:
-        return None
-    return tuple(name.strip() for name in options.columns.split(",") if name.strip())
 
 
 def make_source_rules(options: EncodeOptions, classes: tuple[str, ...] | None = None) -> SourceRules:
@@ -181,7 +175,7 @@ def describe_cache(
         or identity.choose_rows_per_part(vae.config, transform.resolution, options.dtype, options.store, options.flip),
         seed=options.seed,
         container=options.format,
-        columns=parse_columns(options),
+        columns=parse_columns(options.columns),
         image_column=options.image_column or None,
         key_column=options.key_column or None,
         sources=make_source_rules(options, classes),

@@ -11,6 +11,8 @@ from jobs.parsing import REQUIRED, option, suggest
 from pipeline.errors import UsageError
 from pipeline.limits import Limits
 
+ALL = "all"  # the value of `--columns` that stands for all columns
+
 
 def storage_option() -> Any:
     """Return the field of `--storage-option`."""
@@ -172,6 +174,11 @@ def parse_limits(given: Sequence[str]) -> Limits:
             raise UsageError(f"--input-limit {pair} must be {name}=N with a whole number N above 0")
         numbers[name] = int(value)
     return Limits(**numbers)
+
+
+def parse_columns(text: str) -> tuple[str, ...] | None:
+    """Return the names in `--columns`; None for all columns."""
+    return None if text == ALL else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def describe_options(options: Any) -> dict[str, Any]:

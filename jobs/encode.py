@@ -8,7 +8,13 @@ from itertools import chain
 from typing import Any
 
 from jobs import cache_spec
-from jobs.common_options import describe_options, parse_limits, parse_source_options, parse_storage_options
+from jobs.common_options import (
+    describe_options,
+    parse_columns,
+    parse_limits,
+    parse_source_options,
+    parse_storage_options,
+)
 from jobs.encode_options import EncodeOptions
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
@@ -144,7 +150,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
         log_note(archives)
     log_each(unit_files.describe_special_shards(shards), log_note)
     tables = [*metadata.schemas, *manifests.schemas, *describe_columns(classes)]
-    wanted, captions = cache_spec.parse_columns(options), rules.caption_extensions
+    wanted, captions = parse_columns(options.columns), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
         hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jobs.common_options import Common, same_source
+from jobs.common_options import ALL, Common, same_source
 from jobs.parsing import REQUIRED, option
 from pipeline.records import Container, Crop, Flip, JpegDecode, Recipe, Store
-
-ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jobs.common_options import (
+    ALL,
     Common,
     existing_cache,
     input_limit,
@@ -197,7 +198,7 @@ class AnnotateOptions:
     refresh_columns: bool = option(
         False, "read the columns again from the sources, and publish those that have changed; opens no image", "input"
     )
-    columns: str = option("all", "the columns to take, separated by commas", "input", metavar="NAMES")
+    columns: str = option(ALL, "the columns to take, separated by commas", "input", metavar="NAMES")
     source: tuple[str, ...] = moved_source()
     storage_option: tuple[str, ...] = storage_option()
     source_option: tuple[str, ...] = source_option()
