@@ -7,9 +7,10 @@ from typing import Any
 
 from jobs.cache_state import check_has_rows
 from jobs.common_options import parse_storage_options
+from jobs.cores import count_cores
 from jobs.entry import print_json, run_as_script
 from jobs.executor import Executor
-from jobs.local_executor import LocalExecutor, count_cores
+from jobs.local_executor import LocalExecutor
 from jobs.messages import configure_logging, log_each, log_error, log_note, log_warning
 from jobs.options import ExportOptions
 from jobs.outage import make_probe

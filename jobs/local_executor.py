@@ -1,17 +1,13 @@
 """The executor of `--workers 0`: one worker in this process, without Ray."""
 
-import os
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from jobs.executor import TaskResult, Worker, WorkerProgress, format_error, make_failed_result
 from pipeline.errors import JobError
 from pipeline.records import Attempt
-
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "QUOTA PERIOD" in microseconds
 
 
 class LocalExecutor:
@@ -68,13 +64,3 @@ class LocalExecutor:
         """Stop the threads at their next sample, and wait for them."""
         self.stop.set()
         self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-def count_cores() -> int:
-    """Return the number of cores that this process may use. A container's CPU limit counts (cgroup v2, `cpu.max`)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_LIMIT.read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max": no limit
-        return cores

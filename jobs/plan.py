@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from jobs import cache_spec
 from jobs.common_options import parse_source_options, parse_storage_options
+from jobs.cores import count_cores
 from jobs.encode import can_group_tars, inspect_sources, resolve_settings
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
-from jobs.local_executor import count_cores
 from jobs.messages import configure_logging, log_each, log_note, log_warning
 from jobs.options import PlanOptions
 from jobs.parsing import parse

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.local_executor import count_cores
+from jobs.cores import count_cores
 from jobs.options import PlanOptions
 from jobs.progress import format_duration
 from pipeline.cache.tally import format_bucket

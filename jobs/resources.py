@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 
 from jobs.common_options import Common
+from jobs.cores import count_cores
 from jobs.executor import Executor, WorkerSpec
-from jobs.local_executor import LocalExecutor, count_cores
+from jobs.local_executor import LocalExecutor
 from jobs.metrics import Metrics, NoMetrics
 from pipeline import jax_model
 from pipeline.encoder import ComputeConfig
