@@ -24,9 +24,10 @@ from typing import Any
 
 from bench.simulated_ray import Answer, SimulatedActor, SimulatedRef, simulated_ray
 from jobs.executor import Executor, TaskCounts, TaskResult
-from jobs.progress import ProgressMeter, log_unit
+from jobs.progress import ProgressMeter
 from jobs.ray_executor import Progress, RayExecutor, ray
 from jobs.ray_node import WorkerLocation
+from jobs.run_monitor import log_unit
 from jobs.run_tasks import run_tasks
 from jobs.signals import Signals
 from jobs.totals import RunTotals, describe_totals

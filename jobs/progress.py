@@ -1,22 +1,16 @@
 """The progress of a job on standard error: a bar at a terminal, otherwise a plain line every five seconds."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jobs.messages import PROGRESS, get_shown_level, log_debug, log_warning
+from jobs.messages import PROGRESS
 from jobs.throughput import Throughput
-from pipeline.cache.part_info import UnitReport
 from pipeline.wording import count_noun
-
-if TYPE_CHECKING:  # a cache can be inspected without torch
-    from jobs.executor import Executor, TaskCounts
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -105,30 +99,6 @@ class ProgressMeter:
             self._bar = bar
             yield
             bar.update(bar.task_ids[0], completed=self.share, text=self.line)
-
-
-def describe_work(executor: "Executor", counts: "TaskCounts") -> dict[str, Any]:
-    """Return the state of the workers and of the tasks for the record of a run."""
-    return {
-        "workers": {
-            "ready": len(executor.workers),
-            "starting": executor.starting,
-            "restarts": executor.restarts,
-        },
-        "tasks": asdict(counts),
-    }
-
-
-def log_unit(done: UnitReport) -> None:
-    """Log the result of a unit: damage as a warning, and the rest for debugging."""
-    if done.damage:
-        log_warning(f"damaged: {done.damage}; what could be read of it is in the cache, the rest is rejected")
-    if get_shown_level() > logging.DEBUG:
-        return
-    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in asdict(done.seconds).items())
-    counts = {"row": done.rows, "reject": sum(done.rejects.values()), "part": done.parts}
-    work = ", ".join(count_noun(number, noun) for noun, number in counts.items())
-    log_debug(f"unit {done.unit}: {work} ({spent})")
 
 
 def format_duration(seconds: float) -> str:
