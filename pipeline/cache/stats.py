@@ -24,7 +24,6 @@ from pipeline.canonical_json import indented_json
 from pipeline.storage.folder import Folder
 
 NAME = STATS
-NEARLY_CONSTANT = 1e-4  # a channel's standard deviation, relative to that of the widest channel
 
 
 @dataclass(slots=True)
@@ -90,21 +89,6 @@ def _get_hashes(table: PartTable) -> np.ndarray:
 def write_stats(cache: Folder, content: Mapping[str, Any]) -> None:
     """Write stats.json."""
     cache.replace(NAME, encode_stats(content))
-
-
-def find_implausible(content: Mapping[str, Any]) -> list[str]:
-    """Return a line for each constant or nearly constant channel. Such a channel suggests a broken VAE.
-
-    content: the content of stats.json.
-    """
-    stds = content.get("std", [])
-    widest = max(stds, default=0.0)
-    return [
-        f"channel {channel} of the latents is {'constant' if not std else 'nearly constant'} (mean {mean:.4g}, std "
-        f"{std:.2g}): is the VAE broken, or every image the same?"
-        for channel, (mean, std) in enumerate(zip(content.get("mean", []), stds, strict=True))
-        if content["count"] > 1 and std <= NEARLY_CONSTANT * widest
-    ]
 
 
 def _suggest_scaling(total: ChannelStats, sums: TallySums) -> dict[str, Any]:

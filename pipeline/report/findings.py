@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from latentmill.cache_info import VaeInfo
-from pipeline.cache import stats
 from pipeline.report.constants import expect_channels, pool_patches
 from pipeline.wording import count_noun
 
@@ -20,6 +19,7 @@ MIN_ROWS = 100  # of a cache that is compared with the constants of its VAE, whi
 NEAR_ONE = 0.2  # the most that log(std) of a scaled channel differs from 0
 FAR = 0.4  # the least that it differs from the log(std) of the constants, in a cache that was scaled
 NARROW, WIDE = 0.6, 2.0  # the ratios of the standard deviation to that of the constants that are still normal
+NEARLY_CONSTANT = 1e-4  # the standard deviation of a channel, relative to that of the widest channel
 SHIFTED = 1.5  # standard deviations by which the mean of a channel differs
 ENLARGED_SHARE, REJECTED_SHARE = 0.25, 0.01
 FLOAT16_MAX = 65504.0
@@ -81,8 +81,8 @@ def find_channels(content: Mapping[str, Any]) -> list[Finding]:
     """Return the findings of channels that are constant, or whose values are at the limit of float16."""
     command = "latentmill stats {cache}"
     found = [
-        Finding(code="dead-channel", severity="error", sentence=line[0].upper() + line[1:], command=command)
-        for line in stats.find_implausible(content)
+        Finding(code="dead-channel", severity="error", sentence=sentence, command=command)
+        for sentence in describe_dead_channels(content)
     ]
     extremes = [
         max(abs(low), abs(high)) for low, high in zip(content.get("min", []), content.get("max", []), strict=True)
@@ -92,6 +92,18 @@ def find_channels(content: Mapping[str, Any]) -> list[Finding]:
         sentence = f"Channels {join(saturated)} have values at the limit of float16: store float32 or bfloat16."
         found.append(Finding(code="saturated-channel", severity="error", sentence=sentence, command=command))
     return found
+
+
+def describe_dead_channels(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each constant or nearly constant channel. Such a channel suggests a broken VAE."""
+    stds = content.get("std", [])
+    widest = max(stds, default=0.0)
+    return [
+        f"Channel {channel} of the latents is {'constant' if not std else 'nearly constant'} (mean {mean:.4g}, std "
+        f"{std:.2g}): is the VAE broken, or every image the same?"
+        for channel, (mean, std) in enumerate(zip(content.get("mean", []), stds, strict=True))
+        if content["count"] > 1 and std <= NEARLY_CONSTANT * widest
+    ]
 
 
 def find_rejects(content: Mapping[str, Any]) -> list[Finding]:
