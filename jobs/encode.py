@@ -20,7 +20,7 @@ from jobs.encode_spec import make_encode_spec
 from jobs.entry import run_as_script
 from jobs.executor import TaskCounts
 from jobs.finalize import finalize_cache
-from jobs.left_out_tars import LeftOutTars
+from jobs.left_out_tars import LeftOutPlanner
 from jobs.messages import collect_secrets, configure_logging, log_each, log_info, log_note, log_warning
 from jobs.outage import make_probe
 from jobs.parsing import parse
@@ -251,7 +251,7 @@ def encode_pending(
     meter = ProgressMeter("encoded", sum(unit.input_bytes for unit in pending), estimate_bytes_per_image(pending))
     metrics, started = resources.start_metrics("encode", cache.url, len(units) - len(pending)), time.perf_counter()
     monitor = RunMonitor(executor, meter, recorder, metrics, totals)
-    skipped, left_out, log = SkippedInputs(), LeftOutTars(cache, units, options.same_source), LogWriter(cache)
+    skipped, left_out, log = SkippedInputs(), LeftOutPlanner(cache, units, options.same_source), LogWriter(cache)
 
     def on_done(done: UnitReport) -> None:
         log.add(done.summaries)

@@ -13,10 +13,11 @@ from pipeline.storage.folder import Folder
 
 
 @dataclass(slots=True)
-class LeftOutTars:
-    """The tars that were left out since the last call of `plan`, by group.
+class LeftOutPlanner:
+    """Plans the tars that groups leave out.
 
-    units: all planned units. same_source: workers ignore ETags.
+    units: all planned units. same_source: workers ignore ETags. paths: the tars that were left out since the last call
+    of `plan`, by group.
     """
 
     cache: Folder
