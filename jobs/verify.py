@@ -25,7 +25,7 @@ from pipeline.errors import CacheError, NoCacheError, UsageError
 from pipeline.flow import EncodeSpec
 from pipeline.maintenance import verify
 from pipeline.maintenance.reencode import recount, reencode
-from pipeline.maintenance.verify import Findings
+from pipeline.maintenance.verify import CheckResult
 from pipeline.maintenance.verify_derived import drop_index
 from pipeline.maintenance.verify_log import rebuild_log
 from pipeline.maintenance.verify_part import Problem
@@ -44,31 +44,31 @@ def main(argv: Sequence[str]) -> int:
     except NoCacheError:
         raise
     except CacheError as error:
-        print_findings(options, Findings(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
+        print_result(options, CheckResult(problems=[Problem(identity.NAME, str(error), verify.RESTORE)]), [])
         return 1
     meter = ProgressMeter("checked", len(cache.files()))
     with meter.shown():
-        findings = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
+        result = verify.verify_cache(cache, lambda: meter.task_done(1, 1, 0))
     rebuilt: list[str] = []
-    if options.rebuild and (findings.rebuildable or findings.is_log_wrong or findings.is_index_wrong):
-        if findings.is_log_wrong:
+    if options.rebuild and (result.rebuildable or result.is_log_wrong or result.is_index_wrong):
+        if result.is_log_wrong:
             rebuild_log(cache.folder)
-        if findings.is_index_wrong:
+        if result.is_index_wrong:
             drop_index(cache.folder)
-        rebuilt = verify.rebuild_records(cache, findings)
+        rebuilt = verify.rebuild_records(cache, result)
         with suppress(CacheError):  # the second check reports the remaining problems
             finalize_cache(cache.folder, cache.info, single_writer=False)
-        findings = verify.verify_cache(cache)
-    is_sound = not findings.problems
+        result = verify.verify_cache(cache)
+    is_sound = not result.problems
     if is_sound:
-        findings.problems += check_against_inputs(options, cache, findings)
-    print_findings(options, findings, rebuilt)
+        result.problems += check_against_inputs(options, cache, result)
+    print_result(options, result, rebuilt)
     if not is_sound and (options.recount or options.reencode):
         log_info("skipped --recount and --reencode because of the problems above; fix them, and run verify again")
-    return 1 if findings.problems else 0
+    return 1 if result.problems else 0
 
 
-def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Findings) -> Iterator[Problem]:
+def check_against_inputs(options: VerifyOptions, cache: Cache, result: CheckResult) -> Iterator[Problem]:
     """Yield the problems that `--recount` and `--reencode` find, as far as they are requested."""
     if not options.recount and not options.reencode:
         return
@@ -86,8 +86,8 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Finding
     superseded = parts.read_superseded(cache.folder, cache.info.identity_sha256, set(units))
     spec = dataclasses.replace(spec, superseded=superseded)
     if options.recount:
-        uncounted = find_uncounted(findings)
-        parts_of_units = findings.group_by_unit()
+        uncounted = find_uncounted(result)
+        parts_of_units = result.group_by_unit()
         for unit in units.values():
             yield from recount(unit, parts_of_units.get(unit.name, []), uncounted.get(unit.name), spec)
     if options.reencode:
@@ -95,41 +95,39 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, findings: Finding
         yield from reencode(cache, refs, spec.build(load_matching_vae(options.vae, cache), threading.Event()))
 
 
-def find_uncounted(findings: Findings) -> dict[str, int]:
+def find_uncounted(result: CheckResult) -> dict[str, int]:
     """Return the units whose input is damaged, with the number of samples before the damage. The rest is unknown."""
-    return {
-        unit: min(positions) for unit, positions in find_unread_rests(part.record for part in findings.parts).items()
-    }
+    return {unit: min(positions) for unit, positions in find_unread_rests(part.record for part in result.parts).items()}
 
 
-def print_findings(options: VerifyOptions, findings: Findings, rebuilt: Sequence[str]) -> None:
+def print_result(options: VerifyOptions, result: CheckResult, rebuilt: Sequence[str]) -> None:
     """Print the problems, file by file, and the summary."""
-    rows = sum(part.record.rows for part in findings.parts)
-    uncounted = [{"unit": unit, "samples": count} for unit, count in sorted(find_uncounted(findings).items())]
+    rows = sum(part.record.rows for part in result.parts)
+    uncounted = [{"unit": unit, "samples": count} for unit, count in sorted(find_uncounted(result).items())]
     if options.json:
-        content = {"problems": [dataclasses.asdict(problem) for problem in findings.problems]}
+        content = {"problems": [dataclasses.asdict(problem) for problem in result.problems]}
         content |= {"uncounted": uncounted} if options.recount else {}
-        print_json({"cache": options.cache, "files": len(findings.parts), "rows": rows, **content})
+        print_json({"cache": options.cache, "files": len(result.parts), "rows": rows, **content})
         return
     for name in rebuilt:
         log_info(f"rebuilt the records of {name}")
     for rest in uncounted if options.recount else []:
         log_note(f"the input of {rest['unit']} is damaged after {rest['samples']} samples: what follows is not counted")
-    for problem in findings.problems:
+    for problem in result.problems:
         print(f"{problem.file}: {problem.what}\n  {problem.do}")
     print(
-        f"{options.cache}: {count_noun(len(findings.parts), 'file')}, {count_noun(rows, 'row')}: "
-        f"{summarize_findings(options, findings, rows)}"
+        f"{options.cache}: {count_noun(len(result.parts), 'file')}, {count_noun(rows, 'row')}: "
+        f"{summarize_result(options, result, rows)}"
     )
 
 
-def summarize_findings(options: VerifyOptions, findings: Findings, rows: int) -> str:
+def summarize_result(options: VerifyOptions, result: CheckResult, rows: int) -> str:
     """Return the results of the requested checks in one line."""
-    if findings.problems:
-        return count_noun(len(findings.problems), "problem")
+    if result.problems:
+        return count_noun(len(result.problems), "problem")
     results = ["all files match their records"]
     if options.recount:
-        uncounted = len(find_uncounted(findings))
+        uncounted = len(find_uncounted(result))
         but = f", except after the damage of {count_noun(uncounted, 'input')}" if uncounted else ""
         results.append(f"the inputs have the samples that are recorded{but}")
     if options.reencode:

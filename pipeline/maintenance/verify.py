@@ -56,7 +56,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(slots=True)
-class Findings:
+class CheckResult:
     """The result of a check.
 
     units: the planned units, by name. parts: the parts with a readable record, sound or not.
@@ -88,35 +88,35 @@ class CommitFiles:
     rejects: bytes | None
 
 
-def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Findings:
+def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> CheckResult:
     """Check everything in a cache. on_file: called after each part file."""
-    findings = Findings()
-    findings.problems += run_check(identity.NAME, RESTORE, check_content(cache))
-    if findings.problems:  # every other check compares with cache.json
-        return findings
-    check_plan(cache.folder, findings)
+    result = CheckResult()
+    result.problems += run_check(identity.NAME, RESTORE, check_content(cache))
+    if result.problems:  # every other check compares with cache.json
+        return result
+    check_plan(cache.folder, result)
     listed = {folder: cache.folder.list_entries(folder) for folder in reversed([*SUFFIXES])}  # commits before parts
-    findings.problems += check_unexpected_files(listed)
+    result.problems += check_unexpected_files(listed)
     names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
     files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
     duplicates = find_empty_duplicates(files)
     message = "the same part is also in data/, with rows, and only that file counts"
-    findings.problems += [
+    result.problems += [
         Problem(file, message, f"{AWAY}, and run the encode command again") for file in sorted(duplicates)
     ]
     files = [file for file in files if file not in duplicates]
     checks: list[PartCheck] = []
     with ThreadPoolExecutor(PART_THREADS) as pool:
-        check_file = partial(check_part, cache, units=findings.units)
+        check_file = partial(check_part, cache, units=result.units)
         for check in map_in_order(pool, check_file, files, window=PART_THREADS):
             checks.append(check)
             on_file()
     for check in checks:
-        findings.problems += check.problems
-    findings.parts = [check.part for check in checks if check.part is not None]
+        result.problems += check.problems
+    result.parts = [check.part for check in checks if check.part is not None]
     sound = [check.part for check in checks if check.part is not None and not check.problems]
-    findings.problems += check_keys(checks)
-    findings.problems += check_columns(cache.folder, checks)
+    result.problems += check_keys(checks)
+    result.problems += check_columns(cache.folder, checks)
     committed = {PurePosixPath(name).stem for name in names[commits.COMMITS]}
     rejected = {PurePosixPath(name).stem for name in names[commits.REJECTS]}
 
@@ -125,19 +125,19 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Fi
             read_files = partial(read_commit_files, cache.folder, committed, rejected)
             yield from map_in_order(pool, read_files, names, window=SMALL_FILE_THREADS)
 
-    findings.problems += check_names(findings.units, committed, rejected)
-    check_units(read(findings.units), findings, sound)
-    findings.problems += check_retries(read, committed, rejected, findings, sound)
-    log_problems = list(check_log(cache.folder, findings.parts, committed))
-    findings.is_log_wrong = bool(log_problems)
-    findings.problems += log_problems
-    if not any(problem.do != REBUILD for problem in findings.problems):  # otherwise the statistics must differ
-        findings.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, findings.parts))
-        index_problems = list(check_index(cache, findings.parts))
-        findings.is_index_wrong = bool(index_problems)
-        findings.problems += index_problems
-    findings.problems += check_runs(cache.folder)
-    return findings
+    result.problems += check_names(result.units, committed, rejected)
+    check_units(read(result.units), result, sound)
+    result.problems += check_retries(read, committed, rejected, result, sound)
+    log_problems = list(check_log(cache.folder, result.parts, committed))
+    result.is_log_wrong = bool(log_problems)
+    result.problems += log_problems
+    if not any(problem.do != REBUILD for problem in result.problems):  # otherwise the statistics must differ
+        result.problems += run_check(stats.NAME, REWRITE, check_statistics(cache, result.parts))
+        index_problems = list(check_index(cache, result.parts))
+        result.is_index_wrong = bool(index_problems)
+        result.problems += index_problems
+    result.problems += check_runs(cache.folder)
+    return result
 
 
 def run_check(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
@@ -194,7 +194,7 @@ def check_content(cache: Cache) -> Iterator[Problem]:
         yield Problem(identity.NAME, "the schema does not match the identity and the columns", RESTORE)
 
 
-def check_plan(folder: Folder, findings: Findings) -> None:
+def check_plan(folder: Folder, result: CheckResult) -> None:
     """Check the plan's files: they have the hashes that runs recorded, and name each unit correctly and only once."""
     recorded: dict[str, set[str]] = {}
     for run in runs.read_runs(folder).values():
@@ -205,17 +205,17 @@ def check_plan(folder: Folder, findings: Findings) -> None:
     for name in names:
         file = f"{plan.FOLDER}/{name}"
         if name in recorded and hashlib.sha256(folder.read(file)).hexdigest() not in recorded[name]:
-            findings.problems.append(Problem(file, "it does not match the checksum that runs recorded", RESTORE))
-        findings.problems += run_check(file, RESTORE, check_plan_file(folder, name, findings, files))
-    findings.units = {unit.name: unit for unit in plan.select_latest_units(files)}
+            result.problems.append(Problem(file, "it does not match the checksum that runs recorded", RESTORE))
+        result.problems += run_check(file, RESTORE, check_plan_file(folder, name, result, files))
+    result.units = {unit.name: unit for unit in plan.select_latest_units(files)}
     missing = sorted(recorded.keys() - set(names))
     for name in missing:
-        findings.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is missing, but runs recorded it", RESTORE))
-    if not missing and not findings.units:
-        findings.problems.append(Problem(plan.FOLDER, "it has no units", RESTORE))
+        result.problems.append(Problem(f"{plan.FOLDER}/{name}", "it is missing, but runs recorded it", RESTORE))
+    if not missing and not result.units:
+        result.problems.append(Problem(plan.FOLDER, "it has no units", RESTORE))
 
 
-def check_plan_file(folder: Folder, name: str, findings: Findings, files: list[list[Unit]]) -> Iterator[Problem]:
+def check_plan_file(folder: Folder, name: str, result: CheckResult, files: list[list[Unit]]) -> Iterator[Problem]:
     """Check the units in a file of the plan, and append them to `files`. A later file may change a unit."""
     file = f"{plan.FOLDER}/{name}"
     try:
@@ -228,10 +228,10 @@ def check_plan_file(folder: Folder, name: str, findings: Findings, files: list[l
     for unit in units:
         if unit.name != derive_unit_name(unit):
             yield Problem(file, f"the name of the unit {unit.name} does not match its input", RESTORE)
-        if unit.name in names or findings.units.get(unit.name) == unit:
+        if unit.name in names or result.units.get(unit.name) == unit:
             yield Problem(file, f"the unit {unit.name} is planned twice", RESTORE)
         names.add(unit.name)
-        findings.units[unit.name] = unit
+        result.units[unit.name] = unit
 
 
 def check_keys(checks: Iterable[PartCheck]) -> Iterator[Problem]:
@@ -258,14 +258,14 @@ def check_names(units: Collection[str], committed: Set[str], rejected: Set[str])
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its unit is not in the plan", AWAY)
 
 
-def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Sequence[PartInfo]) -> None:
+def check_units(all_files: Iterable[CommitFiles], result: CheckResult, sound: Sequence[PartInfo]) -> None:
     """Check that each unit has every part once, and that `_commits` and `_rejects` agree with the parts.
 
     all_files: one per planned unit. sound: the parts without problems.
     """
-    parts_of_units = findings.group_by_unit()
+    parts_of_units = result.group_by_unit()
     sound_files = {part.file for part in sound}
-    reported = {problem.file for problem in findings.problems}
+    reported = {problem.file for problem in result.problems}
     stems = {PurePosixPath(strip_extension(file)).name for file in reported}
     units = {stem.rpartition("-")[0] for stem in stems}
     unfinished = 0
@@ -280,12 +280,12 @@ def check_units(all_files: Iterable[CommitFiles], findings: Findings, sound: Seq
         problems = list(check_part_numbers(name, parts, stems, name in units))
         problems += check_commit(files, parts, sound_files, reported)
         problems += check_rejects(files, parts) if is_complete else []
-        findings.problems += problems
+        result.problems += problems
         if is_complete and is_rebuildable(problems, parts, sound_files):
-            findings.rebuildable.append(name)
+            result.rebuildable.append(name)
     if unfinished:
-        message = f"{unfinished} of {len(findings.units)} units are not done"
-        findings.problems.append(Problem(plan.FOLDER, message, "run the encode command again to resume"))
+        message = f"{unfinished} of {len(result.units)} units are not done"
+        result.problems.append(Problem(plan.FOLDER, message, "run the encode command again to resume"))
 
 
 def is_rebuildable(problems: Sequence[Problem], parts: Sequence[PartInfo], sound_files: Collection[str]) -> bool:
@@ -314,24 +314,24 @@ def check_retries(
     read: Callable[[Iterable[str]], Iterable[CommitFiles]],
     committed: Set[str],
     rejected: Set[str],
-    findings: Findings,
+    result: CheckResult,
     sound: Sequence[PartInfo],
 ) -> Iterator[Problem]:
     """Check the retry parts: each has its own commit, and supersedes existing rejects."""
     sound_files = {part.file for part in sound}
-    reported = {problem.file for problem in findings.problems}
-    retries = {commits.get_commit_name([part]): part for part in findings.parts if part.record.round}
+    reported = {problem.file for problem in result.problems}
+    retries = {commits.get_commit_name([part]): part for part in result.parts if part.record.round}
     for files in read(sorted(retries.keys() | set(filter(is_retry_part, committed)))):
         part = retries.get(files.name)
         problems = check_commit(files, [part] if part else [], sound_files, reported)
         problems += check_rejects(files, [part]) if part else []
         yield from problems
         if part and is_rebuildable(problems, [part], sound_files):
-            findings.rebuildable.append(files.name)
+            result.rebuildable.append(files.name)
     for name in sorted(set(filter(is_retry_part, rejected)) - retries.keys()):
         yield Problem(f"{commits.REJECTS}/{name}.jsonl", "its part is missing", AWAY)
     rejects = {
-        (part.record.unit, reject.position, reject.reason) for part in findings.parts for reject in part.record.rejects
+        (part.record.unit, reject.position, reject.reason) for part in result.parts for reject in part.record.rejects
     }
     for part in sorted(retries.values(), key=lambda part: part.record.round):
         superseded = {(part.record.unit, position, reason) for position, reason in part.record.supersedes}
@@ -407,14 +407,14 @@ def check_runs(folder: Folder) -> Iterator[Problem]:
             yield Problem(file, "it was changed after it was written", f"{AWAY}: it only informs")
 
 
-def rebuild_records(cache: Cache, findings: Findings) -> list[str]:
+def rebuild_records(cache: Cache, result: CheckResult) -> list[str]:
     """Rewrite the rebuildable files in `_commits` and `_rejects` from their parts. Returns the commits' names."""
     parts_of_commits: dict[str, list[PartInfo]] = {}
-    for part in sorted(findings.parts, key=lambda part: part.record.part):
+    for part in sorted(result.parts, key=lambda part: part.record.part):
         parts_of_commits.setdefault(commits.get_commit_name([part]), []).append(part)
-    for name in findings.rebuildable:
+    for name in result.rebuildable:
         commits.rewrite_commit(cache.folder, parts_of_commits[name])
-    return findings.rebuildable
+    return result.rebuildable
 
 
 def _is_unchanged_run(data: bytes) -> bool:

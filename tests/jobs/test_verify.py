@@ -284,10 +284,10 @@ def test_rebuild_looks_up_each_commit_once(cache: Path, tmp_path: Path, monkeypa
         return names[-1]
 
     monkeypatch.setattr(commit_files, "get_commit_name", record_name)
-    findings = verify.Findings(parts=parts, rebuildable=[part.record.unit for part in parts])
+    result = verify.CheckResult(parts=parts, rebuildable=[part.record.unit for part in parts])
     assert (
-        verify.rebuild_records(Cache(Folder(str(tmp_path / "rebuilt")), info_of(IDENTITY)), findings)
-        == findings.rebuildable
+        verify.rebuild_records(Cache(Folder(str(tmp_path / "rebuilt")), info_of(IDENTITY)), result)
+        == result.rebuildable
     )
     assert len(list((tmp_path / "rebuilt/_commits").iterdir())) == count
     assert len(names) <= 2 * count
