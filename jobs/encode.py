@@ -50,7 +50,7 @@ from pipeline.readers import compression
 from pipeline.records import ListedFile, Unit
 from pipeline.sources import units as unit_files
 from pipeline.sources.columns import find_columns
-from pipeline.sources.labels import describe_columns, find_classes
+from pipeline.sources.labels import find_classes, make_label_schemas
 from pipeline.sources.large_tars import Boundaries, divide_large_tars
 from pipeline.sources.listing import Listing, abbreviate, list_sources
 from pipeline.sources.manifest import find_manifests
@@ -149,7 +149,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
     if archives:
         log_note(archives)
     log_each(unit_files.describe_special_shards(shards), log_note)
-    tables = [*metadata.schemas, *manifests.schemas, *describe_columns(classes)]
+    tables = [*metadata.schemas, *manifests.schemas, *make_label_schemas(classes)]
     wanted, captions = parse_columns(options.columns), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))

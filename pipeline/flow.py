@@ -287,7 +287,7 @@ def encode_missing_parts(
                 writer.read_part(number, part_samples, lambda: samples.is_done)
             if writer.has_last_part():
                 break
-    entries = commits.write_commit(spec.cache, writer.parts, describe_run(context, timer.seconds))
+    entries = commits.write_commit(spec.cache, writer.parts, collect_commit_facts(context, timer.seconds))
     return replace(
         make_report(unit, entries, writer.adopted, timer.seconds),
         encoded=writer.encoded,
@@ -321,7 +321,7 @@ def exhaust(samples: Iterable[Sample | Reject]) -> None:
     deque(samples, maxlen=0)
 
 
-def describe_run(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
+def collect_commit_facts(context: WorkerContext, seconds: Seconds) -> dict[str, object]:
     """Return the facts about a unit that `_commits` stores and that do not follow from its parts."""
     return {
         "seconds": asdict(seconds),

@@ -35,7 +35,7 @@ HTTP_OPTIONS: Mapping[str, Any] = {
 REFUSED = frozenset({0, 400, 401, 402, 403, 404, 405, 406, 410, 414, 451})
 
 
-def find_image_column(schema: pa.Schema, wanted: str | None) -> str | None:
+def find_location_column(schema: pa.Schema, wanted: str | None) -> str | None:
     """Return the column with the paths or URLs of the images; None if there is none."""
     return find_path_column(schema, wanted, URL_COLUMNS)
 
@@ -102,7 +102,7 @@ def make_key_rule(image_column: str | None, key_column: str | None, root: str) -
         return pa.chunked_array([pa.array(escaped, pa.large_string())])
 
     def find_column(schema: pa.Schema) -> str | None:
-        name = find_image_column(schema, image_column) if key_column is None else key_column
+        name = find_location_column(schema, image_column) if key_column is None else key_column
         return name if name in schema.names else None
 
     return NameRule(f"rows {image_column} {key_column} {root}", find_column, make_keys)
@@ -120,7 +120,7 @@ def _make_key(path: str | None, row: int, root: str) -> str:
 def check_columns_exist(table: Table, url: str, image_column: str | None, key_column: str | None) -> str:
     """Return the column with the paths of a manifest. Raises ShardError if it lacks this column, or the key column."""
     names = ", ".join(table.rows.schema.names) or "no columns"
-    column = find_image_column(table.rows.schema, image_column)
+    column = find_location_column(table.rows.schema, image_column)
     if column is None:
         raise ShardError(f"{url} has no column with the paths of images: it has {names}; name one with --image-column")
     if not table.column:

@@ -41,6 +41,6 @@ def find_classes(
     return tuple(recorded if recorded is not None else sorted(found)), notes if without else []
 
 
-def describe_columns(classes: Sequence[str] | None) -> list[pa.Schema]:
-    """Return the columns of labels; none without classes."""
+def make_label_schemas(classes: Sequence[str] | None) -> list[pa.Schema]:
+    """Return the schema of the columns of labels; none without classes."""
     return [] if classes is None else [LABEL_COLUMNS]

@@ -12,7 +12,7 @@ from pipeline.records import ListedFile, get_shard_kind
 from pipeline.storage import reading
 
 LARGE_TAR_BYTES = 4 << 30  # usual shards are smaller: no request is made for them
-RANGE_BYTES = 1 << 30  # of a large tar: about as many as a usual shard has
+TAR_RANGE_BYTES = 1 << 30  # of a large tar: about as many as a usual shard has
 TARS = 8  # that are divided at a time
 REQUESTS = 16  # at a time, because stores are slow to answer; each may return 16 MiB
 
@@ -45,7 +45,7 @@ def _find_boundaries(
 ) -> list[int]:
     """Return the boundaries of one tar; an empty list if it stays whole."""
     headers = TarHeaders(partial(reading.read_range, file.url, options), file.bytes, file.url, limits)
-    count = math.ceil(file.bytes / RANGE_BYTES)
+    count = math.ceil(file.bytes / TAR_RANGE_BYTES)
     wanted = [file.bytes * k // count for k in range(1, count)]
     try:
         found = list(pool.map(headers.search, wanted)) if headers.is_searchable() else [Found()] * len(wanted)

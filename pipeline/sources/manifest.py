@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.errors import Rejected, ShardError, SourceError
 from pipeline.readers.image_column import contains_bytes
-from pipeline.readers.manifest import check_columns_exist, find_image_column, make_key_rule, resolve_path
+from pipeline.readers.manifest import check_columns_exist, find_location_column, make_key_rule, resolve_path
 from pipeline.readers.table import TEXT_TABLES, select_columns
 from pipeline.records import ListedFile, Manifest, extension, is_image, stem
 from pipeline.sources.listing import abbreviate
@@ -73,7 +73,7 @@ def _may_be_manifest(file: ListedFile, reader: TableReader) -> bool:
     except ShardError:  # its unit fails by name
         return False
     has_bytes = any(contains_bytes(field.type) for field in schema)
-    return not has_bytes and bool(find_image_column(schema, reader.image_column))
+    return not has_bytes and bool(find_location_column(schema, reader.image_column))
 
 
 def _find_listed(paths: pa.ChunkedArray, root: str, urls: Container[str]) -> list[str]:

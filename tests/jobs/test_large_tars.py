@@ -27,7 +27,7 @@ COUNT = 40  # samples of the tar
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a tar of some hundred kB be a large one."""
     monkeypatch.setattr(large_tars, "LARGE_TAR_BYTES", 64 << 10)
-    monkeypatch.setattr(large_tars, "RANGE_BYTES", 32 << 10)
+    monkeypatch.setattr(large_tars, "TAR_RANGE_BYTES", 32 << 10)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 << 10)
     monkeypatch.setattr(tar_boundaries, "SEARCHED", (4 << 10, 16 << 10))
 

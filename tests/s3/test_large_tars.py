@@ -30,7 +30,7 @@ def test_a_boundary_costs_one_request(bucket: str, proxy: Proxy, monkeypatch: py
                 tar.addfile(header, io.BytesIO(b"i" * size))
     fsspec.filesystem("s3").pipe_file(f"{bucket}/s/0.tar", sink.getvalue())
     monkeypatch.setattr(large_tars, "LARGE_TAR_BYTES", 16 * MB)
-    monkeypatch.setattr(large_tars, "RANGE_BYTES", 8 * MB)
+    monkeypatch.setattr(large_tars, "TAR_RANGE_BYTES", 8 * MB)
     files = list_source_files((f"{bucket}/s",), {}, "nowhere")
     proxy.seen.clear()
     (boundaries,) = divide_large_tars(files, {}).values()

@@ -25,7 +25,7 @@ SMALL = tar({"0.jpg": b"i"})
 def files(root: str, monkeypatch: pytest.MonkeyPatch) -> list[ListedFile]:
     """Write two large tars, a small one, and another large file."""
     monkeypatch.setattr(large_tars, "LARGE_TAR_BYTES", len(SMALL))
-    monkeypatch.setattr(large_tars, "RANGE_BYTES", len(LARGE) // 4)
+    monkeypatch.setattr(large_tars, "TAR_RANGE_BYTES", len(LARGE) // 4)
     fs, path = fsspec.url_to_fs(f"{root}/s")
     fs.makedirs(path)
     for name, data in {"0.tar": LARGE, "1.tar": SMALL, "2.tar": LARGE, "3.zip": LARGE}.items():
@@ -108,6 +108,6 @@ def test_a_tar_on_a_web_server_is_divided_if_the_server_delivers_ranges(
     web: ListedFile, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(large_tars, "LARGE_TAR_BYTES", len(SMALL))
-    monkeypatch.setattr(large_tars, "RANGE_BYTES", len(LARGE) // 4)
+    monkeypatch.setattr(large_tars, "TAR_RANGE_BYTES", len(LARGE) // 4)
     has_ranges = "whole" not in request.node.name
     assert list(divide_large_tars([web], {})) == (["s/0.tar"] if has_ranges else [])
