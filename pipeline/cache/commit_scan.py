@@ -75,7 +75,7 @@ class CacheScan:
         self._logs = [] if repair is not None and repair.rehash else commit_log.list_log_files(cache)
         self._log_commits = self._index_logs("commit", self.commits)
         self.files = list_files(cache)
-        self.twins = find_twins(self.files)
+        self.twins = _find_twins(self.files)
 
     @property
     def parts_with_rows(self) -> int:
@@ -184,7 +184,7 @@ def list_files(cache: Folder) -> np.ndarray:
     return sort_names(iterate_part_files(cache))
 
 
-def find_twins(files: np.ndarray) -> frozenset[str]:
+def _find_twins(files: np.ndarray) -> frozenset[str]:
     """Return the files in `_empty/` whose part is also in `data/`, with rows. files: all part files, sorted."""
     empties = list(iterate_names(files[: np.searchsorted(files, DATA_PREFIX)]))
     stems = [strip_extension(file).removeprefix(f"{EMPTY}/") for file in empties]

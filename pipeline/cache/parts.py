@@ -281,7 +281,7 @@ def read_record(data: bytes, name: str) -> PartRecord:
         raise CacheError(f"{name} is not a part of a latentmill cache: it has no readable record") from error
 
 
-def find_empty_duplicates(names: Iterable[str]) -> set[str]:
+def find_twins(names: Iterable[str]) -> set[str]:
     """Return the files in `_empty/` that do not count, because the same part is in `data/`, with rows."""
     names = list(names)
     data_stems = {strip_extension(name) for name in names if name.startswith(f"{DATA}/")}
@@ -322,9 +322,9 @@ def find_unit_files(cache: Folder, units: Set[str]) -> dict[str, frozenset[str]]
 def read_counted_records(cache: Folder, files: Iterable[str], identity_sha256: str) -> Iterator[PartRecord]:
     """Read the records of these parts, without the files in `_empty/` that do not count."""
     files = list(files)
-    duplicates = find_empty_duplicates(files)
+    twins = find_twins(files)
     for file in files:
-        if file not in duplicates and (record := read_part_record(cache, file, identity_sha256)) is not None:
+        if file not in twins and (record := read_part_record(cache, file, identity_sha256)) is not None:
             yield record
 
 

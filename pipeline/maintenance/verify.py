@@ -23,7 +23,7 @@ from pipeline.cache.parts import (
     DATA,
     EMPTY,
     describe_schema,
-    find_empty_duplicates,
+    find_twins,
     is_retry_part,
     strip_extension,
     to_data_stem,
@@ -99,12 +99,10 @@ def verify_cache(cache: Cache, on_file: Callable[[], None] = lambda: None) -> Ch
     result.problems += check_unexpected_files(listed)
     names = {folder: [name for name in listed[folder][0] if name.endswith(end)] for folder, end in SUFFIXES.items()}
     files = [f"{folder}/{name}" for folder in (EMPTY, DATA) for name in names[folder]]
-    duplicates = find_empty_duplicates(files)
+    twins = find_twins(files)
     message = "the same part is also in data/, with rows, and only that file counts"
-    result.problems += [
-        Problem(file, message, f"{AWAY}, and run the encode command again") for file in sorted(duplicates)
-    ]
-    files = [file for file in files if file not in duplicates]
+    result.problems += [Problem(file, message, f"{AWAY}, and run the encode command again") for file in sorted(twins)]
+    files = [file for file in files if file not in twins]
     checks: list[PartCheck] = []
     with ThreadPoolExecutor(PART_THREADS) as pool:
         check_file = partial(check_part, cache, units=result.units)

@@ -24,7 +24,7 @@ from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
     EMPTY,
     UnitParts,
-    find_empty_duplicates,
+    find_twins,
     inspect_part,
     list_part_files,
     list_unit_files,
@@ -299,7 +299,7 @@ def check_completion(store: Store, reports: frozenset[tuple[tuple[str, str], ...
         assert log.write() is None
     write(disk, writer=9)
     repair = Repair(identity_sha256="identity", container="parquet")
-    counted = set(list_part_files(disk)) - find_empty_duplicates(list_part_files(disk))  # type: ignore[arg-type]
+    counted = set(list_part_files(disk)) - find_twins(list_part_files(disk))  # type: ignore[arg-type]
     assert len(counted) == PARTS
     for _ in range(2 * with_log):  # the second time, all is in the log
         assert scan(disk, repair) == {file: hashlib.sha256(disk.store[file]).hexdigest() for file in counted}

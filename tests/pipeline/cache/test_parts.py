@@ -17,8 +17,8 @@ from pipeline.cache.commits import inspect_committed, list_commits, list_finishe
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.parts import (
     _create,
-    find_empty_duplicates,
     find_part,
+    find_twins,
     inspect_part,
     is_retry_part,
     read_part_record,
@@ -108,7 +108,7 @@ def test_statistics_of_a_part_without_rows_are_replaced_once_it_exists_with_rows
         counted_once = stats.summarize_parts(parts(tmp_path / "c"))
         assert content | {"files": 3, "digest": counted_once["digest"]} == counted_once
     (commit,) = commits(tmp_path / "c").values()
-    files = set(part_files.list_part_files(folder)) - find_empty_duplicates(part_files.list_part_files(folder))
+    files = set(part_files.list_part_files(folder)) - find_twins(part_files.list_part_files(folder))
     assert {entry["file"] for entry in commit["parts"]} == files
 
 
@@ -147,14 +147,14 @@ def test_a_part_counts_once_if_two_retries_disagree_on_its_rows(
     with_rows.run(task)
     repair_commits(tmp_path / "c")
     summaries = parts(tmp_path / "c")
-    assert len(find_empty_duplicates(part_files.list_part_files(folder))) == 1, (
+    assert len(find_twins(part_files.list_part_files(folder))) == 1, (
         "only the first part exists twice; the retry adopts the others"
     )
     assert stats.summarize_parts(summaries)["rejected"] == {"not_an_image": 1}
     assert sum(part.rows + sum(part.filtered.values()) for part in summaries if part.supersedes) == 9
     files = part_files.list_part_files(folder)
-    duplicates = find_empty_duplicates(files)
-    retried = sorted(file for file in files if is_retry_part(file.rpartition(".")[0]) and file not in duplicates)
+    twins = find_twins(files)
+    retried = sorted(file for file in files if is_retry_part(file.rpartition(".")[0]) and file not in twins)
     contents = commits(tmp_path / "c")
     entries = [entry for name, content in contents.items() if is_retry_part(name) for entry in content["parts"]]
     assert sorted(entry["file"] for entry in entries) == retried
