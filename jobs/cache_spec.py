@@ -197,7 +197,7 @@ def describe_cache(
         identity_sha256=wanted.sha256,
         compute=describe_compute(options, resources, precision),
         vae=VaeInfo(
-            reference=vae.ref,
+            reference=vae.reference,
             config={"_class_name": vae.config.class_names()[0], **vae.config.to_dict()},
             **vae.constants,
         ),
@@ -229,7 +229,7 @@ def note_constants(existing: VaeInfo, vae: Vae) -> None:
 
     existing: the entry `vae` of cache.json.
     """
-    current = VaeInfo(reference=vae.ref, config={}, **vae.constants).constants
+    current = VaeInfo(reference=vae.reference, config={}, **vae.constants).constants
     for name, value in existing.constants.items():
         if value != current[name]:
             difference = f"the cache has {name} {value}, the VAE {current[name]}"

@@ -81,7 +81,7 @@ class JaxModel:
         if not has_device(device):
             raise VaeError(f"JAX finds no {device} here; install jax for it, or use another --device")
         if vae.config.decoder_channels != vae.config.block_out_channels:
-            raise VaeError(f"the decoder of {vae.ref} has other channels than its encoder: use --backend torch")
+            raise VaeError(f"the decoder of {vae.reference} has other channels than its encoder: use --backend torch")
         self.config = vae.config
         self._on_run = on_run
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

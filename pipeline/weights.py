@@ -26,11 +26,11 @@ class Vae:
     """A trained model in the form that is sent to workers.
 
     weights: numpy arrays, float32 but for counters, which Ray shares between processes. sha256: of the parameters
-    (`vae.load.weights_sha256`). ref: the name that the user gave, without credentials. constants: of the scaling
+    (`vae.load.weights_sha256`). reference: the name that the user gave, without credentials. constants: of the scaling
     (`vae.scaling.constants_of`). notes: what was chosen or left out of the model's files.
     """
 
-    ref: str
+    reference: str
     config: VaeConfig
     weights: Mapping[str, np.ndarray]
     sha256: str
@@ -65,7 +65,7 @@ def _load(path: str, ref: str, config: ConfigLike) -> Vae:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     notes = [str(warning.message) for warning in caught if issubclass(warning.category, LoadWarning)]
     return Vae(
-        ref=ref,
+        reference=ref,
         config=model.config,
         weights={name: tensor.numpy() for name, tensor in tensors.items()},
         sha256=weights_sha256(dict(model.named_parameters())),

@@ -47,7 +47,7 @@ def vae_with_attention() -> Vae:
         layers_per_block=2,
     )
     weights = {name: value.numpy() for name, value in AutoencoderKL(**config).state_dict().items()}
-    return Vae(ref="random", config=config, weights=weights, sha256="", constants={})
+    return Vae(reference="random", config=config, weights=weights, sha256="", constants={})
 
 
 @pytest.mark.parametrize(("form", "attention"), FORMS)

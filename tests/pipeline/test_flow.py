@@ -466,7 +466,7 @@ class TestOverflow:
         """Return an encoder whose latents are `gain` times larger. Its activations overflow float16."""
         weights = dict(vae.weights)
         weights["quant_conv.weight"] = weights["quant_conv.weight"] * np.float32(gain)
-        amplified = Vae(ref="", config=vae.config, weights=weights, sha256="", constants={})
+        amplified = Vae(reference="", config=vae.config, weights=weights, sha256="", constants={})
         compute = ComputeConfig(device="cpu", precision=precision, batch_size=1, threads=1)
         return LatentEncoder(amplified, compute, "float32" if precision == "fp16" else "float16")
 
