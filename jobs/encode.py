@@ -304,9 +304,8 @@ def describe_workers(
     compute, candidates = resources.compute(info.identity.precision, size, form), resources.candidates(size, form)
     cache_spec.note_differences(info.compute, compute, candidates)
     cache_spec.note_versions(cache, run)
-    limits, openers = options.input_limit, resources.count_openers(options.open_workers)
-    source_options = parse_source_options(options)
-    spec = make_encode_spec(cache, info, compute, limits, openers, run, source_options, candidates)
+    openers, source_options = resources.count_openers(options.open_workers), parse_source_options(options)
+    spec = make_encode_spec(cache, info, compute, options.input_limit, openers, run, source_options, candidates)
     spec = dataclasses.replace(spec, remote_openers=resources.plan_remote_openers(options.remote_openers))
     return add_existing_parts(spec, pending)
 

@@ -18,7 +18,7 @@ def make_encode_spec(
     cache: Folder,
     info: CacheInfo,
     compute: ComputeConfig,
-    limits: Sequence[str],
+    limit_options: Sequence[str],
     open_workers: int,
     run: str,
     source_options: Mapping[str, Any],
@@ -26,7 +26,7 @@ def make_encode_spec(
 ) -> EncodeSpec:
     """Return the specification of workers that encode into a cache.
 
-    info: the cache.json. limits: `--input-limit`. run: the name of the run. candidates: what workers choose.
+    info: the cache.json. limit_options: `--input-limit`. run: the name of the run. candidates: what workers choose.
     """
     described = info.identity
     return EncodeSpec(
@@ -42,7 +42,7 @@ def make_encode_spec(
         seed=described.seed,
         rows_per_part=described.rows_per_part,
         tile_above=described.tile_above,
-        limits=parse_limits(limits),
+        limits=parse_limits(limit_options),
         compute=compute,
         open_workers=open_workers,
         run=run,

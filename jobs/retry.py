@@ -126,12 +126,12 @@ def run_retry(
         compute = resources.compute(cache.info.identity.precision, size, form)
         cache_spec.note_versions(cache.folder, recorder.run.name)
         source_options = parse_source_options(options)
-        limits, openers = options.input_limit, 1  # images are decoded one after the other, in a separate process
+        openers = 1  # images are decoded one after the other, in a separate process
         encode_spec = make_encode_spec(
             cache.folder,
             cache.info,
             compute,
-            limits,
+            options.input_limit,
             openers,
             recorder.run.name,
             source_options,
