@@ -25,7 +25,7 @@ from typing import Any
 from bench.simulated_ray import Answer, SimulatedActor, SimulatedRef, simulated_ray
 from jobs.executor import Executor, TaskCounts, TaskResult
 from jobs.progress import ProgressMeter
-from jobs.ray_executor import Progress, RayExecutor, ray
+from jobs.ray_executor import Counters, RayExecutor, ray
 from jobs.ray_node import WorkerLocation
 from jobs.run_monitor import log_unit
 from jobs.run_tasks import run_tasks
@@ -219,10 +219,10 @@ class SharedActor:
     async def locate(self) -> WorkerLocation:
         return WorkerLocation("node", "host", "")
 
-    async def progress(self) -> Progress:
+    async def progress(self) -> Counters:
         return (1, 1, 0.0)
 
-    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, Progress]:
+    async def run(self, task: Task, attempt: Attempt, name: str, seconds: float) -> tuple[TaskResult, Counters]:
         await asyncio.sleep(seconds)
         return TaskResult(task=task, worker=name, report=make_report(task)), (1, 1, 0.0)
 

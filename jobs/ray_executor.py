@@ -53,7 +53,7 @@ PROGRESS_CALLS = 50  # workers that are asked for their progress in a check: eac
 GATHER_SECONDS, LONGEST_GATHER = 1e-4, 0.25  # per worker: answers and tasks are cheaper for the driver in batches
 IDLE_SECONDS = 60.0  # between two calls to a worker without tasks, which only show that it is not lost
 
-Progress = tuple[int, int, float]  # `Worker.images`, `Worker.steps` and `Worker.busy_seconds`
+Counters = tuple[int, int, float]  # `Worker.images`, `Worker.steps` and `Worker.busy_seconds`
 Collect = Callable[[WorkerHandle, Any], None]  # takes the result of a call of a worker
 
 
@@ -160,12 +160,12 @@ class RayWorker:
         """Load the model, and return when it is loaded."""
         self.worker = spec.for_node(count_cores_of_this_worker()).build(vae, threading.Event())
 
-    def progress(self) -> Progress:
+    def progress(self) -> Counters:
         """Return the worker's progress. Answers while the model is loading as well, to show that it runs."""
         worker = self.worker
         return (worker.images, worker.steps, worker.busy_seconds) if worker else (0, 0, 0.0)
 
-    def run(self, task: Any, attempt: Attempt, name: str) -> tuple[TaskResult, Progress]:
+    def run(self, task: Any, attempt: Attempt, name: str) -> tuple[TaskResult, Counters]:
         """Run a task. The progress saves the driver a call of `progress`."""
         assert self.worker is not None  # the driver submits no task before `load` has returned
         try:
@@ -375,17 +375,17 @@ class RayExecutor:
         self._ready[handle.name] = self._starting.pop(handle.name)
         self.workers = tuple(self._ready)
 
-    def _collect_progress(self, handle: WorkerHandle, progress: Progress) -> None:
+    def _collect_progress(self, handle: WorkerHandle, progress: Counters) -> None:
         handle.is_asked = False
         self._note_progress(handle, progress)
 
-    def _note_progress(self, handle: WorkerHandle, progress: Progress) -> None:
+    def _note_progress(self, handle: WorkerHandle, progress: Counters) -> None:
         images, steps, busy_seconds = progress
         handle.progress = WorkerProgress(images, busy_seconds)
         if steps != handle.steps:
             handle.steps, handle.progressed_at = steps, time.monotonic()
 
-    def _collect_task(self, handle: WorkerHandle, result: tuple[TaskResult, Progress]) -> None:
+    def _collect_task(self, handle: WorkerHandle, result: tuple[TaskResult, Counters]) -> None:
         done, progress = result
         del handle.tasks[done.task.name]
         self._note_progress(handle, progress)
