@@ -14,7 +14,7 @@ from jobs.messages import configure_logging, log_each, log_note, log_warning
 from jobs.options import PlanOptions
 from jobs.parsing import parse
 from jobs.plan_summary import Estimate, describe, format_summary
-from jobs.resources import parse_worker_count, plan_resources
+from jobs.resources import count_auto_workers, count_local_resource, parse_worker_count, plan_resources
 from pipeline.cache import plan
 from pipeline.cache.identity import check_same_identity
 from pipeline.errors import ShardError, UsageError
@@ -66,9 +66,7 @@ def run_job(options: PlanOptions, given: set[str]) -> int:
     spec = make_encode_spec(cache, info, compute, settings.input_limit, openers, "plan", source_options)
     units = plan_units(cache, inputs.listing, spec, can_group_tars(info))
     estimate = make_estimate(options, units[: options.max_shards or None], inputs.listing, spec, vae)
-    workers = parse_worker_count(options.workers)
-    workers = max(1, count_devices(compute.device, options.cpus_per_worker) if workers is None else workers)
-    facts = describe(options, estimate, workers)
+    facts = describe(options, estimate, count_workers(options, compute.device))
     print_json(facts) if options.json else print(format_summary(facts), flush=True)
     return 0
 
@@ -106,26 +104,26 @@ def make_estimate(
     parts = count_parts(strata, [kept * count.images for count in counts], spec.rows_per_part)
     overhead = measure_overhead(opening, spec, latent)
     left = (1 - READ_SHARE - OPEN_SHARE) * options.seconds
-    named = options.images_per_second
+    named, is_gpu = options.images_per_second, spec.compute.device == "cuda"
     rates = Rates(
         read=measure_reading(drawn),
         open=opening.count / opening.seconds if opening.seconds else None,
         encode=named or measure_encoding(vae, spec, opening, buckets, left),
         on_cores=spec.compute.device == "cpu" and not named,
         streams=spec.units_in_flight,
+        device_share=min(1.0, options.gpus_per_worker) if is_gpu and not named else 1.0,
     )
-    devices = 1 if spec.compute.device == "cpu" else count_devices(spec.compute.device, 1)
+    local_workers = max(1.0, count_local_resource("GPU") / options.gpus_per_worker) if is_gpu else 1.0
     sizes = estimate_sizes(opening, spec, latent, overhead, parts)
-    return Estimate(strata, counts, len(errors), drawn, opening, rates, sizes, parts, spec, devices)
+    return Estimate(strata, counts, len(errors), drawn, opening, rates, sizes, parts, spec, local_workers)
 
 
-def count_devices(device: str, cpus_per_worker: int) -> int:
-    """Return how many workers `--workers auto` starts on this machine."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.device_count()
-    return count_cores() // cpus_per_worker if device == "cpu" else 1
+def count_workers(options: PlanOptions, device: str) -> int:
+    """Return the number of workers of the job, at least 1; auto: as many as a local Ray starts on this machine."""
+    workers = parse_worker_count(options.workers)
+    if workers is None and device != "mps":  # which has one worker, in this process
+        return count_auto_workers(options, device, count_local_resource)
+    return workers or 1
 
 
 if __name__ == "__main__":

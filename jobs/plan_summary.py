@@ -27,7 +27,7 @@ class Estimate:
     """All that was found. counts: the images of each kind of inputs. damaged: inputs that were not read to their
     end because of damage. sizes: bytes of data by store and dtype.
 
-    devices: of this machine that share its cores; 1 if the device is a CPU.
+    local_workers: how many workers share the cores of this machine; 1 if the device is a CPU.
     """
 
     strata: Sequence[Stratum]
@@ -39,7 +39,7 @@ class Estimate:
     sizes: dict[str, dict[str, int]]
     parts: int
     spec: EncodeSpec
-    devices: int
+    local_workers: float
 
 
 def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def describe(options: PlanOptions, estimate: Estimate, workers: int) -> dict[str
 def _describe_speed(options: PlanOptions, estimate: Estimate, images: float, workers: int) -> dict[str, Any]:
     rates, cores = estimate.rates, max(1, estimate.spec.open_workers)
     if not rates.on_cores and not options.open_workers:  # a worker on a GPU has its share of the cores of its machine
-        cores = max(1, count_cores() // max(1, estimate.devices))
+        cores = max(1, int(count_cores() // estimate.local_workers))
     rate = rates.combine(cores)
     hours = images / rate / workers / 3600 if rate else None
     return {

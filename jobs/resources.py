@@ -4,7 +4,7 @@ Ray takes seconds to start, so the connection is made only when it is needed.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -98,13 +98,9 @@ class ResourcePlan:
             return self._close_later(LocalExecutor(worker, spec.tasks_per_worker, stop))
         from jobs import ray_executor
 
-        reserved: dict[str, float] = {"CPU": self.options.cpus_per_worker}
-        if self.device == "cuda":
-            reserved["GPU"] = self.options.gpus_per_worker
-        if self.device == "tpu":
-            reserved["TPU"] = 1  # one chip, which is the only one that Ray shows to the worker
-        scarce = list(reserved)[-1]
-        workers = self.workers or max(1, min(int(ray_executor.count_resource(scarce) / reserved[scarce]), tasks))
+        workers = self.workers or min(
+            count_auto_workers(self.options, self.device, ray_executor.count_resource), max(1, tasks)
+        )
         is_cluster = ray_executor.can_grow(self.options.address)
         grows = self.workers is None and is_cluster
         return self._close_later(
@@ -112,7 +108,7 @@ class ResourcePlan:
                 spec,
                 vae,
                 workers,
-                reserved,
+                reserve_resources(self.options, self.device),
                 self.options.stall_timeout,
                 grows,
                 is_local=not is_cluster,
@@ -203,3 +199,27 @@ def parse_worker_count(text: str) -> int | None:
     if not text.isdigit():
         raise UsageError(f"--workers must be 0 or more, or auto, not '{text}'")
     return int(text)
+
+
+def reserve_resources(options: Common, device: str) -> dict[str, float]:
+    """Return what Ray reserves for a worker. The last resource limits the number of workers."""
+    reserved: dict[str, float] = {"CPU": options.cpus_per_worker}
+    if device == "cuda":
+        reserved["GPU"] = options.gpus_per_worker
+    if device == "tpu":
+        reserved["TPU"] = 1  # one chip, which is the only one that Ray shows to the worker
+    return reserved
+
+
+def count_auto_workers(options: Common, device: str, count_resource: Callable[[str], float]) -> int:
+    """Return how many workers `--workers auto` stands for, at least 1.
+
+    count_resource: returns how much there is of a resource of Ray.
+    """
+    name, share = list(reserve_resources(options, device).items())[-1]
+    return max(1, int(count_resource(name) / share))
+
+
+def count_local_resource(name: str) -> float:
+    """Return how much of a resource of Ray this machine has."""
+    return {"CPU": count_cores(), "GPU": torch.cuda.device_count()}.get(name, 1)

@@ -17,7 +17,7 @@ class Rates:
     """Images per second: of one stream that is read, of one core that opens, and of one device that encodes.
 
     A rate is None if nothing was measured. on_cores: whether the device is the cores that open the images.
-    streams: units that a worker reads at once.
+    streams: units that a worker reads at once. device_share: of a device that a worker has, at most 1.
     """
 
     read: float | None
@@ -25,11 +25,12 @@ class Rates:
     encode: float | None
     on_cores: bool
     streams: int
+    device_share: float
 
     def per_worker(self, cores: int) -> dict[str, float]:
         """Return the images per second of each stage of one worker, of those that were measured."""
         rates = {"reading": self.read, "opening": self.open, "encoding": self.encode}
-        factors = {"reading": self.streams, "opening": cores, "encoding": 1}
+        factors: dict[str, float] = {"reading": self.streams, "opening": cores, "encoding": self.device_share}
         return {name: rate * factors[name] for name, rate in rates.items() if rate}
 
     def combine(self, cores: int) -> float | None:

@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from jobs import plan_summary
+from pipeline.estimate.speed import Rates
 from tests.conftest import encoded, img2dataset_members, slow_param, smooth, write_tar
 from tests.jobs.conftest import Command
 
@@ -249,6 +252,24 @@ def test_the_speed_is_measured_and_gives_the_hours(latentmill: Command, micro_va
     assert speed["images_per_second"] == pytest.approx(3 * min(alone, 2 * speed["read"]))
     assert speed["hours"] == pytest.approx(18 / speed["images_per_second"] / 3600)
     assert speed["bound_by"] in ("opening", "encoding")
+
+
+@pytest.mark.parametrize(("gpus_per_worker", "workers", "cores"), [(1, 4, 2), (2, 2, 4), (0.5, 8, 1), (8, 1, 8)])
+def test_workers_on_gpus_have_the_gpus_that_they_reserve(
+    plan: Any, shards: Path, monkeypatch: pytest.MonkeyPatch, gpus_per_worker: float, workers: int, cores: int
+) -> None:
+    """The rate is given, so nothing is computed on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(plan_summary, "count_cores", lambda: 8)
+    speed = plan(shards, *SETTINGS, "--gpus-per-worker", gpus_per_worker, "--device", "cuda")["speed"]
+    assert (speed["workers"], speed["cores_per_worker"]) == (workers, cores)
+
+
+def test_workers_that_share_a_device_share_its_rate() -> None:
+    rates = Rates(read=None, open=100.0, encode=40.0, on_cores=False, streams=2, device_share=0.5)
+    assert rates.per_worker(cores=1) == {"opening": 100.0, "encoding": 20.0}
+    assert rates.cores_per_device == 0.4, "of the whole device"
 
 
 def test_a_missing_source_is_an_error(latentmill: Command, micro_vae: Path, tmp_path: Path) -> None:
