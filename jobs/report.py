@@ -14,6 +14,7 @@ from jobs.entry import print_json, run_as_script
 from jobs.messages import configure_logging
 from jobs.options import ReportOptions
 from jobs.parsing import parse
+from jobs.resources import choose_device
 from pipeline.cache.identity import describe_settings
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import RowRef, choose_rows
@@ -104,7 +105,7 @@ def compare_images(options: ReportOptions, cache: Cache) -> tuple[LatentEncoder 
     except LatentmillError as error:
         return None, [], f"No images are shown: {error}"
     compute = ComputeConfig(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=choose_device(),
         precision=cache.info.identity.precision,
         batch_size=1,
         threads=max(cache.info.compute.threads, torch.get_num_threads()),

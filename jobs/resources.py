@@ -139,7 +139,7 @@ class ResourcePlan:
             jax_model.configure(self.options.cpus_per_worker)
             available = {name: jax_model.has_device(name) for name in ("tpu", "cuda", "cpu")}
         else:
-            available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+            available = find_torch_devices()
         if self.options.device == "auto":
             return next(device for device, is_available in available.items() if is_available)
         if not available[self.options.device]:
@@ -199,6 +199,16 @@ def parse_worker_count(text: str) -> int | None:
     if not text.isdigit():
         raise UsageError(f"--workers must be 0 or more, or auto, not '{text}'")
     return int(text)
+
+
+def find_torch_devices() -> dict[str, bool]:
+    """Return whether this machine has each kind of device, the preferred one first."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+
+def choose_device() -> str:
+    """Return the device for torch in this process: `cuda`, `mps` or `cpu`."""
+    return next(device for device, is_available in find_torch_devices().items() if is_available)
 
 
 def reserve_resources(options: Common, device: str) -> dict[str, float]:

@@ -5,8 +5,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-import torch
-
 from jobs.cache_inputs import list_files_with_rows, load_matching_vae, read_units
 from jobs.common_options import parse_source_options, parse_storage_options
 from jobs.encode_spec import make_encode_spec
@@ -16,6 +14,7 @@ from jobs.messages import configure_logging, log_info, log_note
 from jobs.options import VerifyOptions
 from jobs.parsing import parse
 from jobs.progress import ProgressMeter
+from jobs.resources import choose_device
 from pipeline.cache import identity, parts
 from pipeline.cache.part_info import find_unread_rests
 from pipeline.cache.reader import Cache
@@ -74,7 +73,7 @@ def check_against_inputs(options: VerifyOptions, cache: Cache, result: CheckResu
         return
     precision = cache.info.identity.precision
     compute = ComputeConfig(
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=choose_device(),
         precision=precision,
         batch_size=1,
         threads=cache.info.compute.threads,

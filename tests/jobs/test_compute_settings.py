@@ -4,16 +4,18 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from jobs import cache_spec
+from jobs import cache_spec, report, verify
 from jobs.encode_options import EncodeOptions
 from jobs.resources import ResourcePlan
 from latentmill.cache_info import ComputeInfo
 from pipeline import tuning
+from pipeline.encoder import ComputeConfig
 from pipeline.errors import UsageError
 from pipeline.tuning import BATCH_SIZES, Candidates
 
@@ -136,3 +138,33 @@ def test_a_job_lets_its_worker_choose_and_says_what_was_chosen(
     assert (tmp_path / "c/_compute/NVIDIA-Test.json").read_bytes() == choice
     code, _, errors = latentmill("verify", tmp_path / "c", "--reencode", 2)
     assert code == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("job", "argv"),
+    [(verify, ("verify", "c", "--reencode", 1)), (report, ("report", "c", "--to", "r.html"))],
+    ids=["verify", "report"],
+)
+def test_checks_use_the_gpu_of_a_mac(
+    latentmill: Callable[..., tuple[int, str, str]],
+    shards: Path,
+    micro_vae: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    job: ModuleType,
+    argv: tuple[object, ...],
+) -> None:
+    """The command ends before it computes."""
+    devices: list[str] = []
+
+    def stop(_cache: object, _info: object, compute: ComputeConfig, *_: object) -> None:
+        devices.append(compute.device)
+        raise UsageError("stopped by the test")
+
+    monkeypatch.chdir(tmp_path)
+    assert latentmill("encode", shards, "--to", "c", "--vae", micro_vae, "--resolution", 64, "--workers", 0)[0] == 0
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(job, "make_encode_spec", stop)
+    assert latentmill(*argv)[0] == 2
+    assert devices == ["mps"]
