@@ -1,4 +1,4 @@
-"""All errors that a user can meet, and one that never leaves the pipeline.
+"""All errors that a user can meet, and three that never leave the pipeline.
 
 LatentmillError            one line for the user: the problem, its object, and a remedy
 |-- UsageError             the command cannot work with its arguments; exit code 2
@@ -15,8 +15,10 @@ LatentmillError            one line for the user: the problem, its object, and a
 |   `-- NoImagesError      a Parquet file without images; skipped if other files have images
 `-- JobError               the job ended with unfinished work; exit code 1
 Stopped                    a signal stopped the job; exit code 130 or 143
+
 Rejected                   one sample that cannot be encoded; becomes a row of _rejects/
 FilteredOut                one sample that a setting leaves out; it is counted
+OtherUnitError             a unit whose device failed for another unit; it is run again
 """
 
 from functools import partial
@@ -38,6 +40,7 @@ __all__ = [
     "LatentmillError",
     "NoCacheError",
     "NoImagesError",
+    "OtherUnitError",
     "Rejected",
     "ShardError",
     "SourceError",
@@ -146,16 +149,20 @@ class FilteredOut(Exception):
 
 
 class Rejected(Exception):
-    """One sample cannot be encoded, for a reason that depends on its bytes alone. more: appended to the detail."""
+    """One sample cannot be encoded, for a reason that depends on its bytes alone.
 
-    def __init__(self, stage: Stage, reason: str, *numbers: object, more: str = "") -> None:
+    stage: the step that found it. reason: a name in REASONS. facts: what stands for each `{}` of its sentence, in
+    order. more: appended to the sentence.
+    """
+
+    def __init__(self, stage: Stage, reason: str, *facts: object, more: str = "") -> None:
         super().__init__(reason)
         self.stage = stage
         self.reason = reason
-        self.numbers = numbers
+        self.facts = facts
         self.more = more
-        self.detail = REASONS[reason].format(*numbers) + more
+        self.detail = REASONS[reason].format(*facts) + more
 
     def __reduce__(self) -> tuple[object, ...]:
         """Return how to restore the error in another process."""
-        return partial(Rejected, more=self.more), (self.stage, self.reason, *self.numbers)
+        return partial(Rejected, more=self.more), (self.stage, self.reason, *self.facts)

@@ -54,7 +54,7 @@ def main() -> None:
         try:
             pixels = open_pixels(data, limits, asked["reduction"], DecodeSettings(**asked["settings"]))
         except Rejected as error:
-            return {"rejected": [error.stage, error.reason, *error.numbers], "more": error.more}, b""
+            return {"rejected": [error.stage, error.reason, *error.facts], "more": error.more}, b""
         except MemoryError:
             return {"rejected": ["open", "unsafe", limits.seconds, limits.memory], "more": ""}, b""
         return {"shape": pixels.shape[:2]}, pixels.tobytes()

@@ -58,7 +58,7 @@ def describe(data: bytes, limits: Limits = DEFAULT_LIMITS, reduction: int = 1) -
     try:
         pixels = open_pixels(data, limits, reduction)
     except Rejected as reject:
-        return reject.stage, reject.reason, reject.numbers
+        return reject.stage, reject.reason, reject.facts
     assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
     return pixels.shape, pixels.tobytes()
 
