@@ -52,16 +52,13 @@ class EncodeSpec:
     """All settings that a worker needs, small enough to be sent to it. The worker is built where it runs (`build`).
 
     identity_sha256: as in cache.json. image_column, key_column: columns of Parquet sources. source_rules: how texts
-    are read.
-    open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the worker has
-    cores.
-    remote_openers: openers on other machines, in addition.
-    run: name of this run. versions: versions of the libraries that affect the written bytes.
-    candidates: what a worker may choose for its GPU (`pipeline.tuning`); None: `compute` has all settings.
-    superseded: by unit and position, the reject reasons of samples that are in parts of `retry`, for units whose own
-    parts were lost (`parts.superseded`).
-    standing: by unit, the part files that existed when the driver listed the cache; None: the driver did not list it,
-    and workers list the files of each unit.
+    are read. open_workers: threads or processes that open images, shared by the units in flight; 0: as many as the
+    worker has cores. remote_openers: openers on other machines, in addition. run: name of this run. versions:
+    versions of the libraries that affect the written bytes. candidates: what a worker may choose for its GPU
+    (`pipeline.tuning`); None: `compute` has all settings. superseded: by unit and position, the reject reasons of
+    samples that are in parts of `retry`, for units whose own parts were lost (`parts.read_superseded`). standing:
+    by unit, the part files that existed when the driver listed the cache; None: the driver did not list it, and
+    workers list the files of each unit.
     """
 
     cache: Folder

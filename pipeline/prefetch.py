@@ -1,4 +1,4 @@
-"""A bounded look-ahead on a thread pool. This is the only place where steps of the pipeline run concurrently."""
+"""A bounded look-ahead on a thread pool: calls run concurrently, and their results come in order."""
 
 import concurrent.futures
 from collections import deque

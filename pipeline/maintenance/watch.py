@@ -32,10 +32,10 @@ class RunWatch:
     def refresh(self, now: datetime.datetime) -> dict[str, Any]:
         """Return the state of the runs. now: the current time, with a time zone, to compare heartbeats with.
 
-            share: from 0 to 1, also of units under way.
         state: `running` if a run is alive, otherwise how the last one ended, as in `read_status`, or `none`.
-            units: planned and done units of the cache. A run knows those that it did and that were done before it. If
-            several runs are alive, the commits are listed as well. Raises StorageError.
+        units: planned and done units of the cache. A run knows those that it did and that were done before it. If
+        several runs are alive, the commits are listed as well. share: of the units, from 0 to 1, with the part of those
+        under way that is done. Raises StorageError.
         """
         records = read_named_runs(self.cache, [name for name, run in self._followed.items() if run["ended"] is None])
         self._followed.update(records)

@@ -39,9 +39,9 @@ def read_folder_unit(
 ) -> Iterator[Sample | Reject]:
     """Yield the images of a folder's unit from its storage. They are read ahead by separate threads.
 
-    may_differ: positions of images whose files may differ from the plan. All other files must be as planned.
-    encoding: of the texts. with_images: if not, only the texts are read, and images have no bytes.
-    Raises SourceError if they are not.
+    may_differ: positions of images whose files may differ from the plan. encoding: of the texts. with_images: if not,
+    only the texts are read, and images have no bytes.
+    Raises SourceError if another file differs from the plan.
     """
 
     def read_content(file: PlannedFile, limit: int) -> bytes | None:

@@ -14,10 +14,9 @@ from pipeline.storage.etags import get_etag
 class Walk:
     """A walk from paths that are in the directory `top`, or are `top`. Hidden entries and `excluded` are skipped.
 
-    found: the files by path. others: entries that are neither
-    files nor directories, and links to directories above `top`. unreadable: directories without permission. Links to
-    directories are followed, but no directory is entered twice. A directory that is below `top` and also behind a link
-    is entered below `top`.
+    found: the files by path. others: entries that are neither files nor directories, and links to directories above
+    `top`. unreadable: directories without permission. Links to directories are followed, but no directory is entered
+    twice. A directory that is below `top` and also behind a link is entered below `top`.
     """
 
     top: str
