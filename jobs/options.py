@@ -49,8 +49,8 @@ EXPORT_NAMES = typing.get_args(ExportName)
 class PlanOptions(EncodeOptions):
     """Estimate what encode with the same settings would find, take and write. It reads a little and writes nothing."""
 
-    to: str = option("", "path or URL of the cache: its settings are taken if it exists", "output", metavar="CACHE")
-    seconds: float = option(10.0, "seconds to spend, in about", "checks", metavar="S")
+    to: str = option("", "path or URL of the cache; if it exists, its settings are used", "output", metavar="CACHE")
+    seconds: float = option(10.0, "approximate time to spend, in seconds", "checks", metavar="S")
     images_per_second: float = option(
         0.0,
         "images that a worker encodes per second; nothing is encoded",
@@ -169,9 +169,7 @@ class ExportOptions(StatsOptions):
     label_column: str = option(
         "", "column with the labels, if the format has labels", "output", metavar="NAME", default_text="label, if any"
     )
-    with_shard: bool = option(
-        False, "begin the names of files with the shard, if several shards have the same keys", "output"
-    )
+    with_shard: bool = option(False, "prefix file names with the shard, for shards that share keys", "output")
     workers: str = option(
         "auto",
         "number of processes; auto: one per CPU, or none for a few thousand rows; 0: export in this process",
@@ -198,7 +196,7 @@ class AnnotateOptions:
     refresh_columns: bool = option(
         False, "read the columns again from the sources, and publish those that have changed; opens no image", "input"
     )
-    columns: str = option(ALL, "the columns to take, separated by commas", "input", metavar="NAMES")
+    columns: str = option(ALL, "columns to take", "input", metavar="NAME[,NAME...]")
     source: tuple[str, ...] = moved_source()
     storage_option: tuple[str, ...] = storage_option()
     source_option: tuple[str, ...] = source_option()
