@@ -153,7 +153,7 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
     wanted, captions = parse_columns(options.columns), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
         counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
-        hint = "; --caption-extensions makes columns of texts" if CAPTIONS & others.keys() else ""
+        hint = "; --caption-extensions turns text files into columns" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
     columns = find_columns(shards, inputs, source_options, images, wanted, limits, keys, captions, tables)
     return Inputs(listing, columns, classes)

@@ -158,8 +158,9 @@ def format_summary(facts: Mapping[str, Any]) -> str:
 
 def _format_speed(speed: Mapping[str, Any]) -> list[str]:
     rates = [f"{name} {speed[name]:.1f}" for name in ("read", "open", "encode") if speed[name]]
-    source = "encode as named" if speed["is_named"] else f"measured here, on {speed['device']}"
-    lines = [f"images/s   {', '.join(rates) or 'unknown'} (of a stream, a core and a device; {source})"]
+    given = "encode rate as given by --images-per-second"
+    source = given if speed["is_named"] else f"measured here, on {speed['device']}"
+    lines = [f"images/s   {', '.join(rates) or 'unknown'} (per stream, per core and per device; {source})"]
     if speed["hours"] is None:
         return lines
     workers, rate = count_noun(speed["workers"], "worker"), speed["images_per_second"]
@@ -178,7 +179,8 @@ def _format_count(images: Mapping[str, Any], damaged: int) -> str:
     if images["error"] is None:
         return f"{images['count']:,} images (error unknown: too few shards were read)"
     if damaged and not images["error"]:  # all that can be read was counted
-        return f"{count_noun(images['count'], 'image')}, and what follows the damage of {count_noun(damaged, 'input')}"
+        rest = f"whatever follows the damage in {count_noun(damaged, 'input')}"
+        return f"{count_noun(images['count'], 'image')}, plus {rest}"
     return f"{images['count']:,} ± {images['error']:,} images (95%)"
 
 

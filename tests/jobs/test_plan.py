@@ -231,6 +231,7 @@ def test_the_text_states_the_error(latentmill: Command, micro_vae: Path, tmp_pat
     code, out, _ = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH, "--workers", 1)
     assert code == 0
     assert "±" in out.splitlines()[0] and out.splitlines()[0].endswith("images (95%)")
+    assert "(per stream, per core and per device; encode rate as given by --images-per-second)\n" in out
     assert re.search(r"^time +2 s with 1 worker \(100\.0 images/s\), bound by encoding$", out, re.MULTILINE), out
 
 
@@ -317,7 +318,7 @@ def test_a_damaged_shard_is_named_and_the_count_is_not_called_exact(
     out = latentmill("plan", tmp_path / "src", "--vae", micro_vae, *SETTINGS, *ENOUGH)[1]
     assert "± 0" not in out
     count = "10 images" if kind == "tar" else "1 image"
-    assert f"images     {count}, and what follows the damage of 1 input\n" in out
+    assert f"images     {count}, plus whatever follows the damage in 1 input\n" in out
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--images-per-second", "--price-per-hour"])
