@@ -87,7 +87,7 @@ def print_summary(
 
 
 def find_started_inputs(cache: Cache) -> tuple[set[str], list[str]]:
-    """Return the paths of the inputs from which the encode command read anything before a damage.
+    """Return the paths of the inputs from which the encode command read anything before the damaged bytes.
 
     Also returns the files of the parts that have rejects, or supersede some.
     """

@@ -94,8 +94,8 @@ def describe_start(
 ) -> str:
     """Return that workers are starting, or which resources they wait for.
 
-    resources: of one worker; free, total: of the Ray. By Ray's names: CPU, GPU, TPU.
-    is_local: the Ray is the job's own. Then resources that are not free are those of the job's workers.
+    resources: of one worker; free, total: of the Ray cluster. By Ray's names: CPU, GPU, TPU.
+    is_local: the cluster is the job's own. Then resources that are not free are those of the job's workers.
     """
     wanted = {name: count for name, count in resources.items() if count}
     available = total if is_local else free

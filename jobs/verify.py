@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if options.reencode < 0:
         raise UsageError("--reencode must not be negative")
     try:
-        # the columns that came later are checked like all other files
+        # the added columns are checked like all other files
         cache = Cache.open(options.cache, parse_storage_options(options.storage_option), columns_version=0)
     except NoCacheError:
         raise

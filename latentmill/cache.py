@@ -25,7 +25,7 @@ NO_OVERLAYS = Overlays()
 class Cache:
     """An open cache.
 
-    folder: where it is. info: its cache.json. overlays: the columns that `latentmill annotate` added later.
+    folder: where it is. info: its cache.json. overlays: the columns that `latentmill annotate` added.
     """
 
     folder: CacheFolder
@@ -50,7 +50,7 @@ class Cache:
         number in stats.json. verify: read every file and compute the digest again; otherwise a file that was changed
         after stats.json was written is not detected. vae: the VAE that must have made the cache: the sha256 of its
         weights, a directory or safetensors file with them, a torch module, a state dict (`latentmill.weights_hash`), or
-        the name in cache.json. columns_version: the version of the columns that came later, by its number (0: none of
+        the name in cache.json. columns_version: the version of the added columns, by its number (0: none of
         them) or by its columns digest, which can be pinned as well; None for the newest.
         Raises CacheError if there is no cache, or if its cache.json is not one that this version can read;
         IdentityError if it has another digest or was made by another VAE; UsageError if it has no such version of its
@@ -112,7 +112,7 @@ class Cache:
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows of one file as dicts, in order, the same for both containers.
 
-        Rows have the columns that came later. Such a column replaces one of the same name.
+        Rows have the added columns. Such a column replaces one of the same name.
         columns: of Parquet, to read less. wanted: the indexes of the rows to yield, ascending; None for all.
         Raises UsageError for columns that the cache does not have, CacheError if the file is damaged, and StorageError
         if it cannot be read.
@@ -139,7 +139,7 @@ class Cache:
         columns: Sequence[str] | None,
         wanted: Sequence[int] | None,
     ) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a file with the columns that came later."""
+        """Yield the rows of a file with the added columns."""
         overlay = self.overlays.iterate_rows(file, later, wanted)
         for row in rows:
             more = next(overlay, None)

@@ -31,7 +31,7 @@ class OpenCache(Protocol):
 
     @property
     def overlays(self) -> Overlays:
-        """The columns that came later."""
+        """The columns that `latentmill annotate` added."""
 
 
 def iterate_part_files(folder: CacheFolder) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Columns that came later: overlays beside the parts of a cache, in versions.
+"""Added columns: overlays beside the parts of a cache, in versions.
 
 A version adds columns to the rows of a cache, or replaces columns of the same names. `_columns/NNNNN.parquet` is
 created last and lists the files of the version, so a version is complete or does not exist. Version N of a cache's
@@ -93,14 +93,14 @@ class Version:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Overlays:
-    """The columns of a cache that came later, at one version. versions: up to that version, in order."""
+    """The added columns of a cache, at one version. versions: up to that version, in order."""
 
     folder: CacheFolder = field(default_factory=lambda: CacheFolder(""))
     versions: tuple[Version, ...] = ()
 
     @property
     def number(self) -> int:
-        """The number of the version; 0 if no columns came later."""
+        """The number of the version; 0 if no columns were added."""
         return self.versions[-1].number if self.versions else 0
 
     @property
@@ -110,11 +110,11 @@ class Overlays:
 
     @property
     def schema(self) -> pa.Schema:
-        """The names and types of all columns that came later."""
+        """The names and types of all added columns."""
         return pa.schema([version.schema.field(name) for name, version in self.providers.items()])
 
     def add_to(self, schema: pa.Schema) -> pa.Schema:
-        """Return the columns of the sources with those that came later. schema: of the sources' columns."""
+        """Return the columns of the sources with the added ones. schema: of the sources' columns."""
         later = self.schema
         return pa.schema([*(item for item in schema if item.name not in later.names), *later])
 
@@ -122,7 +122,7 @@ class Overlays:
     def digest(self) -> str:
         """The columns digest: sha256 of the canonical JSON of an object with the version's digest for each column.
 
-        A training run can pin it, as it pins the digest of the cache. It is empty if no columns came later.
+        A training run can pin it, as it pins the digest of the cache. It is empty if no columns were added.
         """
         return self.digest_of(self.schema.names)
 
@@ -207,7 +207,7 @@ class Overlays:
 
 
 def open_overlays(folder: CacheFolder, version: int | str | None = None) -> Overlays:
-    """Return the columns of a cache that came later.
+    """Return the added columns of a cache.
 
     version: its number, 0 for none; or the columns digest that it must have; None for the newest.
     Raises UsageError if there is no such version, IdentityError if none has this digest, CacheError for a damaged file.

@@ -11,7 +11,7 @@ LatentmillError            one line for the user: the problem, its object, and a
 |   `-- DamagedFileError   a file with rows that cannot be read; a retry cannot succeed
 |-- StorageError           a file that could not be listed, read or written; exit code 1
 |-- ShardError             a shard that cannot be read; its unit fails
-|   |-- DamagedError       a shard that can be read up to a damage; its rest is rejected
+|   |-- DamagedError       a shard that can be read up to damaged bytes; its rest is rejected
 |   `-- NoImagesError      a Parquet file without images; skipped if other files have images
 `-- JobError               the job ended with unfinished work; exit code 1
 Stopped                    a signal stopped the job; exit code 130 or 143
@@ -54,7 +54,7 @@ __all__ = [
 Stage = Literal["read", "open", "transform", "encode"]
 Filter = Literal["min_size", "max_aspect", "no_upscale", "min_std"]  # the option, without its dashes
 
-REST_OF_SHARD = "rest_of_shard"  # all samples after a damage, not one sample
+REST_OF_SHARD = "rest_of_shard"  # all samples after damaged bytes, not one sample
 
 # The closed set of reject reasons, each with the sentence that is stored beside it. `{}`: facts about the bytes.
 REASONS: dict[str, str] = {
@@ -116,7 +116,7 @@ class DamagedError(ShardError):
 
     at: the byte of the file at which the damage was found. Two readers of the same bytes report the same number.
     Most errors of Parquet have no byte. Then `at` is the start of the row group, of the footer or of the end mark.
-    It is None only if the byte is unknown. Such an error is never accepted as a damage of the file.
+    It is None only if the byte is unknown. Such an error is never accepted as damage of the file.
     """
 
     def __init__(self, message: str, *, at: int | None = None) -> None:

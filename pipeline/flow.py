@@ -152,7 +152,7 @@ class EncodeSpec:
 class WorkerContext:
     """The objects that a unit needs. The units in flight share them.
 
-    progress: how many `samples` were read so far, in all units, and how many `pieces` were skipped after a damage.
+    progress: how many `samples` were read so far, in all units, and how many `pieces` were skipped after damage.
     damaged_at, is_retry: of the unit that is processed, see `Attempt`.
     precision_error: of the worker's self-check, see `LatentEncoder.check_precision`.
     """

@@ -190,7 +190,7 @@ class Attempt:
     """Facts about the earlier attempts of a task.
 
     isolated: a worker died during an earlier attempt, perhaps because of one of the unit's images.
-    damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds a damage at the same
+    damaged_at: the byte at which an earlier attempt found the shard damaged. If this attempt finds damage at the same
     byte, the damage is accepted as the file's own.
     is_retry: an earlier attempt of this run may have published parts.
     """

@@ -36,7 +36,7 @@ def make_batch(
     """Return a batch of rows of one bucket.
 
     It is a dict: `latents` [B, C, h, w] (or `moments` [B, 2C, h, w]), `captions`, `key` and `shard` as lists, the
-    requested columns by their names (numbers as tensors [B], fixed-size lists of N numbers that came later as [B, N],
+    requested columns by their names (numbers as tensors [B], fixed-size lists of N numbers in added columns as [B, N],
     others as lists), `original_size`, `crop_top_left` and `target_size` [B, 2] and `time_ids` [B, 6] in int64,
     `flipped` and `valid` as bool [B], and `epoch`, `step` and `bucket`. Tensors are contiguous and on the CPU.
 

@@ -15,11 +15,13 @@ from latentmill.loading.tensors import move_tensors, pin_tensors
 
 
 class Loader:
-    """Batches of a cache, for each rank the same number: `for batch in loader` gives an epoch, and the next the next.
+    """Batches of a cache, for each rank the same number.
+
+    Each `for batch in loader` runs one epoch; the next loop runs the next epoch.
 
     cache: from `Cache.open`. batch_size: rows of a batch on each rank. epoch, step: where to begin.
     shuffle: False: in the order of the cache. seed: of the order and all draws, equal on all ranks. ends: "drop": only
-    full batches; the rows that are left out are others each epoch (`left_out`). "pad": each row once; batches are
+    full batches; a different set of rows is left out each epoch (`left_out`). "pad": each row once; batches are
     filled with rows for which `valid` is False.
     window: rows that are mixed with one another; None: as many as have 512 MiB of latents. About 1.5 times as many are
     in memory. files: those to read, of `loader.files`; None: all.

@@ -64,7 +64,7 @@ class GroupReader:
     def read(self, group: int) -> RowGroup:
         """Return the rows of a group, by one request; for the first group of a Parquet file, its footer by another.
 
-        Columns that came later take a request of their own, and for the first group of a file one for their footer.
+        Added columns take a request of their own, and for the first group of a file one for their footer.
 
         Raises StorageError if the storage fails repeatedly, and CacheError, which names the file, the group and the
         column, if the bytes are not those of the index.
@@ -80,7 +80,7 @@ class GroupReader:
         return self._add_overlays(read, file, group, local) if self._later else read
 
     def _add_overlays(self, read: RowGroup, file: str, group: int, local: int) -> RowGroup:
-        """Return a row group with the columns that came later."""
+        """Return a row group with the added columns."""
         start = int(self._index.rows[group - local : group].sum())
         table = self._overlays.read(file, self._later, start, start + int(self._index.rows[group]))
         later = {name: to_rows(table[name]) for name in self._later}

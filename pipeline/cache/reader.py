@@ -49,7 +49,7 @@ class Cache(reader.Cache):
     def rows(
         self, file: str, columns: Sequence[str] | None = None, wanted: Sequence[int] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Yield the rows of one file as `latentmill.Cache.rows` does, with the columns that came later.
+        """Yield the rows of one file as `latentmill.Cache.rows` does, with the added columns.
 
         Raises DamagedFileError if the file cannot be read as rows.
         """
@@ -67,7 +67,7 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of a cache as dicts, in order: all, or those at the `wanted` indexes.
 
-    They have the columns of the file alone; `Cache.rows` adds those that came later.
+    They have the columns of the file alone; `Cache.rows` adds those of `latentmill annotate`.
     Raises DamagedFileError if the file cannot be read as rows.
     """
     with name_damage(folder, file), folder.open(file) as stream:

@@ -123,7 +123,7 @@ def check_rows(cache: Cache, name: str, form: ExportFormat, columns: Sequence[st
 
 
 def check_overlays(cache: Cache, columns: Collection[str], files: Iterable[str]) -> None:
-    """Raise UsageError if columns that came later are of other parts only, so that rows would lack them.
+    """Raise UsageError if added columns are of other parts only, so that rows would lack them.
 
     columns: those that are exported. files: the parts.
     """

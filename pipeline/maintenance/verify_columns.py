@@ -1,4 +1,4 @@
-"""Check the columns that came later: their versions, and each overlay against its version and its part."""
+"""Check the added columns: their versions, and each overlay against its version and its part."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from pipeline.errors import REST_OF_SHARD, DamagedError, Rejected, ShardError
 from pipeline.records import Filtered, PreparedImage, Reject, Sample
 
-PIECE = 1 << 20  # bytes per read after a damage
+PIECE = 1 << 20  # bytes per read after the damage
 RETRIED = "the sample was rejected at first; it is now in a part that latentmill retry wrote"
 
 

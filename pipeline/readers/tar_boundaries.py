@@ -91,7 +91,7 @@ class TarHeaders:
         return None, 0
 
     def walk_boundaries(self, start: int) -> Iterator[int]:
-        """Yield all boundaries after a boundary, or after the tar's start, up to a damage."""
+        """Yield all boundaries after a boundary, or after the tar's start, up to damaged bytes."""
         last: str | None = None
         try:
             for member in self._walk(start):

@@ -60,7 +60,7 @@ def read_samples(
     """Yield the samples of a unit, in reading order. Nothing is opened before the first sample is requested.
 
     skipped: receives the number of inputs that are not part of a sample, by kind.
-    on_piece: called after each piece of the bytes that follow a damage. A DamagedError is raised after the last piece.
+    on_piece: called after each piece of the bytes that follow damage. A DamagedError is raised after the last piece.
     may_differ: positions at which the files of a folder may differ from the plan; default: positions that a retry has.
     If it is given, or a retry has any, tables of metadata may differ, too.
     with_images: if not, images that are files of their own are not read: they have no bytes.

@@ -1,4 +1,4 @@
-"""Columns that come later, in a cache on S3: the requests that they cost, and a lost answer."""
+"""Added columns, in a cache on S3: the requests that they cost, and a lost answer."""
 
 import json
 from collections import Counter

@@ -236,7 +236,7 @@ def test_after_a_damage_other_ranges_are_found() -> None:
             items.extend(read_tar(stream, "s.tar", byte_range=(start or 0, stop)))
         except DamagedError as error:
             assert error.at == damaged_at
-    assert 80 < len(items) < 100, "only one range has a damage"
+    assert 80 < len(items) < 100, "only one range is damaged"
 
 
 @pytest.mark.parametrize("change", [-512, 512, 700, 1024, 3 * 512])
