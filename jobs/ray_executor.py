@@ -208,9 +208,7 @@ class RayExecutor:
         self.workers: tuple[str, ...] = ()  # replaced by another tuple after each change
         self._numbers = count()
         self._first_workers = workers
-        self._answers: SimpleQueue[tuple[WorkerHandle, Callable[[WorkerHandle, Any], None], Future[Any]]] = (
-            SimpleQueue()
-        )
+        self._answers: SimpleQueue[tuple[WorkerHandle, Collect, Future[Any]]] = SimpleQueue()
         self._ready: dict[str, WorkerHandle] = {}
         self._starting: dict[str, WorkerHandle] = {}
         self._turns: deque[WorkerHandle] = deque()  # in which their progress is checked; actors that run

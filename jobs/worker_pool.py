@@ -158,15 +158,14 @@ class WorkerPool:
         if name in self.suspects:
             self._update_suspect(name)
 
-    def drop(self, name: str) -> WorkerState:
-        """Remove a worker that is lost or faulty. Returns its last state."""
+    def drop(self, name: str) -> None:
+        """Remove a worker that is lost or faulty."""
         worker = self.states.pop(name, WorkerState())
         self._forget_errors(name, worker)
         self.suspects.pop(name, None)
         self.proven.discard(name)
         self._remove_place(name)
         self._is_outdated = True
-        return worker
 
     def _forget_errors(self, name: str, worker: WorkerState) -> None:
         """Remove a worker from those on which its tasks failed."""

@@ -330,10 +330,6 @@ class Seconds:
     idle_reading: float = 0.0
     idle_writing: float = 0.0
 
-    def plus(self, **more: float) -> "Seconds":
-        """Return the sum with more seconds, by stage."""
-        return replace(self, **{stage: getattr(self, stage) + seconds for stage, seconds in more.items()})
-
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*(getattr(self, stage) + getattr(other, stage) for stage in Seconds.__slots__))
 

@@ -83,7 +83,7 @@ def read_manifest_unit(
 
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     try:
-        yield from map_in_order(pool, read_sample, range(len(paths)), READERS, budget=0)
+        yield from map_in_order(pool, read_sample, range(len(paths)), READERS)
     finally:
         pool.shutdown(cancel_futures=True)
 
