@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from jobs import cache_spec
 from jobs.common_options import parse_source_options, parse_storage_options
-from jobs.cores import count_cores
 from jobs.encode import can_group_tars, inspect_sources, resolve_settings
 from jobs.encode_spec import make_encode_spec
 from jobs.entry import print_json, run_as_script
