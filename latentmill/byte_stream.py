@@ -73,6 +73,11 @@ class ByteStream:
         self._offset = 0
         self.error: LatentmillError | None = None
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether each read is a request to a store."""
+        return "://" in self._url
+
     def read(self, size: int = -1) -> bytes:
         """Read `size` bytes, or fewer at the end of the file. Read all if `size` is negative.
 

@@ -130,7 +130,10 @@ class OverlayFile:
             if start < tail_start:
                 pieces[start] = self._place.folder.read_range(self._place.name, start, stop)
             file = pq.ParquetFile(
-                _Pieces(self._place.bytes, pieces), metadata=self._metadata, page_checksum_verification=True
+                _Pieces(self._place.bytes, pieces),
+                metadata=self._metadata,
+                pre_buffer=False,
+                page_checksum_verification=True,
             )
             table = file.read_row_group(group, columns=list(self.names), use_threads=False)
             kinds = {name: self.schema.field(name).type for name in self.names}

@@ -245,7 +245,7 @@ def read_version(folder: CacheFolder, number: int) -> Version:
     try:
         if data is None:
             raise CacheError(f"{url} is missing; {VERIFY_HINT}")
-        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
             info = parse_fields(VersionInfo, parse_json_object(file.metadata.metadata[PARQUET_RECORD], url))
             files = file.read(use_threads=False).cast(LIST_SCHEMA).combine_chunks()
         schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(info.arrow_schema)))

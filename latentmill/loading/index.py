@@ -116,7 +116,9 @@ def _read_known_groups(folder: CacheFolder, sizes: Mapping[str, int], positions:
     if data is None:
         return np.zeros((6, 0), np.int64)
     try:
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True).read(
+            use_threads=False
+        )
         header = (table.schema.metadata or {}).get(b"latentmill", b"")
         if parse_json_object(header, folder.url_of(INDEX)).get("format") != INDEX_FORMAT:
             return np.zeros((6, 0), np.int64)  # of another version

@@ -77,7 +77,7 @@ class RowAccess:
 
 def _read_columns(stream: BinaryIO, url: str) -> pa.Table:
     try:
-        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
         return parquet.read(columns=list(IDENTITY), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise CacheError(f"the keys in {url} cannot be read: the file is damaged") from error

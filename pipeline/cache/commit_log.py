@@ -52,7 +52,7 @@ def parse_log(data: bytes, url: str, columns: Sequence[str] | None = None) -> pa
     schema = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
     try:
         # without threads, as in `plan`: a process that ends right after pyarrow starts its pool can be aborted
-        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
             return file.read(columns=columns, use_threads=False).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything
         message = f"{type(error).__name__}: {error}".splitlines()[0]

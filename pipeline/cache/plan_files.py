@@ -174,7 +174,7 @@ def _read_batches(cache: Folder, name: str, columns: Sequence[str]) -> Iterator[
     schema = pa.schema([SCHEMA.field(column) for column in columns])
     try:
         # Without threads: if a process ends right after pyarrow 26 starts its pool, it is aborted (2 of 25 with torch).
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
+        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(columns), use_threads=False):
                 yield batch.select(columns).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything

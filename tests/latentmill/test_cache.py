@@ -204,3 +204,24 @@ def test_rows_are_opened_and_counted_without_torch(encode: Callable[..., Path]) 
         "assert len(list(cache.rows(cache.files()[0]))) == 5 and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_reading_a_local_cache_starts_no_thread(
+    encode: Callable[..., Path], latentmill: Command, tmp_path: Path, annotated: bool
+) -> None:
+    """The end of a process that reads by pyarrow's threads, and has imported torch, is now and then an abort."""
+    folder = encode()
+    if annotated:
+        (tmp_path / "t.jsonl").write_text('{"key": "000000003", "score": 1.5}\n')
+        assert latentmill("annotate", folder, "--from", tmp_path / "t.jsonl")[0] == 0
+    script = (
+        "import os, sys, torch, pyarrow.parquet; from latentmill import Cache\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before, cache = count(), Cache.open(sys.argv[1])\n"
+        "rows = [row for file in cache.files() for row in cache.rows(file)]\n"
+        "cache.find(rows[7]['shard'], rows[7]['key'])\n"
+        "print(len(rows), count() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["18", "0"]
