@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from latentmill.part_files import to_tensor
@@ -11,6 +10,7 @@ from pipeline.cache import input_hash
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
 from pipeline.cache.rows import RowRef, read_refs
+from pipeline.encoder import SAME_LATENT, measure_error
 from pipeline.errors import REST_OF_SHARD, DamagedError, LatentmillError
 from pipeline.flow import EncodeSpec, UnitWorker
 from pipeline.images.prepare import prepare_sample
@@ -19,9 +19,6 @@ from pipeline.readers.tar_group import leave_out, select_shards
 from pipeline.readers.unit import read_samples
 from pipeline.records import PreparedImage, Reject, Sample, Unit
 from pipeline.sources.planned_files import fetch_current_version
-
-# relative to a latent's own size: another device or batch size changes less, another image changes more
-TOLERANCE = 0.05
 
 SHOWN_EXAMPLES = 3  # parts that are named per input that was exchanged
 
@@ -110,16 +107,8 @@ def _compare(unit: Unit, sample: Sample, file: str, row: Mapping[str, Any], enco
         yield Problem(file, f"{sample.key} is encoded to another {', '.join(different) or 'latent'}", RUN)
         return
     for name in encoder.context.spec.layout.latent_names:
-        distance = _compute_distance(to_tensor(row, name), getattr(encoded, name))
-        if distance > TOLERANCE:
-            yield Problem(file, f"{sample.key} is encoded to another {name}: it differs by {distance:.0%}", RUN)
-
-
-def _compute_distance(stored: Tensor, encoded: Tensor) -> float:
-    """Return the root mean square of the difference of two latents, relative to that of the stored one."""
-    if stored.shape != encoded.shape:
-        return 1.0
-    stored, encoded = stored.double(), encoded.double()
-    if torch.equal(stored, encoded):
-        return 0.0
-    return float((stored - encoded).pow(2).mean().sqrt() / stored.pow(2).mean().sqrt().clamp(min=1e-12))
+        stored, latent = to_tensor(row, name), getattr(encoded, name)
+        error = measure_error(latent, stored) if latent.shape == stored.shape else None
+        if error is None or error > SAME_LATENT:
+            more = "" if error is None else f": it differs by {error:.0%}"
+            yield Problem(file, f"{sample.key} is encoded to another {name}{more}", RUN)

@@ -17,7 +17,7 @@ from latentmill.part_files import to_tensor
 from latentmill.scaling import Scaling
 from pipeline.cache.reader import Cache, read_rows
 from pipeline.cache.rows import RowRef, read_refs
-from pipeline.encoder import LatentEncoder
+from pipeline.encoder import SAME_LATENT, LatentEncoder, measure_error
 from pipeline.errors import LatentmillError
 from pipeline.flow import EncodeSpec
 from pipeline.images.prepare import make_opener, prepare_sample
@@ -30,7 +30,6 @@ from pipeline.report.sample import find_caption_column
 from pipeline.wording import count_noun
 
 Cause = Literal["none", "wrong-range", "wrong-scaling", "swapped-channels", "unknown"]
-TOLERANCE = 0.1  # relative to a latent's own size; another device or batch size changes less
 SAME_CHANNEL = 0.1
 PAIRS = 4  # of duplicates that are shown
 SECONDS = 40.0  # after which no more images are decoded, so that a large model on a CPU does not take minutes
@@ -178,18 +177,16 @@ def is_same(stored: Tensor, latent: Tensor | None) -> bool:
     """Return whether two latents are equal but for rounding."""
     if latent is None or stored.shape != latent.shape:
         return False
-    stored, latent = stored.double(), latent.double()
-    error = (stored - latent).pow(2).mean().sqrt()
-    return bool(error <= TOLERANCE * stored.pow(2).mean().sqrt().clamp(min=1e-12))
+    error = measure_error(latent, stored)
+    return error is not None and error <= SAME_LATENT
 
 
 def is_permuted(stored: Tensor, latent: Tensor) -> bool:
-    """Return whether each channel of a latent [C, h, w] is another channel of the other one."""
+    """Return whether the channels of a latent [C, h, w] are those of the other one in another order."""
     a, b = stored.double().flatten(1), latent.double().flatten(1)
     distance = torch.cdist(a, b) / a.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    nearest = distance.argmin(dim=1)
-    is_near = distance.min(dim=1).values < SAME_CHANNEL
-    return bool(is_near.all()) and len(set(nearest.tolist())) == len(a)
+    order, is_near = distance.argmin(dim=1).tolist(), distance.min(dim=1).values < SAME_CHANNEL
+    return bool(is_near.all()) and len(set(order)) == len(a) and order != sorted(order)
 
 
 def find_in_compared(compared: Sequence[Compared]) -> list[Finding]:
