@@ -199,10 +199,18 @@ def _check_icon(data: bytes, limits: Limits) -> None:
 def _check_tiff(image: TiffImagePlugin.TiffImageFile, limits: Limits) -> None:
     """Raise Rejected for a camera's raw file, whose first image is a thumbnail, and for tiles that are too large."""
     tags = image.tag_v2
-    if _DNG_VERSION in tags or int(tags.get(_SUBFILE_TYPE, 0)) & _REDUCED:
+    if _DNG_VERSION in tags or _read_integer(tags, _SUBFILE_TYPE) & _REDUCED:
         raise Rejected("open", "unsupported_format", "camera raw")
     if _TILE_WIDTH in tags and _TILE_LENGTH in tags:
-        check_size(int(tags[_TILE_WIDTH]), int(tags[_TILE_LENGTH]), limits)
+        check_size(_read_integer(tags, _TILE_WIDTH), _read_integer(tags, _TILE_LENGTH), limits)
+
+
+def _read_integer(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int) -> int:
+    """Return the value of a tag, 0 if it is missing. Raises Rejected if it is of another type, as in a damaged file."""
+    value = tags.get(tag, 0)
+    if not isinstance(value, int):
+        raise Rejected("open", "corrupt")
+    return value
 
 
 def _has_signature(data: bytes, name: str) -> bool:

@@ -268,14 +268,14 @@ def test_a_tiff_whose_zero_is_white_is_not_inverted() -> None:
 
 
 def test_a_tiff_of_12_bits_is_scaled_by_its_maximum() -> None:
-    size = {"IMAGEWIDTH": 4, "IMAGELENGTH": 1, "ROWSPERSTRIP": 1, "STRIPOFFSETS": 8, "STRIPBYTECOUNTS": 6}
+    size = {"ImageWidth": 4, "ImageLength": 1, "RowsPerStrip": 1, "StripOffsets": 8, "StripByteCounts": 6}
     data = make_tiff(
         bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x10]),
         **size,
-        BITSPERSAMPLE=12,
-        SAMPLESPERPIXEL=1,
-        COMPRESSION=1,
-        PHOTOMETRIC_INTERPRETATION=1,
+        BitsPerSample=12,
+        SamplesPerPixel=1,
+        Compression=1,
+        PhotometricInterpretation=1,
     )
     assert open_pixels(data)[0, :, 0].tolist() == [255, 128, 0, 1]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile
 
 from pipeline.errors import Rejected
 from pipeline.images import formats
@@ -279,19 +279,30 @@ def test_an_icon_cannot_hide_a_large_image(content: bytes) -> None:
 
 def make_tiff(data: bytes, **tags: int) -> bytes:
     """Return a TIFF with these tags, each of one 32-bit value, and this content at byte 8."""
-    numbers = {name: getattr(TiffImagePlugin, name) for name in tags}
-    entries = sorted((numbers[name], value) for name, value in tags.items())
+    entries = sorted((int(ExifTags.Base[name]), value) for name, value in tags.items())
     table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(entries)) + table + bytes(4)
 
 
 def test_a_tiff_cannot_hide_a_large_tile() -> None:
-    gray = {"IMAGEWIDTH": 16, "IMAGELENGTH": 16, "BITSPERSAMPLE": 8, "PHOTOMETRIC_INTERPRETATION": 1, "COMPRESSION": 5}
-    content = {"TILEOFFSETS": 8, "TILEBYTECOUNTS": 64}
-    tile = make_tiff(bytes(64), **gray, **content, TILEWIDTH=9_000, TILELENGTH=9_000)
+    gray = {"ImageWidth": 16, "ImageLength": 16, "BitsPerSample": 8, "PhotometricInterpretation": 1, "Compression": 5}
+    content = {"TileOffsets": 8, "TileByteCounts": 64}
+    tile = make_tiff(bytes(64), **gray, **content, TileWidth=9_000, TileLength=9_000)
     assert expect_reject(tile).reason == "corrupt"
-    tile = make_tiff(bytes(64), **gray, **content, TILEWIDTH=60_000, TILELENGTH=60_000)
+    tile = make_tiff(bytes(64), **gray, **content, TileWidth=60_000, TileLength=60_000)
     assert expect_reject(tile).reason == "too_many_pixels"
+
+
+@pytest.mark.parametrize("names", [("NewSubfileType",), ("TileWidth", "TileLength")])
+@pytest.mark.parametrize(("kind", "count"), [(2, 4), (11, 1)])  # a text, a float
+def test_a_tiff_whose_tags_are_no_integers_is_corrupt(names: tuple[str, ...], kind: int, count: int) -> None:
+    gray = {"ImageWidth": 4, "ImageLength": 4, "BitsPerSample": 8, "PhotometricInterpretation": 1}
+    data = bytearray(make_tiff(bytes(16), **gray, StripOffsets=8, StripByteCounts=16, **dict.fromkeys(names, 16)))
+    table = int.from_bytes(data[4:8], "little")
+    for name in names:
+        place = data.index(struct.pack("<HH", ExifTags.Base[name], 4), table)
+        data[place + 2 : place + 12] = struct.pack("<HI", kind, count) + b"\0\0\xc0\x7f"
+    assert expect_reject(bytes(data)).reason == "corrupt"
 
 
 def test_a_jpeg_2000_whose_header_and_codestream_differ_is_corrupt() -> None:
