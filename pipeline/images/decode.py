@@ -42,6 +42,8 @@ OpenPixels = Callable[[bytes, Limits, int, DecodeSettings], np.ndarray]
 warnings.filterwarnings("ignore", module=r"(PIL|pi_heif|pillow_heif|pillow_jxl)\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
+_log = logging.getLogger(__name__)
+
 _HAS_TURBO = features.check_feature("libjpeg_turbo")  # another libjpeg has other pixels
 # Markers of JPEG (ITU-T T.81, table B.1): Huffman-coded frames of the DCT (baseline, extended, progressive), the
 # segments before a scan (DHT, DQT, DRI, APPn, COM), and the start of a scan.
@@ -135,22 +137,28 @@ def _accept_truncated() -> Iterator[None]:
 
 def _decode(source: io.BytesIO, limits: Limits, reduction: int, settings: DecodeSettings) -> np.ndarray:
     data, image = source.getvalue(), open_header(source, limits)
+    is_plain = _is_plain_jpeg(data, image)
+    is_fast = is_plain and _HAS_TURBO and not _has_profile(image, settings)
+    pixels = _decompress_jpeg(data, image, reduction) if is_fast else None
+    if pixels is None:
+        pixels = _load(image, reduction if is_plain else 1, settings)
+    orientation = _read_orientation(image, settings)
+    if orientation not in _UPRIGHT:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+
+
+def _load(image: Image.Image, reduction: int, settings: DecodeSettings) -> np.ndarray:
+    """Let Pillow decode an opened image to RGB uint8 [H, W, 3], without its orientation."""
     try:
-        is_plain = _is_plain_jpeg(data, image)
-        is_fast = is_plain and _HAS_TURBO and not _has_profile(image, settings)
-        pixels = _decompress_jpeg(data, image, reduction) if is_fast else None
-        if pixels is None:
-            if is_plain and reduction > 1:
-                image.draft(None, (image.width // reduction, image.height // reduction))
-            image.load()
-            return np.asarray(_rotate_upright(convert_to_rgb(image, settings), _read_orientation(image, settings)))
-        orientation = _read_orientation(image, settings)
-        if orientation not in _UPRIGHT:
-            return pixels
-        return np.asarray(_rotate_upright(Image.fromarray(pixels), orientation))
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        image.load()
+        return np.asarray(convert_to_rgb(image, settings))  # it reads tags and profiles, which may be damaged as well
     except (MemoryError, Rejected):
         raise
     except Exception:
+        _log.debug("an image is corrupt", exc_info=True)  # so that an error of `color` can be told from damage
         raise Rejected("open", "corrupt") from None
 
 
@@ -218,11 +226,6 @@ def _has_plain_header(data: bytes) -> bool:
 def _has_profile(image: Image.Image, settings: DecodeSettings) -> bool:
     """Return whether the colors of a JPEG may have to be converted."""
     return settings.color == "srgb" and "icc_profile" in image.info
-
-
-def _rotate_upright(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Apply the EXIF orientation."""
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _read_orientation(image: Image.Image, settings: DecodeSettings) -> int | None:

@@ -85,15 +85,17 @@ def open_header(source: io.BytesIO, limits: Limits) -> Image.Image:
     """
     data = source.getvalue()
     name = name_other_format(data)
+    if plugin := PLUGINS.get(name):
+        _check_plugin(data, name, plugin, limits)
+        tried: tuple[str, ...] = (plugin.format,)
+    elif name:
+        raise Rejected("open", "unsupported_format", name)
+    else:
+        _check_icon(data, limits)
+        tried = ("TGA",) if _is_tga(data) else FORMATS
     try:
-        if plugin := PLUGINS.get(name):
-            image = _open_with_plugin(source, name, plugin, limits)
-        elif name:
-            raise Rejected("open", "unsupported_format", name)
-        else:
-            _check_icon(data, limits)
-            image = Image.open(source, formats=("TGA",) if _is_tga(data) else FORMATS)
-    except (MemoryError, Rejected):
+        image = Image.open(source, formats=tried)
+    except MemoryError:
         raise
     except UnidentifiedImageError:
         raise _explain_unidentified(data, name) from None
@@ -143,12 +145,16 @@ def _is_html(data: bytes) -> bool:
     return _starts_as_markup(data) and any(tag in start for tag in (b"<!doctype html", b"<html", b"<head", b"<body"))
 
 
-def _open_with_plugin(source: io.BytesIO, name: str, plugin: Plugin, limits: Limits) -> Image.Image:
+def _check_plugin(data: bytes, name: str, plugin: Plugin, limits: Limits) -> None:
+    """Raise Rejected if a plugin is missing, or would decode too many pixels when it opens the file."""
     if not _load_plugin(plugin):
         raise Rejected("open", "missing_plugin", name, plugin.package)
     if name == "JPEG XL":
-        check_size(*jxl.read_jxl_size(source.getvalue()), limits)
-    return Image.open(source, formats=(plugin.format,))
+        try:
+            size = jxl.read_jxl_size(data)
+        except ValueError:
+            raise Rejected("open", "corrupt") from None
+        check_size(*size, limits)
 
 
 @cache

@@ -1,6 +1,7 @@
 """From bytes to pixels: the rule for each kind of image, and the rejects."""
 
 import io
+import logging
 import re
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import simplejpeg
 from PIL import Image, ImageFile
 
 from pipeline.errors import REASONS, Rejected
+from pipeline.images import decode, formats
 from pipeline.images.decode import open_pixels
 from pipeline.limits import Limits
 from tests.conftest import encoded, smooth
@@ -443,3 +445,24 @@ def test_damaged_bytes_give_an_array_or_a_reject() -> None:
             assert array.size > 0
     assert arrays > 50
     assert reasons == {"empty", "corrupt", "not_an_image", "too_many_pixels"}
+
+
+def test_an_error_of_our_own_is_no_damage_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a mistake")
+
+    for name in ("_is_plain_jpeg", "_read_orientation"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, name, fail)
+            with pytest.raises(TypeError, match="a mistake"):
+                open_pixels(encoded(noise(), "JPEG"))
+    monkeypatch.setattr(formats, "_check_icon", fail)
+    with pytest.raises(TypeError, match="a mistake"):
+        open_pixels(encoded(noise(), "PNG"))
+
+
+def test_the_cause_of_a_corrupt_image_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    data = encoded(noise(), "PNG")
+    with caplog.at_level(logging.DEBUG, "pipeline"), pytest.raises(Rejected, match="corrupt"):
+        open_pixels(data[: len(data) // 2])
+    assert "image file is truncated" in caplog.text
