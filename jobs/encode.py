@@ -35,7 +35,7 @@ from jobs.skipped_inputs import SkippedInputs
 from jobs.totals import Outcome, RunTotals, describe_totals, explain_rejects, print_summary
 from jobs.transform_options import refuse_fixed_options, resolve_recipe
 from pipeline import tuning
-from pipeline.cache import identity, plan
+from pipeline.cache import identity, plan, stats
 from pipeline.cache.commit_log import LogWriter
 from pipeline.cache.commit_scan import list_commit_names, remove_lost_commits, select_unfinished
 from pipeline.cache.identity import CacheInfo, SourceRules
@@ -356,8 +356,7 @@ def choose_exit_code(failures: Sequence[Failure], written: Mapping[str, Any], ma
         return 1
     if REST_OF_SHARD in written["rejected"]:
         return 3
-    rejected = sum(written["rejected"].values())
-    samples = written["count"] + sum(written["filtered"].values()) + rejected
+    rejected, samples = stats.count_samples(written)
     return 3 if samples and rejected / samples > max_reject_rate else 0
 
 

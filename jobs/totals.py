@@ -13,7 +13,7 @@ from jobs.entry import print_json
 from jobs.messages import log_each, log_error, log_warning
 from jobs.scheduler import Failure
 from latentmill.cache_info import VaeInfo
-from pipeline.cache import commits
+from pipeline.cache import commits, stats
 from pipeline.cache.part_info import UnitReport
 from pipeline.errors import REST_OF_SHARD, LatentmillError
 from pipeline.records import Seconds
@@ -229,8 +229,7 @@ def explain_rejects(written: Mapping[str, Any], max_reject_rate: float, cache: s
     if damaged := written["rejected"].get(REST_OF_SHARD):
         rests = count_noun(damaged, "damaged shard")
         return f"the rest of {rests} is not encoded and cannot be counted: exit code 3. {advice}"
-    rejected = sum(written["rejected"].values())
-    samples = written["count"] + sum(written["filtered"].values()) + rejected
+    rejected, samples = stats.count_samples(written)
     return (
         f"{rejected:,} of {count_noun(samples, 'sample')} ({rejected / samples:.1%}) rejected, the limit is "
         f"{100 * max_reject_rate:.3g}% (--max-reject-rate): exit code 3; the other images are in the cache. {advice}"

@@ -91,6 +91,12 @@ def write_stats(cache: Folder, content: Mapping[str, Any]) -> None:
     cache.replace(NAME, encode_stats(content))
 
 
+def count_samples(content: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many samples were rejected, and how many there are, also filtered ones. content: of stats.json."""
+    rejected = sum(content["rejected"].values())
+    return rejected, content["count"] + sum(content["filtered"].values()) + rejected
+
+
 def _suggest_scaling(total: ChannelStats, sums: TallySums) -> dict[str, Any]:
     """Return constants that bring these latents to zero mean and unit variance, over all channels and per channel."""
     mean, std = sums.pool_channels()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from latentmill.cache_info import VaeInfo
+from pipeline.cache import stats
 from pipeline.report.constants import expect_channels, pool_patches
 from pipeline.wording import count_noun
 
@@ -108,8 +109,7 @@ def describe_dead_channels(content: Mapping[str, Any]) -> list[str]:
 
 def find_rejects(content: Mapping[str, Any]) -> list[Finding]:
     """Return a finding if more than 1% of the samples were rejected."""
-    rejected = sum(content["rejected"].values())
-    samples = content["count"] + rejected + sum(content["filtered"].values())
+    rejected, samples = stats.count_samples(content)
     if not rejected or rejected <= REJECTED_SHARE * samples:
         return []
     most = max(content["rejected"], key=lambda reason: content["rejected"][reason])
