@@ -16,6 +16,7 @@ from pipeline.records import (
     Unit,
     extension,
     is_image,
+    join_url,
     path_below_root,
     stem,
 )
@@ -61,7 +62,7 @@ def read_folder_unit(
             raise SourceError(f"{url_of(file)} was deleted since it was planned, but its image was not; restore it")
 
     def url_of(file: PlannedFile) -> str:
-        return f"{unit.url}/{path_below_root(file.path)}"
+        return join_url(unit.root, path_below_root(file.path))
 
     images = (
         files.without_pins() if position in may_differ else files for position, files in enumerate(unpack_files(unit))

@@ -18,7 +18,7 @@ from pipeline.prefetch import map_in_order
 from pipeline.readers.folder import READERS
 from pipeline.readers.table import URL_COLUMNS, NameRule, Table, find_path_column, load_table
 from pipeline.readers.table_rows import convert_rows
-from pipeline.records import PlannedFile, Reject, Sample, Unit, stem
+from pipeline.records import PlannedFile, Reject, Sample, Unit, join_url, stem
 from pipeline.storage.connection import find_first_cause, http_status
 from pipeline.storage.reading import check_has_files, read_file, read_file_if_exists
 from pipeline.text import hide_credentials, printable_key
@@ -162,7 +162,7 @@ def _read_image(location: str, root: str, options: Mapping[str, Any], limits: Li
     Raises Rejected if there is no such image. No error contains the credentials of a URL.
     """
     if "://" not in location:
-        data = read_file_if_exists(f"{root.rstrip('/')}/{location}", options, limits.image_bytes)
+        data = read_file_if_exists(join_url(root, location), options, limits.image_bytes)
         if data is None:
             check_has_files(root, options)
             raise Rejected("read", "not_found")

@@ -18,7 +18,7 @@ from pipeline.readers.parquet import KEY, read_metadata
 from pipeline.readers.skipped import NO_METADATA, NO_ROW
 from pipeline.readers.table import NameRule, Table, find_path_column, load_table, normalize_paths
 from pipeline.readers.table_rows import convert_rows
-from pipeline.records import Reject, Sample, Unit, is_image, path_below_root, stem
+from pipeline.records import Reject, Sample, Unit, is_image, join_url, path_below_root, stem
 from pipeline.storage import connection, reading
 
 LABEL_TABLE = "dataset.json"  # of EDM2
@@ -109,7 +109,7 @@ class MetadataReader:
         self.of_images = unit.kind == "folder"
         for planned in unpack_metadata(unit):
             rule = make_rule(planned.path, image_column) if self.of_images else KEY_RULE
-            url = f"{unit.root.rstrip('/')}/{path_below_root(planned.path)}"
+            url = join_url(unit.root, path_below_root(planned.path))
             self.tables[planned.path] = load_table(url, options, planned if is_pinned else None, rule, limits, encoding)
 
     def add_columns(self, sample: Sample | Reject) -> Sample | Reject:

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.records import ListedFile, PinnedFile, path_below_root, source_name
+from pipeline.records import ListedFile, PinnedFile, join_url, path_below_root, source_name
 from pipeline.sources.walk import file_id_at
 
 
@@ -65,7 +65,7 @@ def _identify_planned_files(
         if path in listed:
             identity = _identify_file(listed[path])
         elif file.bytes in sizes:
-            url = f"{roots[source_name(path)].rstrip('/')}/{path_below_root(path)}"
+            url = join_url(roots[source_name(path)], path_below_root(path))
             identity = url if "://" in url else file_id_at(url)
         else:
             continue

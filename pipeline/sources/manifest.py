@@ -10,7 +10,7 @@ from pipeline.errors import Rejected, ShardError, SourceError
 from pipeline.readers.image_column import contains_bytes
 from pipeline.readers.manifest import check_columns_exist, find_location_column, make_key_rule, resolve_path
 from pipeline.readers.table import TEXT_TABLES, select_columns
-from pipeline.records import ListedFile, Manifest, extension, is_image, stem
+from pipeline.records import ListedFile, Manifest, extension, is_image, join_url, stem
 from pipeline.sources.listing import abbreviate
 from pipeline.sources.metadata import TableReader
 
@@ -82,6 +82,6 @@ def _find_listed(paths: pa.ChunkedArray, root: str, urls: Container[str]) -> lis
     for path in paths.to_pylist():
         with contextlib.suppress(Rejected):
             location = resolve_path(path, root)
-            if (location if "://" in location else f"{root.rstrip('/')}/{location}") in urls:
+            if (location if "://" in location else join_url(root, location)) in urls:
                 found.append(location)
     return found

@@ -22,6 +22,7 @@ from pipeline.sources.listing import list_sources
 from pipeline.sources.manifest import find_manifests
 from pipeline.sources.metadata import TableReader
 from pipeline.sources.units import make_units
+from pipeline.storage.folder import Folder
 from tests.conftest import encoded, smooth
 from tests.jobs.test_metadata import read_columns, write_images, write_jsonl
 
@@ -32,7 +33,7 @@ COLUMNS = pa.schema([("caption", pa.string())])
 
 
 def make_manifest_units(
-    source: Path, image_column: str | None = None, key_column: str | None = None, image_root: str = ""
+    source: Path | str, image_column: str | None = None, key_column: str | None = None, image_root: str = ""
 ) -> list[Unit]:
     reader = TableReader({}, Limits(), "utf-8", image_column)
     return make_units(
@@ -41,7 +42,7 @@ def make_manifest_units(
 
 
 def read_units(
-    source: Path, image_column: str | None = None, key_column: str | None = None, image_root: str = ""
+    source: Path | str, image_column: str | None = None, key_column: str | None = None, image_root: str = ""
 ) -> list[tuple[str, object]]:
     """Return the key of each sample, and its caption or the reason of its reject."""
     found: list[tuple[str, object]] = []
@@ -110,6 +111,17 @@ def test_manifests_of_other_tools(tmp_path: Path) -> None:
         make_manifest_units(write_table(folder / "other.csv", "x\n1\n"))
     with pytest.raises(SourceError, match=r"--key-column: .* has no column id; it has caption, path"):
         make_manifest_units(folder / "list.csv", key_column="id")
+
+
+def test_a_manifest_at_the_root_of_a_store() -> None:
+    root = Folder("memory://")
+    root.replace("manifest-a.jpg", encoded(smooth(0)))
+    root.replace("manifest.csv", b"path,caption\nmanifest-a.jpg,A\n")
+    source = "m=memory://manifest.csv"
+    assert read_units(source) == [("manifest-a", "A")]
+    reader = TableReader({}, Limits(), "utf-8", None)
+    with pytest.raises(SourceError, match="would be encoded twice: 1"):
+        find_manifests(list_sources([source, "i=memory://manifest-a.jpg"], {}, "nowhere").files, reader, None, "")
 
 
 def write_table(path: Path, text: str) -> Path:
