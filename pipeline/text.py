@@ -54,6 +54,16 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def escape_key(key: str) -> str:
+    """Return a key that webdataset can split: with `%` as %25 and `.` as %2E."""
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
+def unescape_key(key: str) -> str:
+    """Return a key as it was before `escape_key`."""
+    return key.replace("%2E", ".").replace("%25", "%")
+
+
 def printable_key(key: str, key_bytes: int) -> str:
     """Return a key for a reject: its first `key_bytes`, with escapes for control characters and bytes not in UTF-8."""
     return printable(key[:key_bytes])[:key_bytes]

@@ -12,6 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.errors import CacheError
 from pipeline.formats.schema import BASE_SCHEMA, LATENT_FLIPPED
 from pipeline.records import get_shard_kind, get_shard_stem
+from pipeline.text import unescape_key
 
 Row = Mapping[str, Any]
 Space = Literal["raw", "model"]
@@ -114,7 +115,7 @@ class ExportJob:
         """
         shard, key = str(row["shard"]), str(row["key"])
         if get_shard_kind(shard) not in ("tar", "zip"):
-            key = key.replace("%2E", ".").replace("%25", "%")
+            key = unescape_key(key)
         path = check_path(f"{get_shard_stem(shard)}/{key}" if self.with_shard else key)
         if not self.is_flat:
             return path

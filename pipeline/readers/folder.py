@@ -22,7 +22,7 @@ from pipeline.records import (
 )
 from pipeline.storage.connection import parent
 from pipeline.storage.reading import check_has_files, read_file_if_exists, read_or_none
-from pipeline.text import printable_key
+from pipeline.text import escape_key, printable_key
 
 READERS = 16  # threads per unit, because stores are slow to answer
 IMAGES_AHEAD = 64
@@ -75,8 +75,8 @@ def read_folder_unit(
 
 
 def make_folder_key(path: str) -> str:
-    """Return the key of an image: its path below the root without the extension, with `%` as %25 and `.` as %2E."""
-    return stem(path_below_root(path)).replace("%", "%25").replace(".", "%2E")
+    """Return the key of an image: its path below the root without the extension, escaped."""
+    return escape_key(stem(path_below_root(path)))
 
 
 def read_folder(

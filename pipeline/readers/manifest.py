@@ -21,7 +21,7 @@ from pipeline.readers.table_rows import convert_rows
 from pipeline.records import PlannedFile, Reject, Sample, Unit, join_url, stem
 from pipeline.storage.connection import find_first_cause, http_status
 from pipeline.storage.reading import check_has_files, read_file, read_file_if_exists
-from pipeline.text import hide_credentials, printable_key
+from pipeline.text import escape_key, hide_credentials, printable_key
 
 ROWS_PER_UNIT = 256
 HTTP = frozenset({"http", "https"})
@@ -98,7 +98,7 @@ def make_key_rule(image_column: str | None, key_column: str | None, root: str) -
         texts = values.to_pylist()
         if key_column is None:
             texts = [_make_key(path, row, root) for row, path in enumerate(texts)]
-        escaped = [text and text.replace("%", "%25").replace(".", "%2E") for text in texts]
+        escaped = [text and escape_key(text) for text in texts]
         return pa.chunked_array([pa.array(escaped, pa.large_string())])
 
     def find_column(schema: pa.Schema) -> str | None:

@@ -26,11 +26,11 @@ from pipeline.readers.table_rows import (
     choose_columns,
     convert_columns,
     convert_keys,
-    escape_key,
     make_row_samples,
     read_rows,
 )
 from pipeline.records import Reject, Sample
+from pipeline.text import escape_key
 
 MIN_BYTES = 12  # of a Parquet file: two magic numbers and the size of its footer
 BUFFER_BYTES = 4 << 20  # per column

@@ -12,7 +12,7 @@ from pipeline.formats.schema import to_source_name
 from pipeline.limits import Limits, check_key
 from pipeline.readers.image_column import check_key_column, check_names, find_image_column, flatten_schema, get_column
 from pipeline.records import Reject, Sample
-from pipeline.text import printable_key
+from pipeline.text import escape_key, printable_key
 from pipeline.values import to_json_value
 
 BATCH_ROWS = 16  # rows whose values are Python objects at a time
@@ -90,11 +90,6 @@ def make_row_samples(
             yield Sample(position, name, _get_bytes(image, limits), columns)
         except Rejected as error:
             yield Reject.from_error(position, printable_key(name, limits.key_bytes), error)
-
-
-def escape_key(key: str) -> str:
-    """Return a key that webdataset can split: with `%` as %25 and `.` as %2E."""
-    return key.replace("%", "%25").replace(".", "%2E")
 
 
 def _convert_image(scalar: Any, name: str) -> Any:
