@@ -24,7 +24,7 @@ from latentmill.loading.layout import LatentLayout
 
 INDEX = "index.parquet"
 INDEX_FORMAT = 1
-_LISTS = ("height", "width", "rows", "start", "stop")  # the columns of index.parquet with one value per group
+LISTS = ("height", "width", "rows", "start", "stop")  # the columns of index.parquet with one value per group
 _READERS = 16  # threads that read the ends of files
 
 Int32s = NDArray[np.int32]
@@ -90,7 +90,7 @@ def read_index(cache: OpenCache, files: Sequence[str] | None = None) -> Index:
 
 
 def _make_index(layout: LatentLayout, files: Sequence[tuple[str, int]], groups: Int64s) -> Index:
-    """Return the index of groups [6, groups]: the index of the file, and then `_LISTS`."""
+    """Return the index of groups [6, groups]: the index of the file, and then `LISTS`."""
     file, height, width, rows, start, stop = groups
     buckets, bucket = np.unique(np.stack([height, width]), axis=1, return_inverse=True)
     pairs = [(int(height), int(width)) for height, width in buckets.T]
@@ -127,7 +127,7 @@ def _read_known_groups(folder: CacheFolder, sizes: Mapping[str, int], positions:
         kept = [name in positions and sizes[name] == size for name, size in zip(full, recorded, strict=True)]
         table = table.filter(pa.array(kept, pa.bool_())).combine_chunks()
         position = np.array([positions[name] for name, keep in zip(full, kept, strict=True) if keep], np.int64)
-        values = [pc.list_flatten(table[name]).to_numpy() for name in _LISTS]
+        values = [pc.list_flatten(table[name]).to_numpy() for name in LISTS]
         owner = pc.list_parent_indices(table["rows"]).to_numpy()
         return np.stack([position[owner], *values]).astype(np.int64)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:

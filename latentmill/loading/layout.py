@@ -9,7 +9,7 @@ from latentmill.errors import CacheError
 if TYPE_CHECKING:
     import torch
 
-_VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class LatentLayout:
     def array_bytes(self, bucket: tuple[int, int]) -> int:
         """Return the bytes of a stored array."""
         channels, height, width = self.shape(bucket)
-        return channels * height * width * _VALUE_BYTES[self.dtype]
+        return channels * height * width * VALUE_BYTES[self.dtype]
 
     def row_bytes(self, bucket: tuple[int, int]) -> int:
         """Return the bytes of all latents of a row."""

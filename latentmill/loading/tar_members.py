@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from latentmill.part_files import SAMPLE_JSON
+from latentmill.part_files import FLIPPED_MEMBERS, LATENT_MEMBERS, SAMPLE_JSON
 
 _BLOCK = 512
 _NPY = b"\x93NUMPY\x01\x00"  # the start of an npy file, of version 1.0
-_LATENTS = (".latent.npy", ".moments.npy")
-_FLIPPED = (".latent_flipped.npy", ".moments_flipped.npy")
 
 
 class TarError(ValueError):
@@ -39,13 +37,13 @@ def iterate_samples(data: memoryview, texts: Collection[str], binary: Collection
     """
     sample: Sample | None = None
     for name, start, stop in _iterate_members(data):
-        if name.endswith(_LATENTS):  # the first member of a sample
+        if name.endswith(LATENT_MEMBERS):  # the first member of a sample
             if sample:
                 yield sample
             sample = Sample([(start, stop)])
         elif sample is None:
             raise TarError(f"it begins with the member {name}")
-        elif name.endswith(_FLIPPED):
+        elif name.endswith(FLIPPED_MEMBERS):
             sample.arrays.append((start, stop))
         elif name.endswith(SAMPLE_JSON):
             sample.values = dict.fromkeys(texts) | _parse_json(data[start:stop], name)

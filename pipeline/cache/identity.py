@@ -18,6 +18,7 @@ from latentmill.cache_info import (
     VaeInfo,
     parse_cache_json,
 )
+from latentmill.loading.layout import VALUE_BYTES
 from pipeline.canonical_json import indented_json, with_checksum
 from pipeline.errors import CacheError, IdentityError, NoCacheError
 from pipeline.formats.schema import OutputSchema, PassthroughColumns
@@ -38,7 +39,6 @@ _NOT_RAW = frozenset(
 )
 CONFIG_FIELDS = frozenset(AutoencoderKLConfig.__dataclass_fields__) - _NOT_RAW
 _SIZE_SETTINGS = ("multiple_of", "min_bucket_reso", "max_bucket_reso")
-_VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def select_raw_fields(config: VaeConfig) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def choose_rows_per_part(config: VaeConfig, resolution: int, dtype: str, store: 
         * (2 if flip == "both" else 1)
         * config.latent_channels
         * (resolution // config.downscale) ** 2
-        * _VALUE_BYTES[dtype]
+        * VALUE_BYTES[dtype]
     )
     return max(1, min(MAX_ROWS_PER_PART, MAX_PART_BYTES // latents))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.loading.index import INDEX, INDEX_FORMAT, LISTS
 from latentmill.part_files import PARQUET_RECORD, read_record_json
 from pipeline.cache.commit_scan import DATA_PREFIX, PartTable
 from pipeline.cache.name_array import CHUNK, find_names, iterate_names, sort_names
@@ -24,11 +25,9 @@ from pipeline.errors import CacheError
 from pipeline.records import Container
 from pipeline.storage.folder import Folder
 
-NAME = "index.parquet"
+NAME = INDEX
 WIDS_NAME = "wids-meta.json"
-FORMAT = 1
 COLUMNS = ("bytes", "groups")  # of a part, that the index needs
-LISTS = ("height", "width", "rows", "start", "stop")  # the columns with one entry per row group
 SCHEMA = pa.schema(
     [("file", pa.string()), ("bytes", pa.int64()), *((name, pa.list_(GROUP.field(name).type)) for name in LISTS)]
 )
@@ -81,7 +80,7 @@ def write_index(cache: Folder, container: Container, files: np.ndarray, sizes: P
 
 def make_metadata(digest: str) -> bytes:
     """Return the metadata of the index of a cache with this digest."""
-    return canonical_json({"format": FORMAT, "digest": digest})
+    return canonical_json({"format": INDEX_FORMAT, "digest": digest})
 
 
 def read_metadata(cache: Folder) -> bytes | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentmill.loading.draws import LOGVAR_RANGE
 from pipeline.exports.job import ExportJob, OutFile, Row, check_length
 
 INDEX = "dataset.json"
@@ -21,7 +22,7 @@ def make_name(row: Row, job: ExportJob) -> str:
 def convert(row: Row, job: ExportJob) -> list[OutFile]:
     """Return the file of a row: float32 [2C, h, w], the means and then the standard deviations."""
     mean, log_variance = job.cache.raw_latent(row).float().chunk(2)
-    deviation = (log_variance.clamp(-30, 20) * 0.5).exp()
+    deviation = (log_variance.clamp(*LOGVAR_RANGE) * 0.5).exp()
     buffer = io.BytesIO()
     np.save(buffer, job.cast(torch.cat([mean, deviation])).numpy())
     name = make_name(row, job)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from latentmill.part_files import FLIPPED_MEMBERS, LATENT_MEMBERS, SAMPLE_JSON
 from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
 from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
@@ -24,7 +25,7 @@ from pipeline.storage import connection, reading
 
 T = TypeVar("T")
 MORE_FILES = 256
-IN_TARS = {"latent.npy", "latent_flipped.npy", "moments.npy", "moments_flipped.npy", "latent.json"}  # of a cache
+IN_TARS = {name.removeprefix(".") for name in (*LATENT_MEMBERS, *FLIPPED_MEMBERS, SAMPLE_JSON)}  # of a cache
 RESERVED = IN_TARS | RESERVED_NAMES  # names in the cache's own files
 
 
