@@ -239,7 +239,7 @@ def print_summary(options: DecodeOptions, out: Folder, report: Mapping[str, Any]
     print(f"  report     {out.url_of(REPORT)}", flush=True)
     if notes := report["notes"]:
         more = f" ({count_noun(len(notes) - 1, 'more such line')} in {REPORT})" if len(notes) > 1 else ""
-        log_note(f"{notes[0]}{more}")
+        log_note(f"originals not shown: {notes[0]}{more}")
     log_each([f"failed: {failure['name']}: {failure['error']}" for failure in report["failed"]], log_error)
 
 

@@ -419,3 +419,8 @@ def normalize_pixels(
     """
     values = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
     return values.to(dtype).contiguous(memory_format=memory_format)
+
+
+def denormalize_pixels(values: Tensor) -> Tensor:
+    """Map a decoder's output [B, 3, H, W], clamped to [-1, 1], to uint8 [B, H, W, 3] on the CPU."""
+    return values.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu()

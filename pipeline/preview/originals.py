@@ -31,7 +31,7 @@ class RowToDecode:
 
     unit: Unit
     values: Mapping[str, Any]
-    cell: str
+    cell: str = ""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -85,7 +85,7 @@ def find_samples(
     except LatentmillError as error:
         is_elsewhere = isinstance(error, StorageError | SourceError)
         advice = f"; give their location with --source {unit.source_name}=PATH" if is_elsewhere else ""
-        notes.append(f"originals not shown: {error}{advice}")
+        notes.append(f"{error}{advice}")
 
 
 def open_originals(

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentmill.cache_info import SourceRules
 from latentmill.part_files import to_tensor
 from pipeline.cache.reader import read_rows
-from pipeline.encoder import ComputeConfig, build_model, is_out_of_memory
+from pipeline.encoder import ComputeConfig, build_model, denormalize_pixels, is_out_of_memory
 from pipeline.errors import Stopped, VaeError
 from pipeline.formats.schema import OutputSchema
 from pipeline.images.transform import Transform
@@ -160,7 +160,7 @@ class RenderWorker:
             sample = self.model.decode(torch.cat([latents, padding]))[: len(latents)]
         else:
             sample = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
-        return sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu()
+        return denormalize_pixels(sample)
 
     def _halve_batches(self, size: int, row: RowToDecode, error: Exception) -> None:
         if size == 1:

@@ -5,7 +5,7 @@ If the latent is not that of the image, it is compared with those of likely mist
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,14 +17,12 @@ from latentmill.part_files import to_tensor
 from latentmill.scaling import Scaling
 from pipeline.cache.reader import Cache, read_rows
 from pipeline.cache.rows import RowRef, read_refs
-from pipeline.encoder import SAME_LATENT, LatentEncoder, measure_error
-from pipeline.errors import LatentmillError
+from pipeline.encoder import SAME_LATENT, LatentEncoder, denormalize_pixels, measure_error
 from pipeline.flow import EncodeSpec
 from pipeline.images.prepare import make_opener, prepare_sample
 from pipeline.preview.fidelity import measure_fidelity
-from pipeline.readers.tar_group import select_shards
-from pipeline.readers.unit import read_samples
-from pipeline.records import PreparedImage, Sample, Unit
+from pipeline.preview.originals import RowToDecode, find_samples
+from pipeline.records import PreparedImage, Unit
 from pipeline.report.findings import MAX_EXAMPLES, Example, Finding
 from pipeline.report.sample import find_caption_column
 from pipeline.wording import count_noun
@@ -77,8 +75,8 @@ def compare_rows(
         if time.monotonic() > deadline:
             notes.append(f"only {len(compared)} of {len(rows)} images are shown: decoding them took {SECONDS:g} s")
             break
-        wanted = {(row["shard"], row["key"]) for _, row in pairs}
-        images = dict(read_originals(pairs[0][0].unit, wanted, spec, notes))
+        unit = pairs[0][0].unit
+        images = dict(read_originals(unit, (RowToDecode(unit, row) for _, row in pairs), spec, notes))
         compared += [
             compare_row(ref.file, row, images.get((row["shard"], row["key"])), encoder, cache.scaling, caption)
             for ref, row in pairs
@@ -96,22 +94,14 @@ def decode_pairs(cache: Cache, finding: Finding, encoder: LatentEncoder) -> list
 
 
 def read_originals(
-    unit: Unit, wanted: set[tuple[str, str]], spec: EncodeSpec, notes: list[str]
+    unit: Unit, rows: Iterable[RowToDecode], spec: EncodeSpec, notes: list[str]
 ) -> Iterator[tuple[tuple[str, str], PreparedImage]]:
-    """Yield the images of these samples of a unit, by shard and key, as they were encoded."""
-    missing, opener = set(wanted), make_opener(spec.transform, spec.limits)
-    try:
-        for sample in read_samples(select_shards(unit, {shard for shard, _ in wanted}), spec):
-            identity = (sample.shard or unit.path, sample.key)
-            if identity in missing and isinstance(sample, Sample):
-                image = prepare_sample(unit, sample, spec.limits, opener)
-                if isinstance(image, PreparedImage):
-                    yield identity, image
-            missing.discard(identity)
-            if not missing:
-                return
-    except LatentmillError as error:
-        notes.append(str(error))
+    """Yield the images of these rows of a unit, by shard and key, as they were encoded."""
+    opener = make_opener(spec.transform, spec.limits)
+    for row, sample in find_samples(unit, {row.identity: row for row in rows}, spec, notes, lambda: None):
+        image = prepare_sample(unit, sample, spec.limits, opener)
+        if isinstance(image, PreparedImage):
+            yield row.identity, image
 
 
 def compare_row(
@@ -139,9 +129,8 @@ def decode(stored: Tensor, encoder: LatentEncoder) -> np.ndarray:
     model = encoder.model
     latent = stored[: model.config.latent_channels].nan_to_num()
     with torch.inference_mode():
-        sample = model.decode(latent[None].to(model.device, model.dtype)).sample[0]  # type: ignore[union-attr]
-    pixels = sample.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
-    return np.asarray(pixels.cpu().numpy())
+        sample = model.decode(latent[None].to(model.device, model.dtype)).sample  # type: ignore[union-attr]
+    return np.asarray(denormalize_pixels(sample)[0].numpy())
 
 
 def find_cause(stored: Tensor, image: PreparedImage, encoder: LatentEncoder, scaling: Scaling) -> Cause:

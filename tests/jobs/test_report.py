@@ -127,6 +127,7 @@ def test_without_sources_the_report_says_why(latentmill: Command, tmp_path: Path
     assert latentmill("report", tmp_path / "cache", "--to", tmp_path / "a.html", "--images", 2)[0] == 0
     html = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "2 originals cannot be read" in html
+    assert "; give their location with --source photos=PATH" in html
     assert html.count("data:image/jpeg") == 2
     assert latentmill("report", tmp_path / "cache", "--to", tmp_path / "b.html", "--vae", tmp_path / "none")[0] == 0
     assert "No images are shown: " in (tmp_path / "b.html").read_text(encoding="utf-8")
