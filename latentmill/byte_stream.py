@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
+from latentmill.error_text import first_line
 from latentmill.errors import LatentmillError, StorageError
 
 # errno values that mean "no such file". ENAMETOOLONG: a caption's name can be too long although the image's is not.
@@ -17,11 +18,6 @@ CREDENTIALS_HINT = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use storage options: --storage-option key=env:NAME and "
     "secret=env:NAME, or anon=true for a public bucket"
 )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message. It is empty if there is no message."""
-    return (str(error).splitlines() or [""])[0]
 
 
 @contextmanager

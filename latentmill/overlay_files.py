@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from latentmill.arrow_values import to_python
 from latentmill.canonical_json import VERIFY_HINT
+from latentmill.error_text import describe_error
 from latentmill.errors import CacheError, LatentmillError
 from latentmill.folder import CacheFolder
 
@@ -145,8 +146,7 @@ class OverlayFile:
         except LatentmillError:
             raise
         except Exception as error:  # damaged bytes can make Arrow raise anything
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CacheError(f"{self.url} is damaged: {message:.200}; {VERIFY_HINT}") from error
+            raise CacheError(f"{self.url} is damaged: {describe_error(error):.200}; {VERIFY_HINT}") from error
 
     def _find_bytes(self, group: int) -> tuple[int, int]:
         """Return the first byte of the wanted columns of a row group, and the byte after their last."""

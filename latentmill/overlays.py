@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from latentmill.arrow_values import to_python
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, canonical_json, parse_json_object
+from latentmill.error_text import describe_error
 from latentmill.errors import CacheError, IdentityError, LatentmillError, UsageError
 from latentmill.folder import CacheFolder
 from latentmill.overlay_files import OverlayEntry, OverlayFile
@@ -254,7 +255,7 @@ def read_version(folder: CacheFolder, number: int) -> Version:
     except FieldError as error:
         raise CacheError(f"{url} is damaged: {error}; {VERIFY_HINT}") from error
     except Exception as error:  # damaged bytes can make Arrow raise anything
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = describe_error(error)
         raise CacheError(f"{url} cannot be read as a version of columns: {message:.200}; {VERIFY_HINT}") from error
     if info != info.seal():
         raise CacheError(f"{url} was changed after it was written; {VERIFY_HINT}")

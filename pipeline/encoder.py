@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from latentmill.error_text import first_line
 from pipeline.errors import Rejected, VaeError
 from pipeline.images.seeds import derive_seed
 from pipeline.jax_model import JaxModel
@@ -304,7 +305,7 @@ class LatentEncoder:
                     raise VaeError(
                         f"out of memory on {self.compute.device} while encoding a single image of {height}x{width} "
                         f"pixels; use {backend}--tile-above to encode it in tiles "
-                        f"({(str(error).splitlines() or [''])[0]:.200})"
+                        f"({first_line(error):.200})"
                     ) from error
             self.compute = self.compute.with_smaller_batches()
             if self.compute.device in ("cuda", "mps"):

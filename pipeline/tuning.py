@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from latentmill.error_text import describe_error
 from latentmill.typed_json import FieldError, parse_fields
 from pipeline.canonical_json import indented_json, parse_json_object, with_checksum
 from pipeline.encoder import (
@@ -324,9 +325,9 @@ class _Benchmark:
                 self._measure(trial, form, attention, sizes, error or 0.0)
         except Exception as error:  # a form may fail in any way: Triton, torch.compile, a library
             if is_device_error(error):
-                text = f"the form {form} fails on this GPU ({summarize(error)}); use --encoder-form plain"
+                text = f"the form {form} fails on this GPU ({describe_error(error):.200}); use --encoder-form plain"
                 raise VaeError(text) from error
-            self.leave_out(form, attention, summarize(error))
+            self.leave_out(form, attention, f"{describe_error(error):.200}")
         finally:
             if trial is not None:
                 trial.close()
@@ -348,12 +349,6 @@ class _Benchmark:
             self.measured.append(
                 Measurement(form=form, attention=attention, batch_size=size, images_per_second=rate, error=error)
             )
-
-
-def summarize(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
 
 
 class GpuTrial:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latentmill.error_text import first_line
 from vae.errors import LoadError
 
 
@@ -53,8 +54,7 @@ def fetch(repository: str, name: str, revision: str | None = None) -> Path | Non
             f"the hub has no repository {repository}; check its name (a private one needs HF_TOKEN)"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise LoadError(f"{repository}: {name} cannot be downloaded from the hub: {reason}") from error
+        raise LoadError(f"{repository}: {name} cannot be downloaded from the hub: {first_line(error)}") from error
 
 
 def _import_library() -> tuple[Any, Any]:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from latentmill.arrow_values import to_python
-from latentmill.byte_stream import first_line
 from latentmill.cache_files import OpenCache
+from latentmill.error_text import first_line
 from latentmill.errors import CacheError
 from latentmill.group_spans import find_start
 from latentmill.loading.footers import read_footer

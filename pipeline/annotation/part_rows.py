@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.canonical_json import VERIFY_HINT
+from latentmill.error_text import describe_error
 from latentmill.errors import LatentmillError
 from latentmill.group_spans import GroupLimit
 from latentmill.part_files import PARQUET_SUFFIX, read_webdataset_rows
@@ -41,7 +42,7 @@ def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
     except LatentmillError:
         raise
     except Exception as error:  # damaged bytes can make a library raise anything
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = describe_error(error)
         raise DamagedFileError(f"{cache.folder.url_of(file)} is damaged: {message:.200}; {VERIFY_HINT}") from error
     if later:
         overlays = cache.overlays.read(file, later, 0, len(rows))

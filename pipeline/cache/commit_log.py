@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.error_text import describe_error
 from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import SCHEMA, make_removals, make_table
@@ -55,7 +56,7 @@ def parse_log(data: bytes, url: str, columns: Sequence[str] | None = None) -> pa
         with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
             return file.read(columns=columns, use_threads=False).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = describe_error(error)
         raise CacheError(f"{url} cannot be read as a commit log: {message:.200}; {REBUILD_HINT}") from error
 
 

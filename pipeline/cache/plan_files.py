@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentmill.error_text import describe_error
 from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
@@ -178,9 +179,8 @@ def _read_batches(cache: Folder, name: str, columns: Sequence[str]) -> Iterator[
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(columns), use_threads=False):
                 yield batch.select(columns).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
         url = cache.url_of(f"{FOLDER}/{name}")
-        raise CacheError(f"{url} cannot be read as a plan: {message:.200}; {VERIFY_HINT}") from error
+        raise CacheError(f"{url} cannot be read as a plan: {describe_error(error):.200}; {VERIFY_HINT}") from error
 
 
 def _parse_units(batch: pa.RecordBatch) -> Iterator[Unit]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from latentmill.cache_files import PART_SUFFIXES
+from latentmill.error_text import describe_error
 from pipeline.cache import commit_log, commits, identity, plan, runs, stats
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.parts import (
@@ -145,8 +146,7 @@ def run_check(file: str, do: str, check: Iterable[Problem]) -> list[Problem]:
     except LatentmillError:
         raise
     except Exception as error:  # of any kind, depending on the shape of the JSON
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Problem(file, f"its content is not valid: {message:.200}", do)]
+        return [Problem(file, f"its content is not valid: {describe_error(error):.200}", do)]
 
 
 def read_commit_files(folder: Folder, committed: Set[str], rejected: Set[str], name: str) -> CommitFiles:

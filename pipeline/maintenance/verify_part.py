@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from latentmill.error_text import describe_error
 from latentmill.part_files import read_rows, to_tensor
 from pipeline.cache import parts, tally
 from pipeline.cache.part_info import PartInfo
@@ -77,8 +78,7 @@ def check_part(cache: Cache, file: str, units: Mapping[str, Unit]) -> PartCheck:
         try:
             findings, check.keys, check.key_digest = check_rows(record, data, file, cache, unit)
         except Exception as error:  # damaged bytes can make a library raise anything
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            findings = [f"its rows cannot be read: {message:.200}"]
+            findings = [f"its rows cannot be read: {describe_error(error):.200}"]
         check.problems += [Problem(file, finding, describe_redo(file)) for finding in findings]
     return check
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from latentmill.cache_info import SourceRules
+from latentmill.error_text import first_line
 from latentmill.part_files import to_tensor
 from pipeline.cache.reader import read_rows
 from pipeline.encoder import ComputeConfig, build_model, denormalize_pixels, is_out_of_memory
@@ -164,10 +165,9 @@ class RenderWorker:
 
     def _halve_batches(self, size: int, row: RowToDecode, error: Exception) -> None:
         if size == 1:
-            text = (str(error).splitlines() or [""])[0]
             raise VaeError(
                 f"out of memory on {self.spec.compute.device} while decoding a single image of "
-                f"{row.values['height']}x{row.values['width']} pixels ({text:.200}); use another device"
+                f"{row.values['height']}x{row.values['width']} pixels ({first_line(error):.200}); use another device"
             ) from error
         self.batch_size = size // 2
         if self.spec.compute.device in ("cuda", "mps"):

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from latentmill.error_text import first_line
 from pipeline.errors import DamagedError, NoImagesError, ShardError
 from pipeline.limits import DEFAULT_LIMITS, Limits
 from pipeline.readers.image_column import flatten_schema, select_passable
@@ -170,7 +171,7 @@ def _damage_at(messages: _Messages) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise DamagedError(f"{messages.url} cannot be read as Arrow: {reason}", at=messages.start) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.error_text import first_line
 from pipeline.errors import DamagedError, NoImagesError, ShardError
 from pipeline.formats.schema import to_source_name
 from pipeline.limits import DEFAULT_LIMITS, Limits
@@ -70,7 +71,7 @@ def damage_at(offset: int, url: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # column names that are not UTF-8
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise DamagedError(f"{url} cannot be read as Parquet: {reason}", at=offset) from error
 
 

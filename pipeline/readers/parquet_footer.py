@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.error_text import first_line
 from pipeline.errors import DamagedError
 from pipeline.subprocess_server import Child, limit_itself, serve
 
@@ -59,7 +60,7 @@ def main() -> None:
                 middles.append(start + sum(chunk.total_compressed_size for chunk in chunks) // 2)
             return {"middles": middles}, b""
         except (pa.ArrowException, OSError, ValueError) as error:
-            return {"error": (str(error).splitlines() or [type(error).__name__])[0]}, b""
+            return {"error": first_line(error) or type(error).__name__}, b""
 
     serve(answer, SECONDS)
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from latentmill.byte_stream import name_url_in_errors
+from latentmill.error_text import first_line
 from pipeline.errors import DamagedError, ShardError
 from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits
@@ -164,7 +165,7 @@ def name_format(url: str, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, csv.Error, ValueError, RecursionError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         hint = "; --text-encoding sets its encoding" if isinstance(error, UnicodeDecodeError) else ""
         raise ShardError(f"{url} cannot be read as {kind.upper()}: {reason:.300}{hint}") from error
 

@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.utils import glob_translate
 
-from latentmill.byte_stream import first_line, name_url_in_errors
+from latentmill.byte_stream import name_url_in_errors
+from latentmill.error_text import first_line
 from latentmill.folder import has_password, open_filesystem
 from pipeline.errors import StorageError, UsageError
 from pipeline.records import get_shard_stem
