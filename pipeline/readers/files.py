@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from latentmill.byte_stream import name_url_in_errors
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import StorageError
 from pipeline.readers.image_files import is_same_file
 from pipeline.records import PlannedFile
 from pipeline.storage.connection import get_filesystem, is_local
 from pipeline.storage.etags import can_open_version, fetch_version, is_other_version, open_version
+from pipeline.storage.reading import make_changed_error
 
 
 def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned: PlannedFile) -> bytes:
@@ -32,7 +33,7 @@ def read_planned_file(url: str, options: Mapping[str, Any], limit: int, planned:
             data = cast(bytes, fs.cat_file(path, start=0, end=expected + 1))[: limit + 1]
         in_doubt = is_local(fs) or not planned.bytes or len(data) != expected
         if in_doubt and not is_same_file(planned, PlannedFile(planned.path, *fetch_version(fs, path))):
-            raise _make_changed_error(url, planned)
+            raise make_changed_error(url, planned.bytes)
         if len(data) != expected:
             text = f"cannot read {url}: only {len(data)} of {planned.bytes} bytes were delivered"
             raise StorageError(text, may_pass=True)
@@ -46,10 +47,5 @@ def _read_version(fs: Any, path: str, url: str, planned: PlannedFile, count: int
             return cast(bytes, file.read())
     except (OSError, TypeError) as error:
         if is_other_version(error):
-            raise _make_changed_error(url, planned) from error
+            raise make_changed_error(url, planned.bytes) from error
         raise
-
-
-def _make_changed_error(url: str, planned: PlannedFile) -> SourceError:
-    """Return the error for a file that differs from the plan."""
-    return SourceError(f"{url} has changed since it was planned (then {planned.bytes} bytes)")

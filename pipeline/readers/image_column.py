@@ -149,6 +149,11 @@ def contains_bytes(kind: Any) -> bool:
     return _is_binary(kind) or any(contains_bytes(kind.field(index).type) for index in range(kind.num_fields))
 
 
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type is text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _has_no_type(kind: Any) -> bool:
     """Whether a type is null, as in a column without values, or is a struct whose `bytes` are null."""
     if pa.types.is_struct(kind):

@@ -24,6 +24,7 @@ from latentmill.error_text import first_line
 from pipeline.errors import DamagedError, ShardError
 from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits
+from pipeline.readers.image_column import is_text
 from pipeline.readers.parquet import open_parquet
 from pipeline.records import PlannedFile, extension
 from pipeline.storage.connection import get_filesystem
@@ -310,7 +311,7 @@ def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str
 
     others: further known names. A name that is the only one to end with `_file_name` is known, too.
     """
-    texts = [str(field.name) for field in schema if _is_text(field.type)]
+    texts = [str(field.name) for field in schema if is_text(field.type)]
     if wanted is not None and wanted in texts:
         return wanted
     folded: dict[str, str] = {name.lower(): name for name in reversed(texts)}
@@ -319,10 +320,6 @@ def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str
             return folded[name]
     ends = [name for name in texts if name.endswith("_file_name")]
     return ends[0] if len(ends) == 1 else None
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def select_columns(schema: pa.Schema, without: str = "") -> pa.Schema:

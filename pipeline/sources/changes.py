@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.readers.image_files import is_same_file, unpack_files, unpack_metadata
-from pipeline.records import ListedFile, Unit
+from pipeline.records import ListedFile, PlannedFile, Unit
 from pipeline.sources.listing import Source, is_covered
 from pipeline.sources.planned_files import list_input_files
-from pipeline.sources.sidecars import NO_METADATA, SidecarIndex, collect_image_files, find_differences
+from pipeline.sources.sidecars import NO_METADATA, SidecarIndex, collect_image_files
 
 
 def find_changed(
@@ -32,18 +32,19 @@ def _find_changed_files(
         for files in unpack_files(unit):
             if files.image.path in listed and files.image.path not in unit.left_out:
                 current = collect_image_files(listed[files.image.path], sidecars.texts)
-                yield from find_differences(files, current, same_source)
+                yield from _find_differences((files.image, *files.texts), (current.image, *current.texts), same_source)
     elif unit.path in listed and not is_same_file(unit, listed[unit.path], same_source):
         yield unit.path
     if not unit.metadata and sidecars.metadata == NO_METADATA:
         return
     if inputs := [file.path for file in list_input_files(unit) if file.path in listed]:
-        yield from _find_changed_tables(unit, replace(unit, metadata=sidecars.metadata.pin(inputs)), same_source)
+        now = replace(unit, metadata=sidecars.metadata.pin(inputs))
+        yield from _find_differences(unpack_metadata(unit), unpack_metadata(now), same_source)
 
 
-def _find_changed_tables(before: Unit, now: Unit, same_source: bool) -> Iterator[str]:
-    """Yield the paths of metadata that were edited, added or removed."""
-    earlier, later = ({table.path: table for table in unpack_metadata(unit)} for unit in (before, now))
+def _find_differences(before: Iterable[PlannedFile], now: Iterable[PlannedFile], same_source: bool) -> Iterator[str]:
+    """Yield the paths of files that were edited, added or removed."""
+    earlier, later = ({file.path: file for file in files} for files in (before, now))
     for path in sorted(earlier.keys() | later.keys()):
         if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
             yield path

@@ -1,6 +1,6 @@
 """Choose files of the sources by the globs of `--include` and `--exclude`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.readers.image_files import get_folder
@@ -13,12 +13,11 @@ def choose_files(
     files: Sequence[ListedFile],
     include: Sequence[str],
     exclude: Sequence[str],
-    may_be_input: Callable[[ListedFile], bool],
 ) -> tuple[list[ListedFile], set[str]]:
     """Return the files that the globs choose, and the paths of the others.
 
-    include: globs of images and shards; empty: all. exclude: globs of any files. may_be_input: whether a file is an
-    image or a shard. The texts of an image that is left out are left out, too.
+    include: globs of images and shards; empty: all. exclude: globs of any files. The texts of an image that is left
+    out are left out, too.
     """
     if not include and not exclude:
         return list(files), set()
@@ -26,7 +25,7 @@ def choose_files(
     kept: list[ListedFile] = []
     for file in files:
         below = path_below_root(file.path)
-        is_input = bool(include) and may_be_input(file) and file.path not in companions
+        is_input = bool(include) and may_be_input(file.path) and file.path not in companions
         is_chosen = not is_input or any(matches_glob(below, glob) for glob in include)
         if is_chosen and not any(matches_glob(below, glob) for glob in exclude):
             kept.append(file)
@@ -37,6 +36,11 @@ def choose_files(
     texts.difference_update(find_nearby_texts(by_name, (image for image in images if image in chosen)))
     left_out = {file.path for file in files if file.path not in chosen} | texts
     return [file for file in kept if file.path not in texts], left_out
+
+
+def may_be_input(path: str) -> bool:
+    """Return whether a file is an image or a shard, by its extension."""
+    return bool(get_shard_kind(path)) or is_image(path)
 
 
 def _find_companions(files: Sequence[ListedFile]) -> set[str]:

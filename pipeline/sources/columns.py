@@ -17,7 +17,7 @@ from pipeline.errors import DamagedError, NoImagesError, ShardError, SourceError
 from pipeline.formats.schema import RESERVED_NAMES, PassthroughColumns
 from pipeline.limits import Limits
 from pipeline.readers import arrow, parquet
-from pipeline.readers.image_column import contains_bytes
+from pipeline.readers.image_column import contains_bytes, is_text
 from pipeline.readers.partitions import parse_partitions
 from pipeline.records import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, ListedFile, extension, get_shard_kind
 from pipeline.sources.archives import FILES, check_archives, find_member_extensions, get_member_type, pick_spread
@@ -190,11 +190,6 @@ def _find_texts(
     images = {image.lower()} if image and not has_images else IMAGE_EXTENSIONS
     others = sorted(found - images - set(captions) - RESERVED)
     return [*(name for name in captions if name in found), *others]
-
-
-def is_text(kind: object) -> bool:
-    """Whether an Arrow type is text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _has_empty_struct(kind: pa.DataType) -> bool:

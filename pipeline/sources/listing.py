@@ -16,7 +16,7 @@ from pipeline.readers.metadata import METADATA_NAMES
 from pipeline.records import ListedFile, get_shard_kind, is_image
 from pipeline.sources import own_outputs
 from pipeline.sources.alternates import find_alternates
-from pipeline.sources.choosing import choose_files
+from pipeline.sources.choosing import choose_files, may_be_input
 from pipeline.sources.found import FoundFile, FoundFiles, find_files_below
 from pipeline.sources.garbage import without_garbage_search
 from pipeline.sources.patterns import (
@@ -104,7 +104,7 @@ def list_sources(
         source, files = _expand(argument, options, local, cache, skipped, listings)
         _check_name(source, named)
         named.append(source)
-        chosen, left_out = choose_files(files, include, exclude, _may_be_input)
+        chosen, left_out = choose_files(files, include, exclude)
         skipped.left_out |= left_out
         for file in chosen:
             if file.is_named or file.path not in found:
@@ -290,11 +290,6 @@ def _make_listed_files(
         )
 
 
-def _may_be_input(file: ListedFile) -> bool:
-    """Whether a file is an image or a shard, by its extension."""
-    return bool(get_shard_kind(file.path)) or is_image(file.path)
-
-
 def _drop_hidden_and_system_files(files: dict[str, FoundFile], root: str, skipped: SkippedFiles) -> None:
     """Remove the files with a hidden step, and those of operating systems, which are added to `skipped`."""
     folders: dict[str, tuple[bool, bool]] = {}
@@ -348,7 +343,7 @@ def _drop_own_outputs(
         raise SourceError(f"there is no source at {source}: latentmill wrote all files there, {', '.join(outputs)}")
     for owner, owner_files in outputs.items():
         skipped.own_outputs.setdefault(owner, set()).update(owner_files)
-    inputs = (file for file in files if (get_shard_kind(file) or is_image(file)) and file not in written)
+    inputs = (file for file in files if may_be_input(file) and file not in written)
     links = find_second_paths(files, inputs)
     skipped.links |= links
     for file in written | links:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.canonical_json import canonical_json
-from pipeline.readers.image_files import ImageFiles, get_folder, is_same_file
+from pipeline.readers.image_files import ImageFiles, get_folder
 from pipeline.readers.metadata import find_metadata
 from pipeline.records import ListedFile, PlannedFile, extension, get_shard_kind, is_image, stem
 
@@ -175,11 +175,3 @@ def pin_files(images: Sequence[ImageFiles]) -> dict[str, Any]:
     files = pack_files(images)
     size = sum(image_files.image.bytes for image_files in images)
     return {"bytes": size, "etag": hashlib.sha256(files.encode()).hexdigest(), "files": files}
-
-
-def find_differences(before: ImageFiles, now: ImageFiles, same_source: bool = False) -> Iterator[str]:
-    """Yield the paths of files that were edited, added or removed. same_source: as for `is_same_file`."""
-    earlier, later = ({file.path: file for file in (files.image, *files.texts)} for files in (before, now))
-    for path in sorted(earlier.keys() | later.keys()):
-        if path not in earlier or path not in later or not is_same_file(earlier[path], later[path], same_source):
-            yield path

@@ -100,16 +100,17 @@ def read_file(url: str, options: Mapping[str, Any], limit: int, size: int | None
         data = read_slice(fs, path, 0, limit + 1) if is_s3(fs) else None
     if data is not None:
         if size is not None and len(data) != min(size, limit + 1):
-            raise _make_size_error(url, size)
+            raise make_changed_error(url, size)
         return data
     with open_stream(url, options) as stream:
         if size is not None and stream.seek(0, 2) != size:
-            raise _make_size_error(url, size)
+            raise make_changed_error(url, size)
         stream.seek(0)
         return stream.read(limit + 1)
 
 
-def _make_size_error(url: str, size: int) -> SourceError:
+def make_changed_error(url: str, size: int) -> SourceError:
+    """Return the error for a file that differs from the plan. size: bytes that it had when it was planned."""
     return SourceError(f"{url} has changed since it was planned (then {size} bytes)")
 
 
