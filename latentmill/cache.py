@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from latentmill.cache_files import DATA, PART_SUFFIXES, check_digest, check_overlays
 from latentmill.cache_info import NAME, CacheInfo, parse_cache_json
 from latentmill.canonical_json import VERIFY_HINT
+from latentmill.error_text import describe_error
 from latentmill.errors import CacheError, LatentmillError, NoCacheError, UsageError
 from latentmill.folder import CacheFolder, make_absolute
 from latentmill.loading.random_access import RowAccess
@@ -128,8 +129,8 @@ class Cache:
         except LatentmillError:
             raise
         except Exception as error:  # damaged bytes can make tarfile and Arrow raise anything
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CacheError(f"{self.folder.url_of(file)} cannot be read: {message:.200}; {VERIFY_HINT}") from error
+            reason = describe_error(error)
+            raise CacheError(f"{self.folder.url_of(file)} cannot be read: {reason:.200}; {VERIFY_HINT}") from error
 
     def _add_overlays(
         self,
