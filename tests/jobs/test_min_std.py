@@ -30,6 +30,6 @@ def test_near_empty_images_are_filtered_and_counted(latentmill: Command, micro_v
     assert encode(*to_c)[0] == 0, "the cache's value is the default"
     code, _, err = encode(*to_c, "--min-std", 3)
     assert (code, "--min-std 2, this command has --min-std 3" in err) == (2, True)
-    for value in ("-1", "128", "nan"):
+    for value in ("-1", "128"):
         code, _, err = encode(*to_d, "--min-std", value)
         assert (code, "--min-std must be from 0 to 127.5, " in err) == (2, True)
