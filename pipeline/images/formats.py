@@ -16,6 +16,7 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, Unident
 
 from pipeline.errors import Rejected
 from pipeline.images import jxl
+from pipeline.images.boxes import read_jp2_profile
 from pipeline.limits import Limits
 
 # In the order in which Pillow tries them.
@@ -104,6 +105,8 @@ def open_header(source: io.BytesIO, limits: Limits) -> Image.Image:
     check_size(*image.size, limits)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_tiff(image, limits)
+    if image.format == "JPEG2000" and (profile := read_jp2_profile(data)):  # Pillow does not read it
+        image.info["icc_profile"] = profile
     return image
 
 

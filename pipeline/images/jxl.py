@@ -3,6 +3,8 @@
 The plugin of Pillow decodes the whole image when it opens it, so its size must be known, and checked, before.
 """
 
+from pipeline.images.boxes import read_boxes
+
 CODESTREAM = b"\xff\x0a"
 CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}  # width : height
@@ -39,15 +41,8 @@ def _take_side(bits: _Bits, is_small: int) -> int:
 
 def _find_codestream(data: bytes) -> bytes:
     """Return the start of the codestream in a container."""
-    at = len(CONTAINER)
-    while at + 8 <= len(data):
-        size, kind, start = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8], at + 8
-        if size == 1:  # the real size follows
-            size, start = int.from_bytes(data[start : start + 8]), start + 8
-        start += 4 * (kind == b"jxlp")  # the number of a partial codestream
-        if kind in (b"jxlc", b"jxlp") and data.startswith(CODESTREAM, start):
-            return data[start : start + 32]
-        if size < 8:  # the last box, or no box
-            break
-        at += size
+    for kind, start, _ in read_boxes(data):
+        at = start + 4 * (kind == b"jxlp")  # after the number of a partial codestream
+        if kind in (b"jxlc", b"jxlp") and data.startswith(CODESTREAM, at):
+            return data[at : at + 32]
     raise ValueError("no codestream")

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from pipeline.images import formats
 from tests.conftest import encoded, smooth
-from tests.pipeline.images.profiles import make_cmyk, make_gray, make_p3
+from tests.pipeline.images.profiles import embed_in_jp2, make_cmyk, make_gray, make_p3
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I", "F")
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -59,6 +59,8 @@ def make_sound_files(modes: Sequence[str] = MODES) -> Iterator[OddFile]:
             choices = [{}, {"icc_profile": profile, "exif": exif}, *(OPTIONS.get(kind, ()) if len(mode) > 2 else ())]
             for number, options in enumerate(choices):
                 if data := write_image(make_image(mode), kind, options):
+                    if kind == "JPEG2000" and "icc_profile" in options:  # Pillow does not write it
+                        data = embed_in_jp2(data, profile)
                     name = f"{kind}-{mode.replace(';', '')}-{number}"
                     is_sound = kind in READ and mode not in ("I", "F")
                     yield OddFile(name, extensions.get(kind, ".img"), data, is_sound)

@@ -1,5 +1,6 @@
 """Colors of opened images: profiles, alpha, and modes that Pillow reads with another range."""
 
+import contextlib
 import io
 import struct
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 
 from pipeline.errors import Rejected
 from pipeline.images import color
+from pipeline.images.boxes import read_jp2_profile
 from pipeline.images.decode import open_pixels, read_jpeg_header
 from pipeline.images.decode_settings import DecodeSettings
 from pipeline.images.sandbox import SandboxedDecoder
@@ -19,7 +21,9 @@ from tests.pipeline.images.profiles import (
     CYAN,
     convert_lab_to_srgb,
     convert_p3_to_srgb,
+    embed_in_jp2,
     encode_srgb,
+    make_box,
     make_cmyk,
     make_gray,
     make_p3,
@@ -69,6 +73,61 @@ def test_a_profile_of_a_lossy_format_is_converted(kind: str) -> None:
     data = encoded(smooth(1), kind, icc_profile=P3, quality=95)
     kept = open_pixels(data)
     assert distance(open_with(data, color="srgb"), convert_p3_to_srgb(kept)) <= 2
+
+
+@pytest.mark.parametrize("method", [2, 3])
+def test_a_profile_of_a_jpeg_2000_is_converted(method: int) -> None:
+    pixels = smooth(1)
+    data = embed_in_jp2(encoded(pixels, "JPEG2000"), P3, method)
+    assert np.array_equal(open_pixels(data), pixels)
+    assert distance(open_with(data, color="srgb"), convert_p3_to_srgb(pixels)) <= 2
+
+
+def test_a_gray_profile_of_a_jpeg_2000_is_converted() -> None:
+    values = np.repeat(np.arange(256, dtype=np.uint8)[None], 8, 0)
+    data = embed_in_jp2(save(Image.fromarray(values), "JPEG2000"), make_gray(1.5))
+    assert distance(open_with(data, color="srgb"), as_rgb(encode_srgb((values / 255) ** 1.5))) <= 2
+
+
+@pytest.mark.parametrize("method", [0, 1, 4])
+def test_a_colr_box_of_another_method_is_no_profile(method: int) -> None:
+    data = embed_in_jp2(encoded(smooth(1), "JPEG2000"), P3, method)
+    assert read_jp2_profile(data) is None
+    assert np.array_equal(open_with(data, color="srgb"), smooth(1))
+
+
+def test_only_the_first_colr_box_of_a_jpeg_2000_counts() -> None:
+    plain = encoded(smooth(1), "JPEG2000")
+    second = make_box(b"colr", b"\2\0\0" + make_p3(1.0))
+    assert read_jp2_profile(embed_in_jp2(plain, P3, 2, second)) == P3
+    assert read_jp2_profile(embed_in_jp2(plain, struct.pack(">I", 16), 1, second)) is None
+
+
+def test_boxes_have_sizes_of_32_or_64_bits_or_reach_to_the_end() -> None:
+    color = b"\2\0\0profile"
+    long = make_box(b"ftyp", b"abc", is_long=True) + make_box(b"jp2h", make_box(b"colr", color, is_long=True))
+    last = struct.pack(">I4s", 0, b"jp2h") + struct.pack(">I4s", 0, b"colr") + color
+    assert [read_jp2_profile(data) for data in (long, last)] == [b"profile", b"profile"]
+    for damaged in (struct.pack(">I4s", 7, b"ftyp"), struct.pack(">I4sQ", 1, b"ftyp", 15), long[:7]):
+        assert read_jp2_profile(damaged + last) is None
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L"])
+def test_a_jpeg_2000_with_a_damaged_profile_or_box_is_converted_or_rejected(kind: str) -> None:
+    draw = np.random.default_rng(0)
+    profile = P3 if kind == "RGB" else make_gray(1.8)
+    plain = save(Image.fromarray(smooth(3, 8, 8)).convert(kind), "JPEG2000")
+    data = embed_in_jp2(plain, profile)
+    end = data.index(b"jp2c")
+    for number in range(200):
+        changed = bytearray(data)
+        for place in draw.integers(data.index(b"jp2h") - 4, end if number % 2 else data.index(b"colr") + 20, 2):
+            changed[place] = draw.integers(256)
+        with contextlib.suppress(Rejected):
+            assert open_with(bytes(changed), Limits(pixels=10_000), color="srgb").ndim == 3
+    for garbage in (b"garbage", profile[:100], P3 + bytes(color.MAX_PROFILE)):
+        opened = open_with(embed_in_jp2(plain, garbage), color="srgb")
+        assert np.array_equal(opened, open_pixels(plain))
 
 
 def test_a_reduced_jpeg_is_converted() -> None:
