@@ -152,7 +152,8 @@ def inspect_sources(options: EncodeOptions, cache: Folder, recorded: SourceRules
     tables = [*metadata.schemas, *manifests.schemas, *make_label_schemas(classes)]
     wanted, captions = parse_columns(options.columns), rules.caption_extensions
     if others := unit_files.count_other_files(shards, (*captions, *(wanted or ()))):
-        counts = ", ".join(f"{count} .{name}" for name, count in sorted(others.items()))
+        kinds = ((f".{name}" if name else "without an extension", count) for name, count in sorted(others.items()))
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
         hint = "; --caption-extensions turns text files into columns" if CAPTIONS & others.keys() else ""
         log_note(f"passed over files that are neither shards nor images: {counts}{hint}")
     columns = find_columns(shards, inputs, source_options, images, wanted, limits, keys, captions, tables)

@@ -25,6 +25,8 @@ Backend = Literal["torch", "jax"]  # that runs the model
 Form = Literal["plain", "fused", "compiled"]  # of the encoder, see `pipeline.encoder.ComputeConfig`
 AttentionKernel = Literal["sdpa", "per-image"]
 # The extensions of images: of formats that are read, that a plugin reads, and that are rejected. The bytes decide.
+# Not those that mostly name other things: `.ps` (documents), `.mpg` (videos), `.pcd` (point clouds), `.gbr` (circuit
+# boards), `.h5`, `.hdf`, `.grib` and `.bufr` (arrays).
 _READ = (
     *("jpg", "jpeg", "jpe", "jfif", "jif", "mpo", "png", "apng", "webp", "gif", "bmp", "dib", "avif", "avifs"),
     *("tif", "tiff", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "ico"),
@@ -33,7 +35,8 @@ _READ = (
 _BY_PLUGIN = ("heic", "heif", "hif", "jxl")
 _REJECTED = (  # vectors and layers, other raster formats, raw files of cameras
     *("svg", "svgz", "eps", "wmf", "emf", "psd", "psb", "xcf", "kra", "exr", "hdr", "icns", "cur", "blp", "dcx", "pxr"),
-    *("jxr", "wdp", "hdp", "bpg", "flif", "jls", "djvu", "dcm", "fits", "fli", "flc", "msp", "ras", "xbm", "xpm"),
+    *("jxr", "wdp", "hdp", "bpg", "flif", "jls", "djvu", "dcm", "fits", "fit", "fts", "fli", "flc", "msp", "ras"),
+    *("xbm", "xpm", "im", "iim", "ftc", "ftu"),
     *("dng", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "sr2", "raf", "orf", "rw2", "pef", "srw", "x3f", "3fr"),
     *("fff", "erf", "mrw", "rwl", "iiq", "kdc", "dcr", "mef", "gpr"),
 )

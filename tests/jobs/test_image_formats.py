@@ -128,3 +128,22 @@ def test_of_hundreds_of_odd_files_none_is_passed_over(encode: Command, tmp_path:
     assert sorted([*rows, *(reject["key"] for reject in rejects)]) == sorted(keys)
     assert len(rows) > 50
     assert {reject["reason"] for reject in rejects} >= {"corrupt", "not_an_image", "unsupported_format"}
+
+
+def test_images_without_the_extension_of_an_image_are_noted_and_a_manifest_can_list_them(
+    encode: Command, tmp_path: Path
+) -> None:
+    source, data = tmp_path / "photos", encoded(smooth(1))
+    source.mkdir()
+    for name in ("a", "b.jpg_large", "c.jpg~", "d.jpg"):
+        (source / name).write_bytes(data)
+    (source / "e.fit").write_bytes(b"SIMPLE  =                    T" + bytes(3000))
+    _, _, err = encode(source)
+    assert list(rows_of(tmp_path / "c")) == ["d"]
+    assert [(reject["key"], reject["reason"]) for reject in read_rejects(tmp_path / "c")] == [
+        ("e", "unsupported_format")
+    ]
+    assert "passed over files that are neither shards nor images: 1 without an extension, 1 .jpg_large, 1 .jpg~" in err
+    (tmp_path / "m.jsonl").write_text('{"file_name": "photos/a"}\n{"file_name": "photos/c.jpg~"}\n')
+    assert encode(tmp_path / "m.jsonl", "--to", tmp_path / "listed")[0] == 0
+    assert sorted(rows_of(tmp_path / "listed")) == ["photos/a", "photos/c"]

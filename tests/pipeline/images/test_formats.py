@@ -110,10 +110,12 @@ def test_the_first_page_of_a_tiff_and_the_largest_icon_are_used() -> None:
 
 def test_files_with_the_extensions_of_these_formats_are_images() -> None:
     others = {".pdf", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow names them, but decodes none
-    others |= {".pcd", ".fit", ".im", ".palm", ".iim", ".gbr", ".ftc", ".ftu"}  # mostly other things, as point clouds
+    others |= {".pcd", ".palm", ".gbr"}  # mostly other things, as point clouds
     assert {name[1:] for name in Image.registered_extensions().keys() - others} <= IMAGE_EXTENSIONS
-    assert all(map(is_image, ("a.JFIF", "a.jpe", "a.heic", "a.JXL", "a.cr2", "a.svg", "a.psd")))
-    assert not any(map(is_image, ("a.txt", "a.json", "a.npy", "a.mp4", "a.pdf", "jpg")))
+    assert all(map(is_image, ("a.JFIF", "a.jpe", "a.heic", "a.JXL", "a.cr2", "a.svg", "a.psd", "a.fit", "a.im")))
+    assert not any(
+        map(is_image, ("a.txt", "a.json", "a.npy", "a.mp4", "a.pdf", "a.pcd", "jpg", "a.jpg_large", "a.jpg~"))
+    )
 
 
 # Formats that are rejected by name
