@@ -7,6 +7,7 @@ hands to another program (EPS to Ghostscript), and none without pixels of their 
 import contextlib
 import importlib
 import io
+import re
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,21 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (6, b"HEAPCCDR", "camera raw"),
     (8, b"CR\2\0", "camera raw"),
 )
+# The same for files that Pillow did not open: the signatures that files of other formats may have, and rare formats.
+_LATE_SIGNATURES = {
+    "XBM": rb"(/\*[^*]*\*/)?\s*#define[ \t]+\S*width[ \t]+\d",
+    "XPM": rb"/\* XPM \*/",
+    "IM": rb"Image type: ",
+    "FLI": rb".{4}[\x11\x12]\xaf.{6}\x08\0",
+    "Windows cursor": rb"\0\0\x02\0[^\0]\0.{3}\0",  # a TGA may start with the first four
+    "Microsoft Paint": rb"DanM|LinS",
+    "DCX": rb"\xb1\x68\xde\x3a",
+    "PIXAR": rb"\x80\xe8\0\0",
+    "FTEX": rb"FTEX",
+    "GIMP brush": rb".{20}GIMP",
+    "Photo CD": rb".{2048}PCD_",
+    "Krita": rb"PK.{28}mimetypeapplication/x-krita",
+}
 # What follows `ftyp` in files of ISO's base media file format. Some brands say nothing about the compression.
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
@@ -241,4 +257,7 @@ def _explain_unidentified(data: bytes, name: str) -> Rejected:
             return Rejected("open", "corrupt")
     if name or any(_has_signature(data, known) for known in FORMATS):
         return Rejected("open", "corrupt")
+    for other, signature in _LATE_SIGNATURES.items():
+        if re.match(signature, data[:4096], re.DOTALL):
+            return Rejected("open", "unsupported_format", other)
     return Rejected("open", "not_an_image", more=": they are a page of HTML" if _is_html(data) else "")

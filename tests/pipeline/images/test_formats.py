@@ -138,6 +138,21 @@ OTHERS = {
     "FITS": b"SIMPLE  =                    T" + bytes(3000),
     "MPEG-4": b"\0\0\0\x18ftypmp42" + bytes(100),
 }
+LATE = {
+    "XBM": encoded(noise(16, 16)[:, :, 0] > 100, "XBM"),
+    "XBM with a comment": b"/* Created with GIMP */\n#define a-b_width 16\n#define a-b_height 16\n",
+    "XPM": b'/* XPM */\nstatic char *a[] = {"1 1 1 1",};',
+    "IM": b"Image type: RGB image\r\nName: a.im\r\n" + bytes(1000),
+    "FLI": struct.pack("<IHHHHHH", 128, 0xAF12, 1, 16, 16, 8, 3) + bytes(112),
+    "Windows cursor": b"\0\0\2\0\1\0" + bytes([16, 16, 0, 0, 1, 0, 1, 0]) + struct.pack("<II", 40, 22) + bytes(40),
+    "Microsoft Paint": encoded(noise(16, 16)[:, :, 0] > 100, "MSP"),
+    "DCX": struct.pack("<I", 0x3ADE68B1) + bytes(100),
+    "PIXAR": b"\x80\xe8\0\0" + bytes(600),
+    "FTEX": b"FTEX" + bytes(100),
+    "GIMP brush": struct.pack(">5I", 28, 2, 1, 1, 4) + b"GIMP" + bytes(100),
+    "Photo CD": b"\xff" * 2048 + b"PCD_IPI" + bytes(3000),
+    "Krita": b"PK\3\4" + bytes(26) + b"mimetypeapplication/x-kritaPK" + bytes(100),
+}
 RAW = {
     "CR2": b"II*\0\x10\0\0\0CR\2\0" + bytes(100),
     "CR3": b"\0\0\0\x18ftypcrx " + bytes(100),
@@ -152,6 +167,19 @@ def test_other_formats_are_named(name: str) -> None:
     reject = expect_reject(OTHERS[name])
     assert reject.reason == "unsupported_format"
     assert reject.detail == f"the image is in the format {name}, which is not supported; convert it"
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_format_is_named_by_its_first_bytes_if_pillow_knows_no_other(name: str) -> None:
+    reject = expect_reject(LATE[name])
+    assert (reject.reason, name.split(" with")[0] in reject.detail) == ("unsupported_format", True), reject.detail
+
+
+@pytest.mark.parametrize(
+    "text", [b"#define A 1\n", b"/*" * 2000, b"/**/" * 1000, b"a.width 16", b"GIMP", b"\xb1\x68"], ids=len
+)
+def test_bytes_that_resemble_a_signature_are_no_image(text: bytes) -> None:
+    assert expect_reject(text).reason == "not_an_image"
 
 
 @pytest.mark.parametrize("name", RAW)
