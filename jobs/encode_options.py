@@ -180,8 +180,8 @@ class EncodeOptions(Common):
     )
     label_from_folder: bool = option(
         False,
-        "columns label and label_name from the folders directly below the root, numbered in sorted order from 0, as "
-        "torchvision does",
+        "columns label and label_name of image files, from the folders directly below the root, numbered in sorted "
+        "order from 0, as torchvision does; not of images in tars, zips and tables",
         "input",
     )
     image_column: str = option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import encoded, smooth, write_tar
 from tests.jobs.test_metadata import read_columns, write_images
 
 Command = Callable[..., tuple[int, str, str]]
@@ -56,6 +57,18 @@ def test_labels_of_edm2(encode: Command, source: Path, tmp_path: Path) -> None:
 def test_images_without_folders_have_no_labels(encode: Command, tmp_path: Path) -> None:
     code, _, err = encode(write_images(tmp_path / "photos", "a.jpg"), "--label-from-folder")
     assert (code, "no image is in a folder directly below the root" in err) == (2, True)
+
+
+def test_folders_in_archives_make_no_classes(encode: Command, source: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "shards/train.tar", {"cat/0.jpg": encoded(smooth(0))})
+    code, _, err = encode(tmp_path / "shards", "--label-from-folder")
+    assert (code, "the images of the sources are not files in folders, but in shards/train.tar" in err) == (2, True), (
+        err
+    )
+    code, _, err = encode(source, tmp_path / "shards", "--label-from-folder")
+    assert (code, "files whose images get no label" in err, "1 (shards/train.tar)\n" in err) == (0, True, True), err
+    labels = read_columns(tmp_path / "c", "label_name")
+    assert (labels["cat/0"], labels["cat/deep/2"]) == ((None,), ("cat",))
 
 
 def test_labels_that_the_columns_leave_out_are_refused(encode: Command, source: Path, tmp_path: Path) -> None:
