@@ -282,8 +282,8 @@ def encode_pending(
         finally:
             totals.wall, totals.busy_last_minute = time.perf_counter() - started, None
             write_log(log, is_last=True)
-            for line in skipped.describe():
-                log_note(line)
+            log_each(skipped.describe(), log_note)
+            log_each(skipped.find_unused_tables(), log_warning)
             log_each(tuning.describe_choices(cache) if spec.candidates else (), log_info)
 
 

@@ -1,10 +1,11 @@
 """The inputs that the readers of a run skipped because they are not part of a sample. Logged once, at its end."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pipeline.cache.part_info import UnitReport
-from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, NO_ROW, OTHER_IMAGES, STRAY
+from pipeline.readers.skipped import APART, HIDDEN, NO_IMAGES, NO_METADATA, NO_ROW, OTHER_IMAGES, STRAY, TABLES
 from pipeline.text import printable
 
 MAX_NAMES = 3  # of files in a message
@@ -14,17 +15,31 @@ MAX_NAMES = 3  # of files in a message
 class SkippedInputs:
     """Counts of skipped inputs by kind.
 
-    files: the paths of the Parquet files, Arrow files and zips without images.
+    files: the paths of the Parquet files, Arrow files and zips without images. with_tables: those of the tars and zips
+    with tables of metadata inside.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     files: list[str] = field(default_factory=list)
+    with_tables: set[str] = field(default_factory=set)
 
     def add(self, done: UnitReport, path: str) -> None:
         """Add the inputs that a unit skipped. path: of the unit's shard."""
         self.counts.update(done.skipped)
         if done.skipped.get(NO_IMAGES):
             self.files.append(path)
+        if done.skipped.get(TABLES):
+            self.with_tables.add(path)
+
+    def find_unused_tables(self) -> list[str]:
+        """Return a line about columns that a cache lacks, because their tables are inside tars or zips."""
+        if not self.with_tables:
+            return []
+        return [
+            f"tables of metadata inside tars or zips, whose columns and labels are not used: {self.counts[TABLES]:,} "
+            f"({_name_files(self.with_tables)}): unpack these archives, or put a table with a column key beside them, "
+            "and encode into another --to"
+        ]
 
     def describe(self) -> list[str]:
         """Return a line for each kind that was skipped."""
@@ -54,7 +69,13 @@ class SkippedInputs:
                 f"samples of tars without a row in their metadata, whose columns are null: {self.counts[NO_ROW]:,}"
             )
         if self.files:
-            more = f" and {len(self.files) - MAX_NAMES} more" if len(self.files) > MAX_NAMES else ""
-            names = ", ".join(map(printable, sorted(self.files)[:MAX_NAMES]))
-            lines.append(f"skipped {len(self.files):,} files without images, and their columns: {names}{more}")
+            lines.append(
+                f"skipped {len(self.files):,} files without images, and their columns: {_name_files(self.files)}"
+            )
         return lines
+
+
+def _name_files(paths: Collection[str]) -> str:
+    """Return the first few paths, and how many more there are."""
+    more = f" and {len(paths) - MAX_NAMES} more" if len(paths) > MAX_NAMES else ""
+    return ", ".join(map(printable, sorted(paths)[:MAX_NAMES])) + more

@@ -8,7 +8,8 @@ from typing import Any
 from pipeline.errors import Rejected
 from pipeline.limits import Limits, check_key, check_text
 from pipeline.readers.members import Member, Wanted, explain_no_image, fold_key, is_stray, looks_like_image
-from pipeline.readers.skipped import APART, OTHER_IMAGES, STRAY
+from pipeline.readers.metadata import LABEL_TABLE, METADATA_NAMES
+from pipeline.readers.skipped import APART, OTHER_IMAGES, STRAY, TABLES
 from pipeline.records import Reject, Sample
 from pipeline.text import printable_key
 
@@ -24,9 +25,9 @@ def make_samples(
 ) -> Iterator[Sample | Reject]:
     """Yield the samples that adjacent members of one key form, in the order of the members.
 
-    skipped: receives the number of members that are not part of a sample as STRAY. As OTHER_IMAGES, it receives the
-    images beside the image of a sample that are not wanted. As APART, it receives how many images and texts of one key
-    are not adjacent.
+    skipped: receives the number of members that are not part of a sample as STRAY, or as TABLES. As OTHER_IMAGES, it
+    receives the images beside the image of a sample that are not wanted. As APART, it receives how many images and
+    texts of one key are not adjacent.
     Rejects (stage "read"): `no_image`, `image_not_embedded`, `duplicate_key`, `bad_key`, `too_many_bytes`, `bad_text`,
     `text_too_long`, and the problems of members.
     """
@@ -36,8 +37,10 @@ def make_samples(
     keys_without_image: set[str] = set()
     for key, group in _group_by_key(members, wanted):
         images = wanted.select_images(group)
-        if not images and is_stray(group, wanted.texts):
-            skipped[STRAY] += len(group)
+        tables = 0 if images else sum(map(_is_table, group))
+        if not images and (tables == len(group) or is_stray(group, wanted.texts)):
+            skipped[TABLES] += tables
+            skipped[STRAY] += len(group) - tables
             continue
         other, same = (keys_without_image, keys) if images else (keys, keys_without_image)
         skipped[APART] += key in other and key not in same
@@ -60,6 +63,11 @@ def make_samples(
             except Rejected as error:
                 yield Reject.from_error(position, printable_key(key, limits.key_bytes), error)
             position += 1
+
+
+def _is_table(member: Member) -> bool:
+    """Whether a member has the name of a table of metadata. EDM2's is in the root of its zip."""
+    return member.base in METADATA_NAMES and (member.base != LABEL_TABLE or member.name == LABEL_TABLE)
 
 
 def _count_other_images(group: Iterable[Member], images: Container[Member], wanted: Wanted) -> int:

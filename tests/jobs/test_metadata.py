@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,17 @@ def test_metadata_of_tars_are_joined_by_key(encode: Command, latentmill: Command
     pq.write_table(pa.table({"key": [*keys, keys[0]], "label": [7, 8, 9, 1]}), tmp_path / "tars/metadata.parquet")
     code, _, err = encode(tmp_path / "tars", "--to", tmp_path / "d")
     assert (code, "several rows of one sample: 000000000; keep one of them" in err) == (2, True), err
+
+
+def test_tables_inside_archives_are_reported(encode: Command, tmp_path: Path) -> None:
+    labels = json.dumps({"labels": [["00000/img00000000.png", 6]]})
+    with zipfile.ZipFile(tmp_path / "edm2.zip", "w") as archive:
+        archive.writestr("00000/img00000000.png", encoded(smooth(0), "PNG"))
+        archive.writestr("dataset.json", labels)
+    code, out, err = encode(tmp_path / "edm2.zip")
+    assert (code, "rejected   0" in out) == (0, True), err
+    assert "WARNING tables of metadata inside tars or zips, whose columns and labels are not used: 1 (" in err
+    assert "edm2.zip): unpack" in err
 
 
 def test_the_files_that_img2dataset_writes(encode: Command, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import DamagedError, NoImagesError, ShardError
 from pipeline.limits import Limits
 from pipeline.readers import zip as zip_reader
 from pipeline.readers.members import Wanted
-from pipeline.readers.skipped import HIDDEN, NO_IMAGES, STRAY
+from pipeline.readers.skipped import HIDDEN, NO_IMAGES, STRAY, TABLES
 from pipeline.readers.zip import list_members, read_zip
 from pipeline.records import Reject, Sample
 from tests.conftest import img2dataset_members
@@ -84,6 +84,16 @@ def test_names_are_utf8_or_code_page_437() -> None:
     flagged = make_zip({"üä.jpg": b"3", "set\\c.jpg": b"4", "../d.jpg": b"5"})
     found = [outcome(item)[1:] for data in (old, unflagged, flagged) for item in read(data)[0]]
     assert found == [("üä", b"1"), ("üä", b"2"), ("üä", b"3"), ("set/c", b"4"), ("../d", "bad_key")]
+
+
+def test_tables_of_metadata_are_counted_and_no_samples() -> None:
+    members = {"dataset.json": b'{"labels": []}', "00000/img0.jpg": b"jpg", "00000/metadata.jsonl": b"", "a.csv": b""}
+    items, skipped = read(make_zip(members))
+    assert [outcome(item)[1] for item in items] == ["00000/img0"]
+    assert (skipped[TABLES], skipped[STRAY]) == (2, 1)
+    items, skipped = read(make_zip({"dataset.jpg": b"jpg", "dataset.json": b"{}", "sub/dataset.json": b"{}"}))
+    assert [outcome(item)[1:] for item in items] == [("dataset", b"jpg"), ("sub/dataset", "no_image")]
+    assert not skipped[TABLES]
 
 
 def test_a_second_image_of_a_key_is_a_duplicate() -> None:
