@@ -86,7 +86,7 @@ def run_job(options: EncodeOptions, given: set[str], signals: Signals) -> int:
         wanted = cache_spec.describe_cache(options, vae, resources, existing, inputs.columns, inputs.classes)
         info = identity.create_or_load(cache, wanted)
         outcome = run_encode(options, cache, info, vae, inputs.listing, resources, signals)
-    print_summary(options, cache, info.vae, outcome)
+    print_summary(options, cache, info, outcome)
     return outcome.code
 
 

@@ -14,8 +14,12 @@ from jobs.messages import log_each, log_error, log_warning
 from jobs.scheduler import Failure
 from latentmill.cache_info import VaeInfo
 from pipeline.cache import commits, stats
+from pipeline.cache.identity import CacheInfo, parse_schema
 from pipeline.cache.part_info import UnitReport
 from pipeline.errors import REST_OF_SHARD, LatentmillError
+from pipeline.formats.schema import PassthroughColumns
+from pipeline.readers.image_column import is_text
+from pipeline.readers.labels import LABEL_COLUMNS
 from pipeline.records import Seconds
 from pipeline.report.findings import Finding, find_in_records, format_finding
 from pipeline.storage.folder import Folder
@@ -81,11 +85,16 @@ class RunTotals:
         total = sum(stages.values())
         return {name: seconds / total for name, seconds in stages.items()} if total else {}
 
-    @property
-    def missing_texts(self) -> str:
-        """How many encoded images lack each kind of text; empty if none does, or if there are no such columns."""
+    def describe_missing_texts(self, columns: PassthroughColumns) -> str:
+        """Return how many encoded images lack each kind of text; empty if none does, or if there are no such columns.
+
+        It is also empty if no image has such a text, but `columns` has texts of tables: captions may be there.
+        """
         encoded = self.counts["encoded"]
         if encoded and self.texts and not self.texts.total():
+            of_tables = [field for field in columns.from_parquet if field.name not in LABEL_COLUMNS.names]
+            if any(is_text(field.type) for field in of_tables):
+                return ""
             return f"none of {count_noun(encoded, 'image')} has a text ({', '.join(self.texts)})"
         missing = {name: encoded - count for name, count in self.texts.items() if count < encoded}
         return ", ".join(f"{count:,} of {encoded:,} images have no {name}" for name, count in missing.items())
@@ -149,10 +158,10 @@ def find_doubts(cache: Folder, vae: VaeInfo, written: Mapping[str, Any]) -> list
     return [finding for finding in found if finding.code not in ("rejects", "enlarged")]
 
 
-def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: Outcome) -> None:
+def print_summary(options: EncodeOptions, cache: Folder, info: CacheInfo, outcome: Outcome) -> None:
     """Print the summary of a run: its work, the content of the cache, and the units that are left.
 
-    vae: the VAE's entry in cache.json.
+    info: the content of cache.json.
     """
     totals, failures, units, written = outcome.totals, outcome.failures, outcome.units, outcome.stats
     counts = totals.counts
@@ -169,7 +178,7 @@ def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: 
                 "failed": [dataclasses.asdict(failure) for failure in failures],
                 "unreadable": [to_valid_text(folder) for folder in outcome.unreadable],
                 "stats": {name: written[name] for name in ("count", "rejected", "filtered", "enlarged", "digest")},
-                "findings": [dataclasses.asdict(finding) for finding in find_doubts(cache, vae, written)],
+                "findings": [dataclasses.asdict(finding) for finding in find_doubts(cache, info.vae, written)],
             }
         )
         return
@@ -178,8 +187,8 @@ def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: 
     lines.append(f"  rejected   {format_counts(written['rejected'])}")
     lines += [f"             {line}" for line in name_rejects(cache)] if written["rejected"] else []
     lines += [f"  filtered   {format_counts(written['filtered'])}", f"  enlarged   {written['enlarged']:,}"]
-    if totals.missing_texts:
-        lines.append(f"  texts      {totals.missing_texts}")
+    if missing_texts := totals.describe_missing_texts(parse_schema(info).columns):
+        lines.append(f"  texts      {missing_texts}")
     if counts["fp32_fallbacks"]:
         lines.append(f"  overflowed {counts['fp32_fallbacks']:,} in half precision, and were encoded again in fp32")
     if totals.precision_error:
@@ -193,7 +202,7 @@ def print_summary(options: EncodeOptions, cache: Folder, vae: VaeInfo, outcome: 
         done = f"{units - len(failures):,} of {units + outcome.left_out:,} done"
         lines.append(f"  units      {done}; run the same command without --max-shards for the rest")
     print("\n".join(lines), flush=True)
-    log_each([format_finding(finding) for finding in find_doubts(cache, vae, written)], log_warning)
+    log_each([format_finding(finding) for finding in find_doubts(cache, info.vae, written)], log_warning)
     if outcome.unreadable:
         folders = count_noun(len(outcome.unreadable), "folder")
         log_error(f"{folders} of the sources cannot be read: give read permission, and run the same command again")

@@ -85,6 +85,18 @@ def test_the_summary_reports_that_no_image_has_a_caption(encode: Command, source
     assert "\n  texts      none of 3 images has a text (txt, json)\n" in out
 
 
+def test_the_summary_reports_no_missing_texts_if_captions_are_in_metadata(
+    encode: Command, source: Path, tmp_path: Path
+) -> None:
+    (source / "metadata.csv").write_text("file_name,score\na.jpg,1\n")
+    assert "\n  texts      none of 3 images" in encode(source)[1]
+    (source / "metadata.csv").write_text("file_name,caption\na.jpg,A\n")
+    code, out, _ = encode(source, "--to", tmp_path / "d")
+    assert (code, "  texts " in out) == (0, False)
+    (source / "a.txt").write_text("a text of one image")
+    assert "\n  texts      2 of 3 images have no txt" in encode(source, "--to", tmp_path / "e")[1]
+
+
 def test_captions_have_the_extensions_and_the_encoding_that_are_given(
     encode: Command, source: Path, tmp_path: Path
 ) -> None:
