@@ -18,7 +18,7 @@ from pipeline.prefetch import map_in_order
 from pipeline.readers.folder import READERS
 from pipeline.readers.table import URL_COLUMNS, NameRule, Table, find_path_column, load_table
 from pipeline.readers.table_rows import convert_rows
-from pipeline.records import PlannedFile, Reject, Sample, Unit, join_url, stem
+from pipeline.records import PlannedFile, Reject, Sample, Unit, is_image, join_url, stem
 from pipeline.storage.connection import find_first_cause, http_status
 from pipeline.storage.reading import check_has_files, read_file, read_file_if_exists
 from pipeline.text import escape_key, hide_credentials, printable_key
@@ -31,6 +31,8 @@ HTTP_OPTIONS: Mapping[str, Any] = {
     "headers": {"Accept-Encoding": "identity"},
     "client_kwargs": {"auto_decompress": False},
 }
+# tried in this order for a path without the extension of an image, such as a key of sd-scripts without --full_path
+ADDED_EXTENSIONS = tuple(f".{end}" for ends in ("jpg", "png", "webp", "jpeg", "bmp") for end in (ends, ends.upper()))
 # HTTP: the same answer for every try; 0 stands for too many redirects
 REFUSED = frozenset({0, 400, 401, 402, 403, 404, 405, 406, 410, 414, 451})
 
@@ -114,7 +116,9 @@ def _make_key(path: str | None, row: int, root: str) -> str:
         location = resolve_path(path, root)
     except Rejected:
         return str(row)
-    return str(row) if "://" in location else stem(location)
+    if "://" in location:
+        return str(row)
+    return stem(location) if is_image(location) else location
 
 
 def check_columns_exist(table: Table, url: str, image_column: str | None, key_column: str | None) -> str:
@@ -162,11 +166,13 @@ def _read_image(location: str, root: str, options: Mapping[str, Any], limits: Li
     Raises Rejected if there is no such image. No error contains the credentials of a URL.
     """
     if "://" not in location:
-        data = read_file_if_exists(join_url(root, location), options, limits.image_bytes)
-        if data is None:
-            check_has_files(root, options)
-            raise Rejected("read", "not_found")
-        return data
+        url = join_url(root, location)
+        for ending in ("",) if is_image(location) else ("", *ADDED_EXTENSIONS):
+            data = read_file_if_exists(url + ending, options, limits.image_bytes)
+            if data is not None:
+                return data
+        check_has_files(root, options)
+        raise Rejected("read", "not_found")
     try:
         data = _read_url(location, root, options, limits)
     except StorageError as error:

@@ -38,7 +38,8 @@ def find_manifests(
     problems: list[str] = []
     named = [file for file in files if file.is_named]
     images = {stem(file.path) for file in files if is_image(file.path)} if named else set[str]()
-    urls = {file.url for file in files if is_image(file.path)} if named else set[str]()
+    listed = [file.url for file in files if is_image(file.path)] if named else []
+    urls = {*listed, *map(stem, listed)}  # a path in a manifest may lack its extension
     for file in named:
         if stem(file.path) in images or not _may_be_manifest(file, reader):
             continue

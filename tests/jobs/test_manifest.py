@@ -124,6 +124,19 @@ def test_a_manifest_at_the_root_of_a_store() -> None:
         find_manifests(list_sources([source, "i=memory://manifest-a.jpg"], {}, "nowhere").files, reader, None, "")
 
 
+def test_paths_may_lack_their_extension(tmp_path: Path) -> None:
+    """sd-scripts writes such keys without --full_path."""
+    folder = write_images(tmp_path / "set", "imgs/1.JPG", "2.v1.png", "2.v2.png", "plain", "imgs/.png")
+    paths = ("imgs/1", "2.v1", "2.v2", "plain", "imgs", "gone", "2")
+    manifest = folder / "meta_cap.json"
+    manifest.write_text(json.dumps({path: {"caption": path} for path in paths}))
+    found = [(path.replace(".", "%2E"), path) for path in paths[:4]]
+    assert read_units(manifest) == [*found, *((path, "not_found") for path in paths[4:])]
+    files = list_sources([str(manifest), str(folder / "2.v1.png")], {}, "nowhere").files
+    with pytest.raises(SourceError, match=r"would be encoded twice: 1 \(2\.v1\)"):
+        find_manifests(files, TableReader({}, Limits(), "utf-8", None), None, "")
+
+
 def write_table(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
