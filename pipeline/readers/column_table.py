@@ -10,17 +10,17 @@ import pyarrow.csv
 from pipeline.errors import ShardError
 from pipeline.limits import Limits
 from pipeline.readers import arrow, parquet
+from pipeline.readers.csv_quotes import open_quoted
 from pipeline.readers.image_column import check_names
 from pipeline.readers.table import (
     DELIMITERS,
-    HEADER_CHARACTERS,
     convert_numbers,
     find_number_type,
     get_value_type,
     make_csv_options,
     name_format,
-    parse_header,
     parse_jsonl,
+    read_header,
 )
 from pipeline.records import ListedFile, PlannedFile, extension
 from pipeline.storage.reading import open_stream
@@ -89,11 +89,10 @@ class ColumnTable:
 
     def _read_csv(self, stream: BinaryIO, file: ListedFile, delimiter: str) -> Iterator[pa.Table]:
         with open_stream(file.url, self.options) as head:
-            text = head.read(HEADER_CHARACTERS).decode("utf-8-sig", errors="ignore")
-        names = parse_header(text, delimiter)
+            names = read_header(head, delimiter)
         if not names:
             raise ShardError(f"{file.url} is empty: its first line must name its columns")
-        for batch in pa.csv.open_csv(stream, **make_csv_options(names, delimiter)):
+        for batch in pa.csv.open_csv(open_quoted(stream, delimiter), **make_csv_options(names, delimiter)):
             table = pa.table(batch)
             for name in names:
                 self._numbers[name] = _join_types(self._numbers.get(name, pa.null()), find_number_type(table[name]))

@@ -24,6 +24,7 @@ from latentmill.error_text import first_line
 from pipeline.errors import DamagedError, ShardError
 from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits
+from pipeline.readers.csv_quotes import open_quoted
 from pipeline.readers.image_column import is_text
 from pipeline.readers.parquet import open_parquet
 from pipeline.records import PlannedFile, extension
@@ -36,7 +37,7 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 TEXT_TABLES = frozenset({"jsonl", "json", *DELIMITERS})
 BLOCK_BYTES = 16 << 20  # the longest row of a text table
 BATCH_ROWS = 4096
-HEADER_CHARACTERS = 1 << 20  # among which the names of a CSV's columns are
+HEADER_BYTES = 1 << 20  # among which the names of a CSV's columns are
 MAX_DEPTH = 100  # levels of lists and objects in JSON
 LABELS = "labels"  # the key of EDM2's dataset.json
 PATH_COLUMNS = ("file_name", "image_file_name", "image_path", "file_path", "filepath", "path", "filename")
@@ -241,15 +242,17 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _read_csv(text: str, delimiter: str) -> pa.Table:
     """Return one row per record. The first record names the columns. Columns of numbers get their type."""
-    names = parse_header(text[:HEADER_CHARACTERS], delimiter)
+    data = text.encode()
+    names = read_header(io.BytesIO(data), delimiter)
     if not names:
         return pa.table({})
-    table = pa.csv.read_csv(pa.BufferReader(text.encode()), **make_csv_options(names, delimiter))
+    table = pa.csv.read_csv(open_quoted(io.BytesIO(data), delimiter), **make_csv_options(names, delimiter))
     return pa.table({name: convert_numbers(table[name], find_number_type(table[name])) for name in names})
 
 
-def parse_header(text: str, delimiter: str) -> list[str]:
+def read_header(stream: BinaryIO, delimiter: str) -> list[str]:
     """Return the names of a CSV's columns: its first record. Raises ValueError if two are equal."""
+    text = open_quoted(stream, delimiter).read(HEADER_BYTES).decode(errors="ignore")
     names = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have one name: {', '.join(names)}")
