@@ -14,8 +14,10 @@ from pipeline.readers.csv_quotes import open_quoted
 from pipeline.readers.image_column import check_names
 from pipeline.readers.table import (
     DELIMITERS,
+    Written,
+    choose_type,
     convert_numbers,
-    find_number_type,
+    find_written,
     get_value_type,
     make_csv_options,
     name_format,
@@ -41,7 +43,7 @@ class ColumnTable:
         self, files: Sequence[ListedFile], options: Mapping[str, Any], limits: Limits, columns: Collection[str] | None
     ) -> None:
         self.files, self.options, self.limits, self.columns = files, options, limits, columns
-        self._numbers: dict[str, Any] = {}
+        self._written: dict[str, Written] = {}
 
     def read(self) -> Iterator[pa.Table]:
         """Yield the rows, some at a time, without dictionaries and extension types. Types may differ between files.
@@ -61,8 +63,8 @@ class ColumnTable:
 
     def convert(self, rows: pa.Table) -> pa.Table:
         """Return rows with the types that their columns have in the whole table, once it has been read."""
-        columns = {name: convert_numbers(rows[name], self._numbers.get(name, pa.null())) for name in rows.schema.names}
-        return pa.table(columns)
+        types = {name: choose_type(self._written.get(name, Written(0))) for name in rows.schema.names}
+        return pa.table({name: convert_numbers(rows[name], kind) for name, kind in types.items()})
 
     def _read_file(self, stream: BinaryIO, file: ListedFile) -> Iterator[pa.Table]:
         kind, url = extension(file.path), file.url
@@ -95,17 +97,8 @@ class ColumnTable:
         for batch in pa.csv.open_csv(open_quoted(stream, delimiter), **make_csv_options(names, delimiter)):
             table = pa.table(batch)
             for name in names:
-                self._numbers[name] = _join_types(self._numbers.get(name, pa.null()), find_number_type(table[name]))
+                self._written[name] = self._written.get(name, Written(0)) | find_written(table[name])
             yield table
-
-
-def _join_types(first: Any, second: Any) -> Any:
-    """Return the type of a column of which some values have one type of `find_number_type`, and others another."""
-    if first == second or pa.types.is_null(second):
-        return first
-    if pa.types.is_null(first):
-        return second
-    return pa.string() if pa.string() in (first, second) else pa.float64()
 
 
 def simplify_types(table: pa.Table) -> pa.Table:

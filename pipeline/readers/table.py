@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits
 from pipeline.readers.csv_quotes import open_quoted
 from pipeline.readers.image_column import is_text
-from pipeline.readers.parquet import open_parquet
+from pipeline.readers.parquet import KEY, open_parquet
 from pipeline.records import PlannedFile, extension
 from pipeline.storage.connection import get_filesystem
 from pipeline.storage.etags import fetch_version, same_version
@@ -132,7 +133,7 @@ def load_table(
         is_planned = planned is None or same_version((planned.bytes, planned.etag), version)
         if key not in _tables or not is_planned:
             with open_stream(url, options, planned or PlannedFile(url, *version), seeking=True) as stream:
-                rows = read_rows(stream, url, limits, encoding)
+                rows = read_rows(stream, url, limits, encoding, rule)
             with name_format(url, extension(url)):
                 _tables[key] = Table.make(rows, rule)
         _tables.move_to_end(key)
@@ -141,8 +142,13 @@ def load_table(
         return _tables[key]
 
 
-def read_rows(stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8") -> pa.Table:
-    """Return the rows of a table. The extension of the URL decides its format. Raises ShardError."""
+def read_rows(
+    stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8", rule: NameRule | None = None
+) -> pa.Table:
+    """Return the rows of a table. The extension of the URL decides its format. Raises ShardError.
+
+    rule: gives the rows their names later; the column that it chooses is text in CSV and TSV.
+    """
     kind = extension(url)
     if kind == "parquet":
         try:
@@ -153,7 +159,7 @@ def read_rows(stream: BinaryIO, url: str, limits: Limits, encoding: str = "utf-8
     _check_size(len(data), url, limits)
     with name_format(url, kind):
         if kind in DELIMITERS:
-            return _read_csv(decode_text(data, encoding), DELIMITERS[kind])
+            return _read_csv(decode_text(data, encoding), DELIMITERS[kind], rule)
         if data.startswith(BYTE_ORDER_MARKS):
             data = decode_text(data).encode()  # otherwise JSON is UTF-8
         if kind == "jsonl":
@@ -240,14 +246,21 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.table(columns)
 
 
-def _read_csv(text: str, delimiter: str) -> pa.Table:
-    """Return one row per record. The first record names the columns. Columns of numbers get their type."""
+def _read_csv(text: str, delimiter: str, rule: NameRule | None) -> pa.Table:
+    """Return one row per record. The first record names the columns. Columns of numbers get their type.
+
+    Those that may name rows stay texts: `1.50` and `1.5` are two names.
+    """
     data = text.encode()
     names = read_header(io.BytesIO(data), delimiter)
     if not names:
         return pa.table({})
+    texts = {KEY, *(name for name in names if name.lower() in (*PATH_COLUMNS, *URL_COLUMNS))}
+    if rule is not None:
+        texts.add(rule.find_column(pa.schema(dict.fromkeys(names, pa.string()))) or "")
     table = pa.csv.read_csv(open_quoted(io.BytesIO(data), delimiter), **make_csv_options(names, delimiter))
-    return pa.table({name: convert_numbers(table[name], find_number_type(table[name])) for name in names})
+    written = {name: Written.OTHER if name in texts else find_written(table[name]) for name in names}
+    return pa.table({name: convert_numbers(table[name], choose_type(written[name])) for name in names})
 
 
 def read_header(stream: BinaryIO, delimiter: str) -> list[str]:
@@ -268,28 +281,58 @@ def make_csv_options(names: Sequence[str], delimiter: str) -> dict[str, Any]:
     }
 
 
-def find_number_type(texts: pa.ChunkedArray) -> Any:
-    """Return int64 or float64 if all values of a column of texts are such numbers; null if all are empty; or string.
+class Written(Flag):
+    """How the values of a column of texts are written.
 
-    Whole numbers must be written as Arrow writes them: `007` stays a text.
+    LONG: whole numbers of 64 bits that a double may not hold. MINOR: what is a number beside fractions only: `nan`,
+    `inf`, `-0`, `+5`. FRACTION: with a point or an exponent. OTHER: not as a number.
+    """
+
+    WHOLE, LONG, MINOR, FRACTION, OTHER = auto(), auto(), auto(), auto(), auto()
+
+
+def find_written(texts: pa.ChunkedArray) -> Written:
+    """Return the ways in which the values of a column of texts are written; none if all are empty.
+
+    Whole numbers must be written as Arrow writes them: `007` is not a number.
     """
     given = texts.filter(pc.not_equal(texts, ""))
-    if not len(given):
-        return pa.null()
     if pc.any(pc.match_substring_regex(given, r"^[+-]?0[0-9]")).as_py():
+        return Written.OTHER
+    is_whole = pc.match_substring_regex(given, r"^(0|-?[1-9][0-9]*)$")
+    whole, others = given.filter(is_whole), given.filter(pc.invert(is_whole))
+    try:
+        whole.cast(pa.int64())
+        others.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return Written.OTHER
+    is_long = pc.match_substring_regex(whole, "[0-9]{16}")
+    is_fraction = pc.match_substring_regex(others, "[.eE]")
+    found = Written(0)
+    for kind, values, wanted in (
+        (Written.LONG, is_long, True),
+        (Written.WHOLE, is_long, False),
+        (Written.FRACTION, is_fraction, True),
+        (Written.MINOR, is_fraction, False),
+    ):
+        if pc.any(pc.equal(values, wanted)).as_py():
+            found |= kind
+    return found
+
+
+def choose_type(written: Written) -> pa.DataType:
+    """Return the type of a column of texts: int64 or float64 if nothing is lost; null if all are empty; or string."""
+    if not written:
+        return pa.null()
+    if Written.OTHER in written:
         return pa.string()
-    for kind in (pa.int64(), pa.float64()):
-        try:
-            numbers = given.cast(kind)
-        except pa.ArrowInvalid:
-            continue
-        if kind == pa.float64() or pc.all(pc.equal(numbers.cast(pa.string()), given)).as_py():
-            return kind
-    return pa.string()
+    if Written.FRACTION in written:
+        return pa.string() if Written.LONG in written else pa.float64()
+    return pa.string() if Written.MINOR in written else pa.int64()
 
 
 def convert_numbers(texts: pa.ChunkedArray, kind: Any) -> pa.ChunkedArray:
-    """Return a column of texts as numbers. kind: of `find_number_type`. Among numbers, an empty value is null."""
+    """Return a column of texts as numbers. kind: of `choose_type`. Among numbers, an empty value is null."""
     if not (pa.types.is_int64(kind) or pa.types.is_float64(kind)):
         return texts
     return pc.if_else(pc.not_equal(texts, ""), texts, pa.scalar(None, pa.string())).cast(kind)

@@ -77,6 +77,15 @@ def test_columns_of_csv_are_numbers_only_if_nothing_is_lost() -> None:
     ]
 
 
+def test_columns_of_csv_that_name_rows_stay_texts(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("id,key,Filename,n\n1.50,2e1,1.0,1.50\n1.5,20,1,1.5\n")
+    rule = NameRule("id", lambda schema: "id", lambda values: values)
+    table = load_table(str(path), {}, None, rule, Limits())
+    assert types(table.rows) == {"id": "string", "key": "string", "Filename": "string", "n": "double"}
+    assert [table.find("1.50"), table.find("1.5")] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("content", "rows"),
     [
