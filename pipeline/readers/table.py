@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -27,6 +27,7 @@ from pipeline.formats.schema import to_cache_name
 from pipeline.limits import Limits
 from pipeline.readers.csv_quotes import open_quoted
 from pipeline.readers.image_column import is_text
+from pipeline.readers.large_numbers import Path, find_large_numbers, write_numbers_as_text
 from pipeline.readers.parquet import KEY, open_parquet
 from pipeline.records import PlannedFile, extension
 from pipeline.storage.connection import get_filesystem
@@ -40,6 +41,7 @@ BLOCK_BYTES = 16 << 20  # the longest row of a text table
 BATCH_ROWS = 4096
 HEADER_BYTES = 1 << 20  # among which the names of a CSV's columns are
 MAX_DEPTH = 100  # levels of lists and objects in JSON
+LARGE_NUMBER = re.compile(rb"[0-9]{19}")  # which may not fit 64 bits
 LABELS = "labels"  # the key of EDM2's dataset.json
 PATH_COLUMNS = ("file_name", "image_file_name", "image_path", "file_path", "filepath", "path", "filename")
 URL_COLUMNS = ("url", "image_url", "img_url", "urls")
@@ -163,7 +165,7 @@ def read_rows(
         if data.startswith(BYTE_ORDER_MARKS):
             data = decode_text(data).encode()  # otherwise JSON is UTF-8
         if kind == "jsonl":
-            return pa.concat_tables(parse_jsonl(io.BytesIO(data)), promote_options="permissive")
+            return _read_jsonl(data)
         return _read_json(data.decode())
 
 
@@ -203,25 +205,41 @@ def get_value_type(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def parse_jsonl(lines: Iterable[bytes]) -> Iterator[pa.Table]:
+def _read_jsonl(data: bytes) -> pa.Table:
+    """Return one row per line. Raises ValueError as `parse_jsonl` does."""
+    large: set[Path] = set()
+    if LARGE_NUMBER.search(data):  # a column has one type, so they are found before the first rows become a table
+        for row in _parse_lines(io.BytesIO(data)):
+            large.update(find_large_numbers(row))
+    return pa.concat_tables(parse_jsonl(io.BytesIO(data), large), promote_options="permissive")
+
+
+def parse_jsonl(lines: Iterable[bytes], large: Container[Path] = ()) -> Iterator[pa.Table]:
     """Yield tables of some rows each, one row per line. Raises ValueError, which names the line.
 
-    Python parses the lines, because Arrow crashes on deep nesting and changes times.
+    large: where numbers become texts. Python parses the lines, because Arrow crashes on deep nesting and changes times.
     """
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_parse_json(line.decode()))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from error
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"line {number} is not an object")
+    for row in _parse_lines(lines):
+        rows.append(write_numbers_as_text(row, large) if large else row)
         if len(rows) == BATCH_ROWS:
             yield _make_table(rows)
             rows = []
     yield _make_table(rows)
+
+
+def _parse_lines(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """Yield the object of each line that is not empty. Raises ValueError, which names the line."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = _parse_json(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not an object")
+        yield row
 
 
 def _parse_json(text: str) -> Any:
@@ -241,7 +259,9 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     for name in dict.fromkeys(name for row in rows for name in row):
         try:
             columns[name] = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, ValueError, OverflowError) as error:
+        except OverflowError as error:
+            raise ValueError(f"the column {name} has a whole number beyond 64 bits; write it as a text") from error
+        except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"the column {name} has values of different types: {error}") from error
     return pa.table(columns)
 
@@ -349,7 +369,8 @@ def _read_json(text: str) -> pa.Table:
         content = [{"image_path": path, **values} for path, values in content.items() if isinstance(values, dict)]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it is neither a list of objects, nor an object of objects, nor has it `labels`")
-    return _make_table(content)
+    large = {path for row in content for path in find_large_numbers(row)}
+    return _make_table([write_numbers_as_text(row, large) for row in content] if large else content)
 
 
 def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str] = ()) -> str | None:

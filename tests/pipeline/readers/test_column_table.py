@@ -96,6 +96,9 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"key": 1}\n{"key": \n')
     with pytest.raises(ShardError, match=r"t\.jsonl cannot be read as JSONL: line 2"):
         list(open_table(tmp_path / "t.jsonl").read())
+    (tmp_path / "n.jsonl").write_text('{"key": "a", "n": 12345678901234567890}\n')
+    with pytest.raises(ShardError, match=r"the column n has a whole number beyond 64 bits"):
+        list(open_table(tmp_path / "n.jsonl").read())
     (tmp_path / "t.csv").write_text("key,v\na,1\nb\n")
     with pytest.raises(ShardError, match=r"t\.csv cannot be read as CSV"):
         list(open_table(tmp_path / "t.csv").read())

@@ -77,6 +77,22 @@ def test_columns_of_csv_are_numbers_only_if_nothing_is_lost() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_whole_numbers_of_json_beyond_64_bits_make_their_column_text(name: str) -> None:
+    rows: list[dict[str, Any]] = [{"n": 1, "m": 2**63 - 1, "box": {"id": 1.5, "w": 2, "ok": True}, "ids": [1]}] * 5000
+    rows += [{"n": 2**63, "m": -(2**63), "box": {"id": -(2**63) - 1, "w": 3, "ok": True}, "ids": [1, 10**40]}]
+    table = read(name, json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    assert types(table) == {
+        "n": "string",
+        "m": "int64",
+        "box": "struct<id: string, w: int64, ok: bool>",
+        "ids": "list<item: string>",
+    }
+    first, last = table.slice(0, 1).to_pylist()[0], table.slice(5000).to_pylist()[0]
+    assert (first["n"], first["box"]["id"], first["ids"]) == ("1", "1.5", ["1"])
+    assert (last["n"], last["box"]["id"], last["ids"]) == (str(2**63), str(-(2**63) - 1), ["1", "1" + "0" * 40])
+
+
 def test_columns_of_csv_that_name_rows_stay_texts(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("id,key,Filename,n\n1.50,2e1,1.0,1.50\n1.5,20,1,1.5\n")
