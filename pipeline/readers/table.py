@@ -209,7 +209,7 @@ def _read_jsonl(data: bytes) -> pa.Table:
     """Return one row per line. Raises ValueError as `parse_jsonl` does."""
     large: set[Path] = set()
     if LARGE_NUMBER.search(data):  # a column has one type, so they are found before the first rows become a table
-        for row in _parse_lines(io.BytesIO(data)):
+        for _, row in _parse_lines(io.BytesIO(data)):
             large.update(find_large_numbers(row))
     return pa.concat_tables(parse_jsonl(io.BytesIO(data), large), promote_options="permissive")
 
@@ -219,17 +219,17 @@ def parse_jsonl(lines: Iterable[bytes], large: Container[Path] = ()) -> Iterator
 
     large: where numbers become texts. Python parses the lines, because Arrow crashes on deep nesting and changes times.
     """
-    rows: list[Mapping[str, Any]] = []
-    for row in _parse_lines(lines):
-        rows.append(write_numbers_as_text(row, large) if large else row)
+    rows: dict[int, Mapping[str, Any]] = {}
+    for number, row in _parse_lines(lines):
+        rows[number] = write_numbers_as_text(row, large) if large else row
         if len(rows) == BATCH_ROWS:
-            yield _make_table(rows)
-            rows = []
-    yield _make_table(rows)
+            yield _make_table(rows, "line")
+            rows = {}
+    yield _make_table(rows, "line")
 
 
-def _parse_lines(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
-    """Yield the object of each line that is not empty. Raises ValueError, which names the line."""
+def _parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield the number and the object of each line that is not empty. Raises ValueError, which names the line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -239,7 +239,7 @@ def _parse_lines(lines: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
             raise ValueError(f"line {number}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not an object")
-        yield row
+        yield number, row
 
 
 def _parse_json(text: str) -> Any:
@@ -253,17 +253,34 @@ def _parse_json(text: str) -> Any:
     return json.loads(text)
 
 
-def _make_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return rows as a table. The first rows decide the order of the columns. Raises ValueError for mixed types."""
+def _make_table(rows: Mapping[int, Mapping[str, Any]], place: str) -> pa.Table:
+    """Return rows as a table. The first rows decide the order of the columns. Raises ValueError for mixed types.
+
+    rows: by the numbers of their places. place: what they are in the file: "line" or "row".
+    """
     columns: dict[str, pa.Array] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in dict.fromkeys(name for row in rows.values() for name in row):
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
+            columns[name] = pa.array([row.get(name) for row in rows.values()])
+        except UnicodeEncodeError as error:
+            number, half = _find_surrogate({number: row.get(name) for number, row in rows.items()})
+            raise ValueError(
+                f"{place} {number}: the column {name} has {half}, half of a pair of surrogates, which is no character; "
+                "remove it"
+            ) from error
         except OverflowError as error:
             raise ValueError(f"the column {name} has a whole number beyond 64 bits; write it as a text") from error
         except (pa.ArrowException, ValueError) as error:
             raise ValueError(f"the column {name} has values of different types: {error}") from error
     return pa.table(columns)
+
+
+def _find_surrogate(values: Mapping[int, Any]) -> tuple[int, str]:
+    """Return the number of the first value with a surrogate that has no other half, and its escape."""
+    for number, value in values.items():
+        if found := re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+            return number, ascii(found[0])[1:-1]
+    raise ValueError("no value has a surrogate")
 
 
 def _read_csv(text: str, delimiter: str, rule: NameRule | None) -> pa.Table:
@@ -370,7 +387,8 @@ def _read_json(text: str) -> pa.Table:
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError("it is neither a list of objects, nor an object of objects, nor has it `labels`")
     large = {path for row in content for path in find_large_numbers(row)}
-    return _make_table([write_numbers_as_text(row, large) for row in content] if large else content)
+    rows = [write_numbers_as_text(row, large) for row in content] if large else content
+    return _make_table(dict(enumerate(rows, 1)), "row")
 
 
 def find_path_column(schema: pa.Schema, wanted: str | None, others: Sequence[str] = ()) -> str | None:
