@@ -30,7 +30,7 @@ def find_manifests(
     """Mark the manifests among the files that the user named.
 
     image_root: URL of the folder of their images; "": the manifest's own. Raises SourceError if a named table has no
-    paths of images and there are no other inputs, and if its images are listed themselves.
+    paths of images, or no rows, and there are no other inputs, and if its images are listed themselves.
     """
     found: dict[str, ListedFile] = {}
     schemas: list[pa.Schema] = []
@@ -50,6 +50,9 @@ def find_manifests(
             column = check_columns_exist(table, file.url, reader.image_column, key_column)
         except ShardError as error:
             problems.append(str(error))
+            continue
+        if not table.rows.num_rows:
+            problems.append(f"{file.url} lists no images: it has no rows")
             continue
         if urls and (twice := _find_listed(table.rows[column], root, urls)):
             raise SourceError(

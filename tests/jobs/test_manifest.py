@@ -309,6 +309,19 @@ def test_another_image_root_is_planned(encode: Command, tmp_path: Path) -> None:
     assert (code, "must not contain a password" in err, (tmp_path / "d").exists()) == (2, True, False)
 
 
+def test_a_manifest_without_rows_is_an_error(encode: Command, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "set", "a.jpg")
+    write_table(folder / "empty.csv", "file_name,caption\n")
+    write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg", "caption": "A"})
+    pq.write_table(pa.table({"file_name": pa.array([], pa.string())}), folder / "empty.parquet")
+    code, _, err = encode(folder / "empty.csv")
+    assert (code, "empty.csv lists no images: it has no rows" in err) == (2, True), err
+    code, _, err = encode(folder / "empty.parquet")
+    assert (code, "empty.parquet" in err) == (2, True), err
+    code, _, err = encode(folder / "empty.csv", folder / "list.jsonl")
+    assert (code, "empty.csv lists no images" in err) == (0, True), err
+
+
 def test_a_listed_file_is_named_if_the_user_names_it(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "set", "a.jpg", "b/c.jpg")
     write_jsonl(folder / "list.jsonl", {"file_name": "a.jpg"})
