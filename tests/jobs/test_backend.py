@@ -46,6 +46,7 @@ def test_a_job_gives_the_latents_of_pytorch(
     assert "5 images encoded again, with the same latents except for rounding" in out
 
 
+@pytest.mark.slow
 def test_the_next_run_has_the_backend_of_the_cache(encode: Command, photos: Path, tmp_path: Path) -> None:
     assert encode(photos, "--backend", "jax", "--rows-per-part", 2)[0] == 0
     for path in (*(tmp_path / "c/_commits").iterdir(), *sorted((tmp_path / "c/data").iterdir())[1:]):

@@ -174,6 +174,7 @@ def test_webdataset_reads_the_tars(
         assert (out / row["file"]).is_file()
 
 
+@pytest.mark.slow
 def test_pyarrow_reads_the_parquet_files(cache: Path, decode: Decode) -> None:
     plain, out = decode(cache, "plain", "--limit", 0), decode(cache, "p", "--limit", 0, "--format", "parquet")
     rows = pq.read_table(out / "decoded").to_pylist()
@@ -186,7 +187,8 @@ def test_pyarrow_reads_the_parquet_files(cache: Path, decode: Decode) -> None:
         np.testing.assert_array_equal(pixels, expected[key])
 
 
-@pytest.mark.parametrize("workers", [0, slow_param(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_depends_on_its_seed_alone(
     cache: Path, decode: Decode, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -225,6 +227,7 @@ def test_numbers_without_a_meaning_are_refused(
     assert (code, message in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_cache_without_its_source_is_decoded(
     encode: Command, decode: Decode, latentmill: Command, shards: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +315,7 @@ def test_two_latents_or_moments_give_the_same_images(
         np.testing.assert_array_equal(images[key], pixels)
 
 
+@pytest.mark.slow
 def test_batches_are_halved_until_they_fit(
     cache: Path, decode: Decode, latentmill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -405,6 +405,7 @@ def test_a_signal_leaves_a_resumable_cache(
     assert read_digest(tmp_path / "c") == read_digest(tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_large_images_are_tiled_on_request(latentmill: Command, photos: Path, micro_vae: Path, tmp_path: Path) -> None:
     def encode(name: str, *more: object) -> tuple[int, str]:
         options = ("--vae", micro_vae, "--resolution", 128, "--workers", 0, "--dtype", "float32", *more)

@@ -672,6 +672,7 @@ def test_an_export_can_go_to_a_url(encode: Command, latentmill: Command, photos:
     assert fsspec.filesystem("memory").exists("/export-test/o/part-00000-000.safetensors")
 
 
+@pytest.mark.slow
 def test_an_export_to_a_store_is_resumed(
     encode: Command, latentmill: Command, photos: Path, tmp_path: Path, bucket: str
 ) -> None:

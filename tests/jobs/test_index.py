@@ -18,7 +18,7 @@ from pipeline.cache import index
 from pipeline.canonical_json import canonical_json
 from pipeline.errors import StorageError
 from pipeline.storage.folder import Folder
-from tests.conftest import img2dataset_members, slow_param, write_tar
+from tests.conftest import img2dataset_members, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 Encode = Callable[..., int]
@@ -105,8 +105,9 @@ def read_parquet_groups(data: bytes, group: GroupSpan) -> list[str]:
     return [str(key) for key in table["key"].to_pylist()]
 
 
+@pytest.mark.slow
 @FORMATS
-@pytest.mark.parametrize("flip", [slow_param("none"), "both"])
+@pytest.mark.parametrize("flip", ["none", "both"])
 def test_the_index_is_what_the_files_say(
     encode: Encode, latentmill: Command, tmp_path: Path, container: str, flip: str
 ) -> None:

@@ -112,6 +112,7 @@ def test_the_option_is_part_of_the_identity_and_taken_from_the_cache(encode: Com
     assert "reduced" not in (tmp_path / "full/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_verify_decode_and_retry_reduce_as_the_cache_says(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path, reductions: list[int]
 ) -> None:

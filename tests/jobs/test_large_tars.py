@@ -142,6 +142,7 @@ def test_a_changed_tar_is_divided_again_until_its_first_range_is_encoded(
     assert (code, err) == (0, ""), out
 
 
+@pytest.mark.slow
 def test_a_damaged_range_loses_only_its_own_rest_and_is_retried(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path, micro_vae: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_zip_is_counted_exactly_from_its_directory(check: Any, tmp_path: Path)
     assert found["images"] == {"count": 100, "error": 0, "is_exact": True}
 
 
+@pytest.mark.slow
 def test_arrow_files_are_estimated_from_their_record_batches(check: Any, tmp_path: Path) -> None:
     images = [{"bytes": encoded(smooth(index)), "path": None} for index in range(300)]
     table = pa.table({"image": images})
@@ -142,6 +143,7 @@ def test_a_manifest_is_counted_exactly(check: Any, tmp_path: Path) -> None:
     assert found["sampled"]["images"] == 64
 
 
+@pytest.mark.slow
 def test_kinds_of_inputs_are_estimated_apart(check: Any, tmp_path: Path) -> None:
     """The images of a kind stand for that kind only: here the tar has small ones, and the folder large ones."""
     write_images(tmp_path / "src/photos", 100, height=300, width=300)

@@ -125,7 +125,8 @@ def test_encode_and_status_count_the_rows_of_a_retry(
     assert read_stats(cache) == after
 
 
-@pytest.mark.parametrize("pixels", [slow_param(13000), 100_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("pixels", [13000, 100_000])
 def test_lost_parts_are_encoded_again_without_the_samples_of_a_retry(
     latentmill: Command, cache: Path, source: Path, micro_vae: Path, pixels: int
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_repaired_and_retried_image_is_not_encoded_twice(
     assert code == 0, out
 
 
+@pytest.mark.slow
 def test_rejects_before_a_damage_are_retried(
     latentmill: Command, source: Path, micro_vae: Path, tmp_path: Path
 ) -> None:

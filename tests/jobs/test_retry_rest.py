@@ -175,8 +175,9 @@ def test_verify_reports_that_a_rest_can_be_read_now(case: Case, intact: bytes) -
     )
 
 
-@pytest.mark.parametrize("same_run", [False, slow_param(True)])
-@pytest.mark.parametrize("written", [*map(slow_param, range(3)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("same_run", [False, True])
+@pytest.mark.parametrize("written", range(4))
 def test_a_retry_that_fails_anywhere_leaves_a_rest_for_the_next_one(
     case: Case,
     intact: bytes,
@@ -245,7 +246,8 @@ def test_a_lost_retry_part_is_a_rest_again(case: Case, intact: bytes, reference:
     case.check_complete(reference)
 
 
-@pytest.mark.parametrize("lost", [*map(slow_param, ("*-00000.*", "*-00001.*")), "*-0000?.*", slow_param("*-0000[01]*")])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["*-00000.*", "*-00001.*", "*-0000?.*", "*-0000[01]*"])
 def test_a_lost_part_of_the_unit_is_encoded_again_without_the_samples_of_the_retry(
     case: Case, intact: bytes, reference: Path, lost: str
 ) -> None:

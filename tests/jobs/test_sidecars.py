@@ -212,6 +212,7 @@ def test_a_caption_that_is_a_broken_link_rejects_its_image(encode: Command, sour
     assert (code, "1 image_not_embedded" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_repaired_and_retried_image_is_the_original_of_its_row(
     encode: Command, latentmill: Command, source: Path, tmp_path: Path
 ) -> None:

@@ -149,9 +149,8 @@ def truncate(tar: Path) -> bytes:
     return data
 
 
-@pytest.mark.parametrize(
-    "tars", [slow_param((0,)), (7, 8), slow_param((15,)), slow_param(tuple(range(8, 16))), slow_param((29,))], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("tars", [(0,), (7, 8), (15,), tuple(range(8, 16)), (29,)], ids=str)
 def test_a_damaged_tar_is_a_unit_of_its_own_until_it_is_restored(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path, tars: tuple[int, ...]
 ) -> None:
@@ -184,9 +183,8 @@ def test_a_damaged_tar_is_a_unit_of_its_own_until_it_is_restored(
     assert (code, f"planned: {len(paths)} (" in err) == (0, True)
 
 
-@pytest.mark.parametrize(
-    ("first", "tar"), [slow_param(1, 8), (1, 9), slow_param(2, 9), slow_param(2, 14), slow_param(4, 15)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "tar"), [(1, 8), (1, 9), (2, 9), (2, 14), (4, 15)])
 def test_a_group_is_resumed_although_a_tar_that_was_not_read_is_damaged_now(
     encode: Command, latentmill: Command, source: Path, reference: Path, tmp_path: Path, first: int, tar: int
 ) -> None:

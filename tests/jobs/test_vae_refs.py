@@ -60,6 +60,7 @@ def test_a_checkpoint_in_storage_is_fetched(
     assert json.loads((tmp_path / "c/cache.json").read_text())["vae"]["reference"] == f"{memory}/full.safetensors"
 
 
+@pytest.mark.slow
 def test_a_directory_in_storage_may_have_an_old_pickle(
     encode: Command, original: AutoencoderKL, micro_vae: Path, tmp_path: Path, memory: str
 ) -> None:

@@ -22,7 +22,7 @@ from pipeline.canonical_json import canonical_json, with_checksum
 from pipeline.maintenance import verify
 from pipeline.storage.folder import Folder
 from tests.cache_infos import IDENTITY, info_of
-from tests.conftest import img2dataset_members, slow_param, write_tar
+from tests.conftest import img2dataset_members, write_tar
 from tests.jobs.conftest import FORMATS, encode_in_formats
 
 Command = Callable[..., tuple[int, str, str]]
@@ -486,7 +486,8 @@ RETRY_DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", [*map(slow_param, list(RETRY_DAMAGES)[:-1]), list(RETRY_DAMAGES)[-1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", RETRY_DAMAGES)
 def test_damage_to_a_retry_part_is_found(latentmill: Command, retried_cache: Path, damage: str) -> None:
     path = next(path for path in sorted(retried_cache.glob("data/*r1.tar")) if b"image 1" in path.read_bytes())
     RETRY_DAMAGES[damage](path)

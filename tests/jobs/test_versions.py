@@ -10,6 +10,7 @@ from tests.conftest import encoded, smooth, write_tar
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.slow
 def test_a_run_reports_versions_that_differ_from_earlier_runs(
     latentmill: Command, micro_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,14 +253,15 @@ def test_a_directory_that_diffusers_saved_in_several_files_loads(tmp_path: Path)
     assert weights_sha256(loaded.state_dict()) == weights_sha256(ours.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [
         {"safe_serialization": False},
         {"variant": "bf16"},
         {"variant": "fp16", "max_shard_size": "50KB"},
-        slow_param({"variant": "non_ema", "safe_serialization": False}),
-        slow_param({"safe_serialization": False, "max_shard_size": "50KB"}),
+        {"variant": "non_ema", "safe_serialization": False},
+        {"safe_serialization": False, "max_shard_size": "50KB"},
     ],
 )
 def test_a_directory_that_diffusers_saved_in_another_form_loads(form: dict[str, Any], tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_accelerate_leaves_the_loader_alone_and_its_ranks_share_an_epoch(cache: 
     assert all(result[2] == [0] * 4 + [1] * 4 for result in results)
 
 
+@pytest.mark.slow
 def test_lightning_saves_and_restores_the_place_within_an_epoch(cache: Cache, tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 

@@ -82,6 +82,7 @@ def test_flux2_runs_unless_its_decoder_has_other_channels(tmp_path: Path) -> Non
         JaxModel(load_vae(str(tmp_path)), "cpu", "fp32", 1)
 
 
+@pytest.mark.slow
 def test_the_self_check_compares_with_pytorch(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, half = (LatentEncoder(vae, dataclasses.replace(JAX, precision=name), "float32") for name in ("fp32", "bf16"))
     errors = [encoder.check_precision() for encoder in (exact, half)]

@@ -53,6 +53,7 @@ def test_writes_are_visible_at_once(bucket: str) -> None:
     assert dict(folder.read_each("data", ["a"])) == {"a": b"2"}
 
 
+@pytest.mark.slow
 def test_names_arrive_page_by_page(bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "PAGE", 2)
     folder = Folder(f"{bucket}/cache")
@@ -98,6 +99,7 @@ def test_a_slice_is_one_request(bucket: str, proxy: Proxy) -> None:
     assert [request.method for request in proxy.seen] == ["GET"] * 8
 
 
+@pytest.mark.slow
 def test_the_files_of_a_prefix_are_one_request(bucket: str, proxy: Proxy) -> None:
     folder = Folder(bucket)
     for name in ("a-1.x", "a-2.x", "a-2/deeper", "ab-1.x", "b-1.x"):

@@ -60,6 +60,7 @@ def test_each_existing_file_costs_one_request_and_there_are_no_others(images: Fo
     ]
 
 
+@pytest.mark.slow
 def test_requests_are_concurrent(images: Folder, proxy: Proxy) -> None:
     """More than 10, the default of s3fs: each request waits for the others."""
     unit = plan_unit(images)
@@ -74,8 +75,9 @@ def test_requests_are_concurrent(images: Folder, proxy: Proxy) -> None:
     assert not barrier.broken
 
 
-@pytest.mark.parametrize("name", [slow_param("00.jpg"), "00.txt"])
-@pytest.mark.parametrize("is_compared_here", [slow_param(True), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["00.jpg", "00.txt"])
+@pytest.mark.parametrize("is_compared_here", [True, False])
 def test_another_content_of_the_same_size_fails_the_unit(
     images: Folder, proxy: Proxy, name: str, is_compared_here: bool
 ) -> None:
@@ -93,6 +95,7 @@ def test_another_content_of_the_same_size_fails_the_unit(
     assert not [request for request in proxy.seen if request.method == "HEAD"]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_empty_is_checked_for_changes(images: Folder) -> None:
     images.replace("00.txt", b"")
     unit = plan_unit(images)

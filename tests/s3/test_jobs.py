@@ -164,6 +164,7 @@ def unconditional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         server.terminate()
 
 
+@pytest.mark.slow
 def test_a_store_without_conditional_writes_allows_one_job_at_a_time(
     encode: Command, shards: Path, unconditional: str, local_digest: str
 ) -> None:

@@ -19,6 +19,7 @@ SAMPLE_BYTES = 100_000
 MB = 1 << 20
 
 
+@pytest.mark.slow
 def test_a_boundary_costs_one_request(bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first members cost two more. The store is asked for neither the size nor the whole tar."""
     sink = io.BytesIO()

@@ -56,6 +56,7 @@ def test_listing_a_source_does_not_cost_a_request_per_file(bucket: str, proxy: P
     assert len(proxy.seen) - before < 20, Counter(request.method for request in proxy.seen[before:])
 
 
+@pytest.mark.slow
 def test_many_named_files_are_found_by_listing_their_folder(bucket: str, proxy: Proxy) -> None:
     for number in range(40):
         Folder(bucket).replace(f"s/{number:02d}.tar", b"%d" % number)

@@ -36,6 +36,7 @@ def count_requests(proxy: Proxy) -> Counter[str]:
     return kinds
 
 
+@pytest.mark.slow
 def test_verify_reads_each_file_once_and_many_concurrently(
     latentmill: Command, source: Path, micro_vae: Path, bucket: str, proxy: Proxy
 ) -> None:

@@ -208,6 +208,7 @@ def test_jit_returns_the_posterior_whole_with_the_model_as_a_static_argument(gol
     assert len(compilations) == 1
 
 
+@pytest.mark.slow
 def test_vmap_returns_the_posterior_whole(golden: Model, expected: dict[str, np.ndarray]) -> None:
     model, params = golden
 

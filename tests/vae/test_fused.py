@@ -74,6 +74,7 @@ def test_the_moments_are_those_of_the_plain_encoder_in_float64(config: str, heig
     assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)], ids=str)
 def test_the_error_in_half_precision_is_that_of_rounding(dtype: torch.dtype, largest: float) -> None:
     model, x = make_model(**MICRO).to(dtype), random_pixels(1, 16, 16).to(dtype)
@@ -102,6 +103,7 @@ def test_the_parameters_keep_their_names() -> None:
     assert model.dtype == dtype
 
 
+@pytest.mark.slow
 def test_the_attention_of_each_image_alone_can_be_used() -> None:
     model, x = make_model(**MICRO), random_pixels(2, 16, 16)
     expected = model.moments(x)

@@ -209,6 +209,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_not_a_vae_is_refused(name: str, tmp_path: Path) -> None:
     make, message = FILES[name]

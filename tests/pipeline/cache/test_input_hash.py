@@ -150,6 +150,7 @@ def test_every_json_value_has_an_encoding() -> None:
     assert encode_value("null") == b"null" == encode_value(float("inf"))
 
 
+@pytest.mark.slow
 def test_batch_size_and_interruptions_do_not_change_the_hash(worker: MakeWorker, tmp_path: Path) -> None:
     unit = unit_of(write_tar(tmp_path / "s/0.tar", img2dataset_members(0, 10, height=64, width=64)))
     worker(tmp_path / "a").run(unit)

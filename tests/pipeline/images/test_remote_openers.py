@@ -122,6 +122,7 @@ def test_images_wait_for_the_local_opener_while_no_remote_one_is_ready(
     assert sorted(local.opened) == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_the_images_of_a_lost_opener_are_opened_here(
     openers: LocalAndRemoteOpeners, local: BusyLocal, remote: FakeOpener
 ) -> None:
