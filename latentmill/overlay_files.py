@@ -14,6 +14,7 @@ from latentmill.canonical_json import VERIFY_HINT
 from latentmill.error_text import describe_error
 from latentmill.errors import CacheError, LatentmillError
 from latentmill.folder import CacheFolder
+from latentmill.part_files import open_parquet_file
 
 FILES = "_columns/files"
 _TAIL = 256 << 10  # bytes at the end of a file that are read with its footer: most overlays of texts are smaller
@@ -130,12 +131,7 @@ class OverlayFile:
             pieces = {tail_start: self._tail}
             if start < tail_start:
                 pieces[start] = self._place.folder.read_range(self._place.name, start, stop)
-            file = pq.ParquetFile(
-                _Pieces(self._place.bytes, pieces),
-                metadata=self._metadata,
-                pre_buffer=False,
-                page_checksum_verification=True,
-            )
+            file = open_parquet_file(_Pieces(self._place.bytes, pieces), self._metadata)
             table = file.read_row_group(group, columns=list(self.names), use_threads=False)
             kinds = {name: self.schema.field(name).type for name in self.names}
             columns = {

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentmill.arrow_values import to_python
 from latentmill.canonical_json import VERIFY_HINT, cache_digest, canonical_json, parse_json_object
@@ -23,7 +22,7 @@ from latentmill.error_text import describe_error
 from latentmill.errors import CacheError, IdentityError, LatentmillError, UsageError
 from latentmill.folder import CacheFolder
 from latentmill.overlay_files import OverlayEntry, OverlayFile
-from latentmill.part_files import PARQUET_RECORD, count_rows
+from latentmill.part_files import PARQUET_RECORD, count_rows, open_parquet_file
 from latentmill.typed_json import FieldError, parse_fields
 
 FOLDER = "_columns"
@@ -246,7 +245,7 @@ def read_version(folder: CacheFolder, number: int) -> Version:
     try:
         if data is None:
             raise CacheError(f"{url} is missing; {VERIFY_HINT}")
-        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
+        with open_parquet_file(pa.BufferReader(data)) as file:
             info = parse_fields(VersionInfo, parse_json_object(file.metadata.metadata[PARQUET_RECORD], url))
             files = file.read(use_threads=False).cast(LIST_SCHEMA).combine_chunks()
         schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(info.arrow_schema)))

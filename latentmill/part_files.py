@@ -69,17 +69,25 @@ def read_rows(
         yield from read_parquet_rows(stream, wanted, columns)
 
 
+def open_parquet_file(source: Any, metadata: pq.FileMetaData | None = None, checksums: bool = True) -> pq.ParquetFile:
+    """Open a Parquet file of a cache. Read it with use_threads=False.
+
+    Then no thread of pyarrow is started for local files and bytes in memory: a process that ends while they and torch's
+    threads run can be aborted. From a store, the columns of a row group are read together, which takes a thread.
+    source: a stream or a buffer. metadata: the footer, if it is known. checksums: compare each page with its CRC.
+    """
+    is_remote = getattr(source, "is_remote", False)
+    return pq.ParquetFile(source, metadata=metadata, pre_buffer=is_remote, page_checksum_verification=checksums)
+
+
 def read_parquet_rows(
     stream: BinaryIO, wanted: Sequence[int] | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet part as `read_rows` does. One row group is held at a time.
 
-    For local files, no thread of pyarrow is started: a process that ends while they and torch's threads run can be
-    aborted. From a store, the columns of a row group are read together (`pre_buffer`), which takes a thread.
     Raises UsageError for columns that the part does not have.
     """
-    is_remote = getattr(stream, "is_remote", False)
-    parquet, start = pq.ParquetFile(stream, pre_buffer=is_remote, page_checksum_verification=True), 0
+    parquet, start = open_parquet_file(stream), 0
     names = parquet.schema_arrow.names
     if unknown := [name for name in columns or () if name not in names]:
         raise UsageError(f"a part has no column {', '.join(unknown)}; it has {', '.join(names)}")

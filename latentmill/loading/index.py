@@ -12,7 +12,6 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from latentmill.cache_files import DATA, PART_SUFFIXES, OpenCache
@@ -21,6 +20,7 @@ from latentmill.errors import CacheError
 from latentmill.folder import CacheFolder
 from latentmill.loading.footers import read_file_groups
 from latentmill.loading.layout import LatentLayout
+from latentmill.part_files import open_parquet_file
 
 INDEX = "index.parquet"
 INDEX_FORMAT = 1
@@ -116,9 +116,7 @@ def _read_known_groups(folder: CacheFolder, sizes: Mapping[str, int], positions:
     if data is None:
         return np.zeros((6, 0), np.int64)
     try:
-        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True).read(
-            use_threads=False
-        )
+        table = open_parquet_file(pa.BufferReader(data)).read(use_threads=False)
         header = (table.schema.metadata or {}).get(b"latentmill", b"")
         if parse_json_object(header, folder.url_of(INDEX)).get("format") != INDEX_FORMAT:
             return np.zeros((6, 0), np.int64)  # of another version

@@ -6,14 +6,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from latentmill.cache_files import OpenCache
 from latentmill.canonical_json import canonical_json
 from latentmill.errors import CacheError
 from latentmill.loading.index import Index, read_index
 from latentmill.loading.row_groups import IDENTITY, GroupReader, RowGroup
-from latentmill.part_files import WEBDATASET_SUFFIX, read_rows
+from latentmill.part_files import WEBDATASET_SUFFIX, open_parquet_file, read_rows
 
 
 class RowAccess:
@@ -77,7 +76,7 @@ class RowAccess:
 
 def _read_columns(stream: BinaryIO, url: str) -> pa.Table:
     try:
-        parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)
+        parquet = open_parquet_file(stream)
         return parquet.read(columns=list(IDENTITY), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise CacheError(f"the keys in {url} cannot be read: the file is damaged") from error

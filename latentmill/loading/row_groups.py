@@ -21,7 +21,7 @@ from latentmill.loading.layout import LatentLayout
 from latentmill.loading.parquet_pages import PageError, find_values
 from latentmill.loading.tar_members import Sample, TarError, iterate_samples, make_npy_finder
 from latentmill.overlay_files import to_rows
-from latentmill.part_files import WEBDATASET_SUFFIX
+from latentmill.part_files import WEBDATASET_SUFFIX, open_parquet_file
 
 GEOMETRY = ("original_height", "original_width", "resized_height", "resized_width", "crop_top", "crop_left", "flipped")
 IDENTITY = ("key", "shard")
@@ -136,12 +136,7 @@ class GroupReader:
             raise PageError(first_line(error)) from error
 
     def _read_columns(self, footer: pq.FileMetaData, local: int, source: "_Range", names: list[str]) -> pa.Table:
-        file = pq.ParquetFile(
-            pa.PythonFile(source, mode="r"),
-            metadata=footer,
-            page_checksum_verification=self._checksums,
-            pre_buffer=False,
-        )
+        file = open_parquet_file(pa.PythonFile(source, mode="r"), footer, self._checksums)
         return file.read_row_group(local, columns=names, use_threads=False)
 
     def _read_tar(self, group: int, file: str) -> RowGroup:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentmill.canonical_json import VERIFY_HINT
 from latentmill.error_text import describe_error
 from latentmill.errors import LatentmillError
 from latentmill.group_spans import GroupLimit
-from latentmill.part_files import PARQUET_SUFFIX, read_webdataset_rows
+from latentmill.part_files import PARQUET_SUFFIX, open_parquet_file, read_webdataset_rows
 from pipeline.cache.reader import Cache
 from pipeline.errors import DamagedFileError
 
@@ -54,7 +53,7 @@ def read_part_rows(cache: Cache, file: str, schema: pa.Schema) -> PartRows:
 
 
 def _read_parquet(cache: Cache, stream: Any, names: Sequence[str], schema: pa.Schema) -> tuple[Sequence[int], pa.Table]:
-    file = pq.ParquetFile(stream, page_checksum_verification=True)
+    file = open_parquet_file(stream)
     table = file.read(columns=["key", "shard", *names], use_threads=False)
     groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     return groups, table

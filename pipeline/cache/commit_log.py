@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentmill.error_text import describe_error
+from latentmill.part_files import open_parquet_file
 from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.cache.part_info import PartSummary
 from pipeline.cache.part_table import SCHEMA, make_removals, make_table
@@ -52,8 +53,7 @@ def parse_log(data: bytes, url: str, columns: Sequence[str] | None = None) -> pa
     """Return the rows in the bytes of a log file. url: for the error. Raises CacheError if it is damaged."""
     schema = pa.schema([SCHEMA.field(name) for name in columns]) if columns else SCHEMA
     try:
-        # without threads, as in `plan`: a process that ends right after pyarrow starts its pool can be aborted
-        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as file:
+        with open_parquet_file(pa.BufferReader(data)) as file:
             return file.read(columns=columns, use_threads=False).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything
         message = describe_error(error)

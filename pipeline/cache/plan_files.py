@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentmill.error_text import describe_error
+from latentmill.part_files import open_parquet_file
 from pipeline.cache.numbered_files import get_next_number, list_numbered_files, name_numbered_file
 from pipeline.canonical_json import VERIFY_HINT
 from pipeline.errors import CacheError
@@ -174,8 +175,7 @@ def _read_batches(cache: Folder, name: str, columns: Sequence[str]) -> Iterator[
     data = cache.read(f"{FOLDER}/{name}")
     schema = pa.schema([SCHEMA.field(column) for column in columns])
     try:
-        # Without threads: if a process ends right after pyarrow 26 starts its pool, it is aborted (2 of 25 with torch).
-        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        with open_parquet_file(pa.BufferReader(data), checksums=False) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(columns), use_threads=False):
                 yield batch.select(columns).cast(schema)
     except Exception as error:  # damaged bytes can make Arrow raise anything

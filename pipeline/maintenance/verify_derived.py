@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from latentmill.part_files import open_parquet_file
 from pipeline.cache import card, index, runs, stats
 from pipeline.cache.part_info import PartInfo
 from pipeline.cache.reader import Cache
@@ -49,7 +49,7 @@ def check_index(cache: Cache, parts: Sequence[PartInfo]) -> Iterator[Problem]:
 def _is_of_another_version(data: bytes, expected: bytes) -> bool:
     """Return whether an index has the expected rows and metadata, but was written by another version of pyarrow."""
     try:
-        files = [pq.ParquetFile(pa.BufferReader(each), page_checksum_verification=True) for each in (data, expected)]
+        files = [open_parquet_file(pa.BufferReader(each)) for each in (data, expected)]
         versions = [file.metadata.created_by for file in files]
         contents = [(file.read(use_threads=False), file.metadata.metadata) for file in files]
     except Exception:  # damaged bytes can make Arrow raise anything

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentmill.part_files import open_parquet_file
 from pipeline.errors import CacheError
 from pipeline.storage.folder import Folder
 
@@ -128,7 +129,7 @@ def read_tables(out: Folder, parts: Iterable[int]) -> Iterator[tuple[int, list[R
     """Yield these parts in order, each with its images and notes. Raises CacheError if a file is not such a table."""
     for name, data in out.read_each(FOLDER, [name_table(part) for part in parts]):
         try:
-            table = pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+            table = open_parquet_file(pa.BufferReader(data), checksums=False).read(use_threads=False)
             notes = json.loads(table.schema.metadata[NOTES])
             images = [Rendered(**row) for row in table.to_pylist()]
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
