@@ -5,9 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from latentmill.errors import UsageError
+
 Int64s = NDArray[np.int64]
 LIMIT = 1 << 63  # of seeds and epochs
 GROUPS, TAILS, STRETCHES, ROLL, ROWS, LANE, CHOICE = range(7)  # the purposes
+
+
+def check_epoch(epoch: int) -> None:
+    """Raise UsageError if there is no epoch of that number."""
+    if not 0 <= epoch < LIMIT:
+        raise UsageError(f"epoch must be from 0 to 2^63 - 1, not {epoch}")
 
 
 @dataclass(frozen=True, slots=True)

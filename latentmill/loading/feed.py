@@ -130,14 +130,21 @@ def start_first_epoch(feed: Feed, epoch: int, step: int) -> EpochPlan:
         )
     if not 0 <= step <= plan.steps:
         raise UsageError(f"an epoch has {plan.steps} steps, so it cannot begin at step {step}")
-    counts = np.bincount(feed.index.bucket, feed.index.rows, len(feed.index.buckets)).astype(int).tolist()
-    small = {size for size, rows in zip(feed.index.buckets, counts, strict=True) if rows < settings.batch_size}
-    if feed.rank == 0 and (never := [name for size, name in names.items() if size in small]):
+    if names and feed.rank == 0:
+        _log_left_out(feed, names)
+    return plan
+
+
+def _log_left_out(feed: Feed, names: Mapping[tuple[int, int], str]) -> None:
+    """Log the rows that epochs leave out. names: how many, by the size of their bucket."""
+    index, batch_size = feed.index, feed.settings.batch_size
+    counts = np.bincount(index.bucket, index.rows, len(index.buckets))
+    small = {size for size, rows in zip(index.buckets, counts, strict=True) if rows < batch_size}
+    if never := [name for size, name in names.items() if size in small]:
         remedy = "use ends='pad', a smaller batch, or fewer buckets"
         _log.warning("these sizes have fewer rows than a batch, so no epoch has them: %s; %s", ", ".join(never), remedy)
-    if feed.rank == 0 and (others := [name for size, name in names.items() if size not in small]):
+    if others := [name for size, name in names.items() if size not in small]:
         _log.info("each epoch leaves out a different set of rows: %s", ", ".join(others))
-    return plan
 
 
 def read_batches(feed: Feed, plan: EpochPlan, step: int, worker: int = 0) -> Generator[Any, None, None]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from latentmill.errors import UsageError
-from latentmill.loading.epoch_draws import CHOICE, LIMIT, Draws
+from latentmill.loading.epoch_draws import CHOICE, LIMIT, Draws, check_epoch
 from latentmill.loading.loader import Loader
 
 
@@ -79,8 +79,7 @@ class Mix:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch of the mix. The loaders go on where they are."""
-        if not 0 <= epoch < LIMIT:
-            raise UsageError(f"epoch must be from 0 to 2^63 - 1, not {epoch}")
+        check_epoch(epoch)
         self.close()
         self._epoch, self._step = epoch, 0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from latentmill.errors import IdentityError, UsageError
-from latentmill.loading.epoch_draws import LIMIT
+from latentmill.loading.epoch_draws import LIMIT, check_epoch
 from latentmill.loading.index import Index
 from latentmill.loading.order import EpochOrder, OrderSettings, plan_epoch
 
@@ -69,8 +69,7 @@ def _topology(settings: OrderSettings) -> tuple[int, int, int, int]:
 
 def start_epoch(index: Index, settings: OrderSettings, epoch: int) -> EpochPlan:
     """Return the plan of a whole epoch. Raises UsageError if there is no epoch of that number."""
-    if not 0 <= epoch < LIMIT:
-        raise UsageError(f"epoch must be from 0 to 2^63 - 1, not {epoch}")
+    check_epoch(epoch)
     return EpochPlan(order=plan_epoch(index, settings, epoch), epoch=epoch)
 
 
