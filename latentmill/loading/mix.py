@@ -104,7 +104,7 @@ class Mix:
             inners = list(state["loaders"])
         except (TypeError, ValueError, KeyError) as error:
             raise UsageError(f"this is not a state of a mix: {state!r}") from error
-        if len(inners) != len(self._loaders) or not 0 <= epoch < LIMIT or not 0 <= step <= steps:
+        if len(inners) != len(self._loaders) or not 0 <= epoch < LIMIT or not 0 <= step <= steps or not steps:
             raise UsageError(f"this is not a state of a mix of {len(self._loaders)} loaders: {state!r}")
         if seed != self._seed:
             raise UsageError(f"the state has seed={seed}, but the mix has {self._seed}")

@@ -107,6 +107,7 @@ def test_what_is_no_mix_is_refused(pair: Callable[..., Any]) -> None:
         {**good, "step": "x"},
         {**good, "epoch": -1},
         {**good, "step": 99},
+        {**good, "step": 0, "steps": 0},
     ):
         with pytest.raises(UsageError, match="not a state of a mix"):
             mix([(a, 1)]).load_state_dict(state)  # type: ignore[arg-type]
