@@ -39,9 +39,9 @@ from pipeline.exports.formats import FORMATS
 from pipeline.exports.manifest import (
     ExportedPart,
     ExportManifest,
-    list_done,
     name_manifest,
     open_manifest,
+    read_done,
     read_records,
     write_manifest,
 )
@@ -100,8 +100,8 @@ def run_job(options: ExportOptions, signals: Signals) -> int:
 class Export:
     """A running export.
 
-    images: the paths of the image files of each unit, for a format that needs them. done: the numbers of the parts that
-    were exported before. reports: of the parts that this run exports.
+    images: the paths of the image files of each unit, for a format that needs them. done: the records of the parts that
+    were exported before, by number. reports: of the parts that this run exports.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Export:
         signals: Signals,
     ) -> None:
         self.options, self.spec, self.manifest, self.images, self.signals = options, spec, manifest, images, signals
-        self.done = list_done(spec.out, manifest)
+        self.done = read_done(spec.out, manifest)
         self.reports: list[ExportReport] = []
 
     def run(self) -> Sequence[Failure]:
@@ -213,15 +213,16 @@ def list_images(cache: Cache) -> dict[str, tuple[str, ...]]:
 def finish(export: Export, failures: Sequence[Failure], settings: dict[str, object]) -> int:
     """Write the files of the whole export, print the summary, and return the exit code."""
     out, form = export.spec.out, FORMATS[export.spec.format]
-    numbers = sorted(export.done | {report.part for report in export.reports})
-    records = list(read_records(out, export.spec.format, numbers))
+    numbers = [report.part for report in export.reports]
+    new = zip(numbers, read_records(out, export.spec.format, numbers), strict=True)
+    records = [record for _, record in sorted({**export.done, **dict(new)}.items())]
     if not failures:
         entries = [entry for record in records for entry in record.entries]
         for name, data in form.finish(export.spec.job, entries):
             out.replace(name, data)
         digest = (read_stats(export.spec.job.cache.folder) or {}).get("digest")
         export.write_manifest(state="finished", digest=digest)
-    earlier = sum(record.rows for number, record in zip(numbers, records, strict=True) if number in export.done)
+    earlier = sum(record.rows for record in export.done.values())
     refused = [row for record in records for row in record.refused]
     summary = {
         "format": export.spec.format,

@@ -144,13 +144,13 @@ def parse_record(data: bytes, url: str) -> ExportRecord:
         raise CacheError(f"{url} is not the record of a part; remove it, and run the same command again") from error
 
 
-def list_done(out: Folder, manifest: ExportManifest) -> set[int]:
-    """Return the numbers of the parts that have a record, and all of whose files exist."""
+def read_done(out: Folder, manifest: ExportManifest) -> dict[int, ExportRecord]:
+    """Return the records, without the files, of the parts that have one and all of whose files exist, by number."""
     names = set(out.iterate_names(f"{FOLDER}/{manifest.format}"))
     recorded = [number for number in range(len(manifest.parts)) if name_record(number) in names]
     present: dict[str, np.ndarray] = {}
     return {
-        number
+        number: replace(record, files=())
         for number, record in zip(recorded, read_records(out, manifest.format, recorded), strict=True)
         if has_files(out, record.files, present)
     }
